@@ -8,6 +8,7 @@ is not run again. Wrong labels:
 
 - `even-RATE`: rows at random get any other class;
 - `pairs-RATE`: each class loses rows to one certain other. Of two classes this is `even`, and is not run;
+- `one-RATE`: this share of all rows, of the other classes, gets one class (`bench/judge.py`);
 - `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
   components, where it is surest and wrong; where that is too few, where it is nearest to being wrong;
 - `none`: the table as it is, with whatever is wrong there.
@@ -48,8 +49,9 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.files import write_json
-from tsqlora.quality.audit import audit_of, audit_of_logits
+from tsqlora.quality.audit import audit_of, audit_of_judgement
 from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.judge import judge_logits
 from tsqlora.quality.rule import Compute
 from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS, audit_config, audited
 from tsqlora.run.config import Config
@@ -79,22 +81,27 @@ class Verdicts:
     rate: float | None
 
 
-def rows_of(table: str) -> tuple[list[list[str]], np.ndarray]:
-    """Texts, or pairs of texts, and labels as numbers; drawn with one seed for all, as files are sorted by class."""
+def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
+    """Texts, or pairs of texts, and labels as numbers; drawn with one seed for all, as files are sorted by class.
+
+    Of GoEmotions the rows with one label.
+    """
     if table == "bbc":
         rows = [([text], label) for text, label in bbc_news()]
     else:
-        lines = map(json.loads, (SHARED / table / "train.jsonl").read_text().splitlines())
-        rows = [([row["text"], *([row["text_pair"]] if "text_pair" in row else [])], row["label"]) for row in lines]
-    some = np.sort(np.random.default_rng(30).permutation(len(rows))[: TABLES[table]])
+        lines = [row for row in lines_of(table) if len(row.get("labels", ["one"])) == 1]
+        labels = [row["labels"][0] if "labels" in row else row["label"] for row in lines]
+        texts = [[row["text"], *([row["text_pair"]] if "text_pair" in row else [])] for row in lines]
+        rows = list(zip(texts, labels, strict=True))
+    some = np.sort(np.random.default_rng(30).permutation(len(rows))[:most])
     return [rows[j][0] for j in some], np.unique([rows[j][1] for j in some], return_inverse=True)[1]
 
 
-def features_of(table: str) -> tuple[np.ndarray, np.ndarray]:
-    """What the head is given and the mean hidden states of each row, and its label as it is."""
-    path = FEATURES / f"{table}-{TABLES[table]}-{TOKENS}.npz"
+def features_of(table: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the head is given and the mean hidden states of each row, at most so many, and its label as it is."""
+    path = FEATURES / f"{table}-{most}-{TOKENS}.npz"
     if not path.exists():
-        texts, labels = rows_of(table)
+        texts, labels = rows_of(table, most)
         encoder = package_folder(ENCODER) / "model"
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=int(labels.max()) + 1)
@@ -122,6 +129,9 @@ def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> n
     if kind == "pairs":
         ring = rng.permutation(k)  # each class loses to the next one
         others = ring[(np.argsort(ring)[labels] + 1) % k]
+    if kind == "one":
+        others = np.full(n, rng.integers(k))
+        rows = rng.permutation(np.flatnonzero(labels != others))[: len(rows)]
     if kind == "weak":
         parts = np.asarray(StandardScaler().fit_transform(PCA(16, random_state=seed).fit_transform(features)))
         basis, _ = train_test_split(np.arange(n), train_size=0.05, stratify=labels, random_state=seed)
@@ -173,7 +183,7 @@ def deep(table: str, labels: np.ndarray) -> dict[str, Verdicts]:
     """`tsqlora audit --deep` on these labels, and the out-of-fold loss of the same models."""
     rows = [
         {"text": text[0], "label": int(label), **({"text_pair": text[1]} if len(text) > 1 else {})}
-        for text, label in zip(rows_of(table)[0], labels, strict=True)
+        for text, label in zip(rows_of(table, TABLES[table])[0], labels, strict=True)
     ]
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "train.jsonl")
@@ -182,7 +192,7 @@ def deep(table: str, labels: np.ndarray) -> dict[str, Verdicts]:
         data = {"train": str(file), "validation": str(file), "max_length": TOKENS}
         job = load(Config.model_validate({"model": {"path": model}, "data": data}))
         logits = out_of_fold_logits(job.config, job.data, max_length=TOKENS)
-    result, order = audit_of_logits(logits, labels, frozen=False), np.arange(len(labels))
+    result, order = audit_of_judgement(judge_logits(logits, labels), labels), np.arange(len(labels))
     own = log_softmax(logits, axis=1)[order, labels]
     ours = Verdicts(
         np.empty(len(labels)), np.empty(len(labels)), np.isin(order, result.ids[: result.likely_wrong]), result.rate
@@ -208,7 +218,7 @@ def measured(verdicts: Verdicts, wrong: np.ndarray) -> dict[str, float | None]:
 
 
 def run(table: str, noise: str, seed: int, *, fine_tune: bool) -> dict[str, Any]:
-    features, labels = features_of(table)
+    features, labels = features_of(table, TABLES[table])
     spoilt_labels = spoilt(features, labels, noise, seed)
     ways: dict[str, Any] = {}
     if fine_tune:
@@ -331,7 +341,7 @@ def main() -> None:
                     write_json(path, result := several(table, noise, seed))
                     print({name: value for name, value in result.items() if isinstance(value, float | int)}, flush=True)
                     continue
-                two = features_of(table)[1].max() == 1
+                two = features_of(table, TABLES[table])[1].max() == 1
                 if (noise == "none" and seed) or (noise.startswith("pairs") and two):
                     continue  # the same again: no way draws at random
                 cell(table, noise, seed, fine_tune=request.deep)

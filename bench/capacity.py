@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TSQLORA_CACHE"] = ""
 
 import numpy as np
 import torch

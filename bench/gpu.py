@@ -15,7 +15,6 @@ result, or its error, into the JSON before the next one begins.
 - `pool`: right rows among those that `tsq.select` draws from a pool in which one in four is right.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -334,11 +333,10 @@ def rates(base: Any, rows: list[Row]) -> Result:
 
 
 def pool() -> Result:
-    """Share of right rows in the pool, and in what reducible loss draws of it with 48 trusted rows."""
+    """Share of right rows in the pool, and in what the density ratio draws of it with 48 trusted rows."""
     rows, trusted = written(256, right=0.25), written(304)[256:]
     model = tsq.wrap(decoder(), mean_rank=8).to(DEVICE)
-    rule = tsq.ScoringRule(weights={"reducible_loss": 1.0})
-    drawn = tsq.sample(tsq.score(model, rows, collate, rule=rule, trusted=trusted), fraction=0.25, seed=0)
+    drawn = tsq.sample(tsq.score(model, rows, collate, trusted=trusted), fraction=0.25, seed=0)
     right = np.array([row["right"] for row in rows])
     return {"of the pool": float(right.mean()), "of the drawn rows": float(right[drawn].mean())}
 
@@ -374,5 +372,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TSQLORA_CACHE", "")
     sys.exit(main())

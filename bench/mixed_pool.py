@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch
@@ -48,17 +47,15 @@ LETTERS = 340
 ASK = "\n\nTL;DR:"
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
-    "last": {"trusted_last": True},
-    "reducible": {"weights": {"reducible_loss": 1.0}, "trusted_last": True},
     "even": {"enabled": False},
     "trusted": {"enabled": False, "fraction": 1.0},
-    "oracle": {"fraction": 1.0, "trusted_last": True},
-    "rds": {"fraction": 1.0, "trusted_last": True},
-    "less": {"fraction": 1.0, "trusted_last": True},
+    "oracle": {"fraction": 1.0},
+    "rds": {"fraction": 1.0},
+    "less": {"fraction": 1.0},
 }
-"""Settings of `quality`. `default` and `even` have the trusted rows in every epoch, `trusted` only them, the others at
-the end: after the same draws (`last`), draws by reducible loss, the right rows (`oracle`), a fifth by RDS+ (`rds`) or
-LESS (`less`)."""
+"""Settings of `quality`. `trusted` has only the trusted rows, the others have them in every epoch: with all right rows
+(`oracle`), or with a fifth by RDS+ (`rds`) or LESS (`less`). Stored cells are of ec5d948, where these three had the
+trusted rows at the end."""
 Row = dict[str, Any]
 
 

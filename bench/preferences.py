@@ -25,9 +25,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.trusted import trusted_steps_of
+from tsqlora.quality.trusted import STEPS
 from tsqlora.run.pool import score_pool
-from tsqlora.tasks import get_task
 from tsqlora.training.record import versions
 
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "preferences"))
@@ -73,7 +72,7 @@ def cell(name: str, rows: int, seed: int) -> dict[str, Any]:
     flagged = scores.left_out_as("swapped pair")
     return {
         "settings": {"model": name, "rows": rows, "seed": seed, "trusted": TRUSTED, "swapped": SWAPPED, "rate": RATE}
-        | {"steps": trusted_steps_of(get_task("preference"), TRUSTED, BATCH)[0], "batch": BATCH},
+        | {"steps": STEPS, "batch": BATCH},
         "scored": len(own),
         "why_not": None if scores.record.gate is None else scores.record.gate.get("why_not"),
         "area": None if loss is None else float(roc_auc_score(own, loss)),

@@ -531,7 +531,7 @@ HEADS = {
     "lora+head:quarter": "a quarter of the scale",
     "lora+head:slow": "a tenth of the rate",
 }
-"""What bench/headstart.py calls its choices of a head."""
+"""What bench/headstart.py of ec5d948 calls its choices of a head; `calibrated` is the fit at its training loss."""
 
 
 def head_choices(_: Results) -> pd.DataFrame:
@@ -673,7 +673,10 @@ WRONG = {
     "even-0.1": "10 %, any class",
     "even-0.2": "20 %, any class",
     "even-0.4": "40 %, any class",
+    "pairs-0.1": "10 %, one certain class",
     "pairs-0.2": "20 %, one certain class",
+    "one-0.1": "10 %, all of one class",
+    "one-0.2": "20 %, all of one class",
     "weak-0.2": "20 %, a weak model's",
 }
 """What the noise of bench/audit.py is called, in the table's order."""
@@ -742,6 +745,73 @@ def audit_short(results: Results) -> pd.DataFrame:
     precision = "average precision: ours / cleanlab"
     rows = rows.rename(columns={f"{precision} / neighbours": precision})
     return rows.assign(**{precision: rows[precision].str.rpartition(" / ")[0]})
+
+
+GOALS: dict[str, tuple[str, Callable[[pd.DataFrame], bool]]] = {
+    "clean": ("at most 2 % left out", lambda cells: cells.left_out.max() <= 0.02),
+    "uniform": ("evident in 9 of 10", lambda cells: cells.evident.mean() >= 0.9),
+    "one": ("precision 0.65, recall 0.6", lambda cells: cells.precision.mean() >= 0.65 and cells.recall.mean() >= 0.6),
+}
+"""What the judge of labels must do in each part of bench/judge.py."""
+
+
+def judge(results: Results) -> Rows:
+    """What the judge leaves out, by table and kind of wrong labels, and whether its goal is met."""
+    rows = []
+    for (part, table, noise), cells in _judged(results):
+        if part in GOALS:
+            (goal, met), planted = GOALS[part], cells[cells.wrong > 0]
+            rows.append(
+                {
+                    "table": f"{table}, {cells.rows.max():,} rows",
+                    "wrong labels": WRONG[noise],
+                    "draws": str(len(cells)),
+                    "evident": str(cells.evident.sum()),
+                    "left out: mean, most": f"{100 * cells.left_out.mean():.1f} %, {100 * cells.left_out.max():.1f} %",
+                    "precision: mean, least": _mean_and_least(planted.precision),
+                    "recall: mean, least": _mean_and_least(planted.recall),
+                    "goal": f"{goal}: {_verdict(met(cells))}" + " so far" * (part == "uniform" and len(cells) < 10),
+                }
+            )
+    return rows
+
+
+def judge_coverage(results: Results) -> Rows:
+    """How often wrong labels are evident, and their share lies within each bound and both, where there are bounds."""
+    rows = []
+    for (part, table, noise), cells in _judged(results):
+        if part == "coverage":
+            evident = cells[cells.evident]
+            bounded = evident[evident.high < 1]
+            above, below = bounded.wrong >= bounded.low, bounded.wrong <= bounded.high
+            low, high = 100 * bounded.low.mean(), 100 * bounded.high.mean()
+            counts = {"above the lower": above, "below the upper": below, "between both": above & below}
+            rows.append(
+                {
+                    "wrong labels": WRONG[noise],
+                    "table": table,
+                    "evident": f"{len(evident)} of {len(cells)}",
+                    "share of wrong labels": f"{100 * cells.wrong.mean():.1f} %",
+                    "estimate": f"{100 * evident.rate.mean():.1f} %" if len(evident) else None,
+                    "with bounds": str(len(bounded)),
+                    "bounds": f"{low:.1f} to {high:.1f} %" if len(bounded) else None,
+                    **{name: str(hits.sum()) if len(bounded) else None for name, hits in counts.items()},
+                }
+            )
+    order = list(WRONG.values())
+    return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
+
+
+def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """The cells of bench/judge.py by part, table and noise, in its order."""
+    cells = pd.DataFrame(
+        [{"part": key.partition("/")[0], **cell, **cell["settings"]} for key, cell in results["cells"].items()]
+    )
+    yield from cells.groupby(["part", "table", "noise"], sort=False)  # pyright: ignore[reportReturnType]
+
+
+def _mean_and_least(values: pd.Series) -> str | None:
+    return f"{values.mean():.2f}, {values.min():.2f}" if values.notna().any() else None
 
 
 def problems(_: Results) -> Rows:
@@ -843,6 +913,8 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "fuzz-summary": fuzz_summary,
     "glue-low": glue_low,
     "llamacpp": llamacpp,
+    "judge": judge,
+    "judge-coverage": judge_coverage,
     "problems": problems,
     "rank_cost": rank_cost,
     "rank_cost-frozen": rank_cost_frozen,

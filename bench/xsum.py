@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import torch
 from mixed_pool import FURTHER, TOKENS, model_folder, read

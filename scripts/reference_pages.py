@@ -45,7 +45,7 @@ Further `training` settings are any field of `transformers.TrainingArguments` (`
 | --- | --- |
 {refused}
 
-Some options are arguments of Python functions only (`scope`, `reference`, `calibration`, `guard`, `gamma`, `samples`
+Some options are arguments of Python functions only (`scope`, `reference`, `calibration`, `judge`, `gamma`, `samples`
 …): see `tsqlora.score`, `ScoringRule`, `RankCallback` and `RankSchedule` in the [API](api.md).
 
 ## Detected columns
@@ -78,8 +78,6 @@ WHEN = {
     "quality.enabled": "false: a random control at half the steps, nothing scored",
     "quality.fraction": "1.0 for all rows; smaller for fewer steps (below 0.25 little was tried)",
     "quality.preset": "paper, to reproduce the published Q",
-    "quality.gate": "classes or numbers with trusted rows, in a pool that differs from them",
-    "quality.trusted_last": "you know how trusted rows differ from the pool, or that they do not",
     "ranks.policy": "tsqlora, to see which layers matter",
     "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
     "ranks.depth": "half of the blocks, for shorter steps; measure what it costs",

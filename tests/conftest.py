@@ -19,7 +19,6 @@ from jaxtyping import install_import_hook
 # Hugging Face's libraries read these when they are imported, so nothing above may import them.
 for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[offline] = "1"
-os.environ["TSQLORA_CACHE"] = ""  # no look of an earlier test, nor of its user
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
 CHECKED = ("gradients", "quality", "ranks", "layer_sensitivity", "tasks", "adapter", "baselines")

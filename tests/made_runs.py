@@ -62,14 +62,14 @@ def make_run(folder: Path, *, rows: list[Row] | None = None, events: int = 3, **
 
 
 def looks_of(rows: int) -> list[dict[str, Any]]:
-    """Two looks: a head replaced and wrong labels evident at the first, and more rows kept at the second."""
+    """Two looks: a head replaced and wrong labels evident at the first, whose verdicts the second repeats."""
     head = {"replaced": True, "out_of_fold_loss": 0.31, "present_loss": 0.72, "rows": rows}
     head |= {"strength": 1.0, "scale": 0.5, "whitened": False, "trusted": False}
     noise = {"evident": True, "rate": 0.2, "low": 0.17, "high": 0.24}
     about = {"gate": None, "not_ready": None, "noise": noise, "rows": rows}
     return [
         {"epoch": 0, "step": 0, "head_start": head, "kept": rows - 5, **about},
-        {"epoch": 2, "step": 20, "head_start": None, "kept": rows - 3, **about},
+        {"epoch": 2, "step": 20, "head_start": None, "kept": rows - 5, **about},
     ]
 
 

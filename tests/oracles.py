@@ -232,6 +232,18 @@ def slow_calibration(logits: Tensor, labels: Tensor) -> Tensor:
 # --- sensitivity of layers, eq. 6 ---------------------------------------------------------
 
 
+def slow_contradictions(features: np.ndarray, labels: np.ndarray, near: float) -> list[tuple[float, int, int]]:
+    """Pairs of rows with different labels and a cosine of at least `near`, after centring; the nearest first."""
+    rows = [row - features.mean(axis=0) for row in features.astype(np.float64)]
+    pairs = []
+    for b in range(len(rows)):
+        for a in range(b):
+            cosine = float(rows[a] @ rows[b] / max(np.linalg.norm(rows[a]) * np.linalg.norm(rows[b]), 1e-12))
+            if cosine >= near and labels[a] != labels[b]:
+                pairs.append((cosine, a, b))
+    return sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))
+
+
 def slow_sensitivity(
     model: nn.Module,
     batches_of_one: Sequence[Batch],

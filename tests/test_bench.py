@@ -25,7 +25,8 @@ def test_every_benchmark_finds_what_it_imports() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORT],
         input=" ".join(names),
-        env=os.environ | {"PYTHONPATH": str(BENCH), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{BENCH}:{BENCH.parent / 'src'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -291,14 +291,34 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
     scored = {"scores": "s.parquet", "rows": 90, "held_out": 10, "draw": "even", "dropped": {"duplicate": 3}}
     text = shown(show_scores, {**scored, "noise": {"evident": True, "rate": 0.2, "low": 0.1, "high": 0.3}})
     assert all(part in text for part in ("evenly", "3 (near-duplicate", "20.0%", "tsqlora select s.parquet"))
+    unbounded = {"evident": True, "rate": 0.2, "low": 0.0, "high": 1.0}
+    assert "about 20.0% are wrong\n" in shown(show_scores, {**scored, "noise": unbounded})
     softmax = {"draw": "softmax", "temperature": 2.0, "effective_sample_size": 41.2, "noise": None}
     assert "sample size 41" in shown(show_scores, {**scored, **softmax})
+
+
+@pytest.mark.parametrize(("evident", "chance"), [(True, 0.87), (False, None)])
+def test_suspects_have_a_probability_where_wrong_labels_are_evident(evident: bool, chance: float | None) -> None:
+    row = {
+        "row": 4,
+        "label": "a",
+        "suggested_label": "b",
+        "wrong_probability": chance,
+        "text": "some text",
+        "token": None,
+    }
+    audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [row], "duplicates": 0}
+    audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "o", "columns": {}}
+    text = shown(show_audit, {**audit, "evident": evident})
+    assert "some text" in text
+    assert ("87%" in text) == ("wrong" in text) == evident
 
 
 def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     record = {"cost": {}, "ranks": {}, "metrics": {}, "notes": [], "run": "my run"}
     audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "", "first": [], "duplicates": 0}
     audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out"}
+    audit |= {"evident": False}
     scored = {"scores": "my s.parquet", "rows": 9, "held_out": 1, "draw": "even", "dropped": {}, "noise": None}
     for show, result, commands in (
         (show_record, record, ["tsqlora report 'my run'"]),

@@ -151,7 +151,7 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
     model.register_forward_pre_hook(note, with_kwargs=True)
     options = {"per_device_train_batch_size": 8 // world, "num_train_epochs": 3, "train_sampling_strategy": "random"}
     options |= {"average_tokens_across_devices": False}  # else the gradient of two is twice that of one
-    make_trainer(model, data, folder, [quality_by(data, gate="share", trusted_last=True)], **options).train()
+    make_trainer(model, data, folder, [quality_by(data)], **options).train()
     assert data.scores is not None
     return {
         "steps": steps,

@@ -1,14 +1,20 @@
 """Planted wrong labels come first, at their rate; probabilities hold; features without information give no evidence."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.quality.audit import Audit, audit_of, audit_of_tags
-from tsqlora.quality.duplicates import NEAR, contradictions
+from oracles import slow_contradictions
+from tsqlora.quality import duplicates
+from tsqlora.quality.audit import Audit, audit_of, audit_of_judgement, audit_of_tags
+from tsqlora.quality.judge import judge, judge_logits
 from tsqlora.quality.tag_features import TagFeatures
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
@@ -48,6 +54,9 @@ def test_planted_wrong_labels_come_first_with_probabilities_that_hold(rate: floa
     assert sum(off) < 0.03, "90 % of the rows with a probability of 90 % are wrong"
     sure = p > 0.9
     assert (audit.suggested[sure] == true[audit.ids[sure]]).mean() > 0.9
+    pair = audit.pairs[0]
+    is_pair = (audit.labels == pair.label) & (audit.suggested == pair.suggested)
+    assert pair.wrong == pytest.approx(wrong[is_pair].sum(), rel=0.25, abs=3)
 
 
 def test_each_of_several_labels_is_judged_by_itself() -> None:
@@ -76,13 +85,33 @@ def test_each_of_several_labels_is_judged_by_itself() -> None:
     assert (of_all.suggested != of_all.labels).all(), "a row with all labels can only lose one"
 
 
-def test_labels_of_one_class_that_are_always_the_same_other_one_are_seen_as_a_pair() -> None:
+def test_classes_that_lose_labels_to_a_certain_other_one_are_the_first_pairs_also_without_evidence() -> None:
     features, true, rng = blobs()
-    labels = np.where((true == 2) & (rng.random(ROWS) < 0.3), 5, true)
+    labels = np.where((true < 4) & (rng.random(ROWS) < 0.3), true + 4, true)
     audit = audit_of(features, labels)
-    assert (audit.pairs[0].label, audit.pairs[0].suggested) == (5, 2)
-    assert audit.pairs[0].wrong == pytest.approx(((labels == 5) & (true == 2)).sum(), rel=0.2)
-    assert audit.rate == pytest.approx((labels != true).mean(), abs=0.015)
+    assert {(pair.label, pair.suggested) for pair in audit.pairs[:4]} == {(4, 0), (5, 1), (6, 2), (7, 3)}
+
+
+def test_an_audit_lists_the_rows_that_training_leaves_out() -> None:
+    features, true, rng = blobs()
+    labels = flipped(true, 0.2, rng)
+    judgement, audit = judge(features, labels, CLASSES), audit_of(features, labels)
+    assert audit.likely_wrong > 0
+    assert set(audit.ids[: audit.likely_wrong].tolist()) == set(np.flatnonzero(judgement.left_out).tolist())
+
+
+def test_without_evidence_rows_are_ordered_and_nothing_is_said_of_how_many_are_wrong() -> None:
+    rng = np.random.default_rng(0)
+    logits = 2.0 * rng.normal(size=(600, 4))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    audit = audit_of_judgement(judge_logits(logits, labels), labels)
+    assert not audit.evident
+    assert audit.why_not
+    assert (audit.likely_wrong, audit.rate, audit.low, audit.high) == (0, 0, 0, 1)
+    own = log_softmax(logits, axis=1)[audit.ids, audit.labels]
+    assert np.corrcoef(rankdata(own), np.arange(600))[0, 1] > 0.95
+    others = np.where(np.arange(4) == labels[:, None], -np.inf, logits)
+    assert (audit.suggested == others.argmax(1)[audit.ids]).mean() > 0.95
 
 
 def test_a_clean_table_has_hardly_a_likely_wrong_row() -> None:
@@ -98,7 +127,8 @@ def test_wrong_labels_of_two_classes_are_evident(seed: int) -> None:
     audit = audit_of(features, labels)
     assert audit.evident
     assert audit.rate == pytest.approx(0.2, abs=0.03)
-    assert wrong_of(audit, labels, true)[: audit.likely_wrong].mean() > 0.8
+    listed = slice(audit.likely_wrong)
+    assert wrong_of(audit, labels, true)[listed].mean() == pytest.approx(audit.probability[listed].mean(), abs=0.12)
     assert average_precision_score(wrong_of(audit, labels, true), audit.probability) > 0.8
 
 
@@ -108,19 +138,41 @@ def test_classes_that_are_merged_into_two_are_no_evidence_of_wrong_labels(merged
     assert not audit_of(features, (true < merged).astype(int)).evident
 
 
-def test_near_duplicates_with_different_labels_are_all_pairs_above_the_threshold() -> None:
-    features, labels, _ = blobs()
-    features[3] = features[7] + 1e-4
-    labels[3], labels[7] = 0, 1
-    ids = np.arange(ROWS) * 2
-    unit = features - features.mean(0)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    slow = {
-        (int(ids[a]), int(ids[b])) for a, b in np.argwhere(np.triu(unit @ unit.T, 1) >= NEAR) if labels[a] != labels[b]
-    }
-    result = contradictions(features, labels, ids)
-    assert {(pair.first, pair.second) for pair in result} == slow
-    assert (result[0].first, result[0].second) == (6, 14)
+@pytest.mark.parametrize(("rows_at_once", "most"), [(1_024, 1_000), (64, 1_000), (64, 20)])
+def test_near_duplicates_with_different_labels_are_the_nearest_pairs_of_a_slow_twin(
+    rows_at_once: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(60, 8))[rng.integers(60, size=300)] + 0.15 * rng.normal(size=(300, 8))).astype("f4")
+    labels, ids = rng.integers(3, size=300), np.arange(300) * 2
+    monkeypatch.setattr(duplicates, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(duplicates, "MOST_CONTRADICTIONS", most)
+    slow = [(2 * a, 2 * b) for _, a, b in slow_contradictions(features, labels, duplicates.NEAR)]
+    result, uncompared = duplicates.contradictions(features, labels, ids)
+    assert len(slow) > 100
+    assert [(pair.first, pair.second) for pair in result] == slow[:most]
+    assert uncompared == 0
+
+
+def test_near_duplicates_of_collapsed_rows_take_seconds_and_are_as_many_as_are_shown() -> None:
+    rng, rows = np.random.default_rng(0), 8_000
+    features = np.where(rng.random((rows, 1)) < 0.5, 1, -1) + 1e-3 * rng.normal(size=(rows, 64))
+    features, labels, begun = features.astype(np.float32), rng.integers(5, size=rows), time.process_time()
+    result, _ = duplicates.contradictions(features, labels, np.arange(rows))
+    assert time.process_time() - begun < 8
+    assert len({(pair.first, pair.second) for pair in result}) == duplicates.MOST_CONTRADICTIONS
+    assert all(pair.first < pair.second and labels[pair.first] != labels[pair.second] for pair in result)
+
+
+def test_rows_too_many_to_be_compared_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = np.zeros((100, 4), np.float32), np.arange(100)
+    features[:, 0] = np.arange(100) < 50
+    monkeypatch.setattr(duplicates, "MOST_PRODUCTS", 50**2 * 4 / 2)
+    result, uncompared = duplicates.contradictions(features, labels, np.arange(100))
+    assert uncompared == 50
+    rows = {row for pair in result for row in (pair.first, pair.second)}
+    assert len(rows) == 50
+    assert {0, 99} <= rows, "the others are evenly spaced"
 
 
 def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:
@@ -148,13 +200,18 @@ def test_mean_hidden_states_ignore_padding() -> None:
 
 def test_rows_of_a_class_with_few_others_are_not_judged_and_make_no_evidence() -> None:
     features, true, rng = blobs(0.3)
-    rare = CLASSES + rng.permutation(60)  # each the only row of its class
-    labels = np.concatenate([rare, true[60:]])
-    audit = audit_of(features, labels, classes=range(CLASSES + 60))
-    assert audit.unjudged == 60
+    rare = CLASSES + rng.permutation(30)  # each the only row of its class
+    labels = np.concatenate([rare, true[30:]])
+    audit = audit_of(features, labels, classes=range(CLASSES + 30))
+    assert audit.unjudged == 30
     assert audit.likely_wrong <= 0.01 * ROWS
+    assert not set(range(30)) & set(audit.ids[:100].tolist()), "nothing says that these are wrong"
+    labels = np.concatenate([rare, flipped(true, 0.4, rng)[30:]])
+    audit = audit_of(features, labels, classes=range(CLASSES + 30))
+    assert audit.rate > 0.3
+    assert not set(range(30)) & set(audit.ids[: audit.likely_wrong].tolist())
     with pytest.raises(tsq.DataError, match="5 rows"):
-        audit_of(features[:60], rare)
+        audit_of(features[:30], rare)
 
 
 def test_wrong_tags_are_found_by_fits_on_other_rows() -> None:

@@ -60,18 +60,16 @@ def test_the_lists_hold_the_best_the_worst_and_the_suspicious(data: Path) -> Non
     assert [one["id"] for one in explain(tied, 4)["lowest"]] == [one["id"] for one in result["suspicious"]]
 
 
-@pytest.mark.parametrize("wrong", [True, False])
-def test_wrong_labels_have_a_probability_where_they_are_evident(wrong: bool) -> None:
-    n = 400
-    true, bad = np.arange(n) % 2, np.arange(n) % 7 == 3
-    margin = np.random.default_rng(0).uniform(2, 6, size=n) * (2 * true - 1)
-    predictions = {"logits": np.stack([-margin, margin], axis=1)}
-    labels = np.where(bad & wrong, 1 - true, true)
-    changes = {"terms": {"convergence": margin}, "labels": labels, "predictions": predictions, "hashes": None}
-    assert p_wrong(made(None, **changes)) is None  # not estimated
-    probability = p_wrong(made(None, **changes, record={"noise": {}}))
+def test_the_probability_of_a_wrong_label_is_the_judges() -> None:
+    assert p_wrong(made(None)) is None  # not estimated
+    judged = {"record": {"noise": {"evident": False}}}
+    probability = p_wrong(made(None, **judged))
     assert probability is not None
-    assert probability[bad].min() > 0.2 > probability[~bad].max() if wrong else not probability.any()
+    assert not probability.any()
+    scores = made(None, **judged)
+    wrong = np.linspace(0, 1, len(scores))
+    scores = replace(scores, predictions={**scores.predictions, "wrong_probability": wrong})
+    np.testing.assert_array_equal(p_wrong(scores), wrong)
 
 
 def test_likely_wrong_labels_come_with_the_label_that_the_model_would_give(data: Path) -> None:

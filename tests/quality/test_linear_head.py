@@ -1,9 +1,10 @@
-"""A head fitted on features: its strength by folds, its scale by the out-of-fold loss."""
+"""Linear fits on features: the strength by folds, and predictions of rows that were not seen."""
 
 import numpy as np
 import pytest
 
-from tsqlora.quality.linear_head import fit_head, row_losses
+from tsqlora.quality import linear_head
+from tsqlora.quality.linear_head import STRENGTHS, fit_head, out_of_fold_logits, row_losses
 
 
 def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -19,11 +20,25 @@ def test_unseen_rows_are_classified() -> None:
     assert fit.loss == pytest.approx(row_losses(fit.head.logits(x[400:]), y[400:], "classes").mean(), rel=0.5)
 
 
-def test_training_starts_at_the_out_of_fold_loss() -> None:
-    x, y = classes(120, 3, d=40)
-    fit = fit_head(x, y, kind="classes", width=3, rng=np.random.default_rng(0))
-    assert fit.scale < 1  # 40 features separate 120 rows too well
-    assert row_losses(fit.head.logits(x), y, "classes").mean() == pytest.approx(fit.loss, rel=1e-2)
+def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
+    x, y = classes(3000, 50, d=32, spread=0.15)
+    fit = fit_head(x, y, kind="classes", width=50, rng=np.random.default_rng(0))
+    assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
+
+
+@pytest.mark.parametrize("most", [None, 100])
+def test_no_row_is_predicted_by_a_fit_that_has_seen_its_group(
+    most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels are random, so that only a fit that has seen a row, or a copy of it, knows its label."""
+    if most is not None:
+        monkeypatch.setattr(linear_head, "ROWS_TO_CHOOSE", most)
+        monkeypatch.setattr(linear_head, "OUTPUTS_TO_FIT", 0)
+    rng = np.random.default_rng(0)
+    x, y = np.repeat(rng.normal(size=(60, 80)), 4, axis=0), np.repeat(rng.integers(2, size=60), 4)
+    logits = out_of_fold_logits(x, y, 2, groups=np.repeat(np.arange(60), 4), rng=rng)
+    assert (logits.argmax(1) == y).mean() < 0.75
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import TaskType
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification
 
 import tsqlora as tsq
 from models import (
@@ -28,16 +29,14 @@ from scoring import assert_unchanged, fingerprint, trainable
 from tsqlora.errors import DataError
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
-from tsqlora.quality.forward_pass import find_head, forward_pass
-from tsqlora.quality.head_start import start_head
-from tsqlora.quality.label_noise import reject as reject_of
+from tsqlora.quality.forward_pass import Forward, find_head, forward_pass
+from tsqlora.quality.head_start import SCALE, Started, fit_start, fit_trusted, start_head
+from tsqlora.quality.linear_head import row_losses
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.score import require_scorable
-from tsqlora.quality.started import Started, install
 from tsqlora.quality.trusted import Trusted
-from tsqlora.seeds import stream
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import model_logits, split_labels
 
@@ -105,7 +104,7 @@ def losses(model: nn.Module, rows: Rows, task: Task = CLASSES, collate: Any = co
 
 def head_of(model: nn.Module) -> Tensor:
     inputs, _ = split_labels(collate(samples(4, 3)), model)
-    head = find_head(model.eval(), lambda: model_logits(model, inputs, CLASSES))
+    head = find_head(model.eval(), inputs, CLASSES)
     assert head is not None
     return head.linear.weight.detach().clone()
 
@@ -127,37 +126,51 @@ def features_of(model: nn.Module, rows: Rows, task: Task) -> np.ndarray:
 
 
 @pytest.mark.parametrize("build", [wrapped, lambda: wrapped(tiny_llama_classifier()), of_numbers])
-def test_the_fitted_head_has_the_out_of_fold_loss(build: Callable[[], nn.Module]) -> None:
+def test_a_head_is_installed_at_one_scale_of_its_fit(build: Callable[[], nn.Module]) -> None:
     model, rows, task = build(), learnable(), NUMBERS if build is of_numbers else CLASSES
     rows = with_numbers(rows) if build is of_numbers else rows
-    before = losses(model, rows, task).mean()
+    mean = float(np.mean([row["labels"] for row in rows])) if build is of_numbers else 0.0
+    before = float(losses(model, rows, task).mean())
     start = started(model, rows, task=task).head
     assert start is not None
     assert start.replaces
-    after = float(losses(model, rows, task).mean())
-    assert after < 0.7 * float(before)
-    assert build is of_numbers or after == pytest.approx(start.fit.loss, rel=0.05)
-
-
-@pytest.mark.parametrize("build", [wrapped, lambda: wrapped(tiny_llama_classifier()), of_numbers])
-def test_training_starts_at_half_of_the_logits_and_with_numbers_half_as_far_from_their_mean(
-    build: Callable[[], nn.Module],
-) -> None:
-    model, rows, task = build(), learnable(60), NUMBERS if build is of_numbers else CLASSES
-    rows = with_numbers(rows) if build is of_numbers else rows
-    mean = float(np.mean([row["labels"] for row in rows])) if build is of_numbers else 0.0
-    result = looked(model, rows, task=task, rule=ScoringRule(terms=("gradient_norm",)))
-    assert result.head is not None
-    assert result.head.replaces
-    np.testing.assert_allclose(head_of(model).numpy(), 0.5 * result.head.fit.head.weight, rtol=1e-5)
+    assert float(losses(model, rows, task).mean()) < before
+    np.testing.assert_allclose(head_of(model).numpy(), SCALE * start.fit.head.weight, rtol=1e-5)
     inputs, _ = split_labels(collate(rows), model)
     logits = model_logits(model.eval(), inputs, task).numpy(force=True)
-    twin = build()
-    started(twin, rows, task=task)
-    whole = looked(twin, rows, task=task, rule=ScoringRule(terms=("gradient_norm",), head_start=False)).scores
-    np.testing.assert_allclose(result.scores.terms["gradient_norm"], whole.terms["gradient_norm"], rtol=1e-3, atol=1e-5)
-    calibrated = model_logits(twin.eval(), inputs, task).numpy(force=True)
-    np.testing.assert_allclose(logits, mean + 0.5 * (calibrated - mean), atol=1e-4)
+    if isinstance(model.get_base_model(), BertForSequenceClassification):
+        fitted = start.fit.head.logits(features_of(model, rows, task).astype(np.float32))
+        np.testing.assert_allclose(logits, mean + SCALE * (fitted - mean), atol=1e-3)
+
+
+def test_terms_of_q_are_of_the_head_that_training_begins_with() -> None:
+    model, rows = wrapped(), learnable(60)
+    rule = ScoringRule(terms=("gradient_norm",))
+    first = looked(model, rows, rule=rule).scores
+    again = looked(model, rows, rule=replace(rule, head_start=False)).scores
+    for name in ("gradient_norm", "loss"):
+        np.testing.assert_allclose(first.terms[name], again.terms[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("loss", ["smoothed", "weighted"])
+def test_a_good_head_stays_whatever_the_training_loss_does_to_the_numbers(loss: str) -> None:
+    """Its plain loss is compared, as that of the fit is."""
+    model, rows = wrapped(), learnable(400)
+    task: Any = get_task("sequence-classification")
+    start = started(model, rows).head
+    assert start is not None
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.out_features == 3 and module.weight.requires_grad:
+                module.weight.copy_(torch.from_numpy(start.fit.head.weight))
+                module.bias.copy_(torch.from_numpy(start.fit.head.bias))
+    good = head_of(model)
+    options = {"label_smoothing": 0.5} if loss == "smoothed" else {"class_weights": torch.full((3,), 10.0)}
+    task = get_task("sequence-classification", **options)
+    again = started(model, rows, task=task).head
+    assert again is not None
+    assert not again.replaces
+    assert torch.equal(head_of(model), good)
 
 
 def test_only_the_head_changes_and_it_can_be_put_back() -> None:
@@ -196,161 +209,60 @@ def test_text_and_frozen_heads_have_none() -> None:
 
 
 @pytest.mark.parametrize("pool_agrees", [True, False])
-def test_the_head_is_fitted_on_the_rows_that_make_for_the_lower_loss_on_trusted_ones(pool_agrees: bool) -> None:
-    model, rows, trusted = wrapped(), learnable(), learnable(30, seed=1)
-    result = started(model, rows if pool_agrees else shifted(rows), trusted=trusted)
-    assert result.head is not None
-    assert result.of_trusted is not None
-    assert result.head.trusted == (not pool_agrees)
-    # Both by losses on trusted rows: of the pool's head, and of their own out of fold.
-    assert (result.of_trusted.fit.loss < result.of_trusted.present) == (not pool_agrees)
-    other = wrapped()
-    started(other, rows if pool_agrees else shifted(rows))
-    assert result.of_trusted.present == pytest.approx(float(losses(other, trusted).mean()), rel=1e-3)
-    assert float(losses(model, trusted).mean()) < 0.7
-    before = head_of(model)
-    result.ready_to_train()
-    assert torch.equal(head_of(model), before * (0.5 if pool_agrees else 1.0))
+def test_the_head_is_the_pools_unless_that_of_trusted_rows_predicts_them_better(pool_agrees: bool) -> None:
+    model, rows, trusted = wrapped(), learnable(), learnable(40, seed=1)
+    head = started(model, rows if pool_agrees else shifted(rows), trusted=trusted).head
+    assert head is not None
+    assert head.trusted == (not pool_agrees)
+    assert float(losses(model, trusted).mean()) < 1.1
+    np.testing.assert_allclose(head_of(model).numpy(), SCALE * head.fit.head.weight, rtol=1e-5)
+
+
+def test_few_trusted_rows_do_not_replace_a_head_by_chance() -> None:
+    rng, replaced = np.random.default_rng(0), 0
+    for _ in range(12):
+        x, w = rng.normal(size=(1024, 64)), rng.normal(size=64)
+        y = (x @ w + 8 * rng.normal(size=1024) > 0).astype(int)
+        options: dict[str, Any] = {"kind": "classes", "width": 2, "intercept": True}
+        options["rng"] = lambda: np.random.default_rng(0)
+        x = x.astype(np.float32)
+        start = fit_start(x[:1000], y[:1000], np.full(1000, np.log(2)), **options)
+        few = Forward(y[1000:], np.ones(24), np.zeros((24, 2)), x[1000:])
+        replaced += fit_trusted(start, x[1000:], few, **options).replaces
+    assert replaced <= 1
+
+
+def test_copies_of_trusted_rows_leave_the_pool_before_anything_is_fitted() -> None:
+    """Otherwise they would confirm what the pool predicts of trusted rows."""
+    rows, trusted = shifted(learnable(100)), learnable(40, seed=1)
+    pool = [*rows, *(5 * trusted)]
+    twins = np.arange(300) >= 100
+    model = wrapped()
+    request = LookRequest(dataset=pool, collate=collate, task=CLASSES, trusted=Trusted(trusted, twins=twins))
+    head, alone = start_head(model, request).head, started(wrapped(), rows, trusted=trusted).head
+    assert head is not None
+    assert alone is not None
+    assert head.trusted == alone.trusted
+    assert head.present == pytest.approx(alone.present, rel=1e-3)
 
 
 @pytest.mark.parametrize("pool_agrees", [True, False])
 def test_a_head_of_trusted_rows_stands_on_the_dense_layer_that_it_was_fitted_on(pool_agrees: bool) -> None:
     model = wrapped(tiny_mpnet(), modules_to_save=["classifier"])
-    rows, trusted = learnable(120), learnable(60, seed=1)
+    rows, trusted = learnable(120), shifted(learnable(60, seed=1))
     if not pool_agrees:
         rng = np.random.default_rng(0)
         rows = [row | {"labels": int(rng.integers(3))} for row in rows]  # whose head does not replace the model's own
-    result = started(model, rows, trusted=trusted)
-    assert result.layer is not None
-    assert result.of_trusted is not None
-    install(result.layer, result.of_trusted)
-    assert float(losses(model, trusted).mean()) == pytest.approx(result.of_trusted.fit.loss, rel=0.1)
+    head = started(model, rows, trusted=trusted).head
+    assert head is not None
+    assert head.trusted
+    inputs, labels = split_labels(collate(trusted), model)
+    logits = model_logits(model.eval(), inputs, CLASSES).numpy(force=True) / SCALE
+    loss = float(row_losses(logits, labels.numpy(), "classes").mean())
+    assert loss < head.fit.loss * 1.1  # in sample
 
 
-# --- the trusted model --------------------------------------------------------------------
-
-
-def trained_alone(
-    model: nn.Module, trusted: Rows, task: Task, collate: Any, *, steps: int, size: int, rate: float, rng: Any
-) -> None:
-    """Plain AdamW with linear decay on these rows, in the order that the look takes."""
-    model.eval()
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=rate, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
-    order = np.concatenate([rng.permutation(len(trusted)) for _ in range(-(-steps * size // len(trusted)))])
-    for step in range(steps):
-        inputs, labels = split_labels(collate([trusted[j] for j in order[step * size :][:size]]), model)
-        task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels).backward()
-        optimizer.step()
-        decay.step()
-        optimizer.zero_grad()
-
-
-REDUCIBLE = ScoringRule(terms=("reducible_loss",), seed=3)
-
-
-@pytest.mark.parametrize("numbers", [False, True])
-def test_reducible_loss_is_the_slow_twins(numbers: bool) -> None:
-    task, model = (NUMBERS, of_numbers()) if numbers else (CLASSES, wrapped())
-    rows, trusted = learnable(60), learnable(40, seed=1)
-    if numbers:
-        rows, trusted = with_numbers(rows), with_numbers(trusted)
-    twin = copy.deepcopy(model)
-    request = LookRequest(dataset=rows, collate=collate, task=task, rule=REDUCIBLE, trusted=Trusted(trusted))
-    start = start_head(twin, request)
-    ours = losses(twin, rows, task)
-    assert start.layer is not None
-    assert start.of_trusted is not None
-    install(start.layer, start.of_trusted)
-    trained_alone(twin, trusted, task, collate, steps=100, size=16, rate=2 * 1e-3, rng=stream("trusted model", 3))
-    expected = losses(twin, rows, task)
-
-    before = fingerprint(model)
-    result = looked(model, rows, rule=REDUCIBLE, task=task, trusted=Trusted(trusted, learning_rate=1e-3))
-
-    terms = result.scores.terms
-    scale = float((ours - expected).abs().max())
-    np.testing.assert_allclose(terms["trusted_loss"], expected, rtol=2e-3, atol=1e-3 * scale)
-    np.testing.assert_allclose(terms["reducible_loss"], ours - expected, rtol=2e-3, atol=2e-3 * scale)
-    assert result.trusted_cost.backward == 100 * 16
-    result.undo()
-    assert_unchanged(before, model)
-
-
-@pytest.mark.parametrize(("family", "rate", "best"), [("llama", 1e-3, 0), ("t5", 1e-3, 0), ("llama", 0.1, 2)])
-def test_of_text_it_is_relative_and_trained_for_fewer_steps_at_the_best_rate(
-    family: str, rate: float, best: int
-) -> None:
-    kind = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
-    task = get_task("seq2seq" if family == "t5" else "causal-lm")
-    model = lora(GENERATORS[family](), task=kind)
-    rows, trusted, batches = texts(model, 9), 6 * texts(model, 1, seed=1), text_collator(model)
-    ours = losses(model, rows, task, batches)
-    rng = stream("trusted model", 3)
-    held_out, rest = ([trusted[j] for j in part] for part in np.split(rng.permutation(len(trusted)), [2]))
-    twins = [copy.deepcopy(model) for _ in range(3)]
-    for twin, factor in zip(twins, (2.0, 1.0, 0.5), strict=True):
-        trained_alone(twin, rest, task, batches, steps=24, size=4, rate=factor * rate, rng=rng)
-    of_rates = [float(losses(twin, held_out, task, batches).mean()) for twin in twins]
-    assert int(np.argmin(of_rates)) == best
-    expected = losses(twins[best], rows, task, batches)
-
-    before = fingerprint(model)
-    rule = ScoringRule(weights={"reducible_loss": 1.0}, seed=3)
-    result = looked(
-        model, rows, rule=rule, task=task, trusted=Trusted(trusted, rate, batch_size=4), collate=batches, batch_size=2
-    )
-
-    expected = (ours - expected) / ours.clamp_min(ours.median().item())
-    np.testing.assert_allclose(result.scores.terms["reducible_loss"], expected, rtol=1e-3, atol=1e-4)
-    assert not result.scores.even
-    assert_unchanged(before, model)
-
-
-def test_text_that_no_rate_learns_is_drawn_evenly() -> None:
-    task, model = get_task("causal-lm"), lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
-    rows, batches = texts(model, 9), text_collator(model)
-    for rate, trainings in ((1e-3, 2), (1e9, 3)):
-        trusted = Trusted(6 * texts(model, 1, seed=1), rate, batch_size=4)
-        rule = ScoringRule(weights={"reducible_loss": 1.0}, seed=3)
-        result = looked(model, rows, rule=rule, task=task, trusted=trusted, collate=batches)
-        assert result.scores.even == (trainings == 3)
-        assert ("why_not" in (result.scores.record.gate or {})) == (trainings == 3)
-        assert result.trusted_cost.backward == trainings * 24 * 4
-
-
-def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:
-    model, rows, trusted = wrapped(), learnable(60), samples(40, 3, seed=1)
-    rng = np.random.default_rng(0)
-    for row in trusted:
-        row["labels"] = int(rng.integers(3))
-    result = looked(model, rows, rule=ScoringRule(gate="share"), trusted=Trusted(trusted))
-    assert "why_not" in result.scores.record.gate
-    assert result.scores.kept.all()
-    assert result.trusted_cost.forward == 0
-
-
-@pytest.mark.parametrize("head_start", [True, False])
-def test_a_gate_leaves_out_the_rows_that_the_trusted_model_contradicts(head_start: bool) -> None:
-    model, rows = wrapped(), learnable(100)
-    wrong = np.arange(100) % 5 == 0
-    rows = [shifted([row])[0] if wrong[j] else row for j, row in enumerate(rows)]
-    rule = ScoringRule(gate="surest", head_start=head_start)
-    scores = looked(model, rows, rule=rule, trusted=Trusted(learnable(60, seed=1), 1e-3)).scores
-    out = ~scores.kept
-    assert scores.record.gate == {"name": "surest", "left_out": int(out.sum())}
-    assert out.sum() == 20
-    assert wrong[out].mean() > 0.8
-    np.testing.assert_array_equal(scores.left_out_as("gated"), out)
-
-
-def test_a_gate_leaves_enough_rows_beside_copies_of_trusted_rows() -> None:
-    twins = np.arange(100) < 10
-    rule = ScoringRule(gate="surest", weights={"loss": 1.0})
-    trusted = Trusted(learnable(60, seed=1), 1e-3, twins=twins)
-    scores = looked(wrapped(), learnable(100), rule=rule, trusted=trusted, fraction=0.85).scores
-    assert scores.kept.sum() == 85
-    assert not scores.kept[twins].any()
+# --- text with trusted rows ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", GENERATORS)
@@ -437,21 +349,6 @@ def test_the_density_ratio_stands_beside_other_terms(rule: ScoringRule, like_the
     assert scores.even == (rule.weights is None and (like_the_pool or not rule.select))
 
 
-def test_what_an_earlier_look_measured_of_the_trusted_model_is_used_again() -> None:
-    model, rows, trusted = wrapped(), learnable(60), learnable(40, seed=1)
-    rule = ScoringRule(weights={"reducible_loss": 1.0})
-    first = looked(model, rows, rule=rule, trusted=Trusted(trusted))
-    head = head_of(model)
-    again = Trusted(trusted, loss=first.scores.terms["trusted_loss"])
-    second = looked(model, rows, rule=replace(rule, head_start=False), trusted=again)
-    assert torch.equal(head_of(model), head)
-    np.testing.assert_array_equal(second.scores.terms["trusted_loss"], first.scores.terms["trusted_loss"])
-    expected = losses(model, rows, CLASSES).numpy() - first.scores.terms["trusted_loss"]
-    np.testing.assert_allclose(second.scores.terms["reducible_loss"], expected, atol=1e-4)
-    assert not second.scores.even
-    assert second.trusted_cost.forward == 0
-
-
 @pytest.mark.parametrize("relabelled", [False, True])
 def test_a_row_with_the_input_of_a_trusted_row_is_never_drawn(relabelled: bool) -> None:
     model, rows, trusted = wrapped(), learnable(60), learnable(20, seed=1)
@@ -471,14 +368,10 @@ def test_a_row_with_the_input_of_a_trusted_row_is_never_drawn(relabelled: bool) 
 # --- predictions out of sample ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [False, True])
-def test_predictions_are_those_of_refits_without_the_row(numbers: bool) -> None:
-    task, model, rows = (
-        (NUMBERS, of_numbers(), with_numbers(learnable(40))) if numbers else (CLASSES, wrapped(), learnable(40))
-    )
+def test_predicted_numbers_are_those_of_refits_without_the_row() -> None:
+    task, model, rows = NUMBERS, of_numbers(), with_numbers(learnable(40))
     x = features_of(model, rows, task)
-    labels = np.array([row["labels"] for row in rows])
-    targets = labels[:, None] if numbers else np.eye(3)[labels]
+    targets = np.array([row["labels"] for row in rows])[:, None]
     strength = fit_ridge(x, targets.astype(np.float64)).strength
     refits = []
     for j in range(40):
@@ -489,12 +382,7 @@ def test_predictions_are_those_of_refits_without_the_row(numbers: bool) -> None:
         refits.append((x[j] - centre) @ weight + mean)
     result = looked(model, rows, task=task).scores
     assert result.record.out_of_sample
-    if numbers:
-        np.testing.assert_allclose(result.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
-    else:
-        logits = result.predictions["logits"]
-        assert np.corrcoef(logits.ravel(), np.ravel(refits))[0, 1] > 1 - 1e-6
-        assert result.predictions["predicted"].tolist() == np.argmax(refits, axis=1).tolist()
+    np.testing.assert_allclose(result.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
 
 
 # --- what a look may not depend on --------------------------------------------------------
@@ -516,7 +404,7 @@ def test_a_look_does_not_depend_on(how: str, monkeypatch: pytest.MonkeyPatch) ->
     result = looked(second, [rows[j] for j in order], rule=rule, **options).scores
     one, other = head_of(first).flatten(), head_of(second).flatten()
     if how in ("order", "memory"):  # the folds follow the order, half precision rounds
-        assert torch.cosine_similarity(one, other, dim=0) > 0.98
+        assert torch.cosine_similarity(one, other, dim=0) > 0.95
         near = 1e-2
     else:
         torch.testing.assert_close(other, one, rtol=0, atol=1e-3 * float(one.abs().max()))
@@ -535,10 +423,10 @@ class Breaks(Exception):
     pass
 
 
-TRUSTING = ScoringRule(terms=(*PAPER_TERMS, "reducible_loss"), gate="surest")
+TRUSTING = ScoringRule(terms=PAPER_TERMS)
 
 
-@pytest.mark.parametrize("before_end", [None, 0, 3, 50, 104, 107, 110])
+@pytest.mark.parametrize("before_end", [None, 0, 3, 5, 7, 9, 11])
 def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | None) -> None:
     model, rows, trusted = wrapped(), learnable(60), learnable(40, seed=1)
     for j, parameter in enumerate(trainable(model).values()):
@@ -568,33 +456,48 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
 
 
 def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
-    assert looked(wrapped(), learnable(2)).head is None
+    assert looked(wrapped(), learnable(2)).scores.record.head_start is None
 
 
-# --- wrong labels beside trusted rows -----------------------------------------------------
+# --- wrong labels -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("agree", "reject", "dropped"),
-    [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
-)
-def test_wrong_labels_are_dropped_where_trusted_rows_agree_with_the_pool(
-    agree: bool, reject: bool | None, dropped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fit on the pool judges them; trusted rows that contradict it say that it cannot, unless `reject` is set."""
-    rows = learnable(300)
-    wrong = np.arange(300) % 5 == 0
-    # The features of so small a model are no evidence.
-    monkeypatch.setattr("tsqlora.quality.look.reject", lambda *seen, frozen: (wrong, reject_of(*seen)[1]))
-    pool = [shifted([row])[0] if is_wrong else row for row, is_wrong in zip(rows, wrong, strict=True)]
-    trusted = learnable(60, seed=1)
-    rule = ScoringRule(reject=reject)
-    scores = looked(wrapped(), pool, rule=rule, trusted=Trusted(trusted if agree else shifted(trusted))).scores
-    assert scores is not None
-    assert scores.record.agreement is not None
-    assert scores.record.agreement["agrees"] == agree
-    left_out = scores.left_out_as("confident negative")
-    assert np.array_equal(left_out, wrong & dropped)
+def into_one_class(rows: Rows) -> tuple[Rows, np.ndarray]:
+    """The label of every tenth row is class 0."""
+    wrong = np.array([j % 10 == 0 and row["labels"] != 0 for j, row in enumerate(rows)])
+    return [row | {"labels": 0} if is_wrong else row for row, is_wrong in zip(rows, wrong, strict=True)], wrong
+
+
+@pytest.mark.parametrize("rule", [ScoringRule(), ScoringRule(weights={"loss": 1.0}), ScoringRule(judge=False)])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: ScoringRule, trusted: bool) -> None:
+    rows, wrong = into_one_class(learnable(600))
+    apart = Trusted(shifted(learnable(60, seed=1))) if trusted else None
+    scores = looked(wrapped(), rows, rule=rule, trusted=apart).scores
+    out = scores.left_out_as("confident negative")
+    if not rule.judge:
+        assert not out.any()
+        return
+    assert (out & wrong).sum() > 0.8 * wrong.sum()
+    assert (out & wrong).sum() > 0.8 * out.sum()
+    listed = tsq.audit(wrapped(), rows, collate)
+    assert {*listed.ids[: listed.likely_wrong].tolist()} == {*np.flatnonzero(out).tolist()}
+    np.testing.assert_allclose(scores.predictions["wrong_probability"][listed.ids], listed.probability, atol=1e-6)
+
+
+def test_a_later_look_renews_q_and_judges_no_label() -> None:
+    rows, _ = into_one_class(learnable(600))
+    rule, model = ScoringRule(weights={"loss": 1.0}), wrapped()
+    first = looked(model, rows, rule=rule).scores
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    second = looked(model, rows, rule=replace(rule, head_start=False), first=first).scores
+    assert not np.allclose(first.terms["loss"], second.terms["loss"])
+    np.testing.assert_array_equal(first.kept, second.kept)
+    assert second.record.noise == first.record.noise
+    for name, values in first.predictions.items():
+        np.testing.assert_array_equal(second.predictions[name], values, err_msg=name)
 
 
 def with_label(rows: Rows, at: int, label: float) -> Rows:

@@ -135,12 +135,6 @@ def test_el2n_is_refused_by_name_where_it_has_a_weight() -> None:
         scored(model, rows, weights={"el2n": 1.0})
 
 
-def test_reject_is_refused() -> None:
-    model, rows = adapted("llama")
-    with pytest.raises(SettingsError, match="reject"):
-        scored(model, rows, reject=True)
-
-
 @pytest.mark.parametrize("family", GENERATORS)
 def test_sensitivity_is_the_mean_over_samples_alone(family: str) -> None:
     model, rows = adapted(family)

@@ -50,7 +50,7 @@ def test_el2n_of_a_regression_is_the_distance(labels: torch.Tensor) -> None:
 
 
 def test_an_unknown_term_names_the_nearest_and_all() -> None:
-    with pytest.raises(SettingsError, match=r"did you mean 'convergence'.*reducible_loss"):
+    with pytest.raises(SettingsError, match=r"did you mean 'convergence'.*loss_reduction"):
         get_terms(("loss", "convergance"))
 
 

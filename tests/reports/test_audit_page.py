@@ -27,7 +27,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about: dict[str, Any] = {
         "source": "<b>rows</b>.csv", "sha256": "0" * 64, "classes": classes, "model_name": HOSTILE, "rows": 10,
         "summary": "Said.", "notes": [HOSTILE], "answer": "class", "columns": {},
-        "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
+        "evident": True, "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
     }  # fmt: skip
     both = tuple({"row": j, "text": HOSTILE, "label": "no"} for j in (1, 2))
     path = tmp_path_factory.mktemp("audit page") / "audit.html"
@@ -98,11 +98,31 @@ def test_rows_are_searched_and_narrowed(id: str, value: str, rows: int, page: Pa
 def test_a_browser_stores_the_choices_of_each_label_column_apart() -> None:
     about: dict[str, Any] = {
         "source": "rows.csv", "sha256": "0" * 64, "classes": ["0", "1"], "model_name": "m", "rows": 10, "summary": "S.",
-        "notes": [], "answer": "class", "pairs": [],
+        "notes": [], "answer": "class", "evident": True, "pairs": [],
     }  # fmt: skip
     pages = [audit_page(Path("a"), about | {"columns": {"label": name}}, [], []) for name in ("toxic", "rude", "toxic")]
     first, other, again = (Seen(page).page_data()["key"] for page in pages)
     assert first == again != other
+
+
+def test_without_evidence_the_page_has_no_number_of_wrong_labels(tab: Page, tmp_path: Path) -> None:
+    about: dict[str, Any] = {
+        "source": "rows.csv", "sha256": "1", "classes": ["0", "1"], "model_name": "m", "rows": 10, "summary": "S.",
+        "notes": [], "answer": "class", "columns": {}, "evident": False,
+        "pairs": [{"label": "0", "suggested": "1", "rows": 3, "wrong": None}],
+    }  # fmt: skip
+    rows = [Listed(7, "text", "0", "1", None, "suspect", ("0", "1")), Listed(8, "text", "0", "1", None, "check", ())]
+    page = audit_page(Path("a"), about, rows, [])
+    assert "of them wrong" not in page
+    (tmp_path / "audit.html").write_text(page, encoding="utf-8")
+    tab.messages.clear()
+    tab.open(tmp_path / "audit.html", width=1440)
+    shown = tab.run("[...document.querySelectorAll('#rows .small')].map(e => e.textContent)")
+    assert shown == ["row 7", "row 8 · to check"]
+    saved = "new Promise(done => { URL.createObjectURL = (blob) => { blob.text().then(done); return '#'; };"
+    table = tab.run(f"{saved} document.getElementById('export').click(); }})")
+    assert [row["wrong_probability"] for row in csv.DictReader(io.StringIO(table))] == ["", ""]
+    assert tab.messages == []
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -120,7 +140,7 @@ def test_a_token_is_marked_in_its_sentence_and_sets_of_labels_fit(
     ]
     about: dict[str, Any] = {
         "source": "rows.jsonl", "sha256": str(width), "classes": names, "model_name": "m", "rows": 10, "summary": "S.",
-        "notes": [], "answer": answer, "columns": {}, "pairs": [],
+        "notes": [], "answer": answer, "columns": {}, "evident": True, "pairs": [],
     }  # fmt: skip
     path = tmp_path / "audit.html"
     path.write_text(audit_page(Path("a"), about, rows, []), encoding="utf-8")

@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from seen import Seen
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.quality.audit import audit_of
+from tsqlora.quality.judge import DOUBT, judge
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
-from tsqlora.run.audit_listing import draw_checks
+from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing
 from tsqlora.run.config import load_config
+from tsqlora.run.job import read
 from tsqlora.run.review import apply_review
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> =1+1"
@@ -58,13 +62,44 @@ def test_every_row_is_audited_and_listed_with_its_text(audited: dict[str, Any], 
     source = read_rows(place / "train.jsonl").rows
     assert audited["rows"] == len(rows) == 60
     assert {int(row["row"]) for row in rows} == set(range(60)), "none is held out for validation"
-    chances = [float(row["wrong_probability"]) for row in rows]
-    assert chances == sorted(chances, reverse=True)
     for row in rows:
         own = source[int(row["row"])]
         assert row["label"].removeprefix("'") == own["label"] != row["suggested_label"].removeprefix("'")
         assert row["text"].removeprefix("'") == own["text"]
         assert row["reviewed_label"] == ""
+
+
+def test_without_evidence_an_audit_gives_an_order_and_no_number(audited: dict[str, Any], place: Path) -> None:
+    # Labels that have nothing to do with the texts.
+    assert not audited["evident"]
+    assert [audited[name] for name in ("rate", "low", "high")] == [None] * 3
+    assert audited["likely_wrong"] == 0
+    assert audited["why_not"] in audited["summary"]
+    assert not any(letter.isdigit() for letter in audited["summary"])
+    assert {row["wrong_probability"] for row in table_of(place / "audit")} == {""}
+    assert {pair["wrong"] for pair in audited["pairs"]} == {None}
+    page = Seen((place / "audit" / "audit.html").read_text(encoding="utf-8"))
+    assert {row["wrong_probability"] for row in page.page_data()["rows"]} == {None}
+
+
+def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(4, size=600)
+    labels = np.where(rng.random(600) < 0.3, rng.integers(4, size=600), true)
+    features = (np.eye(8)[true] + 0.35 * rng.normal(size=(600, 8))).astype(np.float32)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {j}", "label": f"c{y}"} for j, y in enumerate(labels)])
+    splits = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))
+    result, judgement = audit_of(features, labels, classes=[f"c{y}" for y in range(4)]), judge(features, labels, 4)
+    listing = make_listing(result, replace(splits, places={"train": np.arange(600)}), review=0, seed=0)
+    assert LEAST < len(listing.rows) == judgement.left_out.sum()
+    assert {row.row for row in listing.rows} == set(np.flatnonzero(judgement.left_out).tolist())
+    chances = [row.wrong_probability or 0.0 for row in listing.rows]
+    assert chances == sorted(chances, reverse=True)
+    assert chances[-1] > DOUBT
+    summary = pipeline._summary(result)
+    assert all(f"{value:.1%}" in summary for value in (result.rate, result.low, result.high))
+    assert f"{result.likely_wrong:,}" in summary
+    assert "100" not in pipeline._summary(replace(result, low=0.0, high=1.0)), "that is no bound"
 
 
 def test_checks_are_no_suspects_and_come_evenly_from_the_classes() -> None:

@@ -190,10 +190,18 @@ def test_a_removed_setting_is_refused_by_its_name_unless_it_has_its_former_defau
     assert key in error_of("", f"{key}=no-such-value")
 
 
+def test_a_run_with_a_removed_term_still_loads_for_what_needs_no_rows_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {path: m}\ndata: {train: t.csv}\nquality: {weights: {reducible_loss: 1.0, loss: 2.0}}\n")
+    with pytest.raises(SettingsError, match=r"quality\.weights\.reducible_loss was removed"):
+        load_config(path)
+    assert load_config(path, trained=True).quality.weights == {"loss": 2.0}
+
+
 def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -> None:
     messages = [removed.why for removed in REMOVED_SETTINGS.values()]
     named = [match[1] for why in messages if (match := re.search(r"ScoringRule\((\w+)=", why))]
-    assert {"scope", "reference", "calibration", "guard"} <= {*named}
+    assert {"scope", "reference", "calibration"} == {*named}
     assert {*named} <= {field.name for field in dataclasses.fields(ScoringRule)}
 
 

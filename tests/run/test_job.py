@@ -49,8 +49,6 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.preset": "paper",
     "quality.weights": {"loss": 2.0},
     "quality.temperature": 3.0,
-    "quality.gate": "share",
-    "quality.trusted_last": True,
     "quality.head_start": False,
     "quality.look_again": False,
     "quality.resample": False,

@@ -38,7 +38,7 @@ class Interrupt(TrainerCallback):
 def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
     """Six epochs of four steps; looks come before the first and the third, ranks with the first."""
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = quality_by(subset, reference=40, weights={"loss": -1.0}, guard=False)
+    quality = quality_by(subset, reference=40, weights={"loss": -1.0})
     ranks = tsq.RankCallback(interval=interval, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2))
     model = slotted_bert(max_rank=max_rank)
     options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
@@ -92,7 +92,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert made.state.global_step == STEPS[request.param][-1]
     events = callback(made, tsq.RankCallback).events
     assert [event.reason for event in events[:2]] == ["start", "adjustment"]
-    assert sum(event.moved > 0 for event in events) > 1
+    assert any(event.moved for event in events)
     assert [look["epoch"] for look in callback(made, tsq.QualityCallback).looks] == [0, 2]
     return made
 

@@ -42,7 +42,7 @@ class Fail(TrainerCallback):
 def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
     """Five epochs of four steps, looks before the first and the third; `order` is of quality, ranks and the crash."""
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = quality_by(subset, reference=40, weights={"loss": -1.0}, guard=False)
+    quality = quality_by(subset, reference=40, weights={"loss": -1.0})
     callbacks = (
         quality,
         tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2)),

@@ -81,7 +81,6 @@ def counted(place: Path) -> Counted:
     return Counted(settings(place), place / "run")
 
 
-@pytest.mark.filterwarnings("ignore:rows are drawn at random, not by Q:UserWarning")  # the guard of a weak model
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_rows_and_tokens_that_are_charged_went_through_the_model(
     preset: str, place: Path, tmp_path: Path, counted: Counted

@@ -105,7 +105,7 @@ def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended:
             raise KeyboardInterrupt
 
     data = half()
-    quality = made(tsq.QualityCallback, data, weights={"loss": 1.0}, guard=False)
+    quality = made(tsq.QualityCallback, data, weights={"loss": 1.0})
     try:
         train(data, tmp_path / "first", quality, At(interrupt))
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended:
 
 def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
     data, again = half(), half()
-    train(data, tmp_path / "first", made(tsq.QualityCallback, data, weights={"loss": 1.0}, guard=False))
+    train(data, tmp_path / "first", made(tsq.QualityCallback, data, weights={"loss": 1.0}))
     assert data.scores is not None
     again.use(data.scores, 0)
     ranks = made(tsq.RankCallback, again, samples=16)

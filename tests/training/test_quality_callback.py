@@ -24,6 +24,7 @@ from scoring import assert_same, fingerprint, quality_by
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.epochs import EpochPlan
+from tsqlora.quality.judge import Judgement
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
@@ -50,7 +51,7 @@ UNLEARNED = pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning
 EPOCHS = 5
 """Of half the rows, 4 steps each; the second look comes before step 8."""
 SAVES: dict[str, Any] = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 1}
-BY_Q: dict[str, Any] = {"weights": GRADIENTS, "guard": False}
+BY_Q: dict[str, Any] = {"weights": GRADIENTS}
 
 
 def make(
@@ -141,7 +142,7 @@ def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(by_q: 
 
 
 def test_one_look_is_all_where_a_second_could_change_nothing(even: Saved, tmp_path: Path) -> None:
-    once, _ = run(tmp_path, look_again=False, weights={"loss": -1.0}, guard=False)
+    once, _ = run(tmp_path, look_again=False, weights={"loss": -1.0})
     assert [len(quality.looks) for quality in (once, even.quality)] == [1, 1]
     assert not (tmp_path / "scores-1.parquet").exists()
 
@@ -153,50 +154,51 @@ def test_each_epoch_has_its_own_draw_with_the_classes_of_the_data(by_q: Saved) -
         assert drawn[epoch] == by_q.quality.data.draw(epoch).tolist()
         assert sum(DATA[row]["labels"] for row in drawn[epoch]) == 16
     assert set(scores.terms) == {"gradient_norm", "convergence", "cosine", "loss", "el2n"}
-    assert (scores.even, scores.record.weights, scores.record.guard) == (False, GRADIENTS, None)
+    assert (scores.even, scores.record.weights) == (False, GRADIENTS)
     assert scores.record.eta > 0
 
 
 def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(even: Saved) -> None:
     scores = scores_of(even.quality)
     assert (scores.even, scores.record.noise["evident"], list(scores.terms)) == (True, False, ["loss", "el2n"])
-    assert scores.record.guard == {"checked": False, "why": "rows are drawn evenly: no Q decides"}
     assert scores.kept.all()
     control = tsq.QualitySubset(DATA, 0.5)
     for epoch in range(EPOCHS):
         assert even.quality.data.draw(epoch).tolist() == control.draw(epoch).tolist()
 
 
-@pytest.mark.parametrize("options", [{"reject": False}, {"weights": GRADIENTS}])
-def test_rows_are_rejected_only_where_the_rule_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("tsqlora.quality.look.reject", lambda *_: pytest.fail("rejected"))
-    assert scores_of(run(tmp_path, **options)[0]).kept.all()
+def test_no_label_is_judged_where_the_rule_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqlora.quality.look.judge", lambda *_: pytest.fail("judged"))
+    scores = scores_of(run(tmp_path, judge=False)[0])
+    assert scores.kept.all()
+    assert scores.record.noise is None
 
 
-BACKWARDS: dict[str, Any] = {"weights": {"loss": 1.0}, "temperature": 0.3}
-"""A Q that prefers rows with a large loss."""
-
-
-def test_rows_with_more_wrong_labels_than_random_ones_are_not_drawn(
+def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora.quality.fallback.doubts", lambda z, labels, **_: -z[np.arange(len(z)), labels])
-    with pytest.warns(UserWarning, match="rows are drawn at random, not by Q: the rate of wrong labels"):
-        quality, _ = run(tmp_path, watch := Watch(), further=SAVES, **BACKWARDS)
-    assert quality.why_not is None
-    scores = Scores.load(tmp_path / "scores.parquet")
-    assert scores.even
-    assert scores.record.guard["passed"] is False
-    assert scores.record.guard["why"].startswith("the rate of wrong labels ")
-    control = tsq.QualitySubset(DATA, 0.5)
-    for epoch in range(EPOCHS):
-        assert watch.drawn[epoch] == control.draw(epoch).tolist()
-    resumed, again = make(tmp_path, rest := Watch(), further=SAVES, **BACKWARDS)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
-    assert scores_of(resumed).record.guard["passed"] is False
-    assert rest.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= 3}
+    wrong, judgements = np.arange(ROWS) % 8 == 3, []
+
+    def judge(_features: Any, labels: np.ndarray, width: int) -> Judgement:
+        p = np.where(wrong, 0.9, 0.0)
+        logits, p_true = np.zeros((ROWS, width), dtype=np.float32), np.full((ROWS, width), 0.5)
+        judgements.append(Judgement(logits, p_true, p, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
+        return judgements[-1]
+
+    monkeypatch.setattr("tsqlora.quality.look.judge", judge)
+    quality, _ = run(tmp_path, watch := Watch(), **BY_Q)
+    assert (len(judgements), len(quality.looks)) == (1, 2)
+    first, second = (Scores.load(tmp_path / name) for name in ("scores-1.parquet", "scores.parquet"))
+    assert first.left_out_as("confident negative").tolist() == wrong.tolist()
+    assert second.record.noise == first.record.noise
+    assert np.array_equal(second.reason_codes, first.reason_codes)
+    assert "wrong_probability" in first.predictions
+    for name, values in first.predictions.items():
+        assert np.array_equal(second.predictions[name], values), name
+    assert not np.array_equal(second.quality, first.quality)
+    assert not any(wrong[rows].any() for rows in watch.drawn.values())
+    note = "about 12% of the labels seem wrong (10% to 20%): 8 of 64 rows were left out"
+    assert quality.summary()["notes"][-1] == note
 
 
 def test_a_resumed_run_draws_the_same_rows(by_q: Saved, tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_a_model_with_a_loss_of_its_own_is_refused_before_the_look(tmp_path: Pat
     [
         ({"seed": 7}, {}, "seed 0, and this one has 7"),
         ({"resample": False}, {}, "resample True, and this one has False"),
-        ({}, {"reject": False}, "reject None, and this one has False"),
+        ({}, {"judge": False}, "judge True, and this one has False"),
         ({}, {"weights": {"loss": 1.0}}, "weights None, and this one has {'loss': 1.0}"),
         ({}, {"terms": ["convergence"]}, r"terms \['loss', 'el2n'\], and this one has \['convergence', 'loss', .*\]"),
         ({}, {"reference": 20}, "reference 40, and this one has 20"),
@@ -362,14 +364,6 @@ def test_settings_that_cannot_work_are_refused_before_training(
     assert not watch.drawn
 
 
-def test_more_rows_than_weights_and_rejection_may_leave_are_refused_at_once() -> None:
-    subset, weights = tsq.QualitySubset(DATA, 0.9), {"loss": -1.0}
-    with pytest.raises(tsq.SettingsError, match="reject may drop 50% of the rows, and weights draw 90% of"):
-        quality_by(subset, weights=weights, reject=True)
-    quality_by(subset, weights=weights)
-    quality_by(tsq.QualitySubset(DATA, 0.5), weights=weights, reject=True)
-
-
 def of_kind(made: type[PreTrainedModel]) -> PreTrainedModel:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     return made(BertConfig(vocab_size=VOCAB, **sizes))
@@ -399,7 +393,6 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "masked words": (lambda: of_kind(BertForMaskedLM), TOKENS, {}, "task.type masked-lm is not built"),
     "positions that train": (lambda: classifier(num_labels=2), DATA, {"weights": GRADIENTS}, "position_embeddings is"),
     "scope full without LoRA": (frozen_positions, DATA, FULL, "scope 'full' scores LoRA's target layers"),
-    "reject of numbers": (lambda: classifier(num_labels=1), NUMBERS, {"reject": True}, "reject works for classificat"),
     "ifd of classes": (slotted_bert, DATA, {"weights": {"ifd": 1.0}}, "quality term 'ifd'"),
     "a custom term": (slotted_bert, DATA, {"terms": (crooked,)}, r"quality term 'crooked' gives \(1,\) for 2 samples"),
     "no labels": (slotted_bert, [{**row, "label": 0} for row in IDS], {}, "no 'labels', only input_ids, label"),
@@ -442,7 +435,7 @@ def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path:
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
     by_length = sorted(DATA, key=lambda row: len(row["input_ids"]))
-    further = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    further = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 8}
     quality, trainer = make(tmp_path, data=[by_length[-1], *by_length[:-1]], further=further)  # the first two differ
     trainer.data_collator = one
     trainer.train()

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import tsqlora as tsq
+from models import tiny_bert
 from scoring import assert_same, quality_by
-from stock import base_bert, make_trainer, moods, slotted_bert
+from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.quality.epochs import trusted_steps
 
 UNIQUE = [*{tuple(row["input_ids"]): row for row in moods(400)}.values()]
@@ -67,7 +68,7 @@ def make(
 ) -> tuple[Trainer, tsq.QualityCallback]:
     """Five epochs of four steps; with trusted rows those from step 14 on train on them."""
     data = tsq.QualitySubset(POOL, 0.5, trusted=trusted)
-    quality = quality_by(data, **({"trusted_last": True} | (rule or {})))
+    quality = quality_by(data, **(rule or {}))
     options = {"num_train_epochs": 5, "train_sampling_strategy": "random"} | further
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
 
@@ -111,30 +112,61 @@ def test_the_pool_comes_first_and_trusted_rows_last(
 
 
 FEW = "12 trusted rows may be too few: with 16 one of three trials failed; give 32 or more"
-CONTRARY = [row | {"labels": j % 2} for j, row in enumerate(TRUSTED)]
 
 
-@pytest.mark.parametrize("trusted", [TRUSTED, CONTRARY], ids=["agree", "contradict"])
-@pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning")
-def test_trusted_rows_that_agree_with_the_pool_are_mixed_in(trusted: Any, tmp_path: Path) -> None:
-    options = {**EVERY, "rule": {"trusted_last": None}, "trusted": trusted}
-    whole, quality = make(tmp_path, handed := Handed(), **options)
+@pytest.mark.parametrize(("classes", "last"), [(1, False), (2, True)])
+def test_trusted_rows_of_fewer_than_half_of_the_classes_are_mixed_in(classes: int, last: bool, tmp_path: Path) -> None:
+    """Last they would teach that there are no other classes."""
+    pool = [row | {"labels": 2 if row["input_ids"][0] == 22 else row["labels"]} for row in POOL]
+    trusted = [row for row in UNIQUE[64:] if row["labels"] < classes][:12]
+
+    def trainer(*also: TrainerCallback) -> tuple[Trainer, tsq.QualityCallback]:
+        data = tsq.QualitySubset(pool, 0.5, trusted=trusted)
+        base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
+        quality = quality_by(data)
+        options: dict[str, Any] = {"num_train_epochs": 5, "train_sampling_strategy": "random"}
+        return make_trainer(tsq.wrap(base, mean_rank=4), data, tmp_path, [quality, *also], **EVERY, **options), quality
+
+    whole, quality = trainer(handed := Handed())
     whole.train()
-    assert quality.looks[0]["agreement"]["agrees"] == (trusted is TRUSTED)
-    if trusted is not TRUSTED:
+    order = "are trained on last" if last else "are mixed in with those of the pool"
+    assert quality.summary()["notes"][int(last)] == f"12 trusted rows {order}"
+    if last:
         assert_trusted_last(handed.steps, 20, 8)
         return
     for epoch in range(5):
         rows = [row for step in range(4 * epoch, 4 * epoch + 4) for row in handed.steps[step]]
-        assert {row for row in rows if row >= 64} == {*range(64, 76)}
-    again, _ = make(tmp_path, rest := Handed(), **options)
+        assert {row for row in rows if row >= 64} == {NUMBERS[tuple(row["input_ids"])] for row in trusted}
+    again, _ = trainer(rest := Handed())
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
     assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= 13}
     assert_same(whole.model.state_dict(), again.model.state_dict(), "resumed at 13")
 
 
-RENEWED: dict[str, Any] = {"weights": {"reducible_loss": 1.0}, "guard": False}
-"""By what the second look renews, with trusted rows too."""
+def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, handed := Handed(), trusted=POOL[:12], num_train_epochs=8)
+    trainer.train()
+    first = 32 - trusted_steps(32, 12, 8)
+    before = {row for step in range(first) for row in handed.steps[step]}
+    assert before == {*range(12, 64)}
+    assert {row for step in range(first, 32) for row in handed.steps[step]} == {*range(12)}
+    assert quality.data.scores is not None
+    assert quality.data.scores.dropped["trusted row"] == 12
+    assert quality.looks[0]["head_start"]["rows"] <= 52
+    assert "12 training rows are left out: a trusted row has the same input" in quality.summary()["notes"]
+
+
+@pytest.mark.parametrize(
+    ("total", "trusted", "a_step", "steps"),
+    [(440, 128, 16, 132), (18_750, 128, 16, 160), (20, 12, 8, 6), (4, 12, 8, 2), (100, 640, 16, 40), (60, 640, 16, 30)],
+    ids=["30 %", "20 passes", "a small table", "half at most", "a pass at least", "less than a pass"],
+)
+def test_trusted_rows_have_the_last_steps(total: int, trusted: int, a_step: int, steps: int) -> None:
+    assert trusted_steps(total, trusted, a_step) == steps
+
+
+RENEWED: dict[str, Any] = {"weights": {"loss": -1.0}}
+"""Q, which the second look renews."""
 
 
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
@@ -198,6 +230,55 @@ def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> Non
     trainer, quality = make(tmp_path, Stop(15))
     trainer.train()
     assert quality.notes == [FEW]
+
+
+@SAYS_BEST
+@pytest.mark.filterwarnings("ignore:early stopping ended the steps on the pool:UserWarning")
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_train_epochs": 1}
+        | {"per_device_train_batch_size": 2},
+        {"eval_strategy": "epoch", "save_strategy": "epoch"},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "dataloader_num_workers": 2},
+    ],
+    ids=["steps", "one epoch", "epochs", "workers"],
+)
+def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_first: bool, tmp_path: Path) -> None:
+    options = {**BEST, **further}
+
+    def early() -> tuple[Trainer, tsq.QualityCallback, Handed]:
+        stop, handed = EarlyStoppingCallback(1), Handed()
+        also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
+        return *make(tmp_path, *also, first=first, compute_metrics=Falling(), **options), handed
+
+    trainer, quality, handed = early()
+    trainer.train()
+    assert sum("early stopping ended" in note for note in quality.notes) == 1
+    total = trainer.state.max_steps
+    first = quality.schedule.trusted_step
+    pool, last = ([s for s in handed.steps if (s < first) == before] for before in (True, False))
+    assert len(pool) < first
+    assert last[0] == first
+    assert all(row < 64 for step in pool for row in handed.steps[step])
+    assert all(row >= 64 for step in last[1:] for row in handed.steps[step])  # one batch was read ahead
+    rates = {log["step"]: log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log}
+    if trainer.state.global_step == total:
+        assert not rates or min(rates.values()) < 0.2 * max(rates.values())
+    # A later checkpoint goes on with the same rows.
+    after = [path for path in tmp_path.glob("checkpoint-*") if int(path.name.split("-")[1]) > first]
+    if not after:
+        return
+    at = min(int(path.name.split("-")[1]) for path in after)
+    if at < trainer.state.global_step:
+        again, _, rest = early()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        # Its metric falls from the start again, so that it may stop later.
+        assert {step: rest.steps[step] for step in handed.steps if step >= at} == {
+            step: rows for step, rows in handed.steps.items() if step >= at
+        }
 
 
 class Head(TrainerCallback):

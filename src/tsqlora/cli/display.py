@@ -139,7 +139,8 @@ def show_scores(console: Console, result: Mapping[str, Any]) -> None:
 
 def _noise_line(noise: Mapping[str, Any]) -> str:
     if noise["evident"]:
-        return f"about {noise['rate']:.1%} are wrong ({noise['low']:.1%} to {noise['high']:.1%})"
+        bounds = f" ({noise['low']:.1%} to {noise['high']:.1%})" if noise["high"] < 1 else ""
+        return f"about {noise['rate']:.1%} are wrong{bounds}"
     return "no evidence of wrong ones"
 
 
@@ -206,7 +207,8 @@ def _shortened(text: str) -> str:
 def show_suspects(console: Console, look: Mapping[str, Any]) -> None:
     """The labels that a look doubts most, beside the truth."""
     noise, rows = look["noise"], look["suspects"]
-    evidence = f"{noise['rate']:.0%} ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] else "none"
+    bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] and noise["high"] < 1 else ""
+    evidence = f"{noise['rate']:.0%}{bounds}" if noise["evident"] else "none"
     table = Table(title="likely wrong labels, before any training", title_justify="left")
     for name in ("label", "predicted", "truth"):
         table.add_column(name, min_width=13, no_wrap=True)
@@ -243,7 +245,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     head = f"{result['rows']:,} rows, {len(result['classes'])} classes, read by {result['model_name']}"
     say(console, [head, result["summary"]])
     table = Table(title="first suspects", title_justify="left", expand=True)
-    for name in ("row", "label", "suggested", "wrong"):
+    for name in ("row", "label", "suggested", *(["wrong"] if result["evident"] else [])):
         table.add_column(name, no_wrap=True, max_width=22)
     table.add_column("text", no_wrap=True, ratio=1)  # the others keep their width, and it has the rest
     for row in result["first"]:
@@ -251,7 +253,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
         table.add_row(
             str(row["row"]),
             *(Text(_shortened(str(row[name]))) for name in ("label", "suggested_label")),
-            f"{row['wrong_probability']:.0%}",
+            *([f"{row['wrong_probability']:.0%}"] if result["evident"] else []),
             Text(_shortened("/".join(text.split("/")[-2:]) if result["columns"].get("media") else text)),
         )
     console.print(table)

@@ -63,7 +63,7 @@ def _by_term(term: str) -> Policy:
     """Sample by the softmax of one term, without a fallback to random rows."""
 
     def rule(config: Config) -> ScoringRule:
-        return replace(scoring_rule(config), weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
+        return replace(scoring_rule(config), weights={term: 1.0}, temperature=1.0, judge=False)
 
     return Policy(rule)
 

@@ -183,9 +183,6 @@ def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | Non
         return None
     if scores is None:
         return quality.why_not
-    guard = scores.record.guard or {}
-    if guard.get("passed") is False:
-        return str(guard["why"])
     return "no row was left out, and rows are drawn evenly" if scores.even and scores.kept.all() else None
 
 

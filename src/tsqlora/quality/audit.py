@@ -1,47 +1,32 @@
-"""Audit: find wrong labels before training, with rate, probabilities and suggestions.  Ours.
+"""Audit: list wrong labels before training, with rate, probabilities and suggestions.  Ours.
 
-Each row is judged by a fit without it on frozen features: ridge regression, or for two classes, tags and several labels
-a row, where least squares looks like wrong labels, logistic regression. `label_noise` estimates the rate of wrong
-labels from contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then
-gives the probability that a class is the true one. Of several labels of a row, each is judged without the others.
+`judge` judges the labels by frozen features, as it does for training, so both list the same rows. Of several labels of
+a row, each is judged without the others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
-from scipy.special import softmax
 from torch import nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
-from tsqlora.quality.duplicates import Contradiction, contradictions, labels_of_nearest
+from tsqlora.quality.duplicates import Contradiction, contradictions
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, Nearest, reject
-from tsqlora.quality.linear_head import FOLDS, grouped_logits
-from tsqlora.quality.ridge import fit_classes, fit_temperature
+from tsqlora.quality.judge import DOUBT, Judgement, judge
+from tsqlora.quality.label_noise import Labels, Logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
 from tsqlora.quality.tag_features import TagFeatures, tag_features
-from tsqlora.quality.transitions import fit_transitions, true_class
-from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, task_of
 from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
 
-LIKELY = 0.5
-"""A label is likely wrong above this probability."""
-USUAL_RATE = 0.03
-"""Rate assumed without evidence, if it is possible: benchmarks have 3.3 % on average (Northcutt et al. 2021)."""
-FEWEST = 5
-"""Rows that a class needs to be judged: with fewer, the other rows do not define the class, and all look wrong."""
 CANDIDATES = 4
 """Classes to list for each row, likeliest first."""
-ROWS_TO_FIT = 50_000
-ROWS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +38,14 @@ class ClassPair:
     rows: int
     """Rows that are likelier of the suggested class."""
     wrong: float
-    """Expected wrong labels among them."""
+    """Expected wrong labels among them, where wrong labels are evident."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audit:
     """All labels, the likeliest wrong one first, as indices into `classes`; a row with several labels has several.
 
-    Unless wrong labels are `evident`, `rate` is an assumption and only the order is informative.
+    Unless wrong labels are `evident`, only the order is informative.
     """
 
     ids: Int[np.ndarray, " n"]
@@ -74,18 +59,21 @@ class Audit:
     """The likeliest classes, which may include the label."""
     classes: tuple[str | int, ...]
     rate: float
-    """Share of wrong labels; each bound holds for 95 of 100 tables."""
+    """Share of wrong labels; 0 without evidence."""
     low: float
     high: float
+    """Each bound holds for 95 of 100 tables; 0 and 1 where there are none."""
     evident: bool
     why_not: str | None
     """Why there is no evidence of wrong labels; None if there is."""
     unjudged: int
-    """Rows of classes with fewer than FEWEST rows; their probability is the rate."""
+    """Labels of classes with too few rows to be judged."""
     pairs: tuple[ClassPair, ...]
     """The most frequent first."""
-    duplicates: tuple[Contradiction, ...]
+    duplicates: tuple[Contradiction, ...] = ()
     """Near-duplicates with different labels, the nearest first."""
+    uncompared: int = 0
+    """Rows that were not compared with others for near-duplicates, of very many."""
     tokens: Int[np.ndarray, " n"] | None = None
     """The number of each tag's token among the tagged tokens of its row; None for rows with other labels."""
 
@@ -94,8 +82,8 @@ class Audit:
 
     @property
     def likely_wrong(self) -> int:
-        """Number of likely wrong labels, which come first; 0 without evidence."""
-        return int((self.probability > LIKELY).sum()) if self.evident else 0
+        """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
+        return int((self.probability > DOUBT).sum()) if self.evident else 0
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return columns for `pandas.DataFrame`: row, token (of tags), label, suggested_label, wrong_probability."""
@@ -143,7 +131,7 @@ def audit(
         raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
     forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
 
-    def judge() -> Audit:
+    def result() -> Audit:
         assert forward is not None
         parts = [part for part in (forward.features, forward.mean) if part is not None]
         if not parts:
@@ -151,7 +139,7 @@ def audit(
         features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
         return audit_of(features, forward.labels, classes=classes, ids=rows.ids)
 
-    return distributed.once(judge)
+    return distributed.once(result)
 
 
 def _audit_tags(
@@ -181,9 +169,8 @@ def audit_of_tags(
 
     Fits on other rows judge them, since the other tokens of its row give a tag away.
     """
-    logits = _out_of_fold(tokens.features, tokens.tags, tokens.rows, width)
-    nearest = partial(labels_of_nearest, tokens.features, tokens.tags, tokens.rows)
-    result = audit_of_logits(logits, tokens.tags, classes=classes, nearest=nearest)
+    judgement = judge(tokens.features, tokens.tags, width, groups=tokens.rows)
+    result = audit_of_judgement(judgement, tokens.tags, classes=classes)
     return replace(result, ids=ids[tokens.rows[result.ids]], tokens=tokens.numbers[result.ids])
 
 
@@ -194,112 +181,53 @@ def audit_of(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """Audit labels, classes or n × k of 0 and 1, by frozen features.
-
-    A ridge fit on all other rows judges each row's class, and logistic regressions in folds one of two classes, or each
-    of several labels.
-    """
+    """Audit labels, classes or n × k of 0 and 1, by frozen features."""
     ids = np.arange(len(labels)) if ids is None else ids
     if labels.ndim == 2:
         rows, own = np.nonzero(labels > 0.5)
         others = labels[rows] > 0.5
         others[np.arange(len(own)), own] = False
-        logits = _out_of_fold(features[rows], own, rows, labels.shape[1])
-        nearest = partial(labels_of_nearest, features[rows], own, rows)
-        # The row's other labels are as unlikely as its least likely class.
-        logits = np.where(others, logits.min(axis=1, keepdims=True), logits)
-        result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others, nearest=nearest)
+        judgement = judge(features[rows], own, labels.shape[1], groups=rows, excluded=others)
+        result = audit_of_judgement(judgement, own, classes=classes, ids=ids[rows], excluded=others)
         labels = np.unique(labels, axis=0, return_inverse=True)[1]
     else:
-        width, nearest = int(labels.max()) + 1 if classes is None else len(classes), None
-        if len(np.unique(labels)) >= FROZEN_CLASSES:
-            logits = fit_classes(features, labels, width).left_out
-        else:
-            rows = np.arange(len(labels))
-            logits = _out_of_fold(features, labels, rows, width)
-            nearest = partial(labels_of_nearest, features, labels, rows)
-        result = audit_of_logits(logits, labels, classes=classes, ids=ids, nearest=nearest)
-    return replace(result, duplicates=contradictions(features, labels, ids))
+        width = int(labels.max()) + 1 if classes is None else len(classes)
+        result = audit_of_judgement(judge(features, labels, width), labels, classes=classes, ids=ids)
+    duplicates, uncompared = contradictions(features, labels, ids)
+    return replace(result, duplicates=duplicates, uncompared=uncompared)
 
 
-def _out_of_fold(features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], width: int) -> Logits:
-    if (several := len(np.unique(rows))) < FOLDS:
-        raise DataError(f"{several} rows with a label are too few for an audit; give at least {FOLDS}")
-    return grouped_logits(features, labels, rows, width, rng=stream("audit folds", 0))
-
-
-def audit_of_logits(
-    logits: Logits,
+def audit_of_judgement(
+    judgement: Judgement,
     labels: Labels,
     *,
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
     excluded: Bool[np.ndarray, "n k"] | None = None,
-    frozen: bool = True,
-    nearest: Nearest | None = None,
 ) -> Audit:
-    """Audit labels by logits, or log probabilities, of fits without the rows that they judge.
-
-    `excluded` classes are not suggested. `frozen` says that the fits were on features that were never trained, where
-    evidence of wrong labels needs more, and `nearest` that they were logistic regressions (`reject`).
-    """
-    rows = np.arange(len(labels))
-    logits = logits / np.float32(fit_temperature(logits, labels))
-    judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
-    if judged.sum() < 2:
-        raise DataError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
-    places = np.flatnonzero(judged)
-    near = None if nearest is None else lambda some: nearest(places[some])
-    _, noise = reject(logits[judged], labels[judged], frozen=frozen, nearest=near)
-    fitted = noise
-    if not noise.evident:
-        # Without evidence: calibrated logits as they are, and a usual rate.
-        rate, offsets = min(USUAL_RATE, (noise.low + noise.high) / 2), np.where(noise.shares > 0, 0.0, -np.inf)
-        fitted = replace(noise, rate=rate, scale=1.0, offsets=offsets, clear=False)
-    p_true = _p_true(logits, labels, fitted, judged)
-    own, others = p_true[rows, labels], p_true.copy()
-    others[np.zeros_like(others, dtype=bool) if excluded is None else excluded] = -1
+    """Present a judgement of these labels; `excluded` classes of a row are not suggested."""
+    rows, wrong, others = np.arange(len(labels)), judgement.p_wrong, judgement.p_true.copy()
+    if excluded is not None:
+        others[excluded] = -1
     others[rows, labels] = -2  # least, also where every class is excluded: a row with all labels loses this one
-    suggested, wrong = others.argmax(axis=1), np.where(judged, (1 - own).clip(0, 1), fitted.rate)
+    suggested = others.argmax(axis=1)
     # The logits order rows that are all but certain.
-    order = np.lexsort((logits[rows, labels], -wrong))
-    rate, low, high = fitted.rate, 0.0, noise.high
-    if noise.evident:
-        # Wrong labels that prefer some classes exceed the even rate; the bounds scale along.
-        rate = float(wrong[judged].mean())
-        low, high = min(noise.low * rate / noise.rate, rate), min(max(noise.high * rate / noise.rate, rate), 1.0)
+    order = np.lexsort((judgement.logits[rows, labels], -wrong))
     return Audit(
         ids=(rows if ids is None else ids)[order],
         labels=labels[order],
         suggested=suggested[order],
         probability=wrong[order],
-        candidates=np.argsort(-p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
-        classes=tuple(range(logits.shape[1])) if classes is None else tuple(classes),
-        rate=rate,
-        low=low,
-        high=high,
-        evident=noise.evident,
-        why_not=None if noise.evident else "rows contradict their labels no more surely than hard rows do",
-        unjudged=int((~judged).sum()),
-        pairs=_pairs(labels, suggested, wrong, logits),
-        duplicates=(),
+        candidates=np.argsort(-judgement.p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
+        classes=tuple(range(others.shape[1])) if classes is None else tuple(classes),
+        rate=judgement.rate,
+        low=judgement.low,
+        high=judgement.high,
+        evident=judgement.evident,
+        why_not=judgement.why_not,
+        unjudged=int((~judgement.judged).sum()),
+        pairs=_pairs(labels, suggested, wrong, judgement.logits),
     )
-
-
-def _p_true(logits: Logits, labels: Labels, noise: LabelNoise, judged: Bool[np.ndarray, " n"]) -> Logits:
-    """Return the probability that each class is the true one; for unjudged rows by the logits alone."""
-
-    def p(rows: np.ndarray) -> np.ndarray:
-        return softmax(noise.scale * logits[rows].astype(np.float64) + noise.offsets, axis=1)
-
-    rows = np.flatnonzero(judged)
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), ROWS_TO_FIT)).astype(int)]
-    matrix = fit_transitions(p(some), labels[some], noise)
-    p_true = softmax(logits, axis=1)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        p_true[part] = true_class(p(part), labels[part], matrix)
-    return p_true
 
 
 def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:

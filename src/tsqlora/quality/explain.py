@@ -12,7 +12,6 @@ from tsqlora.data.dialect import Hints
 from tsqlora.data.formats import PREFERENCE
 from tsqlora.data.rows import Source, open_split
 from tsqlora.errors import DataError
-from tsqlora.quality.label_noise import doubts
 from tsqlora.quality.scores import REASONS, Scores
 
 WHY = {
@@ -62,10 +61,9 @@ def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
 
 def p_wrong(scores: Scores) -> Float[np.ndarray, " n"] | None:
     """Return the probability that each label is wrong, 0 without evidence; None where it was not estimated."""
-    if scores.record.noise is None or "logits" not in scores.predictions:
+    if scores.record.noise is None:
         return None
-    doubt = doubts(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
-    return np.zeros(len(scores)) if doubt is None else doubt
+    return scores.predictions.get("wrong_probability", np.zeros(len(scores)))
 
 
 def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tsqlora import distributed
 from tsqlora.compat.peft import without_zero_updates
@@ -19,12 +20,13 @@ from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import halves, retry_on_oom
-from tsqlora.quality.passes import Columns, Journal, identity_of, run_batches
+from tsqlora.quality.passes import HALF, Columns, Journal, identity_of, run_batches
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import (
+    Batch,
     Collate,
     base_model,
     model_logits,
@@ -94,36 +96,28 @@ def forward_pass(
     for a label that the loss cannot use; `kind` says which rows they are.
     """
     rows = rows or RowNames()
-    with eval_mode(model):  # rows may draw random numbers, as augmentation does
-        lengths = distributed.together(lambda: lengths_of(dataset) if rows.lengths is None else rows.lengths)
-    batches = sorted_batches([int(n) for n in lengths], compute.batch_size)
+    lengths = distributed.together(lambda: lengths_of(dataset) if rows.lengths is None else rows.lengths)
+    batches = sorted_batches(lengths, compute.batch_size)
     exact = precision(next(model.parameters()).device, compute.autocast, cache=False)
+    # In evaluation mode the global generators are restored: rows may draw random numbers, as augmentation does.
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
-
-        def find(size: int) -> Head | None:
-            batch = collate([dataset[int(j)] for j in batches[0][:size]])
-            if not isinstance(task, Answers):
-                return None
-            inputs, _ = split_labels(batch, model)
-            return find_head(model, lambda: model_logits(model, inputs, task))
-
-        # If one process cannot read its rows, all raise the error.
-        head = distributed.together(lambda: retry_on_oom(find, halves(len(batches[0]))))
-        journal = None
+        head = first = journal = None
+        if isinstance(task, Answers):
+            # If one process cannot read its rows, all raise the error.
+            head, first = distributed.together(lambda: read_head(model, dataset, batches[0], collate, task))
         if compute.journal is not None:
             settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
             settings |= {"autocast": str(compute.autocast), "mean": mean}
             journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), lengths, [], settings))
 
-        def measure(indices: np.ndarray) -> Columns:
-            batch = collate([dataset[int(j)] for j in indices])
+        def measure(indices: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
             names = indices if rows.ids is None else np.asarray(rows.ids)[indices]
             usable = partial(require_usable, task, labels=labels, rows=names, kind=kind)
             columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
-        columns = run_batches(measure, batches, len(dataset), phase="look", journal=journal, progress=compute.progress)
+        columns = run_batches(measure, batches, dataset, collate, compute, phase="look", journal=journal, first=first)
     return (Forward(**columns) if distributed.is_first() else None), head
 
 
@@ -148,49 +142,63 @@ def _columns(
         targets = task.targets(labels) if isinstance(task, Generation) else labels
         columns = {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
         state = mean_state(states, labels.ne(IGNORED)) if middle else None
-        # Half precision, in which large columns are kept, ends at 65,504.
-        return columns if state is None else {**columns, "mean": state.clamp(-6e4, 6e4)}
-    columns = {"labels": labels, "loss": loss, "logits": logits}
-    if head is not None:
-        columns["features"] = features_of(calls, head.linear, logits)
-        if head.dense is not None:
-            columns["dense"] = calls[head.dense][0]
-    if (state := mean_state(states, inputs.get("attention_mask"))) is not None:
-        columns["mean"] = state
-    return columns
+    else:
+        columns = {"labels": labels, "loss": loss, "logits": logits}
+        state = mean_state(states, inputs.get("attention_mask"))
+        if head is not None:
+            columns["features"] = pooled(calls[head.linear][0], model, inputs)
+            if head.dense is not None:
+                columns["dense"] = calls[head.dense][0]
+    # Too large hidden states are infinite in float16.
+    return columns if state is None else {**columns, "mean": state.clamp(-HALF, HALF)}
 
 
-def find_head(model: nn.Module, forward: Callable[[], Float[Tensor, "n *k"]]) -> Head | None:
-    """Return the trainable linear layer whose output is the model's logits; None where there is none.
+def read_head(
+    model: nn.Module, dataset: Dataset, rows: np.ndarray, collate: Collate, task: Task
+) -> tuple[Head | None, Batch | None]:
+    """Find the head in a forward pass over some rows, fewer where memory is short; return the batch if it has all."""
 
-    `forward` returns one batch's logits in evaluation mode. In a decoder, whose head runs at every token, the logits
-    are one row of the layer's output.
+    def find(size: int) -> tuple[Head | None, Batch | None]:
+        batch = collate([dataset[int(j)] for j in rows[:size]])
+        inputs, _ = split_labels(batch, model)
+        return find_head(model, inputs, task), batch if size == len(rows) else None
+
+    return retry_on_oom(find, halves(len(rows)))
+
+
+def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> Head | None:
+    """Return the trainable linear layer whose output is the logits of a batch; None where there is none.
+
+    The model is in evaluation mode. In a decoder, whose head runs at every token, the logits are one row of its output.
     """
+    lora = {part for layer in model.modules() if isinstance(layer, LoraLayer) for part in layer.modules()}
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and module not in lora
     }
     with torch.no_grad(), recorded(linears.values()) as calls:
-        logits = forward()
+        logits = model_logits(model, inputs, task)
     for name, linear in linears.items():
         if linear not in calls or linear.out_features != logits.shape[-1]:
             continue
-        output = calls[linear][1]
-        if output.dim() == 3 and logits.dim() == 2 and len(output) == len(logits):
-            output = output[torch.arange(len(output), device=output.device), _position(output, logits)]
+        x, output = calls[linear]
+        if logits.dim() == 2:
+            x, output = (pooled(values, model, inputs) for values in (x, output))
         if output.shape == logits.shape and torch.allclose(output.to(logits), logits, atol=1e-5):
-            per_token = logits.dim() == 3
-            return Head(name, linear) if per_token else Head(name, linear, *_dense_before(calls, linear, logits))
+            return Head(name, linear) if logits.dim() == 3 else Head(name, linear, *_dense_before(calls, linear, x))
     return None
 
 
 @contextmanager
 def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Record input and output of each module's last call while open."""
+    """Record input and output of each module's last call while open; at every token of the last such module only."""
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # A head at every token is the last such module; all would be gigabytes.
+        for earlier in [m for m, (x, _) in calls.items() if x.dim() > 2 and args[0].dim() > 2]:
+            del calls[earlier]
         calls[module] = (args[0].detach(), output.detach())
 
     hooks = [module.register_forward_hook(record) for module in modules]
@@ -250,22 +258,20 @@ def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) ->
     return (state * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
-def features_of(calls: Calls, linear: nn.Module, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
-    """Return the layer's input at the position of the logits, one row per sample."""
-    x, output = calls[linear]
-    return x if x.dim() == 2 else x[torch.arange(len(x), device=x.device), _position(output, logits)]
+def pooled(values: Float[Tensor, "n *t d"], model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "n d"]:
+    """Return values at the last token that is no padding, where decoders of transformers classify; others unchanged."""
+    ids = inputs.get("input_ids")
+    if values.dim() != 3 or (ids is not None and ids.shape != values.shape[:2]):
+        return values
+    config = getattr(base_model(model), "config", None)
+    pad = config.get_text_config().pad_token_id if isinstance(config, PretrainedConfig) else None
+    if ids is None or pad is None:
+        return values[:, -1]
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return values[torch.arange(len(values)), (places * (ids != pad)).argmax(1).to(values.device)]
 
 
-def _position(output: Float[Tensor, "n t k"], logits: Float[Tensor, "n k"]) -> Tensor:
-    """Return the last token at which a sample's outputs are its logits."""
-    distance = (output.to(logits) - logits[:, None]).abs().sum(dim=-1)
-    nearest = distance <= distance.min(dim=1, keepdim=True).values
-    places = torch.arange(output.shape[1], device=output.device)
-    return torch.where(nearest, places, -1).max(dim=1).values
-
-
-def _dense_before(calls: Calls, linear: nn.Linear, logits: Float[Tensor, "n k"]) -> tuple[nn.Linear | None, str]:
-    features = features_of(calls, linear, logits)
+def _dense_before(calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"]) -> tuple[nn.Linear | None, str]:
     for module, (x, output) in calls.items():
         if module is linear or not isinstance(module, nn.Linear) or x.dim() != 2 or output.shape != features.shape:
             continue

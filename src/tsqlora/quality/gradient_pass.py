@@ -49,26 +49,23 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
 
     The reference is measured first: `convergence` compares with its mean gradient.
     """
-    dataset, collate, task, rule, compute = (
-        request.dataset,
-        request.collate,
-        request.task,
-        request.rule,
-        request.compute,
-    )
+    dataset, collate, names = request.dataset, request.collate, request.rows
+    task, rule, compute = request.task, request.rule, request.compute
     own, samples = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
-    names = request.rows
     lengths = distributed.together(lambda: lengths_of(dataset) if names.lengths is None else names.lengths)
     batches = sorted_batches(lengths, compute.batch_size)
     device = next(model.parameters()).device
-    with eval_mode(model), precision(device, compute.autocast, cache=False):
-        first = distributed.together(lambda: list(batches_of(samples, collate, compute.batch_size)))
+    # Without the scaling of losses, gradients of single rows are zeros in float16.
+    autocast = None if compute.autocast is torch.float16 else compute.autocast
+    with eval_mode(model), precision(device, autocast, cache=False):
+        first = distributed.together(lambda: [*batches_of(samples, collate, compute.batch_size)])
         terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.later}
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
         journal = None if compute.journal is None else _journal(model, request, lengths, terms, first, own)
 
         def settle(size: int) -> Reference:
-            return _settle(model, list(batches_of(samples, collate, size)), task, sites, len(samples), rule.calibration)
+            parts = first if size == compute.batch_size else [*batches_of(samples, collate, size)]
+            return _settle(model, parts, task, sites, len(samples), rule.calibration)
 
         reference = None if journal is None else journal.reference(device)
         if reference is None:
@@ -77,14 +74,11 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
                 journal.save_reference(reference)
             reference = reference.to(device)
 
-        def measure_batch(indices: np.ndarray) -> Columns:
-            batch = collate([dataset[int(j)] for j in indices])
+        def measure_batch(indices: np.ndarray, batch: Batch) -> Columns:
             in_reference = torch.from_numpy(np.isin(indices, own))
             return measured_columns(model, batch, task, sites, reference, in_reference, terms)
 
-        columns = run_batches(
-            measure_batch, batches, len(dataset), phase="scoring", journal=journal, progress=compute.progress
-        )
+        columns = run_batches(measure_batch, batches, dataset, collate, compute, phase="scoring", journal=journal)
     record = {
         "scope": rule.scope,
         "seed": rule.seed,
@@ -93,7 +87,7 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
         "reference_norm": reference.norm if reference.mean else None,
         "reference_rows": reference.rows,
         "reference": list(own),
-        "autocast": None if compute.autocast is None else str(compute.autocast).removeprefix("torch."),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
     }
     return Measurements(columns, record)
 

@@ -1,63 +1,148 @@
 """The head start: before the first step, fit the head on features and install it if it is better."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Float, Shaped
-from tsqlora.quality.fallback import require_finite
+from tsqlora.compat.shapes import Bool, Float, Shaped
+from tsqlora.quality.fallback import LearnedTest, against_chance, learned, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
-from tsqlora.quality.linear_head import FOLDS, Kind, LinearHead, fit_head, row_losses
+from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
+from tsqlora.quality.passes import empty
+from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.quality.rule import LookRequest, needs_probe
-from tsqlora.quality.started import LEAST_TRUSTED, TRAINING_SCALE, HeadStart, Started, features_with, head_kind, install
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.tokens import TokenClassification
 
 ROWS_TO_FIT = 50_000
 """Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
 ROWS_OF_TAGS = 1_000
 """Fit a head for tags on the tokens of at most this many random rows."""
+LEAST_TRUSTED = 8
+"""Fit no head on fewer trusted rows."""
+SCALE = 0.25
+"""Factor on the fit of least out-of-fold loss when it is installed (docs/method.md), which changes no class, label, tag
+or order of numbers: a head of large norm slows the learning of the features (Tomihari and Sato 2024). A head of numbers
+without a bias keeps its scale, since it could not keep their mean."""
 WHITENED_STD = 0.5
 """Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
 
 
-def start_head(model: nn.Module, request: LookRequest) -> Started:
-    """Fit the task's last linear layer on its input features, and install it if it is better.
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadStart:
+    """The fitted head, and a whitened layer before it if that has the lower loss."""
 
-    One forward pass without dropout over all rows and the trusted rows; the first process fits. The head is fitted on
-    all rows or on the trusted rows, whichever has the lower loss on the trusted rows.
+    fit: HeadFit
+    present: float
+    """Mean loss of the other head on the same rows: the model's own, or for a head of trusted rows the pool's."""
+    replaces: bool
+    """Whether the fitted head's out-of-fold loss is lower by 2 standard errors."""
+    dense: LinearHead | None = None
+    trusted: bool = False
+    """Whether the head was fitted on trusted rows."""
+    scale: float = SCALE
+
+    @property
+    def installed(self) -> LinearHead:
+        """The head as training begins with it: scaled around the mean of numbers, or around 0."""
+        head, scale = self.fit.head, self.scale
+        return LinearHead(head.weight * scale, head.bias * scale + (1 - scale) * self.fit.middle)
+
+    def summary(self) -> dict[str, float | int | bool]:
+        """Summarise the head start for the record and the report."""
+        return {
+            "replaced": self.replaces,
+            "out_of_fold_loss": self.fit.loss,
+            "present_loss": self.present,
+            "rows": len(self.fit.rows),
+            "strength": self.fit.strength,
+            "scale": self.scale,
+            "whitened": self.dense is not None,
+            "trusted": self.trusted,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Started:
+    """A model with its head start, and the forward passes before it, which only the first process has."""
+
+    head: HeadStart | None
+    """None if the model has no head to fit."""
+    layer: Head | None
+    pool: Forward | None
+    trusted: Forward | None
+    undo: Callable[[], None] = lambda: None
+    """Restores the model's own head."""
+
+    @property
+    def logits(self) -> Float[np.ndarray, "n k"] | None:
+        """Logits of every row of the pool with the head that training begins with; None for generation."""
+        if self.pool is None or self.pool.logits is None:
+            return None
+        if self.head is None or self.layer is None or not self.head.replaces:
+            return self.pool.logits.astype(np.float32)  # large columns are in half precision
+        return self.head.installed.logits(features_with(self.head, self.pool, self.layer)).astype(np.float32)
+
+    def why_not(self, task: Task) -> str | None:
+        """Explain why the model is at chance; None if its losses beat a constant guess.
+
+        Those of a fitted head are out of fold.
+        """
+        pool, head = self.pool, self.head
+        if pool is None or pool.logits is None or not isinstance(task, Answers) or len(pool.labels) < 2:
+            return None
+        labels, logits = torch.from_numpy(pool.labels), self.logits
+        assert logits is not None
+        test: LearnedTest
+        if head is not None and head.replaces and not head.trusted:
+            constant = np.tile(task.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
+            chance = row_losses(constant.astype(np.float64), head.fit.targets, head_kind(task))
+            test = learned(torch.from_numpy(head.fit.losses), torch.from_numpy(chance))
+        else:
+            test = against_chance(task, torch.from_numpy(logits), labels)
+            if not test.passed and isinstance(task, Classification):
+                # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
+                logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
+                test = against_chance(task, torch.from_numpy(logits), labels)
+        return None if test.passed else test.message
+
+
+def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) -> Started:
+    """Fit the task's last linear layer on its input features, and install it if it is better than the model's own.
+
+    One forward pass without dropout over all rows and the trusted rows, with their mean hidden states on request; the
+    first process fits. Rows that equal a trusted row are left out of the fit. A head fitted on the trusted rows alone
+    replaces that of the pool if it predicts them better.
     """
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
-    run = partial(forward_pass, model, collate=request.collate, task=task, mean=needs_probe(rule.measured()))
+    mean = mean or needs_probe(rule.measured())
+    run = partial(forward_pass, model, collate=request.collate, task=task, mean=mean)
     if isinstance(request.dataset, Pairs):
         few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, Pairs) else None
-        return Started(None, None, None, request.dataset.forward(), few)
+        return Started(None, None, request.dataset.forward(), few)
     if isinstance(task, TokenClassification) and rule.head_start:
         return _start_tags(model, request, run)
     pool, layer = run(request.dataset, compute=compute, rows=request.rows)
     of_trusted = None
     if trusted is not None:
         of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None), kind="trusted row")
-    trusts = rule.trusts and trusted is not None and trusted.loss is None
-    fits = isinstance(task, Answers) and len(request.dataset) >= FOLDS and (rule.head_start or trusts)
-    if layer is None or not fits:
-        return Started(None, None, layer, pool, of_trusted)
-    head, own = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed))
-    if not rule.head_start:  # the trusted model still starts from its own head
-        return Started(None, own, layer, pool, of_trusted)
-    chosen = own if own is not None and own.replaces else head
-    undo = install(layer, chosen) if chosen.replaces else lambda: None
-    return Started(chosen, own, layer, pool, of_trusted, undo)
+    own = ~request.twins
+    if layer is None or not isinstance(task, Answers) or own.sum() < FOLDS or not rule.head_start:
+        return Started(None, layer, pool, of_trusted)
+    head = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed, own))
+    undo = install(layer, head) if head.replaces else lambda: None
+    return Started(head, layer, pool, of_trusted, undo)
 
 
 def _start_tags(
@@ -71,14 +156,11 @@ def _start_tags(
         if whole is None:
             pool, _ = run(request.dataset, compute=request.compute, rows=request.rows)
         else:
-            pool = whole.forward(None if chosen is None else chosen.fit.head.logits(whole.features))
-        few = None
-        if request.trusted is not None:
-            few, _ = run(request.trusted.rows, compute=replace(request.compute, journal=None, progress=None))
+            pool = whole.forward(None if chosen is None else chosen.installed.logits(whole.features))
     except BaseException:
         undo()
         raise
-    return Started(head, None, layer, pool, few, undo)
+    return Started(head, layer, pool, None, undo)
 
 
 def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None, TagFeatures | None]:
@@ -94,36 +176,38 @@ def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, Head
     layer, tokens = result
     require_finite(torch.from_numpy(tokens.losses))
     whole = tokens if len(rows) == len(dataset) else None
-    if len(np.unique(tokens.rows)) < FOLDS:
+    own = ~request.twins[rows[tokens.rows]]
+    if len(np.unique(tokens.rows[own])) < FOLDS:
         return layer, None, whole
     linear = layer.linear
 
     def fitted() -> HeadStart:
         fit = fit_head(
-            tokens.features,
-            tokens.tags,
+            tokens.features[own],
+            tokens.tags[own],
             kind="classes",
             width=linear.out_features,
             intercept=linear.bias is not None,
-            groups=tokens.rows,
+            groups=tokens.rows[own],
             rng=stream("head folds", rule.seed),
         )
-        present = tokens.losses[fit.rows].astype(np.float64)
-        return HeadStart(fit, float(present.mean()), fit.better_than(present), training_scale=TRAINING_SCALE)
+        present = tokens.losses[own][fit.rows].astype(np.float64)
+        return HeadStart(fit, float(present.mean()), fit.better_than(present))
 
     return layer, distributed.once(fitted), whole
 
 
 def _fit(
-    pool: Forward | None, trusted: Forward | None, task: Task, layer: Head, seed: int
-) -> tuple[HeadStart, HeadStart | None]:
+    pool: Forward | None, trusted: Forward | None, task: Task, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
+) -> HeadStart:
     assert pool is not None
     assert pool.features is not None
+    assert pool.logits is not None
     for forward in (pool, trusted):
         if forward is not None:
             require_finite(torch.from_numpy(forward.loss))
     weights = task.class_weights if isinstance(task, Classification) else None
-    chosen = np.sort(stream("head start", seed).permutation(len(pool.labels))[:ROWS_TO_FIT])
+    chosen = np.sort(stream("head start", seed).permutation(np.flatnonzero(own))[:ROWS_TO_FIT])
     options: dict[str, Any] = {
         "kind": head_kind(task),
         "width": layer.linear.out_features,
@@ -134,14 +218,16 @@ def _fit(
     start = fit_start(
         pool.features[chosen].astype(np.float32),
         pool.labels[chosen],
-        pool.loss[chosen].astype(np.float64),
+        # Plain, as the fit's: training's own loss may be smoothed or weighted.
+        row_losses(pool.logits[chosen].astype(np.float64), pool.labels[chosen], options["kind"]),
         dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
         activation=layer.activation,
         **options,
     )
     if trusted is None or len(trusted.labels) < LEAST_TRUSTED:
-        return start, None
-    return start, fit_trusted(start, features_with(start, trusted, layer), trusted, **options)
+        return start
+    of_trusted = fit_trusted(start, features_with(start, trusted, layer), trusted, **options)
+    return of_trusted if of_trusted.replaces else start
 
 
 def fit_start(
@@ -170,12 +256,11 @@ def fit_start(
         if other.loss < fit.loss:
             fit, dense = other, whitening
     present = losses[fit.rows]
-    scale = TRAINING_SCALE if intercept or kind != "numbers" else 1.0
-    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, training_scale=scale)
+    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, scale=scale_of(kind, intercept))
 
 
 def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
-    """Fit a head on trusted rows alone; it replaces `start`'s if its out-of-fold losses there are lower."""
+    """Fit a head on trusted rows alone; it replaces `start`'s if it predicts them better by 2 standard errors."""
     kind: Kind = options["kind"]
     present = start.fit.head.logits(features) if start.replaces else trusted.logits
     assert present is not None
@@ -183,7 +268,55 @@ def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: F
     fit = fit_head(features, trusted.labels, **options, rng=rng())
     losses = row_losses(present.astype(np.float64), trusted.labels, kind)[fit.rows]
     dense = start.dense if start.replaces else None  # as for the features
-    return HeadStart(fit, float(losses.mean()), fit.loss < float(losses.mean()), dense, trusted=True)
+    scale = scale_of(kind, options["intercept"])
+    return HeadStart(fit, float(losses.mean()), fit.better_than(losses), dense, trusted=True, scale=scale)
+
+
+def scale_of(kind: Kind, intercept: bool) -> float:
+    """Return the factor on a fitted head."""
+    return SCALE if intercept or kind != "numbers" else 1.0
+
+
+def head_kind(task: Task) -> Kind:
+    """Return the kind of targets that the task's head is fitted on."""
+    if isinstance(task, MultiLabel):
+        return "labels"
+    return "classes" if isinstance(task, Classification) else "numbers"
+
+
+def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.ndarray, "n d"]:
+    """Return the inputs of the last linear layer once the head start is installed."""
+    assert forward.features is not None
+    if start.dense is None or forward.dense is None or not start.replaces:
+        return forward.features
+    features = empty(forward.features.shape, np.dtype(np.float32))
+    for first in range(0, len(features), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        outputs = torch.from_numpy(start.dense.logits(forward.dense[rows]))
+        features[rows] = ACTIVATIONS[layer.activation](outputs).numpy()
+    return features
+
+
+@torch.no_grad()
+def install(head: Head, start: HeadStart) -> Callable[[], None]:
+    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
+    parts: list[tuple[nn.Linear | None, LinearHead]] = [(head.linear, start.installed)]
+    if start.dense is not None:
+        parts.append((head.dense, start.dense))
+    before: list[tuple[Tensor, Tensor]] = []
+    for layer, fitted in parts:
+        assert layer is not None
+        for parameter, value in ((layer.weight, fitted.weight), (layer.bias, fitted.bias)):
+            if parameter is not None:
+                before.append((parameter, parameter.detach().clone()))
+                parameter.copy_(torch.from_numpy(value))
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return undo
 
 
 def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> LinearHead:

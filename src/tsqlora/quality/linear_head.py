@@ -1,7 +1,6 @@
-"""Fit a task's last linear layer on its input features.
+"""Linear fits on features: a task's last layer, and predictions of rows by fits that have not seen them.
 
-Linear probing before fine-tuning (Kumar et al. 2022); the scale follows Tomihari and Sato (2024): a head of large norm
-slows the training of the features.
+Linear probing before fine-tuning (Kumar et al. 2022).
 """
 
 import warnings
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -23,16 +21,18 @@ from tsqlora.quality.ridge import fit_ridge
 Kind = Literal["classes", "labels", "numbers"]
 """The targets: one of k classes per row, any of k labels as n × k of 0 and 1, or one number."""
 
-STRENGTHS = np.geomspace(1e-2, 1e2, 5)
-"""Candidates for sklearn's C, on features of mean square norm 1."""
+STRENGTHS = np.geomspace(1e-2, 1e5, 8)
+"""Candidates for sklearn's C, on features of mean square norm 1; weaker penalties as long as the loss falls."""
+ENOUGH = 0.99
+"""Try a weaker penalty only while the out-of-fold loss falls by more than 1 %."""
 FOLDS = 3
-GROUPS = 5
-"""Folds of `grouped_logits`."""
-ROWS_TO_CHOOSE, ROWS_TO_FIT = 5_000, 20_000
-"""Choose the strength on at most this many rows; `grouped_logits` fits at most this many a fold."""
+ROWS_TO_CHOOSE = 5_000
+"""Choose the strength of a head on at most this many rows."""
+OUTPUTS_TO_FIT = 750_000
+"""`out_of_fold_logits` fits at most this many rows times classes, but at least ROWS_TO_CHOOSE rows: few classes cost
+little, and with fewer rows hard classes look wrong."""
 MARGIN = 2.0
-"""Standard errors by which a fitted head's out-of-fold loss must beat the model's own head."""
-LEAST_SCALE = 1e-3
+"""Standard errors by which the out-of-fold loss of one head must beat another's."""
 TOLERANCE = 1e-2
 """Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
@@ -47,9 +47,6 @@ class LinearHead:
     def logits(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
         return features.astype(np.float64) @ self.weight.T + self.bias
 
-    def scaled(self, by: float) -> "LinearHead":
-        return LinearHead(self.weight * by, self.bias * by)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadFit:
@@ -59,10 +56,10 @@ class HeadFit:
     strength: float
     rows: Int[np.ndarray, " m"]
     """The rows that chose the strength, at most 5,000."""
+    targets: Shaped[np.ndarray, "m *k"]
+    """Of those rows."""
     losses: Float[np.ndarray, " m"]
     """Out-of-fold losses of those rows."""
-    scale: float
-    """Factor on the head that makes the initial training loss equal the out-of-fold loss."""
     middle: float = 0.0
     """The output around which training scales the head: the mean of numbers, 0 for logits."""
 
@@ -88,32 +85,69 @@ def fit_head(
     groups: Int[np.ndarray, " n"] | None = None,
     rng: np.random.Generator,
 ) -> HeadFit:
-    """Fit a head of `width` outputs with the regularisation of least out-of-fold loss, at a calibrated scale.
+    """Fit a head of `width` outputs with the regularisation of least out-of-fold loss.
 
     Classes: multinomial logistic regression; labels: a binary one each; numbers: least squares. A class without rows
     gets the logit of a class that occurs in less than one row. Samples of one of the `groups` share a fold.
     """
-    # Centred if a bias can absorb the centre: features of similar direction converge slowly.
-    centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
-    features = features - centre.astype(np.float32)
-    unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
-    features, middle = (features / unit).astype(np.float32), 0.0
-    some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
+    features, centre, unit = _normalised(features, centred=intercept)
+    some, middle = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE]), 0.0
     if kind == "numbers":
         ridge = fit_ridge(features, targets[:, None], intercept=intercept)
         losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], kind)
-        head, strength, scale = LinearHead(ridge.weight, ridge.bias), ridge.strength, 1.0
+        head, strength = LinearHead(ridge.weight, ridge.bias), ridge.strength
         middle = float(targets.mean())
     else:
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
         if kind == "labels":
             fit = partial(_sigmoids, intercept=intercept)
         own = None if groups is None else groups[some]
-        losses, strength, start = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
-        head = fit(features, targets, strength, start=start)
-        scale = _calibrated_scale(head.logits(features), targets, kind, float(losses.mean()))
-    head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
-    return HeadFit(head, strength, some, losses, scale, middle)
+        losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
+        head = fit(features, targets, strength, start=_mean(heads))
+    head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
+    return HeadFit(head, strength, some, targets[some], losses, middle)
+
+
+def out_of_fold_logits(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    width: int,
+    *,
+    groups: Int[np.ndarray, " n"] | None = None,
+    rng: np.random.Generator,
+) -> Float[np.ndarray, "n k"]:
+    """Predict each row by logistic regressions that have not seen it, nor another row of its group.
+
+    These are fitted in folds on at most OUTPUTS_TO_FIT outputs, of whole groups; other rows get the mean of their
+    logits.
+    """
+    features, _, _ = _normalised(features, centred=True)
+    keys = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    order = rng.permutation(int(keys.max()) + 1)
+    sizes = np.bincount(keys)[order].cumsum()
+    most = max(ROWS_TO_CHOOSE, OUTPUTS_TO_FIT // width)
+    several = max(FOLDS, int(np.searchsorted(sizes, most, side="right")))
+    some = np.flatnonzero(np.isin(keys, order[:several]))
+    fit = partial(_softmax, width=width, intercept=True, class_weights=None)
+    own = None if groups is None else keys[some]
+    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "classes", own, rng)
+    logits = _mean(heads).logits(features).astype(np.float32)
+    for head, (_, test) in zip(heads, folds, strict=True):
+        logits[some[test]] = head.logits(features[some[test]])
+    return logits
+
+
+def _normalised(
+    features: Float[np.ndarray, "n d"], *, centred: bool
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], float]:
+    """Return features of mean square norm 1, their centre and their norm.
+
+    Centred if a bias can absorb the centre: features of similar direction converge slowly.
+    """
+    centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
+    features = features - centre.astype(np.float32)
+    unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
+    return (features / unit).astype(np.float32), centre, unit
 
 
 def row_losses(
@@ -134,9 +168,9 @@ def _out_of_fold(
     kind: Kind,
     groups: Int[np.ndarray, " m"] | None,
     rng: np.random.Generator,
-) -> tuple[Float[np.ndarray, " m"], float, LinearHead]:
-    """Return out-of-fold losses, the strength of least loss, and the mean of its fits."""
-    best: tuple[Float[np.ndarray, " m"], float, LinearHead] | None = None
+) -> tuple[Float[np.ndarray, " m"], float, list[LinearHead], list[tuple[np.ndarray, np.ndarray]]]:
+    """Return out-of-fold losses, the strength of least loss, its fits, and the folds: rows to fit and to predict."""
+    best: tuple[Float[np.ndarray, " m"], float, list[LinearHead]] | None = None
     stratified = kind == "classes" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
     splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
     folds = list(splitter.split(labels, labels) if groups is None else GroupKFold(FOLDS).split(labels, None, groups))
@@ -146,11 +180,11 @@ def _out_of_fold(
         heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
         for head, (_, test) in zip(heads, folds, strict=True):
             losses[test] = row_losses(head.logits(features[test]), labels[test], kind)
-        if best is not None and losses.mean() > best[0].mean():
+        if best is not None and losses.mean() > ENOUGH * best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
-        best = losses, strength, _mean(heads)
+        best = losses, strength, heads
     assert best is not None
-    return best
+    return *best, folds
 
 
 def _mean(heads: Sequence[LinearHead]) -> LinearHead:
@@ -222,37 +256,6 @@ def _logistic(
     with warnings.catch_warnings():
         # Out-of-fold losses also judge a fit that did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")
         model.fit(features, labels, sample_weight=shares)
     return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
-
-
-def _calibrated_scale(logits: np.ndarray, labels: np.ndarray, kind: Kind, out_of_fold: float) -> float:
-    """Return the factor, at most 1, at which the training loss equals the out-of-fold loss."""
-
-    def excess(scale: float) -> float:
-        return float(row_losses(scale * logits, labels, kind).mean()) - out_of_fold
-
-    if excess(1.0) >= 0 or excess(LEAST_SCALE) <= 0:
-        return 1.0
-    return float(brentq(excess, LEAST_SCALE, 1.0, xtol=1e-3))  # pyright: ignore[reportArgumentType]
-
-
-def grouped_logits(
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    groups: Int[np.ndarray, " n"],
-    width: int,
-    *,
-    rng: np.random.Generator,
-) -> Float[np.ndarray, "n k"]:
-    """Return each sample's logits by a logistic regression that has not seen its group; there are 3 groups or more."""
-    centred = features - features.mean(axis=0, dtype=np.float64)
-    centred = (centred / (np.sqrt(np.square(centred).sum(axis=1).mean()) or 1.0)).astype(np.float32)
-    logits = np.empty((len(labels), width), dtype=np.float32)
-    fit = partial(_softmax, width=width, intercept=True, class_weights=None)
-    some = np.sort(rng.permutation(len(labels))[:ROWS_TO_CHOOSE])
-    _, strength, _ = _out_of_fold(fit, centred[some], labels[some], "classes", groups[some], rng)
-    for train, test in GroupKFold(min(GROUPS, len(np.unique(groups)))).split(centred, labels, groups):
-        part = np.sort(rng.permutation(train)[:ROWS_TO_FIT])
-        logits[test] = fit(centred[part], labels[part], strength).logits(centred[test])
-    return logits

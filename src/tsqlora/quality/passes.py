@@ -5,9 +5,10 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file as load_columns
 from safetensors.numpy import save_file as save_columns
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tsqlora import distributed
 from tsqlora.compat.torch import plain_parts
@@ -22,51 +24,85 @@ from tsqlora.errors import SettingsError
 from tsqlora.files import replacing, write_json, write_tensors
 from tsqlora.gradients.ghost import MeanGradient
 from tsqlora.oom import BatchSplitter
-from tsqlora.progress import Progress
 from tsqlora.quality.reference import Reference
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import Compute
+from tsqlora.tasks.forward import Batch, Collate
 
 IN_MEMORY = 1 << 28
 """Bytes above which a matrix is memory-mapped, in half precision."""
+HALF = 6e4
+"""Half precision ends at 65,504."""
 FLUSH_SECONDS = 5.0
 """The journal may lose this much work."""
 MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.safetensors"
 
 Columns = Mapping[str, np.ndarray]
+R = TypeVar("R")
+
+
+def read_batches(
+    work: Callable[[np.ndarray, Batch], R],
+    batches: Sequence[np.ndarray],
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    workers: int,
+    first: Batch | None = None,
+) -> Iterator[list[R]]:
+    """Yield, for every batch of row numbers, the results of `work(row numbers, batch)` of the parts that fit in memory.
+
+    Each row is read once, unless memory is short. `first` is the first batch, if it has been read.
+    """
+    rest = [batch.tolist() for batch in batches[first is not None :]]
+    # The loader draws a seed for its workers, not from the global generator.
+    options: dict[str, Any] = {"batch_sampler": rest, "num_workers": workers, "generator": torch.Generator()}
+    loader = DataLoader(cast(Any, dataset), collate_fn=collate, **options)
+    ready, splitter = chain([] if first is None else [first], loader), BatchSplitter()
+
+    def part(rows: np.ndarray) -> R:
+        return work(rows, next(ready) if splitter.most is None else collate([dataset[int(j)] for j in rows]))
+
+    for batch in batches:
+        yield splitter.of(batch, part)
 
 
 def run_batches(
-    measure: Callable[[np.ndarray], Columns],
+    measure: Callable[[np.ndarray, Batch], Columns],
     batches: Sequence[np.ndarray],
-    rows: int,
+    dataset: Dataset,
+    collate: Collate,
+    compute: Compute,
     *,
     phase: str,
     journal: "Journal | None",
-    progress: Progress | None,
+    first: Batch | None = None,
 ) -> dict[str, np.ndarray]:
     """Measure every batch of row numbers; return the columns of all rows, complete in the first process.
 
-    Several processes share the batches. Batches in the journal are not measured again.
+    Several processes share the batches. Batches in the journal are not measured again. `first`: as in `read_batches`.
     """
     columns: dict[str, np.ndarray] = {}
 
     def fill(indices: np.ndarray, part: Columns) -> None:
         for name, value in part.items():
             if name not in columns:
-                columns[name] = empty((rows, *value.shape[1:]), value.dtype)
-            columns[name][indices] = value
+                columns[name] = empty((len(dataset), *value.shape[1:]), value.dtype)
+            columns[name][indices] = value if columns[name].dtype == value.dtype else value.clip(-HALF, HALF)
 
     done = 0
-    for first, end, part in () if journal is None else journal.parts():
-        fill(np.concatenate(batches[first:end]), part)
+    for begin, end, part in () if journal is None else journal.parts():
+        fill(np.concatenate(batches[begin:end]), part)
         done = end
 
     def measure_share() -> list[tuple[np.ndarray, Columns]]:
-        share, splitter, parts = distributed.share(batches[done:]), BatchSplitter(), list[tuple[np.ndarray, Columns]]()
+        share, parts = distributed.share(batches[done:]), list[tuple[np.ndarray, Columns]]()
         count = sum(map(len, batches[:done]))
         total = count + sum(map(len, share))
-        for indices in share:
-            results = splitter.of(indices, measure)
+        ready = first if done == 0 and distributed.is_first() else None
+        read = read_batches(measure, share, dataset, collate, workers=compute.workers, first=ready)
+        for indices, results in zip(share, read, strict=True):
             part = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
             if journal is not None:
                 journal.add(part)
@@ -75,8 +111,8 @@ def run_batches(
             else:
                 parts.append((indices, part))
             count += len(indices)
-            if progress is not None:
-                progress(phase, count, total)
+            if compute.progress is not None:
+                compute.progress(phase, count, total)
         return parts
 
     for parts in distributed.to_first(distributed.together(measure_share)) or ():

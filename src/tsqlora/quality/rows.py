@@ -1,11 +1,11 @@
 """Rows to score: their content, lengths and batches, and the rows of the reference."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from tsqlora.data.samples import length_of
+from tsqlora.data.samples import ArrowSamples, TokenisedSplit, length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import Batch, Collate
@@ -102,7 +102,16 @@ def batches_of(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterat
         yield collate(list(rows[start : start + batch_size]))
 
 
-def lengths_of(dataset: Dataset) -> list[int]:
-    """Return token counts of rows with `input_ids`, or `length`, else 0; only speed depends on them."""
-    rows = (dataset[j] for j in range(len(dataset)))
-    return [length_of(row) if isinstance(row, Mapping) and {"input_ids", "length"} & {*row} else 0 for row in rows]
+def lengths_of(dataset: Dataset) -> Sequence[int]:
+    """Return token counts of rows in memory or of a datasets.Dataset, else zeros; only speed depends on them."""
+    if isinstance(dataset, TokenisedSplit):
+        return dataset.lengths
+    if isinstance(dataset, list | tuple):
+        return [length_of(r) if isinstance(r, Mapping) and {"input_ids", "length"} & {*r} else 0 for r in dataset]
+    from datasets import Dataset as Table  # seconds to import
+
+    columns = dataset.column_names if isinstance(dataset, Table) else ()
+    if not (lengths := [name for name in ("length", "input_ids") if name in columns]):
+        return [0] * len(dataset)
+    table = cast(Table, dataset).select_columns(lengths[0]).with_format("arrow")[:]  # other columns may be files
+    return [n if isinstance(n, int) else 0 for n in ArrowSamples(table).lengths]

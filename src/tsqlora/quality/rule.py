@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.compat.shapes import Bool
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
-from tsqlora.quality.label_noise import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
-from tsqlora.quality.terms import Term, TermSpec, get_terms
-from tsqlora.quality.trusted import GATES, Gate, Trusted
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.terms import REDUCIBLE_LOSS, Term, TermSpec, get_terms
+from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, require_labels
 from tsqlora.tasks.generation import Generation
@@ -41,11 +42,12 @@ class ScoringRule:
 
     weights: Mapping[str, float] | None = None
     """Weights of the terms in Q, whose softmax draws the rows; terms with a weight are always measured. None draws
-    evenly, and for classes first drops rows with a likely wrong label, if there is evidence of wrong labels."""
+    evenly."""
+    judge: bool = True
+    """Whether to leave out rows whose class is wrong by the judge of labels (`quality/judge.py`); published methods do
+    not."""
     temperature: float = 1.0
     """Temperature of the softmax over Q; small values are selective."""
-    reject: bool | None = None
-    """Whether to drop rows with a likely wrong label; None: without weights, and for classes."""
     terms: Sequence[TermSpec] = ()
     """More terms to measure: names in TERMS, functions or Terms. Gradients cost a backward pass, `loss_reduction` one
     more forward pass, `ifd` one over the targets without prompts."""
@@ -56,20 +58,12 @@ class ScoringRule:
     that is scored too is left out of its own mean."""
     calibration: bool = True
     """Whether to remove the bias of the logits towards one class or side before scoring."""
-    guard: bool = True
-    """Whether QualityCallback draws evenly where wrong labels are evident and Q would draw more of them than chance
-    (`quality/fallback.py`)."""
     seed: int = 0
-    """Seed of the reference rows, the head's folds and the trusted model."""
-    gate: Gate | None = None
-    """How the trusted model excludes rows that it disagrees with (`quality/trusted.py`); None keeps all."""
-    trusted_last: bool | None = None
-    """Whether QualityCallback trains on trusted rows last, after the pool, or mixes them in; None mixes in texts, and
-    other rows if they agree with the pool (`quality/agreement.py`)."""
+    """Seed of the reference rows, the head's folds, and the trusted model of pairs."""
     head_start: bool = True
     """Whether to fit the head before the first step, if that is better than the model's own."""
     look_again: bool = True
-    """Whether QualityCallback looks at all rows again after a third of the steps."""
+    """Whether QualityCallback measures Q again after a third of the steps."""
     select: bool = True
     """False draws all rows evenly, unscored, with the same head start: the control."""
 
@@ -82,8 +76,6 @@ class ScoringRule:
                 raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
         if isinstance(self.reference, Integral) and self.reference < 2:
             raise SettingsError(f"reference is {self.reference}; it must be a whole number of rows, at least 2")
-        if self.gate is not None and self.gate not in GATES:
-            raise SettingsError(f"unknown quality.gate '{self.gate}'; {nearest(self.gate, GATES)}")
         self.measured()
 
     @property
@@ -100,22 +92,16 @@ class ScoringRule:
         """Return the terms to measure: those in `terms`, those with a weight, and free ones."""
         return _with_free_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
 
-    @property
-    def trusts(self) -> bool:
-        """Whether the rule needs the trusted model."""
-        return self.gate is not None or needs_trusted(self.measured())
-
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """Return the rule for a task: text with trusted rows and without weights is drawn by its density ratio.
+        """Return the rule for a task: with trusted rows, text is drawn by its density ratio unless weights are given.
 
-        With a gate, which trains the trusted model anyway, it is drawn by reducible loss; so are preference pairs, of
-        which those that look swapped are dropped.
+        Preference pairs are drawn by the reducible loss, and the trusted model drops those that look swapped.
         """
-        rule = self
-        if trusted and self.weights is None and isinstance(task, Generation | Preference) and self.select:
-            by_ratio = isinstance(task, Generation) and self.gate is None
-            rule = replace(self, weights=TEXT_WEIGHTS if by_ratio else {"reducible_loss": 1.0})
-        return replace(rule, gate="swapped") if trusted and isinstance(task, Preference) else rule
+        if not (trusted and self.select and isinstance(task, Generation | Preference)):
+            return self
+        if isinstance(task, Generation):
+            return replace(self, weights=TEXT_WEIGHTS) if self.weights is None else self
+        return replace(self, weights=self.weights or {"reducible_loss": 1.0}, terms=[REDUCIBLE_LOSS, *self.terms])
 
     def without_probe(self) -> "ScoringRule":
         """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
@@ -130,34 +116,19 @@ class ScoringRule:
         idle = isinstance(task, Generation) and self.trusting(task, trusted).even and not self.terms
         return self.select and not idle
 
-    def rejects(self, stratified: bool) -> bool:
-        """Whether to drop rows with a likely wrong label, if labels are classes (`stratified`)."""
-        return stratified and (self.even if self.reject is None else self.reject)
-
     def require_trusted(self, trusted: bool) -> None:
         """Raise SettingsError if the rule needs trusted rows and there are none."""
-        terms = [f"term '{name}'" for name, term in self.measured().items() if term.trusted or term.probe]
-        needing = terms if self.gate is None else [f"gate '{self.gate}'", *terms]
+        needing = [name for name, term in self.measured().items() if term.later]
         if needing and not trusted:
-            raise SettingsError(f"{needing[0]} needs trusted rows: name them in data.trusted, or pass trusted=rows")
+            raise SettingsError(
+                f"term '{needing[0]}' needs trusted rows: name them in data.trusted, or pass trusted=rows"
+            )
 
-    def require_rejectable(self, task: Task) -> None:
-        """Raise an error for `reject` where labels are not classes, and for other parts that the task does not have."""
-        if self.reject and task.answer != "class":
-            raise SettingsError(f"reject works for classification, but the task is {task.name}; remove it")
-        if self.gate == "share" and task.answer == "tags":
-            raise SettingsError(f"gate share compares labels of rows, but the task is {task.name}; use gate surest")
+    def require_texts(self, task: Task) -> None:
+        """Raise UnsupportedError for a term of hidden states of texts where the task has no texts to write."""
         if needs_probe(self.measured()) and not isinstance(task, Generation):
             raise UnsupportedError(
                 f"quality term 'density_ratio' compares hidden states of texts, but the task is {task.name}; remove it"
-            )
-
-    def require_room(self, fraction: float) -> None:
-        """Raise SettingsError where `reject` might leave fewer rows than a draw takes."""
-        if self.reject and self.weights is not None and fraction > 1 - MOST:
-            raise SettingsError(
-                f"reject may drop {MOST:.0%} of the rows, and weights draw {fraction:.0%} of them without repeats; "
-                f"set the fraction to {1 - MOST:g} or less, or remove reject or the weights"
             )
 
 
@@ -188,6 +159,8 @@ class Compute:
     scores; delete it once they are saved. Needs the rows' hashes."""
     progress: Progress | None = None
     """Called with (phase, rows done, all rows)."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them in this one."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -259,8 +232,17 @@ class LookRequest:
     compute: Compute = Compute()
     trusted: Trusted | None = None
     fraction: float = 1.0
-    """The share of the rows that a gate must keep."""
+    """The share of the rows that a draw needs: pairs that look swapped are dropped only beyond it."""
+
+    first: Scores | None = None
+    """Scores of the run's first look, for a later one, which judges no labels."""
 
     @property
     def trusted_rows(self) -> int:
         return 0 if self.trusted is None else len(self.trusted.rows)
+
+    @property
+    def twins(self) -> Bool[np.ndarray, " n"]:
+        """Rows that equal a trusted row: they leave the pool before anything is fitted."""
+        twins = None if self.trusted is None else self.trusted.twins
+        return np.zeros(len(self.dataset), dtype=np.bool_) if twins is None else twins

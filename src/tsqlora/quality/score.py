@@ -59,7 +59,7 @@ def score(
         rows: ids, hashes and lengths of the rows.
         compute: batch size, precision, journal and progress.
         trusted: rows that represent what the model should be good at, in the format of the data set.
-        fraction: share of the rows that a gate must leave.
+        fraction: share of the rows that a draw needs: pairs that look swapped are dropped only beyond it.
 
     If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
     Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
@@ -131,7 +131,7 @@ def require_scorable(
     model = distributed.unwrapped(model)
     _require_separable(model)
     require_precision(rule.measured(), autocast)
-    rule.require_rejectable(task)
+    rule.require_texts(task)
     collate = each_its_row(collate)
     with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # In one batch: only a batch shows whether samples share a row.

@@ -22,9 +22,10 @@ JSON = Mapping[str, Any]
 
 REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair")
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
-PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
+PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits", "wrong_probability")
 """Predicted class, labels (k of 0 and 1) or number; for classes its probability and the label's; for classes and labels
-k logits. They come from a fit without the row where the record has `out_of_sample`, else from the model."""
+k logits; where wrong classes are evident, the probability that the label is wrong. They come from a fit without the row
+where the record has `out_of_sample`, else from the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +58,12 @@ class ScoreRecord:
     head_start: JSON | None = None
     not_ready: str | None = None
     """Why the model is at chance, so that its gradients carry no information."""
-    frozen: bool = False
-    """Whether predictions use features that were not trained on these labels."""
     out_of_sample: bool = False
     """Whether predictions come from fits without the row."""
     trusted_rows: int | None = None
-    agreement: JSON | None = None
-    """Whether trusted rows confirm what a head fitted on the pool claims about them."""
     noise: JSON | None = None
     """Wrong labels: their rate, and whether they are evident."""
     gate: JSON | None = None
-    guard: JSON | None = None
-    """Result of the comparison of Q's draw with a random one."""
 
     data: str | None = None
     """File or hub id of the rows."""
@@ -174,9 +169,14 @@ class Scores:
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
         return replace(self, reasons=reasons)._with_probabilities()
 
-    def drawn_evenly(self) -> "Scores":
-        """Return the scores with an even draw of the kept rows, whatever their quality."""
-        return replace(self, record=replace(self.record, draw="even"))._with_probabilities()
+    def judged_as(self, first: "Scores") -> "Scores":
+        """Return these terms and this Q, with the predictions, the verdicts and the dropped rows of earlier scores."""
+        renewed = replace(self, predictions=first.predictions, reasons=first.reasons)
+        return renewed.noted(noise=first.record.noise, gate=first.record.gate)._with_probabilities()
+
+    def noted(self, **values: Any) -> "Scores":
+        """Return the scores with these values in the record."""
+        return replace(self, record=replace(self.record, **values))
 
     def _with_probabilities(self) -> "Scores":
         logits = np.where(self.kept, 0.0 if self.even else self.quality, -np.inf)

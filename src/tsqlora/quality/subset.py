@@ -69,7 +69,7 @@ class QualitySubset(Dataset[Any]):
         )
         self.lengths, self.batch_size = lengths, batch_size
         if lengths is not None and len(self.trusted):
-            self.lengths = [*lengths, *lengths_of(self.trusted)]
+            self.lengths = [*lengths, *lengths_of([self.trusted[j] for j in range(len(self.trusted))])]
         self.trusted_hash = hash_of(self.trusted)
         """Of the trusted rows, 16 hex digits; None without trusted rows."""
         self.task: Task | None = None

@@ -1,24 +1,25 @@
 """The inputs of the last linear layer at tagged tokens, on which heads of tags are fitted and tags are audited."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from tsqlora.compat.shapes import Float, Int
+from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.oom import BatchSplitter, halves, retry_on_oom
-from tsqlora.quality.forward_pass import Forward, Head, find_head, hidden_states, recorded
+from tsqlora.quality.forward_pass import Forward, Head, hidden_states, read_head, recorded
+from tsqlora.quality.passes import read_batches
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Batch, Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import IGNORED
 
 
@@ -62,25 +63,16 @@ def tag_features(
     """
     deep = early and isinstance(base_model(model), PreTrainedModel)
     further: dict[str, Any] = {"output_hidden_states": True} if deep else {}
-    splitter, parts = BatchSplitter(), list[tuple[Tensor, ...]]()
+    parts: list[tuple[Tensor, ...]] = []
     with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
-        # Rows of like length share a batch, which saves padding.
-        by_length = np.argsort(lengths_of([dataset[int(j)] for j in rows]), kind="stable")
-        batches = [by_length[first : first + compute.batch_size] for first in range(0, len(rows), compute.batch_size)]
-
-        def read(places: np.ndarray) -> tuple[dict[str, Any], Tensor]:
-            return split_labels(collate([dataset[int(rows[j])] for j in places]), model)
-
-        def find(size: int) -> Head | None:
-            inputs, _ = read(batches[0][:size])
-            return find_head(model, partial(model_logits, model, inputs, task))
-
-        layer = retry_on_oom(find, halves(len(batches[0])))
+        lengths, some = lengths_of(dataset), Subset(cast(Any, dataset), rows.tolist())
+        batches = sorted_batches([lengths[j] for j in rows], compute.batch_size)
+        layer, first = read_head(model, some, batches[0], collate, task)
         if layer is None:
             return None
 
-        def measure(places: np.ndarray) -> tuple[Tensor, ...]:
-            inputs, labels = read(places)
+        def measure(places: np.ndarray, batch: Batch) -> tuple[Tensor, ...]:
+            inputs, labels = split_labels(batch, model)
             with recorded([layer.linear]) as calls, hidden_states(model if early else None, early=True) as states:
                 logits = model_logits(model, {**inputs, **further}, task)
             features = torch.cat([calls[layer.linear][0].float(), *(state.float() for state in states)], dim=-1)
@@ -92,8 +84,8 @@ def tag_features(
             place = torch.from_numpy(places).to(labels.device)[tagged.nonzero()[:, 0]]
             return features[tagged].cpu(), labels[tagged], losses.float(), place, numbers[tagged]
 
-        for places in batches:
-            parts += splitter.of(places, measure)
+        for results in read_batches(measure, batches, some, collate, workers=compute.workers, first=first):
+            parts += results
     columns = [torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)]
     order = np.argsort(columns[3], kind="stable")
     return layer, TagFeatures(*(column[order] for column in columns), count=len(rows))

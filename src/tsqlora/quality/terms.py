@@ -99,15 +99,9 @@ def _ifd(m: Measured) -> Float[Tensor, " n"]:
     return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
 
 
-def _reducible_loss(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); for generation divided by ℓ(θ), at least its median.
-
-    Without the median, rows of next to no loss, such as copies of the prompt, are worth most [ours; bench/mixed_pool].
-    """
-    difference = m.loss - _required(m.trusted_loss)
-    if m.logits is not None:
-        return difference
-    return difference / m.loss.clamp_min(max(float(m.loss.median()), torch.finfo(m.loss.dtype).tiny))
+def reducible_loss(m: Measured) -> Float[Tensor, " n"]:
+    """ℓ(θ) − ℓ(θ_R) of preference pairs, eq. 3′ (after RHO-loss and CoLoR-Filter)."""
+    return m.loss - _required(m.trusted_loss)
 
 
 def _density_ratio(m: Measured) -> Float[Tensor, " n"]:
@@ -123,9 +117,11 @@ TERMS: dict[str, Term] = {
     "loss": Term(lambda m: m.loss),
     "el2n": Term(_el2n, answers=True),
     "ifd": Term(_ifd, alone=True),
-    "reducible_loss": Term(_reducible_loss, trusted=True),
     "density_ratio": Term(_density_ratio, probe=True),
 }
+
+REDUCIBLE_LOSS = Term(reducible_loss, trusted=True)
+"""The look takes it where preference pairs have trusted rows; it is no choice elsewhere."""
 
 TermSpec = str | Term | Callable[[Measured], Any]
 """A name in TERMS, or a custom term: a function of Measured, or a Term if it needs gradients."""

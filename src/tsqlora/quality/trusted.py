@@ -1,48 +1,42 @@
-"""The trusted model θ_R, which is the run's model trained on trusted rows alone; and gates, which drop the rows that it
-disagrees with.
+"""Trusted rows; and for preference pairs the trusted model θ_R, the run's model trained on trusted pairs alone.
 
-After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024). To add a gate, add an entry to
-GATES.
+After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024).
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Bool, Float, Shaped
+from tsqlora.compat.shapes import Bool, Float
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
-from tsqlora.tasks import Answers, Task
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.preference import Preference
 
-BATCH_SIZE = 16
-STEPS = 100
-STEPS_OF_TEXT = 24
+STEPS = 24
 RATES = (2.0, 1.0, 0.5)
-"""Factors on the run's learning rate; for text lower ones are tried until the loss of held-out trusted rows rises."""
+"""Factors on the run's learning rate: lower ones are tried until the loss of held-out trusted rows rises."""
 HELD_OUT = 0.2
-"""Share of the trusted rows that text holds out."""
+"""Share of the trusted rows that are held out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trusted:
-    """Trusted rows, which represent what the model should be good at, and how to train on them alone."""
+    """Trusted rows, which represent what the model should be good at, and how to train on pairs of them alone."""
 
     rows: Dataset
     learning_rate: float = 5e-4
-    """Learning rate of the run; the trusted model starts at twice as much, for text at less where that is better."""
-    batch_size: int = BATCH_SIZE
-    """Batch size of the run; the trusted model uses it for generation, else 16."""
+    """Learning rate of the run; the trusted model starts at twice as much."""
+    batch_size: int = 16
+    """Batch size of the run, and of the trusted model."""
     twins: Bool[np.ndarray, " n"] | None = None
     """Rows of the data set with the input of a trusted row; they are not drawn."""
     loss: Float[np.ndarray, " n"] | None = None
@@ -57,14 +51,8 @@ class Lesson(NamedTuple):
     """What training the trusted model came to."""
 
     teaches: bool
-    """False if no rate lowered the loss of text that the model had not seen."""
+    """False if no rate lowered the loss of pairs that the model had not seen."""
     trainings: int
-
-
-def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
-    """Return the trusted model's steps and rows per step: for generation few steps with the run's batch size."""
-    text = isinstance(task, Generation | Preference)
-    return STEPS_OF_TEXT if text else STEPS, min(rows, batch_size if text else BATCH_SIZE)
 
 
 @contextmanager
@@ -77,14 +65,12 @@ def trusted_model(
     at_once: int | None = None,
     autocast: torch.dtype | None = None,
     rng: np.random.Generator,
-    start: Callable[[], None] = lambda: None,
 ) -> Generator[Lesson]:
     """Train the model on the trusted rows while open; afterwards restore it bit for bit, also after an error.
 
     AdamW without weight decay and dropout, at a rate that falls linearly to 0, in a new order for each pass over the
-    rows; batches of more than `at_once` rows are accumulated. `start` runs first and may change trainable weights, such
-    as a head's. Weights, gradients, modes and random generators are restored. Raises TsqLoraError where a loss is not
-    finite.
+    rows; batches of more than `at_once` rows are accumulated. Weights, gradients, modes and random generators are
+    restored. Raises TsqLoraError where a loss is not finite.
     """
     training = _Training(model, trusted, collate, task, at_once or len(trusted.rows), autocast, rng)
     before = [(p, p.detach().clone(), p.grad) for p in training.parameters]
@@ -97,12 +83,7 @@ def trusted_model(
 
     with eval_mode(model):
         try:
-            start()
-            if isinstance(task, Answers):
-                training.run(np.arange(len(trusted.rows)), RATES[0])
-                yield Lesson(True, 1)
-            else:
-                yield training.run_checked(restore)
+            yield training.run_checked(restore)
         finally:
             restore()
 
@@ -155,10 +136,10 @@ class _Training:
             parameter.grad = None
         rate = factor * self.trusted.learning_rate
         optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
-        steps, size = trusted_steps_of(self.task, n, self.trusted.batch_size)
-        order = np.concatenate([self.rng.permutation(n) for _ in range(-(-steps * size // n))])
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        for step in range(steps):
+        size = min(n, self.trusted.batch_size)
+        order = np.concatenate([self.rng.permutation(n) for _ in range(-(-STEPS * size // n))])
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+        for step in range(STEPS):
             batch = rows[order[step * size : (step + 1) * size]]
             for part, share in zip(self._parts(batch), self._shares(batch), strict=True):
                 loss = self.task.batch_loss(*self._losses(part))
@@ -196,60 +177,6 @@ class _Training:
         inputs, labels = self._batch(rows)
         with precision(labels.device, self.autocast):
             return self.task.loss(model_logits(self.model, inputs, self.task), labels), labels
-
-
-TINY = float(np.finfo(np.float64).tiny)
-Gate = Literal["share", "surest", "swapped"]
-
-SUREST = 0.2
-"""Share of the rows that the gate `surest` drops."""
-
-Margin = Callable[
-    [Float[np.ndarray, " n"], Shaped[np.ndarray, "n *k"], Shaped[np.ndarray, "m *k"], bool], Float[np.ndarray, " n"]
-]
-"""(the trusted model's losses, labels, labels of trusted rows, whether labels are classes) -> margins; rows with a
-negative margin are dropped."""
-
-
-def by_share(
-    losses: Float[np.ndarray, " n"],
-    labels: Shaped[np.ndarray, "n *k"],
-    trusted: Shaped[np.ndarray, "m *k"],
-    classes: bool,
-) -> Float[np.ndarray, " n"]:
-    """Keep rows whose label has at least the probability under θ_R that is its share among trusted rows.
-
-    For several labels, compare with their shares likewise. For regression, keep rows whose squared error is at most the
-    variance of the trusted labels. Rows of a class without trusted rows are kept.
-    """
-    if labels.ndim == 2:
-        share = trusted.mean(axis=0)
-        constant = np.where(labels > 0.5, share, 1 - share)
-        return np.where((constant == 0).any(axis=1), np.inf, -losses - np.log(constant.clip(TINY)).mean(axis=1))
-    if not classes:
-        return trusted.var() - losses
-    width = int(max(labels.max(), trusted.max())) + 1
-    share = np.bincount(trusted.astype(np.int64), minlength=width)[labels.astype(np.int64)] / len(trusted)
-    return np.where(share == 0, np.inf, -losses - np.log(np.maximum(share, TINY)))
-
-
-def by_surest(
-    losses: Float[np.ndarray, " n"],
-    labels: Shaped[np.ndarray, "n *k"],
-    trusted: Shaped[np.ndarray, "m *k"],
-    classes: bool,
-) -> Float[np.ndarray, " n"]:
-    """Drop the fifth of the rows with the largest losses; rows of a class without trusted rows are kept."""
-    margin = np.quantile(losses, 1 - SUREST) - losses
-    return np.where(np.isin(labels, trusted), margin, np.inf) if classes else margin
-
-
-def by_swapped(losses: Float[np.ndarray, " n"], *_: Any) -> Float[np.ndarray, " n"]:
-    """Keep preference pairs whose chosen answer the trusted model prefers, compared with the reference model."""
-    return math.log(2) - losses
-
-
-GATES: Mapping[str, Margin] = {"share": by_share, "surest": by_surest, "swapped": by_swapped}
 
 
 def left_out(margin: Float[np.ndarray, " n"], least: int) -> Bool[np.ndarray, " n"]:

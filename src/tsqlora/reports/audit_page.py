@@ -41,7 +41,10 @@ def audit_page(
         # A browser stores the choices by this key; another label column of the file has choices apart.
         "key": json.dumps([about["sha256"] or about["source"], about.get("columns", {}).get("label")]),
     }
-    pairs = [[p["label"], p["suggested"], f"{p['rows']:,}", f"{p['wrong']:.1f}"] for p in about["pairs"]]
+    wrong = ["of them wrong"] if about["evident"] else []
+    pairs = [
+        [p["label"], p["suggested"], f"{p['rows']:,}", *[f"{p['wrong']:.1f}" for _ in wrong]] for p in about["pairs"]
+    ]
     return (
         environment()
         .get_template("audit.html")
@@ -50,7 +53,7 @@ def audit_page(
             about=about,
             name=Path(about["source"]).name,
             left_out=len(rows) - len(data["rows"]),
-            pairs=Table("Confused classes", ["label", "looks like", "rows", "of them wrong"], pairs, [1]),
+            pairs=Table("Confused classes", ["label", "looks like", "rows", *wrong], pairs, [1]),
             duplicates=duplicates,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
             data=htmlsafe_json_dumps(data, dumps=json.dumps),

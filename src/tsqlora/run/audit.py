@@ -20,7 +20,8 @@ from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.quality.audit import FEWEST, Audit, audit, audit_of_logits
+from tsqlora.quality.audit import Audit, audit, audit_of_judgement
+from tsqlora.quality.judge import DOUBT, FEWEST, judge_logits
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed, Listing, make_listing
@@ -139,12 +140,15 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Spli
     )
     if deep:
         logits = out_of_fold_logits(config, data, max_length=length, progress=progress)
-        judged = audit_of_logits(logits, samples.labels, classes=splits.labels.names, ids=samples.ids, frozen=False)
-        result = replace(judged, duplicates=result.duplicates)
+        judgement = judge_logits(logits, samples.labels)
+        judged = audit_of_judgement(judgement, samples.labels, classes=splits.labels.names, ids=samples.ids)
+        result = replace(judged, duplicates=result.duplicates, uncompared=result.uncompared)
     if result.tokens is not None:
         result = replace(result, tokens=_numbers(result, splits, tokenizer, length))
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
+    if result.uncompared:
+        notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
         notes.append(f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}")
     return data.splits, result, notes
@@ -165,7 +169,15 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
     """The content of audit.json: the source, so that corrections match its rows, and the results."""
     rows = len(splits.places["train"])
     source, names, model = splits.sources["train"], result.classes, config.model.path
-    pairs = [{**asdict(pair), "label": names[pair.label], "suggested": names[pair.suggested]} for pair in result.pairs]
+    pairs = [
+        {
+            "label": names[pair.label],
+            "suggested": names[pair.suggested],
+            "rows": pair.rows,
+            "wrong": pair.wrong if result.evident else None,
+        }
+        for pair in result.pairs[:30]
+    ]
     return {
         "source": source.name if source.path is None else str(source.path.absolute()),
         "sha256": source_digest(source.name, splits.columns.media),
@@ -180,13 +192,11 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
         "summary": _summary(result),
         "evident": result.evident,
         "why_not": result.why_not,
-        "rate": result.rate,
-        "low": result.low,
-        "high": result.high,
+        **{name: getattr(result, name) if result.evident else None for name in ("rate", "low", "high")},
         "likely_wrong": result.likely_wrong,
         "listed": len(listing.rows),
         "checks": listing.checks,
-        "pairs": pairs[:30],
+        "pairs": pairs,
         "duplicates": len(result.duplicates),
         "notes": list(notes),
     }
@@ -201,13 +211,14 @@ def source_digest(source: str, media: str | None) -> str | None:
 
 
 def _summary(result: Audit) -> str:
-    if result.evident:
-        between = f"{result.low:.1%} to {result.high:.1%}"
-        return f"About {result.rate:.1%} of the labels are wrong ({between}); {result.likely_wrong:,} likely are."
-    return (
-        f"No evidence of wrong labels: {result.why_not}. Up to {result.high:.0%} may be wrong. The list is an order in "
-        f"which to look; its probabilities assume {result.rate:.1%}."
-    )
+    if not result.evident:
+        return (
+            f"Whether labels are wrong, and how many, the audit cannot say: {result.why_not}. "
+            "The list is only an order in which to look, the likeliest wrong first."
+        )
+    between = f" ({result.low:.1%} to {result.high:.1%})" if result.high < 1 else ""
+    likely = f"{result.likely_wrong:,} are likely wrong, with a probability above {DOUBT:.0%}"
+    return f"About {result.rate:.1%} of the labels are wrong{between}; {likely}."
 
 
 def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
@@ -228,7 +239,7 @@ def _cells(row: Listed) -> dict[str, Any]:
         "text": row.text,
         "label": row.label,
         "suggested_label": row.suggested_label,
-        "wrong_probability": f"{row.wrong_probability:.4f}",
+        "wrong_probability": "" if row.wrong_probability is None else f"{row.wrong_probability:.4f}",
         "reviewed_label": "",
         "kind": row.kind,
     }

@@ -10,7 +10,6 @@ from tsqlora.data.cells import row_text
 from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.splits import Splits
 from tsqlora.quality.audit import Audit
-from tsqlora.quality.label_noise import DOUBT
 from tsqlora.seeds import stream
 
 LEAST = 100
@@ -22,6 +21,8 @@ MOST_PAIRS = 100
 class Listed:
     """One row to review. `candidates` are labels, the likeliest first; `kind` is "suspect" or "check".
 
+    Without evidence of wrong labels no row has a probability.
+
     Where rows have several labels, a label here is the whole set, joined by "|".
     """
 
@@ -29,7 +30,7 @@ class Listed:
     text: str
     label: str | int
     suggested_label: str | int
-    wrong_probability: float
+    wrong_probability: float | None
     kind: str
     candidates: tuple[str | int, ...]
     token: int | None = None
@@ -52,11 +53,10 @@ class Listing:
 
 
 def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
-    """Rows that are wrong with a probability above DOUBT, at least LEAST; `review` others; the first MOST_PAIRS."""
+    """List the likely wrong rows, at least LEAST; `review` others; and the first MOST_PAIRS near-duplicates."""
     # Of a row with several labels, the one that is likeliest wrong; of a sentence, every token.
     order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
-    doubted = int((audit.probability[order] > DOUBT).sum()) if audit.evident else 0
-    suspects = min(max(doubted, LEAST), len(order))
+    suspects = min(max(int((order < audit.likely_wrong).sum()), LEAST), len(order))
     checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
     places = [*order[:suspects].tolist(), *order[checks].tolist()]
     pairs = audit.duplicates[:MOST_PAIRS]
@@ -110,7 +110,7 @@ class _Lister:
             text=self.text(row),
             label=self.label(j, own),
             suggested_label=self.label(j, int(audit.suggested[j])),
-            wrong_probability=float(audit.probability[j]),
+            wrong_probability=float(audit.probability[j]) if audit.evident else None,
             kind=kind,
             candidates=tuple(self.label(j, int(c)) for c in audit.candidates[j] if str(audit.classes[c]) not in others),
         )

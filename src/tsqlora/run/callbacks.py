@@ -37,11 +37,9 @@ def scoring_rule(config: Config) -> ScoringRule:
     q, weights = config.quality, config.quality.resolved_weights()
     return ScoringRule(
         weights=weights,
+        judge=q.preset != "paper",
         temperature=q.temperature or 1.0,
-        reject=None if weights is None else False,  # None: likely wrong classes, not numbers
         seed=config.training.seed,
-        gate=q.gate,
-        trusted_last=q.trusted_last,
         head_start=q.head_start,
         look_again=q.look_again,
         select=q.enabled,

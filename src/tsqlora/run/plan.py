@@ -13,8 +13,8 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
-from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.trusted import RATES, trusted_steps_of
+from tsqlora.quality.rule import ScoringRule, needs_trusted
+from tsqlora.quality.trusted import RATES, STEPS
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
@@ -102,10 +102,8 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
     if quality is not None and quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
         phases["look"] = _look(rule, task, rows=n, trusted=trusted)
-        if trusted and rule.trusts:
-            trained, rows = trusted_steps_of(task, trusted, batch)
-            trainings = 1 if isinstance(task, Answers) else len(RATES)  # at most
-            cost = trusted_cost(n, steps=trainings * trained, batch_size=rows)
+        if needs_trusted(rule.measured()):
+            cost = trusted_cost(n, steps=len(RATES) * STEPS, batch_size=min(trusted, batch))  # at most
             phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
     elif quality is not None and not quality.rule.select and not isinstance(task, Generation):
         phases["look"] = {"forward": n + trusted, "backward": 0}

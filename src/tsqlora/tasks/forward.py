@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from tsqlora.compat.torch import upcast
 from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
@@ -56,22 +57,22 @@ def is_encoder_decoder(inner: nn.Module) -> bool:
 
 def each_its_row(collate: Collate) -> Collate:
     """Wrap the collator to raise UnsupportedError for packed samples, which share a row, and for preference pairs."""
+    return partial(_each_its_row, collate)  # a DataLoader's workers may have to pickle it
 
-    def checked(samples: list[Any]) -> Batch:
-        # Copies, because some collators remove the labels from their samples.
-        batch = collate([dict(sample) if isinstance(sample, dict) else sample for sample in samples])
-        labels = batch.get("labels")
-        columns = {str(name).split("_")[0] for name in samples[0]} if isinstance(samples[0], Mapping) else set[str]()
-        if labels is None and {"chosen", "rejected"} <= columns:
-            raise UnsupportedError(f"the samples are preference pairs of another library; {SELECT_BEFORE}")
-        if isinstance(labels, Tensor) and len(labels) != len(samples):
-            raise UnsupportedError(
-                f"the collator packs {len(samples)} samples into {len(labels)} row(s), so that samples cannot be told "
-                f"apart; {SELECT_BEFORE}"
-            )
-        return batch
 
-    return checked
+def _each_its_row(collate: Collate, samples: list[Any]) -> Batch:
+    # Copies, because some collators remove the labels from their samples.
+    batch = collate([dict(sample) if isinstance(sample, dict) else sample for sample in samples])
+    labels = batch.get("labels")
+    columns = {str(name).split("_")[0] for name in samples[0]} if isinstance(samples[0], Mapping) else set[str]()
+    if labels is None and {"chosen", "rejected"} <= columns:
+        raise UnsupportedError(f"the samples are preference pairs of another library; {SELECT_BEFORE}")
+    if isinstance(labels, Tensor) and len(labels) != len(samples):
+        raise UnsupportedError(
+            f"the collator packs {len(samples)} samples into {len(labels)} row(s), so that samples cannot be told "
+            f"apart; {SELECT_BEFORE}"
+        )
+    return batch
 
 
 def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> AbstractContextManager[Any]:
@@ -142,17 +143,21 @@ def require_usable(task: Task, logits: Tensor, labels: Tensor, rows: Iterable[An
     )
 
 
-def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
-    """Add position ids for a causal model, so that left and right padding give the same result.
+def placed(model: nn.Module, inputs: Mapping[str, Any], task: Task | None) -> Mapping[str, Any]:
+    """Add position ids for a causal model, so that left and right padding give the same result; build no KV cache.
 
     A position embedding with a padding_idx, as RoBERTa's, numbers the tokens itself, from another number on.
     """
+    inner = base_model(model)
+    body = inner.base_model if isinstance(inner, PreTrainedModel) else inner
+    parameters, of_body = (inspect.signature(part.forward).parameters for part in (inner, body))
+    if "use_cache" in parameters or ("use_cache" in of_body and "kwargs" in parameters):
+        inputs = {"use_cache": False, **inputs}
     mask = inputs.get("attention_mask")
     causal = isinstance(task, Generation) and task.causal
     if not causal or mask is None or mask.dim() != 2 or "position_ids" in inputs:
         return inputs
-    inner = base_model(model)
-    if "position_ids" not in inspect.signature(inner.forward).parameters or any(
+    if "position_ids" not in parameters or any(
         isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
         for name, module in inner.named_modules()
     ):

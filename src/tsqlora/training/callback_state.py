@@ -20,8 +20,9 @@ from tsqlora.files import write_json, write_tensors
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 
-VERSION = 3
-"""Of the callbacks' files. 3: a look before the first step, in place of a warm-up; 2: draws from named streams."""
+VERSION = 4
+"""Of the callbacks' files. 4: labels are judged once, and trusted rows come last; 3: a look before the first step, in
+place of a warm-up; 2: draws from named streams."""
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
@@ -89,6 +90,8 @@ class QualityState:
     draws: dict[str, Any]
     """Options that decide scores and draws."""
     notes: list[str]
+    jumped: bool = False
+    """Whether early stopping ended the steps on the pool, so that the run went on with those on trusted rows."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():

@@ -1,7 +1,7 @@
 """When looks at all rows take place, and their summaries for run.json and the pages."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Schedule:
     """The epoch before which all rows are looked at again."""
     step_size: int
     """Rows of a step, of every process."""
+    epoch_steps: int
+    """Steps of an epoch."""
 
     @classmethod
     def of(cls, data: QualitySubset, args: TrainingArguments, state: TrainerState, batches: int) -> "Schedule":
@@ -38,19 +40,14 @@ class Schedule:
         epoch, step = divmod(first, an_epoch)
         place = (epoch, min(step * a_step, len(data))) if first < total else None
         again = (e for e in range(1, math.ceil(total / an_epoch)) if LOOK_AGAIN * total <= e * an_epoch < first)
-        return cls(first, place, next(again, None), a_step)
+        return cls(first, place, next(again, None), a_step, an_epoch)
 
 
 def look_summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
     """A look for run.json."""
-    names = ("epoch", "step", "head_start", "agreement", "noise", "gate")
+    names = ("epoch", "step", "head_start", "noise", "gate")
     summary = {name: getattr(scores.record, name) for name in names}
     return {**summary, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
-
-
-def trusted_agree(looks: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the first look found that trusted rows agree with the pool."""
-    return bool(looks) and (looks[0].get("agreement") or {}).get("agrees", False)
 
 
 def noise_notes(scores: Scores | None) -> list[str]:
@@ -59,10 +56,11 @@ def noise_notes(scores: Scores | None) -> list[str]:
     if scores is None or noise is None:
         return []
     if not noise["evident"]:
-        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+        return ["there is no evidence of wrong labels: all rows were drawn from"]
+    bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
+    left_out = scores.left_out_as("confident negative").sum()
     return [
-        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
-        f"{(~scores.kept).sum()} of {len(scores)} rows were left out"
+        f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {left_out} of {len(scores)} rows were left out"
     ]
 
 
@@ -78,10 +76,10 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             [
                 *([_head(look.get("head_start"))] if j == 1 else []),
                 *([f"Rows are drawn evenly and ranks stay: {look['not_ready']}."] if look.get("not_ready") else []),
-                *_gate(look.get("gate"), trusted),
+                *_gate(look.get("gate")),
                 *_noise(look.get("noise")),
                 *([f"{look['kept']:,} of {look['rows']:,} rows were kept."] if "kept" in look else []),
-                *([trusted_order(look.get("agreement"), trusted, last)] if trusted and j == 1 else []),
+                *([trusted_order(trusted, last)] if trusted and j == 1 else []),
             ],
         )
         for j, look in enumerate(quality.get("looks", ()), start=1)
@@ -104,31 +102,23 @@ def _head(head: Mapping[str, Any] | None) -> str:
     )
 
 
-def _gate(gate: Mapping[str, Any] | None, trusted: int) -> list[str]:
+def _gate(gate: Mapping[str, Any] | None) -> list[str]:
     if gate is None:
-        return ["No gate was set: no row was left out because trusted rows contradict it."] if trusted else []
+        return []
     if "why_not" in gate:
         return [f"Not used ({gate['name']}): {gate['why_not']}."]
     return [f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model disagrees."]
 
 
-def trusted_order(agreement: Mapping[str, Any] | None, trusted: int, last: Any) -> str:
-    """Whether so many trusted rows come last or are mixed in, and why."""
-    order = "trained on last" if last else "mixed in with those of the pool"
-    if agreement is None:
-        return f"{trusted:,} trusted rows are {order}."
-    share = f"{max(agreement['confirmed'], 0):.0%} (± {agreement['error']:.0%})"
-    verdict = "agree with the pool" if agreement["agrees"] else "may differ from the pool"
-    return (
-        f"{trusted:,} trusted rows {verdict}: they confirm {share} of what a head fitted on it predicts of them, and "
-        f"are {order}."
-    )
+def trusted_order(trusted: int, last: Any) -> str:
+    """Whether so many trusted rows come last or are mixed in."""
+    return f"{trusted:,} trusted rows are {'trained on last' if last else 'mixed in with those of the pool'}."
 
 
 def _noise(noise: Mapping[str, Any] | None) -> list[str]:
     if noise is None:
         return []
     if not noise["evident"]:
-        return [f"There is no evidence of wrong labels: at most {noise['high']:.1%}."]
-    bounds = f"between {noise['low']:.0%} and {noise['high']:.0%}"
-    return [f"About {noise['rate']:.0%} of the labels seem wrong, {bounds}; likely wrong ones are left out."]
+        return ["There is no evidence of wrong labels, which does not mean that there are none."]
+    bounds = f", between {noise['low']:.0%} and {noise['high']:.0%}" if noise["high"] < 1 else ""
+    return [f"About {noise['rate']:.0%} of the labels seem wrong{bounds}; likely wrong ones are left out."]

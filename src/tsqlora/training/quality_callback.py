@@ -1,7 +1,7 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
@@ -19,10 +19,9 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.fallback import guarded
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look
-from tsqlora.quality.look_cache import look_once
+from tsqlora.quality.rows import batches_of
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
@@ -31,10 +30,10 @@ from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.training.callback_state import ROWS_HASH, QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
-from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree, trusted_order
+from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_order
 from tsqlora.training.part import PartCallback, require_subset
 from tsqlora.training.recorder import of_draws
 from tsqlora.training.run_dir import SCORES_FILE
@@ -47,10 +46,9 @@ class QualityCallback(PartCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
     A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
-    errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; what the rule says
-    decides the rest. With trusted rows the run trains on the pool first, and on them last; texts, and rows that the
-    look finds to agree with the pool, are mixed in. A run of several epochs looks again after a third of its steps
-    where that can change which rows are drawn.
+    errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; the rule says how the
+    others are drawn. With trusted rows the run trains on the pool first, and on them last; texts, and rows of fewer
+    than half of the classes, are mixed in. A run of several epochs measures Q again after a third of its steps.
 
     Args:
         data: the Trainer's train_dataset.
@@ -85,7 +83,6 @@ class QualityCallback(PartCallback):
         require_subset(data, self.name)
         self.data = data
         self.rule = rule or ScoringRule()
-        self.rule.require_room(data.plan.fraction)
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
@@ -94,7 +91,7 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule = Schedule(0, None, None, 0)
+        self.schedule = Schedule(0, None, None, 0, 1)
         self._rows_hash: str | None = None
         self._forget()
 
@@ -103,6 +100,8 @@ class QualityCallback(PartCallback):
         self.looks: list[dict[str, Any]] = []
         self._spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
+        self._first: Scores | None = None
+        self._jumped = False
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         distributed.refuse_deepspeed(args.deepspeed_plugin)
@@ -127,12 +126,14 @@ class QualityCallback(PartCallback):
             _read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved.looks) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
-        last = ends_trusted and self._trusted_last(self._task(args, model), [] if saved is None else saved.looks)
+        last = ends_trusted and self._trusted_last(self._task(args, model), model, loader.collate_fn)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
         if saved is not None:
             self._resume(saved, self._path(args))
+            if saved.jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
+                state.epoch = state.global_step / self.schedule.epoch_steps
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
@@ -159,7 +160,50 @@ class QualityCallback(PartCallback):
 
     def save_part(self, folder: Path) -> None:
         scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes).save(folder)
+        state = QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes, self._jumped)
+        state.save(folder)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        self._jump(args, state, control, kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_save(args, state, control, **kwargs)
+        self._jump(args, state, control, kwargs)  # EarlyStoppingCallback may come after this callback
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._jump(args, state, control, kwargs, epoch_ends=True)
+        super().on_epoch_end(args, state, control, **kwargs)
+
+    def _jump(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: Mapping[str, Any],
+        *,
+        epoch_ends: bool = False,
+    ) -> None:
+        """Go on with the steps of the trusted rows where EarlyStoppingCallback ends those of the pool."""
+        at, first, data = state.global_step, self.schedule.trusted_step, self.data
+        if data.plan.trusted_from is None or not control.should_training_stop or at >= first:
+            return
+        evaluated = any(name.startswith("eval_") for log in state.log_history if log["step"] == at for name in log)
+        if not (evaluated and "EarlyStoppingCallback" in (state.stateful_callbacks or ())):
+            return
+        self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
+        place = round(((state.epoch or 0) - data.epoch) * self.schedule.epoch_steps) * self.schedule.step_size
+        # Workers have read ahead, with a draw of their own.
+        epoch_ends |= args.dataloader_num_workers > 0 or place >= len(data)
+        data.plan = replace(data.plan, trusted_from=(data.epoch + 1, 0) if epoch_ends else (data.epoch, place))
+        if not epoch_ends:
+            data.begin_epoch(data.epoch, self.name)
+        control.should_training_stop, control.should_epoch_stop = False, epoch_ends
+        for _ in range(first - at):
+            kwargs["lr_scheduler"].step()
+        state.global_step, state.best_metric, self._jumped = first, None, True
 
     def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is None:
@@ -194,7 +238,7 @@ class QualityCallback(PartCallback):
         data, twins = self.data, self.data.plan.excluded
         if not (len(data.trusted) and self.looks):
             return []
-        order = trusted_order(self.looks[0].get("agreement"), len(data.trusted), data.plan.trusted_from)
+        order = trusted_order(len(data.trusted), data.plan.trusted_from)
         left = [] if twins is None else [f"{twins.sum()} training rows are left out: a trusted row has the same input"]
         return [order.removesuffix("."), *left]
 
@@ -210,13 +254,23 @@ class QualityCallback(PartCallback):
         scores = self.data.scores
         if scores is not None and all(name in TERMS and TERMS[name].probe for name in scores.record.weights):
             return False  # hidden states tell rows apart before any step, and training hardly changes which
-        return scores is None or not scores.even or (scores.record.noise or {}).get("evident", False)
+        return scores is None or not scores.even
 
-    def _trusted_last(self, task: Task, looks: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether trusted rows come last: as the rule says, else unless they are texts or agree with the pool."""
-        if self.rule.trusted_last is not None:
-            return self.rule.trusted_last
-        return not (isinstance(task, Generation) or trusted_agree(looks))
+    def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
+        """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
+        if isinstance(task, Generation):
+            return False
+        if task.answer not in ("class", "labels", "tags"):
+            return True
+        with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
+            rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
+            parts = [batch["labels"] for batch in batches_of(rows, self.collate or collate, 64)]
+        if task.answer == "labels":
+            present = int(torch.cat(parts).gt(0.5).any(dim=0).sum())
+        else:
+            present = len({label for part in parts for label in part.flatten().tolist()} - {IGNORED})
+        classes = getattr(getattr(model, "config", None), "num_labels", present)
+        return 2 * present >= classes
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -230,8 +284,8 @@ class QualityCallback(PartCallback):
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         self.looks, self._spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
-        self.notes = saved.notes
-        if saved.scored_epoch is None:
+        self.notes, self._jumped = saved.notes, saved.jumped
+        if saved.scores_sha256 is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
         paths = [path for path in (scores_path, first_scores(scores_path)) if path.exists()]
@@ -239,7 +293,9 @@ class QualityCallback(PartCallback):
         if path is None:
             what = "holds other scores than the run's" if paths else "is missing"
             raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
-        self.data.plan = self.data.plan.scored(Scores.load(path), saved.scored_epoch, by=self.name)
+        self._first = Scores.load(path)
+        if saved.scored_epoch is not None:
+            self.data.plan = self.data.plan.scored(self._first, saved.scored_epoch, by=self.name)
 
     def _require_scorable(self, args: TrainingArguments, request: LookRequest, model: nn.Module) -> None:
         """Check on two rows, before the look, what can be checked."""
@@ -264,14 +320,19 @@ class QualityCallback(PartCallback):
         if progress is None and not args.disable_tqdm and distributed.is_first():
             progress = _bar(data)
         lookahead = any(term.lookahead for term in self.rule.measured().values())
-        autocast = torch.bfloat16 if args.bf16 and not lookahead else None
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return LookRequest(
             dataset=data.dataset,
             collate=self.collate or collate,
             task=self._task(args, model),
             rule=self.rule,
             rows=replace(rows, about={**about, **rows.about}),
-            compute=Compute(args.per_device_train_batch_size, autocast, progress=progress),
+            compute=Compute(
+                args.per_device_eval_batch_size,
+                None if lookahead else half,
+                workers=args.dataloader_num_workers,
+                progress=progress,
+            ),
             trusted=self._trusted(args),
             fraction=data.plan.fraction,
         )
@@ -289,17 +350,14 @@ class QualityCallback(PartCallback):
         about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
         request = self._request(args, model, collate, about)
         if self.looks:
-            result = look(model, replace(request, rule=replace(self.rule, head_start=False)))
-        else:
-            result = look_once(model, request)
+            request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
+        result = look(model, request)
         for phase, cost in (("look", result.cost), ("trusted model", result.trusted_cost)):
             if cost.forward:
                 self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
-        scores, first = self._guarded(result.scores), not self.looks
+        scores, first, plan = result.scores, not self.looks, self.data.plan
+        self._first = self._first or scores
         self.looks.append(look_summary(scores, result.why_not))
-        if not self._trusted_last(request.task, self.looks):
-            self.data.plan = replace(self.data.plan, trusted_from=None)
-        plan = self.data.plan
         if result.why_not is None or self.data.scores is None:
             self._write(scores, self._path(args))
         if result.why_not is None:
@@ -315,19 +373,10 @@ class QualityCallback(PartCallback):
         """Fit the head only, without a look: for the control."""
         start = time.perf_counter()
         started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
-        started.ready_to_train()
         head = None if started.head is None else started.head.summary()
         self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
         rows = len(self.data.dataset)
         self._spent["look"] = PhaseCost(time.perf_counter() - start, rows + len(self.data.trusted))
-
-    def _guarded(self, scores: Scores) -> Scores:
-        if not self.rule.guard:
-            return scores
-        scores, test = guarded(scores, self.data.plan.fraction)
-        if test is not None and not test.passed:
-            self._note(f"rows are drawn at random, not by Q: {test.message}")
-        return scores
 
     def _write(self, scores: Scores, path: Path) -> None:
         if not distributed.is_first():

@@ -49,9 +49,10 @@
       if (event.key === "Enter") { event.preventDefault(); if (type(row, input)) { input.blur(); step(1); } }
       if (event.key === "Escape") input.blur();
     });
-    const chance = row.wrong_probability >= 0.995 ? "over 99%" : `${Math.round(100 * row.wrong_probability)}%`;
+    const wrong = row.wrong_probability; // null where the audit has no evidence of wrong labels
+    const chance = wrong === null ? "" : ` · label wrong: ${wrong >= 0.995 ? "over 99%" : `${Math.round(100 * wrong)}%`}`;
     const name = row.token === null ? `row ${row.row}` : `row ${row.row}, token ${row.token}`;
-    const about = row.kind === "check" ? `${name} · to check` : `${name} · label wrong: ${chance}`;
+    const about = `${name}${row.kind === "check" ? " · to check" : chance}`;
     // `start` counts code points, and a string of JavaScript has two units for some, such as emoji.
     const letters = [...row.text], end = row.start + [...row.word].length;
     const words = row.token === null ? make("p", { className: "words" }, row.text)
@@ -124,7 +125,7 @@
   const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
   const tags = pageData.answer === "tags";
   const table = () => [`row,${tags ? "token,word," : ""}label,suggested_label,wrong_probability,reviewed_label,kind,text`, ...rows.map((r) =>
-    [r.row, ...(tags ? [r.token, cell(r.word)] : []), cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
+    [r.row, ...(tags ? [r.token, cell(r.word)] : []), cell(r.label), cell(r.suggested_label), r.wrong_probability?.toFixed(4) ?? "", cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
   byId("export").addEventListener("click", () => {
     const link = make("a", { href: URL.createObjectURL(new Blob([table()], { type: "text/csv" })), download: "reviewed.csv" });
     link.click();

@@ -28,15 +28,18 @@ class Removed(NamedTuple):
 # A file with one of them at its former default still loads: it describes the same run.
 REMOVED_SETTINGS: Mapping[str, Removed] = {
     "data.max_target_length": Removed(None, "set data.max_length, which limits targets too"),
-    "quality.reject": Removed(
-        None, "likely wrong labels are left out unless quality.weights draw by Q; use ScoringRule(reject=…) in Python"
+    "quality.reject": Removed(None, "rows whose label the judge calls wrong are always left out; remove it"),
+    "quality.gate": Removed(None, "trusted rows come last in place of a gate, which taught less; remove it"),
+    "quality.trusted_last": Removed(None, "trusted rows come last, texts are mixed in; remove it"),
+    "quality.weights.reducible_loss": Removed(
+        None, "trusted rows come last in its place; preference pairs are drawn by it anyway; remove it"
     ),
     "quality.warmup": Removed(1.0, "rows are looked at before the first step; remove it"),
     "quality.warmup_limit": Removed(0.5, "rows are looked at before the first step; remove it"),
     "quality.scope": Removed("adapter", "use tsqlora.ScoringRule(scope=…) in Python"),
     "quality.reference": Removed(512, "use tsqlora.ScoringRule(reference=…) in Python"),
     "quality.calibrate": Removed(True, "use tsqlora.ScoringRule(calibration=…) in Python"),
-    "quality.guard": Removed(True, "use tsqlora.ScoringRule(guard=…) in Python"),
+    "quality.guard": Removed(True, "rows whose label the judge calls wrong are always left out; remove it"),
     "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows, also with weights; remove it"),
     "quality.recheck": Removed(False, "a second look for wrong labels did not help; remove it"),
     "quality.harvest": Removed(False, "terms from training's own passes hardly detect wrong labels; use tsqlora score"),

@@ -1,5 +1,6 @@
 """Every setting: its type, bounds, default and one line of description."""
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -126,14 +127,8 @@ class QualitySettings(Section):
         "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
     )
     temperature: float | None = setting(None, "Temperature of the softmax over Q, small is choosy; null is 1.", gt=0)
-    gate: Literal["share", "surest"] | None = setting(
-        None, "Leave out rows that a model of the trusted rows alone contradicts; null leaves out none."
-    )
-    trusted_last: bool | None = setting(
-        None, "Train on trusted rows last; false mixes them in; null mixes in texts, and rows that agree with the pool."
-    )
     head_start: bool = setting(True, "Fit a new head before the first step.")
-    look_again: bool = setting(True, "Look at all rows again after a third of the steps.")
+    look_again: bool = setting(True, "Measure Q again after a third of the steps.")
     resample: bool = setting(True, "Sample fresh rows each epoch; false repeats the first draw.")
 
     def resolved_weights(self) -> dict[str, float] | None:
@@ -278,10 +273,12 @@ class Config(Section):
         trained = bool(info.context and info.context.get("trained"))
         if not isinstance(values, dict):
             return values
-        values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+        values = copy.deepcopy(values)
         for key, removed in REMOVED_SETTINGS.items():
-            name, _, setting = key.partition(".")
-            section = values.get(name)
+            *sections, setting = key.split(".")
+            section: Any = values
+            for name in sections:
+                section = section.get(name) if isinstance(section, dict) else None
             if isinstance(section, dict) and section.pop(setting, removed.default) != removed.default and not trained:
                 raise SettingsError(f"{key} was removed: {removed.why}")
         return values

@@ -1,0 +1,150 @@
+"""The judge of labels, of the look, the audit, `score` and the callbacks alike.  [ours]
+
+Logistic regressions in folds on frozen features predict each row without having seen it. `label_noise` estimates the
+rate of wrong labels from contradictions with these predictions, `transitions` which labels each class's rows get;
+Bayes' rule then gives the probability that a class is the true one.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from tsqlora.compat.shapes import Bool, Float, Int
+from tsqlora.errors import DataError
+from tsqlora.quality.duplicates import labels_of_nearest
+from tsqlora.quality.label_noise import Labels, Logits, label_noise
+from tsqlora.quality.linear_head import FOLDS, out_of_fold_logits
+from tsqlora.quality.ridge import fit_temperature
+from tsqlora.quality.transitions import blind_transitions, fit_transitions, true_class
+from tsqlora.seeds import stream
+
+DOUBT = 0.2
+"""Leave out rows whose label is wrong with more than this probability: a wrong label in training costs more than the
+loss of a correct one."""
+FEWEST = 5
+"""Rows that a class needs to be judged: with fewer, the other rows do not define the class, and all look wrong."""
+SOME_BLIND = 1e-3
+"""Least share of blind labels: without evidence it orders the rows, and their other classes."""
+SHARED = 0.5
+"""Most of the likely wrong labels that the nearest row may share. A wrong label stands alone: 0 to 46 % share theirs
+where labels were set wrong, 52 to 100 % where a linear head cannot fit correct ones."""
+ROWS_TO_ASK = 1_000
+"""Ask for the labels of the nearest rows of at most this many."""
+ROWS_TO_FIT = 50_000
+ROWS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judgement:
+    """What the judge says of each label.
+
+    Unless wrong labels are `evident`, only the order of the rows is informative.
+    """
+
+    logits: Logits
+    """Out of fold and calibrated."""
+    p_true: Float[np.ndarray, "n k"]
+    """Probability of each class to be the true one, given the label."""
+    p_wrong: Float[np.ndarray, " n"]
+    """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
+    judged: Bool[np.ndarray, " n"]
+    """Labels of classes with FEWEST rows or more."""
+    evident: bool
+    why_not: str | None
+    """Why there is no evidence of wrong labels; None if there is."""
+    rate: float
+    """Share of wrong labels; 0 without evidence."""
+    low: float
+    high: float
+    """Each bound holds for 95 of 100 tables. 0 and 1, which are none, where labels are not evidently drawn blindly."""
+
+    @property
+    def left_out(self) -> Bool[np.ndarray, " n"]:
+        """Rows that training leaves out, whatever their class."""
+        return (self.p_wrong > DOUBT) & self.evident
+
+    def to_dict(self) -> dict[str, float | bool]:
+        """Summarise the judgement for the record."""
+        summary: dict[str, float | bool] = {"evident": self.evident, "judged": int(self.judged.sum())}
+        return summary | ({"rate": self.rate, "low": self.low, "high": self.high} if self.evident else {})
+
+
+def judge(
+    features: Float[np.ndarray, "n d"],
+    labels: Labels,
+    width: int,
+    *,
+    groups: Int[np.ndarray, " n"] | None = None,
+    excluded: Bool[np.ndarray, "n k"] | None = None,
+) -> Judgement:
+    """Judge labels, numbers below `width`, by frozen features.
+
+    Fits on other groups judge the labels of a group, such as the tags of one row, which give each other away.
+    `excluded` classes of a row are as unlikely as its least likely class. Raises DataError for too few rows.
+    """
+    several = len(labels) if groups is None else len(np.unique(groups))
+    if several < FOLDS:
+        raise DataError(f"{several} rows with a label are too few to judge labels; give at least {FOLDS}")
+    rng = stream("audit folds", 0)
+    # By their content: which rows share a fold must not depend on how a file is sorted.
+    order = np.argsort(features @ rng.normal(size=features.shape[1]).astype(np.float32))
+    own = None if groups is None else groups[order]
+    logits = np.empty((len(labels), width), dtype=np.float32)
+    logits[order] = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
+    if excluded is not None:
+        logits = np.where(excluded, logits.min(axis=1, keepdims=True), logits)
+    return judge_logits(logits, labels, features=features, groups=groups)
+
+
+def judge_logits(
+    logits: Logits,
+    labels: Labels,
+    *,
+    features: Float[np.ndarray, "n d"] | None = None,
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> Judgement:
+    """Judge labels by logits, or log probabilities, of fits without the rows that they judge.
+
+    With `features` evidence also needs SHARED.
+    """
+    logits = logits / np.float32(fit_temperature(logits, labels))
+    judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
+    if judged.sum() < 2:
+        raise DataError(f"no class has {FEWEST} rows, from which the class is learned; give more rows")
+    places = np.flatnonzero(judged)
+    noise = label_noise(logits[judged], labels[judged])
+    some = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_TO_FIT)).astype(int)]
+    fitted = fit_transitions(noise, logits[some], labels[some])
+    # At the lower bound of the rate: hard rows pass for wrong ones before wrong ones pass for hard.
+    careful = replace(noise, blind=noise.blind * (noise.low / noise.rate if noise.rate else 0.0))
+    model, matrix = (careful, blind_transitions(careful, SOME_BLIND)) if fitted is None else fitted
+    p_true = model.class_probabilities(logits)
+    for start in range(0, len(places), ROWS_AT_ONCE):
+        part = places[start : start + ROWS_AT_ONCE]
+        p_true[part] = true_class(p_true[part], labels[part], matrix)
+    p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
+    rate = noise.rate if fitted is None else float(p_wrong[judged].mean())
+    p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
+    why_not = None
+    if not noise.evident and fitted is None:
+        why_not = "rows contradict their labels no more surely than hard rows do"
+    elif features is not None:
+        groups = np.arange(len(labels)) if groups is None else groups
+        if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
+            why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
+    evident, low, high = why_not is None, 0.0, 1.0
+    if evident and fitted is None:
+        low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
+    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high)
+
+
+def _shared(
+    p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial
+) -> float:
+    """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
+    likely = np.flatnonzero((p_wrong > 0.5) & judged)
+    if not len(likely):
+        return 0.0
+    some = likely[np.linspace(0, len(likely) - 1, min(len(likely), ROWS_TO_ASK)).astype(int)]
+    return float((nearest(some) == labels[some]).mean())
