@@ -195,7 +195,7 @@ class QualityCallback(PartCallback):
             return
         self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
         place = round(((state.epoch or 0) - data.epoch) * self.schedule.epoch_steps) * self.schedule.step_size
-        # Workers have read ahead, with a draw of their own.
+        # Workers have read ahead, from a copy of the draw.
         epoch_ends |= args.dataloader_num_workers > 0 or place >= len(data)
         data.plan = replace(data.plan, trusted_from=(data.epoch + 1, 0) if epoch_ends else (data.epoch, place))
         if not epoch_ends:
