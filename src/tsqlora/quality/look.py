@@ -81,7 +81,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
         trusted_loss, cost_of_trusted = None, PhaseCost()
         if needs_trusted(rule.measured()):
             trusted_loss, cost_of_trusted = _trusted_loss(model, request)
-        why_even = distributed.once(lambda: _why_even(request, started, trusted_loss))
+        ratio, why_even = distributed.once(lambda: _of_trusted_rows(request, started, trusted_loss))
         if (why_not and needs_gradients(rule.measured())) or (why_even and needs_trusted(rule.measured())):
             rule = replace(rule, weights=None, temperature=1.0, terms=())
         elif why_even:
@@ -90,6 +90,8 @@ def look(model: nn.Module, request: LookRequest) -> Look:
         if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
             measurements = gradient_pass(model, replace(request, rule=rule))
             columns, record = measurements.columns, measurements.record
+        if ratio is not None:
+            columns["density_ratio"] = ratio
 
         def scores() -> Scores:
             judgement = _judged(request, started) if judges else None
@@ -139,17 +141,18 @@ def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | 
     return None if forward is None else forward.loss, cost
 
 
-def _why_even(request: LookRequest, started: Started, trusted_loss: np.ndarray | None) -> str:
-    """Explain why a term of trusted rows cannot be measured; empty if it can. In the first process."""
-    terms = request.rule.measured()
+def _of_trusted_rows(
+    request: LookRequest, started: Started, trusted_loss: np.ndarray | None
+) -> tuple[np.ndarray | None, str]:
+    """Return the density ratio of every row if the rule has it, and why a term of trusted rows cannot be measured.
+
+    In the first process.
+    """
+    terms, pool, few, trusted = request.rule.measured(), started.pool, started.trusted, request.trusted
     if needs_trusted(terms) and trusted_loss is None:
-        return NOTHING_BEYOND
-    return _density_ratio(request, started)[1] if needs_probe(terms) else ""
-
-
-def _density_ratio(request: LookRequest, started: Started) -> tuple[np.ndarray | None, str]:
-    """Return the ratio of every row, else why there is none."""
-    pool, few, trusted = started.pool, started.trusted, request.trusted
+        return None, NOTHING_BEYOND
+    if not needs_probe(terms):
+        return None, ""
     assert pool is not None
     assert few is not None
     assert trusted is not None
@@ -184,10 +187,6 @@ def _scores(
 ) -> Scores:
     rows, task, pool, logits, own = request.rows, request.task, started.pool, started.logits, ~request.twins
     assert pool is not None
-    if needs_probe(rule.measured()):
-        ratio, _ = _density_ratio(request, started)
-        assert ratio is not None
-        columns["density_ratio"] = ratio
     unseen = _unseen(started, task, own)
     predicting = logits if unseen is None else unseen
     if judgement is not None and predicting is not None:
