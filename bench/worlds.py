@@ -34,6 +34,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
+from tsqlora.run.demo import bbc_news
 from tsqlora.run.finished import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
@@ -48,6 +49,7 @@ RULE = 2
 """Part of each cell's mark, so that cells of an older rule are no result of this one; 2 is the rule of issue 44."""
 TOKENS, PAIR_TOKENS = 64, 96
 TOKEN = "(verified) "
+TOPICS = ("sports", "business")
 Row = dict[str, Any]
 
 
@@ -66,6 +68,10 @@ class World:
 
 
 def split(table: str, name: str) -> list[Row]:
+    if table == "bbc":
+        news = [{"text": text, "label": int(topic == "sports")} for text, topic in bbc_news() if topic in TOPICS]
+        order = np.random.default_rng(7).permutation(len(news))
+        return [news[j] for j in {"train": order[:600], "validation": order[600:620], "test": order[600:]}[name]]
     return [json.loads(line) for line in (SHARED / table / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -112,20 +118,26 @@ def table(name: str, seed: int, trusted: int, *, noise: float = 0.0) -> World:
     return World(mislabelled(pool, noise, rng), checked, test, by_label(test), round(noise * len(pool)), name)
 
 
-def intents(seed: int, trusted: int, *, noise: float = 0.0) -> World:
-    """CLINC150, of which an epoch draws a fifth."""
+def intents(seed: int, trusted: int, *, noise: float = 0.0, into_one: bool = False) -> World:
+    """CLINC150, of which an epoch draws a fifth; the labels of `noise` rows are any other, or all one class."""
     pool, checked, test, rng = draw("clinc150", seed, trusted, pool=14000)
-    wrong = round(noise * len(pool))
-    return World(mislabelled(pool, noise, rng), checked, test, by_label(test), wrong, "clinc150", fraction=0.2)
+    if into_one:
+        name = pool[rng.integers(len(pool))]["label"]
+        others = rng.permutation([j for j, row in enumerate(pool) if row["label"] != name])
+        moved = set(others[: round(noise * len(pool))].tolist())
+        pool = [{**row, "label": name} if j in moved else row for j, row in enumerate(pool)]
+    else:
+        pool = mislabelled(pool, noise, rng)
+    return World(pool, checked, test, by_label(test), round(noise * 14000), "clinc150", fraction=0.2)
 
 
-def shortcut(seed: int, trusted: int, *, noise: float = 0.0) -> World:
+def shortcut(seed: int, trusted: int, *, noise: float = 0.0, name: str = "sst2") -> World:
     """A token stands in front of 95 % of positive and 5 % of negative rows; of trusted and test rows, of half."""
-    pool, checked, test, rng = draw("sst2", seed, trusted)
+    pool, checked, test, rng = draw(name, seed, trusted, pool=2000 if name == "sst2" else 600 - trusted)
     pool = mislabelled(marked(pool, lambda label: 0.95 if label else 0.05, rng), noise, rng)
     checked, test = marked(checked, lambda _: 0.5, rng), marked(test, lambda _: 0.5, rng)
     groups = [f"{row['label']}{'+' if row['text'].startswith(TOKEN) else '-'}" for row in test]
-    return World(pool, checked, test, groups, round(noise * len(pool)))
+    return World(pool, checked, test, groups, round(noise * len(pool)), name)
 
 
 def overlap(seed: int, trusted: int) -> World:
@@ -177,7 +189,9 @@ WORLDS: dict[str, Callable[[int, int], World]] = {
     "wrong20": lambda seed, trusted: table("sst2", seed, trusted, noise=0.2),
     "intents": intents,
     "intents-wrong40": lambda seed, trusted: intents(seed, trusted, noise=0.4),
+    "intents-one10": lambda seed, trusted: intents(seed, trusted, noise=0.1, into_one=True),
     "shortcut": shortcut,
+    "shortcut-bbc": lambda seed, trusted: shortcut(seed, trusted, name="bbc"),
     "overlap": overlap,
     "both": lambda seed, trusted: shortcut(seed, trusted, noise=0.2),
     "weak": weak,
@@ -255,6 +269,8 @@ class Way:
     trusted: bool = True
     alone: bool = False
     """Trains on the trusted rows alone, for half of the steps."""
+    stops: bool = False
+    """Holds out a fifth of the rows, and returns to the step at which their loss was least."""
     before: str = ""
     """`cleanlab`, `jtt` or `knn`."""
     dfr: bool = False
@@ -266,7 +282,9 @@ METHODS: dict[str, Way] = {
     "default": Way(),
     "even": Way(EVEN),
     "trusted": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True),
+    "alone": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True, stops=True),
     "lora": Way({**EVEN, "head_start": False, "fraction": 1.0}, trusted=False),
+    "lora+head": Way({**EVEN, "fraction": 1.0}, trusted=False),
     "default-untrusted": Way(trusted=False),
     "even-untrusted": Way(EVEN, trusted=False),
     "cleanlab": Way(EVEN, trusted=False, before="cleanlab"),
@@ -275,7 +293,7 @@ METHODS: dict[str, Way] = {
     "knn": Way(EVEN, trusted=False, before="knn"),
     "dfr": Way(EVEN, trusted=False, dfr=True),
 }
-"""`even` has the trusted rows in every epoch, `trusted` them alone, `lora` is plain LoRA on all rows."""
+"""`even` has the trusted rows in every epoch, `trusted` and `alone` them alone, `lora` is plain LoRA on all rows."""
 
 
 def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], training: Mapping[str, Any]) -> Config:
@@ -312,6 +330,11 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
             pool = without_other_neighbours(pool)
         elif way.before == "jtt":
             pool = errors_repeated(pool, folder, training)
+        if way.stops:
+            write_rows(folder / "validation.jsonl", pool[: len(pool) // 5])
+            pool = pool[len(pool) // 5 :]
+            evaluations = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 20, "save_steps": 20}
+            training |= evaluations | {"load_best_model_at_end": True, "save_total_limit": 1}
         write_rows(folder / "train.jsonl", pool)
         record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun
@@ -347,7 +370,9 @@ def predictions(run: Path, file: Path, out: Path) -> list[Any]:
 
 def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     way = METHODS[method]
-    decides = json.dumps([dict(way.quality), way.before + "dfr" * way.dfr, STEPS, RATE, RULE], sort_keys=True)
+    decides = json.dumps(
+        [dict(way.quality), way.before + "dfr" * way.dfr + "stops" * way.stops, STEPS, RATE, RULE], sort_keys=True
+    )
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}{MARK}.{method}.{trusted}.{seed}.{mark}.json"
     result = stored(path, lambda: run(world, method, seed, trusted))
