@@ -74,7 +74,6 @@ WHEN = {
     "data.max_bad_rows": "many rows lack a text or label on purpose; 0 to be strict",
     "data.delimiter": "--dry-run shows a wrong one",
     "data.encoding": "--dry-run shows a wrong one",
-    "data.packing": "many short samples of a causal model",
     "quality.enabled": "false: a random control at half the steps, nothing scored",
     "quality.fraction": "1.0 for all rows; smaller for fewer steps (below 0.25 little was tried)",
     "quality.preset": "paper, to reproduce the published Q",

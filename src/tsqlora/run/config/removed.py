@@ -28,6 +28,7 @@ class Removed(NamedTuple):
 # A file with one of them at its former default still loads: it describes the same run.
 REMOVED_SETTINGS: Mapping[str, Removed] = {
     "data.max_target_length": Removed(None, "set data.max_length, which limits targets too"),
+    "data.packing": Removed(False, "TRL's SFTTrainer packs, and takes tsqlora's callbacks; remove it"),
     "quality.reject": Removed(None, "rows whose label the judge calls wrong are always left out; remove it"),
     "quality.gate": Removed(None, "trusted rows come last in place of a gate, which taught less; remove it"),
     "quality.trusted_last": Removed(None, "trusted rows come last, texts are mixed in; remove it"),

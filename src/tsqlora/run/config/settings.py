@@ -100,7 +100,6 @@ class DataSettings(Section):
         None, "Character between the columns of CSV files; null detects it.", min_length=1, max_length=1
     )
     encoding: str | None = setting(None, "Encoding of text files, such as cp1252; null detects it.")
-    packing: bool = setting(False, "Pack several samples of a causal model into one row, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows to hold out if there are no validation rows.", gt=0, lt=1
     )
