@@ -80,7 +80,6 @@ WHEN = {
     "ranks.policy": "tsqlora, to see which layers matter",
     "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
     "ranks.depth": "half of the blocks, for shorter steps; measure what it costs",
-    "ranks.cache_gb": "ranks.depth and several epochs, a base without dropout, and a disk with room for all rows",
     "ranks.min": "0, to allow layers without an adapter",
     "adapter.alpha": "with ranks.mean, to keep the scale",
     "adapter.target_modules": "names such as [q_proj, v_proj], for a smaller adapter",

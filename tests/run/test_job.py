@@ -56,7 +56,6 @@ OTHER_VALUES: dict[str, Any] = {
     "ranks.min": 2,
     "ranks.max": 30,
     "ranks.depth": 1,
-    "ranks.cache_gb": 2.5,
     "ranks.estimator": "fisher",
     "ranks.interval": 7,
     "adapter.alpha": 32.0,
@@ -139,7 +138,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         arrived["task"] = loaded.task.name
         job.with_adapter(config, loaded.pretrained)
         method = callbacks.build_callbacks(loaded, Path("scores.parquet"))
-        arrived["quality"], arrived["cache_gb"] = method.quality, method.cache_gb
+        arrived["quality"] = method.quality
         with patch.object(fit, "positions_of", lambda _: None):
             predicts = fit.predictor_of(loaded, None, args)
         arrived["predictor"] = (predicts.max_new_tokens, predicts.beams)

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
     """The ranks that a training starts with."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
-        method = replace(build_callbacks(job, Path(folder) / SCORES_FILE, progress), cache_gb=0)
+        method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
         assert method.ranks is not None
         model, record = begin(job, args, method)
         fit(model, args, method, job.inputs, record, also=[StopAtOnce()], progress=progress)

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tsqlora.adapter.frozen_cache import frozen_cache
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
@@ -46,8 +45,6 @@ class Method:
     data: QualitySubset
     quality: QualityCallback | None = None
     ranks: RankCallback | None = None
-    cache_gb: float = 0
-    """As `gb` of `frozen_cache`."""
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -111,9 +108,7 @@ def fit(
     for callback in also:
         if isinstance(callback, AddsToLoss):
             callback.set_summed(partial(summed_batches, trainer))
-    with frozen_cache(model, gb=method.cache_gb) as cache:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    record.notes += cache.notes
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
 

@@ -170,9 +170,6 @@ class RankSettings(Section):
     depth: int | Literal["all"] = setting(
         "all", "Adapt the top N transformer blocks alone, with the parameters that ranks.mean has in all."
     )
-    cache_gb: float = setting(
-        0.0, "Largest file, in GiB, for the output of the frozen blocks below; later epochs skip them. 0 is off.", ge=0
-    )
     estimator: str = setting(
         "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
     )
