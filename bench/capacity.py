@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "uniform": ("lora", {}, {}),
     "mlps": ("tsqlora", {"policy": "fixed"}, {"target_modules": MLPS}),
     "sensitivity": ("tsqlora", {**MOVES, "interval": NEVER}, {}),
-    "random": ("tsqlora", {**MOVES, "interval": NEVER, "estimator": "random"}, {}),
+    "random": ("tsqlora", {**MOVES, "interval": NEVER}, {}),
     "moves": ("tsqlora", MOVES, {}),
     "adalora": ("adalora", {}, {}),
     "elalora": ("elalora", {}, {}),
@@ -81,6 +81,8 @@ def run(method: str, mean: float, rate: float, seed: int) -> dict[str, Any]:
         chosen = POLICIES["all"](job, Path(folder) / "scores.parquet", None)
         set_seed(seed)
         built, moved = build(job, kind, steps=STEPS)
+        if moved is not None and method == "random":
+            moved.options["estimator"] = "random"
         fit(built.model, args, Method(chosen.data, None, moved), job.inputs, record, also=list(built.callbacks))
         seconds = time.process_time() - begun
         loss = {

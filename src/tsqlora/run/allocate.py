@@ -58,7 +58,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
         fraction, epoch = run.config.quality.fraction, scores.record.epoch or 0
         plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
         rows = np.unique(plan.draw(epoch))  # an epoch repeats rows if few remain
-    measured = sensitivities(job, model, rows, estimator=r.estimator)
+    measured = sensitivities(job, model, rows)
     mean = r.mean
     if r.depth != "all":  # the layers have the budget of those below them, too
         own = load_config(scores_path.parent / CONFIG_FILE, trained=True).ranks.mean
@@ -66,7 +66,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     return dict(allocate(measured, mean_rank=mean, min_rank=r.min, max_rank=r.max))
 
 
-def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: str) -> Sensitivity:
+def sensitivities(job: Job, model: nn.Module, rows: np.ndarray) -> Sensitivity:
     """Layer sensitivities on as many of these training rows as RankCallback takes, drawn by the seed."""
     samples, training = job.data.samples["train"], job.config.training
     chosen = sensitivity_rows(len(rows), MOST_ROWS, training.seed)
@@ -74,7 +74,6 @@ def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: st
         model,
         [samples[row] for row in rows[chosen].tolist()],
         job.collate,
-        estimator=estimator,
         task=job.task,
         batch_size=training.batch_size,
     )

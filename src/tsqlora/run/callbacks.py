@@ -96,7 +96,6 @@ def rank_callback(job: Job) -> RankCallback | None:
         r.interval,
         min_rank=r.min,
         policy=r.policy,
-        estimator=r.estimator,
         seed=job.config.training.seed,
         collate=job.collate,
     )

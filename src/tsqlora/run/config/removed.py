@@ -45,6 +45,7 @@ REMOVED_SETTINGS: Mapping[str, Removed] = {
     "quality.recheck": Removed(False, "a second look for wrong labels did not help; remove it"),
     "quality.harvest": Removed(False, "terms from training's own passes hardly detect wrong labels; use tsqlora score"),
     "ranks.cache_gb": Removed(0.0, "it needed a base without dropout, and room on disk for all rows; remove it"),
+    "ranks.estimator": Removed("sampled", "use the argument of RankCallback and tsqlora.sensitivity"),
     "ranks.gamma": Removed(1.0, "use the argument of RankSchedule and tsqlora.allocate"),
     "ranks.samples": Removed(256, "use the argument of RankCallback"),
     "ranks.warmup": Removed(0.1, "use the argument of RankSchedule"),

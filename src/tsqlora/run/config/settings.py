@@ -170,9 +170,6 @@ class RankSettings(Section):
     depth: int | Literal["all"] = setting(
         "all", "Adapt the top N transformer blocks alone, with the parameters that ranks.mean has in all."
     )
-    estimator: str = setting(
-        "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
-    )
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
 
     def resolved_max(self) -> int:
