@@ -21,7 +21,7 @@ OPTIONS = {
     "init": "-o --output --task",
     "train": "--model --data --set --out --init-from --resume --dry-run",
     "audit": "--model --review --out --apply --set",
-    "score": "--out --set --drop",
+    "score": "--out --set",
     "explain": "--row --samples --data",
     "select": "--out --fraction --seed --data",
     "allocate": "--out --set",
@@ -30,7 +30,7 @@ OPTIONS = {
     "compare": "--methods --seeds --out --equal --lr-sweep --lr --metric --set",
     "export": "--format --out --base --dtype --max-rank --mean-rank",
     "doctor": "--server",
-    "report": "--out --control --watch --port",
+    "report": "--out --control --watch",
 }
 """Every command with its options, beside --json."""
 
@@ -229,7 +229,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
         ("score c.yaml --out OUT.parquet", 2),
         ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2),
         ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3),
-        ("score c.yaml --set quality.enabled=true --drop no --out OUT.parquet", 2),
         ("score run --set data.train=one-class.csv --out OUT.parquet", 3),
         ("allocate c.yaml --out OUT.json", 2),
         ("allocate run --set data.train=none.csv --out OUT.json", 3),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_llama_classifier
-from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
+from scoring import logits_of, slow_layers
 from slotted import (
     TARGETS,
     TYPES,
@@ -142,13 +142,6 @@ def test_numbers_of_an_embedding_do_not_depend_on_the_batch_or_padding() -> None
     parts = probe_pass(model, rows[::-1], lambda batch: collate(batch, 20), batch_size=2)
     assert dict(parts.sensitivity().values) == pytest.approx(dict(whole.sensitivity().values), rel=1e-10)
     torch.testing.assert_close(parts.directions()[WORDS], whole.directions()[WORDS])
-
-
-def test_scope_full_scores_an_embeddings_weight_as_the_slow_twin_does() -> None:
-    model, rows = repeated(tiny_bert)
-    teach(model, rows)
-    scores = score_by(model, rows, collate, reference=range(5), scope="full")
-    assert_agree(scores, slow(model, rows, range(5), scope="full", offsets=slow_offsets(model, rows[:5])))
 
 
 def test_an_embeddings_rank_moves_while_a_stock_trainer_trains(tmp_path: Path) -> None:
