@@ -196,7 +196,7 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
 
 def refused(rank: int, world: int) -> Any:
-    """The error in each process for rows that one cannot read, and for a journal."""
+    """The error in each process for rows that one cannot read."""
     model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
 
     def broken(batch: list[Any]) -> dict[str, Tensor]:
@@ -207,11 +207,9 @@ def refused(rank: int, world: int) -> Any:
     learned = samples(12, 3)
     teach(model, learned)
     options: dict[str, Any] = {"reference": list(range(12)), "batch_size": 5}
-    hashes = [str(j) for j in range(12)]
     return {
         "reference": error_of(lambda: score_by(model, learned, broken, **options)),
         "pass": error_of(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
-        "journal": error_of(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
     }
 
 

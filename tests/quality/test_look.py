@@ -475,6 +475,7 @@ def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: Scor
     apart = Trusted(shifted(learnable(60, seed=1))) if trusted else None
     scores = looked(wrapped(), rows, rule=rule, trusted=apart).scores
     out = scores.left_out_as("confident negative")
+    assert (scores.caution is not None) == (rule.weights is not None)
     if not rule.judge:
         assert not out.any()
         return

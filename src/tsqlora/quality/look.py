@@ -110,7 +110,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
 
 
 def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | None, PhaseCost]:
-    """Train the trusted model; the first process gets its loss on every row, or None where it taught nothing."""
+    """Train the trusted model; return its loss on every row, or None where it taught nothing."""
     trusted, compute, begin = request.trusted, request.compute, time.perf_counter()
     assert trusted is not None
     if trusted.loss is not None:
@@ -126,14 +126,8 @@ def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | 
         rng=stream("trusted model", request.rule.seed),
     ) as lesson:
         if lesson.teaches:
-            journal = None if compute.journal is None else compute.journal / "trusted"
             forward, _ = forward_pass(
-                model,
-                request.dataset,
-                request.collate,
-                task=request.task,
-                compute=replace(compute, journal=journal),
-                rows=request.rows,
+                model, request.dataset, request.collate, task=request.task, compute=compute, rows=request.rows
             )
     batch = min(len(trusted.rows), trusted.batch_size)
     cost = trusted_cost(len(request.dataset), steps=lesson.trainings * STEPS, batch_size=batch)
@@ -153,7 +147,6 @@ def _of_trusted_rows(
         return None, NOTHING_BEYOND
     if not needs_probe(terms):
         return None, ""
-    assert pool is not None
     assert few is not None
     assert trusted is not None
     if pool.mean is None or few.mean is None:
@@ -164,7 +157,6 @@ def _of_trusted_rows(
 def _judged(request: LookRequest, started: Started) -> Judgement | None:
     """Judge the classes of the rows that equal no trusted row; None where no class can be judged."""
     pool, own = started.pool, ~request.twins
-    assert pool is not None
     parts = [part[own] for part in (pool.features, pool.mean) if part is not None]
     labels = pool.labels[own]
     counts = np.bincount(labels)
@@ -186,7 +178,6 @@ def _scores(
     why_even: str,
 ) -> Scores:
     rows, task, pool, logits, own = request.rows, request.task, started.pool, started.logits, ~request.twins
-    assert pool is not None
     unseen = _unseen(started, task, own)
     predicting = logits if unseen is None else unseen
     if judgement is not None and predicting is not None:
@@ -241,7 +232,7 @@ def _scores(
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:
     """Predict numbers, or logits of several labels a row, by a fit without the row; None for other tasks."""
     pool = started.pool
-    if pool is None or pool.features is None or started.layer is None or own.sum() < FOLDS:
+    if pool.features is None or started.layer is None or own.sum() < FOLDS:
         return None
     if not isinstance(task, Regression | MultiLabel):
         return None

@@ -57,7 +57,7 @@ def score(
         task: its loss must equal that of training; by default it follows from the model's config
             (text generation, regression for one label, else classification).
         rows: ids, hashes and lengths of the rows.
-        compute: batch size, precision, journal and progress.
+        compute: batch size, precision, progress, and a folder for finished parts.
         trusted: rows that represent what the model should be good at, in the format of the data set.
         fraction: share of the rows that a draw needs: pairs that look swapped are dropped only beyond it.
 
@@ -73,10 +73,8 @@ def score(
     require_precision(rule.measured(), compute.autocast)
     if not isinstance(rule.reference, int):
         require_reference(rule.reference, dataset)
-    if compute.journal is not None and rows.hashes is None:
-        raise SettingsError("a journal needs hashes, to recognise the same rows; pass rows=RowNames(hashes=...)")
-    if compute.journal is not None and distributed.active():
-        raise UnsupportedError("a journal works with one process only; remove it, or score in one process")
+    if compute.parts is not None and rows.hashes is None:
+        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
     task = task or _own_task(model, dataset, collate, compute)
     if trusted is not None and not isinstance(trusted, Trusted):
         trusted = Trusted(trusted, twins=equals(dataset, trusted))
@@ -98,6 +96,8 @@ def score(
         warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
+    if result.scores.caution:
+        warnings.warn(result.scores.caution, stacklevel=3)
     return result.scores
 
 

@@ -37,7 +37,7 @@ def score_rows(
     scores' record); for a run and another file in data.train every row is scored.
     Rows are read in chunks and samples stored on disk. OUT.partial has the progress until the scores are written: the
     same call after an interruption resumes, and writes the same file.
-    Raises SettingsError if OUT.partial belongs to another scoring or another process uses it.
+    Raises SettingsError if another process uses OUT.partial.
     """
     if (processes := distributed.launched()) > 1:
         raise SettingsError(
@@ -61,7 +61,7 @@ def score_rows(
             rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
             task=job.task,
             rows=row_names(job, held_out=job.data.splits.held_out),
-            compute=Compute(job.config.training.batch_size, journal=partial / "scoring", progress=progress),
+            compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),
             trusted=trusted_of(job),
             fraction=job.config.quality.fraction,
         )
