@@ -197,7 +197,7 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
 def refused(rank: int, world: int) -> Any:
     """The error in each process for rows that one cannot read."""
-    model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
+    model = lora(tiny_bert(layers=1))
 
     def broken(batch: list[Any]) -> dict[str, Tensor]:
         if rank == 1 and len(batch) == 5:
