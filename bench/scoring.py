@@ -36,7 +36,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import Scope, find_sites, lora_layers
+from tsqlora.gradients.sites import find_sites
 from tsqlora.quality.gradient_pass import measured_columns
 from tsqlora.quality.reference import Reference, measure_reference
 from tsqlora.quality.rule import PAPER_TERMS
@@ -48,12 +48,6 @@ from tsqlora.training.record import versions
 
 RANK, CLASSES = 8, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS: dict[str, tuple[Scope, bool]] = {
-    "norm + convergence": ("adapter", False),
-    "all three": ("adapter", True),
-    "norm + convergence, full": ("full", False),
-    "all three, full": ("full", True),
-}
 FORWARD = "reducible loss, one forward pass"
 
 
@@ -63,7 +57,6 @@ class Bench:
     tokens, most_rows = 2048, 32
     task: Any = Classification()
     offsets: Tensor | None = torch.zeros(CLASSES)
-    scopes: tuple[Scope, ...] = ("adapter", "full")
 
     def __init__(self, length: int, dtype: str) -> None:
         torch.manual_seed(0)
@@ -84,7 +77,7 @@ class Bench:
         }
         self.labels = self.draw_labels()
         self.length, self.half = length, DTYPES[dtype] == torch.bfloat16
-        self.sites = {scope: find_sites(self.model, scope) for scope in self.scopes}
+        self.sites = find_sites(self.model)
         self.references: dict[str, Any] = {}
 
     def base(self) -> Any:
@@ -129,11 +122,11 @@ class Bench:
         with self.without_dropout():
             self.step()
 
-    def reference(self, scope: Scope) -> Reference:
+    def reference(self) -> Reference:
         with eval_mode(self.model), self.autocast(cache=False):
             batch = {**self.inputs, "labels": self.labels}
-            result = measure_reference(self.model, [batch], self.task, self.sites[scope], self.offsets)
-        self.references[scope] = result
+            result = measure_reference(self.model, [batch], self.task, self.sites, self.offsets)
+        self.references["ours"] = result
         return result
 
     def target(self) -> dict[str, Tensor]:
@@ -143,9 +136,9 @@ class Bench:
             loss = self.losses(self.model(**self.inputs).logits.float(), self.labels).mean()
         return dict(zip(self.theta, torch.autograd.grad(loss, list(self.theta.values())), strict=True))
 
-    def ours(self, scope: Scope, *, lookahead: bool) -> Scores:
-        reference, terms = self.references[scope], PAPER_TERMS if lookahead else ("gradient_norm", "convergence")
-        measured = self.measure(reference, self.sites[scope], terms)
+    def ours(self, *, lookahead: bool) -> Scores:
+        reference, terms = self.references["ours"], PAPER_TERMS if lookahead else ("gradient_norm", "convergence")
+        measured = self.measure(reference, self.sites, terms)
         norm, convergence = measured["gradient_norm"], measured["convergence"]
         return {"norm": norm, "dot": convergence * reference.norm, "cosine": convergence * reference.norm / norm}
 
@@ -163,11 +156,11 @@ class Bench:
         calls: dict[str, Callable[[], Any]] = {"training step": self.step}
         if any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules()):
             calls["training step, no dropout"] = self.step_without_dropout
-        for scope in self.scopes:
-            calls["reference" if scope == "adapter" else "reference, full"] = lambda scope=scope: self.reference(scope)
-        for name, (scope, look) in OURS.items():
-            if scope in self.scopes:
-                calls[name] = lambda scope=scope, look=look: self.ours(scope, lookahead=look)
+        calls |= {
+            "reference": self.reference,
+            "norm + convergence": lambda: self.ours(lookahead=False),
+            "all three": lambda: self.ours(lookahead=True),
+        }
         peers = {name: (lambda peer=peer: peer(self)) for name, peer in PEERS.items()}
         return {**calls, FORWARD: self.forward, **peers}
 
@@ -179,22 +172,9 @@ class Bench:
         with FlopCounterMode(display=False) as step:
             self.model(**self.inputs, labels=self.labels).loss.backward()
         self.model.zero_grad()
-        one, unit, t = forward.get_total_flops(), step.get_total_flops(), self.length
-        dots = norms = steps = 0
-        for layer in lora_layers(self.model).values():
-            i, o = layer.in_features, layer.out_features
-            dots += 2 * self.rows * t * i * o  # a Ḡᵀ, or the gradient itself
-            norms += 2 * self.rows * min(t * t * (i + o), i * o)
-            steps += 2 * self.rows * min(t * t * (i + o), t * i * o)
+        one, unit = forward.get_total_flops(), step.get_total_flops()
         # Of the adapter, per-sample gradients are the products that a training step does for its own.
-        return {
-            "norm + convergence": 1.0,
-            "all three": 1.0 + one / unit,
-            # A pass that goes no further down than to the first layer's output needs no gradients of A and B.
-            "norm + convergence, full": 1.0 + (dots + norms) / unit,
-            "all three, full": 1.0 + (dots + norms + steps + one) / unit,
-            FORWARD: one / unit,
-        }
+        return {"norm + convergence": 1.0, "all three": 1.0 + one / unit, FORWARD: one / unit}
 
 
 class Decoder(Bench):
@@ -203,7 +183,6 @@ class Decoder(Bench):
     tokens, most_rows = 1024, 16
     task = Generation("causal-lm", causal=True)
     offsets = None
-    scopes = ("adapter",)
 
     def base(self) -> Any:
         return LlamaForCausalLM(

@@ -114,7 +114,7 @@ def rank_cost(results: Results) -> Rows:
     """Cost of a run whose ranks move, in units of plain LoRA at the same mean rank."""
     rows = []
     for cell, result in results["cells"].items():
-        if cell.startswith(("large rank", "frozen")):
+        if cell.startswith("large rank"):
             continue
         without, measured = result["ratio of steps without measuring"], result["ratio of steps with"]
         share = result["adjustments"] / result["steps"]
@@ -139,21 +139,6 @@ def rank_cost_large(results: Results) -> Rows:
         {"precision": cell.split("/")[1]} | {name: f"{seconds:.2f}" for name, seconds in result.items()}
         for cell, result in results["cells"].items()
         if cell.startswith("large rank")
-    ]
-
-
-def rank_cost_frozen(results: Results) -> Rows:
-    """Seconds of a step with the cache of frozen blocks and without."""
-    return [
-        {
-            "model, precision": ", ".join(cell.split("/")[1:]),
-            "adapted blocks": str(result["depth"]),
-            **{f"a step {name}": f"{seconds:.2f}" for name, seconds in result["seconds"].items()},
-            "cached / computed": f"{result['ratio']:.2f}",
-            "bytes a token": f"{result['bytes a token']:,.0f}",
-        }
-        for cell, result in results["cells"].items()
-        if cell.startswith("frozen")
     ]
 
 
@@ -697,7 +682,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "judge-coverage": judge_coverage,
     "problems": problems,
     "rank_cost": rank_cost,
-    "rank_cost-frozen": rank_cost_frozen,
     "rank_cost-large": rank_cost_large,
     "rules": rules,
     "scale-model": scale_model,

@@ -45,7 +45,7 @@ Further `training` settings are any field of `transformers.TrainingArguments` (`
 | --- | --- |
 {refused}
 
-Some options are arguments of Python functions only (`scope`, `reference`, `calibration`, `judge`, `gamma`, `samples`
+Some options are arguments of Python functions only (`reference`, `calibration`, `judge`, `gamma`, `samples`
 …): see `tsqlora.score`, `ScoringRule`, `RankCallback` and `RankSchedule` in the [API](api.md).
 
 ## Detected columns
@@ -74,14 +74,12 @@ WHEN = {
     "data.max_bad_rows": "many rows lack a text or label on purpose; 0 to be strict",
     "data.delimiter": "--dry-run shows a wrong one",
     "data.encoding": "--dry-run shows a wrong one",
-    "data.packing": "many short samples of a causal model",
     "quality.enabled": "false: a random control at half the steps, nothing scored",
     "quality.fraction": "1.0 for all rows; smaller for fewer steps (below 0.25 little was tried)",
     "quality.preset": "paper, to reproduce the published Q",
     "ranks.policy": "tsqlora, to see which layers matter",
     "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
     "ranks.depth": "half of the blocks, for shorter steps; measure what it costs",
-    "ranks.cache_gb": "ranks.depth and several epochs, a base without dropout, and a disk with room for all rows",
     "ranks.min": "0, to allow layers without an adapter",
     "adapter.alpha": "with ranks.mean, to keep the scale",
     "adapter.target_modules": "names such as [q_proj, v_proj], for a smaller adapter",

@@ -133,36 +133,6 @@ def slow_scores(
     )
 
 
-def slow_scores_full(
-    model: nn.Module,
-    batches_of_one: Sequence[Batch],
-    *,
-    sample_loss: SampleLoss,
-    layers: Mapping[str, nn.Module],
-    effective_weight: Callable[[nn.Module], Tensor],
-    head: Mapping[str, nn.Parameter],
-    reference: Sequence[int],
-    offsets: Tensor | None = None,
-    eta: float | None = None,
-) -> SlowScores:
-    """N, D and C under METHOD's `scope: full`: θ is each target layer's W and the head.
-
-    W is the effective weight W + s·BA (o, i), as one fresh leaf per layer; adapters are left
-    out of θ, and so is the layers' bias unless `head` names it.  Everything else is as in `slow_scores`.
-    """
-    with _eval_mode(model), _weights_as_leaves(layers, effective_weight) as leaves:
-        weights = {f"{name} (effective weight)": leaf for name, leaf in leaves.items()}
-        return slow_scores(
-            model,
-            batches_of_one,
-            sample_loss=sample_loss,
-            theta=weights | dict(head),
-            reference=reference,
-            offsets=offsets,
-            eta=eta,
-        )
-
-
 def _loss_after_step(
     loss_of: Callable[[Batch], Tensor],
     batch: Batch,

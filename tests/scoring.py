@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate
-from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full, slow_sensitivity
+from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_sensitivity
 from tsqlora.quality.rule import PAPER_TERMS, RowNames, ScoringRule
 from tsqlora.quality.score import Compute
 from tsqlora.quality.scores import Scores
@@ -83,25 +83,13 @@ def slow(
     rows: Rows,
     reference: Sequence[int],
     *,
-    scope: str = "adapter",
     offsets: Tensor | None = None,
     loss: SampleLoss = cross_entropy,
 ) -> SlowScores:
-    """The oracle's scores under either scope."""
+    """The oracle's scores."""
     batches = [collate([row]) for row in rows]
-    if scope == "adapter":
-        theta = trainable(model)
-        return slow_scores(model, batches, sample_loss=loss, theta=theta, reference=reference, offsets=offsets)
-    return slow_scores_full(
-        model,
-        batches,
-        sample_loss=loss,
-        layers=lora_layers(model),
-        effective_weight=effective_weight,
-        head=head(model),
-        reference=reference,
-        offsets=offsets,
-    )
+    theta = trainable(model)
+    return slow_scores(model, batches, sample_loss=loss, theta=theta, reference=reference, offsets=offsets)
 
 
 def effective_weight(layer: Any) -> Tensor:

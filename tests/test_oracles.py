@@ -1,6 +1,5 @@
 """The oracles against closed forms and against each other; and the tiny models they run on."""
 
-import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -20,14 +19,12 @@ from oracles import (
     slow_calibration,
     slow_importance,
     slow_scores,
-    slow_scores_full,
     slow_sensitivity,
     slow_successive_sampling,
 )
 from scoring import (
     cross_entropy,
     effective_weight,
-    head,
     lora_layers,
     squared_error,
     trainable,
@@ -144,32 +141,6 @@ def test_a_parameter_under_two_names_counts_once_and_one_out_of_the_graph_not_at
     assert_scores_equal(once, twice)
     assert_scores_equal(once, more)
     assert torch.equal(unused, torch.ones_like(unused))
-
-
-# --- scope: full --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("build", "head_name", "rtol"), [(tiny_bert, "classifier", 1e-9), (tiny_llama_classifier, "score", 1e-4)]
-)
-def test_full_scores_are_those_of_the_merged_model(build: Build, head_name: str, rtol: float) -> None:
-    model, batches = lora(build()), rows_of_one(4)
-    layers = lora_layers(model)
-    result = slow_scores_full(
-        model,
-        batches,
-        sample_loss=cross_entropy,
-        layers=layers,
-        effective_weight=effective_weight,
-        head=head(model),
-        reference=[0, 1, 2],
-    )
-    merged = copy.deepcopy(model).merge_and_unload()
-    targets = {f"{name.removeprefix('base_model.model.')}.weight" for name in layers}
-    theta = {n: p for n, p in merged.named_parameters() if n in targets or n.startswith(head_name)}
-    assert len(theta) == len(layers) + len(head(model))
-    expected = slow_scores(merged, batches, sample_loss=cross_entropy, theta=theta, reference=[0, 1, 2])
-    assert_scores_equal(result, expected, rtol)
 
 
 def test_a_wrong_effective_weight_is_noticed() -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_llama_classifier
-from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
+from scoring import logits_of, slow_layers
 from slotted import (
     TARGETS,
     TYPES,
@@ -123,35 +122,6 @@ def test_sensitivity_of_an_embedding_is_that_of_the_slow_twin(base: Callable[...
     assert dict(measured.values) == pytest.approx(expected, rel=1e-12 if base is tiny_bert else 1e-6)
 
 
-def one_by_one(model: PeftModel, rows: list[dict[str, Any]], number: Callable[[LoraLayer], Tensor]) -> float:
-    """Mean over rows of a number of the word embedding's layer after one sample's backward pass."""
-    layer = lora_layers(model)[WORDS]
-    layer.get_base_layer().weight.requires_grad_(True)
-    total = 0.0
-    for row in rows:
-        model.zero_grad()
-        model(**collate([row])).loss.backward()
-        total += float(number(layer).detach())
-    return total / len(rows)
-
-
-def test_fisher_and_adapter_of_an_embedding_are_those_by_hand() -> None:
-    model, rows = repeated(tiny_bert)
-
-    def of_adapter(layer: LoraLayer) -> Tensor:
-        parts = [m.full for m in find_slots(model)[WORDS].parts]
-        active = sum(p.numel() for p in parts) // 2  # half of the slots
-        return torch.cat([(p * p.grad).flatten() for p in parts]).abs().sum() / active
-
-    for estimator, number in (
-        ("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()),
-        ("adapter", of_adapter),
-    ):
-        expected = one_by_one(model, rows, number)
-        measured = tsq.sensitivity(model, rows, collate, estimator=estimator, batch_size=4)
-        assert measured.values[WORDS] == pytest.approx(expected, rel=1e-10), estimator
-
-
 def test_the_sketch_of_an_embedding_is_that_of_its_one_hot_inputs() -> None:
     model, rows = repeated(tiny_bert)
     seen: dict[str, Tensor] = {}
@@ -172,13 +142,6 @@ def test_numbers_of_an_embedding_do_not_depend_on_the_batch_or_padding() -> None
     parts = probe_pass(model, rows[::-1], lambda batch: collate(batch, 20), batch_size=2)
     assert dict(parts.sensitivity().values) == pytest.approx(dict(whole.sensitivity().values), rel=1e-10)
     torch.testing.assert_close(parts.directions()[WORDS], whole.directions()[WORDS])
-
-
-def test_scope_full_scores_an_embeddings_weight_as_the_slow_twin_does() -> None:
-    model, rows = repeated(tiny_bert)
-    teach(model, rows)
-    scores = score_by(model, rows, collate, reference=range(5), scope="full")
-    assert_agree(scores, slow(model, rows, range(5), scope="full", offsets=slow_offsets(model, rows[:5])))
 
 
 def test_an_embeddings_rank_moves_while_a_stock_trainer_trains(tmp_path: Path) -> None:

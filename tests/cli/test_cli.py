@@ -432,20 +432,6 @@ def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
     assert "likely wrong labels" in shown
 
 
-def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
-    rows = read_rows(trained.parent / "train.jsonl").rows
-    doubled = write_jsonl(tmp_path / "doubled.jsonl", [*rows, *rows[:10]])
-    arguments = ("--set", f"data.train={doubled}", "--set", f"data.validation={trained.parent / 'test.jsonl'}")
-    out = tmp_path / "s.parquet"
-    code, printed, _ = tsqlora("score", trained, *arguments, "--drop", "duplicate", "--out", out, "--json")
-    assert code == 0
-    assert (json.loads(printed)["rows"], json.loads(printed)["kept"]) == (90, 80)
-    assert pq.read_table(out)["reason"].to_pylist().count("duplicate") == 10
-    code, text = refused(tsqlora, "score", trained, "--drop", "bad", "--out", tmp_path / "t.parquet")
-    assert code == 2
-    assert "choices: duplicate, outlier" in text
-
-
 def test_select_writes_the_drawn_rows(scored: Path, tmp_path: Path, tsqlora: Run) -> None:
     arguments = ("select", scored, "--fraction", "0.25", "--seed", "3")
     out = tmp_path / "subset.csv"
@@ -477,7 +463,6 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("score {config} --drop duplicat --out s.parquet", "duplicate"),
         ("score {scored} --out s.parquet", "tsqlora explain"),
         ("select {scored} --fraction 1.5 --out x.csv", "fraction"),
         ("report run --port 80", "--port"),

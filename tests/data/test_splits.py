@@ -132,13 +132,6 @@ def test_a_bad_row_is_named_before_anything_is_split(rows: Any, answer: str, mes
     assert message in error(write_jsonl(tmp_path / "train.jsonl", rows), answer=answer)
 
 
-def test_of_texts_the_target_is_part_of_the_text(tmp_path: Path) -> None:
-    """Or rows of one prompt with different answers would be each other's duplicates."""
-    rows = [{"prompt": "Write a haiku.", "completion": f"Haiku {n}."} for n in range(4)]
-    splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text")
-    assert len(set(splits.texts("train"))) == 3
-
-
 # Incomplete rows
 
 GOOD = make_rows(20)

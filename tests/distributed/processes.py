@@ -161,14 +161,13 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
 
 
 def scored(rank: int, world: int, folder: Path) -> Any:
-    """The files of four scorings, through DistributedDataParallel where there are several processes."""
+    """The files of three scorings, through DistributedDataParallel where there are several processes."""
     model = lora(tiny_bert(layers=1))
     rows = samples(30, 3)
     teach(model, rows)
     request: dict[str, dict[str, Any]] = {
         "default": {"terms": ()},
-        "adapter": {"scope": "adapter"},
-        "full": {"scope": "full", "weights": {"convergence": 1.0}},
+        "gradients": {"weights": {"convergence": 1.0}},
     }
     files = {}
     for name, options in request.items():

@@ -35,7 +35,7 @@ class Around(nn.Module):
 
 def gradients_of(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = torch.sum) -> dict[str, LayerGradient]:
     """Each sample's gradients by site, in the order in which they came; a site comes once."""
-    sites = find_sites(model, "adapter")
+    sites = find_sites(model)
     arrived: dict[str, LayerGradient] = {}
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
@@ -145,7 +145,7 @@ def test_a_frozen_layer_behind_nothing_that_trains_is_seen_too() -> None:
 def test_reentrant_checkpointing_and_calls_outside_of_the_models_forward_are_refused(outside: bool) -> None:
     model = Around(lambda linear, x: checkpoint(linear, x, use_reentrant=True))
     with (
-        capture(model, find_sites(model, "adapter"), lambda *_: None),
+        capture(model, find_sites(model), lambda *_: None),
         pytest.raises(UnsupportedError, match=r"^linear .*use_reentrant.*compute_loss"),
     ):
         (model.linear if outside else model)(inputs(5).requires_grad_()).sum().backward()
@@ -168,7 +168,7 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(call: Callabl
 def test_a_model_may_be_called_on_a_dict_and_must_be_called_on_a_tensor() -> None:
     result: list[tuple[int, ...]] = []
     model = Around(lambda linear, batch: linear(batch["inner"]["x"]))
-    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: result.append(tuple(a.shape))):
+    with capture(model, find_sites(model), lambda _, a, _b: result.append(tuple(a.shape))):
         model({"scale": torch.tensor(1.0), "inner": {"x": inputs(5)}}).sum().backward()
     assert result == [(N, 5, WIDTH)]
     with capture(model, {}, lambda *_: None), pytest.raises(UnsupportedError, match="called without a tensor"):
@@ -178,7 +178,7 @@ def test_a_model_may_be_called_on_a_dict_and_must_be_called_on_a_tensor() -> Non
 def test_several_passes_of_training_are_shown_one_by_one() -> None:
     model = Around(lambda linear, x: linear(x) + linear(x.sin()).detach())
     sizes: list[int] = []
-    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: sizes.append(len(a))):
+    with capture(model, find_sites(model), lambda _, a, _b: sizes.append(len(a))):
         for rows in (3, 1):
             model(inputs(5)[:rows]).sum().backward()
         with torch.no_grad():
@@ -193,7 +193,7 @@ def test_several_passes_of_training_are_shown_one_by_one() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_on_the_model(fails: bool) -> None:
     model = Around(lambda linear, x: linear(x))
-    with suppress(ZeroDivisionError), capture(model, find_sites(model, "adapter"), lambda *_: None):
+    with suppress(ZeroDivisionError), capture(model, find_sites(model), lambda *_: None):
         model(inputs(5))
         assert model.linear._forward_hooks
         if fails:
@@ -212,7 +212,7 @@ def test_captured_tensors_are_let_go_when_they_are_consumed() -> None:
         before.append(sum(ref() is not None for ref in alive))
         alive.append(weakref.ref(b))
 
-    with capture(model, find_sites(model, "adapter"), consume):
+    with capture(model, find_sites(model), consume):
         model(inputs(5)).square().sum().backward()
     assert before == [0, 0, 0]
 
@@ -224,7 +224,7 @@ def test_consumers_compute_without_autocast() -> None:
     def consume(_name: str, a: Tensor, _b: Tensor) -> None:
         dtypes.append((a @ a.mT).dtype)
 
-    with torch.autocast("cpu", dtype=torch.bfloat16), capture(model, find_sites(model, "adapter"), consume):
+    with torch.autocast("cpu", dtype=torch.bfloat16), capture(model, find_sites(model), consume):
         model(inputs(5).float()).sum().backward()
     assert dtypes == [torch.float32]
 
@@ -261,7 +261,7 @@ def losses(y: Tensor) -> Tensor:
 def test_the_stepped_loss_is_that_of_weights_really_stepped(shape: tuple[int, ...]) -> None:
     model, x = Deep(), torch.randn(N, *shape, 4, dtype=torch.float64)
     gradients = gradients_of(model, x, losses)
-    with torch.no_grad(), stepped(find_sites(model, "adapter"), gradients, eta=ETA, samples=N):
+    with torch.no_grad(), stepped(find_sites(model), gradients, eta=ETA, samples=N):
         result = losses(model(x))
     for j, row in enumerate(x.split(1)):
         alone = copy.deepcopy(model)
@@ -272,12 +272,12 @@ def test_the_stepped_loss_is_that_of_weights_really_stepped(shape: tuple[int, ..
 
 def test_a_site_without_a_gradient_is_not_stepped_and_no_hook_stays() -> None:
     model, x = Deep(), torch.randn(N, 4, dtype=torch.float64)
-    with stepped(find_sites(model, "adapter"), {}, eta=ETA, samples=N):
+    with stepped(find_sites(model), {}, eta=ETA, samples=N):
         inside = model(x)
     assert torch.equal(inside, model(x))
     with (
         pytest.raises(KeyError),
-        stepped(find_sites(model, "adapter"), gradients_of(model, x, losses), eta=ETA, samples=N),
+        stepped(find_sites(model), gradients_of(model, x, losses), eta=ETA, samples=N),
     ):
         raise KeyError
     assert torch.equal(inside, model(x))

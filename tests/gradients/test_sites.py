@@ -1,42 +1,35 @@
 """The site of each parameter of θ, and refusals that name the layer."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsqlora as tsq
 from models import lora, tiny_bert
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.sites import Site, batch_coupled, effective_weight, find_sites, lora_layers, seen
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-def test_scopes_are_all_that_trains_or_whole_lora_layers_and_the_head() -> None:
+def test_sites_are_all_that_trains() -> None:
     model = lora(tiny_bert())
-    sites = find_sites(model, "adapter")
+    sites = find_sites(model)
     held = {id(p) for site in sites.values() for module in site.modules for p in module.parameters()}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert {name for name, site in sites.items() if site.bias} == {"classifier.modules_to_save.default"}
     assert f"{QUERY}.lora_A.default" in sites
-    sites = find_sites(model, "full")
-    assert sites.keys() == {*lora_layers(model), "classifier.modules_to_save.default"}
-    assert isinstance(sites[QUERY].modules[0], LoraLayer)
-    assert (sites[QUERY].weight, sites[QUERY].bias) == (True, False)
 
 
 def test_rank_slots_are_seen_through_their_parametrisation() -> None:
     plain, slots = lora(tiny_bert()), tsq.wrap(tiny_bert(), mean_rank=4, modules_to_save=["classifier"])
-    assert find_sites(slots, "adapter").keys() == find_sites(plain, "adapter").keys()
-    assert find_sites(slots, "full").keys() == find_sites(plain, "full").keys()
+    assert find_sites(slots).keys() == find_sites(plain).keys()
 
 
 def test_the_parts_that_train_are_those_of_the_site() -> None:
@@ -44,7 +37,7 @@ def test_the_parts_that_train_are_those_of_the_site() -> None:
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
     model[2].requires_grad_(False)
-    assert {n: (s.weight, s.bias) for n, s in find_sites(model, "adapter").items()} == {
+    assert {n: (s.weight, s.bias) for n, s in find_sites(model).items()} == {
         "0": (False, True),
         "1": (True, False),
     }
@@ -85,15 +78,7 @@ class Scaled(nn.Linear):
 )
 def test_a_parameter_without_an_exact_gradient_is_refused_by_name(build: Callable[[], nn.Module], names: str) -> None:
     with pytest.raises(UnsupportedError, match=names):
-        find_sites(build(), "adapter")
-
-
-def test_a_scope_that_is_unknown_or_lacks_lora_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="scope 'full'"):
-        find_sites(nn.Linear(2, 2), "full")
-    unchecked = inspect.unwrap(find_sites)  # else the checker of annotations is first
-    with pytest.raises(SettingsError, match="unknown scope 'adaptor'; did you mean 'adapter'"):
-        unchecked(nn.Linear(2, 2), "adaptor")
+        find_sites(build())
 
 
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
@@ -126,11 +111,11 @@ def test_lora_over_an_unsupported_layer_is_refused(base: nn.Module) -> None:
         lora_layers(model)
 
 
-def test_scope_adapter_refuses_lora_over_an_embedding_and_names_the_cure() -> None:
+def test_lora_over_an_embedding_is_refused_with_the_cure() -> None:
     model = get_peft_model(tiny_bert(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["word_embeddings"]))
     for wrap in (lambda model: model, tsq.wrap):
-        with pytest.raises(UnsupportedError, match=r"word_embeddings.lora_embedding_A.* 'full'"):
-            find_sites(wrap(model), "adapter")
+        with pytest.raises(UnsupportedError, match=r"word_embeddings.lora_embedding_A.* target_modules"):
+            find_sites(wrap(model))
 
 
 def test_the_effective_weight_is_that_of_the_merged_model() -> None:

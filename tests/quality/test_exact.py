@@ -1,13 +1,13 @@
 """Checks of exactness on one batch, through `score` on small models."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tsqlora as tsq
@@ -69,10 +69,9 @@ def score(
     task: Task | None = None,
     batch_size: int = 5,
     tokens: int = TOKENS,
-    scope: Literal["adapter", "full"] = "adapter",
 ) -> tsq.Scores:
     task = Regression() if task is None else task
-    how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size, "scope": scope}
+    how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size}
     return score_by(model, rows_for(model, tokens), collate, **how)
 
 
@@ -166,25 +165,6 @@ class Orthogonal(Model):
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name(kind: type[Model], name: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"^{name} is used outside"):
         score(kind())
-
-
-class TiedUnderLora(TiedWeights):
-    """Only one of the two layers that share the weight is LoRA's target."""
-
-
-@pytest.mark.parametrize("kind", [Functional, PartlyFunctional, TiedUnderLora])
-def test_a_weight_under_lora_that_is_used_elsewhere_is_refused_in_scope_full(kind: type[Model]) -> None:
-    adapted = get_peft_model(cast(Any, kind()), LoraConfig(target_modules=["linear"])).double()
-    with pytest.raises(UnsupportedError, match=r"^the weight of linear"):
-        score(adapted, scope="full")
-
-
-def test_a_model_may_ask_for_the_type_of_a_weight_under_lora() -> None:
-    class Asks(Model):
-        def between(self, x: Tensor) -> Tensor:
-            return self.linear(x.to(self.linear.weight.dtype)[..., : self.linear.weight.shape[1]])
-
-    score(get_peft_model(cast(Any, Asks()), LoraConfig(target_modules=["linear"])).double(), scope="full")
 
 
 class TokensFirst(Model):

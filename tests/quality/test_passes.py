@@ -130,7 +130,6 @@ def test_the_reference_is_that_of_the_journal(learned: Any, tmp_path: Path, monk
     ("changes", "named"),
     [
         ({"batch_size": 3}, "forward .* settings"),
-        ({"scope": "full"}, "terms .* settings"),
         ({"seed": 1}, "terms .* settings"),
         ({"terms": ["gradient_norm"]}, "terms .* settings"),
         ({"calibration": False}, "terms .* settings"),

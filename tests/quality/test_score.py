@@ -77,42 +77,37 @@ def score(model: nn.Module, rows: Rows, **options: Any) -> tsq.Scores:
 # --- the twin -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("calibration", [True, False])
 @pytest.mark.parametrize("make", [adapted, slotted])
-def test_scores_of_a_classifier_are_the_twins(
-    make: Callable[[], tuple[PeftModel, Rows]], calibration: bool, scope: str
-) -> None:
+def test_scores_of_a_classifier_are_the_twins(make: Callable[[], tuple[PeftModel, Rows]], calibration: bool) -> None:
     model, rows = make()
     offsets = slow_offsets(model, [rows[j] for j in REFERENCE]) if calibration else None
 
-    scores = score(model, rows, scope=scope, calibration=calibration)
+    scores = score(model, rows, calibration=calibration)
 
-    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets))
+    assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets))
     if offsets is None:
         assert scores.record.offsets is None
     else:
         np.testing.assert_allclose(scores.record.offsets, offsets, atol=1e-6)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("calibration", [True, False])
-def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> None:
+def test_scores_of_a_regression_are_the_twins(calibration: bool) -> None:
     model, rows = adapted(num_labels=1)
     labels = torch.tensor([rows[j]["labels"] for j in REFERENCE], dtype=torch.float32)
     lean = (labels.double() - logits_of(model, [rows[j] for j in REFERENCE])[:, 0]).mean().reshape(1)
 
-    scores = score(model, rows, scope=scope, calibration=calibration)
+    scores = score(model, rows, calibration=calibration)
 
     offsets = lean if calibration else None
-    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=squared_error))
+    assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets, loss=squared_error))
     assert scores.record.offsets == (pytest.approx(lean.tolist()) if calibration else None)
     assert scores.strata is None
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("calibration", [True, False])
-def test_scores_of_several_labels_are_the_twins(calibration: bool, scope: str) -> None:
+def test_scores_of_several_labels_are_the_twins(calibration: bool) -> None:
     model, rows = adapted(num_labels=4, problem_type="multi_label_classification")
     logits = logits_of(model, rows)
     for row, z in zip(rows, logits, strict=True):
@@ -120,12 +115,12 @@ def test_scores_of_several_labels_are_the_twins(calibration: bool, scope: str) -
     labels = torch.tensor([row["labels"] for row in rows])
     offsets = MultiLabel().offsets(logits[REFERENCE], labels[REFERENCE]) if calibration else None
 
-    scores = score(model, rows, scope=scope, calibration=calibration)
+    scores = score(model, rows, calibration=calibration)
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         return slow_multi_label_loss(z[0], y[0]).reshape(1)
 
-    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=loss))
+    assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets, loss=loss))
     assert scores.strata is None
     np.testing.assert_array_equal(scores.labels, labels)
     p = torch.sigmoid(logits if offsets is None else logits + offsets)
@@ -237,15 +232,14 @@ def test_a_reference_of_other_samples_is_the_twins() -> None:
     assert_agree(scores, slow(model, rows, range(7, N), offsets=offsets), rows=7)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
-def test_scores_of_a_decoder_are_the_twins(scope: str) -> None:
+def test_scores_of_a_decoder_are_the_twins() -> None:
     model, rows = adapted(tiny_llama_classifier)
     offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
 
-    scores = score(model, rows, scope=scope)
+    scores = score(model, rows)
 
     # Llama's norms compute in float32 whatever the dtype.
-    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets), rtol=1e-4)
+    assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets), rtol=1e-4)
 
 
 @pytest.mark.parametrize("make", [partial(adapted, dtype=torch.float32), partial(slotted, torch.float32)])
@@ -303,13 +297,12 @@ def assert_equal_scores(left: tsq.Scores, right: tsq.Scores, order: Any = slice(
     np.testing.assert_allclose(right.quality, left.quality[order], atol=1e-6)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
-def test_scores_depend_on_neither_batch_nor_padding(scope: str) -> None:
+def test_scores_depend_on_neither_batch_nor_padding() -> None:
     model, rows = adapted(layers=1)
-    expected = score(model, rows, scope=scope, batch_size=1)
+    expected = score(model, rows, batch_size=1)
     for size in (3, N):
-        assert_equal_scores(expected, score(model, rows, scope=scope, batch_size=size))
-    padded = score_by(model, rows, partial(collate, pad_to=40), reference=REFERENCE, scope=scope, batch_size=5)
+        assert_equal_scores(expected, score(model, rows, batch_size=size))
+    padded = score_by(model, rows, partial(collate, pad_to=40), reference=REFERENCE, batch_size=5)
     assert_equal_scores(expected, padded)
 
 
@@ -391,16 +384,14 @@ def in_training() -> tuple[PeftModel, Rows]:
     return model, rows
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
-def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows], scope: str) -> None:
+def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows]) -> None:
     model, rows = in_training
     before = fingerprint(model)
-    score_by(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4, scope=scope)
+    score_by(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4)
     assert_unchanged(before, model)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
-def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[PeftModel, Rows], scope: str) -> None:
+def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[PeftModel, Rows]) -> None:
     model, rows = in_training
     total = 0
 
@@ -409,7 +400,7 @@ def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[Pe
         total += 1
 
     counting = model.get_base_model().bert.encoder.layer[0].register_forward_pre_hook(count)
-    score(model, rows, scope=scope)
+    score(model, rows)
     counting.remove()
     # The last forward is a stepped one; the one before it has a backward.
     for at in (1, total - 1, total):
@@ -424,7 +415,7 @@ def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[Pe
         handle = model.get_base_model().bert.encoder.layer[0].register_forward_pre_hook(breaks)
         before = fingerprint(model)
         with pytest.raises(Breaks):
-            score(model, rows, scope=scope)
+            score(model, rows)
         assert_unchanged(before, model)
         handle.remove()
 

@@ -4,17 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from peft import PeftModel, TaskType
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import tsqlora as tsq
 from models import GENERATORS, lora, text_collator, texts
-from oracles import slow_scores, slow_scores_full
-from scoring import assert_agree, assert_unchanged, effective_weight, fingerprint, score_by, trainable
-from tsqlora.errors import SettingsError, UnsupportedError
+from oracles import slow_scores
+from scoring import assert_agree, assert_unchanged, fingerprint, score_by, trainable
+from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
 
 N = 9
@@ -50,28 +48,15 @@ def scored(model: PeftModel, rows: list[dict[str, Any]], **options: Any) -> Scor
     return score_by(model, rows, options.pop("collate"), reference=REFERENCE, **options)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("family", GENERATORS)
-def test_scores_are_the_twins(family: str, scope: Any) -> None:
+def test_scores_are_the_twins(family: str) -> None:
     model, rows = adapted(family)
     before = fingerprint(model)
-    scores = scored(model, rows, scope=scope)
+    scores = scored(model, rows)
     assert_unchanged(before, model)
     batches = [text_collator(model)([row]) for row in rows]
     loss = mean_over_tokens(family)
-    if scope == "adapter":
-        twin = slow_scores(model, batches, sample_loss=loss, theta=trainable(model), reference=REFERENCE)
-    else:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-        twin = slow_scores_full(
-            model,
-            batches,
-            sample_loss=loss,
-            layers=layers,
-            effective_weight=effective_weight,
-            head={},
-            reference=REFERENCE,
-        )
+    twin = slow_scores(model, batches, sample_loss=loss, theta=trainable(model), reference=REFERENCE)
     assert_agree(scores, twin, rtol=1e-4)
     assert scores.labels.tolist() == [sum(label != -100 for label in row["labels"]) for row in rows]
     assert not scores.predictions
@@ -98,24 +83,6 @@ def test_padding_its_side_and_the_batch_change_nothing(family: str) -> None:
             other = scored(model, rows, collate=text_collator(model, left=left, pad=pad), batch_size=batch_size)
             for name, values in expected.terms.items():
                 np.testing.assert_allclose(other.terms[name], values, rtol=1e-5, atol=1e-6, err_msg=f"{name} {left}")
-
-
-def test_ifd_is_the_loss_with_the_prompt_over_the_loss_without() -> None:
-    model, rows = adapted("llama")
-    scores = scored(model, rows, terms=("loss", "ifd"))
-    model.eval()
-    for j, row in enumerate(rows):
-        target = [label for label in row["labels"] if label != -100]
-        ids = torch.tensor([target])
-        with torch.no_grad():
-            alone = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
-        assert scores.terms["ifd"][j] == pytest.approx(float(scores.terms["loss"][j] / alone), rel=1e-5)
-
-
-def test_ifd_needs_a_decoder_alone() -> None:
-    model, rows = adapted("t5")
-    with pytest.raises(UnsupportedError, match="'ifd'"):
-        scored(model, rows, terms=("loss", "ifd"))
 
 
 def test_a_model_that_writes_is_scored_as_it_begins() -> None:

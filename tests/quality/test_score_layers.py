@@ -1,7 +1,7 @@
 """Every kind of layer that can train, in models of every family, against the slow twin."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -48,34 +48,31 @@ def adapted(family: str, *, unfreeze: tuple[str, ...] = (), **options: Any) -> t
     return model, rows
 
 
-def assert_twin(model: PeftModel, rows: list[dict[str, Any]], scope: str = "adapter", **options: Any) -> None:
+def assert_twin(model: PeftModel, rows: list[dict[str, Any]], **options: Any) -> None:
     offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
     before = fingerprint(model)
-    scores = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope, **options)
+    scores = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, **options)
     assert_unchanged(before, model)
     # Some norms compute in float32 whatever the model is in, and look-ahead is a small difference.
-    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets), rtol=1e-4)
+    assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_every_family_are_the_twins(family: str, scope: str) -> None:
-    assert_twin(*adapted(family), scope=scope)
+def test_scores_of_every_family_are_the_twins(family: str) -> None:
+    assert_twin(*adapted(family))
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_norms_and_embeddings_that_train_count(family: str, scope: str) -> None:
+def test_norms_and_embeddings_that_train_count(family: str) -> None:
     model, rows = adapted(family, unfreeze=NORMS_AND_EMBEDDINGS[family])
-    kinds = {type(site.kind).__name__ for site in find_sites(model, "adapter").values()}
+    kinds = {type(site.kind).__name__ for site in find_sites(model).values()}
     assert kinds == {"Linear", "Gain", "Lookup"}
-    assert_twin(model, rows, scope=scope)
+    assert_twin(model, rows)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_train_under_lora_count(bias: str, scope: str) -> None:
-    assert_twin(*adapted("bert", bias=bias), scope=scope)
+def test_biases_that_train_under_lora_count(bias: str) -> None:
+    assert_twin(*adapted("bert", bias=bias))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,13 +84,12 @@ def test_everything_that_trains_counts(family: str) -> None:
     assert_twin(model, rows)
 
 
-@pytest.mark.parametrize("scope", ["adapter", "full"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])  # MPNet's has no checkpointing
-def test_gradient_checkpointing_changes_no_score(family: str, scope: Literal["adapter", "full"]) -> None:
+def test_gradient_checkpointing_changes_no_score(family: str) -> None:
     model, rows = adapted(family, unfreeze=NORMS_AND_EMBEDDINGS[family], dropout=0.0)
-    plain = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
+    plain = score_by(model, rows, collate, reference=REFERENCE, batch_size=4)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
-    checkpointed = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
+    checkpointed = score_by(model, rows, collate, reference=REFERENCE, batch_size=4)
     for name, values in plain.terms.items():
         torch.testing.assert_close(
             torch.from_numpy(checkpointed.terms[name]), torch.from_numpy(values), rtol=1e-6, atol=1e-9

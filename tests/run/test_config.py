@@ -201,7 +201,7 @@ def test_a_run_with_a_removed_term_still_loads_for_what_needs_no_rows_drawn(tmp_
 def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -> None:
     messages = [removed.why for removed in REMOVED_SETTINGS.values()]
     named = [match[1] for why in messages if (match := re.search(r"ScoringRule\((\w+)=", why))]
-    assert {"scope", "reference", "calibration"} == {*named}
+    assert {"reference", "calibration"} == {*named}
     assert {*named} <= {field.name for field in dataclasses.fields(ScoringRule)}
 
 

@@ -373,27 +373,18 @@ def classifier(**options: Any) -> Any:
     return tiny_bert(vocab=VOCAB, layers=1, dtype=torch.float32, **options)
 
 
-def frozen_positions() -> Any:
-    model = classifier(num_labels=2)
-    model.bert.embeddings.position_embeddings.requires_grad_(False)
-    return model
-
-
 IDS = [{"input_ids": row["input_ids"]} for row in DATA]
 MANY = [{**row, "labels": [float(row["labels"]), 1.0, 0.0]} for row in DATA]
 TOKENS = [{**row, "labels": row["input_ids"]} for row in DATA]
 NUMBERS = [{**row, "labels": float(row["labels"])} for row in DATA]
 ANSWERS = [{**row, "start_positions": 1, "end_positions": 2} for row in IDS]
 PAIRS = [{**row, "chosen_ids": [1], "rejected_ids": [2]} for row in IDS]
-FULL = {"weights": GRADIENTS, "scope": "full"}
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "several labels for one class": (classifier, MANY, {}, "multi_label_classification"),
     "tags for one class": (classifier, TOKENS, {}, "AutoModelForTokenClassification"),
     "answers": (lambda: of_kind(BertForQuestionAnswering), ANSWERS, {}, "question-answering is not built"),
     "masked words": (lambda: of_kind(BertForMaskedLM), TOKENS, {}, "task.type masked-lm is not built"),
     "positions that train": (lambda: classifier(num_labels=2), DATA, {"weights": GRADIENTS}, "position_embeddings is"),
-    "scope full without LoRA": (frozen_positions, DATA, FULL, "scope 'full' scores LoRA's target layers"),
-    "ifd of classes": (slotted_bert, DATA, {"weights": {"ifd": 1.0}}, "quality term 'ifd'"),
     "a custom term": (slotted_bert, DATA, {"terms": (crooked,)}, r"quality term 'crooked' gives \(1,\) for 2 samples"),
     "no labels": (slotted_bert, [{**row, "label": 0} for row in IDS], {}, "no 'labels', only input_ids, label"),
     "preferences": (slotted_bert, PAIRS, {}, "preference pairs.*tsqlora.select"),

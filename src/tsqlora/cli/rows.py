@@ -27,10 +27,6 @@ def score(
     source: Source,
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     set_: Set = None,
-    drop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KIND", help="Kind of rows to never draw: duplicate, outlier; repeatable."),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score every training row: with a config's model and a fitted head, or with the weights of a run.
@@ -51,8 +47,8 @@ def score(
     from tsqlora.run.score import score_rows  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
-        scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
-    names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta", "scope")
+        scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
+    names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta")
     record = {name: getattr(scores.record, name) for name in names}
     result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum()), "dropped": scores.dropped}
     result["held_out"] = scores.record.held_out

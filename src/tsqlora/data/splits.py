@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, is_missing, lacking, row_text, text_at
+from tsqlora.data.cells import MissingError, is_missing, lacking, text_at
 from tsqlora.data.columns import Columns, find_columns, quoted
 from tsqlora.data.dialect import PLAIN, SNIFF, Hints
 from tsqlora.data.formats import Format, find_format, pair_format
@@ -53,14 +53,6 @@ class Splits:
     def rows(self, split: str) -> Rows:
         """The rows of a split, all in memory."""
         return self.sources[split].read(self.places[split])
-
-    def texts(self, split: str) -> Iterator[str]:
-        """The text of every row of a split: a line for each text of a pair, and for a generation target."""
-        columns = asdict(self.columns)
-        target = self.columns.label if self.format is not None else None
-        for rows in self.chunks(split):
-            for row in rows.rows:
-                yield row_text(row, columns) + ("" if target is None else f"\n{row.get(target)}")
 
     @property
     def dialects(self) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """Sites: the modules whose calls show the gradient of each parameter of θ.
 
-A site is a weight (and bias) with the modules that use it. `scope: adapter` covers all trainable parameters: LoRA's A
-and B, which PEFT stores as two linear layers, the task head, and other unfrozen layers. `scope: full` covers the frozen
-weights of the target layers, captured at the whole LoRA layer, and trainable parameters elsewhere.
+A site is a weight (and bias) with the modules that use it. Sites of trainable parameters are LoRA's A and B, which PEFT
+stores as two linear layers, the task head, and other unfrozen layers. A target site is the frozen weight of a target
+layer, captured at the whole LoRA layer.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, TypedDict, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,11 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.compat.bitsandbytes import dequantised, is_packed_for_inference, linear_bits
 from tsqlora.compat.peft import dequantize_module_weight, has_variant, lora_matrices
 from tsqlora.compat.shapes import Float
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear, Lookup
 from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of
-
-Scope = Literal["adapter", "full"]
 
 
 class Parts(TypedDict):
@@ -50,7 +48,7 @@ class Site:
 
 def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """Return (a, b) of one call on x whose output has this gradient."""
-    module = _base(module)
+    module = module.get_base_layer() if isinstance(module, LoraLayer) else module
     a = input_of(module, site.kind, x, samples, site.name)
     b = output_gradient_of(module, x, grad, samples, site.name)
     if not _mixed(site, module):
@@ -63,16 +61,10 @@ def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -
 
 def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:
     """Return the change of the output of a call on x after one step with lr 1 on each sample."""
-    module = _base(module)
     a = input_of(module, site.kind, x, samples, site.name)
     if _mixed(site, module):
         return cast(Any, gradient.weight).look_up(a)
     return gradient.apply(a)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """Return the base layer of a LoRA layer, which has the same inputs; else the module."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _mixed(site: Site, module: nn.Module) -> bool:
@@ -80,22 +72,30 @@ def _mixed(site: Site, module: nn.Module) -> bool:
     return is_embedding(module) and isinstance(site.kind, Linear)
 
 
-def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
+def find_sites(model: nn.Module) -> dict[str, Site]:
     """Return the sites of θ by name.
 
     Raises UnsupportedError naming the first parameter of θ without an exact gradient per sample; none is skipped.
     """
-    if scope not in get_args(Scope):
-        raise SettingsError(f"unknown scope '{scope}'; {nearest(scope, get_args(Scope))}")
-    layers = lora_layers(model) if scope == "full" else {}
-    if scope == "full" and not layers:
-        raise UnsupportedError("scope 'full' scores LoRA's target layers, and this model has none; use scope 'adapter'")
-    adapters = {id(part) for layer in layers.values() for part in cast(nn.Module, layer).modules()}
-    others = [(name, module) for name, module in _modules(model) if id(module) not in adapters]
-    sites = {name: target_site(name, layer) for name, layer in layers.items()} | _trained_sites(others)
+    sites: dict[int, Site] = {}
+    biases: dict[int, str] = {}
+    seen: set[tuple[int, int]] = set()
+    modules = list(_modules(model))
+    for name, module in modules:
+        weight, bias = _trained(module, "weight"), _trained(module, "bias")
+        kind = None if weight is None and bias is None else kind_of(module)
+        if kind is None:
+            continue
+        seen |= {(id(part[0]), id(part[1])) for part in (weight, bias) if part is not None}
+        site = Site(inner_name(name), (module,), weight is not None, bias is not None, kind)
+        key = id(module) if weight is None else id(weight[1])
+        sites[key] = site if key not in sites else _tied(sites[key], site)
+        if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
+            raise UnsupportedError(f"{site.name} shares its trained bias with {biases[id(bias[1])]}; freeze it")
+    _refuse_unseen(modules, seen)
     if not sites:
         raise UnsupportedError("the model has no trainable parameter and so no gradient to score by")
-    return sites
+    return {site.name: site for site in sites.values()}
 
 
 def target_site(name: str, layer: LoraLayer) -> Site:
@@ -167,25 +167,6 @@ def batch_coupled(model: nn.Module) -> list[str]:
     return names
 
 
-def _trained_sites(modules: list[tuple[str, nn.Module]]) -> dict[str, Site]:
-    sites: dict[int, Site] = {}
-    biases: dict[int, str] = {}
-    seen: set[tuple[int, int]] = set()
-    for name, module in modules:
-        weight, bias = _trained(module, "weight"), _trained(module, "bias")
-        kind = None if weight is None and bias is None else kind_of(module)
-        if kind is None:
-            continue
-        seen |= {(id(part[0]), id(part[1])) for part in (weight, bias) if part is not None}
-        site = Site(inner_name(name), (module,), weight is not None, bias is not None, kind)
-        key = id(module) if weight is None else id(weight[1])
-        sites[key] = site if key not in sites else _tied(sites[key], site)
-        if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
-            raise UnsupportedError(f"{site.name} shares its trained bias with {biases[id(bias[1])]}; freeze it")
-    _refuse_unseen(modules, seen)
-    return {site.name: site for site in sites.values()}
-
-
 def _tied(first: Site, second: Site) -> Site:
     """Merge two modules that share a weight into one site, whose gradients are summed."""
     if first.bias or second.bias:
@@ -216,8 +197,8 @@ def _refuse_unseen(modules: list[tuple[str, nn.Module]], seen: set[tuple[int, in
             if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
                 if ".lora_embedding_" in f".{name}":
                     raise UnsupportedError(
-                        f"{name} trains, but scope 'adapter' cannot score LoRA over an Embedding; use scope 'full', or "
-                        "remove the Embedding from target_modules"
+                        f"{name} trains, and LoRA over an Embedding has no exact gradient per sample; remove the "
+                        "Embedding from target_modules"
                     )
                 raise UnsupportedError(
                     f"{name} trains and belongs to {type(owner).__name__}, which has no exact gradient per sample; "

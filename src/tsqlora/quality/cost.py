@@ -28,16 +28,13 @@ def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: 
     """Return the cost of a look that measures these terms, without the trusted model.
 
     Every row and every trusted row goes forward once. If a term needs gradients, all rows go forward and backward, and
-    the reference goes forward for calibration, and forward and backward for its mean gradient. Look-ahead terms, and
-    terms of the target alone, take one more forward pass each.
+    the reference goes forward for calibration, and forward and backward for its mean gradient. Look-ahead terms take
+    one more forward pass.
     """
     cost = PhaseCost(forward=rows + trusted)
-    gradients, alone = any(term.gradient for term in terms), any(term.alone for term in terms)
-    if gradients or alone:
-        cost.add(forward=rows + reference)
-    if gradients:
-        cost.add(forward=reference, backward=rows + reference)
-    cost.add(forward=rows * (any(term.lookahead for term in terms) + alone))
+    if any(term.gradient for term in terms):
+        cost.add(forward=rows + 2 * reference, backward=rows + reference)
+    cost.add(forward=rows * any(term.lookahead for term in terms))
     return cost
 
 

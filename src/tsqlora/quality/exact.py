@@ -1,15 +1,11 @@
 """Checks on one batch: is the captured gradient each sample's complete gradient?"""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Mapping
 
 import torch
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tsqlora.compat.shapes import Float
 from tsqlora.compat.torch import double
@@ -57,8 +53,8 @@ def require_exact(
 ) -> None:
     """Raise UnsupportedError where captured gradients are not exact.
 
-    Two passes must agree; gradients must sum to autograd's for every trainable parameter of θ; only its own layer may
-    read a weight under LoRA (scope 'full'); and a sample's gradient must not change when it is alone in its batch.
+    Two passes must agree; gradients must sum to autograd's for every trainable parameter; and a sample's gradient must
+    not change when it is alone in its batch.
     """
     inputs, labels = split_labels(batch, model)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
@@ -71,7 +67,7 @@ def require_exact(
         summed[name] = summed_gradient(a, b, **parts)
         norms.append(layer_gradient(a, b, **parts).norm_sq())
 
-    with torch.no_grad(), _only_own_layer(sites):
+    with torch.no_grad():
         before = calibrated(model, inputs, task, offsets)
         before = before if before.dim() == 2 else sample_losses(task, before, labels)
     own = _parameters(sites)
@@ -96,67 +92,13 @@ def require_exact(
         )
 
 
-@contextmanager
-def _only_own_layer(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Raise UnsupportedError, at the end, where a weight under a LoRA layer was read outside of that layer."""
-    bases = {
-        name: cast(nn.Module, module.get_base_layer())
-        for name, site in sites.items()
-        for module in site.modules
-        if isinstance(module, LoraLayer)
-    }
-    weights = {id(base.weight): name for name, base in bases.items() if isinstance(base.weight, Tensor)}
-    with ExitStack() as hooks:
-        reads = _ReadsElsewhere(weights)
-        for base in bases.values():
-            hooks.callback(base.register_forward_pre_hook(reads.enter).remove)
-            hooks.callback(base.register_forward_hook(reads.leave, always_call=True).remove)
-        with reads:
-            yield
-    if reads.name is not None:
-        raise UnsupportedError(
-            f"the weight of {reads.name} is used outside of its layer (tied or functional), so that its gradient per "
-            "sample is not exact; use scope 'adapter', or remove it from target_modules"
-        )
-
-
-class _ReadsElsewhere(TorchFunctionMode):
-    """Notices tensors computed from these weights while none of their layers is running."""
-
-    def __init__(self, weights: Mapping[int, str]) -> None:
-        super().__init__()
-        self.weights = weights
-        self.running = 0
-        self.name: str | None = None
-
-    def enter(self, *_: Any) -> None:
-        self.running += 1
-
-    def leave(self, *_: Any) -> None:
-        self.running -= 1
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Reading a weight's dtype or shape returns no tensor.
-        if self.name is None and not self.running and isinstance(result, Tensor):
-            inputs = [*args, *(kwargs or {}).values()]
-            self.name = next((self.weights[id(part)] for part in inputs if id(part) in self.weights), None)
-        return result
-
-
 def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters of the sites' layers once each, with the site's name.
-
-    Without those of a whole LoRA layer (scope 'full'), whose A and B are not captured.
-    """
+    """Return the trainable parameters of the sites' layers once each, with the site's name."""
     return list(
         {
             id(parameter): (site.name, parameter)
             for site in sites.values()
             for module in site.modules
-            if not isinstance(module, LoraLayer)
             for parameter in module.parameters()
             if parameter.requires_grad
         }.values()

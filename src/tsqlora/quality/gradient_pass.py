@@ -32,8 +32,7 @@ from tsqlora.quality.rows import batches_of, lengths_of, reference_rows
 from tsqlora.quality.rule import LookRequest, needs_gradients, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, model_logits, precision, require_usable, split_labels
-from tsqlora.tasks.generation import Generation, without_prompt
+from tsqlora.tasks.forward import Batch, precision, require_usable, split_labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +59,7 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
     with eval_mode(model), precision(device, autocast, cache=False):
         first = distributed.together(lambda: [*batches_of(samples, collate, compute.batch_size)])
         terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.later}
-        sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
+        sites = find_sites(model) if needs_gradients(terms) else {}
         journal = None if compute.journal is None else _journal(model, request, lengths, terms, first, own)
 
         def settle(size: int) -> Reference:
@@ -80,7 +79,6 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
 
         columns = run_batches(measure_batch, batches, dataset, collate, compute, phase="scoring", journal=journal)
     record = {
-        "scope": rule.scope,
         "seed": rule.seed,
         "eta": reference.eta if reference.mean else None,
         "offsets": None if reference.offsets is None else reference.offsets.tolist(),
@@ -102,7 +100,7 @@ def _journal(
 ) -> Journal:
     rule, compute = request.rule, request.compute
     assert compute.journal is not None
-    settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
+    settings = {"terms": list(terms), "calibration": rule.calibration}
     settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
     settings |= {"reference": list(own), "task": repr(request.task)}
     identity = identity_of(model, request.rows.hashes or (), lengths, reference, settings)
@@ -133,17 +131,16 @@ def measured_columns(
 ) -> dict[str, np.ndarray]:
     """Return each term of one batch's rows: a forward pass, and a backward pass if the reference has gradients.
 
-    A `lookahead` term costs one more forward pass, an `alone` term one over the targets without their prompts.
+    A `lookahead` term costs one more forward pass.
     """
     inputs, labels = split_labels(batch, model)
-    alone_loss = _alone_loss(model, inputs, labels, task) if any(term.alone for term in terms.values()) else None
     if not reference.mean:
         with torch.no_grad():
             logits = calibrated(model, inputs, task, reference.offsets)
             require_usable(task, logits, labels, range(len(labels)))
             losses = sample_losses(task, logits, labels)
         answers = logits if logits.dim() == 2 else None
-        return _columns(terms, Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss))
+        return _columns(terms, Measured(logits=answers, labels=labels, loss=losses))
     lookahead = any(term.lookahead for term in terms.values())
     gradients: dict[str, LayerGradient] = {}
     norms: list[Tensor] = []
@@ -173,7 +170,6 @@ def measured_columns(
         dot=torch.where(in_reference.to(labels.device), without_itself, dot),
         reference_norm=reference.norm,
         stepped_loss=stepped_loss,
-        alone_loss=alone_loss,
     )
     return _columns(terms, measured)
 
@@ -185,10 +181,3 @@ def _columns(terms: Mapping[str, Term], measured: Measured) -> dict[str, np.ndar
         if value.shape != (rows,):
             raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {rows} samples")
     return {name: value.cpu().numpy() for name, value in values.items()}
-
-
-@torch.no_grad()
-def _alone_loss(model: nn.Module, inputs: Batch, labels: Tensor, task: Task) -> Tensor:
-    assert isinstance(task, Generation)
-    targets, own = without_prompt(inputs["input_ids"], labels)
-    return task.loss(model_logits(model, targets, task), own)

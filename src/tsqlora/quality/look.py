@@ -87,7 +87,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
         elif why_even:
             rule = rule.without_probe()
         columns, record = dict[str, np.ndarray](), dict[str, Any]()
-        if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
+        if needs_gradients(rule.measured()):
             measurements = gradient_pass(model, replace(request, rule=rule))
             columns, record = measurements.columns, measurements.record
         if ratio is not None:
@@ -276,7 +276,7 @@ def _terms(
     )
     terms: dict[str, np.ndarray] = {}
     for name, term in rule.measured().items():
-        missing = term.gradient or term.alone or (term.answers and logits is None)
+        missing = term.gradient or (term.answers and logits is None)
         if name in columns:
             terms[name] = columns[name]
         elif not missing and (trusted_loss is not None or not term.trusted):

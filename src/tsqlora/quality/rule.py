@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tsqlora.compat.shapes import Bool
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
@@ -50,9 +49,7 @@ class ScoringRule:
     """Temperature of the softmax over Q; small values are selective."""
     terms: Sequence[TermSpec] = ()
     """More terms to measure: names in TERMS, functions or Terms. Gradients cost a backward pass, `loss_reduction` one
-    more forward pass, `ifd` one over the targets without prompts."""
-    scope: Scope = "adapter"
-    """Take gradients of the trainable parameters ("adapter"), or of whole target layers and the head ("full")."""
+    more forward pass."""
     reference: int | Sequence[int] | Dataset = REFERENCE_ROWS
     """The rows whose mean gradient `convergence` compares with: a number of random rows, indices, or samples. A row
     that is scored too is left out of its own mean."""
@@ -198,12 +195,6 @@ def terms_of_batch(rule: ScoringRule, task: Task, batch: Batch) -> dict[str, Ter
 
 
 def _terms_of_task(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    alone = [name for name, term in terms.items() if term.alone]
-    if alone and not (isinstance(task, Generation) and task.causal):
-        raise UnsupportedError(
-            f"quality term '{alone[0]}' compares a target with and without its prompt and needs task causal-lm, not "
-            f"{task.name}; remove it"
-        )
     if isinstance(task, Answers):
         return dict(terms)
     if weighted := [name for name, term in terms.items() if term.answers and weights.get(name)]:

@@ -136,7 +136,7 @@ def require_scorable(
     with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # In one batch: only a batch shows whether samples share a row.
         terms = terms_of_batch(rule, task, collate(list(rows)))
-        sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
+        sites = find_sites(model) if needs_gradients(terms) else {}
         free = {name: term for name, term in terms.items() if not (term.gradient or term.later)}
 
         def check(size: int) -> None:

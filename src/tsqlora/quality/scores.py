@@ -39,8 +39,6 @@ class ScoreRecord:
     """Weights of the terms in Q."""
 
     seed: int | None = None
-    scope: str | None = None
-    """Parameters whose gradients were taken."""
     eta: float | None = None
     """Step size of `loss_reduction`."""
     offsets: Sequence[float] | None = None

@@ -33,8 +33,6 @@ class Measured:
     reference_norm: float | None = None
     stepped_loss: Float[Tensor, " n"] | None = None
     """Loss after a step on the sample alone."""
-    alone_loss: Float[Tensor, " n"] | None = None
-    """Loss of the target without its prompt."""
     trusted_loss: Float[Tensor, " n"] | None = None
     """Loss of the trusted model θ_R."""
 
@@ -50,8 +48,6 @@ class Term:
     """Needs the stepped loss: one more forward pass."""
     answers: bool = False
     """Exists only where a sample has one answer, a class or a number."""
-    alone: bool = False
-    """Needs the loss of the target without its prompt: one more forward pass."""
     trusted: bool = False
     """Needs the trusted model's loss: its training and a forward pass."""
     probe: bool = False
@@ -93,12 +89,6 @@ def _el2n(m: Measured) -> Float[Tensor, " n"]:
     return (logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)
 
 
-def _ifd(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(target | prompt) / ℓ(target): instruction-following difficulty (Li et al., 2024)."""
-    alone = _required(m.alone_loss)
-    return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
-
-
 def reducible_loss(m: Measured) -> Float[Tensor, " n"]:
     """ℓ(θ) − ℓ(θ_R) of preference pairs, eq. 3′ (after RHO-loss and CoLoR-Filter)."""
     return m.loss - _required(m.trusted_loss)
@@ -116,7 +106,6 @@ TERMS: dict[str, Term] = {
     "cosine": Term(_cosine, gradient=True),
     "loss": Term(lambda m: m.loss),
     "el2n": Term(_el2n, answers=True),
-    "ifd": Term(_ifd, alone=True),
     "density_ratio": Term(_density_ratio, probe=True),
 }
 

@@ -13,7 +13,6 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.score import Compute, score
 from tsqlora.quality.scores import Scores
@@ -30,7 +29,6 @@ def score_rows(
     out: Path,
     *,
     overrides: Sequence[str] = (),
-    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Scores:
     """All terms of every training row, with the initial model of a config or the weights of a run.
@@ -38,7 +36,7 @@ def score_rows(
     Without data.validation, the validation rows that training would hold out are left out here too (`held_out` in the
     scores' record); for a run and another file in data.train every row is scored.
     Rows are read in chunks and samples stored on disk. OUT.partial has the progress until the scores are written: the
-    same call after an interruption resumes, and writes the same file. Rows of the kinds in `drop` are never drawn.
+    same call after an interruption resumes, and writes the same file.
     Raises SettingsError if OUT.partial belongs to another scoring or another process uses it.
     """
     if (processes := distributed.launched()) > 1:
@@ -46,7 +44,6 @@ def score_rows(
             f"scoring runs as one process and was started as {processes}; start one, or train with quality.enabled, "
             "which shares the scoring"
         )
-    require_drops(drop)
     require_place(out)
     with writing(out), _partial(out) as (partial, tokens):
         if source.is_dir():
@@ -68,7 +65,6 @@ def score_rows(
             trusted=trusted_of(job),
             fraction=job.config.quality.fraction,
         )
-        scores = drop_rows(scores, drop, lambda: job.data.splits.texts("train"), tokens / "signatures")
         scores.save(out)
     return scores
 

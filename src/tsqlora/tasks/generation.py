@@ -75,21 +75,6 @@ class Generation:
         return TokenCounts(losses.view_as(targets).sum(1), right.view_as(targets).sum(1), tokens)
 
 
-def without_prompt(
-    input_ids: Int[Tensor, "n t"], labels: Int[Tensor, "n t"]
-) -> tuple[dict[str, Int[Tensor, "n u"]], Int[Tensor, "n u"]]:
-    """Return the target tokens without the prompt, moved to the front, and their labels.
-
-    >>> without_prompt(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, -100, 7, 8]]))[0]["input_ids"]
-    tensor([[7, 8]])
-    """
-    target = labels != IGNORED
-    counts = target.sum(1)
-    order = (~target).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
-    mask = torch.arange(order.shape[1], device=labels.device) < counts[:, None]
-    return {"input_ids": input_ids.gather(1, order), "attention_mask": mask.long()}, labels.gather(1, order)
-
-
 class _TokenLosses(torch.autograd.Function):
     """Cross-entropy per token, 0 without a target; only a chunk of tokens is in float32 at a time."""
 
