@@ -1,6 +1,6 @@
 """What moving ranks costs a run, beside plain PEFT LoRA of the same mean rank: seconds and peak memory.
 
-    python bench/rank_cost.py [--models minilm,smollm] [--precisions bfloat16] [--frozen] [--out FILE]
+    python bench/rank_cost.py [--models minilm,smollm] [--precisions bfloat16] [--out FILE]
 
 Two models of one shape, the same batches of random tokens, 128 a row, all cores. A step of plain PEFT LoRA r 8 and
 one with `RankLoop` (mean rank 8, capacity 16) take turns, so that both see the same machine; about as large a share of
@@ -8,9 +8,6 @@ steps is measured as in a default run of 500 steps. Of a run's seconds the whole
 steps in which nothing is measured. SmolLM2 is its architecture (135M) with random weights: a step costs the same.
 `large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. Peak memory is that of a
 separate process, beyond what it holds once the model is loaded.
-
-With `--frozen` only the cache of frozen blocks is measured: adapters in the top third of the blocks, no dropout, and
-steps with and without the cache in turns.
 """
 
 import argparse
@@ -41,8 +38,6 @@ MODELS: dict[str, dict[str, int]] = {
     "smollm": {"rows": 8, "steps": 40, "interval": 20},
 }
 """A default run of 500 steps measures 12 of them, one in 42; here one in 38 and in 40."""
-DEPTHS = {"minilm": 2, "smollm": 10}
-"""A third of the blocks."""
 SMOLLM = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -66,17 +61,13 @@ class Run:
         half: bool,
         rank: int = RANK,
         capacity: int | None = None,
-        depth: int | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.rows, self.half, self.classes = MODELS[model]["rows"], half, model == "minilm"
         base, task = bare(model)
-        for module in base.modules() if depth is not None else ():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         config = LoraConfig(task_type=task, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         if ours:
-            self.model: Any = tsq.wrap(base, config=config, max_rank=capacity, depth=depth)
+            self.model: Any = tsq.wrap(base, config=config, max_rank=capacity)
         else:
             self.model = get_peft_model(base, config)
         self.vocabulary = base.config.vocab_size
@@ -154,24 +145,6 @@ def large_rank(half: bool, rounds: int = 15) -> dict[str, float]:
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
 
-def frozen(model: str, half: bool, batches: int = 8) -> dict[str, Any]:
-    """Median seconds of a step with all rows in the cache of frozen blocks, beside a step without it."""
-    runs = {name: Run(model, ours=True, half=half, depth=DEPTHS[model]) for name in ("computed", "cached")}
-    seconds: dict[str, list[float]] = {name: [] for name in ("filling", *runs)}
-    with tsq.frozen_cache(runs["cached"].model, gb=1) as cache:
-        for number in range(batches):
-            seconds["filling"].append(timed(lambda k=number: runs["cached"].step(k)))
-        for number in range(batches):
-            for name in ("computed", "cached") if number % 2 else ("cached", "computed"):
-                seconds[name].append(timed(lambda n=name, k=number: runs[n].step(k)))
-        assert cache.skipped == batches
-        size = cache.used / (batches * MODELS[model]["rows"] * TOKENS)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = medians["cached"] / medians["computed"]
-    origin = {"commit": commit(), "machine": machine()}
-    return {"depth": DEPTHS[model], "seconds": medians, "ratio": ratio, "bytes a token": size, **origin}
-
-
 def timed(what: Callable[[], Any]) -> float:
     start = time.perf_counter()
     what()
@@ -208,7 +181,6 @@ def main() -> None:
     parser = parser_of(__doc__, "rank_cost")
     parser.add_argument("--models", default="minilm,smollm")
     parser.add_argument("--precisions", default="bfloat16")
-    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -216,12 +188,6 @@ def main() -> None:
         return
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
     cells = results["cells"]
-    if args.frozen:
-        for precision in args.precisions.split(","):
-            for model in args.models.split(","):
-                cells[f"frozen/{model}/{precision}"] = frozen(model, precision == "bfloat16")
-                write_json(args.out, results)
-        return
     for precision in args.precisions.split(","):
         half = precision == "bfloat16"
         for model in args.models.split(","):

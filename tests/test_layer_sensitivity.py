@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertForTokenClassification
 
 import tsqlora as tsq
-from models import collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
+from models import collate, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
 from oracles import slow_multi_label_loss, slow_sensitivity, slow_token_loss
 from scoring import assert_unchanged, effective_weight, fingerprint, slow_layers, squared_error
 from slotted import QUERY, WIDE, wrapped
@@ -47,7 +47,7 @@ def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch
     measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
     expected = slow_layers(model, ROWS)
     assert dict(measured.values) == pytest.approx(expected, rel=1e-6 if base is tiny_llama_classifier else 1e-12)
-    assert (measured.estimator, measured.samples) == ("sensitivity", len(ROWS))
+    assert (measured.estimator, measured.samples) == ("sampled", len(ROWS))
     assert measured.shapes == {
         name: (layer.in_features, layer.out_features) for name, layer in lora_layers(model).items()
     }
@@ -65,7 +65,7 @@ def test_sampled_is_the_mean_over_every_kth_output(base: Any, monkeypatch: pytes
         return product[:: max(1, outputs // 5)].abs().mean()
 
     assert max(layer.out_features // 5 for layer in lora_layers(model).values()) > 1
-    measured = tsq.sensitivity(model, ROWS, collate, estimator="sampled", batch_size=4)
+    measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
     assert dict(measured.values) == pytest.approx(by_hand(model, every_kth), rel=1e-5)
 
 
@@ -75,11 +75,6 @@ def test_sampled_sees_every_kind_of_place_in_a_head(outputs: int, head: int) -> 
     """Rotary positions turn head / 2 pairs of places, each at its own speed: of each eighth of them one is there."""
     pairs = {output % (head // 2) for output in range(0, outputs, probe.stride(outputs))}
     assert {pair * 16 // head for pair in pairs} == set(range(8))
-
-
-def test_sampled_leaves_narrow_layers_whole() -> None:
-    assert all(layer.out_features < 2 * probe.SAMPLED_OUTPUTS for layer in lora_layers(MODEL).values())
-    assert WHOLE["sampled"] == WHOLE["sensitivity"]
 
 
 def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
@@ -121,33 +116,12 @@ def test_sensitivity_of_several_labels_and_of_tags_is_that_of_the_slow_twin(task
     assert dict(measured.values) == pytest.approx(expected, rel=1e-6)
 
 
-def adapter_mean(layer: LoraLayer) -> Tensor:
-    parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    return torch.cat([(part * part.grad).flatten() for part in parts]).abs().mean()
-
-
-@pytest.mark.parametrize(
-    ("estimator", "number"),
-    [("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()), ("adapter", adapter_mean)],
-)
-def test_fisher_and_adapter_are_those_by_hand(estimator: str, number: Callable[[LoraLayer], Tensor]) -> None:
-    model = lora(tiny_bert(), dropout=0.0)
-    measured = tsq.sensitivity(model, ROWS, collate, estimator=estimator, batch_size=4)
-    assert dict(measured.values) == pytest.approx(by_hand(model, number), rel=1e-10)
-    empty = tsq.sensitivity(wrapped(ranks={QUERY: 0}), ROWS, collate, estimator=estimator).values
-    assert (empty[QUERY] == 0) == (estimator == "adapter")
-    assert empty[WIDE] > 0
-
-
 @settings(max_examples=10)
 @given(batch_size=st.integers(1, 9), pad_to=st.integers(11, 20))
 def test_numbers_do_not_depend_on_batches_padding_or_order(batch_size: int, pad_to: int) -> None:
-    for estimator in ("sensitivity", "fisher", "adapter", "uniform"):
-        measured = tsq.sensitivity(
-            MODEL, ROWS[::-1], lambda rows: collate(rows, pad_to), estimator=estimator, batch_size=batch_size
-        )
-        assert dict(measured.values) == pytest.approx(WHOLE[estimator], rel=1e-10), estimator
-        assert measured.samples == len(ROWS)
+    measured = tsq.sensitivity(MODEL, ROWS[::-1], lambda rows: collate(rows, pad_to), batch_size=batch_size)
+    assert dict(measured.values) == pytest.approx(WHOLE, rel=1e-10)
+    assert measured.samples == len(ROWS)
 
 
 def test_random_differs_by_layer_and_repeats() -> None:
@@ -178,7 +152,7 @@ def test_the_model_is_left_as_it_was(estimator: str) -> None:
 def test_dropout_is_off_and_frozen_models_are_measured_too() -> None:
     model = wrapped().train()
     measured = tsq.sensitivity(model, ROWS, collate).values
-    assert measured == WHOLE["sensitivity"]
+    assert measured == WHOLE
     model.requires_grad_(False)
     assert tsq.sensitivity(model, ROWS, collate).values == measured
 
@@ -201,7 +175,7 @@ def test_invalid_arguments_are_errors() -> None:
 
 
 def test_a_probe_that_saw_no_backward_is_an_error() -> None:
-    watching = Probe(lora_layers(MODEL), "sensitivity")
+    watching = Probe(lora_layers(MODEL), "sampled")
     with watching.watch(MODEL), torch.no_grad():
         MODEL(**collate(ROWS))
     with pytest.raises(tsq.UnsupportedError, match="no backward pass"):
@@ -255,14 +229,14 @@ def test_directions_add_up_over_batches_and_repeat_with_the_seed() -> None:
 def test_a_training_steps_own_backward_serves_up_to_a_factor() -> None:
     """The mean loss of a batch has 1/n of each sample's gradient: only ratios count."""
     model = wrapped()
-    watching = Probe(lora_layers(model), "sensitivity")
+    watching = Probe(lora_layers(model), "sampled")
     with watching.watch(model):
         for rows in (ROWS[:3], ROWS[3:6], ROWS[6:]):
             model(**collate(rows)).loss.backward()
     measured = watching.sensitivity()
     assert measured.samples == len(ROWS)
-    assert {n: 3 * v for n, v in measured.values.items()} == pytest.approx(dict(WHOLE["sensitivity"]), rel=1e-10)
+    assert {n: 3 * v for n, v in measured.values.items()} == pytest.approx(WHOLE, rel=1e-10)
 
 
 MODEL: PeftModel = wrapped()
-WHOLE = {name: tsq.sensitivity(MODEL, ROWS, collate, estimator=name).values for name in ESTIMATORS}
+WHOLE = dict(tsq.sensitivity(MODEL, ROWS, collate).values)

@@ -22,7 +22,6 @@ CALLS = {
         {"model": 0, "config": 0},
         {"model": 0, "mean_rank": 8, "max_rank": 16, "alpha": 16.0, "dropout": 0.1, "target_modules": ["query"]},
     ],
-    "frozen_cache": [{"model": 0, "gb": 8}],
     "QualitySubset": [{"dataset": [], "fraction": 0.5, "seed": 0}],
     "QualityCallback": [{"data": 0}],
     "RankCallback": [{"interval": 50}],

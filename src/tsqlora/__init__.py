@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tsqlora.adapter.frozen_cache import frozen_cache
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
     from tsqlora.cli.library import train
@@ -56,7 +55,6 @@ __all__ = [
     "allocate",
     "audit",
     "finalize",
-    "frozen_cache",
     "last_checkpoint",
     "report",
     "sample",
@@ -68,7 +66,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapter.frozen_cache": ("frozen_cache",),
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
     "cli.library": ("train",),

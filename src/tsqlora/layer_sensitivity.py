@@ -3,7 +3,6 @@
 A probe watches any backward pass: a separate one over the quality sample, or that of a training step.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -16,13 +15,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.peft import lora_matrices
 from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.compat.torch import double, upcast
 from tsqlora.errors import SettingsError, UnsupportedError, nearest, of_loaded_model
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.ghost import Factored, LookupGradient
 from tsqlora.gradients.sites import effective_weight, lora_layers, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.seeds import stream
@@ -38,20 +35,22 @@ SAMPLED_OUTPUTS = 64
 SKETCH_ROWS = 8
 
 
-def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return Σ over samples of mean |W ⊙ ∇W ℓ|, docs/method.md eq. 6.
-
-    The absolute value is per sample, so that values add up over batches and processes.
-    """
-    return _weight_times_gradient(a, b, layer, every=1)
-
-
 def sampled(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return eq. 6 over every k-th output: 49 to 127 outputs of a wide layer, all inputs and samples.
+    """Return Σ over samples of mean |W ⊙ ∇W ℓ|, docs/method.md eq. 6, over every k-th output and all inputs.
 
-    The cost of eq. 6 grows with the size of the weight, not with the length of a sample, and dominates for short ones.
+    A wide layer has 49 to 127 of its outputs measured: the cost of eq. 6 grows with the size of the weight, not with
+    the length of a sample, and dominates for short ones. The absolute value is per sample, so that values add up over
+    batches and processes. If b is in half precision, entries are rounded to it, as in training.
     """
-    return _weight_times_gradient(a, b, layer, every=stride(b.shape[2]))
+    every = stride(b.shape[2])
+    weight, b = effective_weight(layer, every=every).abs().to(upcast(b)), b[..., ::every]
+    if _is_lookup(layer):
+        ids, rows = looked_up(a, upcast(b), weight.shape[1])
+        return (rows.abs() * weight.T[ids]).sum() / weight.numel()
+    a, flat = a.to(b), weight.flatten()
+    step = max(1, CHUNK // (a.shape[2] * b.shape[2]))  # small enough for the processor's cache
+    grads = (upcast(b[k : k + step].mT @ a[k : k + step]) for k in range(0, len(a), step))
+    return torch.stack([(grad.abs_().flatten(1) @ flat).sum() for grad in grads]).sum() / weight.numel()
 
 
 def stride(outputs: int) -> int:
@@ -66,44 +65,6 @@ def stride(outputs: int) -> int:
     return every + 5 if every % 16 == 0 else every
 
 
-def _weight_times_gradient(a: Tensor, b: Tensor, layer: LoraLayer, *, every: int) -> Tensor:
-    weight, b = effective_weight(layer, every=every).abs().to(upcast(b)), b[..., ::every]
-    if _is_lookup(layer):
-        ids, rows = looked_up(a, upcast(b), weight.shape[1])
-        return (rows.abs() * weight.T[ids]).sum() / weight.numel()
-    weight = weight.flatten()
-    return _over_chunks(a, b, lambda grads: (grads.abs_().flatten(1) @ weight).sum()) / weight.numel()
-
-
-def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return Σ over samples of mean (∇W ℓ)², by ghost norms."""
-    b = upcast(b)
-    gradient = LookupGradient(a, b) if _is_lookup(layer) else Factored(a.to(b), b)
-    return gradient.norm_sq().sum() / math.prod(_shape(layer))
-
-
-def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B, without dropout before A."""
-    b = upcast(b)
-    total, entries = b.new_zeros(()), 0
-    for adapter in layer.active_adapters:
-        down, up = (part.to(b) for part in lora_matrices(layer, adapter))
-        if _is_lookup(layer):
-            ids, rows = looked_up(a, b, down.shape[1])
-            by_down, between = (rows @ up) * down.T[ids], down.T[a]
-        else:
-            by_down, between = (b @ up).mT @ a.to(b) * down, a.to(b) @ down.T
-        by_up = b.mT @ between * up
-        total = total + layer.scaling[adapter] * (by_down.abs().sum() + by_up.abs().sum())
-        entries += down.numel() + up.numel()
-    return total / max(entries, 1)
-
-
-def uniform(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return the same value for every layer, so that ranks stay uniform."""
-    return torch.tensor(float(len(a)), device=b.device)
-
-
 def random(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Return log-normal noise, seeded by the bits of the gradient: the control."""
     seed = zlib.crc32(b.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -111,14 +72,7 @@ def random(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLa
     return (noise.exp() * len(a)).to(b.device)
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "sensitivity": weight_times_gradient,
-    "sampled": sampled,
-    "fisher": fisher,
-    "adapter": adapter_only,
-    "uniform": uniform,
-    "random": random,
-}
+ESTIMATORS: dict[str, Estimator] = {"sampled": sampled, "random": random}
 
 
 def sensitivity_rows(rows: int, samples: int, seed: int) -> Int[np.ndarray, " m"]:
@@ -131,7 +85,7 @@ def get_estimator(estimator: str | Estimator) -> Estimator:
     if callable(estimator):
         return estimator
     if estimator not in ESTIMATORS:
-        raise SettingsError(f"unknown ranks.estimator '{estimator}'; {nearest(estimator, ESTIMATORS)}")
+        raise SettingsError(f"unknown estimator '{estimator}'; {nearest(estimator, ESTIMATORS)}")
     return ESTIMATORS[estimator]
 
 
@@ -204,7 +158,7 @@ def sensitivity(
     dataset: Any,
     collate: Collate,
     *,
-    estimator: str | Estimator = "sensitivity",
+    estimator: str | Estimator = "sampled",
     task: Task | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -214,8 +168,7 @@ def sensitivity(
 
     Args:
         dataset: the samples to measure on; the published method uses the quality sample.
-        estimator: a name in ESTIMATORS, or a function like those. "sensitivity" is eq. 6 over every weight; "sampled"
-            takes some of the outputs, is cheaper, and is what RankCallback and the commands use.
+        estimator: a name in ESTIMATORS, or a function like those: "sampled" is eq. 6, "random" a control.
 
     Costs one forward and one backward pass, and leaves the model unchanged. Raises UnsupportedError for a model without
     LoRA layers, SettingsError for an unknown estimator.
@@ -229,7 +182,7 @@ def probe_pass(
     dataset: Any,
     collate: Collate,
     *,
-    estimator: str | Estimator = "sensitivity",
+    estimator: str | Estimator = "sampled",
     task: Task | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -273,17 +226,6 @@ def _is_lookup(layer: LoraLayer) -> bool:
 
 def _shape(layer: LoraLayer) -> tuple[int, int]:
     return cast(int, layer.in_features), cast(int, layer.out_features)
-
-
-def _over_chunks(a: Tensor, b: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum `value(per-sample gradients)` over chunks small enough for the CPU cache.
-
-    `value` may change its argument in place. If b is in half precision, entries are rounded to it, as in training.
-    """
-    step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
-    a = a.to(b)
-    parts = [value(upcast(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
-    return torch.stack(parts).sum()
 
 
 def _omega(name: str, seed: int, outputs: int) -> Float[Tensor, "k o"]:

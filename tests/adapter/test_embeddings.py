@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -121,35 +120,6 @@ def test_sensitivity_of_an_embedding_is_that_of_the_slow_twin(base: Callable[...
     expected = slow_layers(model, rows)
     measured = tsq.sensitivity(model, rows, collate, batch_size=4)
     assert dict(measured.values) == pytest.approx(expected, rel=1e-12 if base is tiny_bert else 1e-6)
-
-
-def one_by_one(model: PeftModel, rows: list[dict[str, Any]], number: Callable[[LoraLayer], Tensor]) -> float:
-    """Mean over rows of a number of the word embedding's layer after one sample's backward pass."""
-    layer = lora_layers(model)[WORDS]
-    layer.get_base_layer().weight.requires_grad_(True)
-    total = 0.0
-    for row in rows:
-        model.zero_grad()
-        model(**collate([row])).loss.backward()
-        total += float(number(layer).detach())
-    return total / len(rows)
-
-
-def test_fisher_and_adapter_of_an_embedding_are_those_by_hand() -> None:
-    model, rows = repeated(tiny_bert)
-
-    def of_adapter(layer: LoraLayer) -> Tensor:
-        parts = [m.full for m in find_slots(model)[WORDS].parts]
-        active = sum(p.numel() for p in parts) // 2  # half of the slots
-        return torch.cat([(p * p.grad).flatten() for p in parts]).abs().sum() / active
-
-    for estimator, number in (
-        ("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()),
-        ("adapter", of_adapter),
-    ):
-        expected = one_by_one(model, rows, number)
-        measured = tsq.sensitivity(model, rows, collate, estimator=estimator, batch_size=4)
-        assert measured.values[WORDS] == pytest.approx(expected, rel=1e-10), estimator
 
 
 def test_the_sketch_of_an_embedding_is_that_of_its_one_hot_inputs() -> None:

@@ -173,7 +173,6 @@ def test_preflight_accepts_what_can_be_trained(place: Path) -> None:
         ({"ranks": {"mean": 2.5}}, "lora", "ranks.mean"),
         ({"ranks": {"mean": 2.0, "max": 1}}, "eva", "ranks.max"),
         ({"ranks": {"policy": "tsqlroa"}}, "tsqlora", "ranks.policy"),
-        ({"ranks": {"estimator": "smapled"}}, "tsqlora", "ranks.estimator"),
         ({"training": {"epochs": 1}}, "elalora", "5 optimizer steps"),
         ({"training": {"epochs": 1, "batch_size": 36}}, "adalora", "1 optimizer steps"),
         ({"training": {"label_smoothing_factor": 0.1}}, "adalora", "training.label_smoothing_factor"),

@@ -9,7 +9,6 @@ from torch.nn.utils.parametrize import register_parametrization
 from tsqlora.compat.accelerate import is_compiled
 from tsqlora.compat.torch import (
     compile_limits,
-    has_hooks,
     inside_compiled,
     is_view,
     remove_state_dict_hooks,
@@ -23,16 +22,6 @@ def test_a_view_is_told_from_a_tensor_of_its_own() -> None:
     assert is_view(x[:2])
     assert not is_view(x)
     assert not is_view(x[:2].clone())
-
-
-def test_a_module_with_hooks_says_so() -> None:
-    """`nn.Module._forward_hooks` and `_forward_pre_hooks` hold them."""
-    for name in ("register_forward_hook", "register_forward_pre_hook"):
-        module = nn.Linear(2, 2)
-        handle = getattr(module, name)(lambda *_: None)
-        assert has_hooks(module)
-        handle.remove()
-        assert not has_hooks(module)
 
 
 def test_a_twin_has_another_weight_and_no_hooks() -> None:

@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM
@@ -32,7 +30,6 @@ from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import TEXT_METRICS
-from tsqlora.training import fit
 from tsqlora.training.load import collate_of
 from tsqlora.training.quality_callback import SCORES_FILE
 
@@ -303,28 +300,6 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
         )
         result.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
     assert result[0] == pytest.approx(result[1], rel=1e-3)
-
-
-def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
-    """Samples that share a row are as if alone, and are scored one by one all the same."""
-    result = []
-    for packing in (False, True):
-        config = write_config(
-            tmp_path / "tsq.yaml",
-            checkpoint(tmp_path / "model", "causal-lm"),
-            write_jsonl(tmp_path / "train.jsonl", rows(36)),
-            task={"type": "causal-lm"},
-            ranks={"policy": "fixed", "mean": 2.0},
-            training=TRAINING,
-        )
-        also = ["data.max_length=32", f"data.packing={str(packing).lower()}", trusted(tmp_path)]
-        run = tmp_path / f"run-{packing}"
-        with patch.object(fit, "GuardCallback", wraps=fit.GuardCallback) as guard:
-            record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
-        assert guard.call_args.kwargs["packed"] == packing, "packed batches do not tell whose samples they are"
-        assert record.quality["used"]
-        result.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
-    np.testing.assert_allclose(result[1], result[0], rtol=1e-2)
 
 
 # torch warns of its own script_method, which bitsandbytes imports.

@@ -11,8 +11,7 @@ import pytest
 
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.layer_sensitivity import ESTIMATORS
-from tsqlora.ranks.policies import POLICIES
+from tsqlora.ranks.moves import POLICIES
 from tsqlora.run import callbacks, fit, job
 from tsqlora.run.config import Config, RankSettings, Section
 
@@ -42,7 +41,6 @@ OTHER_VALUES: dict[str, Any] = {
     "data.target": "reply",
     "data.messages": "talk",
     "data.max_length": 20,
-    "data.packing": True,
     "data.validation_fraction": 0.3,
     "quality.enabled": False,
     "quality.fraction": 0.25,
@@ -57,8 +55,6 @@ OTHER_VALUES: dict[str, Any] = {
     "ranks.min": 2,
     "ranks.max": 30,
     "ranks.depth": 1,
-    "ranks.cache_gb": 2.5,
-    "ranks.estimator": "fisher",
     "ranks.interval": 7,
     "adapter.alpha": 32.0,
     "adapter.dropout": 0.2,
@@ -110,7 +106,6 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
         (job, "prepare"): SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict, notes=()),
         (job, "collate_of"): "a collator",
-        (job, "packed_collator"): "another",
         (job, "wrap"): model,
         (job, "plain_lora"): model,
         (job, "start_from"): model,
@@ -138,10 +133,10 @@ def what_arrives(config: Config) -> dict[str, Any]:
         stack.enter_context(patch.object(job, "start_of", lambda config: config.adapter.init_from))
         args = fit.arguments(config, Path("run"))
         loaded = job.load(config)
-        arrived["task"], arrived["packed"] = loaded.task.name, loaded.packed
+        arrived["task"] = loaded.task.name
         job.with_adapter(config, loaded.pretrained)
         method = callbacks.build_callbacks(loaded, Path("scores.parquet"))
-        arrived["quality"], arrived["cache_gb"] = method.quality, method.cache_gb
+        arrived["quality"] = method.quality
         with patch.object(fit, "positions_of", lambda _: None):
             predicts = fit.predictor_of(loaded, None, args)
         arrived["predictor"] = (predicts.max_new_tokens, predicts.beams)
@@ -150,7 +145,6 @@ def what_arrives(config: Config) -> dict[str, Any]:
 
 def test_what_choices_a_description_names_are_those_there_are() -> None:
     descriptions = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
-    assert {*ESTIMATORS} == {*descriptions["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
     assert all(f"{name}: " in descriptions["policy"] for name in POLICIES)
 
 
@@ -159,7 +153,7 @@ def test_every_key_has_another_value_here() -> None:
 
 
 BESIDE: dict[str, dict[str, Any]] = {
-    **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages", "packing")},
+    **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages")},
     **{f"task.{name}": {"task.type": "causal-lm"} for name in ("max_new_tokens", "beams")},
     "quality.temperature": {"quality.preset": "paper"},
 }
@@ -175,8 +169,6 @@ BESIDE: dict[str, dict[str, Any]] = {
         ("sequence-classification", "data.format", "remove it"),
         ("sequence-classification", "data.messages", "set data.text, or remove it"),
         ("sequence-classification", "task.beams", "remove it"),
-        ("sequence-classification", "data.packing", "remove it"),
-        ("seq2seq", "data.packing", "remove it"),
     ],
 )
 def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:

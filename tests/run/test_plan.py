@@ -113,7 +113,7 @@ def test_the_control_only_trains(model: PeftModel) -> None:
     [
         ({}, []),
         ({"ranks": {"policy": "fixed"}}, []),
-        ({"ranks": {"policy": "fixed", "interval": 4, "estimator": "fisher"}}, ["ranks.interval"]),
+        ({"ranks": {"policy": "fixed", "interval": 4}}, ["ranks.interval"]),
         ({"quality": {"enabled": False, "fraction": 0.2, "preset": "paper"}}, ["quality.preset"]),
         ({"quality": {"preset": "paper"}, "training": {"disable_tqdm": True}}, []),
         ({"training": {"disable_tqdm": False}}, ["training.disable_tqdm"]),

@@ -7,18 +7,13 @@ import pytest
 import torch
 from transformers import (
     BartForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     TrainerCallback,
 )
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
-from tsqlora.data.batches import packed_collator
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError
 from tsqlora.run import fit as run_fit
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, load_config
@@ -26,7 +21,7 @@ from tsqlora.run.fit import begin
 from tsqlora.run.job import load
 from tsqlora.run.train import train
 from tsqlora.training import fit, recorder
-from tsqlora.training.fit import hardware_has_bf16, require_packing, training_arguments
+from tsqlora.training.fit import hardware_has_bf16, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -300,19 +295,3 @@ def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path,
     assert counted.record.notes[-1].startswith(
         "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
     )
-
-
-SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-SAMPLE = {"input_ids": [7, 9, 11, 30, 8], "labels": [7, 9, 11, 30, 8]}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llama_keeps_samples_apart_and_opt_does_not(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    collate = packed_collator(byte_tokenizer(), max_length=32)
-    llama = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, initializer_range=0.3)).to(dtype)
-    require_packing(llama, collate, SAMPLE)
-    assert llama.training
-    opt = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16, init_std=0.3)).to(dtype)
-    with pytest.raises(UnsupportedError, match=r"data\.packing: to opt a sample is not the same behind another in a"):
-        require_packing(opt, collate, SAMPLE)

@@ -85,34 +85,22 @@ def report(
         Path | None, typer.Option(metavar="RUN", help="Another run, to compare this one's metric with.")
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Serve the page to this machine alone, and keep it up to date.")
+        bool, typer.Option("--watch", help="Write the page every few seconds while the run lasts; it reloads itself.")
     ] = False,
-    port: Annotated[int | None, typer.Option(help="Port of --watch; by default any free one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one page about a run or a comparison, from its directory alone; it opens anywhere, offline.
 
-    With --watch it follows a run in training, until Ctrl-C.
+    With --watch it follows a run in training, until its end or Ctrl-C.
 
     Example: tsqlora report run
     """
+    from tsqlora.reports.write import watch_report, write_report
+
     if watch:
-        from tsqlora.reports.watch import serve
-
-        if out is not None:
-            raise SettingsError("--watch serves the page and writes no file; remove --out")
-        serve(
-            directory,
-            port=port or 0,
-            control=control,
-            say=lambda text: console.show({"watch": text}, as_json, show_numbers),
-        )
-        return
-    if port is not None:
-        raise SettingsError("--port needs --watch; add --watch, or remove --port")
-    from tsqlora.reports.write import write_report
-
-    written = write_report(directory, out, control=control)
+        written = watch_report(directory, out, control=control, say=console.note)
+    else:
+        written = write_report(directory, out, control=control)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 

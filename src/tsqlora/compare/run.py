@@ -155,7 +155,7 @@ def _train(
             built, ranks = build(job, cell.entry.method, steps=steps)
         building = record.cost.pop("building")
         building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
-        method = replace(method, ranks=ranks, cache_gb=job.config.ranks.cache_gb)
+        method = replace(method, ranks=ranks)
         fit(built.model, args, method, job.inputs, record, also=(*built.callbacks, *also), progress=progress)
         record.cost = {"building": building} | record.cost
         measure(job, built.model, record, args, progress)

@@ -24,11 +24,6 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from plain_parts(getattr(tensor, name))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module's forward pass calls hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     """A copy that shares everything but the weight; its `forward` runs no hooks."""
     twin = cast(Any, copy.copy(module))

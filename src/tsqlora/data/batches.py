@@ -1,4 +1,4 @@
-"""Order samples, and pad or pack them into batches."""
+"""Order samples, and pad them into batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,61 +149,3 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bo
         span = slice(width - len(row), width) if left else slice(0, len(row))
         padded[j, span] = torch.tensor(row, dtype=torch.int64)
     return padded
-
-
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Assign samples to rows of at most `max_length` tokens: longest first, each into the first row with room.
-
-    Rows and the samples in a row are in ascending order. A longer sample has a row to itself.
-
-    >>> pack([3, 6, 2, 1], 8)
-    [[0, 3], [1, 2]]
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for j in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
-        row = next((k for k, left in enumerate(room) if lengths[j] <= left), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_length)
-        rows[row].append(j)
-        room[row] -= lengths[j]
-    return sorted(sorted(row) for row in rows)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedCollator:
-    """Pack samples into fewer rows, for training a causal model.
-
-    Positions restart with each sample, and there is neither attention mask nor cache: from that transformers makes a
-    mask, for any kind of attention, that separates the samples. The first token of a sample has no loss.
-
-    Args:
-        pad: the token that fills rows up; its positions are those of one more sample.
-        max_length: tokens of a row, unless a sample has more; rows are rounded up to a multiple of MULTIPLE.
-    """
-
-    pad: int
-    max_length: int
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        rows = pack(lengths, self.max_length)
-        width = max(sum(lengths[j] for j in row) for row in rows)
-        width = -(-width // MULTIPLE) * MULTIPLE
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
-        for row in rows:
-            over = width - sum(lengths[j] for j in row)
-            ids = [token for j in row for token in samples[j]["input_ids"]]
-            labels = [label for j in row for label in (IGNORED, *samples[j]["labels"][1:])]
-            positions = [place for j in row for place in range(lengths[j])]
-            columns["input_ids"].append(ids + [self.pad] * over)
-            columns["labels"].append(labels + [IGNORED] * over)
-            columns["position_ids"].append([*positions, *range(over)])
-        batch: dict[str, Any] = {key: torch.tensor(values) for key, values in columns.items()}
-        return {**batch, "use_cache": False}
-
-
-def packed_collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> PackedCollator:
-    """Pack each batch into rows of `max_length` tokens.  Raises SettingsError as `padding_of`."""
-    return PackedCollator(padding_of(tokenizer), max_length)

@@ -27,7 +27,7 @@ _ROW, _FRAME = 46, 100
 """Pixels per method, and for axis and legend."""
 
 
-def comparison_page(comparison: Comparison, script: str | None) -> str:
+def comparison_page(comparison: Comparison, script: str) -> str:
     """Render the page; `script` as in `render`."""
     metric, worked = comparison.metric, comparison.worked
     measured = f"{comparison.split} {words(metric)}"

@@ -12,9 +12,6 @@ from tsqlora.reports import metrics
 
 # The page may load nothing, whatever text it contains.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-_SERVED = POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
-"""For a served page, which polls its server for changes."""
-PLOTLY_PATH = "/plotly.js"
 
 
 class Table(NamedTuple):
@@ -35,10 +32,12 @@ def plotly_script() -> str:
     return get_plotlyjs()
 
 
-def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **values: Any) -> str:
+def render(
+    template: str, *, script: str, figures: Iterable[Any] = (), reload: float | None = None, **values: Any
+) -> str:
     """Render a template with figures (`figures.Drawn`) and other values.
 
-    `script` is plotly.js; None renders a page for `watch.py`'s server, which loads plotly from it and follows the run.
+    `script` is plotly.js; with `reload` the page reloads itself after so many seconds.
     """
     from tsqlora.reports.figures import DARK  # needs plotly; `plotly_script` has a better error message
 
@@ -48,19 +47,8 @@ def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **
         "frames": values.pop("frames", []),
         "dark": DARK,
     }
-    served = script is None
-    return (
-        environment()
-        .get_template(template)
-        .render(
-            **values,
-            figures=drawn,
-            data=data,
-            served=served,
-            policy=_SERVED if served else POLICY,
-            plotly=Markup(f'<script src="{PLOTLY_PATH}"></script>' if served else f"<script>{script}</script>"),
-        )
-    )
+    page = environment().get_template(template)
+    return page.render(**values, figures=drawn, data=data, reload=reload, policy=POLICY, plotly=Markup(script))
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
         fraction, epoch = run.config.quality.fraction, scores.record.epoch or 0
         plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
         rows = np.unique(plan.draw(epoch))  # an epoch repeats rows if few remain
-    measured = sensitivities(job, model, rows, estimator=r.estimator)
+    measured = sensitivities(job, model, rows)
     mean = r.mean
     if r.depth != "all":  # the layers have the budget of those below them, too
         own = load_config(scores_path.parent / CONFIG_FILE, trained=True).ranks.mean
@@ -67,7 +66,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     return dict(allocate(measured, mean_rank=mean, min_rank=r.min, max_rank=r.max))
 
 
-def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: str) -> Sensitivity:
+def sensitivities(job: Job, model: nn.Module, rows: np.ndarray) -> Sensitivity:
     """Layer sensitivities on as many of these training rows as RankCallback takes, drawn by the seed."""
     samples, training = job.data.samples["train"], job.config.training
     chosen = sensitivity_rows(len(rows), MOST_ROWS, training.seed)
@@ -75,7 +74,6 @@ def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: st
         model,
         [samples[row] for row in rows[chosen].tolist()],
         job.collate,
-        estimator=estimator,
         task=job.task,
         batch_size=training.batch_size,
     )
@@ -85,7 +83,7 @@ def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
     """The ranks that a training starts with."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
-        method = replace(build_callbacks(job, Path(folder) / SCORES_FILE, progress), cache_gb=0)
+        method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
         assert method.ranks is not None
         model, record = begin(job, args, method)
         fit(model, args, method, job.inputs, record, also=[StopAtOnce()], progress=progress)

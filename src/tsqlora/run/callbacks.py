@@ -96,7 +96,6 @@ def rank_callback(job: Job) -> RankCallback | None:
         r.interval,
         min_rank=r.min,
         policy=r.policy,
-        estimator=r.estimator,
         seed=job.config.training.seed,
         collate=job.collate,
     )
@@ -114,4 +113,4 @@ def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = Non
     q = job.config.quality
     data = subset(job, q.fraction)
     quality = quality_callback(job, data, scores_path, progress) if q.enabled or q.head_start else None
-    return Method(data, quality, rank_callback(job), job.config.ranks.cache_gb)
+    return Method(data, quality, rank_callback(job))

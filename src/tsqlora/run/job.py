@@ -10,7 +10,6 @@ from transformers import set_seed
 
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import plain_lora, wrap
-from tsqlora.data.batches import PackedCollator, packed_collator
 from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
@@ -54,16 +53,9 @@ class Job:
         return collate_of(self.task, self.pretrained.model, self.pretrained.tokenizer, max_length=self.max_length)
 
     @property
-    def packed(self) -> PackedCollator | None:
-        """The collator of training if samples share rows."""
-        if not self.config.data.packing:
-            return None
-        return packed_collator(self.pretrained.tokenizer, max_length=self.max_length)
-
-    @property
     def inputs(self) -> Inputs:
         """What `fit` makes batches of."""
-        return Inputs(self.task, self.pretrained.tokenizer, self.collate, self.data.samples["validation"], self.packed)
+        return Inputs(self.task, self.pretrained.tokenizer, self.collate, self.data.samples["validation"])
 
     @property
     def scored_rows(self) -> dict[str, Any]:
@@ -145,8 +137,6 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
     foreign = dict(_OF_ANSWERS if task.answer == "text" else _OF_TEXTS)
     if task.answer == "pair":  # its columns have fixed names
         foreign = dict.fromkeys((*foreign, *_OF_ANSWERS, "data.text"))
-    if task.name != "causal-lm":
-        foreign["data.packing"] = None
     if task.answer in ("number", "labels") and config.training.further_arguments().get("label_smoothing_factor"):
         raise SettingsError(
             f"training.label_smoothing_factor smooths classes and tokens, and task.type is {task.name}; remove it"

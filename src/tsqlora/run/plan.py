@@ -70,7 +70,7 @@ def without_effect(config: Config) -> list[str]:
         idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample", "head_start"}
         groups.append(("quality", config.quality, idle, "quality.enabled is false"))
     if not config.ranks.moves:
-        idle = {"interval", *([] if config.quality.enabled else ["estimator", "min", "max"])}
+        idle = {"interval", *([] if config.quality.enabled else ["min", "max"])}
         groups.append(("ranks", config.ranks, idle, "ranks.policy is fixed"))
     notes = list[str]()
     for name, section, idle, why in groups:

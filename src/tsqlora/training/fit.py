@@ -11,11 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tsqlora.adapter.frozen_cache import frozen_cache
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
-from tsqlora.data.batches import PackedCollator
 from tsqlora.data.samples import TokenisedSplit
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
@@ -47,8 +45,6 @@ class Method:
     data: QualitySubset
     quality: QualityCallback | None = None
     ranks: RankCallback | None = None
-    cache_gb: float = 0
-    """As `gb` of `frozen_cache`."""
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -57,13 +53,12 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """How batches are made and evaluated; `packed` makes them if samples share rows."""
+    """How batches are made and evaluated."""
 
     task: Task
     tokenizer: Any
     collate: Collate
     validation: TokenisedSplit
-    packed: PackedCollator | None = None
 
 
 def fit(
@@ -79,8 +74,8 @@ def fit(
     run: Path | None = None,
 ) -> Trainer:
     """Train the model in place; decisions, costs and logs go into the record, and into run.json in `run`."""
-    data, task, packed = method.data, inputs.task, inputs.packed
-    guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None), packed=packed is not None)
+    data, task = method.data, inputs.task
+    guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None))
     record.quality = of_draws(data)
     recorder = Recorder(record, data, run)
     for part in (method.quality, method.ranks, guard):
@@ -97,14 +92,12 @@ def fit(
         train_dataset=data,
         eval_dataset=inputs.validation,  # type: ignore[arg-type]
         processing_class=inputs.tokenizer,
-        data_collator=cast(Any, inputs.collate if packed is None else packed),
+        data_collator=cast(Any, inputs.collate),
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=measure if isinstance(task, Answers | TokenClassification) else None,
         callbacks=[*method.callbacks, *also, guard, *live],
     )
-    if packed is not None:
-        require_packing(model, packed, data.dataset[0])  # where the Trainer has put the model
     # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -115,9 +108,7 @@ def fit(
     for callback in also:
         if isinstance(callback, AddsToLoss):
             callback.set_summed(partial(summed_batches, trainer))
-    with frozen_cache(model, gb=method.cache_gb) as cache:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    record.notes += cache.notes
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
 
@@ -203,36 +194,3 @@ def _require_reporters(named: str | list[str]) -> None:
     names = {named} if isinstance(named, str) else {*named}
     for name in sorted(names & _REPORTERS - installed_reporters()):
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
-
-
-def require_packing(model: nn.Module, collate: PackedCollator, sample: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError for a model to which a sample is not the same alone and behind another in a row.
-
-    Some take their positions from elsewhere, or look at all that stands before. The sample is put
-    behind itself: its logits must be those that it has alone, but for rounding.
-    """
-    length = min(len(sample["input_ids"]), collate.max_length // 2)
-    one = {"input_ids": list(sample["input_ids"][:length]), "labels": list(sample["labels"][:length])}
-    other = {**one, "input_ids": one["input_ids"][::-1]}
-    with eval_mode(model), torch.inference_mode():
-        alone, behind = _logits(model, collate, [one], 0, length), _logits(model, collate, [other, one], length, length)
-    rounding = max(1e-4, 16 * torch.finfo(alone.dtype).eps)
-    off = float((alone - behind).abs().max() / alone.abs().max())
-    if not off <= rounding:
-        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise UnsupportedError(
-            f"data.packing: to {name} a sample is not the same behind another in a row (logits differ by {off:.1%}); "
-            "set it to false"
-        )
-
-
-def _logits(
-    model: nn.Module, collate: PackedCollator, samples: Sequence[Mapping[str, Any]], start: int, length: int
-) -> torch.Tensor:
-    device = next(model.parameters()).device
-    batch = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in collate(samples).items()
-    }
-    batch.pop("labels")
-    assert len(batch["input_ids"]) == 1, "both samples share the row"
-    return model(**batch).logits[0, start : start + length]

@@ -37,7 +37,6 @@ class GuardCallback(PartCallback):
     Args:
         data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
             the rows of a skipped step are unknown.
-        packed: a row of a batch holds several samples, so that rows of a skipped step are unknown, too.
         ids: the place of each of its rows in the file that it comes from, by which they are named.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
             the last complete checkpoint from before them.
@@ -54,13 +53,12 @@ class GuardCallback(PartCallback):
         *,
         limit: int = 5,
         ids: np.ndarray | None = None,
-        packed: bool = False,
     ) -> None:
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
         if data is not None:
             require_subset(data, self.name)
-        self.data, self.limit, self.ids, self.packed = data, limit, ids, packed
+        self.data, self.limit, self.ids = data, limit, ids
         self.skipped: list[SkippedStep] = []
         """The first ones; `count` has all."""
         self.count = 0
@@ -84,7 +82,7 @@ class GuardCallback(PartCallback):
         # gradients are looked at all the same.
         if not (args.torch_compile or is_compiled(model) or args.n_gpu > 1):
             self._held.callback(model.register_forward_hook(weak_hook(self._forward), with_kwargs=True).remove)
-            if self.data is not None and not self.packed:
+            if self.data is not None:
                 self._held.enter_context(self.data.announcing(self._coming.extend))
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:

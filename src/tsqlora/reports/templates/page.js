@@ -1,11 +1,10 @@
 "use strict";
-// What is in <main> may be put anew while a run is watched: `begin` then binds it to the new data.
 const page = (() => {
   const byId = (id) => document.getElementById(id);
   const root = document.documentElement;
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
-  let pageData;
+  const pageData = JSON.parse(byId("page-data").textContent);
 
   // -------------------------------------------------------------- figures
   const themed = (value) => {
@@ -105,14 +104,10 @@ const page = (() => {
     narrow();
   };
 
-  const begin = () => {
-    pageData = JSON.parse(byId("page-data").textContent);
-    for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", focusable);
-    bindRanks();
-    bindSamples();
-    nameTheme();
-    drawAll();
-  };
-  return { begin, isPlaying: () => timer !== undefined };
+  for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", focusable);
+  bindRanks();
+  bindSamples();
+  nameTheme();
+  drawAll();
+  return { isPlaying: () => timer !== undefined };
 })();
-page.begin();

@@ -1,49 +1,35 @@
-// Every few seconds: whether the run has gone on, and if so, its page in place of this one's parts.
+// While a run lasts, this file is written again every few seconds: reload it, with all that the reader has set.
 (() => {
-  const byId = (id) => document.getElementById(id);
-  let tag = null;
-  // What the reader has set stays as it is.
-  const settings = () => {
-    const slider = byId("frame");
-    return {
-      search: byId("search")?.value, list: byId("list")?.value,
-      frame: slider && slider.value !== slider.max ? slider.value : undefined,
-      open: [...document.querySelectorAll("main details")].filter((fold) => fold.open).map((fold) => fold.textContent.slice(0, 40)),
-      sorted: [...document.querySelectorAll("#sample-table th[aria-sort]")].map((head) => head.ariaSort),
-      tall: document.querySelector(".tall")?.scrollTop,
-      focus: document.activeElement?.id,
-    };
-  };
-  const restore = (saved) => {
-    for (const id of ["search", "list", "frame"]) if (saved[id] !== undefined && byId(id)) byId(id).value = saved[id];
-    for (const fold of document.querySelectorAll("main details")) fold.open = saved.open.includes(fold.textContent.slice(0, 40));
-    page.begin();
+  const byId = (id) => document.getElementById(id), heads = () => document.querySelectorAll("#sample-table thead th");
+  const folds = document.querySelectorAll("main details"), nameOf = (fold) => fold.textContent.slice(0, 40);
+  const saved = history.state?.watched;
+  if (saved) {
+    for (const [id, value] of Object.entries(saved.values)) {
+      if (!byId(id)) continue;
+      byId(id).value = value;
+      byId(id).dispatchEvent(new Event(id === "list" ? "change" : "input"));
+    }
+    for (const fold of folds) fold.open = saved.open.includes(nameOf(fold));
+    if (byId("theme").textContent.toLowerCase() === saved.theme) byId("theme").click();
     saved.sorted.forEach((sort, place) => {
-      const head = document.querySelectorAll("#sample-table thead button")[place];
-      for (let times = { ascending: 1, descending: 2 }[sort] || 0; head && times > 0; times--) head.click();
+      const clicks = { ascending: 1, descending: 2 }[sort] || 0;
+      for (let click = 0; click < clicks; click++) heads()[place]?.firstElementChild.click();
     });
-    if (document.querySelector(".tall")) document.querySelector(".tall").scrollTop = saved.tall || 0;
-    if (saved.focus && byId(saved.focus) !== document.activeElement) byId(saved.focus)?.focus({ preventScroll: true });
-  };
-  const refresh = async () => {
+    byId(saved.focus)?.focus({ preventScroll: true });
+    if (document.querySelector(".tall")) document.querySelector(".tall").scrollTop = saved.tall;
+    scrollTo({ top: saved.top, behavior: "instant" });
+  }
+  if ({{ reload or 0 }}) setInterval(() => {
     if (page.isPlaying() || document.hidden) return;
-    const answer = await fetch("/", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {} });
-    if (answer.status !== 200) return;
-    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const first = tag === null;
-    tag = answer.headers.get("ETag");
-    if (first && fresh.getElementById("page-data").textContent === byId("page-data").textContent) return;
-    const saved = settings(), place = scrollY;
-    for (const part of ["about", "parts", "page-data"]) byId(part).replaceWith(fresh.getElementById(part));
-    byId("main").replaceChildren(...fresh.getElementById("main").childNodes);
-    restore(saved);
-    scrollTo({ top: place, behavior: "instant" });
-  };
-  const look = async () => {
-    const status = byId("watched");
-    try { await refresh(); status.textContent = "● live"; }
-    catch { status.textContent = "The server has stopped; this is its last page."; }
-    setTimeout(look, 2000);
-  };
-  look();
+    const values = {}, slider = byId("frame");
+    for (const id of ["search", "list"]) if (byId(id)) values[id] = byId(id).value;
+    if (slider && slider.value !== slider.max) values.frame = slider.value;
+    const watched = {
+      values, top: scrollY, tall: document.querySelector(".tall")?.scrollTop, focus: document.activeElement?.id,
+      theme: document.documentElement.dataset.theme, sorted: [...heads()].map((head) => head.ariaSort),
+      open: [...folds].filter((fold) => fold.open).map(nameOf),
+    };
+    history.replaceState({ watched }, "");
+    location.reload();
+  }, 1000 * {{ reload or 0 }});
 })();

@@ -28,6 +28,7 @@ class Removed(NamedTuple):
 # A file with one of them at its former default still loads: it describes the same run.
 REMOVED_SETTINGS: Mapping[str, Removed] = {
     "data.max_target_length": Removed(None, "set data.max_length, which limits targets too"),
+    "data.packing": Removed(False, "TRL's SFTTrainer packs, and takes tsqlora's callbacks; remove it"),
     "quality.reject": Removed(None, "rows whose label the judge calls wrong are always left out; remove it"),
     "quality.gate": Removed(None, "trusted rows come last in place of a gate, which taught less; remove it"),
     "quality.trusted_last": Removed(None, "trusted rows come last, texts are mixed in; remove it"),
@@ -44,6 +45,8 @@ REMOVED_SETTINGS: Mapping[str, Removed] = {
     "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows, also with weights; remove it"),
     "quality.recheck": Removed(False, "a second look for wrong labels did not help; remove it"),
     "quality.harvest": Removed(False, "terms from training's own passes hardly detect wrong labels; use tsqlora score"),
+    "ranks.cache_gb": Removed(0.0, "it needed a base without dropout, and room on disk for all rows; remove it"),
+    "ranks.estimator": Removed("sampled", "use the argument of RankCallback and tsqlora.sensitivity"),
     "ranks.gamma": Removed(1.0, "use the argument of RankSchedule and tsqlora.allocate"),
     "ranks.samples": Removed(256, "use the argument of RankCallback"),
     "ranks.warmup": Removed(0.1, "use the argument of RankSchedule"),

@@ -100,7 +100,6 @@ class DataSettings(Section):
         None, "Character between the columns of CSV files; null detects it.", min_length=1, max_length=1
     )
     encoding: str | None = setting(None, "Encoding of text files, such as cp1252; null detects it.")
-    packing: bool = setting(False, "Pack several samples of a causal model into one row, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows to hold out if there are no validation rows.", gt=0, lt=1
     )
@@ -170,12 +169,6 @@ class RankSettings(Section):
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
     depth: int | Literal["all"] = setting(
         "all", "Adapt the top N transformer blocks alone, with the parameters that ranks.mean has in all."
-    )
-    cache_gb: float = setting(
-        0.0, "Largest file, in GiB, for the output of the frozen blocks below; later epochs skip them. 0 is off.", ge=0
-    )
-    estimator: str = setting(
-        "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
     )
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
 
