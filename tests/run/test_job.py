@@ -11,7 +11,7 @@ import pytest
 
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.ranks.policies import POLICIES
+from tsqlora.ranks.moves import POLICIES
 from tsqlora.run import callbacks, fit, job
 from tsqlora.run.config import Config, RankSettings, Section
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import tsqlora as tsq
 from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero, trained
 from stock import make_trainer, moods, slotted_bert
+from tsqlora.training import rank_changes
 
 STEPS = 40
 
@@ -51,16 +53,17 @@ def run(model: PeftModel, called: Any, steps: int = STEPS) -> tsq.RankLoop:
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
     others = iter(OTHERS)
 
-    def policy(ranks: dict[str, int], **_: Any) -> dict[str, int]:
+    def next_ranks(_target: Any, ranks: dict[str, int], **_: Any) -> dict[str, int]:
         return dict(zip(ranks, next(others), strict=True))
 
-    ranks = tsq.RankLoop(called, optimizer, steps, 4, policy=policy, schedule=tsq.RankSchedule(warmup=0, freeze=0))
+    ranks = tsq.RankLoop(called, optimizer, steps, 4, schedule=tsq.RankSchedule(warmup=0, freeze=0))
     for step in range(steps):
         ranks.before_forward()
         called(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).backward()
         ranks.before_optimizer_step()
         optimizer.step()
-        ranks.after_optimizer_step()
+        with patch.object(rank_changes, "moved_towards", next_ranks):
+            ranks.after_optimizer_step()
         optimizer.zero_grad()
         assert_hidden_are_zero(model, optimizer)
     return ranks

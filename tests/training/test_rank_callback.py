@@ -19,7 +19,7 @@ from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
 from tsqlora.ranks.events import RankEvent
 from tsqlora.tasks import Classification
-from tsqlora.training import rank_loop
+from tsqlora.training import rank_changes, rank_loop
 
 ROWS = moods(40)
 
@@ -94,11 +94,9 @@ def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> 
     def wide_only(a: Tensor, b: Tensor, layer: Any) -> Tensor:
         return torch.tensor(1.0 if 16 in (layer.in_features, layer.out_features) else 0.0)
 
-    def at_once(ranks: dict[str, int], *, target: dict[str, int], **_: Any) -> dict[str, int]:
-        return target
-
-    callback = tsq.RankCallback(interval=4, min_rank=0, estimator=wide_only, policy=at_once)
-    model = run(tmp_path, callback, model=slotted_bert(mean_rank=2, max_rank=8))
+    callback = tsq.RankCallback(interval=4, min_rank=0, estimator=wide_only)
+    with patch.object(rank_changes, "moved_towards", lambda target, _ranks, **_: target):
+        model = run(tmp_path, callback, model=slotted_bert(mean_rank=2, max_rank=8))
     gone = [name for name, rank in callback.final.items() if rank == 0]
     assert gone
     assert all(type(model.get_base_model().get_submodule(name)) is nn.Linear for name in gone)
@@ -314,7 +312,7 @@ def test_several_models_with_lora_in_one_are_refused() -> None:
         tsq.RankLoop(pair, torch.optim.SGD(pair.parameters(), lr=0.1), 40)
 
 
-def nothing_for_the_pooler(ranks: dict[str, int], **_: Any) -> dict[str, int]:
+def nothing_for_the_pooler(_target: Any, ranks: dict[str, int], **_: Any) -> dict[str, int]:
     return {name: 0 if "pooler" in name else rank for name, rank in ranks.items()}
 
 
@@ -333,8 +331,9 @@ def test_a_layer_at_rank_0_leaves_other_adapters_alone(tmp_path: Path) -> None:
         return logits
 
     before = others_logits()
-    callback = tsq.RankCallback(interval=4, min_rank=0, policy=nothing_for_the_pooler)
-    run(tmp_path, callback, model=model)
+    callback = tsq.RankCallback(interval=4, min_rank=0)
+    with patch.object(rank_changes, "moved_towards", nothing_for_the_pooler):
+        run(tmp_path, callback, model=model)
     assert callback.final["bert.pooler.dense"] == 0
     assert torch.equal(others_logits(), before)
 
@@ -372,7 +371,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "both"),
     [
         ({"interval": 5}, "ranks.interval 4, and this one has 5"),
-        ({"policy": nothing_for_the_pooler}, "ranks.policy tsqlora, and this one has nothing_for_the_pooler"),
+        ({"policy": "fixed"}, "ranks.policy tsqlora, and this one has fixed"),
         ({"estimator": "random"}, "ranks.estimator sampled, and this one has random"),
         ({"min_rank": 0}, "ranks.min 1, and this one has 0"),
         ({"schedule": tsq.RankSchedule(gamma=0.5)}, "ranks.gamma 1.0, and this one has 0.5"),

@@ -297,37 +297,6 @@ def test_an_optimizer_made_before_the_slots_is_refused() -> None:
         tsq.RankLoop(tsq.wrap(model), made, STEPS)
 
 
-def test_a_policy_that_breaks_a_bound_is_named_and_has_changed_nothing() -> None:
-    def mine(present: dict[str, int], *, droppable: dict[str, int], **_: Any) -> dict[str, int]:
-        present["bert.pooler.dense"] = 9
-        droppable.clear()
-        return present
-
-    ranks = begin(policy=mine)
-    for step in range(3):
-        one_step(ranks, step)
-    with pytest.raises(tsq.SettingsError, match=r"ranks\.policy mine gave layer 'bert\.pooler\.dense' rank 9"):
-        one_step(ranks, 3)
-    assert (ranks.events, set(ranks.ranks.values())) == ([], {4})
-    assert_hidden_are_zero(ranks.model, ranks.optimizer)
-
-
-def test_a_policy_that_gives_up_young_slots_is_told() -> None:
-    def shrink(present: dict[str, int], **_: Any) -> dict[str, int]:
-        return dict.fromkeys(present, 1)
-
-    ranks = begin(policy=shrink)
-    for step in range(2):
-        one_step(ranks, step)
-    ranks.start(ROWS, collate)  # what grows now is 2 steps old at the first adjustment
-    one_step(ranks, 2)
-    started = ranks.ranks
-    text = r"policy shrink gave layer .* rank 1; .* = 4 below its [678]"
-    with pytest.raises(tsq.SettingsError, match=text):
-        one_step(ranks, 3)
-    assert ranks.ranks == started
-
-
 def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = begin(schedule=tsq.RankSchedule(moves=6, warmup=0.5))
     with monkeypatch.context() as patch:

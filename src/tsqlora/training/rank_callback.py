@@ -21,7 +21,7 @@ from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.fallback import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
-from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.ranks.moves import require_policy
 from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
@@ -71,14 +71,14 @@ class RankCallback(PartCallback):
         max_rank: int | None = None,
         schedule: RankSchedule | None = None,
         min_rank: int = 1,
-        policy: str | Policy = "tsqlora",
+        policy: str = "tsqlora",
         estimator: str | Estimator = "sampled",
         samples: int | None = None,
         seed: int = 0,
         finalize: bool = True,
         collate: Collate | None = None,
     ) -> None:
-        get_policy(policy)
+        require_policy(policy)
         get_estimator(estimator)
         if samples is not None and not (isinstance(samples, Integral) and samples >= 1):
             raise SettingsError(f"samples is {samples}; it must be a whole number of rows, at least 1")

@@ -17,7 +17,7 @@ from tsqlora.layer_sensitivity import Probe
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent, bounded
-from tsqlora.ranks.policies import Policy, get_policy, require_bounds
+from tsqlora.ranks.moves import moved_towards, require_policy
 from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
 
 
@@ -25,7 +25,7 @@ from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
 class RankRules:
     """When the ranks of one run move: `steps` adjust them, `moves` slots may move in the first of these."""
 
-    policy: Policy
+    policy: str
     schedule: RankSchedule
     steps: range
     interval: int
@@ -36,7 +36,7 @@ class RankRules:
     @classmethod
     def of(
         cls,
-        policy: str | Policy,
+        policy: str,
         schedule: RankSchedule,
         *,
         total_steps: int,
@@ -46,14 +46,15 @@ class RankRules:
         seed: int,
     ) -> "RankRules":
         """The rules of a run of `total_steps` steps on a model with this many layers."""
-        policy, every = get_policy(policy), default_interval(total_steps) if interval is None else interval
-        steps = range(0) if policy is get_policy("fixed") else schedule.steps(total_steps, every)
+        require_policy(policy)
+        every = default_interval(total_steps) if interval is None else interval
+        steps = range(0) if policy == "fixed" else schedule.steps(total_steps, every)
         return cls(policy, schedule, steps, every, schedule.first_moves(layers), min_rank, seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Options that a resumed run must share, by the names of its settings."""
         return {
-            "ranks.policy": name_of(self.policy),
+            "ranks.policy": self.policy,
             "ranks.interval": self.interval,
             "ranks.moves": self.moves,
             "ranks.min": self.min_rank,
@@ -126,7 +127,7 @@ class RankChanges:
         self._record("start", step, ranks, target, measured, moved)
 
     def adjust(self, probe: Probe, step: int) -> None:
-        """Move the ranks towards the targets, by the policy."""
+        """Move the ranks towards the targets."""
         measured = probe.sensitivity()
         target = self._target(measured.values)
         # Skipped steps age no slot: one that was active in every other step is old enough.
@@ -145,27 +146,22 @@ class RankChanges:
         )
 
     def _decide(self, target: Mapping[str, int], step: int, *, min_age: int) -> dict[str, int]:
-        """The policy's ranks, the first process's on every process.  Raises SettingsError if they break a bound."""
+        """The ranks after the moves of this step, the first process's on every process."""
         rules, ages = self.rules, self.importance.age.cpu()
         droppable = {
             name: int((ages[j, : slots.rank] >= min_age).sum()) for j, (name, slots) in enumerate(self.layers.items())
         }
-        bounds = {
-            "shapes": self.shapes,
-            "caps": caps(self.shapes, self.capacity),
-            "budget": self.budget,
-            "min_rank": rules.min_rank,
-        }
-        answer = rules.policy(
+        ranks = moved_towards(
+            target,
             self.ranks,
-            target=target,
-            droppable=dict(droppable),  # a policy may count down in it
+            droppable=droppable,
+            shapes=self.shapes,
+            caps=caps(self.shapes, self.capacity),
+            budget=self.budget,
             moves=moves_allowed(step, rules.steps, first=rules.moves),
-            **bounds,
+            min_rank=rules.min_rank,
         )
-        # From the first process, so that every process refuses alike.
-        answer = distributed.from_first(answer)
-        return require_bounds(answer, self.ranks, policy=rules.policy, droppable=droppable, **bounds)
+        return distributed.from_first(ranks)
 
     def _change(self, ranks: Mapping[str, int], sketches: Mapping[str, Tensor], step: int, *, min_age: int) -> int:
         return change_ranks(

@@ -23,7 +23,6 @@ from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
-from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
@@ -74,7 +73,7 @@ class RankLoop:
         *,
         schedule: RankSchedule | None = None,
         min_rank: int = 1,
-        policy: str | Policy = "tsqlora",
+        policy: str = "tsqlora",
         estimator: str | Estimator = "sampled",
         seed: int = 0,
     ) -> None:
@@ -103,7 +102,7 @@ class RankLoop:
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """Warnings, for the record."""
-        if len(self.steps) == 0 and self.rules.policy is not get_policy("fixed"):
+        if len(self.steps) == 0 and self.rules.policy != "fixed":
             self._note(
                 f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of "
                 f"{self.rules.interval}"
