@@ -23,7 +23,6 @@ from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_he
 from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import Columns, empty, run_pass
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
-from tsqlora.quality.rows import lengths_of
 from tsqlora.quality.rule import Compute, LookRequest, needs_probe
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
@@ -123,7 +122,7 @@ def is_ready(
     answers, rows = isinstance(task, Answers), list(rows)
     some = rows if answers else rows[:batch_size]
     with torch.no_grad():
-        columns = run_pass(model, measure, some, collate, Compute(batch_size, autocast), lengths=lengths_of(some))
+        columns = run_pass(model, measure, some, collate, Compute(batch_size, autocast))
     if not isinstance(task, Answers):
         return True
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])

@@ -49,7 +49,7 @@ def run_pass(
     collate: Collate,
     compute: Compute,
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None = None,
     phase: str = "",
     first: Batch | None = None,
     parts: Path | None = None,
@@ -57,12 +57,13 @@ def run_pass(
 ) -> dict[str, np.ndarray]:
     """Return the columns that `measure(row numbers, batch)` gives for each batch, in the rows' order.
 
-    The longest rows come first; each is read once, unless memory is short. `measure` runs in the caller's gradient
-    mode. It may return no columns, and must change nothing before it has measured its batch, since a batch may be
-    repeated in smaller parts. Where the pass is `shared`, all processes call it, and each has all columns but the LARGE
+    The longest rows come first, without `lengths` the first ones; each is read once, unless memory is short. `measure`
+    runs in the caller's gradient mode. It may return no columns, and must change nothing before it has measured its
+    batch, since a batch may be repeated in smaller parts. Where the pass is `shared`, all processes call it, and each has all columns but the LARGE
     ones. `first` is the first batch, if it has been read. `parts` is a folder for the columns of finished batches.
     """
-    batches, fills = sorted_batches(lengths, compute.batch_size), not shared or distributed.is_first()
+    batches = sorted_batches([0] * len(dataset) if lengths is None else lengths, compute.batch_size)
+    fills = not shared or distributed.is_first()
     share = distributed.share(batches) if shared else batches
     columns: dict[str, np.ndarray] = {}
     sent: list[tuple[np.ndarray, Columns]] = []

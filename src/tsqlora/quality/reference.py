@@ -21,7 +21,6 @@ from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.passes import Columns, run_pass
-from tsqlora.quality.rows import lengths_of
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels
@@ -59,7 +58,7 @@ def calibrate(
         return {"logits": model_logits(model, inputs, task).numpy(force=True), "labels": labels.numpy(force=True)}
 
     with torch.no_grad():
-        columns = run_pass(model, measure, rows, collate, compute, lengths=lengths_of(rows))
+        columns = run_pass(model, measure, rows, collate, compute)
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
     return task.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
 
@@ -89,7 +88,7 @@ def measure_reference(
         total.update({name: total[name].plus(part) if name in total else part for name, part in sums.items()})
         return {"loss": double(losses).numpy(force=True), "norm_sq": double(norm_sq).numpy(force=True)}
 
-    columns = run_pass(model, measure, rows, collate, compute, lengths=lengths_of(rows))
+    columns = run_pass(model, measure, rows, collate, compute)
     mean = {name: gradient.scaled(1 / len(rows)) for name, gradient in total.items()}
     norm, norm_sq = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5, float(columns["norm_sq"].sum())
     if not (norm > 0 and norm_sq > 0):
