@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.compat.torch import double
 from tsqlora.data.batches import sorted_batches
-from tsqlora.data.samples import length_of
+from tsqlora.data.table import length_of
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter
