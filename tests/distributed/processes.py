@@ -75,7 +75,7 @@ def measured_in_training(rank: int, world: int) -> Any:
 
 def in_training(rank: int, world: int, batches: list[Any]) -> Any:
     model = wrapped()
-    probe = Probe(lora_layers(model), "sensitivity")
+    probe = Probe(lora_layers(model), "sampled")
     with probe.watch(model):
         for batch in batches if world == 1 else batches[rank : rank + 1]:
             model(**collate(batch)).loss.backward()

@@ -59,8 +59,9 @@ def run_pass(
 
     The longest rows come first, without `lengths` the first ones; each is read once, unless memory is short. `measure`
     runs in the caller's gradient mode. It may return no columns, and must change nothing before it has measured its
-    batch, since a batch may be repeated in smaller parts. Where the pass is `shared`, all processes call it, and each has all columns but the LARGE
-    ones. `first` is the first batch, if it has been read. `parts` is a folder for the columns of finished batches.
+    batch, since a batch may be repeated in smaller parts. Where the pass is `shared`, all processes call it, and each
+    has all columns but the LARGE ones. `first` is the first batch, if it has been read. `parts` is a folder for the
+    columns of finished batches.
     """
     batches = sorted_batches([0] * len(dataset) if lengths is None else lengths, compute.batch_size)
     fills = not shared or distributed.is_first()

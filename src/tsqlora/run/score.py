@@ -14,8 +14,8 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.rule import PAPER_TERMS
-from tsqlora.quality.score import Compute, score
+from tsqlora.quality.look import score
+from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config

@@ -20,9 +20,8 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
-from tsqlora.quality.look import look
+from tsqlora.quality.look import look, require_scorable
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
