@@ -9,12 +9,12 @@ cell is a file in bench/results/headstart, and a cell that is there is not run a
 the fit of least out-of-fold loss, in place of the default share.
 """
 
+import itertools
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from origin import ROOT, commit, encoder, machine, parser_of, stored
 from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
+from tsqlora.data.table import data_hash
 from tsqlora.quality.head_start import SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
@@ -96,9 +97,7 @@ class Curve(TrainerCallback):
     def measure(self, args: Any, step: int, model: Any) -> None:
         seconds, random = time.process_time() - self.started, torch.get_rng_state()
         was = model.training
-        actual = predictor_of(self.job, model, args).metrics(
-            self.job.data.samples["test"].samples, phase="test", progress=None
-        )
+        actual = predictor_of(self.job, model, args).metrics(self.job.data["test"].samples, phase="test", progress=None)
         model.train(was)
         torch.set_rng_state(random)
         headline = {"accuracy": actual[self.job.task.headline], "loss": actual["loss"]}
@@ -122,11 +121,11 @@ class Rescaled(TrainerCallback):
 
 
 def rescaled(scale: str, job: Job) -> Rescaled:
-    numbers = job.data.samples["train"].labels if job.task.name == "regression" else 0.0
+    numbers = job.train.samples.labels if job.task.name == "regression" else 0.0
     return Rescaled(float(scale) / SCALE, float(np.mean(numbers)))
 
 
-def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
+def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
     way, _, scale = method.partition(":")
     kind, policy = METHODS[way]
@@ -138,7 +137,6 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             "model": {"path": MODEL},
             "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
             | {"max_length": 64},
-            "ranks": {"depth": depth},
             "training": {
                 "epochs": 2,
                 "learning_rate": rate,
@@ -154,7 +152,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
         job = load(config)
         args = arguments(config, Path(folder) / "run")
         args.max_steps = steps
-        record = RunRecord("running", seed, job.task.name, None, {"hash": job.data.hash}, {})
+        record = RunRecord("running", seed, job.task.name, None, {"hash": data_hash(job.data)}, {})
         begun = time.process_time()
         chosen = POLICIES[policy](job, Path(folder) / "scores.parquet", None)
         set_seed(seed)
@@ -169,7 +167,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             also=[*built.callbacks, *([rescaled(scale, job)] if scale else []), curve],
         )
         validation = predictor_of(job, built.model, args).metrics(
-            job.data.samples["validation"].samples, phase="validation", progress=None
+            job.data["validation"].samples, phase="validation", progress=None
         )
     return {
         "settings": {
@@ -185,7 +183,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
         "headline": validation[job.task.headline],
         "cost": {phase: vars_of(cost) for phase, cost in record.cost.items()},
         "looks": [] if chosen.quality is None else chosen.quality.looks,
-        "data_hash": job.data.hash,
+        "data_hash": data_hash(job.data),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -196,20 +194,13 @@ def vars_of(cost: Any) -> dict[str, float]:
     return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
 
 
-def finished(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A stored cell, and its last accuracy on the screen."""
-    result = stored(path, make)
+def cell(table: str, method: str, rate: float, seed: int) -> float:
+    """A cell's headline metric on validation rows; its last accuracy on the screen."""
+    path = RESULTS / f"{table}{MARK}.{method}.{rate:g}.{seed}.json"
+    result = stored(path, lambda: run(table, method, rate, seed))
     last = result["curve"][-1]
     print(path.stem, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True)
-    return result
-
-
-def sweep(cell: Callable[[float, int], dict[str, Any]], rates: str, seeds: str) -> None:
-    """Every learning rate on the first seed, and the one that validation chose on the others."""
-    first, *others = map(int, seeds.split(","))
-    headline = {rate: cell(rate, first)["headline"] for rate in map(float, rates.split(","))}
-    for seed in others:
-        cell(max(headline, key=lambda rate: headline[rate]), seed)
+    return result["headline"]
 
 
 def main() -> None:
@@ -220,14 +211,11 @@ def main() -> None:
     parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for table in args.tables.split(","):
-        for method in args.methods.split(","):
-
-            def cell(rate: float, seed: int, table: str = table, method: str = method) -> dict[str, Any]:
-                path = RESULTS / f"{table}{MARK}.{method}.{rate:g}.{seed}.json"
-                return finished(path, lambda: run(table, method, rate, seed))
-
-            sweep(cell, args.rates, args.seeds)
+    first, *others = map(int, args.seeds.split(","))
+    for table, method in itertools.product(args.tables.split(","), args.methods.split(",")):
+        headline = {rate: cell(table, method, rate, first) for rate in map(float, args.rates.split(","))}
+        for seed in others:
+            cell(table, method, max(headline, key=lambda rate: headline[rate]), seed)
 
 
 if __name__ == "__main__":

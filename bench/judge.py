@@ -6,25 +6,48 @@ Labels as they are must stay: of each table at most 2 % is left out. A tenth or 
 evident in 9 of 10 draws; of a tenth of all rows relabelled as one class the judge must leave out 60 %, with a precision
 of 65 %. `coverage` counts how often the share of wrong labels lies inside the bounds, by kind of error.
 
-Features are those of `tsqlora audit`, and wrong labels those of bench/audit.py, set before the rows are drawn, so that
-their share differs a little from draw to draw. Results are in bench/results/judge.json; what is there is not run again.
+Features are those of `tsqlora audit`, read once and kept under ~/.cache/tsqlora-bench. Wrong labels are set before the
+rows are drawn, so that their share differs a little from draw to draw:
+
+- `even-RATE`: rows at random get any other class;
+- `pairs-RATE`: each class loses rows to one certain other;
+- `one-RATE`: this share of all rows, of the other classes, gets one class;
+- `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
+  components, where it is surest and wrong; where that is too few, where it is nearest to being wrong.
+
+Results are in bench/results/judge.json; what is there is not run again.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from audit import features_of, spoilt
-from origin import commit, machine, parser_of, read, write
+from origin import ROOT, commit, machine, parser_of, read, write
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.judge import judge
+from tsqlora.quality.rule import Compute
+from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS
+from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.tasks import get_task
+
+SHARED = ROOT / ".." / "shared" / "data"
+FEATURES = Path.home() / ".cache" / "tsqlora-bench"
+ITERATIONS = 400
 
 ROWS = {"bbc": 4_000, "sst2": 6_920, "mrpc": 4_000, "cola": 8_551, "clinc150": 15_000, "goemotions": 8_000}
 """Rows of each table that are read, at most: all of them."""
@@ -58,6 +81,75 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 """`intents in K`: CLINC150's intents merged at random into K classes; `N intents`: its rows of N intents."""
+
+
+def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
+    """Texts, or pairs of texts, and labels as numbers; drawn with one seed for all, as files are sorted by class.
+
+    Of GoEmotions the rows with one label.
+    """
+    if table == "bbc":
+        rows = [([text], label) for text, label in bbc_news()]
+    else:
+        lines = [
+            row
+            for row in map(json.loads, (SHARED / table / "train.jsonl").read_text().splitlines())
+            if len(row.get("labels", ["one"])) == 1
+        ]
+        labels = [row["labels"][0] if "labels" in row else row["label"] for row in lines]
+        texts = [[row["text"], *([row["text_pair"]] if "text_pair" in row else [])] for row in lines]
+        rows = list(zip(texts, labels, strict=True))
+    some = np.sort(np.random.default_rng(30).permutation(len(rows))[:most])
+    return [rows[j][0] for j in some], np.unique([rows[j][1] for j in some], return_inverse=True)[1]
+
+
+def features_of(table: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the head is given and the mean hidden states of each row, at most so many, and its label as it is."""
+    path = FEATURES / f"{table}-{most}-{TOKENS}.npz"
+    if not path.exists():
+        texts, labels = rows_of(table, most)
+        encoder = package_folder(ENCODER) / "model"
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=int(labels.max()) + 1)
+        samples = [
+            {**tokenizer(*text, truncation=True, max_length=TOKENS), "labels": int(label)}
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        collate, compute = DataCollatorWithPadding(tokenizer), Compute(BATCH_SIZE)
+        seen, _ = forward_pass(
+            model, samples, collate, task=get_task("sequence-classification"), compute=compute, mean=True
+        )
+        parts = [part for part in (seen and seen.features, seen and seen.mean) if part is not None]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, features=np.concatenate(parts, axis=1, dtype=np.float32), labels=labels)
+    with np.load(path) as stored:
+        return stored["features"], stored["labels"]
+
+
+def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> np.ndarray:
+    """The labels, some of them set wrong."""
+    kind, _, rate = noise.partition("-")
+    rng, n, k = np.random.default_rng([seed, 30]), len(labels), int(labels.max()) + 1
+    rows = rng.permutation(n)[: round(float(rate or 0) * n)]
+    others = (labels + rng.integers(1, k, n)) % k
+    if kind == "pairs":
+        ring = rng.permutation(k)  # each class loses to the next one
+        others = ring[(np.argsort(ring)[labels] + 1) % k]
+    if kind == "one":
+        others = np.full(n, rng.integers(k))
+        rows = rng.permutation(np.flatnonzero(labels != others))[: len(rows)]
+    if kind == "weak":
+        parts = np.asarray(StandardScaler().fit_transform(PCA(16, random_state=seed).fit_transform(features)))
+        basis, _ = train_test_split(np.arange(n), train_size=0.05, stratify=labels, random_state=seed)
+        probabilities = (
+            LogisticRegression(max_iter=ITERATIONS).fit(parts[basis], labels[basis]).predict_log_proba(parts)
+        )
+        own = probabilities[np.arange(n), labels]
+        probabilities[np.arange(n), labels] = -np.inf
+        others, rows = probabilities.argmax(axis=1), np.argsort(own - probabilities.max(axis=1))[: len(rows)]
+    wrong = labels.copy()
+    wrong[rows] = others[rows]
+    return wrong
 
 
 @lru_cache(maxsize=1)

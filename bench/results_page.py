@@ -1,157 +1,171 @@
-"""Writes docs/research/glue.md and its plots from bench/results/glue/*.json: python bench/results_page.py [--check]
+"""Writes docs/research/glue.md from bench/results/glue/*.json: python bench/results_page.py [--check]
 
-The text is bench/results_page.md.jinja. `--check` compares the page alone: plots depend on the version of matplotlib.
+The text is bench/results_page.md.jinja.
 """
 
+import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import glue
 import jinja2
 import pandas as pd
-from glue_cells import (
-    BLOCK,
-    BUSY,
-    KIND,
-    ORDER,
-    REFERENCES,
-    TASKS,
-    Over,
-    beside,
-    chosen,
-    entries_of,
-    over,
-    shown,
-    stored,
-)
 from markdown_table import NONE, markdown
-from results_plots import COSTS, plot
 
+from tsqlora.compare.methods import entries
 from tsqlora.compare.table import interval, verdict
 from tsqlora.reports.comparison import Mean
 
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"
-LORA = REFERENCES[0]
+TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
+ORDER = [entry.name for entry in entries(glue.ENTRIES.split(","))]
+LORA, RANDOM = "lora+all", "lora+random"
+KIND = ["rows", "wrong", "mean"]
+"""What blocks of several tasks have in common."""
+BLOCK = [*KIND, "task"]
+BUSY = (
+    *("02d971b", "4c33c59", "42f6d1b", "b914094", "91b3822", "5c3ccf2"),
+    *("5fd218a", "13ca355", "fc60900", "c47e939", "ef3f0c2", "1351d73"),
+)
+"""Commits of cells that ran beside other processes, as many as nine, or were held: their seconds mean nothing."""
 
 Row = dict[str, Any]
 
 
 def page() -> str:
     """All of docs/research/glue.md."""
-    everything = stored()
-    cells, swept = shown(everything), everything[everything["sweep"]]
-    kinds = [(title_of(of), of) for of in groups(cells, KIND)]
-    steps = [(title, of) for title, of in kinds if of["equal"].iloc[0] == "steps"]
-    return _template().render(
-        verdicts=sum(len(differing(of)) for _, of in steps),
-        steps=[{"title": t, "tasks": ", ".join(_tasks(of)), "verdicts": verdicts(of)} for t, of in steps],
-        busy=_busy(cells),
-        trainable=_range([share for of in groups(cells, BLOCK) for share in shares(of)["share"]], "{:.2f}"),
-        left_out=_left_out(everything),
-        missing=markdown(rows) if (rows := missing(cells)) else "Every block of the grid is whole.\n",
-        kinds=[
-            {"title": f"{t} ({', '.join(_tasks(of))})", "table": markdown(over_tasks(of)), "mixed": two_precisions(of)}
-            for t, of in steps
-        ],
-        blocks=[
-            {"title": name_of(of), "table": markdown(table(of)), "time": in_time(of), "float32": float32_cells(of)}
-            for of in groups(cells, BLOCK)
-        ],
-        precisions=markdown(precisions(cells)),
-        rates=markdown(rates(swept[swept["own_rates"].isna()], chosen()["rates"])),
-        block_rates=[
-            {"title": name_of(of), "table": markdown(rates(of, of["own_rates"].iloc[0]))}
-            for of in groups(swept[swept["own_rates"].notna()], BLOCK)
-        ],
-        old=int(swept["stale"].sum()),
-        cells=len(cells),
-        swept=len(swept),
-        plots={name: label for name, (label, _) in COSTS.items()},
-        commits=", ".join(sorted({*cells["commit"], *swept["commit"]})),
-    )
-
-
-def _template() -> jinja2.Template:
+    cells = stored()
+    kinds = groups(cells, KIND)
     loader = jinja2.FileSystemLoader(BENCH)
     strict = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return strict.get_template("results_page.md.jinja")
+    return strict.get_template("results_page.md.jinja").render(
+        verdicts=sum(len(differing(of)) for of in kinds),
+        busy=", ".join(commit for commit in BUSY if commit in set(cells["commit"])),
+        trainable=_range(share for of in groups(cells, BLOCK) for share in shares(of)["share"]),
+        kinds=[
+            {"title": title_of(of), "tasks": ", ".join(_tasks(of)), "verdicts": verdicts(of), "table": over_tasks(of)}
+            for of in kinds
+        ],
+        blocks=[{"title": f"{_tasks(of)[0]}, {title_of(of)}", "table": table(of)} for of in groups(cells, BLOCK)],
+        rates=rates(cells),
+        cells=len(cells),
+        commits=", ".join(sorted(set(cells["commit"]))),
+    )
 
 
-def groups(cells: pd.DataFrame, by: Sequence[str]) -> list[pd.DataFrame]:
+def stored() -> Any:
+    """Every cell, in the order of the page: few rows first, wrong labels first, then tasks, entries and seeds."""
+    rows = list[Row]()
+    for path in glue.RESULTS.glob("*_rank*.json"):
+        stored = json.loads(path.read_text())
+        about, cells = stored["block"], stored["cells"].values()
+        of_seeds = [cell for cell in cells if cell["cell"]["seed"] != glue.CHOOSING]
+        rows += [_row(about, c) | {"wide": c.get("float32") and _row(about, c["float32"])} for c in of_seeds]
+    place = {"task": list(TASKS).index, "entry": rank_of, "wrong": lambda w: -w}
+    key = lambda column: column.map(place[column.name]) if column.name in place else column  # noqa: E731
+    return pd.DataFrame(rows).sort_values([*BLOCK, "entry", "seed"], key=key, kind="stable").reset_index(drop=True)
+
+
+def _row(block: Row, cell: Row) -> Row:
+    """What the page needs of a cell; test metrics in points."""
+    test, commit = cell["metrics"].get("test", {}), (cell["commit"] or "unknown")[:7]
+    quality = cell.get("quality", {})
+    # Cells before 42f6d1b do not say; rows are left out only where wrong labels are evident.
+    left_none = quality.get("scored", False) and not (quality.get("noise") or {}).get("evident")
+    return {
+        **{name: block[name] for name in (*BLOCK, "metric")},
+        "entry": glue.entry_of(cell),
+        "seed": cell["cell"]["seed"],
+        "rate": cell["cell"]["learning_rate"],
+        "failed": "failed" in cell,
+        "points": 100 * test[block["metric"]] if test else None,
+        "loss": test.get("loss"),
+        "seconds": None if commit in BUSY else cell["seconds"],
+        "trainable": cell.get("parameters", {}).get("trainable"),
+        "random": quality["random"] is not None if "random" in quality else left_none,
+        "bf16": cell.get("bf16", True),  # cells before this was recorded had bfloat16
+        "commit": commit,
+    }
+
+
+def rank_of(entry: str) -> tuple[int, str]:
+    return (ORDER.index(entry) if entry in ORDER else len(ORDER)), entry
+
+
+def groups(cells: Any, by: Sequence[str]) -> list[Any]:
     """The cells in groups, in the page's order."""
     return [of for _, of in cells.groupby(list(by), sort=False)]
 
 
-def title_of(cells: pd.DataFrame) -> str:
-    equal, rows, wrong, mean = cells[KIND].iloc[0]
+def entries_of(cells: Any) -> list[str]:
+    return sorted(cells["entry"].unique(), key=rank_of)
+
+
+def title_of(cells: Any) -> str:
+    rows, wrong, mean = cells[KIND].iloc[0]
     labels = f"{wrong:.0%} wrong labels" if wrong else "clean labels"
-    return f"{rows:,} rows, {labels}, mean rank {mean}" + ("" if equal == "steps" else f", equal {equal}")
+    return f"{rows:,.0f} rows, {labels}, mean rank {mean:g}"
 
 
-def name_of(cells: pd.DataFrame) -> str:
-    return f"{_tasks(cells)[0]}, {title_of(cells)}"
-
-
-def _tasks(cells: pd.DataFrame) -> list[str]:
+def _tasks(cells: Any) -> list[str]:
     return [TASKS[task] for task in cells["task"].unique()]
 
 
-# ------------------------------------------------------------------------ what is shown, and what not
+# --------------------------------------------------------------------------------- differences
 
 
-def _busy(cells: pd.DataFrame) -> str:
-    busy = [commit for commit in BUSY if commit in set(cells["commit"])]
-    return f"; those by {', '.join(busy)} are not shown, since they ran beside as many as nine others" if busy else ""
+def beside(cells: Any, reference: str) -> Any:
+    """Each cell that worked beside the reference's of the same block and seed, where there is one.
 
-
-def _left_out(cells: pd.DataFrame) -> str:
-    counts = cells.loc[~cells["sweep"], "hidden"].value_counts().sort_index()
-    reasons = "; ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f" Stored and not shown are {reasons}." if reasons else ""
-
-
-def missing(cells: pd.DataFrame) -> list[Row]:
-    """A row for each unfinished block of the grid: how many of its cells are finished, and the seeds that are not."""
+    Adds `gain` in points and `loss_share` in percent. A float32 cell is compared with the reference's
+    float32 cell where that was made in both.
+    """
+    worked = cells[~cells["failed"]]
+    theirs = worked[worked["entry"] == reference].set_index([*BLOCK, "seed"])
     rows = list[Row]()
-    for wrong in glue.GRID_WRONG:
-        for task in glue.GRID_TASKS:
-            about = {"equal": "steps", "rows": glue.GRID_ROWS, "wrong": wrong, "mean": glue.GRID_MEAN, "task": task}
-            of = cells[(cells[list(about)] == pd.Series(about)).all(axis=1)]
-            failed = {(cell.entry, cell.seed): cell.failed for cell in of.itertuples()}
-            left = {
-                entry: [f"{s} (failed)" if (entry, s) in failed else str(s) for s in seeds]
-                for entry in ORDER
-                if (seeds := [s for s in glue.GRID_SEEDS if failed.get((entry, s), True)])
-            }
-            if not left:
-                continue
-            total = len(ORDER) * len(glue.GRID_SEEDS)
-            seeds_left = "; ".join(f"`{entry}` {', '.join(seeds)}" for entry, seeds in left.items())
+    for cell in worked.to_dict("records"):
+        key = tuple(cell[name] for name in (*BLOCK, "seed"))
+        if key in theirs.index:
+            other: Any = theirs.loc[key]
+            other = other["wide"] if not cell["bf16"] and other["wide"] else other
             rows.append(
                 {
-                    "": name_of(pd.DataFrame([about])),
-                    "finished": f"{total - sum(map(len, left.values()))} of {total}",
-                    "missing seeds": seeds_left if len(of) else "all",
+                    **cell,
+                    "gain": cell["points"] - other["points"],
+                    "loss_share": 100 * (cell["loss"] / other["loss"] - 1),
                 }
             )
-    return rows
+    return pd.DataFrame(rows, columns=[*cells.columns, "gain", "loss_share"])
 
 
-# ----------------------------------------------------------------------------------- over tasks
+def over(cells: Any, entry: str, reference: str, what: str = "gain") -> tuple[Mean | None, float | None]:
+    """One entry minus another, of blocks of one kind: the mean, and the lowest of one task and seed.
+
+    Seeds are draws, tasks are not: the interval is over seeds, each the mean over the tasks that both sides have.
+    """
+    worked = cells[~cells["failed"]]
+    both = [set(worked.loc[worked["entry"] == name, "task"]) for name in (entry, reference)]
+    tasks = [task for task in TASKS if task in both[0] & both[1]]
+    if not tasks or entry == reference:
+        return None, None
+    pairs = beside(cells, reference)
+    table = pairs[pairs["entry"] == entry].pivot(index="seed", columns="task", values=what)
+    table = table.reindex(columns=tasks).dropna()
+    return (None, None) if table.empty else (interval([*table.mean(axis=1)]), float(table.min().min()))
 
 
-def differing(cells: pd.DataFrame) -> dict[str, Mean]:
+def differing(cells: Any) -> dict[str, Mean]:
     """Each entry beside LoRA on all rows, where seeds have both."""
-    differences = {entry: over(cells, entry, LORA).seeds for entry in entries_of(cells)}
+    differences = {entry: over(cells, entry, LORA)[0] for entry in entries_of(cells)}
     return {entry: difference for entry, difference in differences.items() if difference}
 
 
-def verdicts(cells: pd.DataFrame) -> str:
+def verdicts(cells: Any) -> str:
     """Which entries differ from LoRA on all rows by more than noise."""
     of = dict[str, list[str]]()
     for entry, difference in differing(cells).items():
@@ -160,203 +174,101 @@ def verdicts(cells: pd.DataFrame) -> str:
     return ". ".join(f"**{name.capitalize()}**: {', '.join(of[name])}" for name in ordered) or "no seed in common"
 
 
-def over_tasks(cells: pd.DataFrame) -> list[Row]:
-    """Differences over tasks from LoRA on all rows and on a random half."""
-    rows = list[Row]()
-    share = pd.concat([shares(of) for of in groups(cells, BLOCK)])
-    for entry in entries_of(cells):
-        row: Row = {"": _named(entry, cells)}
-        for reference in REFERENCES:
-            between = over(cells, entry, reference)
-            row[f"minus `{reference}`"] = _difference(between)
-            row[f"tasks, `{reference}`"] = _of_tasks(between)
-            if reference == LORA:
-                row["worst"] = NONE if between.worst is None else f"{between.worst:+.1f}"
-        row["loss"] = _percent(over(cells, entry, LORA, "loss_share"))
-        rows.append(row | {"trainable": _range(share.loc[share["entry"] == entry, "share"], "{:.2f}")})
-    whole = ", ".join(_tasks(cells))
-    return _without(rows, {f"tasks, `{reference}`": whole for reference in REFERENCES})
-
-
-def _without(rows: list[Row], usual: dict[str, str]) -> list[Row]:
-    """The rows without the columns in which every value is the usual one, or none."""
-    silent = {name for name, value in usual.items() if all(row[name] in (value, NONE) for row in rows)}
-    return [{name: value for name, value in row.items() if name not in silent} for row in rows]
-
-
-def two_precisions(cells: pd.DataFrame) -> str:
-    """How many of the pairs that are subtracted are of two precisions; nothing where none is."""
-    counts = list[str]()
-    for reference in REFERENCES:
-        pairs = beside(cells, reference)
-        pairs = pairs[pairs["entry"] != reference]
-        if mixed := int(pairs["mixed"].sum()):
-            counts.append(f"{mixed} of the {len(pairs)} from `{reference}`")
-    if not counts:
-        return ""
-    return f"\nOne side in bfloat16 and the other in float32: {' and '.join(counts)} differences of a task and seed.\n"
-
-
-def shares(block: pd.DataFrame) -> pd.DataFrame:
+def shares(block: Any) -> Any:
     """Trainable parameters as shares of LoRA's on all rows, where that has a cell."""
     worked = block[~block["failed"]]
     theirs = worked.loc[worked["entry"] == LORA, "trainable"]
-    return (
-        worked.assign(share=worked["trainable"] / theirs.iloc[0]) if len(theirs) else worked.head(0).assign(share=0.0)
-    )
+    return worked.assign(share=worked["trainable"] / theirs.iloc[0] if len(theirs) else None).dropna(subset="share")
 
 
-# --------------------------------------------------------------------------------- task by task
+# -------------------------------------------------------------------------------------- tables
 
 
-def table(block: pd.DataFrame) -> list[Row]:
+def over_tasks(cells: Any) -> str:
+    """Differences over tasks from LoRA on all rows and on a random half."""
+    rows, share = list[Row](), pd.concat([shares(of) for of in groups(cells, BLOCK)])
+    for entry in entries_of(cells):
+        (gain, worst), (loss, _) = over(cells, entry, LORA), over(cells, entry, LORA, "loss_share")
+        rows.append(
+            {
+                "": _named(entry, cells),
+                f"minus `{LORA}`": _points(gain, sign="+"),
+                "worst": NONE if worst is None else f"{worst:+.1f}",
+                f"minus `{RANDOM}`": _points(over(cells, entry, RANDOM)[0], sign="+"),
+                "loss": _points(loss, sign="+", unit=" %"),
+                "trainable": _range(share.loc[share["entry"] == entry, "share"]),
+            }
+        )
+    return markdown(rows)
+
+
+def table(block: Any) -> str:
     """One block: the metric, the difference from LoRA on all rows, loss and seconds."""
     rows = list[Row]()
     for entry in entries_of(block):
-        cells = block[block["entry"] == entry]
-        worked = cells[~cells["failed"]]
+        worked = block[(block["entry"] == entry) & ~block["failed"]]
+        seconds, (gain, _) = worked["seconds"].dropna(), over(block, entry, LORA)
+        text = _points(gain, sign="+")
         rows.append(
             {
                 "": _named(entry, block),
                 block["metric"].iloc[0]: _points(interval([*worked["points"]])) if len(worked) else NONE,
-                f"minus `{LORA}`": _bold(over(block, entry, LORA).seeds),
-                "loss": _mean(worked["loss"], "{:.3f}"),
-                "seeds": _seeds(cells),
-                "seconds": _mean(worked["seconds"].dropna(), "{:.0f}", of=len(worked)),
+                f"minus `{LORA}`": f"**{text}**" if gain and not verdict(gain, LORA).startswith("within") else text,
+                "loss": f"{worked['loss'].mean():.3f}" if len(worked) else NONE,
+                "seeds": ", ".join(map(str, worked["seed"])),
+                "seconds": f"{seconds.mean():.0f}" + f" ({len(seconds)})" * (len(seconds) < len(worked))
+                if len(seconds)
+                else NONE,
             }
         )
-    return _without(rows, {"seeds": ", ".join(map(str, glue.GRID_SEEDS)), "seconds": NONE})
+    usual = {"seeds": ", ".join(map(str, glue.GRID_SEEDS)), "seconds": NONE}
+    silent = [name for name, value in usual.items() if all(row[name] == value for row in rows)]
+    return markdown(pd.DataFrame(rows).drop(columns=silent))
 
 
-def _bold(difference: Mean | None) -> str:
-    """The difference, in bold where it is more than noise."""
-    text = _points(difference, sign="+")
-    return f"**{text}**" if difference and not verdict(difference, LORA).startswith("within") else text
-
-
-def in_time(block: pd.DataFrame) -> str:
-    """Of a block at equal epochs: what share of LoRA's seconds each way to train took."""
-    if block["equal"].iloc[0] != "epochs":
-        return ""
-    pairs = beside(block, LORA).dropna(subset="time_share")
-    shares_of_time = list[str]()
-    for entry in entries_of(pairs):
-        of = interval([*pairs.loc[pairs["entry"] == entry, "time_share"]])
-        half = "" if of.half is None else f" ± {of.half:.2f}"
-        if entry != LORA:
-            shares_of_time.append(f"`{entry}` {of.mean:.2f}{half} ({_seeds_of(of.n)})")
-    if not shares_of_time:
-        return ""
-    return f"\nSeconds, as a share of `{LORA}`'s of the same seed: {'; '.join(shares_of_time)}.\n"
-
-
-def float32_cells(block: pd.DataFrame) -> str:
-    """How many cells are of another precision than the others; nothing where all are of one."""
-    if block["bf16"].nunique() < 2:
-        return ""
-    return f"\n{(~block['bf16'].astype(bool)).sum()} of {len(block)} cells are of float32, the others of bfloat16.\n"
-
-
-def precisions(cells: pd.DataFrame) -> list[Row]:
-    """The cells that were made in float32, too, beside those of their block."""
-    return [
-        {
-            "": ", ".join(name_of(pd.DataFrame([cell])).split(", ")[::2]),
-            "seed": str(cell["seed"]),
-            "bfloat16": f"{cell['points']:.1f}",
-            "float32": f"{cell['points_wide']:.1f}",
-            "difference": f"{cell['points_wide'] - cell['points']:+.1f}",
-        }
-        for cell in cells.dropna(subset="points_wide").to_dict("records")
-    ]
-
-
-def rates(swept: pd.DataFrame, best: Mapping[str, float]) -> list[Row]:
-    """The validation metric in points by learning rate, and the rates that were chosen by it."""
-
-    def accuracy(cells: pd.DataFrame) -> str:
-        worked, failed = cells.loc[~cells["failed"], "validation"], int(cells["failed"].sum())
-        if worked.empty:
-            return f"{failed} failed" if failed else NONE
-        return f"{worked.mean():.1f} ({len(worked)}{f'; {failed} failed' if failed else ''})"
-
-    tried = sorted(swept["rate"].unique())
-    return [
-        {"": f"`{entry}`"}
-        | {f"{rate:g}": accuracy(swept[(swept["entry"] == entry) & (swept["rate"] == rate)]) for rate in tried}
-        | {"chosen": f"{best[entry]:g}" if entry in best else NONE}
-        for entry in entries_of(swept)
-    ]
+def rates(cells: Any) -> str:
+    """The learning rate of each entry, by kind of block and task."""
+    of = cells.drop_duplicates([*BLOCK, "entry"])
+    where = [f"{rows:,} rows, {TASKS[task]}" for rows, task in zip(of["rows"], of["task"], strict=True)]
+    table = (
+        of.assign(where=where).drop_duplicates(["where", "entry"]).pivot(index="entry", columns="where", values="rate")
+    )
+    table = table.reindex(index=entries_of(of), columns=list(dict.fromkeys(where))).map("{:g}".format)
+    return markdown(table.replace("nan", NONE).rename(index="`{}`".format).rename_axis("").reset_index())
 
 
 # -------------------------------------------------------------------------------------- wording
 
 
-def _named(entry: str, cells: pd.DataFrame) -> str:
+def _named(entry: str, cells: Any) -> str:
     """The name of a row, with what a reader of its numbers must know."""
     of = cells[cells["entry"] == entry]
     failed, random = of[of["failed"]], of[~of["failed"] & of["random"]]
-    notes = [f"{len(failed)} cell{_s(failed)} failed"] if len(failed) else []
+    notes = [f"{len(failed)} cell{'s' * (len(failed) > 1)} failed"] if len(failed) else []
     notes += [f"{len(random)} of {len(of) - len(failed)} drew at random"] if len(random) else []
     return ", ".join([f"`{entry}`", *notes])
 
 
-def _seeds(cells: pd.DataFrame) -> str:
-    of = {failed: [str(seed) for seed in cells.loc[cells["failed"] == failed, "seed"]] for failed in (False, True)}
-    failed = [f"seed{_s(of[True])} {', '.join(of[True])} failed"] if of[True] else []
-    return "; ".join([", ".join(of[False]), *failed] if of[False] else failed)
-
-
-def _points(value: Mean | None, sign: str = "") -> str:
+def _points(value: Mean | None, sign: str = "", unit: str = "") -> str:
+    """The mean and its interval, with the number of seeds where it is not the grid's."""
     if value is None:
         return NONE
-    return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}")
+    seeds = "" if not sign or value.n == len(glue.GRID_SEEDS) else f" ({value.n} seed{'s' * (value.n != 1)})"
+    return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}") + unit + seeds
 
 
-def _difference(between: Over) -> str:
-    """The difference, with the number of seeds where it is not the grid's."""
-    if not between.seeds:
-        return NONE
-    n = between.seeds.n
-    return _points(between.seeds, sign="+") + ("" if n == len(glue.GRID_SEEDS) else f" ({_seeds_of(n)})")
-
-
-def _of_tasks(between: Over) -> str:
-    return ", ".join(TASKS[task] for task in between.tasks) or NONE
-
-
-def _percent(share: Over) -> str:
-    return f"{_points(share.seeds, sign='+')} %" if share.seeds else NONE
-
-
-def _mean(values: pd.Series, form: str, of: int | None = None) -> str:
-    """The mean; where `of` is more than there are values, also how many."""
-    if values.empty:
-        return NONE
-    return form.format(values.mean()) + (f" ({len(values)})" if of is not None and len(values) < of else "")
-
-
-def _range(values: Iterable[float], form: str) -> str:
+def _range(values: Iterable[float]) -> str:
     numbers = [*values]
-    return " to ".join(dict.fromkeys(form.format(value) for value in (min(numbers), max(numbers)))) if numbers else NONE
-
-
-def _s(several: Any) -> str:
-    return "" if len(several) == 1 else "s"
-
-
-def _seeds_of(n: int) -> str:
-    return f"{n} seed{'' if n == 1 else 's'}"
+    ends = (min(numbers), max(numbers)) if numbers else ()
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in ends)) or NONE
 
 
 def main() -> None:
     new = page()
-    if "--check" in sys.argv:
-        if not PAGE.exists() or PAGE.read_text() != new:
-            sys.exit("docs/research/glue.md is not that of bench/results/glue; run make bench-results")
-        return
-    PAGE.write_text(new)
-    plot()
+    if "--check" not in sys.argv:
+        PAGE.write_text(new)
+    elif not PAGE.exists() or PAGE.read_text() != new:
+        sys.exit("docs/research/glue.md is not that of bench/results/glue; run python bench/results_page.py")
 
 
 if __name__ == "__main__":

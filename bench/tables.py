@@ -16,12 +16,10 @@ from typing import Any
 
 import curves
 import differences
-import numpy as np
 import pandas as pd
 from curves import EPOCHS
-from glue import CHOOSING
+from glue import CHOOSING, entry_of
 from markdown_table import markdown
-from scipy import stats
 
 from tsqlora.interop.servers import CONSUMERS
 
@@ -56,20 +54,6 @@ def scoring(results: Results) -> Rows:
         errors = cell.get("errors", {}).items()
         rows += [where | {"what": name, "of a training step": f"does not run here: {why}"} for name, why in errors]
     return rows
-
-
-def scoring_short(results: Results) -> Rows:
-    """Seconds over those of a training step without dropout, for what a user would otherwise score rows with."""
-    return [
-        where
-        | {
-            name: f"{ratio / _without_dropout(cell):.2f}"
-            for name, ratio in cell["ratio"].items()
-            if not re.match("training|reference|.*full", name)
-        }
-        for where, cell in _scoring_cells(results)
-        if "decoder" not in where["tokens"]
-    ]
 
 
 def scoring_goals(results: Results) -> Rows:
@@ -376,9 +360,8 @@ def glue_low(_: Results) -> Rows:
         block = json.loads(path.read_text())
         metric, ways = block["block"]["metric"], dict[str, list[float]]()
         for cell in block["cells"].values():
-            name = "{method}+{policy}".format(**cell["cell"])
-            if cell["cell"]["seed"] != CHOOSING and cell["cell"]["learning_rate"] == block["rates"][name]:
-                name = name.removesuffix("+all").removesuffix("+quality")
+            if cell["cell"]["seed"] != CHOOSING:
+                name = entry_of(cell).removesuffix("+all").removesuffix("+quality")
                 ways.setdefault(name, []).append(100 * cell["metrics"]["test"][metric])
         rows.append({"": f"{block['block']['task']}, {metric}"} | {f"`{name}`": _mean(ways[name]) for name in LOW})
     return rows
@@ -436,112 +419,6 @@ def headstart_short(_: Results) -> pd.DataFrame:
             for of in curves.chosen().values()
         ]
     return rows
-
-
-def media(_: Results) -> Rows:
-    """Test accuracy of each method on images and recordings, and what the audit finds of a fifth of wrong labels."""
-    rows = []
-    for path in sorted((RESULTS / "media").glob("*.json"), reverse=True):
-        result = json.loads(path.read_text())
-        clean, wrong, search = result["accuracy"]["clean"], result["accuracy"]["wrong20"], result["audit"]
-        methods = {f"`{name}`": f"{100 * clean[name]:.1f} / {100 * wrong[name]:.1f}" for name in clean}
-        audit = {"area": f"{search['area']:.3f}", "precision": f"{search['precision']:.2f}"}
-        rows.append(
-            {"rows": path.stem, **methods, **{f"audit: {name}": value for name, value in audit.items()}}
-            | {"recall": f"{search['recall']:.2f}"}
-        )
-    return rows
-
-
-POOL_WAYS = {
-    "default": "tsqlora: density ratio, 64 mixed in",
-    "even": "even draws, 64 mixed in",
-    "last": "density ratio, 64 last",
-    "rds": "RDS+, 64 last",
-    "less": "LESS, 64 last",
-    "reducible": "reducible loss, 64 last",
-    "trusted": "64 trusted alone",
-    "oracle": "the right rows, 64 last",
-}
-"""What bench/mixed_pool.py calls its ways to train."""
-
-
-def mixed_pool(_: Results) -> pd.DataFrame:
-    """Test loss in the mixed pool, and the share of right rows in the first epoch's draw."""
-    cells = pd.DataFrame({**cell["settings"], **cell} for cell in _cells("mixed_pool")).set_index("seed").sort_index()
-    even = cells[cells.method == "even"].loss
-    rows = []
-    for method, of in cells.groupby("method"):
-        above = (of.loss - even).dropna()
-        low, high = (0, 0) if method == "even" else stats.t.interval(0.95, len(above) - 1, above.mean(), above.sem())
-        between = f" ({low:+.3f}, {high:+.3f})" if len(above) > 1 else ""
-        shares = [cell["right"] / sum(cell.values()) for cell in of.drawn if cell]
-        rows.append(
-            {
-                "way to train": POOL_WAYS[method],
-                "seeds": len(of),
-                "test loss": f"{of.loss.mean():.3f}",
-                "against even draws": "" if method == "even" else f"{above.mean():+.3f}{between}",
-                "right rows": f"{100 * np.mean(shares):.0f} %" if shares else "",
-            }
-        )
-    order = {name: number for number, name in enumerate(POOL_WAYS.values())}
-    return pd.DataFrame(sorted(rows, key=lambda row: order[row["way to train"]]))
-
-
-def xsum(results: Results) -> pd.DataFrame:
-    """Loss and ROUGE of the test rows at the rate with the lowest validation loss; one seed."""
-    cells = sorted(results["cells"], key=lambda cell: cell["metrics"]["validation"]["loss"])
-    best = {cell["cell"]["method"]: cell for cell in reversed(cells)}
-    rates = {name: [c["cell"]["learning_rate"] for c in cells if c["cell"]["method"] == name] for name in best}
-    rows = []
-    for name, cell in best.items():
-        test = cell["metrics"]["test"]
-        rows.append(
-            {
-                "way to train": f"`{name}`",
-                "learning rate, of": f"{cell['cell']['learning_rate']:g}, {len(rates[name])}",
-                "test loss": f"{test['loss']:.3f}",
-                "ROUGE-1": f"{test['rouge1']:.3f}",
-                "ROUGE-L": f"{test['rougeL']:.3f}",
-                "seconds": f"{cell['seconds']:.0f}",
-            }
-        )
-    return pd.DataFrame(sorted(rows, key=lambda row: row["test loss"]))
-
-
-HEADS = {
-    "lora+head:calibrated": "calibrated scale, the adapter's rate",
-    "lora+head:half": "half the scale",
-    "lora+head:quarter": "a quarter of the scale",
-    "lora+head:slow": "a tenth of the rate",
-}
-"""What bench/headstart.py of ec5d948 calls its choices of a head; `calibrated` is the fit at its training loss."""
-
-
-def head_choices(_: Results) -> pd.DataFrame:
-    """The fitted head's scale and learning rate: test accuracy (STS-B: Pearson), means over seeds."""
-    cells = pd.DataFrame({**cell["settings"], "curve": cell["curve"]} for cell in _cells("head_choices"))
-    rows = []
-    for (table, rate), of_table in cells.groupby(["table", "rate"]):
-        for method in HEADS:
-            result = of_table[of_table.method == method].curve
-            points = [[100 * point["accuracy"] for point in curve] for curve in result]
-            if points:
-                middle = [float(np.mean(curve)) for curve in points]
-                rows.append(
-                    {
-                        "table": table,
-                        "rate": f"{rate:g}",
-                        "fitted head": HEADS[method],
-                        "seeds": len(points),
-                        "before the first step": _mean([curve[0] for curve in points]),
-                        "mean over the curve": _mean(middle),
-                        "at its end": _mean([curve[-1] for curve in points]),
-                        "test loss": _mean([curve[-1]["loss"] for curve in result], 3),
-                    }
-                )
-    return pd.DataFrame(rows)
 
 
 def _mean(values: Sequence[float | None], digits: int = 1) -> str:
@@ -616,42 +493,6 @@ def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def capacity(_: Results) -> pd.DataFrame:
-    """Test loss at the rate that validation rows of the first seed chose."""
-    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("capacity")])
-    rows = []
-    for (mean, method), result in cells.groupby(["mean", "method"], sort=False):
-        first = result[result.seed == result.seed.min()]
-        rate = first.loc[first.validation.idxmin(), "rate"]
-        best = result[result.rate == rate]
-        rows.append(
-            {
-                "mean rank": f"{mean:g}",
-                "ranks": method,
-                "learning rate": f"{rate:g}",
-                "parameters": f"{best.parameters.iloc[0]:,}",
-                "test loss": _spread(best.test, 3),
-            }
-        )
-    return pd.DataFrame(rows).sort_values(["mean rank", "test loss"])
-
-
-def depth(_: Results) -> pd.DataFrame:
-    """What adapters in the top blocks only cost and save, at equal steps and parameters; means over seeds."""
-    cells = pd.DataFrame([{**cell, **cell["settings"], **cell["curve"][-1]} for cell in _cells("depth")])
-    rows = []
-    for table, of_table in cells.groupby("table", sort=False):
-        whole = of_table[of_table.depth == "all"].set_index("seed").seconds
-        for blocks in sorted(of_table.depth.unique(), reverse=True):
-            of = of_table[of_table.depth == blocks]
-            row = {"table": table, "adapted blocks": blocks, "seeds": len(of), "learning rate": f"{of.rate.iloc[0]:g}"}
-            row |= {"accuracy": _spread(100 * of.accuracy), "test loss": _spread(of.loss, 3)}
-            rows.append(
-                {**row, "share of the seconds of all blocks": f"{(of.set_index('seed').seconds / whole).mean():.2f}"}
-            )
-    return pd.DataFrame(rows)
-
-
 WRONG = {
     "none": "as it is",
     "even-0.05": "5 %, any class",
@@ -664,72 +505,7 @@ WRONG = {
     "one-0.2": "20 %, all of one class",
     "weak-0.2": "20 %, a weak model's",
 }
-"""What the noise of bench/audit.py is called, in the table's order."""
-
-
-def audit(_: Results) -> pd.DataFrame:
-    """What the audit, cleanlab and a vote of neighbours find of the wrong labels; means over seeds."""
-    cells = pd.DataFrame(
-        {**cell["settings"], "classes": cell["classes"], "way": name, **result}
-        for cell in _cells("audit")
-        if "ours" in cell["ways"]
-        for name, result in cell["ways"].items()
-    )
-    cells["noise"] = pd.Categorical(cells["noise"], list(WRONG), ordered=True)
-    keys = ["classes", "table", "noise"]
-    means = cells.groupby([*keys, "way"], observed=True).mean(numeric_only=True).unstack("way")
-    means = means.sort_index(level=keys, ascending=[False, True, True])
-    seeds = cells.groupby(keys, observed=True).seed.nunique().reindex(means.index).to_list()
-
-    def column(measure: str, *ways: str, percent: bool = False) -> list[str]:
-        numbers = means[measure][list(ways)].map(lambda x: f"{100 * x:.1f} %" if percent else f"{x:.3f}")
-        return [" / ".join(row).replace("nan", "–") for row in numbers.to_numpy()]
-
-    return pd.DataFrame(
-        {
-            "table, classes": [f"{table}, {classes}" for classes, table, _ in means.index],
-            "wrong labels": [WRONG[noise] for *_, noise in means.index],
-            "seeds": seeds,
-            "average precision: ours / cleanlab / neighbours": column(
-                "average_precision", "ours", "cleanlab", "neighbours"
-            ),
-            "flagged: ours / cleanlab": column("flagged", "ours", "cleanlab", percent=True),
-            "of them wrong": column("precision", "ours", "cleanlab"),
-            "error of the probabilities": column("calibration_error", "ours", "cleanlab"),
-            "estimated rate": column("rate", "ours", "cleanlab", percent=True),
-        }
-    )
-
-
-def audit_deep(_: Results) -> pd.DataFrame:
-    """`audit --deep` beside the audit of frozen features, on the same wrong labels."""
-    cells = {(*cell["settings"].values(), "deep" in cell["ways"]): cell for cell in _cells("audit")}
-    rows = []
-    for table, noise, seed in sorted(key[:3] for key in cells if key[3]):
-        deep, frozen = (cells[table, noise, seed, fine_tuned]["ways"] for fine_tuned in (True, False))
-        ways = {"frozen": frozen["ours"], "cleanlab": frozen["cleanlab"], "--deep": deep["deep"]}
-        ways["loss of the same models"] = deep["deep loss"]
-        for name, way in ways.items():
-            numbers = {
-                "average precision": f"{way['average_precision']:.3f}",
-                "flagged": f"{100 * way['flagged']:.1f} %",
-                "of them wrong": "–" if way["precision"] is None else f"{way['precision']:.3f}",
-                "error of the probabilities": f"{way['calibration_error']:.3f}",
-                "estimated rate": "–" if way["rate"] is None else f"{100 * way['rate']:.1f} %",
-            }
-            rows.append({"table": table, "wrong labels": WRONG[noise], "way": name, **numbers})
-    return pd.DataFrame(rows)
-
-
-def audit_short(results: Results) -> pd.DataFrame:
-    """The audit beside cleanlab on the tables that a user should know about."""
-    table = audit(results)
-    names = ("as it is", "10 %, any class", "20 %, one certain class", "20 %, a weak model's")
-    rows = table[table["wrong labels"].isin(names) & table["table, classes"].str.startswith(("clinc", "bbc", "sst2"))]
-    rows = rows.drop(columns=["of them wrong", "seeds"])
-    precision = "average precision: ours / cleanlab"
-    rows = rows.rename(columns={f"{precision} / neighbours": precision})
-    return rows.assign(**{precision: rows[precision].str.rpartition(" / ")[0]})
+"""What the noise of bench/judge.py is called, in the table's order."""
 
 
 GOALS: dict[str, tuple[str, Callable[[pd.DataFrame], bool]]] = {
@@ -801,8 +577,7 @@ def _mean_and_least(values: pd.Series) -> str | None:
 
 def problems(_: Results) -> Rows:
     """Each problem of a user with the command and what was measured, for README and the first page."""
-    result = audit(_).set_index(["table, classes", "wrong labels"]).loc[("clinc150, 150", "10 %, any class")]
-    flagged, wrong = (result[column].split(" / ")[0] for column in ("flagged: ours / cleanlab", "of them wrong"))
+    judged = dict(_judged(json.loads((RESULTS / "judge.json").read_text())))["uniform", "clinc150", "even-0.1"]
     start = headstart(_).set_index(["table", "way to train"])
     ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
     cells = differences.cells()
@@ -817,8 +592,8 @@ def problems(_: Results) -> Rows:
         _problem(
             "Some labels are wrong",
             "tsqlora audit train.csv",
-            f"CLINC150 with 10 % wrong labels ({result['seeds']} seed): flags {flagged} of the rows, "
-            f"{100 * float(wrong):.0f} % of them wrong; one forward pass",
+            f"CLINC150 with 10 % wrong labels ({len(judged)} seeds): calls {100 * judged.left_out.mean():.1f} % of the "
+            f"rows wrong, {100 * judged.precision.mean():.0f} % of them are; one forward pass",
         ),
         _problem(
             "Many classes, slow start",
@@ -879,16 +654,7 @@ def _problem(problem: str, command: str, result: str) -> dict[str, str]:
     return {"your problem": problem, "command": f"`{command}`", "measured": result}
 
 
-def _spread(values: pd.Series, digits: int = 1) -> str:
-    return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
-
-
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
-    "audit": audit,
-    "audit-short": audit_short,
-    "audit-deep": audit_deep,
-    "capacity": capacity,
-    "depth": depth,
     "faults": faults,
     "faults-kills": faults_kills,
     "faults-mended": faults_mended,
@@ -911,12 +677,8 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-steps": scale_steps,
     "headstart": headstart,
     "headstart-short": headstart_short,
-    "media": media,
-    "head-choices": head_choices,
-    "mixed-pool": mixed_pool,
     "scoring": scoring,
     "scoring-goals": scoring_goals,
-    "scoring-short": scoring_short,
     "servers": servers,
     **{
         f"worlds-{world}": partial(worlds, world)
@@ -926,7 +688,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "worlds-screen": worlds_screen,
     "worlds-careless": worlds_careless,
     "worlds-few": worlds_few,
-    "xsum": xsum,
 }
 
 

@@ -75,7 +75,7 @@ def measured_in_training(rank: int, world: int) -> Any:
 
 def in_training(rank: int, world: int, batches: list[Any]) -> Any:
     model = wrapped()
-    probe = Probe(lora_layers(model), "sensitivity")
+    probe = Probe(lora_layers(model), "sampled")
     with probe.watch(model):
         for batch in batches if world == 1 else batches[rank : rank + 1]:
             model(**collate(batch)).loss.backward()
@@ -196,8 +196,8 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
 
 def refused(rank: int, world: int) -> Any:
-    """The error in each process for rows that one cannot read, and for a journal."""
-    model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
+    """The error in each process for rows that one cannot read."""
+    model = lora(tiny_bert(layers=1))
 
     def broken(batch: list[Any]) -> dict[str, Tensor]:
         if rank == 1 and len(batch) == 5:
@@ -207,11 +207,9 @@ def refused(rank: int, world: int) -> Any:
     learned = samples(12, 3)
     teach(model, learned)
     options: dict[str, Any] = {"reference": list(range(12)), "batch_size": 5}
-    hashes = [str(j) for j in range(12)]
     return {
         "reference": error_of(lambda: score_by(model, learned, broken, **options)),
         "pass": error_of(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
-        "journal": error_of(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
     }
 
 

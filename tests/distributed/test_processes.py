@@ -141,8 +141,6 @@ def test_an_error_of_one_process_is_told_in_all(reports: list[dict[str, Any]]) -
     for name in ("reference", "pass"):
         assert first[name] == "TsqLoraError: process 1: ValueError: a broken row"
         assert second[name] == "ValueError: a broken row"
-    assert first["journal"] == second["journal"]
-    assert first["journal"].startswith("UnsupportedError")
 
 
 # --- FSDP2 --------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def show_review(console: Console, result: Mapping[str, Any]) -> None:
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
-    from tsqlora.quality.explain import WHY
+    from tsqlora.quality.reasons import WHY
 
     file, noise, dropped = result["scores"], result["noise"], result["dropped"]
     draw = "evenly"

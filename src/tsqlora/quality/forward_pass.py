@@ -20,7 +20,7 @@ from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import halves, retry_on_oom
-from tsqlora.quality.passes import HALF, Columns, Journal, identity_of, run_batches
+from tsqlora.quality.passes import HALF, Columns, parts_of, run_pass
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, RowNames
@@ -63,7 +63,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
-    """Results of the pass for every row, in the data set's order."""
+    """Results of the pass for every row, in the data set's order.
+
+    Only the first process has features, dense inputs and means; in the others these have no rows.
+    """
 
     labels: np.ndarray
     """Class ids, n × k of 0 and 1, or numbers; for text and tags the number of tokens with a target."""
@@ -89,26 +92,23 @@ def forward_pass(
     rows: RowNames | None = None,
     mean: bool = False,
     kind: str = "row",
-) -> tuple[Forward | None, Head | None]:
-    """Run the pass; return its results in the first process, and the head in all.
+) -> tuple[Forward, Head | None]:
+    """Run the pass, in all processes; return its results and the head.
 
     `collate` must give each sample a row. With `mean` the rows' mean hidden states are recorded, too. Raises DataError
     for a label that the loss cannot use; `kind` says which rows they are.
     """
     rows = rows or RowNames()
     lengths = distributed.together(lambda: lengths_of(dataset) if rows.lengths is None else rows.lengths)
-    batches = sorted_batches(lengths, compute.batch_size)
     exact = precision(next(model.parameters()).device, compute.autocast, cache=False)
     # In evaluation mode the global generators are restored: rows may draw random numbers, as augmentation does.
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
-        head = first = journal = None
+        head = first = None
         if isinstance(task, Answers):
             # If one process cannot read its rows, all raise the error.
-            head, first = distributed.together(lambda: read_head(model, dataset, batches[0], collate, task))
-        if compute.journal is not None:
-            settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
-            settings |= {"autocast": str(compute.autocast), "mean": mean}
-            journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), lengths, [], settings))
+            longest = sorted_batches(lengths, compute.batch_size)[0]
+            head, first = distributed.together(lambda: read_head(model, dataset, longest, collate, task))
+        parts = parts_of(model, compute, "forward", rows.hashes, list(lengths), task, mean)
 
         def measure(indices: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
@@ -117,8 +117,8 @@ def forward_pass(
             columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
-        columns = run_batches(measure, batches, dataset, collate, compute, phase="look", journal=journal, first=first)
-    return (Forward(**columns) if distributed.is_first() else None), head
+        how = {"lengths": lengths, "phase": "look", "first": first, "parts": parts, "shared": True}
+        return Forward(**run_pass(model, measure, dataset, collate, compute, **how)), head
 
 
 def _columns(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tsqlora import distributed
 from tsqlora.compat.shapes import Float, Int
 from tsqlora.quality.forward_pass import Forward, forward_pass
 from tsqlora.quality.rows import Dataset
@@ -40,17 +39,11 @@ def with_reference(model: nn.Module, request: LookRequest) -> LookRequest:
 
     def measured(dataset: Dataset, **options: Any) -> Pairs:
         forward, _ = forward_pass(model, dataset, request.collate, task=request.task, **options)
-
-        def columns() -> tuple[np.ndarray, np.ndarray]:
-            assert forward is not None
-            assert forward.logits is not None
-            return forward.logits[:, 0], forward.labels
-
-        return Pairs(dataset, *distributed.once(columns))
+        assert forward.logits is not None
+        return Pairs(dataset, forward.logits[:, 0], forward.labels)
 
     compute, trusted = request.compute, request.trusted
-    journal = None if compute.journal is None else compute.journal / "reference"
-    pool = measured(request.dataset, compute=replace(compute, journal=journal), rows=request.rows)
+    pool = measured(request.dataset, compute=compute, rows=request.rows)
     if trusted is not None:
-        trusted = replace(trusted, rows=measured(trusted.rows, compute=replace(compute, journal=None, progress=None)))
+        trusted = replace(trusted, rows=measured(trusted.rows, compute=replace(compute, parts=None, progress=None)))
     return replace(request, dataset=pool, trusted=trusted)

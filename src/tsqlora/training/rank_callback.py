@@ -18,7 +18,7 @@ from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.layer_sensitivity import Estimator, get_estimator, name_of, sensitivity_rows
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.fallback import is_ready
+from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.moves import require_policy
