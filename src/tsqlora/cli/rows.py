@@ -161,7 +161,7 @@ def audit(
         console.show(apply_review(apply, out, encoding=encoding), as_json, show_review)
         return
     from tsqlora.compat.hub import require_model
-    from tsqlora.data.rows import require_source
+    from tsqlora.data.sources import require_source
     from tsqlora.run.config import load_config
 
     if model is not None:

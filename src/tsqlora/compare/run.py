@@ -18,6 +18,7 @@ from tsqlora import distributed
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import POLICIES, build
 from tsqlora.data.prepare import prepare
+from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.sampling import draw_size
@@ -45,7 +46,7 @@ def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | N
         warnings.simplefilter("always")
         job = load(settings)
         steps = planned_steps(job, cell, equal=equal)
-        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
+        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": data_hash(job.data)}, {"steps": steps})
         try:
             result |= _train(job, cell, steps, record, progress)
         except TsqLoraError as error:
@@ -60,7 +61,7 @@ def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | N
         "cost": {phase: asdict(cost) for phase, cost in record.cost.items()},
         "seconds": sum(cost.seconds for phase, cost in record.cost.items() if phase != "evaluation"),
         "peak_memory_bytes": peak_memory(),
-        "data_hash": job.data.hash,
+        "data_hash": data_hash(job.data),
         "task": job.task.name,
         "notes": record.notes,
         "versions": record.versions,
@@ -80,7 +81,7 @@ def preflight(
         warnings.simplefilter("ignore")  # each cell records its own
         job = load(settings_of(config, _plain_cell(config, seed)))
         for entry in entries:
-            pretrained = load_model(job.config, job.task, job.data.splits.labels)
+            pretrained = load_model(job.config, job.task, job.train.classes)
             cell = Cell(entry, seed, config.training.learning_rate)
             try:
                 _rehearse(replace(job, pretrained=pretrained), cell, equal)
@@ -98,9 +99,9 @@ def _plain_cell(config: Config, seed: int) -> Cell:
 def _rows_hash(job: Job, config: Config) -> str:
     # The seed decides the rows only if it splits off the validation rows.
     if config.data.validation is not None or config.training.seed == job.config.training.seed:
-        return job.data.hash
+        return data_hash(job.data)
     tokenizer, seq2seq = job.pretrained.tokenizer, config.task.type == "seq2seq"
-    return prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq).hash
+    return data_hash(prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq))
 
 
 class _Begun(Exception):
@@ -134,7 +135,7 @@ def planned_steps(job: Job, cell: Cell, *, equal: Equal) -> int:
 
     With equal epochs, the policy `all` has epochs of all rows.
     """
-    config, rows = job.config, len(job.data.samples["train"])
+    config, rows = job.config, len(job.train)
     if config.training.max_steps is not None:
         return config.training.max_steps
     share = 1.0 if cell.entry.policy == "all" and equal == "epochs" else config.quality.fraction

@@ -1,15 +1,38 @@
-"""Cells of rows: missing values, text, and the hash that identifies a row."""
+"""Rows and their cells: missing values, text, and the hash that identifies a row."""
 
 import hashlib
 import json
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tsqlora.data.columns import Columns
 from tsqlora.data.folders import content_hash
-from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table.
+
+    Args:
+        cells: its values by column.
+        source: the name of its table.
+        number: its line or row there, from 1, or its file.
+        id: its place in the table's file, from 0.
+    """
+
+    cells: dict[str, Any]
+    source: str
+    number: int | str
+    id: int
+
+    @property
+    def place(self) -> str:
+        """File and line, for errors: `train.jsonl:17`."""
+        return f"{self.source}:{self.number}"
 
 
 def is_missing(value: Any) -> bool:
@@ -32,31 +55,31 @@ def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     return None if missing is None else f"no {columns[missing]} in column '{missing}'"
 
 
-def text_at(rows: Rows, i: int, column: str) -> str:
-    """The text of row i in a column.  Raises MissingError with file and row if it is empty."""
-    value = rows.rows[i].get(column)
+def text_at(row: Row, column: str) -> str:
+    """The text in a column.  Raises MissingError with file and row if it is empty."""
+    value = row.cells.get(column)
     if is_missing(value):
-        raise MissingError(rows.place(i), f"no text in column '{column}'")
-    return as_text(value, f"column '{column}'", rows.place(i))
+        raise MissingError(row.place, f"no text in column '{column}'")
+    return as_text(value, f"column '{column}'", row.place)
 
 
-def tokens_at(rows: Rows, i: int, column: str) -> list[str]:
-    """The tokens of row i.  Raises MissingError with file and row if there are none, DataError if they are no list."""
-    value = rows.rows[i].get(column)
+def tokens_at(row: Row, column: str) -> list[str]:
+    """The tokens of a row.  Raises MissingError with file and row if there are none, DataError if they are no list."""
+    value = row.cells.get(column)
     if is_missing(value) or value == []:
-        raise MissingError(rows.place(i), f"no tokens in column '{column}'")
+        raise MissingError(row.place, f"no tokens in column '{column}'")
     if not isinstance(value, list):
         raise DataError(
-            f"{rows.place(i)}: column '{column}' holds {type(value).__name__} {reprlib.repr(value)}, not a list of "
+            f"{row.place}: column '{column}' holds {type(value).__name__} {reprlib.repr(value)}, not a list of "
             "tokens; write lists, in JSON lines or Parquet"
         )
-    return [as_text(token, f"column '{column}'", rows.place(i)) for token in value]
+    return [as_text(token, f"column '{column}'", row.place) for token in value]
 
 
-def text_or_empty(rows: Rows, i: int, column: str | None) -> str:
-    """The text of row i in a column; "" if the cell is empty or the column is missing."""
-    value = None if column is None else rows.rows[i].get(column)
-    return "" if is_missing(value) else as_text(value, f"column '{column}'", rows.place(i))
+def text_or_empty(row: Row, column: str | None) -> str:
+    """The text in a column; "" if the cell is empty or the column is missing."""
+    value = None if column is None else row.cells.get(column)
+    return "" if is_missing(value) else as_text(value, f"column '{column}'", row.place)
 
 
 def as_text(value: Any, where: str, place: str) -> str:
@@ -71,15 +94,15 @@ def as_text(value: Any, where: str, place: str) -> str:
     return value
 
 
-def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+def row_text(cells: Mapping[str, Any], columns: Columns) -> str:
     """The system prompt, text and second text of a row, a line each; of a chat, a line a message; tokens with spaces.
 
-    >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, {"text": "q", "text_pair": "chat"})
+    >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, Columns("q", "chat", None))
     'Why?\\nuser: Hi.'
     """
-    names = (columns.get("system"), columns["text"], columns["text_pair"])
-    cells = (row.get(name) for name in names if name is not None)
-    return "\n".join(_cell_text(cell) for cell in cells if cell is not None)
+    names = (columns.system, columns.text, columns.text_pair)
+    used = (cells.get(name) for name in names if name is not None)
+    return "\n".join(_cell_text(cell) for cell in used if cell is not None)
 
 
 def _cell_text(cell: Any) -> str:
@@ -95,21 +118,22 @@ def sample_hash(text: str, pair: str, label: str) -> str:
     return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
 
 
-def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; a missing one counts as empty.
+def row_hash(cells: Mapping[str, Any], columns: Columns) -> str:
+    """`sample_hash` of a row's text, second text and label; a missing one counts as empty.
 
     The label counts as the row writes it: its class id would change with the other classes. Of a file its content
     counts.
     """
-    used = (columns["text"], columns["text_pair"], columns["label"])
-    values = [None if column is None else row.get(column) for column in used]
-    if columns.get("media"):
+    values = [None if c is None else cells.get(c) for c in (columns.text, columns.text_pair, columns.label)]
+    if columns.media:
         values[0] = content_hash(str(values[0]))
-    return sample_hash(*("" if value is None else _written(value) for value in values))
-
-
-def _written(value: Any) -> str:
     # Lists (chats) as JSON with sorted keys: Parquet may change the order of keys.
-    if isinstance(value, list | dict):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return str(value)
+    written = (
+        json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+        if isinstance(value, list | dict)
+        else ""
+        if value is None
+        else str(value)
+        for value in values
+    )
+    return sample_hash(*written)

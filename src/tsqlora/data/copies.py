@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tsqlora.data.dialect import TABLES, Dialect
 from tsqlora.data.readers import is_array, json_lines, parquet_file, records
-from tsqlora.data.rows import Source
+from tsqlora.data.table import Table
 from tsqlora.data.write import csv_quoting, write_rows
 from tsqlora.files import parents_of, replacing
 
@@ -42,19 +42,19 @@ def copy_rows(source: Path, out: Path, places: np.ndarray, dialect: Dialect) -> 
             _copy_text(source, unfinished, dialect, places.tolist())
 
 
-def corrected_name(source: Source) -> str:
+def corrected_name(source: Table) -> str:
     """File name of a corrected copy: in the source's format; JSON lines for a hub data set."""
     return f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
 
 
-def write_corrected(source: Source, out: Path, column: str, labels: Labels) -> None:
+def write_corrected(source: Table, out: Path, column: str, labels: Labels) -> None:
     """Write a copy with new labels atomically; other rows stay byte for byte, except in a JSON array.
 
     A row with a new label keeps its other values, but not always its quotes and the digits of its numbers (1.50).
     """
     path = source.path
     if path is None:
-        rows = [{**row, column: labels[i]} if i in labels else row for i, row in enumerate(source.read().rows)]
+        rows = [{**row.cells, column: labels[row.id]} if row.id in labels else row.cells for row in source]
         write_rows(out, rows)
         return
     with replacing(out) as unfinished:

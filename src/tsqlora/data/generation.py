@@ -1,19 +1,18 @@
 """Tokenise rows of texts, with loss on their targets alone."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import row_hash
+from tsqlora.data.cells import Row
 from tsqlora.data.formats import Format
 from tsqlora.data.formats.chats import Chat, Example, Manner
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.table import Samples, of_rows
 from tsqlora.data.target_tokens import (
     Run,
     ended,
@@ -42,7 +41,7 @@ class Tokenised:
 
 
 def tokenise_generation(
-    rows: Rows,
+    rows: Sequence[Row],
     format: Format,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -50,7 +49,7 @@ def tokenise_generation(
     seq2seq: bool,
     with_targets: bool = True,
     measured: bool = False,
-) -> TokenisedSplit:
+) -> Samples:
     """One sample a row, not padded: input_ids, attention_mask, and labels if `with_targets`.
 
     The input of a causal model is prompt and target, and labels are -100 outside targets. The input of a
@@ -66,22 +65,21 @@ def tokenise_generation(
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
-    examples = [format.read(rows, i, manner) for i in range(len(rows))]
+    examples = [format.read(row, manner) for row in rows]
     tokenised = (_seq2seq if seq2seq else _causal)(examples, rows, tokenizer, max_length)
-    used = asdict(format.columns)
     fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
-    return TokenisedSplit(
+    return of_rows(
         [tokenised[i].sample for i in fitting],
-        tuple(row_hash(rows.rows[i], used) for i in fitting),
-        sum(tokenised[i].cut for i in fitting),
-        rows.ids[fitting],
-        tuple((rows.place(i), one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
+        [rows[i] for i in fitting],
+        format.columns,
+        truncated=sum(tokenised[i].cut for i in fitting),
+        left_out=tuple((rows[i].place, one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
     )
 
 
 def tokenise_pairs(
-    rows: Rows, format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> TokenisedSplit:
+    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Samples:
     """One sample a preference row: both answers, each after its prompt, in one list, and where the second begins.
 
     A row is left out if one of its answers does not fit whole.
@@ -91,17 +89,14 @@ def tokenise_pairs(
     chosen, rejected = (
         tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in (format, swapped)
     )
-    first, second = (
-        {int(row): j for j, row in enumerate(rows.ids if split.ids is None else split.ids)}
-        for split in (chosen, rejected)
-    )
+    first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]
     samples = list[dict[str, Any]]()
     for row in both:
         one, other = chosen[first[row]], rejected[second[row]]
         samples.append({key: [*one[key], *other[key]] for key in one} | {"second": len(one["input_ids"])})
     left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
-    return TokenisedSplit(
+    return Samples(
         samples,
         tuple(chosen.hashes[first[row]] for row in both),
         max(chosen.truncated, rejected.truncated),
@@ -110,7 +105,7 @@ def tokenise_pairs(
     )
 
 
-def require_some(split: TokenisedSplit, source: str, max_length: int) -> None:
+def require_some(split: Samples, source: str, max_length: int) -> None:
     """Raises DataError if no target fits whole, so that no token would have a loss."""
     if not len(split):
         raise DataError(
@@ -119,38 +114,45 @@ def require_some(split: TokenisedSplit, source: str, max_length: int) -> None:
         )
 
 
-def left_out(split: TokenisedSplit) -> str | None:
-    """A note that counts the rows left out and lists the first; None if there are none."""
+def left_out(split: Samples) -> list[str]:
+    """A note that counts the rows left out and lists the first, if there are any."""
     if not split.left_out:
-        return None
+        return []
     count, first = len(split.left_out), ", ".join(place for place, _ in split.left_out[:_SHOWN])
     more = ", …" if count > _SHOWN else ""
-    return f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"
+    return [f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"]
 
 
-def references(rows: Rows, format: Format) -> list[str]:
+PLAINLY = Manner(seq2seq=False, chat=False)
+
+
+def references(rows: Iterable[Row], format: Format) -> list[str]:
     """Each row's target, of a chat the last assistant turn, without white space around it."""
-    examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
-    return [_last_target(example).strip() for example in examples]
+    return [_last_target(format.read(row, PLAINLY)).strip() for row in rows]
 
 
-def inputs(rows: Rows, format: Format) -> list[str]:
-    """Each row's input as text: the prompt, or a chat's turns before the last answer.
+def input_of(row: Row, format: Format) -> str:
+    """A row's input as text: the prompt, or a chat's turns before the last answer.
 
     Of a row without a prompt, such as plain text, the whole text.
     """
-    examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
-    return [_input(example) for example in examples]
+    example = format.read(row, PLAINLY)
+    if isinstance(example, Example):
+        return example.prompt or str(example.target)
+    before = example.turns[:-1]
+    # Answers to one system prompt alone would all have the same input.
+    lone = all(turn.role == "system" for turn in before)
+    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
 
 
 def _causal(
-    examples: Sequence[Example | Chat], rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
     front, _ = special_tokens(tokenizer)
-    pieces = [pieces_of(example, tokenizer, rows.place(i)) for i, example in enumerate(examples)]
+    pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
     tokenised = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
-        require_tokens(runs[-1].ids, rows.place(i))
+        require_tokens(runs[-1].ids, rows[i].place)
         if isinstance(example, Chat):  # the template writes the special tokens
             opening, runs = split_opening(runs, tokenizer)
         else:
@@ -182,7 +184,7 @@ def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Toke
 
 
 def _seq2seq(
-    examples: Sequence[Example | Chat], rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
     front, back = special_tokens(tokenizer)
     room = max_length - len(front) - len(back)
@@ -192,11 +194,11 @@ def _seq2seq(
     targets = target_tokens([target for _, target in sides if target is not None], tokenizer)
     special, tokenised = set(tokenizer.all_special_ids), []
     for i, ids in enumerate(sources):
-        require_tokens(ids, rows.place(i))
+        require_tokens(ids, rows[i].place)
         input_ids = [*front, *ids[-room:], *back]
         sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
         if targets:
-            require_tokens([token for token in targets[i] if token not in special], rows.place(i))
+            require_tokens([token for token in targets[i] if token not in special], rows[i].place)
             sample["labels"] = targets[i]
         tokenised.append(Tokenised(sample, len(ids) > room, len(targets[i]) if targets else 0))
     return tokenised
@@ -205,15 +207,6 @@ def _seq2seq(
 def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
     """The least tokens that leave room for text: the special ones, and two."""
     return sum(map(len, special_tokens(tokenizer))) + 2
-
-
-def _input(example: Example | Chat) -> str:
-    if isinstance(example, Example):
-        return example.prompt or str(example.target)
-    before = example.turns[:-1]
-    # Answers to one system prompt alone would all have the same input.
-    lone = all(turn.role == "system" for turn in before)
-    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
 
 
 def _last_target(example: Example | Chat) -> str:

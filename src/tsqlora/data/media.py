@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from tsqlora.compat.shapes import Float
-from tsqlora.data.cells import row_hash, text_at
+from tsqlora.data.cells import Row, text_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.folders import content_hash
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
 
@@ -117,21 +116,20 @@ def thumbnail(path: str, size: int = 96) -> bytes:
 
 
 def encode_files(
-    rows: Rows, columns: Columns, _: Any, *, max_length: int, labels: Sequence[Any] | None
-) -> TokenisedSplit:
+    rows: Sequence[Row], columns: Columns, _: Any, *, max_length: int, labels: Sequence[Any] | None
+) -> Samples:
     """One sample a row: the file, its content's hash, and its length; `MediaCollator` decodes it.
 
     Recordings are cut to `max_length` steps of 20 ms, unless it is 0; images have length 0.
     """
     samples, truncated = list[dict[str, Any]](), 0
-    for i in range(len(rows)):
-        path = text_at(rows, i, columns.text)
+    for i, row in enumerate(rows):
+        path = text_at(row, columns.text)
         length = _steps(path) if columns.media == "audio" else 0
         truncated += length > max_length > 0
         sample = {"file": path, "content": content_hash(path), "length": min(length, max_length or length)}
         samples.append(sample if labels is None else {**sample, "labels": labels[i]})
-    used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
+    return of_rows(samples, rows, columns, truncated=truncated)
 
 
 def _steps(path: str) -> int:

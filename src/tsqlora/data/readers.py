@@ -73,16 +73,6 @@ def _object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def read_parquet(path: Path, _: Dialect) -> Records:
-    """Each row with its number, from 1.  Raises DataError for a file that is not Parquet."""
-    number = 0
-    with parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
 @contextmanager
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.  Raises DataError for other files, also while it is read."""
@@ -183,5 +173,6 @@ READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
-    ".parquet": read_parquet,
 }
+"""Readers of text files; `parquet_file` is that of Parquet."""
+SUFFIXES = (*READERS, ".parquet")

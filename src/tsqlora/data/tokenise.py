@@ -1,28 +1,26 @@
 """Tokenise rows of texts with one answer each, and rows of tokens with a tag each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import row_hash, text_at, tokens_at
+from tsqlora.data.cells import Row, text_at, tokens_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.media import encode_files
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 
 
 def tokenise(
-    rows: Rows,
+    rows: Sequence[Row],
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     labels: Sequence[Any] | None,
-) -> TokenisedSplit:
+) -> Samples:
     """One sample a row, of at most `max_length` tokens, not padded; `labels` are encoded, or None.
 
     Raises DataError with file and row for a text that is missing or not text, SettingsError if `max_length`
@@ -30,8 +28,8 @@ def tokenise(
     """
     pair = columns.text_pair
     require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
-    texts = [text_at(rows, i, columns.text) for i in range(len(rows))]
-    pairs = None if pair is None else [text_at(rows, i, pair) for i in range(len(rows))]
+    texts = [text_at(row, columns.text) for row in rows]
+    pairs = None if pair is None else [text_at(row, pair) for row in rows]
     samples = _call(tokenizer, texts, pairs, max_length=None)
     long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
     if long:  # only these are tokenised twice
@@ -39,22 +37,21 @@ def tokenise(
         cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
         for i, sample in zip(long, cut, strict=True):
             samples[i] = sample
-    for i, sample in enumerate(samples):
-        require_tokens(sample["input_ids"], rows.place(i))
+    for row, sample in zip(rows, samples, strict=True):
+        require_tokens(sample["input_ids"], row.place)
     if labels is not None:
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
-    used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), len(long), rows.ids)
+    return of_rows(samples, rows, columns, truncated=len(long))
 
 
 def tokenise_words(
-    rows: Rows,
+    rows: Sequence[Row],
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     labels: Sequence[Sequence[int]] | None,
-) -> TokenisedSplit:
+) -> Samples:
     """One sample a row of tokens; the first piece of each has its tag as label, every other place -100.
 
     Without `labels` the first piece has the number of its token. A token behind the cut has no piece, and is counted.
@@ -64,23 +61,22 @@ def tokenise_words(
     if not tokenizer.is_fast:
         raise SettingsError("token classification needs a fast tokenizer (tokenizer.json); give another model")
     samples, truncated, cut = list[dict[str, Any]](), 0, 0
-    for i in range(len(rows)):
-        words = tokens_at(rows, i, columns.text)
+    for i, row in enumerate(rows):
+        words = tokens_at(row, columns.text)
         tags = range(len(words)) if labels is None else labels[i]
         whole = tokenizer(words, is_split_into_words=True, verbose=False)
         part = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
         own = [-1 if j is None else j for j in part.word_ids()]
-        require_tokens([j for j in own if j >= 0], rows.place(i))
+        require_tokens([j for j in own if j >= 0], row.place)
         first = [j >= 0 and j != before for before, j in zip([-1, *own], own, strict=False)]
         truncated += len(part["input_ids"]) < len(whole["input_ids"])
         cut += len({j for j in whole.word_ids() if j is not None} - set(own))
         targets = [tags[j] if begins else IGNORED for j, begins in zip(own, first, strict=True)]
         samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
-    used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids, cut_words=cut)
+    return of_rows(samples, rows, columns, truncated=truncated, cut_words=cut)
 
 
-def encoder(columns: Columns, *, by_word: bool) -> Callable[..., TokenisedSplit]:
+def encoder(columns: Columns, *, by_word: bool) -> Callable[..., Samples]:
     """The function that makes samples of rows: files, tokens with tags, or texts."""
     return encode_files if columns.media else tokenise_words if by_word else tokenise
 

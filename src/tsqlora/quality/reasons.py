@@ -1,6 +1,7 @@
 """Explain scores: the rows worth reading, with text, label, prediction and terms."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.data.cells import row_hash, row_text
+from tsqlora.data.columns import Columns
 from tsqlora.data.dialect import Hints
 from tsqlora.data.formats import PREFERENCE
-from tsqlora.data.rows import Source, open_split
+from tsqlora.data.sources import open_table
+from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import REASONS, Scores
 
@@ -145,7 +148,7 @@ def texts_or_why(
     if not remote and not Path(source).exists():
         return {}, f"{source} is not on this machine"
     try:
-        texts = _find_texts(scores, rows, open_split(source, split="train", hints=hints_of(scores)))
+        texts = _find_texts(scores, rows, open_table(source, split="train", hints=hints_of(scores)))
     except (DataError, OSError, UnicodeError) as error:
         return {}, f"{source} cannot be read ({error})"
     if missing := len(rows) - len(texts):
@@ -153,27 +156,23 @@ def texts_or_why(
     return texts, None
 
 
-def _find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
+def _find_texts(scores: Scores, rows: Iterable[int], table: Table) -> dict[int, str]:
     """Return the text of each row that the source still has: pairs and messages on separate lines, targets after →."""
-    columns = scores.record.columns
     assert scores.hashes is not None
-    assert columns is not None
-    target = columns["label"] if scores.record.format is not None else None
-    pair = columns["text_pair"] if scores.record.format == PREFERENCE else None
-    shown = columns if pair is None else {**columns, "text_pair": None}
+    assert scores.record.columns is not None
+    columns = Columns(**scores.record.columns)
+    target = columns.label if scores.record.format is not None else None
+    pair = columns.text_pair if scores.record.format == PREFERENCE else None
+    shown = columns if pair is None else replace(columns, text_pair=None)
     hashes = {int(j): scores.hashes[j] for j in rows}
     required, texts = set(hashes.values()), dict[str, str]()
-    for chunk in source.with_files(columns).chunks():
-        for row in chunk.rows:
-            if (name := row_hash(row, columns)) in required:
-                texts[name] = row_text(row, shown) + ("" if target is None else f"\n→ {_written(row, target)}")
-                if pair is not None:
-                    texts[name] += f"\nrejected → {_written(row, pair)}"
+    for cells in (row.cells for row in table.using(columns)):
+        if (name := row_hash(cells, columns)) in required:
+            texts[name] = row_text(cells, shown)
+            for arrow, column in (("→", target), ("rejected →", pair)):
+                if column is not None:
+                    texts[name] += f"\n{arrow} {row_text(cells, Columns(column, None, None))}"
     return {j: texts[name] for j, name in hashes.items() if name in texts}
-
-
-def _written(row: Mapping[str, Any], column: str) -> str:
-    return row_text(row, {"text": column, "text_pair": None})
 
 
 def named(scores: Scores, value: Any) -> Any:

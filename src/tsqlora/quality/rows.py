@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from tsqlora.data.samples import ArrowSamples, TokenisedSplit, length_of
+from tsqlora.data.table import ArrowSamples, Samples, length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
 from tsqlora.tasks.generation import IGNORED
@@ -97,7 +97,7 @@ def content_of(row: Any) -> tuple[Any, ...] | None:
 
 def lengths_of(dataset: Dataset) -> Sequence[int]:
     """Return token counts of rows in memory or of a datasets.Dataset, else zeros; only speed depends on them."""
-    if isinstance(dataset, TokenisedSplit):
+    if isinstance(dataset, Samples):
         return dataset.lengths
     if isinstance(dataset, list | tuple):
         return [length_of(r) if isinstance(r, Mapping) and {"input_ids", "length"} & {*r} else 0 for r in dataset]

@@ -65,7 +65,7 @@ class ScoreRecord:
 
     data: str | None = None
     """File or hub id of the rows."""
-    columns: Mapping[str, str | None] | None = None
+    columns: Mapping[str, Any] | None = None
     classes: Sequence[Any] | None = None
     """Class names by number."""
     format: str | None = None

@@ -92,7 +92,7 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
     job = load(config)
     scores = score(
         with_adapter(config, job.pretrained),
-        job.data.samples["train"],
+        job.train.samples,
         job.collate,
         rule=scoring_rule(config),
         task=job.task,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.compat.torch import double
-from tsqlora.data.samples import length_of
+from tsqlora.data.table import length_of
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.progress import Progress
 from tsqlora.quality.passes import Columns, run_pass

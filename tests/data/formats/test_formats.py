@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from tables import rows_of
 from tsqlora.data.formats import find_format
 from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
-from tsqlora.data.rows import Rows, column_names
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
 
 CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)
@@ -14,13 +14,9 @@ CHAT, PROMPT = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
-def rows_of(*rows: dict[str, Any]) -> Rows:
-    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
-
-
 def read(row: dict[str, Any], manner: Manner = CAUSAL) -> Example | Chat:
-    rows = rows_of(row)
-    return find_format(column_names(rows), source="train.jsonl").read(rows, 0, manner)
+    (row,) = rows_of(row)
+    return find_format([*row.cells], source="train.jsonl").read(row, manner)
 
 
 def error(row: dict[str, Any], manner: Manner = CAUSAL, kind: type[TsqLoraError] = DataError) -> str:
@@ -84,9 +80,9 @@ def test_plain_text_is_all_target_or_all_prompt() -> None:
     "row", [{"prompt": "a"}, {"instruction": "a", "input": ""}, {"document": "a"}, {"prompt": "a", "completion": None}]
 )
 def test_targets_are_not_prompt_for_where_they_are_not_read(row: dict[str, Any]) -> None:
-    rows = rows_of(row)
+    (made,) = rows_of(row)
     names = (*row, "completion", "output", "summary")
-    turns = find_format(names, source="train.jsonl").read(rows, 0, Manner(seq2seq=False, chat=False, targets=False))
+    turns = find_format(names, source="train.jsonl").read(made, Manner(seq2seq=False, chat=False, targets=False))
     assert isinstance(turns, Example)
     assert turns.target is None
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from tables import names_of, rows_of
 from tsqlora.data.columns import USUAL_PAIR, USUAL_TEXT
 from tsqlora.data.formats import ANSWERS, FORMATS, find_format, pair_format
 from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
-from tsqlora.data.rows import Rows, column_names
 from tsqlora.errors import DataError, TsqLoraError
 
 METADATA = {"id", "idx", "source", "url", "title", "category", "label", "labels", "class", "score"}
@@ -60,16 +60,12 @@ def encoded(example: Example | Chat) -> str:
     return f"{example.prompt}\n{example.target}"
 
 
-def rows_of(row: dict[str, Any]) -> Rows:
-    return Rows((row,), "train.jsonl", (7,))
-
-
 def require_said(row: dict[str, Any], manner: Manner, *, pairs: bool = False) -> None:
     """Every column is read, metadata, or named by the error."""
     rows, refusal = rows_of(row), ""
     try:
-        format = (pair_format if pairs else find_format)(column_names(rows), source="train.jsonl")
-        seen = encoded(format.read(rows, 0, manner))
+        format = (pair_format if pairs else find_format)(names_of(rows), source="train.jsonl")
+        seen = encoded(format.read(rows[0], manner))
     except TsqLoraError as error:
         refusal = str(error)
     if refusal:
@@ -101,7 +97,7 @@ def test_metadata_changes_nothing() -> None:
 
 def read(row: dict[str, Any], manner: Manner = MANNERS[0], **named: Any) -> Example | Chat:
     rows = rows_of(row)
-    return find_format(column_names(rows), source="train.jsonl", **named).read(rows, 0, manner)
+    return find_format(names_of(rows), source="train.jsonl", **named).read(rows[0], manner)
 
 
 SQUAD = {
@@ -175,5 +171,5 @@ def test_answers_do_not_matter_where_none_is_read() -> None:
 def test_preference_rows_have_their_prompt_under_its_usual_names() -> None:
     """Intel/orca_dpo_pairs has system and question."""
     rows = rows_of({"system": "Be brief.", "question": "Hi", "chosen": "Ho", "rejected": "No"})
-    format = pair_format(column_names(rows), source="train.jsonl")
-    assert format.read(rows, 0, MANNERS[0]) == Example("Be brief.\n\nHi", "Ho")
+    format = pair_format(names_of(rows), source="train.jsonl")
+    assert format.read(rows[0], MANNERS[0]) == Example("Be brief.\n\nHi", "Ho")

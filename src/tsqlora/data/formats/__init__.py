@@ -3,12 +3,12 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from tsqlora.data.cells import Row
 from tsqlora.data.columns import USUAL_PAIR, USUAL_TEXT, Columns, named_columns, quoted
 from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
 from tsqlora.data.formats.leftovers import refuse_leftovers
 from tsqlora.data.formats.pairs import PAIRS, read_pair, require_pairs
 from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
-from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, SettingsError, nearest
 
 
@@ -17,14 +17,14 @@ class Kind:
     """A row format: a reader, and the usual names of its columns.
 
     Args:
-        read: read row i of some rows, with these columns, for a model of this manner.
+        read: read a row, with these columns, for a model of this manner.
         usual: pairs of prompt and target; the target is None if one column holds both.
         further: names for a second part of the prompt, which is optional.
         setting: the setting that names the column, if one column holds both.
         system: whether a system prompt may stand in another column.
     """
 
-    read: Callable[[Rows, int, Columns, Manner], Example | Chat]
+    read: Callable[[Row, Columns, Manner], Example | Chat]
     usual: tuple[tuple[str, str | None], ...]
     further: tuple[str, ...] = ()
     setting: str = "data.prompt"
@@ -97,13 +97,13 @@ class Format:
     columns: Columns
     whole: bool = field(default=True, compare=False)
 
-    def read(self, rows: Rows, i: int, manner: Manner) -> Example | Chat:
-        """Row i as prompt and target.  Raises DataError if the model would not read a column in PARTS."""
+    def read(self, row: Row, manner: Manner) -> Example | Chat:
+        """A row as prompt and target.  Raises DataError if the model would not read a column in PARTS."""
         read = read_pair if self.name == PREFERENCE else FORMATS[self.name].read
-        example = read(rows, i, self.columns, manner)
+        example = read(row, self.columns, manner)
         parts = PARTS if manner.targets else PARTS - ANSWERS
         cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
-        refuse_leftovers(rows, i, self.columns, parts if self.whole else (), cure)
+        refuse_leftovers(row, self.columns, parts if self.whole else (), cure)
         return example
 
 

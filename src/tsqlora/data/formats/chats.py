@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tsqlora.data.cells import MissingError, as_text, is_missing, text_or_empty
+from tsqlora.data.cells import MissingError, Row, as_text, is_missing, text_or_empty
 from tsqlora.data.columns import Columns
-from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
 
 
@@ -76,18 +75,18 @@ SHAREGPT = Keys(
 )
 
 
-def read_messages(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
+def read_messages(row: Row, columns: Columns, manner: Manner) -> Chat:
     """A list of {"role": …, "content": …}."""
-    return read_chat(rows, i, columns, manner, MESSAGES)
+    return read_chat(row, columns, manner, MESSAGES)
 
 
-def read_sharegpt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
+def read_sharegpt(row: Row, columns: Columns, manner: Manner) -> Chat:
     """A list of {"from": …, "value": …}, with the roles of chat templates: human is user, gpt is assistant."""
-    return read_chat(rows, i, columns, manner, SHAREGPT)
+    return read_chat(row, columns, manner, SHAREGPT)
 
 
-def read_chat(rows: Rows, i: int, columns: Columns, manner: Manner, keys: Keys) -> Chat:
-    """The turns of row i up to the last answer, after its system prompt; without targets, all but a final answer.
+def read_chat(row: Row, columns: Columns, manner: Manner, keys: Keys) -> Chat:
+    """The turns of a row up to the last answer, after its system prompt; without targets, all but a final answer.
 
     Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
     contents, keys in UNREAD, weights, two system prompts, and a chat without a turn to write or to answer.
@@ -95,17 +94,17 @@ def read_chat(rows: Rows, i: int, columns: Columns, manner: Manner, keys: Keys) 
     column = columns.text
     if manner.seq2seq:
         raise UnsupportedError(
-            f"{rows.source}: chats in column '{column}' need task.type causal-lm; "
+            f"{row.source}: chats in column '{column}' need task.type causal-lm; "
             "for seq2seq give columns of text: data.prompt and data.target"
         )
-    place, messages = rows.place(i), rows.rows[i].get(column)
+    place, messages = row.place, row.cells.get(column)
     if is_missing(messages) or messages == []:
         raise MissingError(place, f"no messages in column '{column}'")
     if not isinstance(messages, list):
         cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
-    system = Turn("system", text_or_empty(rows, i, columns.system))
+    system = Turn("system", text_or_empty(row, columns.system))
     if system.content and turns[0] != system:
         if turns[0].role == "system":
             raise DataError(

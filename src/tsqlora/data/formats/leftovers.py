@@ -4,23 +4,23 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import astuple
 from typing import Any
 
-from tsqlora.data.cells import is_missing
+from tsqlora.data.cells import Row, is_missing
 from tsqlora.data.columns import Columns
-from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
 OF_CHATS = ("tools", "functions", "documents", "history")
 """What other trainers put into a chat's prompt, in their own ways."""
 
 
-def refuse_leftovers(rows: Rows, i: int, columns: Columns, parts: Collection[str], setting: str | None) -> None:
-    """Raises DataError if row i has an unread column among `parts` or OF_CHATS; `setting` names columns in its place.
+def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str | None) -> None:
+    """Raises DataError if a row has an unread column among `parts` or OF_CHATS; `setting` names columns in its place.
 
     A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
     has theirs, as a text of the whole row.
     """
-    row, used = rows.rows[i], astuple(columns)
-    for name, value in row.items():
+    used = astuple(columns)
+    read = [row.cells.get(column) for column in used if column is not None]
+    for name, value in row.cells.items():
         usual = name.strip().lower()
         if name in used or is_missing(value) or value in ([], {}):
             continue
@@ -29,12 +29,12 @@ def refuse_leftovers(rows: Rows, i: int, columns: Columns, parts: Collection[str
             if usual in ("functions", "documents") and not isinstance(value, list):
                 continue
             cure = ""
-        elif usual in parts and not _is_repeated(value, [row.get(column) for column in used if column is not None]):
+        elif usual in parts and not _is_repeated(value, read):
             cure = "" if setting is None else f"set {setting}, "
         else:
             continue
         raise DataError(
-            f"{rows.place(i)}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
+            f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
             f"{cure}move it into the text, or remove it"
         )
 

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsqlora.data import rows as rows_module
-from tsqlora.data.readers import READERS
-from tsqlora.data.rows import Source, column_names, open_splits, read_rows
+from tables import cells_of
+from tsqlora.data import table as table_module
+from tsqlora.data.readers import SUFFIXES
+from tsqlora.data.sources import open_table, open_tables
+from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -53,75 +56,75 @@ def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def error(source: str | Path, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read_rows(source, **options)
+        open_table(source, **options)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*a quote joins:UserWarning")
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @given(rows=TABLES)
 @ON_FILES
 def test_what_was_written_is_read_back_whatever_the_format(
     suffix: str, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    assert list(read_rows(write_as(tmp_path / f"t{suffix}", rows)).rows) == rows
+    assert list(cells_of(write_as(tmp_path / f"t{suffix}", rows))) == rows
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_typed_formats_keep_types(suffix: str, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1, "w": 0.5}, {"text": "b", "label": None, "w": 2.0}]
-    read = read_rows(write_as(tmp_path / f"t{suffix}", rows))
-    assert list(read.rows) == rows
+    read = open_table(write_as(tmp_path / f"t{suffix}", rows))
+    assert [row.cells for row in read] == rows
     assert read.typed
 
 
 def test_cells_of_a_csv_are_text_and_it_says_so(tmp_path: Path) -> None:
-    read = read_rows(write(tmp_path / "t.csv", "text,label\n12,3\n"))
-    assert read.rows == ({"text": "12", "label": "3"},)
+    read = open_table(write(tmp_path / "t.csv", "text,label\n12,3\n"))
+    assert [row.cells for row in read] == [{"text": "12", "label": "3"}]
     assert not read.typed
 
 
 def test_upper_case_extensions_and_byte_order_marks_are_fine(tmp_path: Path) -> None:
     for name, text in (("t.JSONL", '{"text": "é"}'), ("t.CSV", "text\né\n"), ("t.json", '[{"text": "é"}]')):
-        assert read_rows(write(tmp_path / name, text, "utf-8-sig")).rows == ({"text": "é"},)
+        assert cells_of(write(tmp_path / name, text, "utf-8-sig")) == ({"text": "é"},)
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
-    jsonl = read_rows(write(tmp_path / "t.jsonl", '\n{"text": "a"}\r\n  \n\n{"text": "b"}\n\n'))
-    assert jsonl.numbers == (2, 5)
-    table = read_rows(write(tmp_path / "t.csv", "text,label\n\na,0\n\n\nb,1\n"))
-    assert table.numbers == (3, 6)
+    jsonl = open_table(write(tmp_path / "t.jsonl", '\n{"text": "a"}\r\n  \n\n{"text": "b"}\n\n'))
+    assert [row.number for row in jsonl] == [2, 5]
+    table = open_table(write(tmp_path / "t.csv", "text,label\n\na,0\n\n\nb,1\n"))
+    assert [row.number for row in table] == [3, 6]
 
 
 def test_empty_columns_without_names_may_be_several(tmp_path: Path) -> None:
-    assert read_rows(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")).rows == ({"text": "a", "label": "0", "": ""},)
+    assert cells_of(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")) == ({"text": "a", "label": "0", "": ""},)
 
 
 def test_a_csv_row_is_numbered_by_the_line_it_starts_on(tmp_path: Path) -> None:
-    read = read_rows(write(tmp_path / "t.csv", 'text,label\r\n"two\nlines, ""quoted""",0\r\nb,1\r\n'))
-    assert read.rows[0]["text"] == 'two\nlines, "quoted"'
-    assert read.numbers == (2, 4)
-    assert read.place(1).endswith("t.csv:4")
+    read = list(open_table(write(tmp_path / "t.csv", 'text,label\r\n"two\nlines, ""quoted""",0\r\nb,1\r\n')))
+    assert read[0].cells["text"] == 'two\nlines, "quoted"'
+    assert [row.number for row in read] == [2, 4]
+    assert read[1].place.endswith("t.csv:4")
 
 
 def test_json_lines_are_cut_at_line_feeds_only(tmp_path: Path) -> None:
-    read = read_rows(write(tmp_path / "t.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}'))
-    assert [row["text"] for row in read.rows] == ["a\u2028b\x85c", "d"]
-    assert read.numbers == (1, 2)
+    read = open_table(write(tmp_path / "t.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}'))
+    assert [row.cells["text"] for row in read] == ["a\u2028b\x85c", "d"]
+    assert [row.number for row in read] == [1, 2]
 
 
 def test_a_json_file_may_hold_lines_or_an_array(tmp_path: Path) -> None:
-    lines = read_rows(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
-    array = read_rows(write(tmp_path / "b.json", ' [{"text": "a"},\n\n {"text": "b"}]'))
-    assert lines.rows == array.rows
-    assert lines.numbers == array.numbers == (1, 2)
+    lines = open_table(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
+    array = open_table(write(tmp_path / "b.json", ' [{"text": "a"},\n\n {"text": "b"}]'))
+    assert [(row.cells, row.number) for row in lines] == [(row.cells, row.number) for row in array]
+    assert [row.number for row in lines] == [1, 2]
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
     before = csv.field_size_limit(1000)
     try:
-        assert read_rows(write(tmp_path / "t.csv", f"text\n{'x' * 2000}\n")).rows[0] == {"text": "x" * 2000}
+        assert cells_of(write(tmp_path / "t.csv", f"text\n{'x' * 2000}\n"))[0] == {"text": "x" * 2000}
         error(write(tmp_path / "broken.csv", 'text\n"'))
         assert csv.field_size_limit() == 1000
     finally:
@@ -131,12 +134,12 @@ def test_a_cell_may_be_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
 def test_a_directory_name_adds_no_column_to_parquet(tmp_path: Path) -> None:
     (tmp_path / "label=1").mkdir()
     path = write_as(tmp_path / "label=1" / "t.parquet", [{"text": "a"}])
-    assert read_rows(path).rows == ({"text": "a"},)
+    assert cells_of(path) == ({"text": "a"},)
 
 
 def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) -> None:
-    read = read_rows(write(tmp_path / "t.jsonl", '{"text": "a"}\n{"label": 1, "text": "b"}'))
-    assert column_names(read) == ("text", "label")
+    read = open_table(write(tmp_path / "t.jsonl", '{"text": "a"}\n{"label": 1, "text": "b"}'))
+    assert read.names == ("text", "label")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.tsv", 'text\tto\tlabel\n"a\tb"\tx\nc\td\tx\n', "t.tsv:2: a quote hides a separator; if it belongs"),
         ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
         ("t.csv", "text,label,,\na,0,,\nb,1,x,\n", "t.csv:3: a value in one of 2 columns without a name"),
-        ("t.txt", "a", ", ".join(READERS)),
+        ("t.txt", "a", ", ".join(SUFFIXES)),
         ("t.parquet", "PAR1", "t.parquet cannot be read as Parquet"),
     ],
 )
@@ -174,9 +177,9 @@ def test_a_quote_that_may_have_joined_rows_is_named(name: str, separator: str, t
     rows = [["text", "label"], ['"a', "x"], ['b"', "y"], ["c", "x"]]
     path = write(tmp_path / name, "".join(f"{separator.join(row)}\n" for row in rows))
     with pytest.warns(UserWarning, match=rf"{name}:2: a quote joins 2 lines that could each be a row"):
-        assert len(read_rows(path)) == 2
+        assert len(open_table(path)) == 2
     harmless = write(tmp_path / name, f'text{separator}label\n"a\nb"{separator}x\n')
-    assert len(read_rows(harmless)) == 1
+    assert len(open_table(harmless)) == 1
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
@@ -205,13 +208,13 @@ def test_the_hub_is_not_queried_for_what_cannot_be_an_id(source: str, monkeypatc
 def test_chunks_are_the_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "t.jsonl", "\n\n".join(json.dumps({"text": j}) for j in range(10)))
     for size in (1, 3, 10, 99):
-        monkeypatch.setattr(rows_module, "CHUNK", size)
-        parts = list(open_splits(str(path), None, None)["train"].chunks())
+        monkeypatch.setattr(table_module, "CHUNK", size)
+        whole = open_table(path)
+        parts = list(whole.chunks())
         assert [len(part) for part in parts] == [min(size, 10 - j) for j in range(0, 10, size)]
-        assert [row["text"] for part in parts for row in part.rows] == list(range(10))
-        some = open_splits(str(path), None, None)["train"].read(np.array([0, 4, 5, 9]))
-        assert ([row["text"] for row in some.rows], some.ids.tolist()) == ([0, 4, 5, 9], [0, 4, 5, 9])
-        assert some.numbers == (1, 9, 11, 19)
+        assert [row.cells["text"] for part in parts for row in part] == list(range(10))
+        some = list(replace(whole, ids=np.array([0, 4, 5, 9])))
+        assert [(row.cells["text"], row.id, row.number) for row in some] == [(j, j, 2 * j + 1) for j in (0, 4, 5, 9)]
 
 
 # Splits
@@ -223,56 +226,56 @@ def directory(tmp_path: Path, *names: str) -> str:
     return str(tmp_path)
 
 
-def first_texts(splits: dict[str, Source]) -> dict[str, str]:
-    return {name: source.read().rows[0]["text"] for name, source in splits.items()}
+def first_texts(tables: dict[str, Table]) -> dict[str, str]:
+    return {name: next(iter(table)).cells["text"] for name, table in tables.items()}
 
 
 @pytest.mark.parametrize("validation", ["validation.jsonl", "valid.jsonl", "Dev.jsonl"])
 def test_splits_of_a_directory_are_found_by_name(validation: str, tmp_path: Path) -> None:
     folder = directory(tmp_path, "test.jsonl", validation, "train.jsonl", "notes.jsonl", ".train.swp")
-    result = open_splits(folder, None, None)
+    result = open_tables(folder, None, None)
     assert first_texts(result) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
     assert list(result) == ["train", "validation", "test"]
-    assert result["train"].read().place(0) == f"{tmp_path / 'train.jsonl'}:1"
+    assert next(iter(result["train"])).place == f"{tmp_path / 'train.jsonl'}:1"
 
 
 def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = directory(tmp_path / "other", "mine.jsonl")
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.jsonl", "test.jsonl")
-    result = open_splits(folder, f"{other}/mine.jsonl", None)
+    result = open_tables(folder, f"{other}/mine.jsonl", None)
     assert first_texts(result) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
 
 
 def test_trusted_rows_are_those_that_are_named_alone(tmp_path: Path) -> None:
     names = ("train", "trusted", "test")
     folder = directory(tmp_path, *(f"{name}.jsonl" for name in names))
-    assert list(open_splits(folder, None, None)) == ["train", "test"]
+    assert list(open_tables(folder, None, None)) == ["train", "test"]
     for trusted in (folder, f"{folder}/trusted.jsonl"):
-        assert first_texts(open_splits(folder, None, None, trusted)) == {name: f"{name}.jsonl" for name in names}
+        assert first_texts(open_tables(folder, None, None, trusted)) == {name: f"{name}.jsonl" for name in names}
     (tmp_path / "one").mkdir()
     one = directory(tmp_path / "one", "train.jsonl")
-    assert open_splits(folder, None, None, one)["trusted"].name == f"{one}/train.jsonl"
+    assert open_tables(folder, None, None, one)["trusted"].name == f"{one}/train.jsonl"
     with pytest.raises(DataError, match="name one file"):
-        open_splits(one, None, None, directory(tmp_path / "one", "test.jsonl"))
+        open_tables(one, None, None, directory(tmp_path / "one", "test.jsonl"))
 
 
 def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "test.jsonl")
-    assert first_texts(open_splits(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
+    assert first_texts(open_tables(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
 
 
 def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.csv")
     with pytest.raises(DataError, match=r"validation: dev.jsonl, valid.csv"):
-        open_splits(folder, None, None)
+        open_tables(folder, None, None)
 
 
 def test_a_file_that_no_reader_reads_is_no_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "train.log", "test.png")
-    assert first_texts(open_splits(folder, None, None)) == {"train": "train.jsonl"}
+    assert first_texts(open_tables(folder, None, None)) == {"train": "train.jsonl"}
     with pytest.raises(DataError, match=r"validation\.xlsx.*'\.xlsx' is unknown"):
-        open_splits(directory(tmp_path, "validation.xlsx"), None, None)
+        open_tables(directory(tmp_path, "validation.xlsx"), None, None)
 
 
 def test_a_folder_of_images_may_have_one_that_is_named_like_a_split(tmp_path: Path) -> None:
@@ -280,18 +283,18 @@ def test_a_folder_of_images_may_have_one_that_is_named_like_a_split(tmp_path: Pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
     (tmp_path / "train.png").write_bytes(b"")
-    splits = open_splits(str(tmp_path), None, None)
-    assert [row["label"] for row in splits["train"].read().rows] == ["cat", "dog", None]
+    splits = open_tables(str(tmp_path), None, None)
+    assert [row.cells["label"] for row in splits["train"]] == ["cat", "dog", None]
 
 
 def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train"):
-        open_splits(directory(tmp_path, "test.jsonl"), None, None)
+        open_tables(directory(tmp_path, "test.jsonl"), None, None)
 
 
 def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "test.jsonl")
-    assert read_rows(folder, split="test").rows == ({"text": "test.jsonl"},)
+    assert cells_of(folder, split="test") == ({"text": "test.jsonl"},)
     assert "train, test" in error(folder)
     assert "validation" in error(folder, split="validation")
 
@@ -302,10 +305,10 @@ def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
 def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
-    result = open_splits("owner/name", None, None)
+    result = open_tables("owner/name", None, None)
     assert first_texts(result) == {"train": "train", "validation": "dev"}
-    assert result["validation"].read().place(1) == "owner/name[dev]:2"
-    assert read_rows("name", split="extra").rows[0] == {"text": "extra"}
+    assert list(result["validation"])[1].place == "owner/name[dev]:2"
+    assert cells_of("name", split="extra")[0] == {"text": "extra"}
 
 
 def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +316,7 @@ def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: py
         return datasets.Dataset.from_list([{"text": f"{name} {configuration} {split}"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    result = open_splits("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
+    result = open_tables("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
     assert first_texts(result) == {"train": "nyu-mll/glue mrpc train[:9]", "validation": "glue None validation"}
     assert result["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
 
@@ -325,7 +328,7 @@ def test_lists_of_classes_of_a_hub_data_set_are_named(kind: Any, monkeypatch: py
     rows = [{"ner_tags": tags, "label": 1, "ids": [0]} for tags in ([1, 0], [], None)]
     data = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-    result = read_rows("owner/name").rows
+    result = cells_of("owner/name")
     assert [row["ner_tags"] for row in result] == [["B-person", "O"], [], None]
     assert [(row["label"], row["ids"]) for row in result] == [(1, [0])] * 3
 
