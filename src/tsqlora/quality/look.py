@@ -24,12 +24,11 @@ from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.exact import require_exact, require_own_loss
-from tsqlora.quality.forward_pass import Forward, forward_pass
+from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
 from tsqlora.quality.gradient_pass import gradient_pass, measured_columns
 from tsqlora.quality.head_start import Started, features_with, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
 from tsqlora.quality.linear_head import FOLDS
-from tsqlora.quality.pairs import with_reference
 from tsqlora.quality.reference import Reference
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rows import Dataset, require_reference
