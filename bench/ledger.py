@@ -105,16 +105,16 @@ PAIR_FAULTS: Mapping[str, Callable[[Cells], Cells]] = {
 }
 PREPARED_FAULTS: Mapping[str, Callable[[Trained, Vocabulary], Trained]] = {
     "nothing_trained": lambda one, _: replace(one, targets=np.full(len(one.ids), IGNORED)),
-    "stop_not_trained": lambda one, known: replace(
-        one, targets=np.where(np.isin(one.targets, [*known.stops]), IGNORED, one.targets)
+    "stop_not_trained": lambda one, vocabulary: replace(
+        one, targets=np.where(np.isin(one.targets, [*vocabulary.stops]), IGNORED, one.targets)
     ),
     "answer_cut": lambda one, _: Trained(one.ids[:-6], one.targets[:-6], one.row),
-    "cut_then_stop": lambda one, known: Trained(
-        np.r_[one.ids[:-8], min(known.stops)], np.r_[one.targets[:-8], min(known.stops)], one.row
+    "cut_then_stop": lambda one, vocabulary: Trained(
+        np.r_[one.ids[:-8], min(vocabulary.stops)], np.r_[one.targets[:-8], min(vocabulary.stops)], one.row
     ),
     "prompt_trained": lambda one, _: replace(one, targets=one.ids),
-    "vocabulary": lambda one, known: Trained(
-        np.r_[one.ids, len(known.tokens) + 5], np.r_[one.targets, IGNORED], one.row
+    "vocabulary": lambda one, vocabulary: Trained(
+        np.r_[one.ids, len(vocabulary.tokens) + 5], np.r_[one.targets, IGNORED], one.row
     ),
     "content_lost": lambda one, _: Trained(
         np.delete(one.ids, slice(30, 42)), np.delete(one.targets, slice(30, 42)), one.row
@@ -122,31 +122,31 @@ PREPARED_FAULTS: Mapping[str, Callable[[Trained, Vocabulary], Trained]] = {
 }
 
 
-def lines_of(rows: Rows, known: Vocabulary) -> tuple[list[Line], list[Conversation], list[Row], Format]:
+def lines_of(rows: Rows, vocabulary: Vocabulary) -> tuple[list[Line], list[Conversation], list[Row], Format]:
     format = format_of(list(rows[0]), "rows")
     made = [Row(cells, "rows", j, j) for j, cells in enumerate(rows)]
     talks = [conversation(row.cells, format, row.id) for row in made]
-    return audited(made, talks, format, known, LIMIT), talks, made, format
+    return audited(made, talks, format, vocabulary, LIMIT), talks, made, format
 
 
-def found_in(rows: Rows, known: Vocabulary, evaluation: Rows | None = None) -> dict[str, set[int]]:
-    lines, talks, *_ = lines_of(rows, known)
+def found_in(rows: Rows, vocabulary: Vocabulary, evaluation: Rows | None = None) -> dict[str, set[int]]:
+    lines, talks, *_ = lines_of(rows, vocabulary)
     unseen = None
     if evaluation is not None:
         own = format_of(list(evaluation[0]), "evaluation")
         unseen = [conversation(cells, own, j) for j, cells in enumerate(evaluation)]
-    found = {name: set(places) for name, places in among_rows(talks, lines, unseen).items()}
+    findings = {name: set(places) for name, places in among_rows(talks, lines, unseen).items()}
     for line in lines:
-        for name in line.found:
-            found.setdefault(name, set()).add(line.row)
-    return found
+        for name in line.findings:
+            findings.setdefault(name, set()).add(line.row)
+    return findings
 
 
 def scored(
-    name: str, planted: set[int], found: Mapping[str, set[int]], before: Mapping[str, set[int]]
+    name: str, planted: set[int], findings: Mapping[str, set[int]], before: Mapping[str, set[int]]
 ) -> dict[str, Any]:
     """Recall of the fault; and the share of other rows with a finding of its name that they lack without it."""
-    own, was = found.get(name, set()), before.get(name, set())
+    own, was = findings.get(name, set()), before.get(name, set())
     return {
         "recall": len(own & planted) / len(planted),
         "false_alarms": len(own - planted - was) / max(1, len(planted) / SHARE),
@@ -159,10 +159,10 @@ def cells(draws: int) -> list[dict[str, Any]]:
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
     )
     tokenizer.chat_template = refusing + str(tokenizer.chat_template)
-    known, results = vocabulary_of(tokenizer), list[dict[str, Any]]()
+    vocabulary, results = vocabulary_of(tokenizer), list[dict[str, Any]]()
     for format, make in FORMATS.items():
         rows = make(alpaca())
-        before = found_in(rows, known)
+        before = found_in(rows, vocabulary)
         results.append({"format": format, "fault": "none", "found": {name: len(own) for name, own in before.items()}})
         faults = {
             **ROW_FAULTS,
@@ -175,41 +175,41 @@ def cells(draws: int) -> list[dict[str, Any]]:
             about = {"format": format, "draw": draw}
             for name, fault in faults.items():
                 spoilt = [fault(row) if j in planted else row for j, row in enumerate(rows)]
-                results.append({**about, "fault": name, **scored(name, planted, found_in(spoilt, known), before)})
-            results += _copies(rows, sorted(planted), about, known)
+                results.append({**about, "fault": name, **scored(name, planted, found_in(spoilt, vocabulary), before)})
+            results += _copies(rows, sorted(planted), about, vocabulary)
             if format == "messages":
-                results += _prepared(rows, planted, about, known)
+                results += _prepared(rows, planted, about, vocabulary)
             print(format, draw, flush=True)
     return results
 
 
-def _copies(rows: Rows, planted: Sequence[int], about: dict[str, Any], known: Vocabulary) -> list[dict[str, Any]]:
+def _copies(rows: Rows, planted: Sequence[int], about: dict[str, Any], vocabulary: Vocabulary) -> list[dict[str, Any]]:
     """Exact and near copies of some rows at the end, and in an evaluation file."""
-    before, results = found_in(rows, known), list[dict[str, Any]]()
+    before, results = found_in(rows, vocabulary), list[dict[str, Any]]()
     for kind, change in (("exact", lambda row: row), ("near", lambda row: answered(row, lambda _, text: near(text)))):
         long = [j for j in planted if len(str(rows[j]).split()) > 60] if kind == "near" else list(planted)
         copies = [change(rows[j]) for j in long]
         later = {len(rows) + k for k in range(len(copies))}
-        result = scored("duplicate", later, found_in([*rows, *copies], known), before)
+        result = scored("duplicate", later, found_in([*rows, *copies], vocabulary), before)
         results.append({**about, "fault": f"duplicate, {kind}", **result})
-        result = scored("eval_leak", {*long}, found_in(rows, known, copies), {})
+        result = scored("eval_leak", {*long}, found_in(rows, vocabulary, copies), {})
         results.append({**about, "fault": f"eval_leak, {kind}", **result})
     return results
 
 
-def _prepared(rows: Rows, planted: set[int], about: dict[str, Any], known: Vocabulary) -> list[dict[str, Any]]:
-    _, talks, made, format = lines_of(rows, known)
-    whole, results = prepared_rows(made, format, known.tokenizer, max_length=LIMIT), list[dict[str, Any]]()
+def _prepared(rows: Rows, planted: set[int], about: dict[str, Any], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    _, talks, made, format = lines_of(rows, vocabulary)
+    whole, results = prepared_rows(made, format, vocabulary.tokenizer, max_length=LIMIT), list[dict[str, Any]]()
     limit = max(len(s.ids) for one in whole for s in one.sequences)
     long = {j for j in planted if len(talks[j].answer) >= 24}  # a shorter answer would be cut away whole
     for name, fault in PREPARED_FAULTS.items():
         planted = long if name == "cut_then_stop" else planted
-        found = dict[str, set[int]]()
+        findings = dict[str, set[int]]()
         for talk, one in zip(talks, whole, strict=True):
-            sequences = [fault(s, known) if talk.row in planted else s for s in one.sequences]
-            for finding in line_of(talk, sequences, known, limit=limit).found if sequences else ():
-                found.setdefault(finding, set()).add(talk.row)
-        results.append({**about, "fault": f"{name}, prepared", **scored(name, planted, found, {})})
+            sequences = [fault(s, vocabulary) if talk.row in planted else s for s in one.sequences]
+            for finding in line_of(talk, sequences, vocabulary, limit=limit).findings if sequences else ():
+                findings.setdefault(finding, set()).add(talk.row)
+        results.append({**about, "fault": f"{name}, prepared", **scored(name, planted, findings, {})})
     return results
 
 

@@ -55,10 +55,10 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(place: Path
     code, shown, err = tsqlora(*command, "--json")
     assert code == 0, err
     result = json.loads(shown)
-    found = {finding["name"]: finding for finding in json.loads((out / "findings.json").read_text())["findings"]}
-    places = {name: finding["places"] for name, finding in found.items()}
+    findings = {finding["name"]: finding for finding in json.loads((out / "findings.json").read_text())["findings"]}
+    places = {name: finding["places"] for name, finding in findings.items()}
     assert places == {"empty_answer": [3], "answer_cut": [5], "dropped": [7], "duplicate": [20], "eval_leak": [1]}
-    assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*found["duplicate"]}
+    assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*findings["duplicate"]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
     assert [line["row"] for line in lines] == [*range(21)]
     assert [lines[j]["fate"] for j in (0, 3, 5, 7, 20)] == [

@@ -63,7 +63,7 @@ def line(tokenizer: Any, vocabulary: Vocabulary, conversation: Conversation, **h
 def test_a_right_row_has_no_finding(tokenizer: Any, vocabulary: Vocabulary) -> None:
     for row in (chat(QUESTION, ANSWER), chat(QUESTION, ANSWER, "And of Spain?", f"  {ANSWER} ü 漢\n")):
         result = line(tokenizer, vocabulary, row)
-        assert (result.found, result.fate, result.stop_trained, result.lost_tokens) == ([], "trained", True, 0)
+        assert (result.findings, result.fate, result.stop_trained, result.lost_tokens) == ([], "trained", True, 0)
         answers = sum(len(tokenizer(m.content.strip())["input_ids"]) for m in row.messages[1::2])
         assert (result.answer_tokens, result.trained_tokens) == (answers, answers + len(row.messages) // 2)
 
@@ -73,37 +73,37 @@ def test_a_cut_answer_is_counted_and_a_stop_behind_it_is_an_error(tokenizer: Any
     whole = trained(tokenizer, row)
     end = len(whole.ids) - 2  # before <|im_end|> and the line feed
     result = line(tokenizer, vocabulary, row, keep=slice(0, end - 10))
-    assert (result.found, result.fate, result.lost_tokens, result.stop_trained) == (["answer_cut"], "cut", 10, None)
+    assert (result.findings, result.fate, result.lost_tokens, result.stop_trained) == (["answer_cut"], "cut", 10, None)
     stop = whole.ids[end]
     ended = Trained(np.r_[whole.ids[: end - 10], stop], np.r_[whole.targets[: end - 10], stop], 0)
-    assert "cut_then_stop" in line_of(row, [ended], vocabulary).found
+    assert "cut_then_stop" in line_of(row, [ended], vocabulary).findings
 
 
 def test_a_stop_may_stand_on_the_first_token_of_the_next_turn(tokenizer: Any, vocabulary: Vocabulary) -> None:
     """As LLaMA-Factory's efficient_eos puts it: the label differs from the token."""
     row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
     one = trained(tokenizer, row, stop=False)
-    assert line_of(row, [one], vocabulary).found == ["stop_not_trained"]
+    assert line_of(row, [one], vocabulary).findings == ["stop_not_trained"]
     targets = one.targets.copy()
     targets[len(one.ids) - 2] = next(iter(vocabulary.stops))
-    assert line_of(row, [Trained(one.ids, targets, 0)], vocabulary).found == []
+    assert line_of(row, [Trained(one.ids, targets, 0)], vocabulary).findings == []
 
 
 def test_what_the_mask_leaves_out_or_takes_in(tokenizer: Any, vocabulary: Vocabulary) -> None:
     row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
     one = trained(tokenizer, row)
     nothing = line_of(row, [Trained(one.ids, np.full(len(one.ids), IGNORED), 0)], vocabulary)
-    assert (nothing.found, nothing.fate) == (["nothing_trained"], "nothing to train")
-    assert line_of(row, [Trained(one.ids, one.ids, 0)], vocabulary).found == ["prompt_trained"]
+    assert (nothing.findings, nothing.fate) == (["nothing_trained"], "nothing to train")
+    assert line_of(row, [Trained(one.ids, one.ids, 0)], vocabulary).findings == ["prompt_trained"]
     last = one.targets.copy()
     last[: len(one.ids) // 2] = IGNORED
-    assert line_of(row, [Trained(one.ids, last, 0)], vocabulary).found == ["only_last_answer"]
+    assert line_of(row, [Trained(one.ids, last, 0)], vocabulary).findings == ["only_last_answer"]
 
 
 def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
     row = chat(QUESTION, ANSWER, "And of Spain, which is in Europe?", ANSWER)
     without = trained(tokenizer, chat(QUESTION, ANSWER, "x", ANSWER))
-    assert "content_lost" in line_of(row, [without], vocabulary).found
+    assert "content_lost" in line_of(row, [without], vocabulary).findings
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary
     ],
 )
 def test_contents_show_it(tokenizer: Any, vocabulary: Vocabulary, contents: Sequence[str], name: str) -> None:
-    assert name in line(tokenizer, vocabulary, chat(*contents)).found
+    assert name in line(tokenizer, vocabulary, chat(*contents)).findings
 
 
 def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:

@@ -27,10 +27,10 @@ def vocabulary(family: Family) -> Vocabulary:
     return vocabulary_of(tokenizer, generation_ends=tokenizer.convert_tokens_to_ids(list(family.stops)))
 
 
-def lines(rows: Sequence[Mapping[str, Any]], known: Vocabulary, limit: int = LIMIT) -> list[Line]:
+def lines(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, limit: int = LIMIT) -> list[Line]:
     format = format_of(list(rows[0]), "rows.jsonl")
     made = [Row(dict(cells), "rows.jsonl", j + 1, j) for j, cells in enumerate(rows)]
-    return audited(made, [conversation(row.cells, format, row.id) for row in made], format, known, limit)
+    return audited(made, [conversation(row.cells, format, row.id) for row in made], format, vocabulary, limit)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -45,13 +45,13 @@ def test_right_chats_have_no_finding(name: str) -> None:
         rows.append(turns(QUESTION, ANSWER, "And of Spain?", "Madrid."))
     rows += [turns(QUESTION, ANSWER, system="Be brief.")] if family.system else []
     for line in lines(rows, vocabulary(family)):
-        assert (line.found, line.fate, line.stop_trained) == ([], "trained", True), (name, line)
+        assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True), (name, line)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_answer_that_does_not_fit_is_cut_or_left_out(name: str) -> None:
     (line,) = lines([turns(QUESTION, ANSWER * 20)], vocabulary(FAMILIES[name]), limit=200)
-    assert line.found == ["answer_cut"]
+    assert line.findings == ["answer_cut"]
     assert line.lost_tokens
 
 
@@ -59,10 +59,10 @@ def test_completions_of_a_base_model_have_no_finding() -> None:
     family = FAMILIES["zephyr"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = None
-    known = vocabulary_of(tokenizer)
-    for line in lines([{"prompt": f"{QUESTION} ", "completion": ANSWER}], known):
-        assert (line.found, line.stop_trained) == ([], True)
-    assert not known.stops - {tokenizer.eos_token_id}
+    vocabulary = vocabulary_of(tokenizer)
+    for line in lines([{"prompt": f"{QUESTION} ", "completion": ANSWER}], vocabulary):
+        assert (line.findings, line.stop_trained) == ([], True)
+    assert not vocabulary.stops - {tokenizer.eos_token_id}
 
 
 def test_a_template_that_writes_no_stop_is_an_error_of_all_rows() -> None:
@@ -70,15 +70,15 @@ def test_a_template_that_writes_no_stop_is_an_error_of_all_rows() -> None:
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
-    assert line.found == ["stop_not_trained"]
+    assert line.findings == ["stop_not_trained"]
 
 
 def test_a_stop_at_which_generation_does_not_stop() -> None:
     family = FAMILIES["qwen 2.5"]
     tokenizer = tokenizer_of(family)
-    known = vocabulary_of(tokenizer, generation_ends=[tokenizer.convert_tokens_to_ids("<|endoftext|>")])
-    (line,) = lines([turns(QUESTION, ANSWER)], known)
-    assert line.found == ["stop_mismatch"]
+    vocabulary = vocabulary_of(tokenizer, generation_ends=[tokenizer.convert_tokens_to_ids("<|endoftext|>")])
+    (line,) = lines([turns(QUESTION, ANSWER)], vocabulary)
+    assert line.findings == ["stop_mismatch"]
 
 
 def test_a_doubled_bos_is_found() -> None:
@@ -86,13 +86,13 @@ def test_a_doubled_bos_is_found() -> None:
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = "{{ bos_token }}" + family.template
     (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
-    assert "bos" in line.found
+    assert "bos" in line.findings
 
 
 def test_a_template_that_refuses_a_role_names_the_rows() -> None:
     first, second = lines(
         [turns(QUESTION, ANSWER, system="Be brief."), turns(QUESTION, ANSWER)], vocabulary(FAMILIES["gemma 2"])
     )
-    assert (first.found, first.fate) == (["template_error"], "dropped")
+    assert (first.findings, first.fate) == (["template_error"], "dropped")
     assert "System role not supported" in first.detail
-    assert second.found == []
+    assert second.findings == []

@@ -28,14 +28,14 @@ def text_page(
     about: Mapping[str, Any],
     rows: Sequence[Conversation],
     lines: Sequence[Line],
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
 ) -> str:
     """Render the page.  `tokens` has the sequences of the rows that it shows."""
-    shown = sorted({place for finding in found for place in finding.places[:ON_PAGE]})
+    shown = sorted({place for finding in findings for place in finding.places[:ON_PAGE]})
     data = {
-        "findings": [{"name": f.name, "places": list(f.places[:ON_PAGE])} for f in found],
+        "findings": [{"name": f.name, "places": list(f.places[:ON_PAGE])} for f in findings],
         "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary) for place in shown},
         "key": json.dumps([about["source"], about["rows"]]),
     }
@@ -46,7 +46,7 @@ def text_page(
             policy=POLICY,
             about=about,
             name=Path(about["source"]).name,
-            findings=found,
+            findings=findings,
             on_page=ON_PAGE,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
             data=htmlsafe_json_dumps(data, dumps=json.dumps),

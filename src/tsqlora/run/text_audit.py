@@ -140,7 +140,7 @@ def audit_prepared(
     made = prepared_set(prepared)
     reason = "its tokens are those of another tokenizer; give --model the one that prepared it"
     result = audit_sequences(made, None, vocabulary, data=data, progress=progress)
-    if all("vocabulary" in line.found for line in result.lines):
+    if all("vocabulary" in line.findings for line in result.lines):
         raise DataError(f"{prepared}: {reason}")
     about = {
         "source": _named(data or str(prepared)),
@@ -288,17 +288,17 @@ def finish(
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     """Gather the findings, and write ledger, findings, suspects and page."""
-    found = findings_of(lines, among_rows(rows, lines, evaluation))
+    findings = findings_of(lines, among_rows(rows, lines, evaluation))
     about = {
         **about,
         "rows": len(lines),
         "tokens": sum((line.prompt_tokens or 0) + (line.answer_tokens or 0) for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
         "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
-        "findings": [finding.to_dict() for finding in found],
+        "findings": [finding.to_dict() for finding in findings],
     }
-    shown = {place for finding in found for place in finding.places[:ON_PAGE]}
-    _write(out, about, rows, lines, found, sequences(shown), vocabulary)
+    shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
+    _write(out, about, rows, lines, findings, sequences(shown), vocabulary)
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
 
@@ -325,8 +325,8 @@ def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
     """The line of a row that has no tokens; what its own texts show says more than "dropped"."""
     line = line_of(one, (), vocabulary)
     line.match = "exact"  # the source is known
-    if finding != "dropped" or not line.found:
-        line.found.append(finding)
+    if finding != "dropped" or not line.findings:
+        line.findings.append(finding)
     return line
 
 
@@ -359,7 +359,7 @@ def _write(
     about: Mapping[str, Any],
     rows: Sequence[Conversation],
     lines: Sequence[Line],
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
 ) -> None:
@@ -376,9 +376,9 @@ def _write(
             "answer": rows[place].answer,
             "reviewed": "",
         }
-        for finding in found
+        for finding in findings
         for place in finding.places
     ]
     none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
     write_rows(out / SUSPECTS_FILE, without_formulas(cells or [none])[0])
-    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, found, tokens, vocabulary))
+    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary))

@@ -53,8 +53,8 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
         else:
             chosen = {*rows}
             write_rows(path, [row.cells for row in table if row.id in chosen])
-    kept = about["rows"] - len(dropped)
-    return {"out": str(out), "clean": str(clean), "quarantine": str(quarantine), "kept": kept, "dropped": len(dropped)}
+    files = {"out": str(out), "clean": str(clean), "quarantine": str(quarantine)}
+    return {**files, "rows": about["rows"], "dropped": len(dropped)}
 
 
 def _dropped(reviewed: Path, count: int) -> set[int]:

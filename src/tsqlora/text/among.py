@@ -29,17 +29,17 @@ def among_rows(
     rows: Sequence[Conversation], lines: Sequence[Line], evaluation: Sequence[Conversation] | None = None
 ) -> dict[str, list[int]]:
     """Return row numbers by finding; the fate of a copy names the row that it copies."""
-    found = defaultdict(list[int])
+    findings = defaultdict(list[int])
     readable = [row for row in rows if row.problem is None and row.messages]
     originals = _copies(readable)
     for copy, original in originals.items():
         lines[copy].fate = f"duplicate of {original}" if lines[copy].fate == "trained" else lines[copy].fate
-    found["duplicate"] = sorted(originals)
+    findings["duplicate"] = sorted(originals)
     if evaluation is not None:
-        found["eval_leak"] = _leaks(readable, [row for row in evaluation if row.messages])
-    found |= _answers(readable, originals)
-    found |= _pairs(readable)
-    return dict(found)
+        findings["eval_leak"] = _leaks(readable, [row for row in evaluation if row.messages])
+    findings |= _answers(readable, originals)
+    findings |= _pairs(readable)
+    return dict(findings)
 
 
 def words_of(text: str) -> list[str]:
@@ -51,7 +51,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.casefold())
 
 
-def _said(row: Conversation) -> str:
+def _contents(row: Conversation) -> str:
     """What a row says without its system prompt, which many rows share."""
     return "\n".join(m.content for m in (*row.messages, *(row.rejected or ())) if m.role != "system")
 
@@ -67,7 +67,7 @@ def _copies(rows: Sequence[Conversation]) -> dict[int, int]:
             copies[row.row] = first[key]
             continue
         first[key] = row.row
-        own = _shingles(_said(row))
+        own = _shingles(_contents(row))
         if own is None:
             continue
         near = None
@@ -84,10 +84,10 @@ def _copies(rows: Sequence[Conversation]) -> dict[int, int]:
 
 def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[int]:
     """Training rows that the evaluation file has, in equal words or nearly."""
-    exact = {" ".join(words_of(_said(row))) for row in evaluation}
+    exact = {" ".join(words_of(_contents(row))) for row in evaluation}
     bands = defaultdict(list[np.ndarray])
     for row in evaluation:
-        if (own := _shingles(_said(row))) is not None:
+        if (own := _shingles(_contents(row))) is not None:
             for band in _bands(own):
                 bands[band].append(own)
 
@@ -98,7 +98,7 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
         near = () if own is None else (other for band in _bands(own) for other in bands.get(band, ()))
         return own is not None and any(_alike(own, other) >= NEAR for other in near)
 
-    return [row.row for row in rows if leaks(_said(row))]
+    return [row.row for row in rows if leaks(_contents(row))]
 
 
 def _shingles(text: str) -> np.ndarray | None:

@@ -134,21 +134,21 @@ def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | No
     """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first."""
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     for line in lines:
-        for name in line.found:
+        for name in line.findings:
             rows.setdefault(name, []).append(line.row)
-        if line.fate == "dropped" and not line.found:
+        if line.fate == "dropped" and not line.findings:
             rows.setdefault("dropped", []).append(line.row)
     # Only final, uncut answers can end with a stop.
-    asked = {"stop_not_trained": sum(line.stop_trained is not None for line in lines)}
-    found = []
+    final_answers = {"stop_not_trained": sum(line.stop_trained is not None for line in lines)}
+    findings = []
     for name, places in rows.items():
         if not places:
             continue
         kind, share = FINDINGS[name], len(places) / max(1, len(lines))
         severity = kind.severity
-        if kind.if_all and len(places) >= NEARLY_ALL * asked.get(name, len(lines)):
+        if kind.if_all and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
             severity = kind.if_all
         if name == "eval_leak" and share > LEAKS:
             severity = ERROR
-        found.append(Finding(name, severity, tuple(places), share, kind.cause, kind.cures))
-    return sorted(found, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))
+        findings.append(Finding(name, severity, tuple(places), share, kind.cause, kind.cures))
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

@@ -56,7 +56,7 @@ class Line:
     """Whether a stop is trained behind the last answer; None where that answer is cut or missing."""
     fate: str = "trained"
     match: str = "exact"
-    found: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     """Names of the row's findings."""
     detail: str = ""
 
@@ -90,13 +90,13 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         elif at >= 0:
             spans.append(span(at, at + len(content)))
             place = at + len(content)
-        elif (kept := _beginning(content, plain, place)) is not None:
-            spans.append(span(*kept, behind=len(content) - (kept[1] - kept[0])))
-            place = kept[1]
+        elif (part := _beginning(content, plain, place)) is not None:
+            spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
+            place = part[1]
         elif (
-            place == opening and (kept := _beginning(content[::-1], plain[opening:][: len(content)][::-1])) is not None
+            place == opening and (part := _beginning(content[::-1], plain[opening:][: len(content)][::-1])) is not None
         ):
-            length = kept[1] - kept[0]
+            length = part[1] - part[0]
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
         else:
@@ -131,7 +131,7 @@ def line_of(
     tokens that the length limit took, where the preparation says so.
     """
     line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
-    line.found += content_findings(conversation, vocabulary)
+    line.findings += content_findings(conversation, vocabulary)
     if conversation.problem is not None:
         line.fate, line.detail = "dropped", conversation.problem
         return line
@@ -154,21 +154,21 @@ def line_of(
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
         line.fate = "nothing to train"
-        line.found.append("nothing_trained")
+        line.findings.append("nothing_trained")
     elif line.lost_tokens:
         line.fate = "cut"
     if line.lost_tokens:
-        line.found.append("answer_cut")
-    line.found = list(dict.fromkeys(line.found))
+        line.findings.append("answer_cut")
+    line.findings = list(dict.fromkeys(line.findings))
     return line
 
 
 def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, limit: int) -> int:
     """Add what one sequence says; return how many tokens of answers are missing."""
     if _bos_doubled(one.ids, vocabulary):
-        line.found.append("bos")
+        line.findings.append("bos")
     if (one.ids >= len(vocabulary.tokens)).any() or (one.ids < 0).any():
-        line.found.append("vocabulary")
+        line.findings.append("vocabulary")
     if not messages:
         return 0
     spans = locate(messages, one.ids, vocabulary)
@@ -181,12 +181,12 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     if any(span is None and message.content.strip() for message, span in pairs) and (
         len(one.ids) < NEAR_LIMIT * limit or not at_ends_alone(spans, messages)
     ):
-        line.found.append("content_lost")
+        line.findings.append("content_lost")
     if any(has_loss[span.start : span.end].any() for span in others):
-        line.found.append("prompt_trained")
+        line.findings.append("prompt_trained")
     trained = [has_loss[span.start : span.end].any() for span in answers]
     if len(answers) > 1 and trained[-1] and not all(trained):
-        line.found.append("only_last_answer")
+        line.findings.append("only_last_answer")
     last = pairs[-1] if pairs else None
     if last is not None and last[0].role == ANSWER and last[1] is not None:
         _stop(line, last[1], one, vocabulary)
@@ -214,15 +214,15 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
     stops = [int(j) for j in behind[behind != IGNORED].tolist() if j in vocabulary.stops]
     if span.behind:
         if stops:
-            line.found.append("cut_then_stop")
+            line.findings.append("cut_then_stop")
         return
     if not (one.targets[span.start : span.end] != IGNORED).any():
         return  # nothing of the answer is trained: `nothing_trained` says so
     line.stop_trained = bool(stops)
     if not stops:
-        line.found.append("stop_not_trained")
+        line.findings.append("stop_not_trained")
     elif not vocabulary.generation_stops & {*stops}:
-        line.found.append("stop_mismatch")
+        line.findings.append("stop_mismatch")
 
 
 def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:
@@ -233,35 +233,35 @@ def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:
 
 def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list[str]:
     """Return the names of what a row's own texts show, before any preparation."""
-    found, messages = list[str](), conversation.messages
+    findings, messages = list[str](), conversation.messages
     if conversation.problem is not None:
-        return found
+        return findings
     answers = [message for message in messages if message.role == ANSWER]
     if any(not m.content.strip() and not m.further for m in (*answers, *(conversation.rejected or ()))):
-        found.append("empty_answer")
+        findings.append("empty_answer")
     contents = [message.content for message in messages]
     specials = [vocabulary.tokens[j].decode(errors="ignore") for j in vocabulary.special if j < len(vocabulary.tokens)]
     if any(name in content for name in specials if len(name) > 3 for content in contents):
-        found.append("template_twice")
+        findings.append("template_twice")
     elif any(ROLE_MARKERS.search(content) for content in contents):
-        found.append("broken_characters")
+        findings.append("broken_characters")
     if any(CONTROL.search(content) or MOJIBAKE.search(content) for content in contents):
-        found.append("broken_characters")
+        findings.append("broken_characters")
     prompt = conversation.question[-1].content.strip() if conversation.question else ""
     answer = conversation.answer.strip()
     if len(prompt) >= LEAST_KNOWN and answer.startswith(prompt):
-        found.append("copies_prompt")
+        findings.append("copies_prompt")
     if conversation.rejected is None and _roles_broken(messages):
-        found.append("roles")
+        findings.append("roles")
     if conversation.rejected is not None:
-        if _said(conversation.rejected) == _said(messages[-1:]):
-            found.append("pair_equal")
+        if _contents(conversation.rejected) == _contents(messages[-1:]):
+            findings.append("pair_equal")
         if conversation.prompt is not None:
-            found.append("pair_prompt")
-    return found
+            findings.append("pair_prompt")
+    return findings
 
 
-def _said(messages: Iterable[Message]) -> list[tuple[str, str]]:
+def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
     return [(message.role, message.content.strip()) for message in messages]
 
 
@@ -274,6 +274,6 @@ def _roles_broken(messages: Sequence[Message]) -> bool:
 
 
 def digest_of(conversation: Conversation) -> str:
-    """Return a hash of what is said, by whom; equal for equal conversations."""
-    said = [*_said(conversation.messages), *_said(conversation.rejected or ())]
-    return hashlib.blake2b("\0".join(part for pair in said for part in pair).encode(), digest_size=12).hexdigest()
+    """Return a hash of roles and contents; equal for equal conversations."""
+    contents = [*_contents(conversation.messages), *_contents(conversation.rejected or ())]
+    return hashlib.blake2b("\0".join(part for pair in contents for part in pair).encode(), digest_size=12).hexdigest()

@@ -36,14 +36,14 @@ def match(
             by_anchor[anchor].append(j)
         if not anchors and row.messages:
             alone.append(j)
-    known = np.array(sorted(by_anchor), np.uint64)
+    anchors = np.array(sorted(by_anchor), np.uint64)
     equal, taken = defaultdict(deque[int]), dict[int, list[Trained]]()
     for j, row in enumerate(rows):
         equal[digest_of(row)].append(j)
     sure, left = dict[int, str](), list[Trained]()
     for one in sequences:
         votes = defaultdict(float)
-        for anchor in _windows(vocabulary.text(one.ids.tolist()), known):
+        for anchor in _windows(vocabulary.text(one.ids.tolist()), anchors):
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
         likely = sorted(votes, key=lambda j: (-votes[j], j))
@@ -72,7 +72,7 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     ids, targets = (np.concatenate([getattr(one, name) for one in wrapped]) for name in ("ids", "targets"))
     starts = np.cumsum([0, *(len(one.ids) for one in wrapped)])
     text, ends = vocabulary.text(ids.tolist()), vocabulary.ends(ids)
-    found, place, first = list[Trained](), 0, 0
+    parts, place, first = list[Trained](), 0, 0
     for row in rows:
         at = place
         for message in row.messages:
@@ -86,9 +86,9 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
         last = int(np.searchsorted(ends, at, side="left")) + 1
         last += next((k + 1 for k, j in enumerate(ids[last : last + BEHIND].tolist()) if j in vocabulary.stops), 0)
         part = int(np.searchsorted(starts, first, side="right")) - 1
-        found.append(Trained(ids[first:last], targets[first:last], part))
+        parts.append(Trained(ids[first:last], targets[first:last], part))
         place, first = int(ends[last - 1]), last
-    return found
+    return parts
 
 
 def _distinct(rows: Sequence[Conversation], likely: Sequence[int]) -> Iterable[int]:
@@ -130,12 +130,12 @@ def _anchors(row: Conversation) -> list[int]:
         ]
 
 
-def _windows(text: bytes, known: np.ndarray) -> list[int]:
+def _windows(text: bytes, anchors: np.ndarray) -> list[int]:
     """The anchors that occur in a text, each once."""
-    if len(text) < KEY or not len(known):
+    if len(text) < KEY or not len(anchors):
         return []
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), KEY)
     with np.errstate(over="ignore"):
         hashes = np.unique((windows.astype(np.uint64) * _POWERS).sum(axis=1))
-    places = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-    return hashes[known[places] == hashes].tolist()
+    places = np.searchsorted(anchors, hashes).clip(max=len(anchors) - 1)
+    return hashes[anchors[places] == hashes].tolist()

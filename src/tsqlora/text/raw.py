@@ -75,6 +75,6 @@ def _side(
             continue
         ids = np.asarray(one.sample["input_ids"], np.int32)
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
-        kept = int((labels != IGNORED).sum())
-        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), max(0, targets - kept) if one.cut else 0)
+        with_loss = int((labels != IGNORED).sum())
+        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), max(0, targets - with_loss) if one.cut else 0)
     return [failed.get(row.id) or made[row.id] for row in rows]

@@ -24,7 +24,7 @@ class Vocabulary:
 
     tokens: tuple[bytes, ...]
     special: frozenset[int]
-    """Tokens with a meaning of their own, such as turn markers: special tokens, and added ones that look like them."""
+    """Turn markers and the like: special tokens, and added ones that look like them."""
     bos: int | None
     stops: frozenset[int]
     """Tokens that end an answer: end tokens of tokenizer and model, and what the template writes behind an answer."""
