@@ -95,8 +95,6 @@ class RankCallback(PartCallback):
         self._why_not: str | None = None
         """Why ranks cannot change in this Trainer."""
         self.notes = []
-        self._settles = False
-        """Whether ranks are set before the first step and stay."""
 
     def rows_of(self, trained: int) -> int:
         """Rows that the first ranks are measured on, in a run that trains on `trained` rows."""
@@ -152,7 +150,7 @@ class RankCallback(PartCallback):
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
-        self.loop, self.notes, self._settles = None, [], False
+        self.loop, self.notes = None, []
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
@@ -173,7 +171,6 @@ class RankCallback(PartCallback):
             loop.restore(saved, step=state.global_step)
         if why_not is not None:
             loop.state_of = None  # before its first step it keeps nothing that would have to move
-            self._settles = True
             self._note(f"ranks are set once, before the first step, and do not move: {why_not}")
         self.loop = loop
 
@@ -193,7 +190,7 @@ class RankCallback(PartCallback):
         sets = self.options["policy"] != "fixed" and not (waits or loop.started)
         if sets and (scored or first):
             self._start(loop, args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
-        if self._settles:
+        if loop.state_of is None:  # ranks are set now, and stay
             loop.finish()
         else:
             loop.before_forward(adjust=not waits)  # until the rows are scored, ranks stay
