@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from tsqlora.reports.write import Report, report
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
+    from tsqlora.training.mover import RankLoop
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
-    from tsqlora.training.rank_loop import RankLoop
     from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
@@ -85,8 +85,8 @@ _HOMES = {
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
+    "training.mover": ("RankLoop",),
     "training.rank_callback": ("RankCallback",),
-    "training.rank_loop": ("RankLoop",),
     "training.report_callback": ("ReportCallback",),
 }
 

@@ -127,7 +127,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     assert data.scores is not None
     return {
         "events": [asdict(event) for event in ranks.events],
-        "importance": {} if ranks.loop is None else ranks.loop.changes.importance.tables(),
+        "importance": {} if ranks.loop is None else ranks.loop.importance.tables(),
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "quality": data.scores.quality.copy(),
         "terms": dict(data.scores.terms),
@@ -276,7 +276,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         logits = (logits, plain(**inputs()).logits.detach())
     return {
         "events": [asdict(event) for event in ranks.events],
-        "importance": ranks.changes.importance.tables(),
+        "importance": ranks.importance.tables(),
         "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
         "finalize": refusal,
         "logits": logits,

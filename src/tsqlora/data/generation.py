@@ -148,17 +148,23 @@ def input_of(row: Row, format: Format) -> str:
 def _causal(
     examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
-    front, _ = special_tokens(tokenizer)
     pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
     tokenised = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
         require_tokens(runs[-1].ids, rows[i].place)
-        if isinstance(example, Chat):  # the template writes the special tokens
-            opening, runs = split_opening(runs, tokenizer)
-        else:
-            opening, runs = front, ended(runs, tokenizer)
-        tokenised.append(_continued(runs, opening, max_length))
+        tokenised.append(causal_sample(example, runs, tokenizer, max_length))
     return tokenised
+
+
+def causal_sample(
+    example: Example | Chat, runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Tokenised:
+    """Make one sample of a causal model: an opening, which is never cut, and the runs, cut to the rest."""
+    if isinstance(example, Chat):  # the template writes the special tokens
+        opening, runs = split_opening(runs, tokenizer)
+    else:
+        opening, runs = special_tokens(tokenizer)[0], ended(runs, tokenizer)
+    return _continued(runs, opening, max_length)
 
 
 def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Tokenised:

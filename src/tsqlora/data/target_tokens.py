@@ -57,6 +57,10 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
             continue
         whole = _rendered(turns[: i + 1], tokenizer, place, prompt=False)
         prompt = _rendered(turns[:i], tokenizer, place, prompt=True) if i else _before(turn, whole)
+        if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
+            closed = pieces.pop()
+            pieces.append(replace(closed, text=closed.text.removesuffix(str(tokenizer.eos_token))))
+            seen = seen.removesuffix(str(tokenizer.eos_token))
         if not (prompt.startswith(seen) and whole.startswith(prompt)):
             if final is not None:
                 return [Piece(final, False)]
