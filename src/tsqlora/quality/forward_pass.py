@@ -234,19 +234,16 @@ def hidden_states(model: nn.Module | None, *, early: bool = False, middle: bool 
         if isinstance(state, Tensor):
             states.append(state.detach())
 
-    body = inner.base_model
-    hook = (_middle_block(body) if middle else body).register_forward_hook(record)
+    watched: nn.Module = inner.base_model
+    if middle:  # the block halfway up the decoder, or up the only stack; the body itself if it has no blocks
+        watched = getattr(watched, "decoder", watched)
+        blocks = transformer_blocks(watched, [name for name, _ in watched.named_parameters()])
+        watched = watched.get_submodule(blocks[(len(blocks) - 1) // 2]) if blocks else inner.base_model
+    hook = watched.register_forward_hook(record)
     try:
         yield states
     finally:
         hook.remove()
-
-
-def _middle_block(body: nn.Module) -> nn.Module:
-    """The block halfway up the decoder, or up the only stack; the body itself if it has no blocks."""
-    stack = getattr(body, "decoder", body)
-    blocks = transformer_blocks(stack, [name for name, _ in stack.named_parameters()])
-    return stack.get_submodule(blocks[(len(blocks) - 1) // 2]) if blocks else body
 
 
 def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:
