@@ -20,8 +20,8 @@ from origin import ROOT, commit, machine, parser_of, write
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
-from tsqlora.data.cells import Row
 from tsqlora.data.formats import Format
+from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audited
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.among import among_rows

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from families import FAMILIES, Family, tokenizer_of
-from tsqlora.data.cells import Row
+from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audited
 from tsqlora.text.conversations import conversation, format_of
 from tsqlora.text.ledger import Line

@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from tsqlora.compat.hub import require_model
-from tsqlora.data.cells import Row
-from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import Format
 from tsqlora.data.prepare import resolve_max_length
+from tsqlora.data.rows import Row, find_columns
 from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError

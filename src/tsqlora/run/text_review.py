@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.copies import can_copy, copy_rows
 from tsqlora.data.sources import open_table
-from tsqlora.data.write import write_rows
+from tsqlora.data.write import can_copy, copy_rows, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.files import reading, writing
 from tsqlora.run.audit import source_digest

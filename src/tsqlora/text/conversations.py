@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tsqlora.data.cells import is_missing
+from tsqlora.data.examples import MESSAGES, SHAREGPT, UNREAD
 from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format, find_format, pair_format
-from tsqlora.data.formats.chats import MESSAGES, SHAREGPT, UNREAD
+from tsqlora.data.rows import is_missing
 
 ANSWER = "assistant"
 
