@@ -10,7 +10,7 @@ import numpy as np
 from runs import Row, write_jsonl
 from tsqlora.compare.cells import Cell, Entry, save
 from tsqlora.compare.table import rows_of
-from tsqlora.data.cells import sample_hash
+from tsqlora.data.rows import sample_hash
 from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.events import RankEvent

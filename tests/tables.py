@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.cells import Row
-from tsqlora.data.dialect import SNIFF, Hints
+from tsqlora.data.readers import SNIFF, Hints
+from tsqlora.data.rows import Row
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Samples, Table, table_of
 

@@ -21,8 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, set_up, write_config, write_jsonl
 from tables import cells_of
-from tsqlora.data.cells import row_hash, sample_hash
-from tsqlora.data.columns import Columns
+from tsqlora.data.rows import Columns, row_hash, sample_hash
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config

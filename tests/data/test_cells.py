@@ -1,5 +1,4 @@
-from tsqlora.data.cells import row_text
-from tsqlora.data.columns import Columns
+from tsqlora.data.rows import Columns, row_text
 
 COLUMNS = Columns("a", "b", "c")
 

@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tables import cells_of
-from tsqlora.data.copies import COPIED, can_copy, copy_rows, corrected_name, write_corrected
-from tsqlora.data.dialect import PLAIN, SNIFF, Hints, sniff
+from tsqlora.data.readers import PLAIN, SNIFF, Hints, sniff
 from tsqlora.data.sources import open_table
-from tsqlora.data.write import WRITERS
+from tsqlora.data.write import COPIED, WRITERS, can_copy, copy_rows, corrected_name, write_corrected
 
 BOM = b"\xef\xbb\xbf"
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tables import cells_of
-from tsqlora.data.dialect import DELIMITERS, SNIFF, Hints, sniff
+from tsqlora.data.readers import DELIMITERS, SNIFF, Hints, sniff
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError
 

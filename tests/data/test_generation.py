@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
 from tables import names_of, rows_of
-from tsqlora.data import target_tokens
+from tsqlora.data import generation
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import Row, sample_hash
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.generation import left_out, references, tokenise_generation
+from tsqlora.data.rows import Row, sample_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Samples
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
@@ -299,7 +299,7 @@ def test_real_rows(shared_dir: Path, name: str) -> None:
 def test_what_a_template_of_a_stranger_does_ends_as_an_error_of_the_row(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target_tokens, "SECONDS", 0.3)
+    monkeypatch.setattr(generation, "SECONDS", 0.3)
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(DataError, match="template refuses these turns"):
         make(rows_of({"messages": [say("user", "a"), say("assistant", "b")]}), byte_tokenizer(chat_template=template))

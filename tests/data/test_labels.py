@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from tables import rows_of
-from tsqlora.data.cells import Row
 from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
+from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
 
 

@@ -13,10 +13,9 @@ from transformers import (
 )
 
 from made_media import RATE, save_wav2vec2, wav2vec2_config, write_images, write_recordings
-from tsqlora.data.columns import Columns
-from tsqlora.data.folders import content_hash, kind_of
 from tsqlora.data.media import MediaCollator, encode_files, read_audio, read_image, require_reader, why_unread
-from tsqlora.data.sources import open_table, open_tables
+from tsqlora.data.rows import Columns, content_hash
+from tsqlora.data.sources import kind_of, open_table, open_tables
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals

@@ -15,10 +15,9 @@ from tables import cells_of
 from tsqlora.data import table as table_module
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.prepare import prepare, resolve_max_length, tokenise
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
-from tsqlora.data.tokenise import tokenise
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals

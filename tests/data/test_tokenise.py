@@ -10,9 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from tables import rows_of
-from tsqlora.data.cells import Row
-from tsqlora.data.columns import Columns
-from tsqlora.data.tokenise import tokenise
+from tsqlora.data.prepare import tokenise
+from tsqlora.data.rows import Columns, Row
 from tsqlora.errors import DataError, SettingsError
 
 TEXT, PAIR = Columns("text", None, "label"), Columns("text", "pair", "label")

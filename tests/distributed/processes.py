@@ -39,6 +39,7 @@ from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe
+from tsqlora.quality import passes
 from tsqlora.training.fit import training_arguments
 
 ROWS = samples(8, 3)
@@ -161,13 +162,14 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
 
 
 def scored(rank: int, world: int, folder: Path) -> Any:
-    """The files of three scorings, through DistributedDataParallel where there are several processes."""
+    """The files of four scorings, through DistributedDataParallel where there are several processes."""
     model = lora(tiny_bert(layers=1))
     rows = samples(30, 3)
     teach(model, rows)
     request: dict[str, dict[str, Any]] = {
         "default": {"terms": ()},
         "gradients": {"weights": {"convergence": 1.0}},
+        "cut off": {"parts": folder / f"parts-{world}", "hashes": [str(j) for j in range(30)]},
     }
     files = {}
     for name, options in request.items():
@@ -179,6 +181,13 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
         path = folder / f"{name}-{world}-{rank}.parquet"
         trains = DistributedDataParallel(model) if world > 1 else model
+        if name == "cut off":  # every batch is on disk, and in each process the last ones get lost
+            passes.FLUSH_SECONDS = 0
+            score_by(trains, rows, collate, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options)
+            distributed.wait()
+            for part in sorted(options["parts"].glob("*/*.safetensors"))[1::2] if rank == 0 else ():
+                part.unlink()
+            distributed.wait()
         score_by(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
         files[name] = (path.read_bytes(), sum(seen) - 8)  # four that tell the loss, and four the head
     writer = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)

@@ -125,7 +125,7 @@ def test_importance_is_the_same_in_every_process(reports: list[dict[str, Any]]) 
 # --- scoring ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["default", "gradients", "text"])
+@pytest.mark.parametrize("rule", ["default", "gradients", "cut off", "text"])
 def test_the_score_file_is_the_same_for_one_two_and_three_processes(
     rule: str, folder: Path, reports: list[dict[str, Any]]
 ) -> None:

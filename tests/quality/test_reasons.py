@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runs import make_rows, write_jsonl
-from tsqlora.data.cells import sample_hash
+from tsqlora.data.rows import sample_hash
 from tsqlora.errors import DataError
 from tsqlora.quality.reasons import explain, likely_wrong, p_wrong, suspicion
 from tsqlora.quality.scores import Scores, from_terms

@@ -9,8 +9,8 @@ import pytest
 
 from runs import Row, make_rows
 from tables import cells_of
-from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.formats import find_format
+from tsqlora.data.rows import row_hash, sample_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError

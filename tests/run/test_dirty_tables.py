@@ -8,7 +8,7 @@ import pytest
 
 from runs import make_rows, run_cli, save_checkpoint, write_config
 from tables import cells_of
-from tsqlora.data.dialect import SNIFF, sniff
+from tsqlora.data.readers import SNIFF, sniff
 from tsqlora.quality.scores import Scores
 
 EMPTY, UNLABELLED = (7, 40, 100), 63

@@ -11,7 +11,8 @@ import pytest
 from made_media import MAKE
 from runs import write_config
 from tables import cells_of
-from tsqlora.data.folders import ENDINGS, folder_rows
+from tsqlora.data.rows import ENDINGS
+from tsqlora.data.sources import folder_rows
 from tsqlora.data.write import write_rows
 from tsqlora.quality.scores import Scores
 

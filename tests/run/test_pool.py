@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tsqlora as tsq
-from tsqlora.data.folders import folder_rows
+from tsqlora.data.sources import folder_rows
 from tsqlora.errors import DataError, SettingsError
 from words import llama, tokenizer
 

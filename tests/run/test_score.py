@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runs import make_rows, set_up, write_jsonl
-from tsqlora.data.cells import sample_hash
+from tsqlora.data.rows import sample_hash
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import gradient_pass, passes
 from tsqlora.quality import look as looking

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from seen import Seen
 from tables import cells_of
-from tsqlora.data.columns import find_columns
 from tsqlora.data.labels import encode_labels
+from tsqlora.data.prepare import tokenise_words
+from tsqlora.data.rows import find_columns
 from tsqlora.data.splits import read_data
-from tsqlora.data.tokenise import tokenise_words
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError
 from tsqlora.run.audit import run_audit

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, Row, is_missing
+from tsqlora.data.rows import MissingError, Row, is_missing
 from tsqlora.errors import DataError
 
 SEPARATOR = "|"
@@ -112,7 +112,20 @@ def encode_targets(rows: Iterable[Row], column: str) -> list[float]:
 
     Raises DataError with file and row for a target that is missing or not a finite number.
     """
-    return [_target_at(row, column) for row in rows]
+    targets = list[float]()
+    for row in rows:
+        value = row.cells.get(column)
+        try:
+            target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError, OverflowError):
+            target = math.nan
+        if not math.isfinite(target):
+            raise DataError(
+                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
+                "correct it, or set task.type to sequence-classification"
+            )
+        targets.append(target)
+    return targets
 
 
 def are_measures(names: Sequence[str | int]) -> bool:
@@ -182,20 +195,6 @@ def split_labels(cell: Any) -> list[Any]:
         written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
         return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
     return cell if isinstance(cell, list) else [cell]
-
-
-def _target_at(row: Row, column: str) -> float:
-    value = row.cells.get(column)
-    try:
-        target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, OverflowError):
-        target = math.nan
-    if not math.isfinite(target):
-        raise DataError(
-            f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
-            "correct it, or set task.type to sequence-classification"
-        )
-    return target
 
 
 def _is_integer(text: str) -> bool:

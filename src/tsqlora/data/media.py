@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from tsqlora.compat.shapes import Float
-from tsqlora.data.cells import Row, text_at
-from tsqlora.data.columns import Columns
-from tsqlora.data.folders import content_hash
+from tsqlora.data.rows import Columns, Row, content_hash, text_at
 from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
@@ -125,18 +123,16 @@ def encode_files(
     samples, truncated = list[dict[str, Any]](), 0
     for i, row in enumerate(rows):
         path = text_at(row, columns.text)
-        length = _steps(path) if columns.media == "audio" else 0
+        length = 0
+        if columns.media == "audio":
+            import soundfile
+
+            about = soundfile.info(path)
+            length = math.ceil(about.frames / about.samplerate * TOKENS_A_SECOND)
         truncated += length > max_length > 0
         sample = {"file": path, "content": content_hash(path), "length": min(length, max_length or length)}
         samples.append(sample if labels is None else {**sample, "labels": labels[i]})
     return of_rows(samples, rows, columns, truncated=truncated)
-
-
-def _steps(path: str) -> int:
-    import soundfile
-
-    about = soundfile.info(path)
-    return math.ceil(about.frames / about.samplerate * TOKENS_A_SECOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +152,14 @@ class MediaCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         files = [sample["file"] for sample in samples]
-        inputs = self._images(files) if self.media == "image" else self._recordings(files)
+        if self.media == "image":
+            inputs = self.processor([read_image(file, gray=self.gray) for file in files], return_tensors="pt")
+        else:
+            inputs = self._recordings(files)
         batch = {name: values for name, values in inputs.items() if isinstance(values, Tensor)}
         if "labels" in samples[0]:
             batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
         return batch
-
-    def _images(self, files: Sequence[str]) -> Any:
-        return self.processor([read_image(file, gray=self.gray) for file in files], return_tensors="pt")
 
     def _recordings(self, files: Sequence[str]) -> Any:
         rate = int(self.processor.sampling_rate)

@@ -1,19 +1,20 @@
 """Find the splits of a file, a directory or a hub data set, and read each into a table."""
 
 import difflib
+import hashlib
+import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tsqlora.compat.datasets import file_kinds, list_names
 from tsqlora.compat.hub import DatasetName, is_hub_id
-from tsqlora.data.cells import Row
-from tsqlora.data.dialect import SNIFF, TABLES, Hints, sniff
-from tsqlora.data.folders import MEDIA_ENDINGS, folder_rows, kind_of
-from tsqlora.data.readers import READERS, SUFFIXES, parquet_file
+from tsqlora.data.readers import READERS, SNIFF, SUFFIXES, TABLES, Hints, parquet_file, sniff
+from tsqlora.data.rows import ENDINGS, Row
 from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
 from tsqlora.errors import DataError
 from tsqlora.files import reading
@@ -27,6 +28,10 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 
 ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
+
+
+FIRST = 20
+"""Rows that tell what a file holds."""
 
 
 def open_table(
@@ -104,6 +109,18 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
     return {
         split: of_dataset(data[name], f"{source}[{name}]", named=True, folder=folder) for split, name in names.items()
     }
+
+
+def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
+    """Return the columns of a file's first rows; none for a directory or hub data set."""
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
+        return ()
+    if path.suffix.lower() == ".parquet":
+        with parquet_file(path) as file:
+            return tuple(file.schema_arrow.names)
+    rows = READERS[path.suffix.lower()](path, sniff(path, hints))
+    return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
 
 
 def require_source(source: str | Path) -> None:
@@ -199,3 +216,61 @@ def of_dataset(data: Any, name: str, *, named: bool = False, folder: Path | None
 
     parts = data.with_format("arrow").iter(CHUNK)
     return table_of_arrow(name, parts, folder=folder, **({"view": with_names} if lists else {}))
+
+
+MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+_SHOWN = 3
+
+
+def kind_of(folder: Path) -> str | None:
+    """Whether the first file of media in a folder, its folders, or theirs is "image" or "audio"; None without any."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        for path in sorted(folder.glob(pattern)):
+            for kind, endings in ENDINGS.items():
+                if path.suffix.lower() in endings and path.is_file():
+                    return kind
+    return None
+
+
+def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files of this kind, each with its path below the folder, and its row: an absolute path and the class.
+
+    The class is the name of the first folder on that path; a file that lies beside these folders has none. Warns of
+    files of other kinds.
+    """
+    rows, others = list[tuple[str, dict[str, Any]]](), list[str]()
+    for path in sorted(_files(folder)):
+        below = path.relative_to(folder)
+        if path.suffix.lower() in ENDINGS[kind]:
+            label = below.parts[0] if len(below.parts) > 1 else None
+            rows.append((str(below), {kind: os.path.abspath(path), "label": label}))
+        else:
+            others.append(str(below))
+    if others:
+        shown = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+        warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {shown}", stacklevel=5)
+    return rows
+
+
+def folder_digest(folder: Path, kind: str) -> str:
+    """SHA-256 of the paths and sizes of the files that `folder_rows` reads."""
+    files = (path for path in sorted(_files(folder)) if path.suffix.lower() in ENDINGS[kind])
+    listing = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file that is not hidden; links lead to folders elsewhere, to each once."""
+    root, followed = Path(os.path.realpath(folder)), set[Path]()
+
+    def enters(path: Path) -> bool:
+        if not path.is_symlink():
+            return True
+        target = Path(os.path.realpath(path))
+        apart = not target.is_relative_to(root) and not root.is_relative_to(target) and target not in followed
+        followed.add(target)
+        return apart
+
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and enters(Path(parent, name))]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))

@@ -2,20 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, Row, is_missing, lacking, text_at
-from tsqlora.data.columns import Columns, find_columns, quoted
-from tsqlora.data.dialect import SNIFF, Hints
+from tsqlora.data.examples import Manner
 from tsqlora.data.formats import Format, find_format, pair_format
-from tsqlora.data.formats.chats import Manner
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.media import require_reader, why_unread
+from tsqlora.data.readers import SNIFF, Hints
+from tsqlora.data.rows import Columns, MissingError, Row, find_columns, is_missing, lacking, quoted, text_at
 from tsqlora.data.sources import ORDER, open_tables
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
@@ -64,9 +63,11 @@ def read_data(
             f"{first.name} has no label column; set data.label to one of its columns: "
             f"{quoted(tables['train'].names)}; or set task.type to causal-lm, for a model that writes text"
         )
-    if test is None and "test" in tables and used.label is not None and _lacks_labels(tables["test"], used.label):
-        warnings.warn(f"{tables['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
-        del tables["test"]
+    if test is None and "test" in tables and used.label is not None:
+        labels = (row.cells.get(used.label) for row in tables["test"])
+        if all(is_missing(label) or label in (-1, "-1") for label in labels):
+            warnings.warn(f"{tables['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
+            del tables["test"]
     tables = {name: complete(table, max_bad_rows, tags=answer == "tags") for name, table in tables.items()}
     classes, groups = _classes(tables["train"], answer)
     if "validation" not in tables and answer != "pair":  # pairs are only scored, all of them
@@ -136,22 +137,21 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
 
     With `tags` a row lacks something, too, if it has not one tag for each token.
     """
-    if columns.media:
-        require_reader(columns.media)
-        return partial(_lacks_file, columns=columns, answers=answers)
-    if tags:
-        return partial(_lacks_tags, columns=columns, answers=answers)
-    if format is None:
-        used = {columns.text: "text", columns.text_pair: "text", columns.label if answers else None: "label"}
-        needed = {column: what for column, what in used.items() if column is not None}
-        return lambda row: lacking(row.cells, needed)
-    target = {} if columns.label is None or not answers else {columns.label: "target"}
+    media, text, label = columns.media, columns.text, columns.label if answers else None
+    if media:
+        require_reader(media)
+    used = {text: "file" if media else "text", columns.text_pair: "text", label: "label"}
+    needed = {column: what for column, what in used.items() if column is not None}
 
     def lacks(row: Row) -> str | None:
+        if tags:
+            return _lacks_tags(row.cells.get(text), row.cells.get(label or ""), columns, answers=answers)
+        if format is None:
+            return lacking(row.cells, needed) or (why_unread(text_at(row, text), media) if media else None)
         try:
             format.read(row, Manner(seq2seq=False, chat=False, targets=answers))
         except MissingError as error:
-            return lacking(row.cells, target) or error.what
+            return lacking(row.cells, {} if label is None else {label: "target"}) or error.what
         except DataError:  # tokenising raises it again, in the model's own manner
             pass
         return None
@@ -159,13 +159,7 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
     return lacks
 
 
-def _lacks_file(row: Row, *, columns: Columns, answers: bool) -> str | None:
-    needed = {columns.text: "file"} | ({columns.label: "label"} if answers and columns.label else {})
-    return lacking(row.cells, needed) or why_unread(text_at(row, columns.text), columns.media or "")
-
-
-def _lacks_tags(row: Row, *, columns: Columns, answers: bool) -> str | None:
-    tokens, tags = (row.cells.get(name) for name in (columns.text, columns.label or ""))
+def _lacks_tags(tokens: Any, tags: Any, columns: Columns, *, answers: bool) -> str | None:
     if is_missing(tokens) or tokens == []:
         return f"no tokens in column '{columns.text}'"
     if not answers:
@@ -175,10 +169,6 @@ def _lacks_tags(row: Row, *, columns: Columns, answers: bool) -> str | None:
     if isinstance(tokens, list) and isinstance(tags, list) and len(tokens) != len(tags):
         return "unequal numbers of tokens and tags"
     return None  # reading anything but lists raises an error
-
-
-def _lacks_labels(table: Table, column: str) -> bool:
-    return all(is_missing(value := row.cells.get(column)) or value in (-1, "-1") for row in table)
 
 
 def _classes(table: Table, answer: str) -> tuple[LabelMap | None, np.ndarray]:
@@ -226,20 +216,14 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
     most = [size - 1 for size in sizes]
     if sum(most) < 1:
         raise DataError(f"{source} has too few rows to hold out validation rows; set data.validation")
+    shares = [size * fraction for size in sizes]
+    quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
+    for _ in range(min(max(1, round(sum(shares))), sum(most)) - sum(quotas)):
+        below = [j for j in range(len(sizes)) if quotas[j] < most[j]]
+        quotas[max(below, key=lambda j: shares[j] - quotas[j])] += 1
     # Not a stream of `seeds`: other draws would move validation rows of older runs into training.
     rng = np.random.default_rng(seed)
     out = np.zeros(len(groups), dtype=np.bool_)
-    for group, count in enumerate(_quotas(sizes, most, fraction)):
+    for group, count in enumerate(quotas):
         out[rng.permutation(np.flatnonzero(groups == group))[:count]] = True
     return out
-
-
-def _quotas(sizes: Sequence[int], most: Sequence[int], fraction: float) -> list[int]:
-    """Rows that each group gives: floors of the shares, then the largest remainders."""
-    shares = [size * fraction for size in sizes]
-    quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
-    total = min(max(1, round(sum(shares))), sum(most))
-    while sum(quotas) < total:
-        open_groups = [j for j in range(len(sizes)) if quotas[j] < most[j]]
-        quotas[max(open_groups, key=lambda j: shares[j] - quotas[j])] += 1
-    return quotas

@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsqlora.data.cells import Row, row_hash
-from tsqlora.data.columns import Columns
-from tsqlora.data.dialect import PLAIN, Dialect
 from tsqlora.data.formats import Format
 from tsqlora.data.labels import LabelMap
+from tsqlora.data.readers import PLAIN, Dialect
+from tsqlora.data.rows import Columns, Row, row_hash
 from tsqlora.errors import DataError
 
 NO_COLUMNS = Columns("", None, None)

@@ -145,7 +145,12 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
     """Return W + s·BA of a LoRA layer, dequantised; with `every` = k only every k-th output."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
-    weight: Tensor = _dequantised(base)
+    if is_packed_for_inference(base):
+        raise UnsupportedError(
+            "bitsandbytes has packed a 4-bit weight for CPU inference, which blocks gradients; reload the model and "
+            "wrap it before its first evaluation"
+        )
+    weight: Tensor = dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
     weight = (weight.T if isinstance(base, Conv1D | nn.Embedding) else weight)[::every]
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
@@ -155,15 +160,6 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
                     scale: float = cast(Any, layer).scaling[adapter]
                     weight = weight + (scale * (up[::every] @ down)).to(weight.dtype)
     return weight
-
-
-def _dequantised(base: nn.Module) -> Tensor:
-    if is_packed_for_inference(base):
-        raise UnsupportedError(
-            "bitsandbytes has packed a 4-bit weight for CPU inference, which blocks gradients; reload the model and "
-            "wrap it before its first evaluation"
-        )
-    return dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
 
 
 def batch_coupled(model: nn.Module) -> list[str]:

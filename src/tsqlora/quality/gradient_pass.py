@@ -1,7 +1,7 @@
 """One pass with gradients: every sample's terms, exactly, in batches."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,16 +34,8 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, precision, require_usable, split_labels
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Measurements:
-    """The terms of every row, in the data set's order, and a record of how they were measured."""
-
-    columns: dict[str, np.ndarray]
-    record: dict[str, Any]
-
-
-def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
-    """Measure the rule's terms for every sample with the model as it is.
+def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the rule's terms of every row, with the model as it is, and a record of how they were measured.
 
     The reference is measured first: `convergence` compares with its mean gradient.
     """
@@ -87,7 +79,7 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
         "reference": list(own),
         "autocast": None if compute.autocast is None else str(compute.autocast).removeprefix("torch."),
     }
-    return Measurements(columns, record)
+    return columns, record
 
 
 def measured_columns(

@@ -18,9 +18,8 @@ from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, Pairs, forward_pass
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
-from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import Columns, empty, run_pass
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.quality.rule import Compute, LookRequest, needs_probe

@@ -24,12 +24,11 @@ from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.exact import require_exact, require_own_loss
-from tsqlora.quality.forward_pass import Forward, forward_pass
+from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
 from tsqlora.quality.gradient_pass import gradient_pass, measured_columns
 from tsqlora.quality.head_start import Started, features_with, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
 from tsqlora.quality.linear_head import FOLDS
-from tsqlora.quality.pairs import with_reference
 from tsqlora.quality.reference import Reference
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rows import Dataset, require_reference
@@ -108,8 +107,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
             rule = rule.without_probe()
         columns, record = dict[str, np.ndarray](), dict[str, Any]()
         if needs_gradients(rule.measured()):
-            measurements = gradient_pass(model, replace(request, rule=rule))
-            columns, record = measurements.columns, measurements.record
+            columns, record = gradient_pass(model, replace(request, rule=rule))
         if ratio is not None:
             columns["density_ratio"] = ratio
 
@@ -352,7 +350,15 @@ def score(
         require_reference(rule.reference, dataset)
     if compute.parts is not None and rows.hashes is None:
         raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
-    task = task or _own_task(model, dataset, collate, compute)
+    if task is None:  # that of the model's config, whose loss is the model's own
+        own_task, safe = task_of(model), each_its_row(collate)
+
+        def check(size: int) -> None:
+            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
+
+        with eval_mode(model):
+            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+        task = own_task
     if trusted is not None and not isinstance(trusted, Trusted):
         trusted = Trusted(trusted, twins=equals(dataset, trusted))
     request = LookRequest(
@@ -376,18 +382,6 @@ def score(
     if result.scores.caution:
         warnings.warn(result.scores.caution, stacklevel=3)
     return result.scores
-
-
-def _own_task(model: nn.Module, dataset: Dataset, collate: Collate, compute: Compute) -> Task:
-    """The task that the model's config names, whose loss is the model's own."""
-    task, safe = task_of(model), each_its_row(collate)
-
-    def check(size: int) -> None:
-        require_own_loss(model, safe([dataset[j] for j in range(size)]), task)
-
-    with eval_mode(model):
-        distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
-    return task
 
 
 def require_scorable(

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.data.cells import row_hash, row_text
-from tsqlora.data.columns import Columns
-from tsqlora.data.dialect import Hints
 from tsqlora.data.formats import PREFERENCE
+from tsqlora.data.readers import Hints
+from tsqlora.data.rows import Columns, row_hash, row_text
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError

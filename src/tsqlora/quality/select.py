@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tsqlora.data.cells import row_hash
-from tsqlora.data.columns import Columns
-from tsqlora.data.copies import can_copy, copy_rows
+from tsqlora.data.rows import Columns, row_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
-from tsqlora.data.write import require_writable, write_rows
+from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample

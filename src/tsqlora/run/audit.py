@@ -11,12 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.folders import folder_digest
 from tsqlora.data.labels import require_separable
-from tsqlora.data.prepare import prepare
+from tsqlora.data.prepare import prepare, tokenise_words
+from tsqlora.data.sources import folder_digest
 from tsqlora.data.splits import held_out_rows
 from tsqlora.data.table import Table, notes_of
-from tsqlora.data.tokenise import tokenise_words
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import row_text
 from tsqlora.data.labels import join_labels, split_labels
+from tsqlora.data.rows import row_text
 from tsqlora.data.table import Table
 from tsqlora.quality.suspects import Audit
 from tsqlora.seeds import stream

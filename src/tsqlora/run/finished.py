@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from tsqlora.data.columns import Columns
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import prepare
+from tsqlora.data.prepare import encoder, prepare
+from tsqlora.data.rows import Columns
 from tsqlora.data.splits import complete
 from tsqlora.data.table import Samples, Table
-from tsqlora.data.tokenise import encoder
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.attach import attach
 from tsqlora.interop.files import read_adapter

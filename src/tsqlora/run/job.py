@@ -10,9 +10,9 @@ from transformers import set_seed
 
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import plain_lora, wrap
-from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.readers import Hints
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError

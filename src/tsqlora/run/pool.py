@@ -8,12 +8,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from tsqlora.data.cells import MissingError
-from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.rows import MissingError, find_columns
 from tsqlora.data.sources import of_dataset
 from tsqlora.data.splits import require_columns
 from tsqlora.data.table import Table, notes_of

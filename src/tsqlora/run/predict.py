@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import tokens_at
-from tsqlora.data.dialect import TABLES
 from tsqlora.data.labels import require_separable
+from tsqlora.data.readers import TABLES
+from tsqlora.data.rows import tokens_at
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import lacks_of, listed
 from tsqlora.data.table import Table

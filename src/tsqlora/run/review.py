@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.yaml import YamlProblem, load_yaml
-from tsqlora.data.cells import Row, is_missing
-from tsqlora.data.columns import Columns
-from tsqlora.data.copies import corrected_name, write_corrected
-from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import join_labels, split_labels
+from tsqlora.data.readers import Hints
+from tsqlora.data.rows import Columns, Row, is_missing
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
-from tsqlora.data.write import without_formulas, write_rows
+from tsqlora.data.write import corrected_name, without_formulas, write_corrected, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.files import reading, writing
 from tsqlora.run.audit import AUDIT_FILE, source_digest

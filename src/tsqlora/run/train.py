@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.data.dialect import PLAIN
+from tsqlora.data.readers import PLAIN
 from tsqlora.data.table import data_hash
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_text

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.data.folders import kind_of
 from tsqlora.data.readers import SUFFIXES
+from tsqlora.data.sources import kind_of
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.settings import Config, Section, section_of

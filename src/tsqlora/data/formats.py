@@ -1,14 +1,24 @@
 """Row formats for text generation: detect a file's format, and read its rows."""
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from typing import Any
 
-from tsqlora.data.cells import Row
-from tsqlora.data.columns import USUAL_PAIR, USUAL_TEXT, Columns, named_columns, quoted
-from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
-from tsqlora.data.formats.leftovers import refuse_leftovers
-from tsqlora.data.formats.pairs import PAIRS, read_pair, require_pairs
-from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
+from tsqlora.data.examples import (
+    PAIRS,
+    SHAREGPT,
+    Chat,
+    Example,
+    Manner,
+    read_alpaca,
+    read_chat,
+    read_document,
+    read_pair,
+    read_prompt,
+    read_text,
+)
+from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT, Columns, Row, is_missing, named_columns, quoted
 from tsqlora.errors import DataError, SettingsError, nearest
 
 
@@ -38,8 +48,10 @@ class Kind:
 
 # In order of detection: a file of chats may also have their text in one piece.
 FORMATS: dict[str, Kind] = {
-    "messages": Kind(read_messages, (("messages", None),), setting="data.messages"),
-    "sharegpt": Kind(read_sharegpt, (("conversations", None), ("conversation", None)), setting="data.messages"),
+    "messages": Kind(read_chat, (("messages", None),), setting="data.messages"),
+    "sharegpt": Kind(
+        partial(read_chat, keys=SHAREGPT), (("conversations", None), ("conversation", None)), setting="data.messages"
+    ),
     "alpaca": Kind(read_alpaca, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
     "prompt": Kind(
         read_prompt,
@@ -109,7 +121,11 @@ class Format:
 
 def pair_format(names: Sequence[str], *, source: str) -> Format:
     """The format of preference rows.  Raises DataError without chosen or rejected answers."""
-    require_pairs(names, source)
+    if missing := [name for name in ("chosen", "rejected") if name not in names]:
+        raise DataError(
+            f"{source} has no column '{missing[0]}'; preference rows have prompt, chosen and rejected, and its columns "
+            f"are {', '.join(names)}"
+        )
     prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in names), PAIRS.text)
     return Format(PREFERENCE, replace(PAIRS, text=prompt, system=_first(SYSTEM, names)))
 
@@ -204,3 +220,51 @@ def _check_together(format: str | None, named: Collection[str]) -> None:
     settings = _naming(FORMATS[format])
     if wrong := sorted(set(named) - {*settings.split(" and ")}):
         raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {settings}")
+
+
+OF_CHATS = ("tools", "functions", "documents", "history")
+"""What other trainers put into a chat's prompt, in their own ways."""
+
+
+def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str | None) -> None:
+    """Raises DataError if a row has an unread column among `parts` or OF_CHATS; `setting` names columns in its place.
+
+    A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
+    has theirs, as a text of the whole row.
+    """
+    used = astuple(columns)
+    read = [row.cells.get(column) for column in used if column is not None]
+    for name, value in row.cells.items():
+        usual = name.strip().lower()
+        if name in used or is_missing(value) or value in ([], {}):
+            continue
+        if usual in OF_CHATS:
+            # A single text is a mark of its document, as in other tables.
+            if usual in ("functions", "documents") and not isinstance(value, list):
+                continue
+            cure = ""
+        elif usual in parts and not _is_repeated(value, read):
+            cure = "" if setting is None else f"set {setting}, "
+        else:
+            continue
+        raise DataError(
+            f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
+            f"{cure}move it into the text, or remove it"
+        )
+
+
+def _is_repeated(value: Any, cells: Collection[Any]) -> bool:
+    own, read = [*_texts(value)], [text for cell in cells for text in _texts(cell)]
+    within = all(any(text in other for other in read) for text in own)
+    return within or all(any(text in other for other in own) for text in read)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a cell, with single spaces; of messages without roles."""
+    if isinstance(value, Mapping):
+        value = [inner for key, inner in value.items() if key not in ("role", "from")]
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+    elif not is_missing(value):
+        yield " ".join(str(value).split())

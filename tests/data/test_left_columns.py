@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tables import names_of, rows_of
-from tsqlora.data.columns import USUAL_PAIR, USUAL_TEXT
+from tsqlora.data.examples import Chat, Example, Manner, Turn
 from tsqlora.data.formats import ANSWERS, FORMATS, find_format, pair_format
-from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
+from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT
 from tsqlora.errors import DataError, TsqLoraError
 
 METADATA = {"id", "idx", "source", "url", "title", "category", "label", "labels", "class", "score"}

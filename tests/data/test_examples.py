@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tables import rows_of
+from tsqlora.data.examples import Chat, Example, Manner, Turn
 from tsqlora.data.formats import find_format
-from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
 
 CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tsqlora.data.columns import Columns
 from tsqlora.data.formats import FORMATS, Format, find_format
+from tsqlora.data.rows import Columns
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 
 
