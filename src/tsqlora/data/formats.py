@@ -152,7 +152,11 @@ def find_format(
     prompt, target, messages, text = named_columns(named, names, source)
     _check_together(format, {key for key, name in named.items() if name is not None})
     if whole := messages or text:
-        name = format or _of_whole(whole, "data.messages" if messages else "data.text")
+        setting = "data.messages" if messages else "data.text"
+        fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
+        # Usual names distinguish messages from sharegpt.
+        usual = (name for name in fitting if (whole, None) in FORMATS[name].usual)
+        name = format or next(usual, fitting[0])
         return Format(name, _columns(FORMATS[name], whole, None, names), whole=False)
     all_named = prompt is not None and target is not None
     kinds = FORMATS if format is None else {format: FORMATS[format]}
@@ -199,12 +203,6 @@ def _first(usual: Sequence[str], names: Collection[str]) -> str | None:
 def _naming(kind: Kind) -> str:
     """The settings that name all columns of a format."""
     return kind.setting if kind.whole else "data.prompt and data.target"
-
-
-def _of_whole(column: str, setting: str) -> str:
-    """The format of a column that holds both; usual names distinguish messages from sharegpt."""
-    fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
-    return next((name for name in fitting if (column, None) in FORMATS[name].usual), fitting[0])
 
 
 def _check_together(format: str | None, named: Collection[str]) -> None:

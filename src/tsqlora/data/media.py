@@ -155,21 +155,18 @@ class MediaCollator:
         if self.media == "image":
             inputs = self.processor([read_image(file, gray=self.gray) for file in files], return_tensors="pt")
         else:
-            inputs = self._recordings(files)
+            rate = int(self.processor.sampling_rate)
+            most, least = self.max_length * rate // TOKENS_A_SECOND, int(SHORTEST * rate)
+            waves = [read_audio(file, rate)[: most or None] for file in files]
+            waves = [np.pad(wave, (0, max(least - len(wave), 0))) for wave in waves]
+            how: dict[str, Any] = {}
+            # Processors with a fixed length, as Whisper's, pad by themselves.
+            padding = inspect.signature(self.processor.__call__).parameters.get("padding")
+            if padding is not None and padding.default is False:
+                masked = self.processor.return_attention_mask or not most
+                how = {"padding": True} if masked else {"padding": "max_length", "max_length": max(most, least)}
+            inputs = self.processor(waves, sampling_rate=rate, return_tensors="pt", **how)
         batch = {name: values for name, values in inputs.items() if isinstance(values, Tensor)}
         if "labels" in samples[0]:
             batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
         return batch
-
-    def _recordings(self, files: Sequence[str]) -> Any:
-        rate = int(self.processor.sampling_rate)
-        most, least = self.max_length * rate // TOKENS_A_SECOND, int(SHORTEST * rate)
-        waves = [read_audio(file, rate)[: most or None] for file in files]
-        waves = [np.pad(wave, (0, max(least - len(wave), 0))) for wave in waves]
-        how: dict[str, Any] = {}
-        # Processors with a fixed length, as Whisper's, pad by themselves.
-        padding = inspect.signature(self.processor.__call__).parameters.get("padding")
-        if padding is not None and padding.default is False:
-            masked = self.processor.return_attention_mask or not most
-            how = {"padding": True} if masked else {"padding": "max_length", "max_length": max(most, least)}
-        return self.processor(waves, sampling_rate=rate, return_tensors="pt", **how)

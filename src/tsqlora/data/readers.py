@@ -109,7 +109,10 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     mark, hint = next((mark for mark in _MARKS if start.startswith(mark)), b""), hints.encoding
     # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
     open_question = not mark and b"\0" not in start
-    decoding = _decoding(path) if open_question else []
+    decoding = list[bool]()
+    if open_question:
+        with _opened(path) as file:  # in UTF-8 no letter has the byte of a line feed
+            decoding = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
     guessed = open_question and hint is None and not all(decoding) and sum(decoding) <= len(decoding) / 2
     unused = None
     if open_question and hint is not None and codecs.lookup(hint).name not in ("utf-8", "utf-8-sig"):
@@ -134,12 +137,6 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _decoding(path: Path) -> list[bool]:
-    """Whether each line beyond ASCII decodes as UTF-8, where no letter has the byte of a line feed."""
-    with _opened(path) as file:
-        return [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
-
-
 def _broken_at(line: bytes, encoding: str) -> int | None:
     """The offset of the first byte that does not decode."""
     try:
@@ -162,18 +159,18 @@ def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
         start = [line for line, _ in islice(dialect.lines(path, newline=""), _SNIFFED_LINES)]
     except DataError:  # reading the rows raises it again, with the line
         return ","
+
+    def agreeing(delimiter: str) -> int:
+        """How many records have as many fields as the first one."""
+        try:
+            counts = [len(fields) for fields in csv.reader(start, delimiter=delimiter) if fields]
+        except csv.Error:
+            return 0
+        return sum(count == counts[0] for count in counts)
+
     header = next((line for line in start if line.strip()), "")
     candidates = [delimiter for delimiter in DELIMITERS if delimiter in header]
-    return max(candidates, key=lambda one: _agreeing(start, one), default=",")
-
-
-def _agreeing(lines: list[str], delimiter: str) -> int:
-    """How many records have as many fields as the first one."""
-    try:
-        counts = [len(fields) for fields in csv.reader(lines, delimiter=delimiter) if fields]
-    except csv.Error:
-        return 0
-    return sum(count == counts[0] for count in counts)
+    return max(candidates, key=agreeing, default=",")
 
 
 def _undecoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
