@@ -1,4 +1,4 @@
-# What there is to run: demo, test, test-all, slow, check, docs, pictures, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
+# What there is to run: demo, test, test-all, slow, check, docs, pictures, bench, bench-llamacpp, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 PYTEST := $(BIN)/pytest -n logical --dist loadfile
 
-.PHONY: demo test test-all slow check docs pictures bench bench-scoring bench-results bench-llamacpp constraints clean
+.PHONY: demo test test-all slow check docs pictures bench bench-llamacpp constraints clean
 
 # Its runs are kept, with the report of the last one, until it is called again.
 demo: .venv/.installed-demo
@@ -49,16 +49,6 @@ pictures: .venv/.installed-bench
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
 bench: .venv/.installed-dev
 	$(if $(BENCH),$(BIN)/python $(BENCH),@echo "benchmarks: $(or $(wildcard bench/*.py),none yet)")
-
-# Measures what bench/results/scoring.json lacks. PEERS: where bergson is, which bench/scoring.py says how to install.
-bench-scoring: .venv/.installed-bench
-	PYTHONPATH=$(PEERS) $(BIN)/python bench/scoring.py
-	$(BIN)/python bench/tables.py
-
-# Makes docs/research/glue.md and its plots from bench/results/glue, which `make bench BENCH=bench/glue.py` adds to.
-bench-results: .venv/.installed-bench
-	$(BIN)/python bench/results_page.py
-	$(BIN)/python bench/tables.py
 
 # Compiles llama.cpp first: a quarter of an hour on two cores. Then `make test-all` runs its tests, too.
 bench-llamacpp: .venv/.installed-llamacpp

@@ -18,14 +18,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from tsqlora.compare.cells import CELLS_DIR, Cell
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
-from tsqlora.compare.run import Equal
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
 from tsqlora.run.config import Config, load_config
@@ -53,12 +52,10 @@ class Block:
     rows: int
     wrong: float
     mean: int
-    equal: str = "steps"
 
     @property
     def name(self) -> str:
-        end = "" if self.equal == "steps" else f"_{self.equal}"
-        return f"{self.task}_{self.rows}_wrong{round(100 * self.wrong)}_rank{self.mean}{end}"
+        return f"{self.task}_{self.rows}_wrong{round(100 * self.wrong)}_rank{self.mean}"
 
     @property
     def metric(self) -> str:
@@ -133,7 +130,6 @@ def run(block: Block, seed: int, method: str, shared: Path, **how: Any) -> None:
         [method],
         seeds=[seed],
         out=folder / "cells",
-        equal=cast(Equal, block.equal),
         metric=block.metric,
         say=lambda text: print(f"{block.name} {text}", flush=True),
         **how,
@@ -216,14 +212,14 @@ def main() -> None:
     parser.add_argument("--means", default="2")
     parser.add_argument("--seeds", default=",".join(map(str, GRID_SEEDS)))
     parser.add_argument("--methods", default=ENTRIES)
-    parser.add_argument("--equal", default="steps")
     args = parser.parse_args()
     every = itertools.product(*(values.split(",") for values in (args.wrong, args.tasks, args.rows, args.means)))
-    blocks = [Block(task, int(rows), float(wrong), int(mean), args.equal) for wrong, task, rows, mean in every]
-    for seed, block, method in itertools.product(map(int, args.seeds.split(",")), blocks, args.methods.split(",")):
-        rate, entry = choose(block, method, args.shared), entries([method])[0]
-        if Cell(entry, seed, rate).name not in stored(block)["cells"]:
-            run(block, seed, method, args.shared, rates={entry.name: rate})
+    blocks: list[Block] = [Block(task, int(rows), float(wrong), int(mean)) for wrong, task, rows, mean in every]
+    for seed, block in itertools.product(args.seeds.split(","), blocks):
+        for method in args.methods.split(","):
+            rate, entry = choose(block, method, args.shared), entries([method])[0]
+            if Cell(entry, int(seed), rate).name not in stored(block)["cells"]:
+                run(block, int(seed), method, args.shared, rates={entry.name: rate})
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ cell is a file in bench/results/headstart, and a cell that is there is not run a
 the fit of least out-of-fold loss, in place of the default share.
 """
 
+import itertools
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def rescaled(scale: str, job: Job) -> Rescaled:
     return Rescaled(float(scale) / SCALE, float(np.mean(numbers)))
 
 
-def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
+def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
     way, _, scale = method.partition(":")
     kind, policy = METHODS[way]
@@ -137,7 +137,6 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             "model": {"path": MODEL},
             "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
             | {"max_length": 64},
-            "ranks": {"depth": depth},
             "training": {
                 "epochs": 2,
                 "learning_rate": rate,
@@ -195,20 +194,13 @@ def vars_of(cost: Any) -> dict[str, float]:
     return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
 
 
-def finished(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A stored cell, and its last accuracy on the screen."""
-    result = stored(path, make)
+def cell(table: str, method: str, rate: float, seed: int) -> float:
+    """A cell's headline metric on validation rows; its last accuracy on the screen."""
+    path = RESULTS / f"{table}{MARK}.{method}.{rate:g}.{seed}.json"
+    result = stored(path, lambda: run(table, method, rate, seed))
     last = result["curve"][-1]
     print(path.stem, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True)
-    return result
-
-
-def sweep(cell: Callable[[float, int], dict[str, Any]], rates: str, seeds: str) -> None:
-    """Every learning rate on the first seed, and the one that validation chose on the others."""
-    first, *others = map(int, seeds.split(","))
-    headline = {rate: cell(rate, first)["headline"] for rate in map(float, rates.split(","))}
-    for seed in others:
-        cell(max(headline, key=lambda rate: headline[rate]), seed)
+    return result["headline"]
 
 
 def main() -> None:
@@ -219,14 +211,11 @@ def main() -> None:
     parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for table in args.tables.split(","):
-        for method in args.methods.split(","):
-
-            def cell(rate: float, seed: int, table: str = table, method: str = method) -> dict[str, Any]:
-                path = RESULTS / f"{table}{MARK}.{method}.{rate:g}.{seed}.json"
-                return finished(path, lambda: run(table, method, rate, seed))
-
-            sweep(cell, args.rates, args.seeds)
+    first, *others = map(int, args.seeds.split(","))
+    for table, method in itertools.product(args.tables.split(","), args.methods.split(",")):
+        headline = {rate: cell(table, method, rate, first) for rate in map(float, args.rates.split(","))}
+        for seed in others:
+            cell(table, method, max(headline, key=lambda rate: headline[rate]), seed)
 
 
 if __name__ == "__main__":

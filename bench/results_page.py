@@ -23,7 +23,7 @@ PAGE = BENCH.parent / "docs" / "research" / "glue.md"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
 ORDER = [entry.name for entry in entries(glue.ENTRIES.split(","))]
 LORA, RANDOM = "lora+all", "lora+random"
-KIND = ["equal", "rows", "wrong", "mean"]
+KIND = ["rows", "wrong", "mean"]
 """What blocks of several tasks have in common."""
 BLOCK = [*KIND, "task"]
 BUSY = (
@@ -39,38 +39,34 @@ def page() -> str:
     """All of docs/research/glue.md."""
     cells = stored()
     kinds = groups(cells, KIND)
-    steps = [of for of in kinds if of["equal"].iloc[0] == "steps"]
     loader = jinja2.FileSystemLoader(BENCH)
     strict = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     return strict.get_template("results_page.md.jinja").render(
-        verdicts=sum(len(differing(of)) for of in steps),
+        verdicts=sum(len(differing(of)) for of in kinds),
         busy=", ".join(commit for commit in BUSY if commit in set(cells["commit"])),
         trainable=_range(share for of in groups(cells, BLOCK) for share in shares(of)["share"]),
         kinds=[
             {"title": title_of(of), "tasks": ", ".join(_tasks(of)), "verdicts": verdicts(of), "table": over_tasks(of)}
-            for of in steps
+            for of in kinds
         ],
-        blocks=[
-            {"title": f"{_tasks(of)[0]}, {title_of(of)}", "table": table(of), "time": in_time(of)}
-            for of in groups(cells, BLOCK)
-        ],
+        blocks=[{"title": f"{_tasks(of)[0]}, {title_of(of)}", "table": table(of)} for of in groups(cells, BLOCK)],
         rates=rates(cells),
         cells=len(cells),
         commits=", ".join(sorted(set(cells["commit"]))),
     )
 
 
-def stored() -> pd.DataFrame:
-    """Every cell, in the order of the page: equal steps first, wrong labels first, then tasks, entries and seeds."""
+def stored() -> Any:
+    """Every cell, in the order of the page: few rows first, wrong labels first, then tasks, entries and seeds."""
     rows = list[Row]()
     for path in glue.RESULTS.glob("*_rank*.json"):
         stored = json.loads(path.read_text())
         about, cells = stored["block"], stored["cells"].values()
         of_seeds = [cell for cell in cells if cell["cell"]["seed"] != glue.CHOOSING]
         rows += [_row(about, c) | {"wide": c.get("float32") and _row(about, c["float32"])} for c in of_seeds]
-    place = {"task": list(TASKS).index, "entry": rank_of, "equal": lambda e: (e != "steps", e), "wrong": lambda w: -w}
+    place = {"task": list(TASKS).index, "entry": rank_of, "wrong": lambda w: -w}
     key = lambda column: column.map(place[column.name]) if column.name in place else column  # noqa: E731
     return pd.DataFrame(rows).sort_values([*BLOCK, "entry", "seed"], key=key, kind="stable").reset_index(drop=True)
 
@@ -101,32 +97,32 @@ def rank_of(entry: str) -> tuple[int, str]:
     return (ORDER.index(entry) if entry in ORDER else len(ORDER)), entry
 
 
-def groups(cells: pd.DataFrame, by: Sequence[str]) -> list[pd.DataFrame]:
+def groups(cells: Any, by: Sequence[str]) -> list[Any]:
     """The cells in groups, in the page's order."""
     return [of for _, of in cells.groupby(list(by), sort=False)]
 
 
-def entries_of(cells: pd.DataFrame) -> list[str]:
+def entries_of(cells: Any) -> list[str]:
     return sorted(cells["entry"].unique(), key=rank_of)
 
 
-def title_of(cells: pd.DataFrame) -> str:
-    equal, rows, wrong, mean = cells[KIND].iloc[0]
+def title_of(cells: Any) -> str:
+    rows, wrong, mean = cells[KIND].iloc[0]
     labels = f"{wrong:.0%} wrong labels" if wrong else "clean labels"
-    return f"{rows:,} rows, {labels}, mean rank {mean}" + ("" if equal == "steps" else f", equal {equal}")
+    return f"{rows:,.0f} rows, {labels}, mean rank {mean:g}"
 
 
-def _tasks(cells: pd.DataFrame) -> list[str]:
+def _tasks(cells: Any) -> list[str]:
     return [TASKS[task] for task in cells["task"].unique()]
 
 
 # --------------------------------------------------------------------------------- differences
 
 
-def beside(cells: pd.DataFrame, reference: str) -> pd.DataFrame:
+def beside(cells: Any, reference: str) -> Any:
     """Each cell that worked beside the reference's of the same block and seed, where there is one.
 
-    Adds `gain` in points, `loss_share` in percent and `time_share`. A float32 cell is compared with the reference's
+    Adds `gain` in points and `loss_share` in percent. A float32 cell is compared with the reference's
     float32 cell where that was made in both.
     """
     worked = cells[~cells["failed"]]
@@ -142,13 +138,12 @@ def beside(cells: pd.DataFrame, reference: str) -> pd.DataFrame:
                     **cell,
                     "gain": cell["points"] - other["points"],
                     "loss_share": 100 * (cell["loss"] / other["loss"] - 1),
-                    "time_share": cell["seconds"] / other["seconds"] if other["seconds"] else None,
                 }
             )
-    return pd.DataFrame(rows, columns=[*cells.columns, "gain", "loss_share", "time_share"])
+    return pd.DataFrame(rows, columns=[*cells.columns, "gain", "loss_share"])
 
 
-def over(cells: pd.DataFrame, entry: str, reference: str, what: str = "gain") -> tuple[Mean | None, float | None]:
+def over(cells: Any, entry: str, reference: str, what: str = "gain") -> tuple[Mean | None, float | None]:
     """One entry minus another, of blocks of one kind: the mean, and the lowest of one task and seed.
 
     Seeds are draws, tasks are not: the interval is over seeds, each the mean over the tasks that both sides have.
@@ -164,13 +159,13 @@ def over(cells: pd.DataFrame, entry: str, reference: str, what: str = "gain") ->
     return (None, None) if table.empty else (interval([*table.mean(axis=1)]), float(table.min().min()))
 
 
-def differing(cells: pd.DataFrame) -> dict[str, Mean]:
+def differing(cells: Any) -> dict[str, Mean]:
     """Each entry beside LoRA on all rows, where seeds have both."""
     differences = {entry: over(cells, entry, LORA)[0] for entry in entries_of(cells)}
     return {entry: difference for entry, difference in differences.items() if difference}
 
 
-def verdicts(cells: pd.DataFrame) -> str:
+def verdicts(cells: Any) -> str:
     """Which entries differ from LoRA on all rows by more than noise."""
     of = dict[str, list[str]]()
     for entry, difference in differing(cells).items():
@@ -179,7 +174,7 @@ def verdicts(cells: pd.DataFrame) -> str:
     return ". ".join(f"**{name.capitalize()}**: {', '.join(of[name])}" for name in ordered) or "no seed in common"
 
 
-def shares(block: pd.DataFrame) -> pd.DataFrame:
+def shares(block: Any) -> Any:
     """Trainable parameters as shares of LoRA's on all rows, where that has a cell."""
     worked = block[~block["failed"]]
     theirs = worked.loc[worked["entry"] == LORA, "trainable"]
@@ -189,7 +184,7 @@ def shares(block: pd.DataFrame) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------- tables
 
 
-def over_tasks(cells: pd.DataFrame) -> str:
+def over_tasks(cells: Any) -> str:
     """Differences over tasks from LoRA on all rows and on a random half."""
     rows, share = list[Row](), pd.concat([shares(of) for of in groups(cells, BLOCK)])
     for entry in entries_of(cells):
@@ -200,14 +195,14 @@ def over_tasks(cells: pd.DataFrame) -> str:
                 f"minus `{LORA}`": _points(gain, sign="+"),
                 "worst": NONE if worst is None else f"{worst:+.1f}",
                 f"minus `{RANDOM}`": _points(over(cells, entry, RANDOM)[0], sign="+"),
-                "loss": f"{_points(loss, sign='+')} %" if loss else NONE,
+                "loss": _points(loss, sign="+", unit=" %"),
                 "trainable": _range(share.loc[share["entry"] == entry, "share"]),
             }
         )
     return markdown(rows)
 
 
-def table(block: pd.DataFrame) -> str:
+def table(block: Any) -> str:
     """One block: the metric, the difference from LoRA on all rows, loss and seconds."""
     rows = list[Row]()
     for entry in entries_of(block):
@@ -231,23 +226,9 @@ def table(block: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(rows).drop(columns=silent))
 
 
-def in_time(block: pd.DataFrame) -> str:
-    """Of a block at equal epochs: what share of LoRA's seconds each way to train took."""
-    pairs = beside(block, LORA).dropna(subset="time_share")
-    if block["equal"].iloc[0] != "epochs" or pairs.empty:
-        return ""
-    means = {entry: interval([*pairs.loc[pairs["entry"] == entry, "time_share"]]) for entry in entries_of(pairs)}
-    shares_of_time = [
-        f"`{entry}` {of.mean:.2f}{'' if of.half is None else f' ± {of.half:.2f}'} ({of.n} seed{'s' * (of.n != 1)})"
-        for entry, of in means.items()
-        if entry != LORA
-    ]
-    return f"\nSeconds, as a share of `{LORA}`'s of the same seed: {'; '.join(shares_of_time)}.\n"
-
-
-def rates(cells: pd.DataFrame) -> str:
+def rates(cells: Any) -> str:
     """The learning rate of each entry, by kind of block and task."""
-    of = cells[cells["equal"] == "steps"].drop_duplicates([*BLOCK, "entry"])
+    of = cells.drop_duplicates([*BLOCK, "entry"])
     where = [f"{rows:,} rows, {TASKS[task]}" for rows, task in zip(of["rows"], of["task"], strict=True)]
     table = (
         of.assign(where=where).drop_duplicates(["where", "entry"]).pivot(index="entry", columns="where", values="rate")
@@ -259,7 +240,7 @@ def rates(cells: pd.DataFrame) -> str:
 # -------------------------------------------------------------------------------------- wording
 
 
-def _named(entry: str, cells: pd.DataFrame) -> str:
+def _named(entry: str, cells: Any) -> str:
     """The name of a row, with what a reader of its numbers must know."""
     of = cells[cells["entry"] == entry]
     failed, random = of[of["failed"]], of[~of["failed"] & of["random"]]
@@ -268,12 +249,12 @@ def _named(entry: str, cells: pd.DataFrame) -> str:
     return ", ".join([f"`{entry}`", *notes])
 
 
-def _points(value: Mean | None, sign: str = "") -> str:
+def _points(value: Mean | None, sign: str = "", unit: str = "") -> str:
     """The mean and its interval, with the number of seeds where it is not the grid's."""
     if value is None:
         return NONE
     seeds = "" if not sign or value.n == len(glue.GRID_SEEDS) else f" ({value.n} seed{'s' * (value.n != 1)})"
-    return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}") + seeds
+    return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}") + unit + seeds
 
 
 def _range(values: Iterable[float]) -> str:

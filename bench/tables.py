@@ -56,20 +56,6 @@ def scoring(results: Results) -> Rows:
     return rows
 
 
-def scoring_short(results: Results) -> Rows:
-    """Seconds over those of a training step without dropout, for what a user would otherwise score rows with."""
-    return [
-        where
-        | {
-            name: f"{ratio / _without_dropout(cell):.2f}"
-            for name, ratio in cell["ratio"].items()
-            if not re.match("training|reference|.*full", name)
-        }
-        for where, cell in _scoring_cells(results)
-        if "decoder" not in where["tokens"]
-    ]
-
-
 def scoring_goals(results: Results) -> Rows:
     """Our rows per second over the others', and our shares of floor and step, each with whether its goal is met.
 
@@ -693,7 +679,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "headstart-short": headstart_short,
     "scoring": scoring,
     "scoring-goals": scoring_goals,
-    "scoring-short": scoring_short,
     "servers": servers,
     **{
         f"worlds-{world}": partial(worlds, world)

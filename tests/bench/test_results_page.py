@@ -11,12 +11,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")
 results_page: Any = importlib.import_module("results_page")
-glue_cells: Any = importlib.import_module("glue_cells")
 
 SST2, MRPC, STSB = (glue.Block(task, 2000, 0.2, 4) for task in ("sst2", "mrpc", "stsb"))
-SWEEP, NOW = glue.Block("sst2", 1000, 0.0, 4), "c0ffee0"
-ENTRIES = [entry.name for entry in glue.entries(glue.ENTRIES.split(","))]
-RATES = dict.fromkeys(ENTRIES, 1e-3)
+NOW = "c0ffee0"
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +21,6 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "glue"
     folder.mkdir()
     monkeypatch.setattr(glue, "RESULTS", folder)
-    (folder / "rates.json").write_text(json.dumps({"block": SWEEP.name, "rates": RATES}))
-    put(folder, SWEEP, a_cell())
     return folder
 
 
@@ -57,7 +52,7 @@ def a_cell(
 
 
 def put(folder: Path, block: Any, *cells: Any) -> None:
-    about = {name: getattr(block, name) for name in ("task", "rows", "wrong", "mean", "equal", "metric")}
+    about = {name: getattr(block, name) for name in ("task", "rows", "wrong", "mean", "metric")}
     named = {f"{n}": cell for n, cell in enumerate(cells)}
     (folder / f"{block.name}.json").write_text(json.dumps({"block": about, "settings": {}, "cells": named}))
 
@@ -73,29 +68,9 @@ def row(of: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_block_of_two_rates_shows_the_cells_of_the_chosen_one(results: Path) -> None:
-    put(results, SST2, a_cell(), a_cell("lora+random", 82.0), a_cell("lora+random", 99.0, rate=5e-4))
-    shown = section("### SST-2, 2,000 rows, 20% wrong labels")
-    assert row(shown, "`lora+random`")[1] == "82.0"
+def test_cells_that_chose_rates_are_no_results(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", 99.0, seed=glue.CHOOSING))
     assert "99.0" not in results_page.page()
-    assert "1 at another learning rate than is chosen now" in section("## What is missing")
-
-
-def test_the_block_of_the_sweep_is_no_block_of_the_grid(results: Path) -> None:
-    """Also while it holds one rate of each entry."""
-    put(results, SST2, a_cell())
-    assert "1,000 rows, clean labels" not in results_page.page().partition("## Learning rates")[0]
-    assert "80.0 (1)" in row(section("## Learning rates"), "`lora+all`")
-
-
-def test_cells_of_older_code_are_left_out_and_counted(results: Path) -> None:
-    old = a_cell("tsqlora+quality", 99.0, commit="e3ab70f")
-    put(results, SST2, a_cell(commit="2ba0495"), old, a_cell(seed=1, points=98.0, commit="389524f"))
-    page = results_page.page()
-    assert "99.0" not in page
-    assert "98.0" not in page
-    assert "2 of older code" in section("## What is missing")
-    assert row(section("### SST-2"), "`lora+all`")[1] == "80.0"
 
 
 def test_over_tasks_is_the_mean_over_tasks_of_each_seed_over_seeds(results: Path) -> None:
@@ -125,7 +100,7 @@ def test_over_tasks_takes_seeds_that_have_all_tasks_that_both_sides_share(result
     put(results, SST2, *(a_cell(seed=s) for s in range(3)), *(a_cell("eva+all", 81.0, seed=s) for s in range(3)))
     put(results, MRPC, *(a_cell(seed=s) for s in range(2)), a_cell("eva+all", 85.0, seed=1))
     put(results, STSB, a_cell())
-    assert row(_over(), "`eva+all`")[1:3] == ["+3.0 (1 seed)", "SST-2, MRPC"]
+    assert row(_over(), "`eva+all`")[1:3] == ["+3.0 (1 seed)", "+1.0"]
 
 
 def test_over_tasks_says_nothing_where_no_seed_has_all_tasks(results: Path) -> None:
@@ -160,7 +135,7 @@ def test_trainable_is_a_range_where_seeds_differ(results: Path) -> None:
 
 def test_an_entry_of_which_every_seed_failed_stands_in_the_tables(results: Path) -> None:
     put(results, SST2, a_cell(), a_cell("eva+all", None), a_cell("eva+all", None, seed=1))
-    assert row(section("### SST-2"), "`eva+all`")[1:5] == ["–", "–", "–", "seeds 0, 1 failed"]
+    assert row(section("### SST-2"), "`eva+all`")[1:5] == ["–", "–", "–", ""]
     assert row(_over(), "`eva+all`")[:2] == ["`eva+all`, 2 cells failed", "–"]
 
 
@@ -179,80 +154,15 @@ def test_seconds_of_cells_that_ran_beside_others_are_not_shown(results: Path) ->
     assert "4c33c59" in results_page.page().partition("## Over tasks")[0]
 
 
-def test_at_equal_epochs_seconds_are_told_as_shares_of_cells_that_ran_alone(results: Path) -> None:
-    ours = [a_cell("tsqlora+quality", seed=seed) | {"seconds": 45.0} for seed in (0, 1)]
-    cells = [a_cell(seed=0), a_cell(seed=1, commit="4c33c59"), *ours, a_cell("eva+all", commit="4c33c59")]
-    epochs = glue.Block("sst2", 2000, 0.2, 4, "epochs")
-    put(results, epochs, *cells)
-    message = "\nSeconds, as a share of `lora+all`'s of the same seed: `tsqlora+quality` 0.50 (1 seed).\n"
-    assert message in section("### SST-2")
-    (results / f"{epochs.name}.json").unlink()
-    put(results, SST2, *cells)
-    assert "Seconds, as a share" not in section("### SST-2")
-
-
-def test_what_is_missing_is_told_block_by_block(results: Path) -> None:
-    full = [a_cell(entry, seed=seed) for entry in ENTRIES for seed in range(3)]
-    put(results, SST2, *full)
-    put(results, MRPC, *full[2:-1], a_cell("eva+all", None, seed=2))
-    result = section("## What is missing")
-    assert "\n| SST-2, 2,000 rows, 20% wrong labels" not in result
-    assert row(result, "MRPC, 2,000 rows, 20% wrong labels")[1:] == [
-        "21 of 24",
-        "`lora+all` 0, 1; `eva+all` 2 (failed)",
-    ]
-    assert row(result, "RTE, 2,000 rows, clean labels")[1:] == ["0 of 24", "all"]
-
-
-def test_every_plot_says_which_seeds_and_commits_it_is_of(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    plots: Any = importlib.import_module("results_plots")
-    monkeypatch.setattr(plots, "PLOTS", results / "plots")
-    put(results, SST2, a_cell(seed=2), a_cell("eva+all", seed=2, commit="beef000"), a_cell("eva+all", seed=7))
-    plots.plot()
-    names = sorted(path.stem for path in (results / "plots").glob("*.svg"))
-    assert names == ["parameters", "passes", "samples", "seconds"]
-    for name in names:
-        text = (results / "plots" / f"{name}.svg").read_text()
-        assert "seeds 2; code beef000, c0ffee0" in text
-    assert "rows trained on, repeats counted" in (results / "plots" / "samples.svg").read_text()
-
-
-def test_plots_are_of_equal_steps_and_the_reference_lies_at_0(results: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plots: Any = importlib.import_module("results_plots")
-    put(results, SST2, a_cell(), a_cell("eva+all", 81.0, trainable=5) | {"seconds": 45.0})
-    put(results, glue.Block("sst2", 2000, 0.2, 4, "epochs"), a_cell(), a_cell("eva+all", 89.0))
-    for name, (theirs, ours) in {"parameters": (169_730, 5), "seconds": (1.0, 0.5), "passes": (24_000, 24_000)}.items():
-        column = plots.COSTS[name][1]
-        dots = plots.dots_of(glue_cells.shown(glue_cells.stored()), column)
-        assert [*dots["entry"]] == ["lora+all", "eva+all"]
-        assert [*dots[column]] == [theirs, ours]
-        assert [*dots["gain"]] == pytest.approx([0.0, 1.0])
-
-
-def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results: Path) -> None:
-    wide = [a_cell("eva+all", seed=seed) | {"bf16": False} for seed in (0, 1)]
-    put(results, SST2, a_cell() | {"bf16": True}, *wide)
-    assert "2 of 3 cells are of float32" in section("### SST-2")
-    again = {"blocks": {SST2.name: {"0": a_cell(points=80.4) | {"bf16": False}}}}
-    (results.parent / glue_cells.FLOAT32).write_text(json.dumps(again))
-    assert row(section("## Precision"), "SST-2")[1:] == ["0", "80.0", "80.4", "+0.4"]
-    put(results, SST2, a_cell() | {"bf16": True})
-    assert "of float32" not in section("### SST-2")
-
-
 def test_a_cell_is_compared_with_the_one_of_its_own_precision(results: Path) -> None:
     narrow = [a_cell(points=80.0, seed=seed) | {"bf16": True} for seed in range(3)]
     wide = [a_cell("eva+all", 81.0, seed=seed) | {"bf16": False} for seed in range(3)]
     put(results, SST2, *narrow, a_cell("lora+random", 80.0) | {"bf16": True}, *wide)
     assert row(section("### SST-2"), "`eva+all`")[2] == "**+1.0 ± 0.0**"
-    assert "the other in float32: 3 of the 4 from `lora+all` and 1 of the 2 from `lora+random`" in _over()
-    again = {str(seed): a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)}
-    (results.parent / glue_cells.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
+    twins = [a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)]
+    put(results, SST2, *(cell | {"float32": twin} for cell, twin in zip(narrow, twins, strict=True)), *wide)
     assert row(section("### SST-2"), "`eva+all`")[2] == "**+0.5 ± 0.0**"
     assert row(_over(), "`eva+all`")[1] == "+0.5 ± 0.0"
-    assert "the other in float32: 1 of the 2 from `lora+random`" in _over()
 
 
 def test_the_loss_is_told_beside_the_metric(results: Path) -> None:
@@ -260,4 +170,4 @@ def test_the_loss_is_told_beside_the_metric(results: Path) -> None:
     put(results, SST2, a_cell(loss=0.6), a_cell("eva+all", loss=0.8))
     put(results, MRPC, a_cell(loss=0.5), a_cell("eva+all", loss=0.5))
     assert row(section("### SST-2"), "`eva+all`")[3] == "0.800"
-    assert row(_over(), "`eva+all`")[-2] == "+16.7 %"
+    assert row(_over(), "`eva+all`")[-2] == "+16.7 % (1 seed)"

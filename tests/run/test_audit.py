@@ -17,8 +17,8 @@ from seen import Seen
 from tables import cells_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.quality.audit import audit_of
 from tsqlora.quality.judge import DOUBT, judge
+from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
 from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing

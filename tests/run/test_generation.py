@@ -15,7 +15,7 @@ from seen import Seen
 from tsqlora.compat.bitsandbytes import linear_bits
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.quality.explain import explain
+from tsqlora.quality.reasons import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.write import write_report
 from tsqlora.run import train as pipeline

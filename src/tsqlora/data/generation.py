@@ -67,6 +67,10 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
         else:
             at = whole.find(turn.content.strip())
             prompt = whole[:at] if at >= 0 else whole
+        if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
+            closed = pieces.pop()
+            pieces.append(replace(closed, text=closed.text.removesuffix(str(tokenizer.eos_token))))
+            seen = seen.removesuffix(str(tokenizer.eos_token))
         if not (prompt.startswith(seen) and whole.startswith(prompt)):
             if final is not None:
                 return [Piece(final, False)]
@@ -323,21 +327,26 @@ def input_of(row: Row, format: Format) -> str:
 def _causal(
     examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
-    (front, _), start, end = special_tokens(tokenizer), tokenizer.bos_token_id, end_token(tokenizer)
     pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
     tokenised = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
         require_tokens(runs[-1].ids, rows[i].place)
-        if isinstance(example, Chat):  # the template writes the special tokens
-            opening, first = list[int](), runs[0]
-            if isinstance(start, int) and first.ids[:1] == [start]:
-                opening, runs = [start], [replace(first, ids=first.ids[1:]), *runs[1:]]
-        else:
-            opening, last = front, runs[-1]
-            if last.trained and end is not None and last.ids[-1:] != [end]:
-                runs = [*runs[:-1], replace(last, ids=[*last.ids, end])]
-        tokenised.append(_continued(runs, opening, max_length))
+        tokenised.append(causal_sample(example, runs, tokenizer, max_length))
     return tokenised
+
+
+def causal_sample(
+    example: Example | Chat, runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Tokenised:
+    """Make one sample of a causal model: an opening, which is never cut, and the runs, cut to the rest."""
+    start, end, opening, first, last = tokenizer.bos_token_id, end_token(tokenizer), list[int](), runs[0], runs[-1]
+    if not isinstance(example, Chat):
+        opening = special_tokens(tokenizer)[0]
+        if last.trained and end is not None and last.ids[-1:] != [end]:
+            runs = [*runs[:-1], replace(last, ids=[*last.ids, end])]
+    elif isinstance(start, int) and first.ids[:1] == [start]:  # the template writes the special tokens
+        opening, runs = [start], [replace(first, ids=first.ids[1:]), *runs[1:]]
+    return _continued(runs, opening, max_length)
 
 
 def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Tokenised:

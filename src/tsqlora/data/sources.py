@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 
 ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
+
+
+FIRST = 20
+"""Rows that tell what a file holds."""
 
 
 def open_table(
@@ -104,6 +109,18 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
     return {
         split: of_dataset(data[name], f"{source}[{name}]", named=True, folder=folder) for split, name in names.items()
     }
+
+
+def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
+    """Return the columns of a file's first rows; none for a directory or hub data set."""
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
+        return ()
+    if path.suffix.lower() == ".parquet":
+        with parquet_file(path) as file:
+            return tuple(file.schema_arrow.names)
+    rows = READERS[path.suffix.lower()](path, sniff(path, hints))
+    return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
 
 
 def require_source(source: str | Path) -> None:

@@ -1,6 +1,6 @@
 """Rows to score: their content, lengths and batches, and the rows of the reference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -8,7 +8,6 @@ import numpy as np
 from tsqlora.data.table import ArrowSamples, Samples, length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
-from tsqlora.tasks.forward import Batch, Collate
 from tsqlora.tasks.generation import IGNORED
 
 REFERENCE_ROWS = 512
@@ -94,12 +93,6 @@ def content_of(row: Any) -> tuple[Any, ...] | None:
     if any(value.dtype == object for _, value in values):
         return None
     return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
-
-
-def batches_of(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterator[Batch]:
-    """Yield the rows in batches, in order."""
-    for start in range(0, len(rows), batch_size):
-        yield collate(list(rows[start : start + batch_size]))
 
 
 def lengths_of(dataset: Dataset) -> Sequence[int]:

@@ -126,6 +126,16 @@ class Scores:
         return self.record.draw == "even"
 
     @property
+    def caution(self) -> str | None:
+        """Why a draw by Q may do harm: wrong labels are evident, and they have large losses and gradients."""
+        if self.even or not (self.record.noise or {}).get("evident"):
+            return None
+        return (
+            "labels are evidently wrong, and a draw by Q may prefer those that were not left out; compare with even "
+            "draws: remove quality.weights and quality.preset"
+        )
+
+    @property
     def strata(self) -> np.ndarray | None:
         """The label of each row where draws are stratified by label."""
         return self.labels.astype(np.int64) if self.stratified else None

@@ -13,7 +13,7 @@ from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.explain import hints_of
+from tsqlora.quality.reasons import hints_of
 from tsqlora.quality.scores import Scores
 
 

@@ -20,9 +20,9 @@ from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.quality.audit import Audit, audit, audit_of_judgement
 from tsqlora.quality.judge import DOUBT, FEWEST, judge_logits
 from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.suspects import Audit, audit, audit_of_judgement
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed, Listing, make_listing
 from tsqlora.run.config import Config, load_config

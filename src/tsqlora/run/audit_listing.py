@@ -9,7 +9,7 @@ import numpy as np
 from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.rows import row_text
 from tsqlora.data.table import Table
-from tsqlora.quality.audit import Audit
+from tsqlora.quality.suspects import Audit
 from tsqlora.seeds import stream
 
 LEAST = 100

@@ -14,8 +14,8 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.rule import PAPER_TERMS
-from tsqlora.quality.score import Compute, score
+from tsqlora.quality.look import score
+from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
@@ -38,7 +38,7 @@ def score_rows(
     scores' record); for a run and another file in data.train every row is scored.
     Rows are read in chunks and samples stored on disk. OUT.partial has the progress until the scores are written: the
     same call after an interruption resumes, and writes the same file.
-    Raises SettingsError if OUT.partial belongs to another scoring or another process uses it.
+    Raises SettingsError if another process uses OUT.partial.
     """
     if (processes := distributed.launched()) > 1:
         raise SettingsError(
@@ -62,7 +62,7 @@ def score_rows(
             rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
             task=job.task,
             rows=row_names(job, held_out=held_out_rows(job.data)),
-            compute=Compute(job.config.training.batch_size, journal=partial / "scoring", progress=progress),
+            compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),
             trusted=trusted_of(job),
             fraction=job.config.quality.fraction,
         )

@@ -13,8 +13,8 @@ import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from oracles import slow_contradictions
 from tsqlora.quality import duplicates
-from tsqlora.quality.audit import Audit, audit_of, audit_of_judgement, audit_of_tags
 from tsqlora.quality.judge import judge, judge_logits
+from tsqlora.quality.suspects import Audit, audit_of, audit_of_judgement, audit_of_tags
 from tsqlora.quality.tag_features import TagFeatures
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24

@@ -1,4 +1,4 @@
-"""Ranks that follow sensitivity, in any training loop.
+"""Ranks that follow sensitivity, at constant parameters, in any training loop.
 
 start: ranks from the quality sample ── warm-up ── adjust every Δ steps ── freeze
 """
@@ -8,27 +8,31 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
+from tsqlora.adapter.change import change_ranks
+from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
-from tsqlora.adapter.slots import finalize, find_slots, has_slots, sync_config
+from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
 from tsqlora.compat.torch import compile_limits
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, name_of, probe_pass
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.events import RankEvent
-from tsqlora.ranks.schedule import RankSchedule
+from tsqlora.ranks.allocate import Sensitivity, allocate
+from tsqlora.ranks.budget import caps, costs, used
+from tsqlora.ranks.events import RankEvent, bounded
+from tsqlora.ranks.moves import moved_towards, require_policy
+from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
 from tsqlora.training.optimizer import StepOrder, gradient_norm, take_over
-from tsqlora.training.rank_changes import RankChanges, RankRules, name_of, peft_model
 
 
 class RankLoop:
@@ -77,21 +81,26 @@ class RankLoop:
         estimator: str | Estimator = "sampled",
         seed: int = 0,
     ) -> None:
-        get_estimator(estimator)  # an unknown one is refused at once
+        get_estimator(estimator)
+        require_policy(policy)
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
         self.layers, self.final = find_slots(self.model), dict[str, int]()
-        self.peft = peft_model(self.model, self.layers, optimizer, min_rank)
-        self.estimator, self.seed = estimator, seed
-        self.rules = RankRules.of(
-            policy,
-            schedule or RankSchedule(),
-            total_steps=total_steps,
-            interval=interval,
-            layers=len(self.layers),
-            min_rank=min_rank,
-            seed=seed,
-        )
-        self.changes = RankChanges(self.layers, optimizer, self.rules)
+        self.policy, self.estimator, self.min_rank, self.seed = policy, estimator, min_rank, seed
+        self.peft = _peft_model(self.model, self.layers, optimizer, min_rank)
+        self.schedule = schedule or RankSchedule()
+        self.interval = default_interval(total_steps) if interval is None else interval
+        self.steps = range(0) if policy == "fixed" else self.schedule.steps(total_steps, self.interval)
+        """The steps after which ranks are adjusted."""
+        self.shapes = {name: slots.shape for name, slots in self.layers.items()}
+        self.capacity = max(slots.capacity for slots in self.layers.values())
+        self.budget = used(self.ranks, self.shapes)
+        """Parameters."""
+        self.importance = Importance(self.layers)
+        self.events: list[RankEvent] = []
+        """Every decision."""
+        self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are refused before training
+        self.state_of: torch.optim.Optimizer | None = optimizer
+        """Whose state moves with the slots; None where ranks only move before the first step."""
         parameters = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
         slots = {id(parameter) for parameter in parameters}
         self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in slots]
@@ -102,10 +111,9 @@ class RankLoop:
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """Warnings, for the record."""
-        if len(self.steps) == 0 and self.rules.policy != "fixed":
+        if len(self.steps) == 0 and policy != "fixed":
             self._note(
-                f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of "
-                f"{self.rules.interval}"
+                f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of {self.interval}"
             )
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
@@ -114,16 +122,6 @@ class RankLoop:
         take_over(self.model, self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
-
-    @property
-    def events(self) -> list[RankEvent]:
-        """Every decision."""
-        return self.changes.events
-
-    @property
-    def budget(self) -> int:
-        """Parameters."""
-        return self.changes.budget
 
     @property
     def seconds(self) -> float:
@@ -136,14 +134,9 @@ class RankLoop:
         return self.order.step
 
     @property
-    def steps(self) -> range:
-        """The steps after which ranks are adjusted."""
-        return self.rules.steps
-
-    @property
     def ranks(self) -> dict[str, int]:
         """Each layer's current rank; the last one after `finish`."""
-        return self.final or self.changes.ranks
+        return self.final or {name: slots.rank for name, slots in self.layers.items()}
 
     def start(
         self,
@@ -172,7 +165,7 @@ class RankLoop:
             autocast=autocast,
         )
         self.started = True
-        self.changes.start(probe, self.step)
+        self._change("start", probe)
         self.spent.add(forward=len(dataset), backward=len(dataset))
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
             self._note(
@@ -203,7 +196,8 @@ class RankLoop:
         """Read the step's gradients."""
         self.order.come("before_optimizer_step")
         # Once ranks are final, importances have no use.
-        finite = None if self._final() else self.changes.importance.update(gradient_norm(self._others))
+        final = self.step >= self.steps.stop and (self.started or bool(self.events))
+        finite = None if final else self.importance.update(gradient_norm(self._others))
         self._tap.close()
         self._postponed = False
         if self._probe is None:
@@ -227,7 +221,7 @@ class RankLoop:
         if self._probe is not None:
             begun = time.perf_counter()
             probe, self._probe = self._probe, None
-            self.changes.adjust(probe, self.step)
+            self._change("adjustment", probe)
             self.spent.add(seconds=time.perf_counter() - begun)
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
@@ -256,7 +250,7 @@ class RankLoop:
 
     def _plain(self) -> PeftModel:
         """The model without slots; the optimizer's state is cut to the active ones."""
-        optimizer = self.changes.optimizer
+        optimizer = self.state_of
         sharded = any(map(distributed.is_sharded, self.model.parameters()))  # which finalize refuses
         if optimizer is not None and has_slots(self.model) and not sharded:
             for slots in find_slots(self.model).values():
@@ -276,13 +270,13 @@ class RankLoop:
         """The loop's state between two steps."""
         return RankState(
             layers=list(self.layers),
-            importance={name: table.clone() for name, table in self.changes.importance.tables().items()},
+            importance={name: table.clone() for name, table in self.importance.tables().items()},
             events=list(self.events),
             started=self.started,
             postponed=self._postponed,
             withheld=self._withheld,
             budget=self.budget,
-            interval=self.rules.interval,
+            interval=self.interval,
             seconds=self.seconds,
             passes=self.spent.forward,
             tokens=self.spent.tokens,
@@ -296,15 +290,14 @@ class RankLoop:
         """
         if saved.layers != list(self.layers):
             raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
-        slots, own_slots = saved.importance["mean"].shape[1], self.changes.importance.mean.shape[1]
-        begun = {**saved.options, "ranks.max": slots, "ranks.interval": saved.interval}
-        require_options(begun, {**self._options, "ranks.max": own_slots})
+        begun = {**saved.options, "ranks.max": saved.importance["mean"].shape[1], "ranks.interval": saved.interval}
+        require_options(begun, {**self._options, "ranks.max": self.capacity})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
             )
-        self.changes.importance.restore(saved.importance)
-        self.changes.events, self.changes.budget = list(saved.events), saved.budget
+        self.importance.restore(saved.importance)
+        self.events, self.budget = list(saved.events), saved.budget
         self.started, self._postponed, self._withheld = saved.started, saved.postponed, saved.withheld
         self.order.step = step
         self.spent = PhaseCost(saved.seconds, forward=saved.passes, backward=saved.passes, tokens=saved.tokens)
@@ -322,16 +315,106 @@ class RankLoop:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {**self.rules.to_dict(), "ranks.estimator": name_of(get_estimator(self.estimator))}
+        """Options that a resumed run must share, by the names of its settings."""
+        return {
+            "ranks.policy": self.policy,
+            "ranks.interval": self.interval,
+            "ranks.moves": self.schedule.first_moves(len(self.layers)),
+            "ranks.min": self.min_rank,
+            "ranks.gamma": self.schedule.gamma,
+            "ranks.warmup": self.schedule.warmup,
+            "ranks.freeze": self.schedule.freeze,
+            "seed": self.seed,
+            "ranks.estimator": name_of(self.estimator),
+        }
 
     def _note(self, what: str) -> None:
         self.notes.append(what)
         warnings.warn(what, stacklevel=3)
 
-    def _final(self) -> bool:
-        """Whether ranks are final."""
-        return self.step >= self.steps.stop and (self.started or bool(self.events))
-
     def _require_running(self) -> None:
         if self.final:
             raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
+
+    def _change(self, reason: str, probe: Probe) -> None:
+        """Decide ranks from a measured gradient, alike on all processes, change the model, and record the decision.
+
+        A start sets them to the targets of docs/method.md eq. 7, an adjustment moves them towards these.
+        """
+        measured, before = probe.sensitivity(), self.ranks
+        target = ranks = self._target(measured.values)
+        min_age = 0
+        if reason == "adjustment":
+            ages = self.importance.age.cpu()
+            # Skipped steps age no slot: one that was active in every other step is old enough.
+            min_age = min(self.interval, int(ages.max()))
+            old = {name: int((ages[j, :rank] >= min_age).sum()) for j, (name, rank) in enumerate(before.items())}
+            ranks = moved_towards(
+                target,
+                before,
+                droppable=old,
+                shapes=self.shapes,
+                caps=caps(self.shapes, self.capacity),
+                budget=self.budget,
+                moves=moves_allowed(self.step, self.steps, first=self.schedule.first_moves(len(self.layers))),
+                min_rank=self.min_rank,
+            )
+        ranks = distributed.from_first(ranks)
+        moved = change_ranks(
+            self.layers,
+            ranks,
+            importance=self.importance,
+            # Before the first step a slot that points where the gradient does only learns faster than the others.
+            sketches=probe.directions() if self.step else {},
+            optimizer=self.state_of,
+            min_age=min_age,
+            seed=self.seed + self.step,
+        )
+        spent = used(self.ranks, self.shapes)
+        assert self.ranks == ranks
+        assert spent <= self.budget
+        total = sum(measured.values.values()) or 1.0
+        shares = {name: value / total for name, value in measured.values.items()}
+        event = RankEvent(self.step, reason, ranks, target, shares, moved, spent, self.budget)
+        self.events = bounded([*self.events, event])
+
+    def _target(self, values: Mapping[str, float]) -> dict[str, int]:
+        return allocate(
+            Sensitivity(values, self.shapes, "target", 0),
+            mean_rank=self.budget / sum(costs(self.shapes).values()),
+            min_rank=self.min_rank,
+            max_rank=self.capacity,
+            gamma=self.schedule.gamma,
+        )
+
+
+def _peft_model(
+    model: nn.Module, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer, min_rank: int
+) -> PeftModel:
+    """The model, or the PeftModel that is a part of it, whose ranks can change.
+
+    Refuses layers that the optimizer does not train, and biases that a layer would lose at rank 0.
+    """
+    models = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if len(models) != 1:
+        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in one")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for slots in layers.values():
+        if not all(parameter.requires_grad for parameter, _ in slots.matrices()):
+            raise UnsupportedError(
+                f"the adapter of {slots.name} is frozen, so its rank cannot move; unfreeze it, or leave the layer "
+                "out of target_modules"
+            )
+        if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
+            raise SettingsError(
+                f"the optimizer does not train the adapter of {slots.name}: the model was wrapped later, or parameters "
+                "were chosen by the ends of names, which with slots are parametrizations.weight.original; make the "
+                "optimizer from the parameters of the model that tsqlora.wrap gives"
+            )
+    bias = cast(LoraConfig, models[0].peft_config[next(iter(layers.values())).adapter]).bias
+    if min_rank == 0 and bias != "none":
+        raise UnsupportedError(
+            f"LoraConfig(bias='{bias}') trains biases that PEFT saves with a layer's adapter, and a layer at rank 0 "
+            "has none; set min_rank to 1, or bias to 'none'"
+        )
+    return models[0]

@@ -132,7 +132,6 @@ def audit(
     forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
 
     def result() -> Audit:
-        assert forward is not None
         parts = [part for part in (forward.features, forward.mean) if part is not None]
         if not parts:
             raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")

@@ -11,7 +11,7 @@ import pytest
 from runs import make_rows, write_jsonl
 from tsqlora.data.rows import sample_hash
 from tsqlora.errors import DataError
-from tsqlora.quality.explain import explain, likely_wrong, p_wrong, suspicion
+from tsqlora.quality.reasons import explain, likely_wrong, p_wrong, suspicion
 from tsqlora.quality.scores import Scores, from_terms
 
 ROWS = make_rows(40, labels=("no", "yes"))
