@@ -2,7 +2,6 @@
 
 import gc
 import math
-import shutil
 import subprocess
 import tempfile
 import time
@@ -27,7 +26,7 @@ from tsqlora.run.config import Config, dump_config
 from tsqlora.run.fit import arguments, begin, train_and_measure
 from tsqlora.run.job import Job, load, load_model, read
 from tsqlora.training.fit import Method
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.report_callback import peak_memory
 from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 
@@ -39,9 +38,10 @@ def run_cell(config: Config, entry: Entry, run: Path, *, equal: Equal, progress:
     """Train and measure an entry in this process, by the config's seed and learning rate, into a run directory.
 
     A training that fails, for example because it diverges, is a result too: the record's status is "failed", and
-    `compared` says how. Wrong settings raise. An unfinished run in the directory goes.
+    `compared` says how. Wrong settings raise. An unfinished run in the directory is replaced.
     """
-    shutil.rmtree(run, ignore_errors=True)
+    for name in (CONFIG_FILE, RECORD_FILE, SCORES_FILE):
+        (run / name).unlink(missing_ok=True)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         record = _train(load(config), entry, run, equal, progress)
@@ -72,7 +72,7 @@ def _train(
         record = begin(job, args, method, built.model)
         about = {"method": entry.method, "policy": entry.policy, "learning_rate": training.learning_rate}
         record.compared = {**about, "equal": equal, "bf16": args.bf16, "commit": commit()}
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)
         write_text(run / CONFIG_FILE, dump_config(job.config))
         try:
             train_and_measure(
