@@ -65,14 +65,14 @@ class Phases:
         from transformers import Trainer
         from transformers.trainer_callback import CallbackHandler
 
+        from tsqlora.training.mover import RankLoop
         from tsqlora.training.quality_callback import QualityCallback
         from tsqlora.training.rank_callback import RankCallback
-        from tsqlora.training.rank_changes import RankChanges
 
         self._within(CallbackHandler, "on_step_begin", "training")
         self._within(QualityCallback, "_look", "look")
         self._within(RankCallback, "_start", "ranks")
-        self._within(RankChanges, "adjust", "adjustment")
+        self._within(RankLoop, "_change", "adjustment", only=lambda reason: reason == "adjustment")
         self._within(Trainer, "_save_checkpoint", "checkpointing", ends=False)
         self._within(CallbackHandler, "on_save", "checkpointing")
         self._within(PeftModel, "save_pretrained", "export", ends=False, only=lambda of: Path(of).name == "adapter")

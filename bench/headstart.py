@@ -26,6 +26,7 @@ from origin import ROOT, commit, encoder, machine, parser_of, stored
 from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
+from tsqlora.data.table import data_hash
 from tsqlora.quality.head_start import SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
@@ -96,9 +97,7 @@ class Curve(TrainerCallback):
     def measure(self, args: Any, step: int, model: Any) -> None:
         seconds, random = time.process_time() - self.started, torch.get_rng_state()
         was = model.training
-        actual = predictor_of(self.job, model, args).metrics(
-            self.job.data.samples["test"].samples, phase="test", progress=None
-        )
+        actual = predictor_of(self.job, model, args).metrics(self.job.data["test"].samples, phase="test", progress=None)
         model.train(was)
         torch.set_rng_state(random)
         headline = {"accuracy": actual[self.job.task.headline], "loss": actual["loss"]}
@@ -122,7 +121,7 @@ class Rescaled(TrainerCallback):
 
 
 def rescaled(scale: str, job: Job) -> Rescaled:
-    numbers = job.data.samples["train"].labels if job.task.name == "regression" else 0.0
+    numbers = job.train.samples.labels if job.task.name == "regression" else 0.0
     return Rescaled(float(scale) / SCALE, float(np.mean(numbers)))
 
 
@@ -153,7 +152,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         job = load(config)
         args = arguments(config, Path(folder) / "run")
         args.max_steps = steps
-        record = RunRecord("running", seed, job.task.name, None, {"hash": job.data.hash}, {})
+        record = RunRecord("running", seed, job.task.name, None, {"hash": data_hash(job.data)}, {})
         begun = time.process_time()
         chosen = POLICIES[policy](job, Path(folder) / "scores.parquet", None)
         set_seed(seed)
@@ -168,7 +167,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
             also=[*built.callbacks, *([rescaled(scale, job)] if scale else []), curve],
         )
         validation = predictor_of(job, built.model, args).metrics(
-            job.data.samples["validation"].samples, phase="validation", progress=None
+            job.data["validation"].samples, phase="validation", progress=None
         )
     return {
         "settings": {
@@ -184,7 +183,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         "headline": validation[job.task.headline],
         "cost": {phase: vars_of(cost) for phase, cost in record.cost.items()},
         "looks": [] if chosen.quality is None else chosen.quality.looks,
-        "data_hash": job.data.hash,
+        "data_hash": data_hash(job.data),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),

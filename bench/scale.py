@@ -89,10 +89,10 @@ def rows(count: int) -> dict[str, Any]:
     write_many(file, count)
     before, start = status("VmRSS"), time.process_time()
     files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
-    splits = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
-    split = prepare(splits, run.pretrained.tokenizer, max_length=run.max_length, folder=CACHE).samples["train"]
+    tables = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}), CACHE)
+    split = prepare(tables, run.pretrained.tokenizer, max_length=run.max_length, folder=CACHE)["train"].samples
     stored = time.process_time() - start
-    about = {"columns": asdict(splits.columns), "data": str(file)}
+    about = {"columns": asdict(tables["train"].columns), "data": str(file)}
     names = tsq.RowNames(split.ids, split.hashes, split.lengths, about)
     rule, compute = tsq.ScoringRule(weights={"loss": 1.0}), tsq.Compute(batch_size=1024)
     scores = tsq.score(run.model, split, run.predictor.collate(), rule=rule, rows=names, compute=compute)

@@ -39,7 +39,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import find_sites
 from tsqlora.quality.gradient_pass import measured_columns
 from tsqlora.quality.reference import Reference, measure_reference
-from tsqlora.quality.rule import PAPER_TERMS
+from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.terms import get_terms
 from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
@@ -124,8 +124,9 @@ class Bench:
 
     def reference(self) -> Reference:
         with eval_mode(self.model), self.autocast(cache=False):
-            batch = {**self.inputs, "labels": self.labels}
-            result = measure_reference(self.model, [batch], self.task, self.sites, self.offsets)
+            batch, compute = {**self.inputs, "labels": self.labels}, Compute(self.rows)
+            rows, collate = list(range(self.rows)), lambda _: batch
+            result = measure_reference(self.model, rows, collate, self.task, self.sites, self.offsets, compute)
         self.references["ours"] = result
         return result
 

@@ -5,7 +5,8 @@
 
 Each world is a function that returns training, trusted and test rows, and the group of each test row. A training takes
 440 steps of 16 rows (trusted rows alone: 220) at rank 8 and draws half of the pool an epoch, a fifth of CLINC150. Each
-cell runs on one core and is a file in bench/results/worlds; a finished cell is not run again.
+cell runs on one core and is a file in bench/results/worlds_rule2; a finished cell is not run again. Those in
+bench/results/worlds are of the older rule.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from tsqlora.tasks import get_task
 from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
-RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds_rule2"))
 MODEL, MARK = encoder()
 STEPS, RATE, TEST_ROWS = 440, 5e-4, 1821
 RULE = 2

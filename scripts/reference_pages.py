@@ -9,7 +9,7 @@ import typer.main
 
 from tsqlora.cli.commands import app
 from tsqlora.compat.yaml import dump_yaml
-from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
+from tsqlora.data.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
 from tsqlora.run.config import REFUSED_ARGUMENTS, Config
 from tsqlora.run.config.template import allowed
 

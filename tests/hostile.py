@@ -19,8 +19,8 @@ import yaml
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tables import cells_of
 from tsqlora.cli.adapter_display import show_doctor
-from tsqlora.data.rows import read_rows
 from tsqlora.data.splits import read_data
 from tsqlora.data.write import WRITERS, write_rows
 from tsqlora.interop.doctor import examine
@@ -319,8 +319,7 @@ _parquet_files = st.one_of(_sound_rows.map(_sound_parquet), _parquet(), damaged(
 def read_file_of_rows(folder: Path, case: Case) -> None:
     """As `train` reads it, and as `predict` writes it again."""
     name, classes, suffix = case.extra
-    rows = read_rows(folder / name)
-    write_rows(folder / f"out{suffix}", rows.rows)
+    write_rows(folder / f"out{suffix}", cells_of(folder / name))
     read_data(
         str(folder / name), None, None, answer="class" if classes else "number",
         columns=dict.fromkeys(("text", "text_pair", "label")), validation_fraction=0.25, seed=0,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runs import Row, write_jsonl
-from tsqlora.data.cells import sample_hash
+from tsqlora.data.rows import sample_hash
 from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.events import RankEvent

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import tsqlora as tsq
 from models import collate
 from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_sensitivity
-from tsqlora.quality.rule import PAPER_TERMS, RowNames, ScoringRule
-from tsqlora.quality.score import Compute
+from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
 from tsqlora.quality.scores import Scores
 
 Rows = Sequence[dict[str, Any]]

@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from tsqlora.cli.library import train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
-    from tsqlora.quality.audit import Audit, audit
     from tsqlora.quality.epochs import sample
-    from tsqlora.quality.rule import RowNames, ScoringRule
-    from tsqlora.quality.score import Compute, score
+    from tsqlora.quality.look import score
+    from tsqlora.quality.rule import Compute, RowNames, ScoringRule
     from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
+    from tsqlora.quality.suspects import Audit, audit
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
     from tsqlora.ranks.schedule import RankSchedule
     from tsqlora.reports.write import Report, report
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
+    from tsqlora.training.mover import RankLoop
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
-    from tsqlora.training.rank_loop import RankLoop
     from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
@@ -70,12 +70,12 @@ _HOMES = {
     "adapter.wrap": ("wrap",),
     "cli.library": ("train",),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
-    "quality.audit": ("Audit", "audit"),
     "quality.epochs": ("sample",),
-    "quality.rule": ("RowNames", "ScoringRule"),
-    "quality.score": ("Compute", "score"),
+    "quality.look": ("score",),
+    "quality.rule": ("Compute", "RowNames", "ScoringRule"),
     "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
+    "quality.suspects": ("Audit", "audit"),
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "ranks.schedule": ("RankSchedule",),
@@ -85,8 +85,8 @@ _HOMES = {
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
+    "training.mover": ("RankLoop",),
     "training.rank_callback": ("RankCallback",),
-    "training.rank_loop": ("RankLoop",),
     "training.report_callback": ("ReportCallback",),
 }
 

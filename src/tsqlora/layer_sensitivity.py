@@ -45,8 +45,12 @@ def sampled(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraL
     every = stride(b.shape[2])
     weight, b = effective_weight(layer, every=every).abs().to(upcast(b)), b[..., ::every]
     if _is_lookup(layer):
-        ids, rows = looked_up(a, upcast(b), weight.shape[1])
-        return (rows.abs() * weight.T[ids]).sum() / weight.numel()
+        # The gradient of a sample's lookups has nonzero rows at its tokens alone.
+        vocabulary, b = weight.shape[1], upcast(b)
+        keys = a + vocabulary * torch.arange(len(a), device=a.device)[:, None]
+        unique, places = torch.unique(keys, return_inverse=True)
+        rows = b.new_zeros(len(unique), b.shape[2]).index_add_(0, places.flatten(), b.flatten(0, 1))
+        return (rows.abs() * weight.T[unique % vocabulary]).sum() / weight.numel()
     a, flat = a.to(b), weight.flatten()
     step = max(1, CHUNK // (a.shape[2] * b.shape[2]))  # small enough for the processor's cache
     grads = (upcast(b[k : k + step].mT @ a[k : k + step]) for k in range(0, len(a), step))
@@ -89,6 +93,11 @@ def get_estimator(estimator: str | Estimator) -> Estimator:
     return ESTIMATORS[estimator]
 
 
+def name_of(estimator: str | Estimator) -> str:
+    """The estimator's name in records and checkpoints."""
+    return estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
+
+
 @dataclass(slots=True)
 class Probe:
     """Accumulates each layer's sensitivity and gradient sketch over the backward passes it watches."""
@@ -117,11 +126,10 @@ class Probe:
                 "no backward pass went through the LoRA layers while the probe was watching; with reentrant gradient "
                 "checkpointing, set gradient_checkpointing_kwargs to {'use_reentrant': False}"
             )
-        estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
         return Sensitivity(
             {name: float(value) / samples for name, value in zip(self.layers, values, strict=True)},
             {name: _shape(layer) for name, layer in self.layers.items()},
-            estimator,
+            name_of(self.estimator),
             samples,
         )
 
@@ -208,16 +216,6 @@ def probe_pass(
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
     return probe
-
-
-def looked_up(
-    ids: Int[Tensor, "n t"], b: Float[Tensor, "n t o"], vocabulary: int
-) -> tuple[Int[Tensor, " u"], Float[Tensor, "u o"]]:
-    """Return the indices and values of the nonzero rows of the samples' Embedding gradients."""
-    keys = ids + vocabulary * torch.arange(len(ids), device=ids.device)[:, None]
-    unique, places = torch.unique(keys, return_inverse=True)
-    rows = b.new_zeros(len(unique), b.shape[2]).index_add_(0, places.flatten(), b.flatten(0, 1))
-    return unique % vocabulary, rows
 
 
 def _is_lookup(layer: LoraLayer) -> bool:

@@ -148,9 +148,7 @@ def test_layers_on_several_devices_are_brought_to_one() -> None:
     for parameter, _ in find_slots(model)[first].matrices():
         parameter.grad = torch.empty_like(parameter)
     importance = Importance(find_slots(model))
-    raw = importance._raw()
-    assert raw.device == importance.mean.device == torch.device("meta")
-    assert raw.shape == importance.mean.shape
+    assert importance.update().device == importance.mean.device == torch.device("meta")
 
 
 def test_gradients_that_cannot_be_seen_are_refused() -> None:

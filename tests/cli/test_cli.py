@@ -20,8 +20,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, set_up, write_config, write_jsonl
-from tsqlora.data.cells import row_hash, sample_hash
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.rows import Columns, row_hash, sample_hash
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
@@ -157,7 +157,7 @@ def test_the_id_of_a_score_is_the_rows_place_in_the_file_though_a_tenth_is_held_
     assert scores.ids is not None
     assert scores.hashes is not None
     assert len(scores) < len(rows)
-    columns = scores.record.columns
+    columns = Columns(**scores.record.columns or {})
     assert [row_hash(rows[place], columns) for place in scores.ids] == list(scores.hashes)
 
 
@@ -203,7 +203,7 @@ def stock_logits(run: Path, texts: Sequence[str]) -> torch.Tensor:
 def test_plain_peft_loads_the_adapter_with_the_same_predictions(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
     data, out = trained.parent / "test.jsonl", tmp_path / "p.jsonl"
     assert tsqlora("predict", trained, "--data", data, "--out", out)[0] == 0
-    predicted = read_rows(out).rows
+    predicted = cells_of(out)
     logits = stock_logits(trained, [row["text"] for row in predicted])
     assert [row["prediction"] for row in predicted] == logits.argmax(1).tolist()
     torch.testing.assert_close(
@@ -399,7 +399,7 @@ def check_scores(path: Path, rows: int, train: Path) -> None:
     )
     assert {"predicted", "predicted_probability", "label_probability", "reason"} <= set(table.column_names)
     assert len(table) == rows
-    file = read_rows(train).rows
+    file = cells_of(train)
     for place, name in zip(table["id"].to_pylist(), table["hash"].to_pylist(), strict=True):
         assert name == sample_hash(file[place]["text"], "", str(file[place]["label"]))
     assert table["probability"].to_numpy().sum() == pytest.approx(1)
@@ -421,7 +421,7 @@ def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("explain", scored, "--samples", "3", "--json")
     assert code == 0
     result = json.loads(out)
-    rows = read_rows(scored.parent / "train.jsonl").rows
+    rows = cells_of(scored.parent / "train.jsonl")
     for name in ("highest", "lowest", "suspicious"):
         assert len(result[name]) == 3
         for sample in result[name]:
@@ -437,7 +437,7 @@ def test_select_writes_the_drawn_rows(scored: Path, tmp_path: Path, tsqlora: Run
     out = tmp_path / "subset.csv"
     code, printed, _ = tsqlora(*arguments, "--data", scored.parent / "train.jsonl", "--out", out, "--json")
     assert code == 0
-    rows = read_rows(out).rows
+    rows = cells_of(out)
     assert json.loads(printed)["rows"] == len(rows) == 18
     assert {row["text"] for row in rows} <= {row["text"] for row in make_rows(80)}
 
@@ -510,7 +510,7 @@ def test_evaluate_says_what_sklearn_says_of_the_predictions(trained: Path, tmp_p
     assert code == 0
     metrics = json.loads(printed)
     assert tsqlora("predict", trained, "--data", data, "--out", out)[0] == 0
-    rows = read_rows(out).rows
+    rows = cells_of(out)
     truth, predicted = ([int(row[name]) for row in rows] for name in ("label", "prediction"))
     assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
@@ -556,7 +556,7 @@ def test_regression_predicts_numbers(place: Path, tmp_path: Path, tsqlora: Run) 
     assert {"pearson", "spearman", "loss"} <= record["metrics"]["validation"].keys()
     data = write_jsonl(tmp_path / "new.jsonl", rows[:4])
     assert tsqlora("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.jsonl")[0] == 0
-    predicted = read_rows(tmp_path / "p.jsonl").rows
+    predicted = cells_of(tmp_path / "p.jsonl")
     assert all(isinstance(row["prediction"], float) and "probability" not in row for row in predicted)
 
 

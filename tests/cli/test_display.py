@@ -24,7 +24,7 @@ from tsqlora.cli.display import (
 )
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
-from tsqlora.quality.explain import WHY
+from tsqlora.quality.reasons import WHY
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 

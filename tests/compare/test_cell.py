@@ -13,6 +13,7 @@ from tsqlora.compare import comparison
 from tsqlora.compare.cell import PACKAGE, commit_of, planned_steps, preflight, run_cell, with_seed
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import METHODS, POLICIES, entries
+from tsqlora.data.table import data_hash
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.reports.write import write_report
 from tsqlora.run.config import Config, load_config
@@ -198,7 +199,7 @@ def test_hashes_are_those_of_a_runs_own_rows(place: Path) -> None:
     hashes = checked(config, "lora", finished=(0, 3))
     for seed, value in hashes.items():
         training = config.training.model_copy(update={"seed": seed})
-        assert value == load(config.model_copy(update={"training": training})).data.hash
+        assert value == data_hash(load(config.model_copy(update={"training": training})).data)
     assert len(set(hashes.values())) == 2  # the seed splits off the validation rows
 
 

@@ -1,12 +1,12 @@
-from tsqlora.data.cells import row_text
+from tsqlora.data.rows import Columns, row_text
 
-COLUMNS = {"text": "a", "text_pair": "b", "label": "c"}
+COLUMNS = Columns("a", "b", "c")
 
 
 def test_a_rows_text_is_that_of_its_columns_line_by_line() -> None:
     assert row_text({"a": "x", "b": "y", "c": "z"}, COLUMNS) == "x\ny"
     assert row_text({"a": "x"}, COLUMNS) == row_text({"a": "x", "b": None}, COLUMNS) == "x"
-    assert row_text({"a": "x", "b": "y"}, {"text": "a", "text_pair": None}) == "x"
+    assert row_text({"a": "x", "b": "y"}, Columns("a", None, None)) == "x"
 
 
 def test_a_chat_has_a_line_a_message() -> None:

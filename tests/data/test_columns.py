@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT, Columns, find_columns
+from tsqlora.data.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT, Columns, find_columns
 from tsqlora.errors import DataError
 
 

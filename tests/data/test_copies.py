@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsqlora.data.copies import COPIED, can_copy, copy_rows, corrected_name, write_corrected
-from tsqlora.data.dialect import PLAIN, SNIFF, Hints, sniff
-from tsqlora.data.rows import open_split, read_rows
-from tsqlora.data.write import WRITERS
+from tables import cells_of
+from tsqlora.data.readers import PLAIN, SNIFF, Hints, sniff
+from tsqlora.data.sources import open_table
+from tsqlora.data.write import COPIED, WRITERS, can_copy, copy_rows, corrected_name, write_corrected
 
 BOM = b"\xef\xbb\xbf"
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
@@ -95,7 +95,7 @@ def test_any_rows_read_back_as_those_rows(
     whole = (BOM if bom else b"") + text.getvalue().encode()
     out = copied(tmp_path / f"t{suffix}", whole, *places)
     (tmp_path / f"u{suffix}").write_bytes(out)
-    assert [(row["a"], row["b"]) for row in read_rows(tmp_path / f"u{suffix}").rows] == [rows[j] for j in places]
+    assert [(row["a"], row["b"]) for row in cells_of(tmp_path / f"u{suffix}")] == [rows[j] for j in places]
     assert copied(tmp_path / f"t{suffix}", whole, *range(len(rows))) == whole
 
 
@@ -150,7 +150,7 @@ def test_what_is_no_changed_label_stays_byte_by_byte(
 ) -> None:
     text = text if encoding == "utf-8" else text.removeprefix("\ufeff")
     (tmp_path / name).write_bytes(text.encode(encoding))
-    source = open_split(tmp_path / name, hints=Hints(encoding=encoding))
+    source = open_table(tmp_path / name, hints=Hints(encoding=encoding))
     out = tmp_path / corrected_name(source)
     write_corrected(source, out, "label", labels)
     assert out.read_bytes() == text.replace(*change).encode(encoding)
@@ -168,8 +168,8 @@ def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
         return mark * marked + text.encode(plain)
 
     (tmp_path / "a.csv").write_bytes(data("text,label\nä,0\nb,1\n"))
-    source = open_split(tmp_path / "a.csv", hints=Hints(encoding=encoding))
-    assert source.read().rows == ({"text": "ä", "label": "0"}, {"text": "b", "label": "1"})
+    source = open_table(tmp_path / "a.csv", hints=Hints(encoding=encoding))
+    assert tuple(row.cells for row in source) == ({"text": "ä", "label": "0"}, {"text": "b", "label": "1"})
     write_corrected(source, tmp_path / "b.csv", "label", {0: 1})
     assert (tmp_path / "b.csv").read_bytes() == data("text,label\nä,1\nb,1\n")
     copy_rows(tmp_path / "a.csv", tmp_path / "c.csv", np.array([1]), source.dialect)
@@ -179,9 +179,9 @@ def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
 @pytest.mark.parametrize(("encoding", "mark"), [("utf-8-sig", BOM), ("utf-16", b"\xff\xfe")])
 def test_a_corrected_array_keeps_its_byte_order_mark(encoding: str, mark: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes('[{"text": "ä", "label": "no"}]'.encode(encoding))
-    write_corrected(open_split(tmp_path / "a.json"), tmp_path / "b.json", "label", {0: "yes"})
+    write_corrected(open_table(tmp_path / "a.json"), tmp_path / "b.json", "label", {0: "yes"})
     assert (tmp_path / "b.json").read_bytes().startswith(mark)
-    assert read_rows(tmp_path / "b.json").rows == ({"text": "ä", "label": "yes"},)
+    assert cells_of(tmp_path / "b.json") == ({"text": "ä", "label": "yes"},)
 
 
 def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     )
     table = pa.table({"text": ["a", "b"], "label": ["no", "yes"], "n": [1, None]}, schema=schema)
     pq.write_table(table, tmp_path / "a.parquet")
-    write_corrected(open_split(tmp_path / "a.parquet"), tmp_path / "b.parquet", "label", {1: "no"})
+    write_corrected(open_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", "label", {1: "no"})
     result = pq.read_table(tmp_path / "b.parquet")
     assert result.schema == schema
     assert result.to_pylist() == [{"text": "a", "label": "no", "n": 1}, {"text": "b", "label": "no", "n": None}]

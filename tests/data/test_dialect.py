@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora.data.dialect import DELIMITERS, SNIFF, Hints, sniff
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.readers import DELIMITERS, SNIFF, Hints, sniff
+from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError
 
 TABLE = 'text;label\nPreis 3,50 Euro, günstig;gut\n"a, b; it\'s";schlecht\n'
@@ -28,7 +29,7 @@ def test_rows_are_the_same_however_a_table_is_written(delimiter: str, encoding: 
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert list(read_rows(path).rows) == ROWS
+        assert list(cells_of(path)) == ROWS
     assert [str(path) in str(w.message) for w in caught] == [True] * (encoding == "cp1252")
 
 
@@ -51,9 +52,9 @@ def test_the_first_line_with_two_candidates_is_read_as_most_records_are(tmp_path
 def test_what_is_set_wins_and_a_byte_order_mark_over_it(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes("a,b^label\nжук^1\n".encode("cp1251"))
-    assert read_rows(path, hints=Hints("^", "cp1251")).rows == ({"a,b": "жук", "label": "1"},)
+    assert cells_of(path, hints=Hints("^", "cp1251")) == ({"a,b": "жук", "label": "1"},)
     path.write_text("text\njaß\n", encoding="utf-8-sig")
-    assert read_rows(path, hints=Hints(encoding="cp1252")).rows == ({"text": "jaß"},)
+    assert cells_of(path, hints=Hints(encoding="cp1252")) == ({"text": "jaß"},)
 
 
 @pytest.mark.filterwarnings("ignore:.*trusted.jsonl is UTF-8")
@@ -62,13 +63,13 @@ def test_one_encoding_for_all_files_leaves_those_in_utf8_as_they_are(encoding: s
     hints, path = Hints(encoding=encoding), tmp_path / "trusted.jsonl"
     path.write_text('{"text": "größer, źle, 語"}\n', encoding="utf-8")
     with pytest.warns(UserWarning, match=encoding):
-        assert read_rows(path, hints=hints).rows == ({"text": "größer, źle, 語"},)
+        assert cells_of(path, hints=hints) == ({"text": "größer, źle, 語"},)
     path.write_text('{"text": "ascii"}\n', encoding="ascii")
-    assert read_rows(path, hints=hints).rows == ({"text": "ascii"},)
+    assert cells_of(path, hints=hints) == ({"text": "ascii"},)
     assert sniff(path, Hints(encoding="cp1250")).encoding == "cp1250", "which a corrected copy may need"
     text = "語" if encoding == "cp932" else "größer"
     path.write_text(f'{{"text": "{text}"}}\n', encoding=encoding)
-    assert read_rows(path, hints=hints).rows == ({"text": text},)
+    assert cells_of(path, hints=hints) == ({"text": text},)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +88,14 @@ def test_what_cannot_be_decoded_is_named_with_its_line(
 ) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.encoding") as caught:
-        read_rows(tmp_path / "t.csv", hints=hints)
+        open_table(tmp_path / "t.csv", hints=hints)
     assert message in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_json_lines_may_be_written_otherwise_too(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes('{"text": "größer"}\n'.encode("cp1252"))
-    assert read_rows(tmp_path / "t.jsonl").rows == ({"text": "größer"},)
+    assert cells_of(tmp_path / "t.jsonl") == ({"text": "größer"},)
 
 
 def test_one_line_of_a_table_that_could_be_utf8_by_chance_keeps_the_encoding_of_the_hint(tmp_path: Path) -> None:

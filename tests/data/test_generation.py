@@ -1,6 +1,7 @@
 """Prompt and target meet between two tokens; only targets are trained on; what is cut is the prompt."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,26 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
-from tsqlora.data import target_tokens
+from tables import names_of, rows_of
+from tsqlora.data import generation
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import sample_hash
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.generation import left_out, references, tokenise_generation
-from tsqlora.data.rows import Rows, column_names, read_rows
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.rows import Row, sample_hash
+from tsqlora.data.sources import open_table
+from tsqlora.data.table import Samples
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 
 BYTES, CHATTY, T5 = byte_tokenizer(), byte_tokenizer(chat_template=CHATML), byte_tokenizer(opens=False, closes=True)
 WORDS = st.text(alphabet="ab é日\n", min_size=1, max_size=12).filter(str.strip)
 
 
-def rows_of(*rows: dict[str, Any]) -> Rows:
-    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
-
-
-def pairs(*pairs: tuple[Any, Any]) -> Rows:
+def pairs(*pairs: tuple[Any, Any]) -> list[Row]:
     return rows_of(*({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
 
 
-def format_of(rows: Rows) -> Format:
-    return find_format(column_names(rows), source=rows.source)
+def format_of(rows: Sequence[Row]) -> Format:
+    return find_format(names_of(rows), source=rows[0].source)
 
 
 def say(role: str, content: str) -> dict[str, str]:
@@ -41,17 +39,17 @@ def say(role: str, content: str) -> dict[str, str]:
 
 
 def make(
-    rows: Rows,
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase = BYTES,
     *,
     max_length: int = 400,
     seq2seq: bool = False,
     **options: Any,
-) -> TokenisedSplit:
+) -> Samples:
     return tokenise_generation(rows, format_of(rows), tokenizer, max_length=max_length, seq2seq=seq2seq, **options)
 
 
-def error(kind: type[TsqLoraError], rows: Rows, *args: Any, **options: Any) -> str:
+def error(kind: type[TsqLoraError], rows: Sequence[Row], *args: Any, **options: Any) -> str:
     with pytest.raises(kind) as caught:
         make(rows, *args, **options)
     return str(caught.value)
@@ -64,7 +62,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any]) -> tuple[s
 
 
 def test_a_target_and_its_end_are_trained_on_and_the_prompt_is_not() -> None:
-    (sample,) = make(pairs(("ab", "c"))).samples
+    (sample,) = make(pairs(("ab", "c")))
     a, b, c = BYTES("abc", add_special_tokens=False)["input_ids"]
     assert sample == {
         "input_ids": [BOS, a, b, c, EOS],
@@ -74,7 +72,7 @@ def test_a_target_and_its_end_are_trained_on_and_the_prompt_is_not() -> None:
 
 
 def test_an_end_that_is_there_is_not_doubled() -> None:
-    assert make(pairs(("ab", "c</s>"))).samples == make(pairs(("ab", "c"))).samples
+    assert list(make(pairs(("ab", "c</s>")))) == list(make(pairs(("ab", "c"))))
 
 
 def test_plain_text_is_trained_on_but_for_a_token_that_follows_from_nothing() -> None:
@@ -87,7 +85,7 @@ def test_plain_text_is_trained_on_but_for_a_token_that_follows_from_nothing() ->
 def test_a_prompt_alone_has_the_tokens_that_it_is_trained_with(texts: list[tuple[str, str]]) -> None:
     tokenizer = byte_tokenizer(merges=[("a", "b"), ("Ġ", "a"), ("b", "b"), ("Ġ", "Ġ"), ("Ċ", "Ċ")])
     whole, alone = make(pairs(*texts), tokenizer), make(pairs(*texts), tokenizer, with_targets=False)
-    for (prompt, target), sample, prompts in zip(texts, whole.samples, alone.samples, strict=True):
+    for (prompt, target), sample, prompts in zip(texts, whole, alone, strict=True):
         length = len(prompts["input_ids"])
         assert sample["input_ids"][:length] == prompts["input_ids"]
         assert sample["labels"] == [IGNORED] * length + sample["input_ids"][length:]
@@ -104,7 +102,7 @@ def test_tokens_are_those_of_the_whole_text_where_none_lies_across() -> None:
 
 def test_a_long_prompt_loses_its_beginning_but_not_what_opens_every_text() -> None:
     split = make(pairs(("abcdef", "gh"), ("a", "b")), max_length=6)
-    assert [shown(BYTES, sample) for sample in split.samples] == [("<s>efgh</s>", "gh</s>"), ("<s>ab</s>", "b</s>")]
+    assert [shown(BYTES, sample) for sample in split] == [("<s>efgh</s>", "gh</s>"), ("<s>ab</s>", "b</s>")]
     assert split.truncated == 1
     prompts = make(pairs(("abcdef", "gh")), max_length=4, with_targets=False)
     assert (BYTES.decode(prompts[0]["input_ids"]), prompts.truncated) == ("<s>def", 1)
@@ -112,20 +110,20 @@ def test_a_long_prompt_loses_its_beginning_but_not_what_opens_every_text() -> No
 
 def test_long_plain_text_loses_its_end() -> None:
     split = make(rows_of({"text": "abcdef"}, {"text": "ab"}), max_length=4)
-    assert [shown(BYTES, sample) for sample in split.samples] == [("<s>abc", "abc"), ("<s>ab</s>", "ab</s>")]
+    assert [shown(BYTES, sample) for sample in split] == [("<s>abc", "abc"), ("<s>ab</s>", "ab</s>")]
     assert split.truncated == 1
 
 
 def test_a_row_whose_target_does_not_fit_whole_is_left_out_and_named() -> None:
     rows = pairs(("a", "bcd"), ("a", "bcde"), ("abc", "bcdefgh"))
-    assert left_out(whole := make(rows, max_length=10)) is None
+    assert left_out(whole := make(rows, max_length=10)) == []
     assert whole.truncated == 1  # the last prompt keeps one token
     split = make(rows, max_length=6)
     np.testing.assert_array_equal(split.ids, [0])
-    assert (split.samples, split.hashes) == (whole.samples[:1], whole.hashes[:1])
+    assert (list(split), split.hashes) == (whole[:1], whole.hashes[:1])
     assert split.left_out == (("train.jsonl:8", 7), ("train.jsonl:9", 10))
-    assert str(left_out(split)).endswith(": train.jsonl:8, train.jsonl:9")
-    assert str(left_out(make(pairs(*[("a", "bcdefgh")] * 4), max_length=6))).endswith("8, train.jsonl:9, …")
+    assert left_out(split)[0].endswith(": train.jsonl:8, train.jsonl:9")
+    assert left_out(make(pairs(*[("a", "bcdefgh")] * 4), max_length=6))[0].endswith("8, train.jsonl:9, …")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +254,7 @@ def test_a_long_source_is_cut_on_the_left_and_a_long_target_is_left_out() -> Non
 def test_samples_do_not_depend_on_their_neighbours() -> None:
     texts = [("ab", "cd"), ("abcdefghi", "j"), ("x", "y")]
     together = make(pairs(*texts), max_length=8)
-    for pair, sample, name in zip(texts, together.samples, together.hashes, strict=True):
+    for pair, sample, name in zip(texts, together, together.hashes, strict=True):
         alone = make(pairs(pair), max_length=8)
         assert (alone[0], alone.hashes[0]) == (sample, name)
 
@@ -277,10 +275,10 @@ def test_a_chat_has_one_hash_whatever_the_order_of_its_keys() -> None:
 @pytest.mark.parametrize("name", ["alpaca", "scitldr", "xsum"])
 def test_real_rows(shared_dir: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "stories260K")
-    rows = read_rows(shared_dir / "data" / name / "validation.jsonl")
+    rows = list(open_table(shared_dir / "data" / name / "validation.jsonl"))
     format = format_of(rows)
     split = tokenise_generation(rows, format, tokenizer, max_length=4096, seq2seq=False)
-    for sample, target in zip(split.samples, references(rows, format), strict=True):
+    for sample, target in zip(split, references(rows, format), strict=True):
         assert sample["input_ids"][0] == tokenizer.bos_token_id
         trained = [token for token in sample["labels"] if token != IGNORED]
         assert str(tokenizer.decode(trained, skip_special_tokens=True)).strip() == target
@@ -301,7 +299,7 @@ def test_real_rows(shared_dir: Path, name: str) -> None:
 def test_what_a_template_of_a_stranger_does_ends_as_an_error_of_the_row(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target_tokens, "SECONDS", 0.3)
+    monkeypatch.setattr(generation, "SECONDS", 0.3)
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(DataError, match="template refuses these turns"):
         make(rows_of({"messages": [say("user", "a"), say("assistant", "b")]}), byte_tokenizer(chat_template=template))

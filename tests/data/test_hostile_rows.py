@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError
 
 
@@ -19,12 +20,12 @@ def test_an_archive_is_named_whatever_it_is_called(tmp_path: Path) -> None:
         archive.writestr("b.csv", "text\na\n")
     for name in ("a.jsonl", "a.csv"):
         with pytest.raises(DataError, match=rf"{name}.*compressed"):
-            read_rows(tmp_path / name)
+            open_table(tmp_path / name)
 
 
 def test_nul_and_every_line_end_in_a_csv_are_cells_and_records(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'text,label\r\na\0b,1\nc,2\r"d\re",3\r\n')
-    assert [row["text"] for row in read_rows(tmp_path / "a.csv").rows] == ["a\0b", "c", "d\re"]
+    assert [row["text"] for row in cells_of(tmp_path / "a.csv")] == ["a\0b", "c", "d\re"]
 
 
 def test_a_line_of_a_hundred_megabytes_is_a_row(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_a_line_of_a_hundred_megabytes_is_a_row(tmp_path: Path) -> None:
         for _ in range(100):
             file.write("x" * 1_000_000)
         file.write('"}\n')
-    assert len(read_rows(tmp_path / "a.jsonl").rows[0]["text"]) == 100_000_000
+    assert len(cells_of(tmp_path / "a.jsonl")[0]["text"]) == 100_000_000
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_line_of_a_hundred_megabytes_is_a_row(tmp_path: Path) -> None:
 def test_a_value_that_python_does_not_have_is_named(column: Any, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet"):
-        read_rows(tmp_path / "a.parquet")
+        cells_of(tmp_path / "a.parquet")
 
 
 def test_a_column_name_that_is_no_text_is_named(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_column_name_that_is_no_text_is_named(tmp_path: Path) -> None:
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content.replace(b"naive", b"na\xffve"))
     with pytest.raises(DataError, match="cannot be read as Parquet"):
-        read_rows(tmp_path / "a.parquet")
+        open_table(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("source", ["csv", "text", "imagefolder"])
@@ -67,4 +68,4 @@ def test_the_name_of_a_kind_of_file_takes_no_files_that_happen_to_lie_here(
     (tmp_path / "private.csv").write_text("text,label\nsecret,1\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=source):
-        read_rows(source)
+        open_table(source)

@@ -3,19 +3,19 @@ from typing import Any
 
 import pytest
 
+from tables import rows_of
 from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
-from tsqlora.data.rows import Rows
+from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
 
 
-def labelled(*values: Any, typed: bool = True) -> Rows:
-    rows = tuple({"label": value} for value in values)
-    return Rows(rows, "train.jsonl", tuple(range(11, 11 + len(rows))), typed)
+def labelled(*values: Any) -> list[Row]:
+    return rows_of(*({"label": value} for value in values), first=11)
 
 
-def read_labels(rows: Rows) -> list[Any]:
-    labels, places = distinct_labels([rows], "label")
-    return [labels[j] for j in places]
+def read_labels(*values: Any, typed: bool = True) -> list[Any]:
+    labels, groups = distinct_labels(labelled(*values), "label", typed=typed)
+    return [labels[j] for j in groups]
 
 
 def classes(values: list[Any]) -> LabelMap:
@@ -31,29 +31,29 @@ def test_text_sorts_as_text_and_integers_as_numbers() -> None:
 
 def test_labels_become_their_ids() -> None:
     rows = labelled("pos", "neg", "pos")
-    labels, places = distinct_labels([rows], "label")
+    labels, places = distinct_labels(rows, "label")
     assert (labels, places.tolist()) == (["pos", "neg"], [0, 1, 0])
     assert encode_labels(rows, "label", classes(labels)) == [1, 0, 1]
 
 
 def test_integers_in_a_csv_are_integer_labels() -> None:
-    rows = labelled("10", "9", "-1", typed=False)
-    made = classes(distinct_labels([rows], "label")[0])
+    rows = labelled("10", "9", "-1")
+    made = classes(distinct_labels(rows, "label", typed=False)[0])
     assert made.names == (-1, 9, 10)
     assert encode_labels(rows, "label", made) == [2, 1, 0]
 
 
 @pytest.mark.parametrize("other", ["a", "01", "+1", "1.0", "²"])
 def test_one_label_in_a_csv_that_is_no_integer_makes_all_text(other: str) -> None:
-    assert read_labels(labelled("10", other, typed=False)) == ["10", other]
+    assert read_labels("10", other, typed=False) == ["10", other]
 
 
 def test_text_labels_of_a_typed_format_stay_text() -> None:
-    assert read_labels(labelled("10", "9")) == ["10", "9"]
+    assert read_labels("10", "9") == ["10", "9"]
 
 
 def test_a_csv_fits_a_map_made_of_json_integers() -> None:
-    assert encode_labels(labelled("3", "1", typed=False), "label", LabelMap((1, 3))) == [1, 0]
+    assert encode_labels(labelled("3", "1"), "label", LabelMap((1, 3))) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_of_many_classes_the_first_are_listed() -> None:
 
 def test_several_labels_are_a_list_or_text_with_bars() -> None:
     rows = labelled(["joy", "love"], "love | anger", [], "joy")
-    names, groups = distinct_labels([rows], "label", "labels")
+    names, groups = distinct_labels(rows, "label", "labels")
     assert (names, groups.tolist()) == (["joy", "love", "anger"], [0, 0, 0, 0])
     made = classes_of(names, "train.jsonl", "label", "labels")
     assert encode_labels(rows, "label", made) == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
-    numbers = classes_of(distinct_labels([labelled("3|1", "1", typed=False)], "label", "labels")[0], "", "", "labels")
+    numbers = classes_of(distinct_labels(labelled("3|1", "1"), "label", "labels", typed=False)[0], "", "", "labels")
     assert encode_labels(labelled([1], 3), "label", numbers) == [[1, 0], [0, 1]]
 
 
@@ -113,4 +113,4 @@ def test_targets_that_are_no_numbers_are_refused(value: Any) -> None:
 
 def test_labels_of_two_kinds_are_message_with_the_first_place_of_the_second() -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:13: the label '1'"):
-        read_labels(labelled(0, 1, "1", 0, "0", 1))
+        read_labels(0, 1, "1", 0, "0", 1)

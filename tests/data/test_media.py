@@ -13,10 +13,9 @@ from transformers import (
 )
 
 from made_media import RATE, save_wav2vec2, wav2vec2_config, write_images, write_recordings
-from tsqlora.data.columns import Columns
-from tsqlora.data.folders import content_hash, kind_of
 from tsqlora.data.media import MediaCollator, encode_files, read_audio, read_image, require_reader, why_unread
-from tsqlora.data.rows import open_split, open_splits
+from tsqlora.data.rows import Columns, content_hash
+from tsqlora.data.sources import kind_of, open_table, open_tables
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals
@@ -30,10 +29,16 @@ def test_a_folder_has_a_row_for_each_file_with_its_folder_as_label(tmp_path: Pat
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "0004.png").write_bytes((tmp_path / "a" / "red" / "0000.png").read_bytes())
     with pytest.warns(UserWarning, match=r"notes\.txt"):
-        rows = open_split(tmp_path / "a").read()
-    assert rows.numbers == ("0004.png", "blue/0001.png", "blue/0003.png", "red/0000.png", "red/0002.png")
-    assert [row["label"] for row in rows.rows] == [None, "blue", "blue", "red", "red"]
-    assert rows.place(1) == f"{tmp_path}/a:blue/0001.png"
+        rows = list(open_table(tmp_path / "a"))
+    assert [row.number for row in rows] == [
+        "0004.png",
+        "blue/0001.png",
+        "blue/0003.png",
+        "red/0000.png",
+        "red/0002.png",
+    ]
+    assert [row.cells["label"] for row in rows] == [None, "blue", "blue", "red", "red"]
+    assert rows[1].place == f"{tmp_path}/a:blue/0001.png"
     assert kind_of(tmp_path) == "image"
 
 
@@ -45,26 +50,26 @@ def test_folders_of_classes_may_be_links_and_each_folder_counts_once(tmp_path: P
     (tmp_path / "links" / "rot").symlink_to(tmp_path / "a" / "red")
     (tmp_path / "links" / "loop").symlink_to(tmp_path / "links")
     (tmp_path / "a" / "red" / "other").symlink_to(tmp_path / "links")
-    rows = open_split(tmp_path / "links").read()
-    assert [row["label"] for row in rows.rows] == ["blue", "blue", "red", "red"]
+    rows = open_table(tmp_path / "links")
+    assert [row.cells["label"] for row in rows] == ["blue", "blue", "red", "red"]
 
 
 def test_folders_of_splits_and_a_metadata_table_are_those_of_datasets(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("dev", 4), ("test", 2)):
         write_recordings(tmp_path / split, count)
-    sources = open_splits(str(tmp_path), None, None)
-    assert {name: len(source.read()) for name, source in sources.items()} == {"train": 6, "validation": 4, "test": 2}
+    sources = open_tables(str(tmp_path), None, None)
+    assert {name: len(source) for name, source in sources.items()} == {"train": 6, "validation": 4, "test": 2}
     write_images(tmp_path / "other", 2)
     write_rows(tmp_path / "other" / "metadata.csv", [{"file_name": "red/0000.png", "label": "pink"}])
-    table = open_split(tmp_path / "other").with_files({"text": "file_name", "media": "image"}).read()
-    assert table.rows == ({"file_name": f"{tmp_path}/other/red/0000.png", "label": "pink"},)
+    table = open_table(tmp_path / "other").using(Columns("file_name", None, None, "image"))
+    assert tuple(row.cells for row in table) == ({"file_name": f"{tmp_path}/other/red/0000.png", "label": "pink"},)
 
 
 def test_paths_count_from_the_table_and_a_folder_takes_the_names_of_columns(tmp_path: Path) -> None:
     write_images(tmp_path / "a", 2)
     write_rows(tmp_path / "t.csv", [{"f": "a/red/0000.png", "y": "red"}, {"f": "", "y": "red"}])
-    columns = {"text": "f", "label": "y", "media": "image"}
-    table, folder = (open_split(tmp_path / name).with_files(columns).read().rows for name in ("t.csv", "a"))
+    columns = Columns("f", None, "y", "image")
+    table, folder = ([row.cells for row in open_table(tmp_path / name).using(columns)] for name in ("t.csv", "a"))
     assert (table[0], table[1]["f"]) == (folder[1], "")
 
 
@@ -111,7 +116,7 @@ def test_a_copy_of_a_file_is_the_same_row_and_a_changed_file_is_another(tmp_path
     copy = tmp_path / "b" / "red" / "c.png"
     copy.write_bytes((tmp_path / "a" / "red" / "0002.png").read_bytes())
     pool, other = (
-        encode_files(open_split(tmp_path / name).read(), IMAGES, None, max_length=0, labels=None) for name in "ab"
+        encode_files(list(open_table(tmp_path / name)), IMAGES, None, max_length=0, labels=None) for name in "ab"
     )
     twins = equals(pool, other)
     assert twins is not None
@@ -125,8 +130,8 @@ def test_a_copy_of_a_file_is_the_same_row_and_a_changed_file_is_another(tmp_path
 
 def test_logits_of_a_recording_do_not_depend_on_its_batch(tmp_path: Path) -> None:
     extractor = AutoFeatureExtractor.from_pretrained(save_wav2vec2(tmp_path / "model"))
-    rows = open_split(write_recordings(tmp_path / "a", 6)).read()
-    samples = encode_files(rows, Columns("audio", None, "label", "audio"), None, max_length=0, labels=[0] * 6).samples
+    rows = list(open_table(write_recordings(tmp_path / "a", 6)))
+    samples = encode_files(rows, Columns("audio", None, "label", "audio"), None, max_length=0, labels=[0] * 6)
     assert all(5 <= sample["length"] <= 10 for sample in samples)
     torch.manual_seed(0)
     model = Wav2Vec2ForSequenceClassification(wav2vec2_config(num_labels=3)).eval()
@@ -147,12 +152,12 @@ def test_without_a_mask_max_length_pads_every_batch_alike_and_cuts(tmp_path: Pat
     for name, values in (("short", 10), ("long", 3200)):
         soundfile.write(tmp_path / f"{name}.wav", np.full(values, 0.5), RATE)
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=False, do_normalize=False)
-    rows = open_split(tmp_path).read()
+    rows = list(open_table(tmp_path))
     split = encode_files(rows, Columns("audio", None, "label", "audio"), None, max_length=10, labels=None)
     assert (split.truncated, split.lengths) == (1, [10, 1])
     for collate, width in ((MediaCollator(extractor, "audio", 10), 1600), (MediaCollator(extractor, "audio"), 800)):
         assert collate([split[1]])["input_values"].shape == (1, width)
-    assert MediaCollator(extractor, "audio", 10)(list(split.samples))["input_values"].shape == (2, 1600)
+    assert MediaCollator(extractor, "audio", 10)(list(split))["input_values"].shape == (2, 1600)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +169,6 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 def test_a_model_of_one_channel_gets_gray_images(tmp_path: Path) -> None:
     write_images(tmp_path, 2)
-    samples = encode_files(open_split(tmp_path).read(), IMAGES, None, max_length=0, labels=[0, 1]).samples
+    samples = encode_files(list(open_table(tmp_path)), IMAGES, None, max_length=0, labels=[0, 1])
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
     assert MediaCollator(processor, "image", gray=True)(samples)["pixel_values"].shape == (2, 1, 8, 8)

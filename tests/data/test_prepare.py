@@ -11,14 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import CHATML, byte_tokenizer
 from runs import Row, make_rows, save_checkpoint, write_jsonl
-from tsqlora.data import rows as rows_module
+from tables import cells_of
+from tsqlora.data import table as table_module
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
-from tsqlora.data.rows import read_rows
-from tsqlora.data.samples import TokenisedSplit
-from tsqlora.data.splits import Splits, read_data
-from tsqlora.data.tokenise import tokenise
+from tsqlora.data.prepare import prepare, resolve_max_length, tokenise
+from tsqlora.data.splits import read_data
+from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals
@@ -29,28 +28,28 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("model")))
 
 
-def read(train: Path, *, answer: Any = "class", **options: Any) -> Splits:
+def read(train: Path, *, answer: Any = "class", **options: Any) -> dict[str, Table]:
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
     defaults: dict[str, Any] = {"validation": None, "test": None, "validation_fraction": 0.25, "seed": 0}
     return read_data(str(train), answer=answer, columns=dict.fromkeys(names), **(defaults | options))
 
 
-def at_once(splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase) -> TokenisedSplit:
-    rows, column = splits.rows(name), splits.columns.label
-    if splits.format is not None:
-        return tokenise_generation(rows, splits.format, tokenizer, max_length=8, seq2seq=False)
+def at_once(table: Table, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    rows, column = list(table), table.columns.label
+    if table.format is not None:
+        return tokenise_generation(rows, table.format, tokenizer, max_length=8, seq2seq=False)
     assert column is not None
-    labels = encode_targets(rows, column) if splits.labels is None else encode_labels(rows, column, splits.labels)
-    return tokenise(rows, splits.columns, tokenizer, max_length=8, labels=labels)
+    labels = encode_targets(rows, column) if table.classes is None else encode_labels(rows, column, table.classes)
+    return tokenise(rows, table.columns, tokenizer, max_length=8, labels=labels)
 
 
-def assert_same(splits: Splits, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
-    for name, split in prepared.samples.items():
-        slow = at_once(splits, name, tokenizer)
-        assert list(split.samples) == slow.samples
-        assert [type(row["labels"]) for row in split.samples] == [type(row["labels"]) for row in slow.samples]
+def assert_same(tables: dict[str, Table], prepared: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> None:
+    for name, table in prepared.items():
+        split, slow = table.samples, at_once(tables[name], tokenizer)
+        assert list(split) == list(slow)
+        assert [type(row["labels"]) for row in split] == [type(row["labels"]) for row in slow]
         assert (split.hashes, split.truncated, split.left_out) == (slow.hashes, slow.truncated, slow.left_out)
-        assert split.ids.tolist() == slow.ids.tolist() == prepared.splits.places[name].tolist()  # type: ignore[union-attr]
+        assert split.ids.tolist() == slow.ids.tolist() == table.ids.tolist()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
@@ -64,7 +63,7 @@ def test_chunks_give_the_samples_of_all_rows_at_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK", size)
+    monkeypatch.setattr(table_module, "CHUNK", size)
     write_rows(tmp_path / f"train{suffix}", make_rows(30, labels=labels))
     splits = read(tmp_path / f"train{suffix}")
     assert_same(splits, prepare(splits, tokenizer, max_length=8), tokenizer)
@@ -74,14 +73,14 @@ def test_chunks_give_the_samples_of_all_rows_at_once(
 def test_numbers_and_texts_come_in_chunks_too(
     size: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK", size)
+    monkeypatch.setattr(table_module, "CHUNK", size)
     rows = [{**row, "label": j / 7} for j, row in enumerate(make_rows(30))]
     splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="number")
     assert_same(splits, prepare(splits, tokenizer, max_length=8), tokenizer)
     texts = [{"prompt": "abcd"[: j % 4 + 1], "completion": "d" * j} for j in range(1, 12)]
     splits, writes = read(write_jsonl(tmp_path / "train.jsonl", texts), answer="text"), byte_tokenizer()
     assert_same(splits, prepared := prepare(splits, writes, max_length=8), writes)
-    assert 0 < len(prepared.samples["train"]) < len(splits.places["train"])
+    assert 0 < len(prepared["train"]) < len(splits["train"])
 
 
 def test_an_id_is_the_rows_place_in_the_file_whatever_its_line(
@@ -89,11 +88,11 @@ def test_an_id_is_the_rows_place_in_the_file_whatever_its_line(
 ) -> None:
     path = tmp_path / "train.csv"
     write_rows(path, [{**row, "text": f"{row['text']}\n{row['text']}"} for row in make_rows(30)])
-    prepared, file = prepare(read(path), tokenizer, max_length=8), read_rows(path).rows
-    for split in prepared.samples.values():
-        for place, sample in zip(split.ids, split.samples, strict=True):  # type: ignore[arg-type]
+    prepared, file = prepare(read(path), tokenizer, max_length=8), cells_of(path)
+    for table in prepared.values():
+        for place, sample in zip(table.ids, table.samples, strict=True):
             assert sample["input_ids"] == tokenizer(file[place]["text"], truncation=True, max_length=8)["input_ids"]
-    assert sorted(id for split in prepared.samples.values() for id in split.ids) == list(range(30))  # type: ignore[union-attr]
+    assert sorted(id for table in prepared.values() for id in table.ids) == list(range(30))
 
 
 def test_each_row_of_texts_is_rendered_and_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +117,7 @@ def test_rows_of_other_splits_that_training_has_are_noted(tmp_path: Path, tokeni
     train = [{"text": f"good {j}", "label": j % 2} for j in range(8)]
     other, test = ([{"text": f"good {j}", "label": 0} for j in rows] for rows in ((8, 9), (1, 9, 3)))
     a, b, c = (write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in (("a", train), ("b", other), ("c", test)))
-    (note,) = prepare(read(a, validation=str(b), test=str(c)), tokenizer, max_length=8).notes
+    (note,) = notes_of(prepare(read(a, validation=str(b), test=str(c)), tokenizer, max_length=8))
     assert note.startswith("2 of 3 test rows are training rows")
 
 
@@ -133,7 +132,8 @@ def test_a_class_that_training_lacks_is_an_error_of_the_other_split(
 
 def test_the_hash_names_every_row_of_every_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     def hash_of(rows: list[dict[str, Any]], **options: Any) -> str:
-        return prepare(read(write_jsonl(tmp_path / "train.jsonl", rows), **options), tokenizer, max_length=8).hash
+        splits = read(write_jsonl(tmp_path / "train.jsonl", rows), **options)
+        return data_hash(prepare(splits, tokenizer, max_length=8))
 
     rows = make_rows(20)
     changed = [*rows[:-1], {**rows[-1], "label": 0}]
@@ -148,7 +148,7 @@ def peak_of(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     prepared = prepare(read(train), tokenizer, max_length=8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(prepared.samples["train"]) == rows * 3 // 4
+    assert len(prepared["train"]) == rows * 3 // 4
     return peak
 
 
@@ -182,7 +182,7 @@ def test_a_length_that_cannot_be_is_refused() -> None:
 
 def prepared(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *, answer: Any = "class", **files: Sequence[Row]
-) -> Prepared:
+) -> dict[str, Table]:
     """Rows by split name; a quarter of the training rows is held out if there are no validation rows."""
     paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
     splits = read(Path(paths.pop("train")), answer=answer, **paths)
@@ -199,17 +199,17 @@ POOL = labelled([f"good {'the ' * j}" for j in range(1, 9)])
 def test_trusted_rows_are_a_split_of_their_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trusted, test = make_rows(6, seed=1), make_rows(4, seed=2)
     data = prepared(tmp_path, tokenizer, train=make_rows(20), trusted=trusted, test=test)
-    assert list(data.samples) == list(data.splits.sources) == ["train", "trusted", "validation", "test"]
-    assert data.splits.rows("trusted").rows == tuple(trusted)
-    assert data.samples["trusted"].labels.tolist() == [row["label"] for row in trusted]
-    assert equals(data.samples["train"], data.samples["trusted"]) is None
-    assert data.notes == ()
+    assert list(data) == ["train", "trusted", "validation", "test"]
+    assert [row.cells for row in data["trusted"]] == list(trusted)
+    assert data["trusted"].samples.labels.tolist() == [row["label"] for row in trusted]
+    assert equals(data["train"].samples, data["trusted"].samples) is None
+    assert notes_of(data) == []
 
 
 def test_they_are_part_of_the_datas_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pool, trusted = make_rows(20), make_rows(6, seed=1)
     some = [{}, {"trusted": trusted}, {"trusted": trusted[:-1]}, {"trusted": trusted[::-1]}, {"validation": trusted}]
-    assert len({prepared(tmp_path, tokenizer, train=pool, **files).hash for files in some}) == len(some)
+    assert len({data_hash(prepared(tmp_path, tokenizer, train=pool, **files)) for files in some}) == len(some)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +237,10 @@ def test_a_trusted_row_that_is_measured_on_leaves_whatever_its_label(
     data = prepared(
         tmp_path, tokenizer, train=POOL, trusted=rows, validation=labelled(["kind"]), test=labelled(["warm day", "a"])
     )
-    assert data.splits.places["trusted"].tolist() == [1, 2]
-    assert [row["text"] for row in data.splits.rows("trusted").rows] == ["kind day", "warm"]
-    assert len(data.samples["trusted"]) == 2
-    (note,) = data.notes
+    assert data["trusted"].ids.tolist() == [1, 2]
+    assert [row.cells["text"] for row in data["trusted"]] == ["kind day", "warm"]
+    assert len(data["trusted"]) == 2
+    (note,) = notes_of(data)
     assert note.startswith("2 of 4 trusted rows are left out")
 
 
@@ -248,11 +248,11 @@ def test_what_is_held_out_of_the_training_rows_is_measured_on_too(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = prepared(tmp_path, tokenizer, train=POOL, trusted=POOL[:6])
-    held_out = {row["text"] for row in data.splits.rows("validation").rows}
+    held_out = {row.cells["text"] for row in data["validation"]}
     retained = [row["text"] for row in POOL[:6] if row["text"] not in held_out]
     assert 0 < len(retained) < 6
-    assert [row["text"] for row in data.splits.rows("trusted").rows] == retained
-    assert f"{6 - len(retained)} of 6 trusted rows are left out" in data.notes[0]
+    assert [row.cells["text"] for row in data["trusted"]] == retained
+    assert f"{6 - len(retained)} of 6 trusted rows are left out" in notes_of(data)[0]
 
 
 def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
@@ -260,18 +260,18 @@ def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
 ) -> None:
     turned = [{**row, "label": 1 - row["label"]} for row in (POOL[1], POOL[6])]
     data = prepared(tmp_path, tokenizer, train=POOL, trusted=turned + labelled(["kind"]), validation=labelled(["a"]))
-    same = equals(data.samples["train"], data.samples["trusted"])
+    same = equals(data["train"].samples, data["trusted"].samples)
     assert same is not None
     assert np.flatnonzero(same).tolist() == [1, 6]
-    assert len(data.samples["trusted"]) == 3
-    assert data.notes == ()
+    assert len(data["trusted"]) == 3
+    assert notes_of(data) == []
 
 
 def test_sentences_with_other_tokens_are_other_inputs(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"tokens": [word, "tree"], "tags": ["B-PER", "O"]} for word in ("good", "the", "kind")]
     rows.append({"tokens": ["good", "tree"], "tags": ["O", "O"]})
     data = prepared(tmp_path, tokenizer, answer="tags", train=rows[1:], trusted=rows[:1], validation=rows[1:2])
-    same = equals(data.samples["train"], data.samples["trusted"])
+    same = equals(data["train"].samples, data["trusted"].samples)
     assert same is not None
     assert same.tolist() == [False, False, True]
 
@@ -281,7 +281,7 @@ def test_a_prompt_with_several_trusted_answers_is_the_same_by_its_answer(tmp_pat
     data = prepared(
         tmp_path, byte_tokenizer(), answer="text", train=rows, trusted=rows[1:], validation=[{**rows[0], "prompt": "x"}]
     )
-    same = equals(data.samples["train"], data.samples["trusted"])
+    same = equals(data["train"].samples, data["trusted"].samples)
     assert same is not None
     assert same.tolist() == [False, True, True]
 
@@ -289,7 +289,7 @@ def test_a_prompt_with_several_trusted_answers_is_the_same_by_its_answer(tmp_pat
 def test_a_pair_is_one_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     train = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
     data = prepared(tmp_path, tokenizer, train=train, trusted=[train[1]], validation=[{**train[1], "text": "bad"}])
-    same = equals(data.samples["train"], data.samples["trusted"])
+    same = equals(data["train"].samples, data["trusted"].samples)
     assert same is not None
     assert same.tolist() == [False, True, False]
 
@@ -325,8 +325,8 @@ def test_a_text_s_input_is_its_prompt(name: str, tmp_path: Path) -> None:
     data = prepared(
         tmp_path, writes, answer="text", train=[other, alike, other], trusted=[row, row], validation=[other]
     )
-    same = equals(data.samples["train"], data.samples["trusted"])
+    same = equals(data["train"].samples, data["trusted"].samples)
     assert same is not None
     assert same.tolist() == [False, True, False]
     data = prepared(tmp_path, writes, answer="text", train=[alike, other], trusted=[row, other], validation=[alike])
-    assert data.splits.places["trusted"].tolist() == [1]
+    assert data["trusted"].ids.tolist() == [1]

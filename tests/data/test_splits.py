@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runs import make_rows, write_jsonl
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.splits import Splits, held_out, read_data
+from tsqlora.data.splits import held_out, held_out_rows, read_data
+from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 
 GROUPS = st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=2, max_size=60).map(
@@ -21,7 +22,7 @@ FRACTIONS = st.floats(0.01, 0.99)
 SEEDS = st.integers(0, 2**32)
 
 
-def read(train: Path, **options: Any) -> Splits:
+def read(train: Path, **options: Any) -> dict[str, Table]:
     answer = options.get("answer", "class")
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
     defaults: dict[str, Any] = {"validation": None, "test": None, "answer": answer, "columns": dict.fromkeys(names)}
@@ -73,30 +74,30 @@ def test_rows_that_cannot_be_split_are_refused(groups: list[int]) -> None:
 
 def test_without_validation_a_share_of_the_training_rows_is_taken_class_by_class(tmp_path: Path) -> None:
     splits = read(write_jsonl(tmp_path / "train.jsonl", make_rows(40)))
-    train, validation = (splits.rows(name) for name in ("train", "validation"))
-    assert (len(train), len(validation), splits.held_out) == (30, 10, 10)
-    assert sum(row["label"] for row in validation.rows) == 5
-    assert sorted(train.numbers + validation.numbers) == list(range(1, 41))
+    train, validation = (list(splits[name]) for name in ("train", "validation"))
+    assert (len(train), len(validation), held_out_rows(splits)) == (30, 10, 10)
+    assert sum(row.cells["label"] for row in validation) == 5
+    assert sorted(row.number for row in [*train, *validation]) == list(range(1, 41))
 
 
 def test_the_seed_decides_the_validation_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", make_rows(40))
-    numbers = [read(path, seed=seed).rows("validation").numbers for seed in (0, 0, 1)]
+    numbers = [read(path, seed=seed)["validation"].ids.tolist() for seed in (0, 0, 1)]
     assert numbers[0] == numbers[1] != numbers[2]
 
 
 def test_a_named_validation_file_leaves_the_training_rows_whole(tmp_path: Path) -> None:
     train, other = (write_jsonl(tmp_path / f"{n}.jsonl", make_rows(n)) for n in (40, 6))
     splits = read(train, validation=str(other), test=str(other))
-    assert {name: len(places) for name, places in splits.places.items()} == {"train": 40, "validation": 6, "test": 6}
-    assert splits.held_out == 0
-    assert splits.labels == LabelMap((0, 1))
+    assert {name: len(table) for name, table in splits.items()} == {"train": 40, "validation": 6, "test": 6}
+    assert held_out_rows(splits) == 0
+    assert splits["train"].classes == LabelMap((0, 1))
 
 
 def test_classes_that_differ_in_case_or_spaces_alone_are_warned_of(tmp_path: Path) -> None:
     rows = [{"text": "good", "label": label} for label in ("Sport", "sport ", "news", "sport") * 5]
     with pytest.warns(UserWarning, match="'Sport', 'sport', 'sport '"):
-        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows)).labels.names) == 4  # type: ignore[union-attr]
+        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows))["train"].classes.names) == 4  # type: ignore[union-attr]
 
 
 def test_classes_that_look_like_measures_are_warned_of(tmp_path: Path) -> None:
@@ -110,13 +111,13 @@ def test_an_unlabelled_test_split_that_no_setting_names_is_left_out(label: Any, 
     write_jsonl(tmp_path / "train.jsonl", make_rows(12))
     test = write_jsonl(tmp_path / "test.jsonl", [{"text": "good", "label": label}] * 3)
     with pytest.warns(UserWarning, match=r"test\.jsonl .*'label'.* left out"):
-        assert set(read(tmp_path).sources) == {"train", "validation"}
+        assert set(read(tmp_path)) == {"train", "validation"}
     if label in (-1, "-1"):
-        assert "test" in read(tmp_path, test=str(test)).sources  # prepare refuses these labels
+        assert "test" in read(tmp_path, test=str(test))  # prepare refuses these labels
     else:
         assert "test.jsonl: 3 of 3 rows" in error(tmp_path, test=str(test))
     write_jsonl(tmp_path / "test.jsonl", [{"text": "good", "label": -1}, {"text": "good", "label": 1}])
-    assert "test" in read(tmp_path).sources
+    assert "test" in read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +167,10 @@ def test_incomplete_rows_are_left_out_up_to_a_share(
     assert reason in str(caught.value)
     with pytest.warns(UserWarning, match=r"train\.jsonl: 1 of 21 .*line 6") as warned:
         splits = read(path, answer=answer, max_bad_rows=0.05)
-    assert splits.notes == (str(warned[0].message),)
-    places = np.concatenate(list(splits.places.values()))
-    assert sorted(places.tolist()) == [j for j in range(21) if j != 5]
-    rows = splits.rows("train")
-    assert [rows.numbers[i] - 1 for i in range(len(rows))] == splits.places["train"].tolist()
+    assert splits["train"].notes == (str(warned[0].message),)
+    ids = np.concatenate([table.ids for table in splits.values()])
+    assert sorted(ids.tolist()) == [j for j in range(21) if j != 5]
+    assert [row.number - 1 for row in splits["train"]] == splits["train"].ids.tolist()
 
 
 def test_the_share_counts_by_file_and_one_message_lists_every_kind(tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_more_rows_than_a_chunk_count_together(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"label": 1}, *make_rows(2500), {"label": 1}])
     with pytest.warns(UserWarning, match=r"2 of 2,502 rows .*lines 1, 2502"):
         splits = read(path, max_bad_rows=0.05)
-    assert sum(map(len, splits.places.values())) == 2500
-    assert splits.places["train"].min() >= 1
+    assert sum(map(len, splits.values())) == 2500
+    assert splits["train"].ids.min() >= 1
 
 
 def test_tags_that_are_numbers_without_names_are_warned_of(tmp_path: Path) -> None:

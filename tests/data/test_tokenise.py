@@ -1,6 +1,7 @@
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from tsqlora.data.columns import Columns
-from tsqlora.data.rows import Rows
-from tsqlora.data.tokenise import tokenise
+from tables import rows_of
+from tsqlora.data.prepare import tokenise
+from tsqlora.data.rows import Columns, Row
 from tsqlora.errors import DataError, SettingsError
 
 TEXT, PAIR = Columns("text", None, "label"), Columns("text", "pair", "label")
@@ -30,15 +31,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def rows_of(*rows: dict[str, Any]) -> Rows:
-    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
-
-
-def texts(*values: Any) -> Rows:
+def texts(*values: Any) -> list[Row]:
     return rows_of(*({"text": value, "label": "x"} for value in values))
 
 
-def error(tokenizer: PreTrainedTokenizerFast, rows: Rows, columns: Columns = TEXT) -> str:
+def error(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], columns: Columns = TEXT) -> str:
     with pytest.raises(DataError) as caught:
         tokenise(rows, columns, tokenizer, max_length=8, labels=None)
     return str(caught.value)
@@ -71,7 +68,7 @@ def test_token_types_are_left_out_where_the_tokenizer_makes_none() -> None:
 
 def test_only_what_is_longer_than_the_limit_is_cut_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     split = tokenise(texts("a b", "a b c d", "a b c"), TEXT, tokenizer, max_length=5, labels=None)
-    assert [sample["input_ids"] for sample in split.samples] == [
+    assert [sample["input_ids"] for sample in split] == [
         [CLS, A, B, SEP],
         [CLS, A, B, C, SEP],
         [CLS, A, B, C, SEP],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tsqlora.data.rows import read_rows
+from tables import cells_of
 from tsqlora.data.write import WRITERS, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
 
@@ -22,7 +22,7 @@ ROWS = [
 def test_rows_read_back_as_they_were_written(extension: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"rows{extension}"
     write_rows(path, ROWS)
-    assert list(read_rows(path).rows) == ROWS
+    assert list(cells_of(path)) == ROWS
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -30,7 +30,7 @@ def test_types_survive_where_the_format_has_them(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1, "p": 0.5}, {"text": "b", "label": None, "p": 1.0}]
     for name in ("r.jsonl", "r.parquet"):
         write_rows(tmp_path / name, rows)
-        assert list(read_rows(tmp_path / name).rows) == rows
+        assert list(cells_of(tmp_path / name)) == rows
 
 
 def test_columns_are_those_that_some_row_has(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     write_rows(path, ROWS)
     with pytest.raises(DataError, match=r"write \.jsonl"):
         write_rows(path, [{"a": 1}, {"a": "text"}])
-    assert list(read_rows(path).rows) == ROWS
+    assert list(cells_of(path)) == ROWS
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]
 
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_carriage_return_in_a_cell_is_no_end_of_a_line(tmp_path: Path, suffix: str) -> None:
     rows = [{"a": "0\r", "b": "x"}, {"a": "", "b": "\r"}]
     write_rows(tmp_path / f"t{suffix}", rows)
-    assert list(read_rows(tmp_path / f"t{suffix}").rows) == rows
+    assert list(cells_of(tmp_path / f"t{suffix}")) == rows
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe
+from tsqlora.quality import passes
 from tsqlora.training.fit import training_arguments
 
 ROWS = samples(8, 3)
@@ -75,7 +76,7 @@ def measured_in_training(rank: int, world: int) -> Any:
 
 def in_training(rank: int, world: int, batches: list[Any]) -> Any:
     model = wrapped()
-    probe = Probe(lora_layers(model), "sensitivity")
+    probe = Probe(lora_layers(model), "sampled")
     with probe.watch(model):
         for batch in batches if world == 1 else batches[rank : rank + 1]:
             model(**collate(batch)).loss.backward()
@@ -126,7 +127,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     assert data.scores is not None
     return {
         "events": [asdict(event) for event in ranks.events],
-        "importance": {} if ranks.loop is None else ranks.loop.changes.importance.tables(),
+        "importance": {} if ranks.loop is None else ranks.loop.importance.tables(),
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "quality": data.scores.quality.copy(),
         "terms": dict(data.scores.terms),
@@ -161,13 +162,14 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
 
 
 def scored(rank: int, world: int, folder: Path) -> Any:
-    """The files of three scorings, through DistributedDataParallel where there are several processes."""
+    """The files of four scorings, through DistributedDataParallel where there are several processes."""
     model = lora(tiny_bert(layers=1))
     rows = samples(30, 3)
     teach(model, rows)
     request: dict[str, dict[str, Any]] = {
         "default": {"terms": ()},
         "gradients": {"weights": {"convergence": 1.0}},
+        "cut off": {"parts": folder / f"parts-{world}", "hashes": [str(j) for j in range(30)]},
     }
     files = {}
     for name, options in request.items():
@@ -179,6 +181,13 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
         path = folder / f"{name}-{world}-{rank}.parquet"
         trains = DistributedDataParallel(model) if world > 1 else model
+        if name == "cut off":  # every batch is on disk, and in each process the last ones get lost
+            passes.FLUSH_SECONDS = 0
+            score_by(trains, rows, collate, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options)
+            distributed.wait()
+            for part in sorted(options["parts"].glob("*/*.safetensors"))[1::2] if rank == 0 else ():
+                part.unlink()
+            distributed.wait()
         score_by(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
         files[name] = (path.read_bytes(), sum(seen) - 8)  # four that tell the loss, and four the head
     writer = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
@@ -196,8 +205,8 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
 
 def refused(rank: int, world: int) -> Any:
-    """The error in each process for rows that one cannot read, and for a journal."""
-    model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
+    """The error in each process for rows that one cannot read."""
+    model = lora(tiny_bert(layers=1))
 
     def broken(batch: list[Any]) -> dict[str, Tensor]:
         if rank == 1 and len(batch) == 5:
@@ -207,11 +216,9 @@ def refused(rank: int, world: int) -> Any:
     learned = samples(12, 3)
     teach(model, learned)
     options: dict[str, Any] = {"reference": list(range(12)), "batch_size": 5}
-    hashes = [str(j) for j in range(12)]
     return {
         "reference": error_of(lambda: score_by(model, learned, broken, **options)),
         "pass": error_of(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
-        "journal": error_of(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
     }
 
 
@@ -269,7 +276,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         logits = (logits, plain(**inputs()).logits.detach())
     return {
         "events": [asdict(event) for event in ranks.events],
-        "importance": ranks.changes.importance.tables(),
+        "importance": ranks.importance.tables(),
         "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
         "finalize": refusal,
         "logits": logits,

@@ -125,7 +125,7 @@ def test_importance_is_the_same_in_every_process(reports: list[dict[str, Any]]) 
 # --- scoring ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["default", "gradients", "text"])
+@pytest.mark.parametrize("rule", ["default", "gradients", "cut off", "text"])
 def test_the_score_file_is_the_same_for_one_two_and_three_processes(
     rule: str, folder: Path, reports: list[dict[str, Any]]
 ) -> None:
@@ -141,8 +141,6 @@ def test_an_error_of_one_process_is_told_in_all(reports: list[dict[str, Any]]) -
     for name in ("reference", "pass"):
         assert first[name] == "TsqLoraError: process 1: ValueError: a broken row"
         assert second[name] == "ValueError: a broken row"
-    assert first["journal"] == second["journal"]
-    assert first["journal"].startswith("UnsupportedError")
 
 
 # --- FSDP2 --------------------------------------------------------------------------------

@@ -32,10 +32,9 @@ from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.forward_pass import Forward, find_head, forward_pass
 from tsqlora.quality.head_start import SCALE, Started, fit_start, fit_trusted, start_head
 from tsqlora.quality.linear_head import row_losses
-from tsqlora.quality.look import Look, look
+from tsqlora.quality.look import Look, look, require_scorable
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.score import require_scorable
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import model_logits, split_labels
@@ -475,6 +474,7 @@ def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: Scor
     apart = Trusted(shifted(learnable(60, seed=1))) if trusted else None
     scores = looked(wrapped(), rows, rule=rule, trusted=apart).scores
     out = scores.left_out_as("confident negative")
+    assert (scores.caution is not None) == (rule.weights is not None)
     if not rule.judge:
         assert not out.any()
         return

@@ -1,4 +1,4 @@
-"""A scoring that was cut off goes on where it was, gives the same bits, and takes no other's journal."""
+"""A scoring that was cut off goes on where it was, gives the same bits, and takes no other's parts."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
 from scoring import assert_unchanged, fingerprint, logits_of, score_by, teach
 from tsqlora.errors import SettingsError
-from tsqlora.quality import gradient_pass as gradient_module
-from tsqlora.quality import passes as journal_module
-from tsqlora.quality.passes import bind, empty
+from tsqlora.quality import passes
+from tsqlora.quality.passes import empty
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.trusted import Trusted
 
@@ -49,7 +48,7 @@ def learned() -> tuple[PeftModel, list[dict[str, Any]]]:
 
 @pytest.fixture(autouse=True)
 def _no_work_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(passes, "FLUSH_SECONDS", 0.0)
 
 
 def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder: Path | None, **options: Any) -> Any:
@@ -57,13 +56,9 @@ def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder:
         "reference": [0, 3, 4, 6, 8, 9, 12],
         "batch_size": 2,
         "hashes": HASHES,
-        "journal": folder,
+        "parts": folder,
     } | options
     return score_by(*learned, collate, **arguments)
-
-
-def _measured_again(*_: Any, **__: Any) -> None:
-    pytest.fail("measured again")
 
 
 def same_bytes(one: tsq.Scores, other: tsq.Scores, folder: Path) -> bool:
@@ -72,26 +67,22 @@ def same_bytes(one: tsq.Scores, other: tsq.Scores, folder: Path) -> bool:
     return (folder / "one.parquet").read_bytes() == (folder / "other.parquet").read_bytes()
 
 
-# A trial, seven batches of the rows, the first of which finds the head; four of the reference, seven of the rows.
-LAST = 1 + 7 + 4 + 7
-
-
 @pytest.mark.parametrize("head_start", [True, False])
-@pytest.mark.parametrize("stop_at", [2, 3, 8, 9, 12, 13, 14, LAST])
+@pytest.mark.parametrize("before_end", [1, 2, 6, 7, 8, 12, 16, 18, 20, 24])
 def test_a_scoring_that_was_cut_off_gives_the_same_file(
-    learned: Any, stop_at: int, head_start: bool, tmp_path: Path
+    learned: Any, before_end: int, head_start: bool, tmp_path: Path
 ) -> None:
-    undisturbed = score(learned, Collate(), None, head_start=head_start)
+    every, rest = Collate(), Collate()
+    undisturbed = score(learned, every, tmp_path / "whole", head_start=head_start)
     before = fingerprint(learned[0])
     with pytest.raises(Stop):
-        score(learned, Collate(stop_at), tmp_path / "j", head_start=head_start)
+        score(learned, Collate(every.calls - before_end + 1), tmp_path / "j", head_start=head_start)
     assert_unchanged(before, learned[0])
-    rest = Collate()
     resumed = score(learned, rest, tmp_path / "j", head_start=head_start)
     assert same_bytes(undisturbed, resumed, tmp_path)
-    measured = min(7, stop_at - 2)
-    finds_the_head_again = measured > 0
-    assert rest.calls == LAST - measured + finds_the_head_again - max(0, stop_at - 13)
+    # Of 14 batches of the rows; a trial, one to find the head, and what the reference settles come again.
+    measured = min(7, every.calls - before_end - 1) + max(0, 7 - before_end)
+    assert rest.calls == every.calls - measured + (every.calls - before_end > 1)
 
 
 def test_it_may_be_cut_off_again_and_again(learned: Any, tmp_path: Path) -> None:
@@ -118,36 +109,26 @@ def test_a_scoring_with_trusted_rows_may_be_cut_off_in_each_pass(learned: Any, b
     assert rest.calls < every.calls
 
 
-def test_the_reference_is_that_of_the_journal(learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Stop):
-        score(learned, Collate(14), tmp_path / "j")
-    for name in ("calibrate", "measure_reference", "require_exact"):
-        monkeypatch.setattr(gradient_module, name, _measured_again)
-    score(learned, Collate(), tmp_path / "j")
-
-
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    "changes",
     [
-        ({"batch_size": 3}, "forward .* settings"),
-        ({"seed": 1}, "terms .* settings"),
-        ({"terms": ["gradient_norm"]}, "terms .* settings"),
-        ({"calibration": False}, "terms .* settings"),
-        ({"reference": [0, 3, 4, 6, 8, 9, 13]}, "terms .* reference rows, settings"),
-        ({"hashes": HASHES[::-1]}, "forward .* rows"),
-        ({}, "forward .* weights"),
+        {"batch_size": 3},
+        {"seed": 1},
+        {"terms": ["gradient_norm"]},
+        {"calibration": False},
+        {"reference": [0, 3, 4, 6, 8, 9, 13]},
+        {"hashes": HASHES[::-1]},
+        {},
     ],
 )
-def test_the_journal_of_another_scoring_is_refused(
-    learned: Any, changes: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_the_parts_of_another_scoring_are_not_taken(learned: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        score(learned, Collate(15), tmp_path / "j")
+        score(learned, Collate(22), tmp_path / "j")
     if not changes:
         with torch.no_grad():
-            next(learned[0].parameters()).flatten()[0] += 1e-6
-    with pytest.raises(SettingsError, match=f"j/{named}; delete it, or name"):
-        score(learned, Collate(), tmp_path / "j", **changes)
+            next(learned[0].parameters()).flatten()[0] += 1e-2
+    expected = score(learned, Collate(), None, **changes)
+    assert same_bytes(expected, score(learned, Collate(), tmp_path / "j", **changes), tmp_path)
 
 
 def test_a_temperature_may_change_since_nothing_measured_depends_on_it(learned: Any, tmp_path: Path) -> None:
@@ -159,20 +140,11 @@ def test_a_temperature_may_change_since_nothing_measured_depends_on_it(learned: 
     )
 
 
-def test_a_lost_part_is_noticed(learned: Any, tmp_path: Path) -> None:
+def test_behind_a_lost_part_rows_are_measured_again(learned: Any, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         score(learned, Collate(8), tmp_path / "j")
-    min((tmp_path / "j" / "forward").glob("batches-*")).unlink()
-    with pytest.raises(SettingsError, match="does not follow batch 0; delete"):
-        score(learned, Collate(), tmp_path / "j")
-
-
-def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
-    bind(tmp_path, {"a": [1]})
-    (tmp_path / "manifest.tmp").write_text("{")
-    bind(tmp_path, {"a": (1,)})
-    with pytest.raises(SettingsError, match="with other a"):
-        bind(tmp_path, {"a": [2]})
+    sorted((tmp_path / "j").glob("*/*.safetensors"))[1].unlink()
+    assert same_bytes(score(learned, Collate(), None), score(learned, Collate(), tmp_path / "j"), tmp_path)
 
 
 def test_features_that_the_disk_cannot_hold_are_refused_before_the_pass() -> None:

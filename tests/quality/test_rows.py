@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset, Image
 
-from tsqlora.data.samples import ArrowSamples, TokenisedSplit
+from tsqlora.data.table import ArrowSamples, Samples
 from tsqlora.quality.rows import lengths_of
 
 IDS = [[1, 2, 3], [4], [5, 6]]
@@ -40,5 +41,5 @@ def test_lengths_of_rows_in_memory_and_of_others() -> None:
     assert lengths_of(rows) == [3, 1, 2]
     assert lengths_of([(1, 2), {"length": 5}, {"x": 1}]) == [0, 5, 0]
     arrow = ArrowSamples(Dataset.from_list(rows).data.table)
-    assert lengths_of(TokenisedSplit(arrow, ("a", "b", "c"), 0)) == [3, 1, 2]
+    assert lengths_of(Samples(arrow, ("a", "b", "c"), 0, np.arange(3))) == [3, 1, 2]
     assert lengths_of(Files()) == [0, 0, 0]

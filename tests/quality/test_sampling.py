@@ -14,9 +14,7 @@ from tsqlora.quality.sampling import (
     draw,
     draw_size,
     effective_sample_size,
-    expected_inclusion,
     gumbel_top_k,
-    inclusion,
     probabilities,
     stratum_sizes,
 )
@@ -146,32 +144,3 @@ def test_gumbel_top_k_is_successive_sampling() -> None:
     assert stats.chi2_contingency(counts).pvalue > 0.01
     exact = np.array([p[i] * p[j] / (1 - p[i]) for i, j in pairs])
     assert stats.chisquare(counts[0], draws * exact).pvalue > 0.01
-
-
-@pytest.mark.parametrize(("phi", "expected"), [(1e4, 1.0), (-1e4, 0.0)])
-def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expected: float) -> None:
-    assert inclusion(np.array([phi]), 0.0).tolist() == [expected]
-    assert inclusion(np.array([phi]), -np.inf).tolist() == [1.0]
-
-
-@pytest.mark.parametrize("strata", [None, np.array([0] * 12 + [1] * 16 + [2] * 12)])
-def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | None) -> None:
-    rng = np.random.default_rng(0)
-    q, retained = rng.normal(size=40), np.arange(40) % 10 != 3
-    options = {"size": 16, "temperature": 0.7, "strata": strata, "kept": retained}
-    counts = np.zeros(40)
-    draws = 4000
-    for _ in range(draws):
-        counts[draw(q, rng=rng, **options)] += 1  # type: ignore[arg-type]
-    expected = expected_inclusion(q, **options)  # type: ignore[arg-type]
-    assert expected.sum() == pytest.approx(16)
-    assert (expected[~retained] == 0).all()
-    # It is exact only for many rows.
-    np.testing.assert_allclose(counts / draws, expected, atol=0.03)
-
-
-@given(QUALITIES, st.floats(0.02, 1), st.floats(0.01, 50))
-def test_expected_inclusions_add_up_to_the_draw(q: np.ndarray, fraction: float, tau: float) -> None:
-    result = expected_inclusion(q, size=draw_size(len(q), fraction), temperature=tau)
-    assert result.sum() == pytest.approx(draw_size(len(q), fraction), rel=1e-4)
-    assert ((result >= 0) & (result <= 1)).all()

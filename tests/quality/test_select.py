@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from runs import Row, make_rows
-from tsqlora.data.cells import row_hash, sample_hash
+from tables import cells_of
 from tsqlora.data.formats import find_format
-from tsqlora.data.rows import read_rows
+from tsqlora.data.rows import row_hash, sample_hash
+from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.epochs import sample
@@ -39,7 +40,7 @@ def selected(folder: Path, rows: list[Row], *, name: str = "data.jsonl", **optio
     write_rows(folder / name, rows)
     out = folder / "out.jsonl"
     count = select_rows(folder / "s.parquet", out, data=folder / name, **({"fraction": 0.5} | options))
-    chosen = list(read_rows(out).rows)
+    chosen = list(cells_of(out))
     assert len(chosen) == count
     return chosen
 
@@ -65,7 +66,7 @@ def test_rows_of_the_inputs_format_are_copied_as_they_stand(extension: str, tmp_
         # Line ends that no writer of ours makes.
         data.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
     assert select_rows(tmp_path / "s.parquet", out, fraction=0.5, data=data) == 12
-    assert list(read_rows(out).rows) == [ROWS[j] for j in sample(scores, 0.5)]
+    assert list(cells_of(out)) == [ROWS[j] for j in sample(scores, 0.5)]
     if extension != "parquet":
         lines = data.read_bytes().splitlines(keepends=True)
         expected = sample(scores, 0.5) + (extension != "jsonl")
@@ -87,7 +88,7 @@ def test_an_id_leads_back_to_the_row_of_the_file(tmp_path: Path) -> None:
     chosen = sample(scores, 0.5)
     assert [row["n"] for row in selected(tmp_path, numbered)] == ids[chosen].tolist()
     select_rows(tmp_path / "s.parquet", tmp_path / "about.jsonl", fraction=0.5)
-    assert [row["id"] for row in read_rows(tmp_path / "about.jsonl").rows] == ids[chosen].tolist()
+    assert [row["id"] for row in cells_of(tmp_path / "about.jsonl")] == ids[chosen].tolist()
 
 
 def test_a_file_that_lacks_drawn_rows_is_refused(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_without_hashes_rows_are_found_by_their_place(tmp_path: Path) -> None:
 def test_without_the_file_what_is_known_of_the_rows_is_written(tmp_path: Path) -> None:
     scores = scores_of(ROWS, tmp_path / "s.parquet")
     select_rows(tmp_path / "s.parquet", tmp_path / "out.parquet", fraction=0.5)
-    rows = read_rows(tmp_path / "out.parquet").rows
+    rows = cells_of(tmp_path / "out.parquet")
     assert [row["id"] for row in rows] == sample(scores, 0.5).tolist()
     assert scores.hashes is not None
     assert all(row["hash"] == scores.hashes[row["id"]] for row in rows)
@@ -121,7 +122,7 @@ def test_the_scored_file_is_not_replaced(tmp_path: Path) -> None:
     scores_of(ROWS, tmp_path / "s.parquet", record={**COLUMNS, "data": str(data)})
     with pytest.raises(SettingsError, match=r"would replace .*data\.jsonl"):
         select_rows(tmp_path / "s.parquet", data, fraction=0.5)
-    assert len(read_rows(data)) == 24
+    assert len(open_table(data)) == 24
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
@@ -133,14 +134,14 @@ def test_rows_of_generation_are_found_too(kind: str, name: str, tmp_path: Path) 
     else:
         turns = [[{"role": "user", "content": f"i{j}"}, {"role": "assistant", "content": "o"}] for j in range(24)]
         rows = [{"messages": some} for some in turns]
-    columns = asdict(find_format(list(rows[0]), source="data").columns)
+    columns = find_format(list(rows[0]), source="data").columns
     scores = from_terms(
         {"loss": np.arange(24.0)},
         labels=np.zeros(24, dtype=np.int64),
         stratified=False,
         weights={"loss": 1.0},
         temperature=1.0,
-        record={"columns": columns},
+        record={"columns": asdict(columns)},
         hashes=[row_hash(row, columns) for row in rows],
     )
     scores.save(tmp_path / "s.parquet")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_runs import make_run, scores_of
 from runs import make_rows, write_jsonl
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.quality.explain import suspicion
+from tsqlora.quality.reasons import suspicion
 from tsqlora.reports.figures import BINS, bins, histograms
 from tsqlora.reports.gather import gather
 from tsqlora.reports.run_page import run_page

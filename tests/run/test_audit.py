@@ -14,11 +14,11 @@ import pytest
 
 from runs import make_rows, save_checkpoint, write_jsonl
 from seen import Seen
-from tsqlora.data.rows import read_rows
+from tables import cells_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.quality.audit import audit_of
 from tsqlora.quality.judge import DOUBT, judge
+from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
 from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing
@@ -59,7 +59,7 @@ def reviewed_as(folder: Path, changes: dict[int, str], name: str = "reviewed.csv
 
 def test_every_row_is_audited_and_listed_with_its_text(audited: dict[str, Any], place: Path) -> None:
     rows = table_of(place / "audit")
-    source = read_rows(place / "train.jsonl").rows
+    source = cells_of(place / "train.jsonl")
     assert audited["rows"] == len(rows) == 60
     assert {int(row["row"]) for row in rows} == set(range(60)), "none is held out for validation"
     for row in rows:
@@ -88,9 +88,9 @@ def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: 
     labels = np.where(rng.random(600) < 0.3, rng.integers(4, size=600), true)
     features = (np.eye(8)[true] + 0.35 * rng.normal(size=(600, 8))).astype(np.float32)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {j}", "label": f"c{y}"} for j, y in enumerate(labels)])
-    splits = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))
+    table = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))["train"]
     result, judgement = audit_of(features, labels, classes=[f"c{y}" for y in range(4)]), judge(features, labels, 4)
-    listing = make_listing(result, replace(splits, places={"train": np.arange(600)}), review=0, seed=0)
+    listing = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
     assert LEAST < len(listing.rows) == judgement.left_out.sum()
     assert {row.row for row in listing.rows} == set(np.flatnonzero(judgement.left_out).tolist())
     chances = [row.wrong_probability or 0.0 for row in listing.rows]
@@ -125,7 +125,7 @@ def test_the_page_escapes_what_strangers_wrote_and_asks_for_nothing(place: Path)
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".json", ".parquet"])
 def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tmp_path: Path) -> None:
-    rows = read_rows(place / "train.jsonl").rows
+    rows = cells_of(place / "train.jsonl")
     data = tmp_path / f"rows{suffix}"
     if suffix == ".json":
         data.write_text(json.dumps(rows))
@@ -134,13 +134,13 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
     run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit")
     table = reviewed_as(tmp_path / "audit", {3: " yes ", 7: "'=maybe", 8: rows[8]["label"]})
     result = apply_review(table)
-    before, after = read_rows(data).rows, read_rows(result["corrected"]).rows
+    before, after = cells_of(data), cells_of(result["corrected"])
     assert result["reviewed"] == 3
     changed = {3: "Yes", 7: "=maybe"}
     assert after == tuple({**row, "label": changed.get(j, row["label"])} for j, row in enumerate(before))
     assert result["next"].startswith(f"tsqlora train --model M --data {result['corrected']} --set data.text=")
     assert f"--set data.label=label --set data.trusted={result['trusted']}" in result["next"]
-    trusted = read_rows(result["trusted"]).rows
+    trusted = cells_of(result["trusted"])
     assert [str(row["n"]) for row in trusted] == ["3", "7", "8"]
     assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]
 
@@ -150,7 +150,7 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
 def test_the_next_command_reads_the_corrected_table_as_the_audit_did(
     column: str, delimiter: str, place: Path, tmp_path: Path
 ) -> None:
-    lines = [(row["text"], row["label"]) for row in read_rows(place / "train.jsonl").rows if row["label"] != "=maybe"]
+    lines = [(row["text"], row["label"]) for row in cells_of(place / "train.jsonl") if row["label"] != "=maybe"]
     with open(tmp_path / "rows.csv", "w", encoding="cp1250", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([("text", column), *((f"{text} źle", y) for text, y in lines)])
     settings = {"data.label": column, "data.delimiter": delimiter, "data.encoding": "cp1250"}
@@ -176,10 +176,10 @@ def test_labels_may_be_as_a_spreadsheet_or_pandas_writes_them(
     write_rows(tmp_path / "rows.csv", rows)
     run_audit(str(tmp_path / "rows.csv"), model=str(place / "model"), out=tmp_path / "audit")
     reviews = {3: rewritten(classes[0]), 4: rewritten(classes[0])}
-    lines = read_rows(reviewed_as(tmp_path / "audit", reviews)).rows
+    lines = cells_of(reviewed_as(tmp_path / "audit", reviews))
     write_rows(tmp_path / "audit" / "r.csv", [{**line, "label": rewritten(line["label"])} for line in lines])
     result = apply_review(tmp_path / "audit" / "r.csv")
-    labels = [row["label"] for row in read_rows(result["corrected"]).rows]
+    labels = [row["label"] for row in cells_of(result["corrected"])]
     assert labels == [classes[0] if j == 3 else row["label"] for j, row in enumerate(rows)]
     write_rows(tmp_path / "audit" / "r.csv", [{**line, "label": rewritten(classes[1])} for line in lines])
     with pytest.raises(DataError, match="row 4"):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from runs import make_rows, run_cli, save_checkpoint, write_config
-from tsqlora.data.dialect import SNIFF, sniff
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.readers import SNIFF, sniff
 from tsqlora.quality.scores import Scores
 
 EMPTY, UNLABELLED = (7, 40, 100), 63
@@ -47,7 +47,7 @@ def test_every_command_names_the_right_rows_of_a_dirty_table(folder: Path, capsy
     shown = json.loads(tsqlora("train", folder / "c.yaml", "--dry-run", "--json")[0])["files"]
     assert shown == {str(table): "';' between columns, cp1252"}
 
-    rows = read_rows(table).rows
+    rows = cells_of(table)
     tsqlora("score", run, "--out", folder / "s.parquet")
     scores = Scores.load(folder / "s.parquet")
     assert scores.ids is not None
@@ -60,12 +60,12 @@ def test_every_command_names_the_right_rows_of_a_dirty_table(folder: Path, capsy
 
     tsqlora("select", folder / "s.parquet", "--fraction", 0.3, "--data", table, "--out", folder / "some.csv")
     assert sniff(folder / "some.csv", SNIFF) == sniff(table, SNIFF)
-    some = read_rows(folder / "some.csv").rows
+    some = cells_of(folder / "some.csv")
     assert len(some) == np.ceil(0.3 * len(scores))
     assert all(rows[int(row["nr"])] == row for row in some)
 
     _, err = tsqlora("predict", run, "--data", table, "--out", folder / "p.jsonl")
-    predicted = read_rows(folder / "p.jsonl").rows
+    predicted = cells_of(folder / "p.jsonl")
     assert [row["nr"] for row in predicted] == [row["nr"] for row in rows]
     assert [j for j, row in enumerate(predicted) if row["prediction"] is None] == list(EMPTY)
     assert "3 of 120 predictions are empty" in err

@@ -10,7 +10,7 @@ import pytest
 
 from runs import make_rows, set_up, write_jsonl
 from tsqlora.errors import DataError
-from tsqlora.quality.explain import WHY
+from tsqlora.quality.reasons import WHY
 from tsqlora.quality.scores import REASONS, Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import load_config

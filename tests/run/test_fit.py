@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tsqlora.data.samples import TokenisedSplit
+from tables import table_with
 from tsqlora.run import fit
 from tsqlora.run.config import Config
 from tsqlora.training.record import RunRecord
@@ -14,10 +14,11 @@ from tsqlora.training.record import RunRecord
 
 def test_rows_that_are_trained_on_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("train", "trusted", "validation", "test")
-    samples = {name: TokenisedSplit([{"input_ids": [j], "labels": 0}], ("h",), 0) for j, name in enumerate(names)}
-    predictor = SimpleNamespace(metrics=lambda rows, **_: {"first": rows[0]["input_ids"][0]})
+    tables = {name: table_with([{"input_ids": [j], "labels": 0}]) for j, name in enumerate(names)}
+    first = lambda rows, **_: {"first": rows[0]["input_ids"][0]}  # noqa: E731
+    predictor = SimpleNamespace(metrics=first, text_metrics=lambda *_, **__: {})
     monkeypatch.setattr(fit, "predictor_of", lambda *_: predictor)
-    job: Any = SimpleNamespace(data=SimpleNamespace(samples=samples, splits=SimpleNamespace(format=None)))
+    job: Any = SimpleNamespace(data=tables)
     args: Any = None
     record = RunRecord("running", 0, "sequence-classification", None, {}, {})
     fit.measure(job, args, record, args, None)

@@ -15,7 +15,7 @@ from seen import Seen
 from tsqlora.compat.bitsandbytes import linear_bits
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.quality.explain import explain
+from tsqlora.quality.reasons import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.write import write_report
 from tsqlora.run import train as pipeline
@@ -192,8 +192,7 @@ def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams
     job = load(load_config(config))
     model: Any = job.pretrained.model
     predictor = predictor_of(job, model, arguments(job.config, tmp_path))
-    assert job.data.splits.format is not None
-    prompts = predictor.prompts(job.data.splits.rows("validation"), job.data.splits.format)
+    prompts = predictor.prompts(job.data["validation"])
     plain = predictor.texts(prompts, phase="", progress=None)
     wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
@@ -331,6 +330,6 @@ def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) ->
     long = {"document": "pink", "summary": "pink " * 20}
     config = config_of(tmp_path, "causal-lm", [*rows(20), long])
     job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
-    assert len(job.data.samples["train"]) == len(job.data.splits.rows("train")) == 20
-    assert job.data.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
-    assert job.data.notes[0].endswith("train.jsonl:21")
+    assert len(job.train.samples) == len(job.train) == 20
+    assert job.train.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
+    assert job.train.notes[0].endswith("train.jsonl:21")

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tsqlora.data.samples import TokenisedSplit
+from tables import table_with
 from tsqlora.errors import SettingsError
 from tsqlora.ranks.moves import POLICIES
 from tsqlora.run import callbacks, fit, job
@@ -98,18 +98,17 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
 def what_arrives(config: Config) -> dict[str, Any]:
     """What each boundary of a job is given, with nothing loaded behind it."""
     arrived: dict[str, Any] = {}
-    samples = TokenisedSplit([{"input_ids": [1], "labels": 0}] * 8, ("h",) * 8, 0)
+    tables = {"train": table_with([{"input_ids": [1], "labels": 0}] * 8)}
     tokenizer = SimpleNamespace(model_max_length=32)
-    splits = SimpleNamespace(labels=None, format=None, sources={})
     model = SimpleNamespace(peft_config={})
     answers = {
         (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
-        (job, "prepare"): SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict, notes=()),
+        (job, "prepare"): tables,
         (job, "collate_of"): "a collator",
         (job, "wrap"): model,
         (job, "plain_lora"): model,
         (job, "start_from"): model,
-        (job, "read_data"): splits,
+        (job, "read_data"): tables,
         (callbacks, "QualitySubset"): [0] * 4,
         (callbacks, "QualityCallback"): None,
         (callbacks, "ScoringRule"): SimpleNamespace(weights=None),
@@ -121,7 +120,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             # Objects of ours, which hold all settings, would differ for any reason.
             plain = [a for a in args if a is None or isinstance(a, str | int | float)]
-            arrived[name] = (plain, {k: v for k, v in kwargs.items() if k != "about"})
+            arrived[name] = (plain, {k: str(v) if k == "rows" else v for k, v in kwargs.items() if k != "about"})
             return answer
 
         return recorded

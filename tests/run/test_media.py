@@ -10,8 +10,9 @@ import pytest
 
 from made_media import MAKE
 from runs import write_config
-from tsqlora.data.folders import ENDINGS, folder_rows
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.rows import ENDINGS
+from tsqlora.data.sources import folder_rows
 from tsqlora.data.write import write_rows
 from tsqlora.quality.scores import Scores
 
@@ -65,7 +66,7 @@ def test_a_table_of_paths_scores_and_selects_and_names_its_bad_files(place: Path
     assert tsqlora("score", place / "c.yaml", "--out", scores)[0] == 0
     assert len(Scores.load(scores)) == 54
     assert tsqlora("select", scores, "--fraction", 0.5, "--data", place / "train.csv", "--out", subset)[0] == 0
-    chosen = read_rows(subset).rows
+    chosen = cells_of(subset)
     assert len(chosen) == 27
     assert all(Path(row["path"]).is_absolute() and Path(row["path"]).is_file() for row in chosen)
     assert tsqlora("allocate", place / "c.yaml", "--out", place / "ranks.json")[0] == 0
@@ -84,14 +85,14 @@ def test_an_audit_lists_files_and_its_review_is_applied(place: Path, tmp_path: P
     table[0]["reviewed_label"] = other = table[0]["suggested_label"]
     write_rows(tmp_path / "r.csv", table)
     assert tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)[0] == 0
-    rows = read_rows(out / "corrected.jsonl").rows
+    rows = cells_of(out / "corrected.jsonl")
     assert [row["label"] for row in rows if row[kind] == table[0]["text"]] == [other]
     assert sum(row["label"] != Path(row[kind]).parent.name for row in rows) == 1
 
 
 def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     table, out = tmp_path / "test.csv", tmp_path / "audit"
-    rows = read_rows(place / "test.csv").rows
+    rows = cells_of(place / "test.csv")
     number = {label: j for j, label in enumerate(dict.fromkeys(row["label"] for row in rows))}
     write_rows(table, [{"path": str(place / row["path"]), "label": number[row["label"]]} for row in rows])
     before = table.read_bytes()
@@ -103,9 +104,9 @@ def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, ts
     write_rows(tmp_path / "r.csv", suspects)
     code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
     assert code == 0, err
-    rows = read_rows(out / "corrected.jsonl").rows
+    rows = cells_of(out / "corrected.jsonl")
     assert [row["label"] for row in rows if row["path"] == suspects[0]["text"]] == [other]
-    assert {type(row["label"]) for row in [*rows, *read_rows(out / "trusted.jsonl").rows]} == {str}
+    assert {type(row["label"]) for row in [*rows, *cells_of(out / "trusted.jsonl")]} == {str}
     table.write_bytes(before + before.splitlines(keepends=True)[-1])
     code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
     assert (code, "has changed since its audit" in err) == (3, True)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.data.rows import read_rows
+from tables import cells_of
 from tsqlora.data.write import write_rows
 from tsqlora.quality.scores import Scores
 from tsqlora.run.audit import run_audit
@@ -52,7 +52,7 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
         assert tsqlora("predict", run, "--data", test, "--out", place / name)[0] == 0
         code, out, _ = tsqlora("evaluate", run, "--data", place / name, "--json")
         assert (code, json.loads(out)) == (0, pytest.approx(record["metrics"]["test"]))
-    predicted = read_rows(place / "p.jsonl").rows
+    predicted = cells_of(place / "p.jsonl")
     right = sum(set(row["prediction"]) == set(row["labels"]) for row in predicted)
     assert right / len(predicted) == pytest.approx(record["metrics"]["test"]["accuracy"])
     assert all(p > 0.5 for row in predicted for p in row["probability"])
@@ -68,7 +68,7 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
 
 
 def _row_with_house(place: Path) -> int:
-    return next(j for j, row in enumerate(read_rows(place / "data" / "train.jsonl").rows) if "house" in row["labels"])
+    return next(j for j, row in enumerate(cells_of(place / "data" / "train.jsonl")) if "house" in row["labels"])
 
 
 def test_an_audit_refuses_a_class_that_its_list_would_split(place: Path, tmp_path: Path, tsqlora: Run) -> None:
@@ -95,7 +95,7 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": reviews.get(int(line["row"]), "")} for line in table])
     result = apply_review(tmp_path / "r.csv", tmp_path / "audit")
     assert (result["reviewed"], result["changed"]) == (2, 1)
-    before, after = list(read_rows(data).rows), read_rows(result["corrected"]).rows
+    before, after = list(cells_of(data)), cells_of(result["corrected"])
     before[3] = {**before[3], "labels": "house|glad" if suffix == ".csv" else ["house", "glad"]}
     assert after == tuple(before)
     for wrong, named in (("glad|nothing", "'nothing'"), ("['glad']", "['glad']")):
@@ -110,14 +110,14 @@ def test_integers_stay_integers_in_a_corrected_copy(place: Path, tmp_path: Path)
     write_jsonl(tmp_path / "rows.jsonl", rows)
     task = ["task.type=multi-label-classification"]
     run_audit(str(tmp_path / "rows.jsonl"), model=str(place / "model"), out=tmp_path / "audit", overrides=task)
-    table = list(read_rows(tmp_path / "audit" / "suspects.csv").rows)
+    table = list(cells_of(tmp_path / "audit" / "suspects.csv"))
     one, other = [j for j, row in enumerate(rows) if isinstance(row["labels"], int)][:2]
     reviews = {one: "2", other: "1|2"}
     write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": reviews.get(int(line["row"]), "")} for line in table])
     result = apply_review(tmp_path / "r.csv", tmp_path / "audit")
-    after = read_rows(result["corrected"]).rows
+    after = cells_of(result["corrected"])
     assert (after[one]["labels"], after[other]["labels"]) == (2, [1, 2])
-    assert [row["labels"] for row in read_rows(result["trusted"]).rows] == [2, [1, 2]]
+    assert [row["labels"] for row in cells_of(result["trusted"])] == [2, [1, 2]]
 
 
 def test_a_label_that_training_lacks_and_label_smoothing_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:

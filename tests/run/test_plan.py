@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import tsqlora as tsq
 from models import samples, tiny_bert
-from tsqlora.data.samples import TokenisedSplit
+from tables import table_with
 from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
@@ -30,11 +30,9 @@ def settings(**sections: Mapping[str, Any]) -> Config:
 
 
 def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any) -> dict[str, Any]:
-    splits = {
-        name: TokenisedSplit(samples(n, 2), ("hash",) * n, 0) for name, n in (("train", rows), ("validation", 10))
-    }
+    splits = {name: table_with(samples(n, 2)) for name, n in (("train", rows), ("validation", 10))}
     q, r = config.quality, config.ranks
-    data = tsq.QualitySubset(splits["train"], q.fraction)
+    data = tsq.QualitySubset(splits["train"].samples, q.fraction)
     scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
     ranks = tsq.RankCallback(r.interval, policy=r.policy, samples=20)
     args = arguments(config, Path("nowhere"))

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tsqlora as tsq
-from tsqlora.data.folders import folder_rows
+from tsqlora.data.sources import folder_rows
 from tsqlora.errors import DataError, SettingsError
 from words import llama, tokenizer
 
@@ -80,6 +80,7 @@ def test_trusted_rows_without_a_column_of_the_pool_are_named(lacking: str, left:
         tsq.select(llama(), pairs(range(9), "w1"), processing_class=TOKENIZER, trusted=trusted)
 
 
+@pytest.mark.filterwarnings("ignore:rows are drawn evenly")  # by some random heads
 @pytest.mark.parametrize("kind", ["image", "audio"])
 @pytest.mark.parametrize("inside", [False, True], ids=["files", "bytes"])
 def test_images_and_recordings_are_drawn_from_their_columns(kind: str, inside: bool, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.data.rows import read_rows
+from tables import cells_of
+from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.layer_sensitivity import sensitivity
@@ -54,10 +55,9 @@ def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
 
 def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
-    rows = read_rows(data_of(run))
-    samples = trained.unlabelled(rows)
-    whole = trained.predictor.logits(samples.samples, phase="prediction", progress=None)
-    alone = [trained.predictor.logits([sample], phase="prediction", progress=None) for sample in samples.samples]
+    samples = trained.unlabelled(open_table(data_of(run)))
+    whole = trained.predictor.logits(samples, phase="prediction", progress=None)
+    alone = [trained.predictor.logits([sample], phase="prediction", progress=None) for sample in samples]
     np.testing.assert_allclose(whole, np.concatenate(alone), atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_every_row_keeps_its_columns_and_its_place(extension: str, run: Path, tm
     write_rows(tmp_path / f"in.{extension}", rows)
     out = tmp_path / "new" / f"out.{extension}"
     assert predict_run(run, tmp_path / f"in.{extension}", out) == 7
-    written = read_rows(out).rows
+    written = cells_of(out)
     assert [{name: row[name] for name in rows[0]} for row in written] == rows
     assert all(row["prediction"] in NAMES and 0.5 <= float(row["probability"]) <= 1 for row in written)
 
@@ -108,10 +108,10 @@ def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path
     write_rows(tmp_path / "in.jsonl", [{"text": "=1+1 good", "@x": "-2"}, {"text": "bad", "@x": "+cmd"}])
     with pytest.warns(UserWarning, match=r"3 cells of .*out\.csv"):
         predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
-    written = read_rows(tmp_path / "out.csv").rows
+    written = cells_of(tmp_path / "out.csv")
     assert [(row["text"], row["'@x"]) for row in written] == [("'=1+1 good", "-2"), ("bad", "'+cmd")]
     predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert read_rows(tmp_path / "out.jsonl").rows[0]["text"] == "=1+1 good"
+    assert cells_of(tmp_path / "out.jsonl")[0]["text"] == "=1+1 good"
 
 
 def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_pat
     answers.assert_not_called()
     assert not (tmp_path / "out.csv").exists()
     predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert read_rows(tmp_path / "out.jsonl").rows[0]["about"] == {"id": 1}
+    assert cells_of(tmp_path / "out.jsonl")[0]["about"] == {"id": 1}
 
 
 def test_rows_that_do_not_fit_are_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
 """A dry run shows the text of generation samples, and of the tokens with a loss."""
 
 from byte_tokenizers import CHATML, byte_tokenizer
+from tables import rows_of
 from tsqlora.data.formats import find_format
 from tsqlora.data.generation import tokenise_generation
-from tsqlora.data.rows import Rows
 from tsqlora.run.plan import shown_samples
 
 
 def shown(row: dict, *, seq2seq: bool = False, merges: tuple = (), chat: str | None = None) -> str:
     tokenizer = byte_tokenizer(merges=merges, chat_template=chat)
     format = find_format(list(row), source="a.jsonl")
-    split = tokenise_generation(Rows((row,), "a.jsonl", (1,)), format, tokenizer, max_length=4000, seq2seq=seq2seq)
-    return shown_samples(tokenizer, split.samples)
+    split = tokenise_generation(rows_of(row), format, tokenizer, max_length=4000, seq2seq=seq2seq)
+    return shown_samples(tokenizer, split)
 
 
 def test_the_whole_text_and_that_of_the_targets_are_shown() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from runs import make_rows, set_up, write_jsonl
-from tsqlora.data.cells import sample_hash
+from tsqlora.data.rows import sample_hash
 from tsqlora.errors import DataError, SettingsError
+from tsqlora.quality import gradient_pass, passes
 from tsqlora.quality import look as looking
-from tsqlora.quality import passes
 from tsqlora.quality.scores import Scores
 from tsqlora.run import finished
 from tsqlora.run import score as scoring
@@ -80,7 +80,7 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 MOMENTS = {
     "reading": before(finished, "prepare"),
     "loading": before(scoring, "open_run"),
-    "reference": before(passes, "write_tensors"),
+    "reference": before(gradient_pass, "measure_reference"),
     "first batch": at("scoring", 8),
     "fourth batch": at("scoring", 32),
     "last batch": at("scoring", 72),
@@ -131,21 +131,11 @@ def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     assert seen == [("scoring", rows) for rows in range(24, 73, 8)]  # and nothing of the look
 
 
-@pytest.mark.parametrize("override", ["training.seed=1", "training.batch_size=4", "data.max_length=8"])
-def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
-    with pytest.raises(SettingsError, match=r"s.parquet.partial/scoring/\w+ has an unfinished scoring with other .*"):
-        score_rows(place / "c.yaml", half_done, overrides=[override])
-    score_rows(place / "c.yaml", half_done)
-
-
-def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
-    other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
-    with pytest.raises(
-        SettingsError, match=r"forward has an unfinished scoring with other rows, row lengths; delete it"
-    ):
-        score_rows(place / "c.yaml", half_done, overrides=[f"data.train={other}"])
-    with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other weights; delete it"):
-        score_rows(run, half_done)
+def test_what_is_left_of_another_scoring_is_not_taken(
+    place: Path, run: Path, half_done: Path, undisturbed: dict[str, bytes]
+) -> None:
+    score_rows(run, half_done)
+    assert half_done.read_bytes() == undisturbed["run"]
 
 
 def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from seen import Seen
-from tsqlora.data.columns import find_columns
+from tables import cells_of
 from tsqlora.data.labels import encode_labels
-from tsqlora.data.rows import read_rows
+from tsqlora.data.prepare import tokenise_words
+from tsqlora.data.rows import find_columns
 from tsqlora.data.splits import read_data
-from tsqlora.data.tokenise import tokenise_words
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError
 from tsqlora.run.audit import run_audit
@@ -51,12 +51,12 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
     assert record["metrics"]["test"]["span_f1"] > 0.6
     assert any("behind the cut" in note for note in record["notes"])
     assert tsqlora("predict", run, "--data", test, "--out", place / "p.jsonl")[0] == 0
-    rows = read_rows(place / "p.jsonl").rows
+    rows = cells_of(place / "p.jsonl")
     assert all(len(row["prediction"]) == len(row["tokens"]) == len(row["probability"]) for row in rows)
     long = next(row for row in rows if len(row["tokens"]) > 6)
     assert (long["prediction"][6:], set(long["probability"][6:])) == (["O"] * (len(long["tokens"]) - 6), {None})
     assert tsqlora("predict", run, "--data", test, "--out", place / "p.csv")[0] == 0
-    cells = next(row for row in read_rows(place / "p.csv").rows if row["tokens"] == "|".join(long["tokens"]))
+    cells = next(row for row in cells_of(place / "p.csv") if row["tokens"] == "|".join(long["tokens"]))
     assert cells["prediction"].split("|") == long["prediction"]
     assert [float(p) if p else None for p in cells["probability"].split("|")] == pytest.approx(long["probability"])
     code, out, _ = tsqlora("evaluate", run, "--data", place / "p.jsonl", "--json")
@@ -71,14 +71,14 @@ def test_the_first_piece_of_a_word_has_its_tag_and_words_behind_the_cut_are_coun
         str(write_jsonl(place / "pieces.jsonl", [*rows, *rows])), None, None,
         answer="tags", columns=dict.fromkeys(("text", "text_pair", "label")), validation_fraction=0.5, seed=0,
     )  # fmt: skip
-    assert data.labels is not None
-    part = data.rows("train")
-    labels = encode_labels(part, "tags", data.labels)
-    split = tokenise_words(part, data.columns, tokenizer, max_length=7, labels=labels)
+    part, classes, columns = list(data["train"]), data["train"].classes, data["train"].columns
+    assert classes is not None
+    labels = encode_labels(part, "tags", classes)
+    split = tokenise_words(part, columns, tokenizer, max_length=7, labels=labels)
     # [CLS] good - day the stone [SEP]
     assert split[0]["labels"] == [-100, 0, -100, -100, 1, 1, -100]
     assert (split.truncated, split.cut_words) == (1, 1)
-    numbered = tokenise_words(part, data.columns, tokenizer, max_length=20, labels=None)
+    numbered = tokenise_words(part, columns, tokenizer, max_length=20, labels=None)
     assert numbered[0]["labels"][1:5] == [0, -100, -100, 1]
 
 
@@ -130,12 +130,12 @@ def test_an_audit_lists_tokens_and_a_review_changes_their_tags_alone(place: Path
     of_row = [one for one in table if one["row"] == first["row"]]
     write_rows(tmp_path / "r.csv", [{**one, "reviewed_label": "O" if one in of_row else ""} for one in table])
     applied = apply_review(tmp_path / "r.csv", tmp_path / "audit")
-    corrected = read_rows(applied["corrected"]).rows
+    corrected = cells_of(applied["corrected"])
     changed = {int(one["token"]) for one in of_row}
     assert corrected[row]["tags"] == ["O" if j in changed else tag for j, tag in enumerate(rows[row]["tags"])]
     assert token in changed
     assert [one for j, one in enumerate(corrected) if j != row] == [one for j, one in enumerate(rows) if j != row]
-    assert list(read_rows(applied["trusted"]).rows) == [corrected[row]]
+    assert list(cells_of(applied["trusted"])) == [corrected[row]]
     assert applied["notes"] == []
     partly = next(one for one in table if [other["row"] for other in table].count(one["row"]) > 1)
     write_rows(tmp_path / "r.csv", [{**one, "reviewed_label": "O" if one is partly else ""} for one in table])

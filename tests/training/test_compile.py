@@ -15,7 +15,7 @@ import tsqlora as tsq
 from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero, trained
 from stock import make_trainer, moods, slotted_bert
-from tsqlora.training import rank_changes
+from tsqlora.training import mover
 
 STEPS = 40
 
@@ -62,7 +62,7 @@ def run(model: PeftModel, called: Any, steps: int = STEPS) -> tsq.RankLoop:
         called(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).backward()
         ranks.before_optimizer_step()
         optimizer.step()
-        with patch.object(rank_changes, "moved_towards", next_ranks):
+        with patch.object(mover, "moved_towards", next_ranks):
             ranks.after_optimizer_step()
         optimizer.zero_grad()
         assert_hidden_are_zero(model, optimizer)

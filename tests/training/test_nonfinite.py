@@ -118,7 +118,7 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
     class Tables(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert ranks.loop is not None
-            tables = ranks.loop.changes.importance.tables()
+            tables = ranks.loop.importance.tables()
             seen[state.global_step] = {name: table.clone() for name, table in tables.items()}
 
     ranks = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))

@@ -19,7 +19,7 @@ from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
 from tsqlora.ranks.events import RankEvent
 from tsqlora.tasks import Classification
-from tsqlora.training import rank_changes, rank_loop
+from tsqlora.training import mover
 
 ROWS = moods(40)
 
@@ -95,7 +95,7 @@ def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> 
         return torch.tensor(1.0 if 16 in (layer.in_features, layer.out_features) else 0.0)
 
     callback = tsq.RankCallback(interval=4, min_rank=0, estimator=wide_only)
-    with patch.object(rank_changes, "moved_towards", lambda target, _ranks, **_: target):
+    with patch.object(mover, "moved_towards", lambda target, _ranks, **_: target):
         model = run(tmp_path, callback, model=slotted_bert(mean_rank=2, max_rank=8))
     gone = [name for name, rank in callback.final.items() if rank == 0]
     assert gone
@@ -107,7 +107,7 @@ def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> 
 
 def test_policy_fixed_never_probes(tmp_path: Path) -> None:
     callback = tsq.RankCallback(interval=4, policy="fixed")
-    with patch.object(rank_loop, "Probe", side_effect=AssertionError):
+    with patch.object(mover, "Probe", side_effect=AssertionError):
         run(tmp_path, callback)
     assert (callback.events, set(callback.final.values())) == ([], {4})
 
@@ -119,7 +119,7 @@ def test_clipping_changes_no_importance(tmp_path: Path) -> None:
         # Of the first step B is zero and A has no gradient; so of the second, behind one that Adam makes the same.
         with pytest.warns(UserWarning, match="ranks do not move"):
             run(tmp_path, callback, max_grad_norm=norm, max_steps=2, adam_epsilon=1e-30)
-        result.append(callback.loop.changes.importance.mean)
+        result.append(callback.loop.importance.mean)
     assert float(result[0].sum()) > 0.1
     torch.testing.assert_close(result[0], result[1], rtol=1e-3, atol=1e-6)
 
@@ -240,10 +240,10 @@ def test_a_peft_model_needs_no_wrap(tmp_path: Path, max_rank: int | None) -> Non
     assert {slots.capacity for slots in find_slots(model).values()} == {8 if max_rank is None else max_rank}
     trainer.train()
     assert callback.loop is not None
-    assert callback.loop.changes.budget == sum(4 * sum(shape) for shape in shapes().values())
+    assert callback.loop.budget == sum(4 * sum(shape) for shape in shapes().values())
     assert sum(event.moved for event in callback.events) > 0
     for event in callback.events:
-        assert_well_spent(event, capacity=callback.loop.changes.capacity)
+        assert_well_spent(event, capacity=callback.loop.capacity)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     assert_same(weights(loaded), weights(model), "plain PEFT")
@@ -332,7 +332,7 @@ def test_a_layer_at_rank_0_leaves_other_adapters_alone(tmp_path: Path) -> None:
 
     before = others_logits()
     callback = tsq.RankCallback(interval=4, min_rank=0)
-    with patch.object(rank_changes, "moved_towards", nothing_for_the_pooler):
+    with patch.object(mover, "moved_towards", nothing_for_the_pooler):
         run(tmp_path, callback, model=model)
     assert callback.final["bert.pooler.dense"] == 0
     assert torch.equal(others_logits(), before)
@@ -356,7 +356,7 @@ def test_a_run_goes_on_for_more_epochs_at_the_interval_that_it_had(tmp_path: Pat
     longer, callback = trainer(60)
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-50"))
     assert callback.loop is not None
-    assert callback.loop.rules.interval == 10
+    assert callback.loop.interval == 10
     assert [event.step for event in callback.events][:5] == list(range(10, 60, 10))
 
 

@@ -19,7 +19,7 @@ from stock import base_bert, make_trainer, slotted_bert
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.errors import UnsupportedError
-from tsqlora.training import rank_loop
+from tsqlora.training import mover
 
 
 def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
 def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
     def check(ranks: tsq.RankLoop) -> None:
         assert_hidden_are_zero(ranks.model, ranks.optimizer)
-        used = sum(rank * sum(ranks.changes.shapes[name]) for name, rank in ranks.ranks.items())
-        assert used <= ranks.changes.budget == 4 * sum(map(sum, ranks.changes.shapes.values()))
+        used = sum(rank * sum(ranks.shapes[name]) for name, rank in ranks.ranks.items())
+        assert used <= ranks.budget == 4 * sum(map(sum, ranks.shapes.values()))
 
     ranks = whole_run(also=check)
     assert sum(event.moved for event in ranks.events) > 0
@@ -50,8 +50,8 @@ def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_step_of_several_forward_passes_is_measured_whole(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    real = rank_loop.Probe
-    monkeypatch.setattr(rank_loop, "Probe", lambda *args: made.append(real(*args)) or made[-1])
+    real = mover.Probe
+    monkeypatch.setattr(mover, "Probe", lambda *args: made.append(real(*args)) or made[-1])
     ranks = whole_run(parts=4, again=again)
     assert [probe.sensitivity().samples for probe in made] == [8] * 6  # the first for nothing, in step 1
     shares, expected = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
@@ -100,7 +100,7 @@ def scaled_run(*broken: int, unscaled: bool = False) -> tsq.RankLoop:
 def test_a_step_that_a_gradient_scaler_skips_postpones_the_adjustment(unscaled: bool) -> None:
     ranks = scaled_run(3, 4, unscaled=unscaled)
     assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
-    assert int(ranks.changes.importance.age.max()) == ranks.steps.stop - 2
+    assert int(ranks.importance.age.max()) == ranks.steps.stop - 2
     ranks.finish()
 
 
@@ -153,7 +153,7 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
     if not first:
         assert tsq.active_ranks(model) == ranks.ranks
         further = tsq.RankLoop(model, ranks.optimizer, STEPS)
-        assert further.changes.budget == ranks.events[-1].used
+        assert further.budget == ranks.events[-1].used
         further.close()
     retained = weights(model)
     for _ in range(2):

@@ -103,7 +103,7 @@ def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, 
     assert [event.step for event in ranks.events] == [0, 3, 6, 9]
     assert sum(event.moved for event in ranks.events) > 0
     for event in ranks.events:
-        costs = {name: sum(shape) for name, shape in ranks.loop.changes.shapes.items()}  # type: ignore[union-attr]
+        costs = {name: sum(shape) for name, shape in ranks.loop.shapes.items()}  # type: ignore[union-attr]
         assert event.used == sum(rank * costs[name] for name, rank in event.ranks.items()) <= event.budget
         assert event.budget == 4 * sum(costs.values())
     assert trainer.evaluate()["eval_loss"] > 0

@@ -38,7 +38,14 @@ def change_ranks(
     distributed.require_same("ranks", sorted((name, slots.rank, ranks[name]) for name, slots in layers.items()))
     drops, grows = rank_changes({name: slots.rank for name, slots in layers.items()}, ranks)
     least = {name: importance.least(name, count, min_age=min_age) for name, count in drops.items()}
-    new = {name: new_rows(layers[name], count, sketches.get(name), seed=seed) for name, count in grows.items()}
+    new: dict[str, Tensor] = {}
+    for name, count in grows.items():
+        slots = layers[name]
+        rows = distributed.full_tensor(slots.a.detach())[: slots.rank].cpu()
+        for _ in range(count):  # each orthogonal to those before it
+            row_seed = zlib.crc32(f"{seed}:{name}:{len(rows)}".encode())
+            rows = torch.cat([rows, new_row(rows, sketches.get(name), seed=row_seed)[None]])
+        new[name] = rows[slots.rank :]
     least, new = distributed.from_first((least, new))
     for name, which in least.items():
         importance.dropped(name, which)
@@ -115,55 +122,31 @@ def second_moment_means(layers: Mapping[str, Slots], optimizer: torch.optim.Opti
     return a, b
 
 
-def new_rows(slots: Slots, count: int, sketch: Float[Tensor, "k i"] | None, *, seed: int) -> Float[Tensor, "n i"]:
-    """Rows for A of a layer that gains `count` slots, each orthogonal to those before it."""
-    rows = distributed.full_tensor(slots.a.detach())[: slots.rank].cpu()
-    for _ in range(count):
-        row_seed = zlib.crc32(f"{seed}:{slots.name}:{len(rows)}".encode())
-        rows = torch.cat([rows, new_row(rows, sketch, seed=row_seed)[None]])
-    return rows[slots.rank :]
-
-
 def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, seed: int) -> Float[Tensor, " i"]:
     """A row for A along the gradient, orthogonal to the existing rows.
 
     The leading right singular vector of the sketch, after projecting out `rows`, at their
     mean norm; a seeded random direction where nothing is left.
     """
-    there = double(rows)
-    basis = _row_basis(there)
-    direction = None if sketch is None else _leading(sketch.to(there), basis)
-    if direction is None:
+    there = basis = double(rows)
+    if len(rows):  # orthonormal rows that span the same space; zero and dependent rows add nothing
+        _, values, basis = torch.linalg.svd(there, full_matrices=False)
+        basis = basis[values > 1e-10 * values.max()]
+
+    def left_of(x: Tensor) -> Tensor | None:
+        left = x - (x @ basis.T) @ basis
+        return left if float(left.norm()) > NEGLIGIBLE * float(x.norm()) else None
+
+    left = None if sketch is None else left_of(sketch.to(there))
+    if left is not None:
+        direction = torch.linalg.svd(left, full_matrices=False).Vh[0]
+        # Either sign is right; one is chosen, so that every process and run agrees.
+        direction = direction * torch.where(direction[direction.abs().argmax()] < 0, -1.0, 1.0)
+    else:
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, rows.shape[1], generator=generator, dtype=there.dtype)
-        left = _project_out(noise, basis)
-        direction = torch.nn.functional.normalize(left if _is_left(left, noise) else noise)[0]
+        left = left_of(noise)
+        direction = torch.nn.functional.normalize(noise if left is None else left)[0]
     # Without rows, or with an Embedding's before it trained, the norm of PEFT's own initial rows: uniform on ±1/√i.
     norm = (float(there.norm(dim=1).mean()) if len(rows) else 0.0) or 3**-0.5
     return (direction * norm).to(rows)
-
-
-def _row_basis(rows: Float[Tensor, "r i"]) -> Float[Tensor, "k i"]:
-    """Orthonormal rows that span the same space; zero and dependent rows add nothing."""
-    if len(rows) == 0:
-        return rows
-    _, values, basis = torch.linalg.svd(rows, full_matrices=False)
-    return basis[values > 1e-10 * values.max()]
-
-
-def _project_out(x: Float[Tensor, "k i"], basis: Float[Tensor, "r i"]) -> Float[Tensor, "k i"]:
-    return x - (x @ basis.T) @ basis
-
-
-def _is_left(left: Float[Tensor, "k i"], whole: Float[Tensor, "k i"]) -> bool:
-    return float(left.norm()) > NEGLIGIBLE * float(whole.norm())
-
-
-def _leading(sketch: Float[Tensor, "k i"], basis: Float[Tensor, "r i"]) -> Float[Tensor, " i"] | None:
-    """Leading right singular vector of the sketch outside the basis; None if nothing is left."""
-    left = _project_out(sketch, basis)
-    if not _is_left(left, sketch):
-        return None
-    vector = torch.linalg.svd(left, full_matrices=False).Vh[0]
-    # Either sign is right; one is chosen, so that every process and run agrees.
-    return vector * torch.where(vector[vector.abs().argmax()] < 0, -1.0, 1.0)

@@ -14,8 +14,7 @@ from tsqlora.adapter.slots import has_slots
 from tsqlora.compat.peft import VARIANTS, lora_matrices
 from tsqlora.compat.transformers import packing_method, was_loaded
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.layers import is_linear
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.gradients.sites import is_linear, lora_layers
 
 _HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
 """Words of classes whose head is new for the task."""

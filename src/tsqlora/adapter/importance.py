@@ -31,7 +31,7 @@ class Importance:
         self.spread = torch.zeros(size, device=device)
         self.age = torch.zeros(size, device=device, dtype=torch.int64)
         self._ranks: tuple[int, ...] = ()
-        self._shown = torch.zeros(size, device=device, dtype=torch.bool)
+        self._active = torch.zeros(size, device=device, dtype=torch.bool)
 
     @torch.no_grad()
     def update(self, others: Tensor | None = None) -> Bool[Tensor, ""]:
@@ -42,17 +42,6 @@ class Importance:
 
         Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
         """
-        raw = self._raw()
-        total = raw.sum()
-        finite = total.isfinite() if others is None else total.isfinite() & others.to(total.device).isfinite()
-        raw = raw / torch.where(total > 0, total, 1)
-        self.age += self._active() & finite
-        # Slots that are not active are zero, and so are their products.
-        mean, spread = smoothed(raw, self.mean, self.spread, self._correction())
-        self.mean, self.spread = torch.where(finite, mean, self.mean), torch.where(finite, spread, self.spread)
-        return finite
-
-    def _raw(self) -> Float[Tensor, "layers capacity"]:
         rows = [
             None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad) for a, b in self._pairs
         ]
@@ -63,14 +52,19 @@ class Importance:
             )
         zeros = torch.zeros_like(self.mean[0])
         # A device_map spreads layers over devices.
-        return torch.stack([zeros if products is None else products.to(zeros.device) for products in rows])
-
-    def _active(self) -> Bool[Tensor, "layers capacity"]:
+        raw = torch.stack([zeros if products is None else products.to(zeros.device) for products in rows])
+        total = raw.sum()
+        finite = total.isfinite() if others is None else total.isfinite() & others.to(total.device).isfinite()
+        raw = raw / torch.where(total > 0, total, 1)
         ranks = tuple(slots.rank for slots in self.layers.values())
         if ranks != self._ranks:
             places = torch.arange(self.mean.shape[1], device=self.mean.device)
-            self._ranks, self._shown = ranks, places < torch.tensor(ranks, device=self.mean.device)[:, None]
-        return self._shown
+            self._ranks, self._active = ranks, places < torch.tensor(ranks, device=self.mean.device)[:, None]
+        self.age += self._active & finite
+        # Slots that are not active are zero, and so are their products.
+        mean, spread = smoothed(raw, self.mean, self.spread, self._correction())
+        self.mean, self.spread = torch.where(finite, mean, self.mean), torch.where(finite, spread, self.spread)
+        return finite
 
     def of(self, name: str) -> Float[Tensor, " r"]:
         """Ī·Ū of a layer's active slots; comparable between layers."""
@@ -86,20 +80,19 @@ class Importance:
 
         Before any step no importance is measured, and the smallest ones go.
         """
-        score = self.of(name) if bool(self.ages(name).any()) else self._sizes(name)
+        slots = self.layers[name]
+        if bool(self.ages(name).any()):
+            score = self.of(name)
+        else:
+            a, b = (
+                distributed.full_tensor(matrix.detach()).movedim(dim, 0)[: slots.rank].flatten(1).float().norm(dim=1)
+                for matrix, dim in slots.matrices()
+            )
+            score = (a * b).to(self.mean)
         score = score.masked_fill(self.ages(name) < min_age, torch.inf)
         order = torch.argsort(score, stable=True)[:count].tolist()
         assert all(self.ages(name)[j] >= min_age for j in order)
         return order
-
-    def _sizes(self, name: str) -> Float[Tensor, " r"]:
-        """The norm of each active slot's product."""
-        slots = self.layers[name]
-        norms = [
-            distributed.full_tensor(parameter.detach()).movedim(dim, 0)[: slots.rank].flatten(1).float().norm(dim=1)
-            for parameter, dim in slots.matrices()
-        ]
-        return (norms[0] * norms[1]).to(self.mean)
 
     def dropped(self, name: str, which: Sequence[int]) -> None:
         """Move the records as `drop_slots` is about to move the slots."""

@@ -57,7 +57,16 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     shapes = module_shapes(model)
     for name, target in adapter.targets.items():
         require_fits(name, target, shapes)
-    _require_heads_fit(model, adapter)
+    parameters = dict(model.named_parameters())
+    for name, tensor in adapter.saved.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise DataError(f"the adapter came with {name}, which the model lacks; give the adapter's base")
+        if parameter.shape != tensor.shape:
+            raise DataError(
+                f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
+                "its head was trained on other classes; give rows of the same, or merge it and train the model"
+            )
     patterns = config_for(adapter)
     came = patterns["modules_to_save"] or []
     new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
@@ -76,16 +85,3 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     if unknown := set_peft_model_state_dict(peft_model, stored).unexpected_keys:
         raise DataError(f"the adapter has {unknown[0]}, which the model lacks; give the adapter's base")
     return peft_model
-
-
-def _require_heads_fit(model: nn.Module, adapter: LoraAdapter) -> None:
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapter.saved.items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise DataError(f"the adapter came with {name}, which the model lacks; give the adapter's base")
-        if parameter.shape != tensor.shape:
-            raise DataError(
-                f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
-                "its head was trained on other classes; give rows of the same, or merge it and train the model"
-            )

@@ -92,8 +92,8 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
                 f"the optimizer {kind.__name__} keeps moments in 8 bits, in which slots cannot come and go; {_SERVED}, "
                 "or bitsandbytes' in 32 bits (optim_bits=32, paged_adamw_32bit)"
             )
-        if _is_number(value):
-            continue
+        if value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+            continue  # one number for the whole weight, such as a count of steps
         if name not in beginnings or not _is_plain(value) or value.shape != parameter.shape:
             form = f"shape {tuple(value.shape)}" if _is_plain(value) else f"type {type(value).__name__}"
             raise UnsupportedError(
@@ -136,11 +136,6 @@ def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.o
         return
     for name, moment in beginnings.items():
         state[parameter][name] = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one number for the whole weight, such as a count of steps."""
-    return value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _is_plain(value: Any) -> bool:

@@ -16,15 +16,96 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, type_before_parametrizations
 
 from tsqlora import distributed
-from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
 from tsqlora.compat.bitsandbytes import keep_as_trained
-from tsqlora.compat.peft import forget_adapter
-from tsqlora.compat.torch import remove_state_dict_hooks
+from tsqlora.compat.peft import forget_adapter, places_of
+from tsqlora.compat.torch import remove_state_dict_hooks, show_directly
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import inner_name, lora_layers
 from tsqlora.interop.patterns import alpha_for, lora_config
+
+
+class ActivePrefix(nn.Module):
+    """Shows the first `rank` slots of a matrix along `dim`."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.rank = rank
+
+    def forward(self, full: Tensor) -> Tensor:
+        return full.narrow(self.dim, 0, self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A or B of a LoRA layer: a linear layer's weight, or of an Embedding's adapter an entry of a ParameterDict."""
+
+    holder: nn.Module
+    tensor: str
+    path: str
+    """The holder's name in a PeftModel."""
+    dim: int
+    """The dimension of the slots."""
+
+    @property
+    def key(self) -> str:
+        """Its name in PEFT's state dict."""
+        return f"{self.path}.{self.tensor}"
+
+    @property
+    def full_key(self) -> str:
+        """Its name in the state dict of a module with slots."""
+        return f"{self.path}.parametrizations.{self.tensor}.original"
+
+    @property
+    def has_slots(self) -> bool:
+        return is_parametrized(self.holder, self.tensor)
+
+    @property
+    def full(self) -> nn.Parameter:
+        """All slots, active or not."""
+        return cast(Any, self.holder).parametrizations[self.tensor].original
+
+    @property
+    def prefix(self) -> ActivePrefix:
+        """The parametrisation that shows the active slots."""
+        return cast(Any, self.holder).parametrizations[self.tensor][0]
+
+    def make_slots(self, rank: int, capacity: int) -> None:
+        """Keep the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
+        weight = cast(nn.Parameter, getattr(self.holder, self.tensor))
+        shape = [capacity if dim == self.dim else size for dim, size in enumerate(weight.shape)]
+        full = weight.detach().new_zeros(shape)
+        full.narrow(self.dim, 0, rank).copy_(weight.detach().narrow(self.dim, 0, rank))
+        weight.data, weight.grad = full, None
+        register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
+        show_directly(type(self.holder), self.tensor)
+        self._set_features(capacity)
+
+    def make_plain(self) -> None:
+        """Keep the active slots only; the parameter stays the same object."""
+        full, rank = self.full, self.prefix.rank
+        active = full.detach().narrow(self.dim, 0, rank)
+        full.data, full.grad = active.clone(memory_format=torch.contiguous_format), None
+        # Not by torch's remove_parametrizations: it takes the property off a class that copies of the module share.
+        self.holder.__class__ = type_before_parametrizations(self.holder)
+        del self.holder.parametrizations
+        setattr(self.holder, self.tensor, full)
+        self._set_features(rank)
+
+    def _set_features(self, slots: int) -> None:
+        if isinstance(self.holder, nn.Linear):
+            setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
+
+
+def matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
+    """A and B of a layer's adapter."""
+    (a, name_a, path_a), (b, name_b, path_b) = places_of(layer, adapter)
+    path = f"base_model.model.{name}"
+    return Matrix(a, name_a, f"{path}.{path_a}", 0), Matrix(b, name_b, f"{path}.{path_b}", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +258,15 @@ def finalize(model: PeftModel) -> PeftModel:
         )
     sync_config(model)
     for slots in find_slots(model).values():
-        if slots.rank == 0:
-            _restore_base(model, slots)
-            continue
-        for part in slots.parts:
-            part.make_plain()
+        if slots.rank:
+            for part in slots.parts:
+                part.make_plain()
+        elif any(adapter != slots.adapter for adapter in slots.layer.r):
+            forget_adapter(slots.layer, slots.adapter)  # the layer has others' adapters
+        else:
+            parent, _, child = slots.name.rpartition(".")
+            base = model.get_base_model()
+            setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())
     remove_state_dict_hooks(model, _save_active, _load_active)
     del model.get_nb_trainable_parameters
     return model
@@ -200,16 +285,6 @@ def sync_config(model: PeftModel) -> None:
     for slots in layers:
         slots.layer.r[slots.adapter] = slots.rank
         slots.layer.lora_alpha[slots.adapter] = alpha_for(slots.scale, slots.rank)
-
-
-def _restore_base(model: PeftModel, slots: Slots) -> None:
-    """The layer without this adapter: its base layer, unless others have theirs there."""
-    if any(adapter != slots.adapter for adapter in slots.layer.r):
-        forget_adapter(slots.layer, slots.adapter)
-        return
-    parent, _, child = slots.name.rpartition(".")
-    base = model.get_base_model()
-    setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())
 
 
 def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -234,7 +309,23 @@ def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: A
     saved = {name: [state.pop(f"{prefix}{part.key}", None) for part in slots.parts] for name, slots in layers.items()}
     if all(a is None and b is None for a, b in saved.values()):
         return
-    ranks = {name: _saved_rank(slots, *saved[name]) for name, slots in layers.items()}
+    ranks = dict.fromkeys(layers, 0)
+    for name, (a, b) in saved.items():
+        slots, (inputs, outputs) = layers[name], layers[name].shape
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
+            shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
+            raise SettingsError(
+                f"{name}: the saved lora_A and lora_B have shapes {shapes[0]} and {shapes[1]}, and the layer has "
+                f"{inputs} inputs and {outputs} outputs; load the adapter into the model that it was trained for"
+            )
+        if a.shape[0] > slots.capacity:
+            raise SettingsError(
+                f"{name}: the saved rank is {a.shape[0]}, and the model's slots end at {slots.capacity}; wrap the "
+                "model with a larger max_rank"
+            )
+        ranks[name] = a.shape[0]
     for name, slots in layers.items():
         slots.set_rank(ranks[name])
         for part, active in zip(slots.parts, saved[name], strict=True):
@@ -243,21 +334,3 @@ def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: A
                 padded.narrow(part.dim, 0, slots.rank).copy_(active)
             state[f"{prefix}{part.full_key}"] = padded
     sync_config(model)
-
-
-def _saved_rank(slots: Slots, a: Tensor | None, b: Tensor | None) -> int:
-    if a is None and b is None:
-        return 0
-    inputs, outputs = slots.shape
-    if a is None or b is None or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
-        shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
-        raise SettingsError(
-            f"{slots.name}: the saved lora_A and lora_B have shapes {shapes[0]} and {shapes[1]}, and the layer has "
-            f"{inputs} inputs and {outputs} outputs; load the adapter into the model that it was trained for"
-        )
-    if a.shape[0] > slots.capacity:
-        raise SettingsError(
-            f"{slots.name}: the saved rank is {a.shape[0]}, and the model's slots end at {slots.capacity}; wrap the "
-            "model with a larger max_rank"
-        )
-    return a.shape[0]

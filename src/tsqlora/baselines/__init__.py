@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from tsqlora.adapter.slots import active_ranks
 from tsqlora.baselines.adalora import adalora
@@ -17,9 +16,22 @@ __all__ = ["BASELINES", "Built", "Setup"]
 
 
 def full(setup: Setup) -> Built:
-    """Train the whole pretrained model: no adapter, no ranks."""
+    """Train the whole pretrained model: no adapter, no ranks.
+
+    Refuses packed weights, and weights in half precision, which rounds most steps of AdamW away.
+    """
     model = setup.pretrained.model
-    _require_whole_weights(model)
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "full trains the base's own weights, and these are packed; set model.quantization to null, and model.path "
+            "to a base whose weights are not, or leave out full"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UnsupportedError(
+                f"full trains the base's own weights, and {name} is {parameter.dtype}; set "
+                "model.dtype to float32, and training.bf16 to true for speed, or leave out full"
+            )
     model.requires_grad_(True)
     return Built(model, (), trainable=lambda: count_trainable(model), ranks=dict)
 
@@ -53,18 +65,3 @@ BASELINES: dict[str, Callable[[Setup], Built]] = {
     "elalora": elalora,
     "eva": eva,
 }
-
-
-def _require_whole_weights(model: nn.Module) -> None:
-    """Refuse packed weights and weights in half precision, which rounds most steps of AdamW away."""
-    if getattr(model, "is_quantized", False):
-        raise UnsupportedError(
-            "full trains the base's own weights, and these are packed; set model.quantization to null, and model.path "
-            "to a base whose weights are not, or leave out full"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            raise UnsupportedError(
-                f"full trains the base's own weights, and {name} is {parameter.dtype}; set "
-                "model.dtype to float32, and training.bf16 to true for speed, or leave out full"
-            )

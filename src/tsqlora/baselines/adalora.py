@@ -33,10 +33,16 @@ def adalora(setup: Setup) -> Built:
         tfinal=setup.steps - phase.stop,
         deltaT=default_interval(setup.steps),
     )
+
+    def unmasked_parameters() -> int:
+        ranks = _unmasked_ranks(model)
+        masked = sum((triplets.rank - ranks[name]) * triplets.cost for name, triplets in triplets_of(model).items())
+        return count_trainable(model) - masked
+
     return Built(
         model,
         (PenaltyInTraining(model, NAME), AdaLoraCallback(model)),
-        trainable=lambda: _unmasked_parameters(model),
+        trainable=unmasked_parameters,
         ranks=lambda: _unmasked_ranks(model),
     )
 
@@ -67,10 +73,3 @@ def _unmasked_ranks(model: PeftModel) -> dict[str, int]:
     """Each layer's triplets that the last allocation chose; all before the first."""
     chosen = chosen_triplets(config_of(model))
     return {name: chosen.get(name, triplets.rank) for name, triplets in triplets_of(model).items()}
-
-
-def _unmasked_parameters(model: PeftModel) -> int:
-    """Trainable parameters without those of masked triplets."""
-    ranks = _unmasked_ranks(model)
-    masked = sum((triplets.rank - ranks[name]) * triplets.cost for name, triplets in triplets_of(model).items())
-    return count_trainable(model) - masked

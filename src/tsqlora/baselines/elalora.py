@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
 
@@ -111,15 +110,13 @@ class ElaLoraCallback(TrainerCallback):
         if step < self.phase.stop and not skipped:
             self.importance.update()
         due = self.due.taken(step, skipped=skipped)
-        if due is not None:
-            self._move(step, due, kwargs["optimizer"])
-
-    def _move(self, step: int, due: int, optimizer: torch.optim.Optimizer) -> None:
+        if due is None:
+            return
         drops, grows = exchange(self.importance.scores(), moves=moves_allowed(due, self.phase, first=MOVES))
         for name in {**drops, **grows}:
             triplets, grown = self.layers[name], grows.get(name, 0)
             remaining = [j for j in range(triplets.rank) if j not in drops.get(name, [])]
-            change(triplets, remaining=remaining, grown=grown, optimizer=optimizer, seed=self.seed + due)
+            change(triplets, remaining=remaining, grown=grown, optimizer=kwargs["optimizer"], seed=self.seed + due)
             self.importance.changed(name, remaining=remaining, grown=grown)
         if drops:
             self.changes[step] = sum(grows.values())

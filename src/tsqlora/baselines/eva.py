@@ -29,7 +29,20 @@ def eva(setup: Setup) -> Built:
     may end without any: its rank is 0, and PEFT puts the plain layer back.
     """
     rank = whole_rank(setup.mean_rank, NAME)
-    _require_readable(setup, rank)
+    if is_encoder_decoder(setup.pretrained.model):
+        raise UnsupportedError(
+            f"EVA reads the inputs of one stack of layers, and {type(setup.pretrained.model).__name__} has an encoder "
+            "and a decoder; leave out eva"
+        )
+    if "input_ids" not in setup.samples[0]:
+        raise UnsupportedError("PEFT's EVA reads tokens, and these rows are images or recordings; leave out eva")
+    if setup.max_rank < rank:
+        raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
+    if len(setup.samples) < (size := _batch_size(setup)):
+        raise SettingsError(
+            f"EVA needs {size} rows to find {setup.max_rank} directions in, and there are {len(setup.samples)}; give "
+            "more rows or lower ranks.max"
+        )
     model = adapt(setup, r=rank, lora_alpha=setup.alpha)
     names = list(layers_of(model))
     for name, layer in layers_of(model).items():
@@ -54,24 +67,6 @@ def eva(setup: Setup) -> Built:
         ranks=lambda: dict.fromkeys(names, 0) | active_ranks(model),
         cost=forward.cost,
     )
-
-
-def _require_readable(setup: Setup, rank: int) -> None:
-    """Refuse rows without tokens, two stacks of layers, and rows or ranks that cannot give the mean rank."""
-    if is_encoder_decoder(setup.pretrained.model):
-        raise UnsupportedError(
-            f"EVA reads the inputs of one stack of layers, and {type(setup.pretrained.model).__name__} has an encoder "
-            "and a decoder; leave out eva"
-        )
-    if "input_ids" not in setup.samples[0]:
-        raise UnsupportedError("PEFT's EVA reads tokens, and these rows are images or recordings; leave out eva")
-    if setup.max_rank < rank:
-        raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
-    if len(setup.samples) < (size := _batch_size(setup)):
-        raise SettingsError(
-            f"EVA needs {size} rows to find {setup.max_rank} directions in, and there are {len(setup.samples)}; give "
-            "more rows or lower ranks.max"
-        )
 
 
 def _batch_size(setup: Setup) -> int:

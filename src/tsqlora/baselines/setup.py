@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tsqlora.adapter.config import inject, new_config
 from tsqlora.errors import SettingsError
@@ -61,14 +61,9 @@ def adapt(setup: Setup, *, kind: type[LoraConfig] = LoraConfig, **options: Any) 
     model = setup.pretrained.model
     config = new_config(model, setup.target_modules, setup.dropout, setup.pretrained.new_modules, kind=kind, **options)
     # PEFT's class for a task calls AdaLoRA's own forward pass, which adds the penalty; its plain class does not.
-    config.task_type = config.task_type or _text_task(model)
+    if config.task_type is None and model.can_generate():
+        config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     return inject(model, config)
-
-
-def _text_task(model: PreTrainedModel) -> TaskType | None:
-    if not model.can_generate():
-        return None
-    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 def count_trainable(model: nn.Module) -> int:

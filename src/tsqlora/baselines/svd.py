@@ -201,7 +201,10 @@ def change(
     are zero, its second ones the mean of the remaining ones, since Adam's step count is the whole tensor's.
     """
     states = [moments(matrix, optimizer) for matrix, _ in triplets.matrices()]
-    news = _new_triplets(triplets, remaining, grown, seed=seed)
+    q, p, lam = (_resized(matrix, dim, remaining) for matrix, dim in triplets.matrices())
+    rows = _orthogonal_rows(q, grown, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
+    columns = _orthogonal_rows(p.T, grown, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
+    news = rows, columns, lam.new_full((grown, 1), min([SMALLEST, *lam.abs().flatten().tolist()]))
     for (matrix, dim), state, new in zip(triplets.matrices(), states, news, strict=True):
         for key, moment in state.items():
             mean = _resized(moment.tensor, dim, remaining).mean(dim, keepdim=True).expand_as(new)
@@ -209,14 +212,6 @@ def change(
             optimizer.state[matrix][key] = _resized(moment.tensor, dim, remaining, first)
         matrix.data, matrix.grad = _resized(matrix.data, dim, remaining, new), None
     triplets.layer.r[ADAPTER] = triplets.rank
-
-
-def _new_triplets(triplets: Triplets, remaining: Sequence[int], count: int, *, seed: int) -> tuple[Tensor, ...]:
-    """New rows of Q, columns of P and entries of λ."""
-    q, p, lam = (_resized(matrix, dim, remaining) for matrix, dim in triplets.matrices())
-    rows = _orthogonal_rows(q, count, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
-    columns = _orthogonal_rows(p.T, count, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
-    return rows, columns, lam.new_full((count, 1), min([SMALLEST, *lam.abs().flatten().tolist()]))
 
 
 def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:

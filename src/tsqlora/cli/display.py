@@ -120,7 +120,7 @@ def show_review(console: Console, result: Mapping[str, Any]) -> None:
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
-    from tsqlora.quality.explain import WHY
+    from tsqlora.quality.reasons import WHY
 
     file, noise, dropped = result["scores"], result["noise"], result["dropped"]
     draw = "evenly"
@@ -238,6 +238,26 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(ranks_table(runs[-1]["ranks"]))
     say(console, [f"\n{result['verdict']}", *([f"report: {result['report']}"] if result["out"] else [])])
+
+
+def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
+    """A text audit's findings, worst first, and the next step."""
+    fates = ", ".join(f"{count:,} {fate}" for fate, count in result["fates"].items())
+    say(console, [f"{result['rows']:,} rows: {fates}; tokens and masks are {result['mask']}"])
+    table = Table(title="findings", title_justify="left", expand=True)
+    for name in ("severity", "finding", "rows"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "rows" else "left")
+    table.add_column("cause", ratio=1)
+    for finding in result["findings"]:
+        places = ", ".join(map(str, finding["places"][:3])) + (", …" if finding["rows"] > 3 else "")
+        cells = (finding["severity"], finding["name"], f"{finding['rows']:,}", f"{finding['cause']} (rows {places})")
+        table.add_row(*map(Text, cells))
+    if result["findings"]:
+        console.print(table)
+    else:
+        say(console, ["no finding"])
+    review = f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
+    say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 
 
 def show_audit(console: Console, result: Mapping[str, Any]) -> None:

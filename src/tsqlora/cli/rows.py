@@ -1,8 +1,9 @@
 """Commands that choose rows and ranks for any trainer: score, explain, select, allocate, audit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from tsqlora.cli.display import (
     show_review,
     show_row,
     show_scores,
+    show_text_audit,
 )
 from tsqlora.cli.progress_bars import Display
 from tsqlora.cli.runs import require_inputs
@@ -123,7 +125,9 @@ def allocate(
 
 
 def audit(
-    source: Annotated[str | None, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or labelled rows.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or rows: labelled, or texts.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
     review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
     deep: Annotated[
@@ -135,18 +139,40 @@ def audit(
     apply: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Reviewed table: write the rows with its corrections.")
     ] = None,
+    eval_: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="FILE", help="Of text: evaluation rows, which training may not have."),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Of text: most tokens of a row.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Of text: a Jinja file, in place of the model's.")] = None,
+    prepared: Annotated[Path | None, typer.Option(metavar="DIR", help="A set that a trainer has prepared.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --prepared: the rows that it was made of.")] = None,
+    drop_findings: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Of text: put the rows of these findings into quarantine.jsonl.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Of text: exit with 4 on a finding that is an error.")
+    ] = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """List likely label errors before any training, as a table and as a page for review.
+    """Show what is wrong with rows before any training: likely label errors, or what becomes of each row of text.
 
-    With --apply, write the rows as your reviewed table corrects them, and the
-    reviewed ones as trusted.jsonl, for data.trusted.
+    Labelled rows: a table and a page for review. With --apply, write the rows as your
+    reviewed table corrects them, and the reviewed ones as trusted.jsonl, for data.trusted.
+
+    Chats, instructions, preferences: the ledger of what --model would be trained on, row by
+    row, and findings, each with its rows and cure. With --apply, write clean.jsonl and quarantine.jsonl.
 
     Example: tsqlora audit train.csv --review 100 --out audit
+
+    Example: tsqlora audit chats.jsonl --model M --eval test.jsonl --out audit
     """
-    if (source is None) == (apply is None):
-        raise SettingsError("audit needs rows (a CONFIG or DATA), or a reviewed table with --apply")
+    if sum(one is not None for one in (source, apply or drop_findings, prepared)) != 1:
+        raise SettingsError("audit needs rows (a CONFIG or DATA), --prepared DIR, or a review with --apply")
+    if (apply or drop_findings) and (reviewed_text := _reviewed_text(apply, drop_findings, out)) is not None:
+        console.show(reviewed_text, as_json, show_numbers)
+        return
     if apply is not None:
         from tsqlora.run.config import load_config
         from tsqlora.run.review import apply_review
@@ -161,11 +187,15 @@ def audit(
         console.show(apply_review(apply, out, encoding=encoding), as_json, show_review)
         return
     from tsqlora.compat.hub import require_model
-    from tsqlora.data.rows import require_source
+    from tsqlora.data.sources import require_source
     from tsqlora.run.config import load_config
 
     if model is not None:
         require_model(model)
+    if prepared is not None or (require_source(str(source)) is None and _is_text(str(source), set_ or [])):
+        options = {"evaluation": eval_, "max_length": max_length, "chat_template": chat_template, "data": data}
+        _audit_text(source, prepared, model, out, set_ or [], options, strict=strict, as_json=as_json)
+        return
     if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
         named = {} if model is None else {"model": {"path": model}}
         require_inputs(load_config(source, set_ or [], sections=named))
@@ -177,3 +207,59 @@ def audit(
         options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}
         result = run_audit(str(source), **options, progress=display.progress)
     console.show(result, as_json, show_audit)
+
+
+def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> dict[str, Any] | None:
+    """Part the rows of a text audit by its review; None for an audit of labels."""
+    from tsqlora.run.text_review import apply_text_review, is_text_audit
+
+    folder = out or (apply.parent if apply is not None else Path())
+    if not is_text_audit(folder):
+        if names is not None:
+            raise SettingsError(
+                f"--drop-findings needs the audit of a text file, and {folder} has none; give its --out"
+            )
+        return None
+    return apply_text_review(folder, apply, [name.strip() for name in names.split(",")] if names else ())
+
+
+def _is_text(source: str, overrides: Sequence[str]) -> bool:
+    from tsqlora.run.text_audit import is_text
+
+    return is_text(source, overrides)
+
+
+def _audit_text(
+    source: str | None,
+    prepared: Path | None,
+    model: str | None,
+    out: Path | None,
+    overrides: Sequence[str],
+    options: dict[str, Any],
+    *,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from tsqlora.run.config import load_config
+    from tsqlora.run.text_audit import audit_prepared, audit_text
+    from tsqlora.training.run_dir import dated
+
+    named = dict[str, Any]()
+    if source is not None and Path(source).suffix.lower() in (".yaml", ".yml"):
+        config = load_config(source, overrides, sections={} if model is None else {"model": {"path": model}})
+        source, model, rows = config.data.train, config.model.path, config.data
+        named = {name: getattr(rows, name) for name in ("format", "prompt", "target", "messages", "text")}
+        options["max_length"] = options["max_length"] or rows.max_length
+    if model is None:
+        raise SettingsError("an audit of text needs the tokenizer of the model that will be trained; give --model")
+    folder = out or dated(f"audit-{(prepared or Path(str(source))).stem}")
+    with Display(console.stderr) as display:
+        if prepared is not None:
+            own = {"data": options["data"], "evaluation": options["evaluation"]}
+            result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **own)
+        else:
+            del options["data"]
+            result = audit_text(str(source), model=model, named=named, out=folder, progress=display.progress, **options)
+    console.show(result, as_json, show_text_audit)
+    if strict and any(finding["severity"] == "error" for finding in result["findings"]):
+        raise typer.Exit(4)

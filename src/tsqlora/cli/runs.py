@@ -90,11 +90,11 @@ def train(
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
-    from tsqlora.data.readers import READERS
+    from tsqlora.data.readers import SUFFIXES
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import dated, require_free
 
-    if config is not None and data is None and config.suffix.lower() in READERS.keys() - {".json"}:
+    if config is not None and data is None and config.suffix.lower() in {*SUFFIXES} - {".json"}:
         console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)
     named = {"model.path": model, "data.train": data, "adapter.init_from": init_from}
@@ -125,7 +125,7 @@ def train(
 def require_inputs(settings: "Config") -> None:
     """Raise an error that names a model or data file that does not exist, before torch is imported."""
     from tsqlora.compat.hub import require_model
-    from tsqlora.data.rows import require_source
+    from tsqlora.data.sources import require_source
 
     require_model(settings.model.path)
     for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):

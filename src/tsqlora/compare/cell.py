@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from tsqlora import distributed
 from tsqlora.compare.methods import POLICIES, Entry, build
 from tsqlora.data.prepare import prepare
+from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text
 from tsqlora.progress import Progress, Pulse
@@ -111,7 +112,7 @@ def preflight(
         warnings.simplefilter("ignore")  # each run records its own
         job = load(with_seed(config, seed))
         for entry in entries:
-            pretrained = load_model(job.config, job.task, job.data.splits.labels)
+            pretrained = load_model(job.config, job.task, job.train.classes)
             try:
                 with suppress(_Begun):
                     _train(replace(job, pretrained=pretrained), entry, Path(folder, entry.name), equal, _stop, _Stop())
@@ -131,9 +132,9 @@ def with_seed(config: Config, seed: int, learning_rate: float | None = None) -> 
 def _rows_hash(job: Job, config: Config) -> str:
     # The seed decides the rows only if it splits off the validation rows.
     if config.data.validation is not None or config.training.seed == job.config.training.seed:
-        return job.data.hash
+        return data_hash(job.data)
     tokenizer, seq2seq = job.pretrained.tokenizer, config.task.type == "seq2seq"
-    return prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq).hash
+    return data_hash(prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq))
 
 
 class _Begun(Exception):
@@ -156,7 +157,7 @@ def planned_steps(job: Job, entry: Entry, *, equal: Equal) -> int:
 
     With equal epochs, the policy `all` has epochs of all rows.
     """
-    config, rows = job.config, len(job.data.samples["train"])
+    config, rows = job.config, len(job.train)
     if config.training.max_steps is not None:
         return config.training.max_steps
     share = 1.0 if entry.policy == "all" and equal == "epochs" else config.quality.fraction

@@ -135,7 +135,7 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
         dropout=config.adapter.dropout,
         target_modules=config.adapter.target_modules,
         steps=steps,
-        samples=job.data.samples["train"].samples,
+        samples=job.train.samples,
         collate=job.collate,
         batch_size=config.training.batch_size,
         seed=config.training.seed,

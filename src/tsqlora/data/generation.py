@@ -1,32 +1,188 @@
 """Tokenise rows of texts, with loss on their targets alone."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import row_hash
+from tsqlora.data.examples import Chat, Example, Manner, Turn
 from tsqlora.data.formats import Format
-from tsqlora.data.formats.chats import Chat, Example, Manner
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
-from tsqlora.data.target_tokens import (
-    Run,
-    ended,
-    pieces_of,
-    plain_tokens,
-    require_end,
-    special_tokens,
-    split_opening,
-    target_tokens,
-    tokens_of,
-)
-from tsqlora.data.tokenise import require_room, require_tokens
-from tsqlora.errors import DataError
+from tsqlora.data.rows import Row
+from tsqlora.data.table import Samples, of_rows
+from tsqlora.errors import DataError, SettingsError
+
+SECONDS = 10.0
+"""Time limit of a chat template for one chat: its loops may be endless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a sample's text; `trained` if it is a target."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The tokens of one piece; `trained` if it is a target."""
+
+    ids: list[int]
+    trained: bool
+
+
+def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+    """The sample's text in order, without empty pieces.  Raises DataError with the row's place."""
+    if isinstance(example, Chat):
+        return chat_pieces(example.turns, tokenizer, place)
+    target = [] if example.target is None else [Piece(example.target, True)]
+    return [*([Piece(example.prompt, False)] if example.prompt else []), *target]
+
+
+def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+    """The chat as the tokenizer's template renders it; an assistant's turn is a target.
+
+    A turn is the difference between the template's prompt for it and the template with it: exactly what a model has to
+    write after the prompt that it will get. White space after the end token belongs to the next prompt. The target of
+    a turn that opens the chat starts with its content. A chat that ends with another turn ends with the prompt for an
+    answer; if the template rewrites earlier text, that chat is one piece. Raises DataError if the template refuses the
+    turns, or rewrites the text before an answer with loss, so that the turn's text is unclear.
+    """
+    final = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, prompt=True)
+    pieces, seen = list[Piece](), ""
+    for i, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        whole = _rendered(turns[: i + 1], tokenizer, place, prompt=False)
+        if i:
+            prompt = _rendered(turns[:i], tokenizer, place, prompt=True)
+        else:
+            at = whole.find(turn.content.strip())
+            prompt = whole[:at] if at >= 0 else whole
+        if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
+            closed = pieces.pop()
+            pieces.append(replace(closed, text=closed.text.removesuffix(str(tokenizer.eos_token))))
+            seen = seen.removesuffix(str(tokenizer.eos_token))
+        if not (prompt.startswith(seen) and whole.startswith(prompt)):
+            if final is not None:
+                return [Piece(final, False)]
+            raise DataError(
+                f"{place}: the chat template rewrites the text before turn {i + 1}, so the turn's tokens are unclear; "
+                "write one assistant turn a row"
+            )
+        target, end = whole[len(prompt) :], tokenizer.eos_token
+        if isinstance(end, str) and target.rstrip().endswith(end):
+            target = target.rstrip()
+        pieces += [Piece(prompt[len(seen) :], False), Piece(target, True)]
+        seen = prompt + target
+    if final is not None:
+        if not final.startswith(seen):
+            return [Piece(final, False)]
+        pieces.append(Piece(final[len(seen) :], False))
+    return [piece for piece in pieces if piece.text]
+
+
+def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
+    messages: list[Any] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        with _time_limit(SECONDS):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # a template is a program of whoever made the model
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the code inside after a time; only in the main thread, since others get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[list[Run]]:
+    """Tokenise the pieces of each sample, without the tokenizer's special tokens.
+
+    A piece's tokens follow those of the piece before it in their joint text. If a token would span the two, the piece
+    is tokenised alone. So every run has the same tokens whether or not another follows it.
+    """
+    alone = iter(plain_tokens([piece.text for row in pieces for piece in row], tokenizer))
+    joint = iter(plain_tokens([a.text + b.text for row in pieces for a, b in pairwise(row)], tokenizer))
+    tokens = list[list[Run]]()
+    for row in pieces:
+        runs, before = list[Run](), list[int]()
+        for j, piece in enumerate(row):
+            own = next(alone)
+            both = next(joint) if j else own
+            follows = both[: len(before)] == before
+            runs.append(Run(both[len(before) :] if follows else own, piece.trained))
+            before = own
+        tokens.append(runs)
+    return tokens
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, mask = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    text = [k for k, special in enumerate(mask) if not special]
+    return (ids[: text[0]], ids[text[-1] + 1 :]) if text else (ids, [])
+
+
+def target_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Labels of a sequence-to-sequence model: the tokenizer's target tokens, with an end token."""
+    if not texts:
+        return []
+    end = end_token(tokenizer)
+    encoded: list[list[int]] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
+
+
+def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each text alone, without special tokens; long texts are cut and counted later."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False)
+    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    end = tokenizer.eos_token_id
+    assert end is None or isinstance(end, int)
+    return end
+
+
+def require_end(tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool) -> None:
+    """Raises SettingsError for a tokenizer without an end token.
+
+    Targets of a sequence-to-sequence model may end with the token that closes its texts.
+    """
+    closes = seq2seq and bool(special_tokens(tokenizer)[1])
+    if end_token(tokenizer) is None and not closes:
+        raise SettingsError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token, so answers would not end; "
+            "set its eos_token"
+        )
+
 
 _SHOWN = 3
 """Rows that a note lists."""
@@ -42,7 +198,7 @@ class Tokenised:
 
 
 def tokenise_generation(
-    rows: Rows,
+    rows: Sequence[Row],
     format: Format,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -50,7 +206,7 @@ def tokenise_generation(
     seq2seq: bool,
     with_targets: bool = True,
     measured: bool = False,
-) -> TokenisedSplit:
+) -> Samples:
     """One sample a row, not padded: input_ids, attention_mask, and labels if `with_targets`.
 
     The input of a causal model is prompt and target, and labels are -100 outside targets. The input of a
@@ -66,22 +222,21 @@ def tokenise_generation(
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
-    examples = [format.read(rows, i, manner) for i in range(len(rows))]
+    examples = [format.read(row, manner) for row in rows]
     tokenised = (_seq2seq if seq2seq else _causal)(examples, rows, tokenizer, max_length)
-    used = asdict(format.columns)
     fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
-    return TokenisedSplit(
+    return of_rows(
         [tokenised[i].sample for i in fitting],
-        tuple(row_hash(rows.rows[i], used) for i in fitting),
-        sum(tokenised[i].cut for i in fitting),
-        rows.ids[fitting],
-        tuple((rows.place(i), one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
+        [rows[i] for i in fitting],
+        format.columns,
+        truncated=sum(tokenised[i].cut for i in fitting),
+        left_out=tuple((rows[i].place, one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
     )
 
 
 def tokenise_pairs(
-    rows: Rows, format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> TokenisedSplit:
+    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Samples:
     """One sample a preference row: both answers, each after its prompt, in one list, and where the second begins.
 
     A row is left out if one of its answers does not fit whole.
@@ -91,17 +246,14 @@ def tokenise_pairs(
     chosen, rejected = (
         tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in (format, swapped)
     )
-    first, second = (
-        {int(row): j for j, row in enumerate(rows.ids if split.ids is None else split.ids)}
-        for split in (chosen, rejected)
-    )
+    first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]
     samples = list[dict[str, Any]]()
     for row in both:
         one, other = chosen[first[row]], rejected[second[row]]
         samples.append({key: [*one[key], *other[key]] for key in one} | {"second": len(one["input_ids"])})
     left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
-    return TokenisedSplit(
+    return Samples(
         samples,
         tuple(chosen.hashes[first[row]] for row in both),
         max(chosen.truncated, rejected.truncated),
@@ -110,7 +262,22 @@ def tokenise_pairs(
     )
 
 
-def require_some(split: TokenisedSplit, source: str, max_length: int) -> None:
+def require_room(max_length: int, special: int, texts: int) -> None:
+    """Raises SettingsError if special tokens leave no room for a token of each text."""
+    if max_length < special + texts:
+        raise SettingsError(
+            f"data.max_length {max_length} leaves no room for text beside {special} special tokens; "
+            f"set it to {special + texts} or more"
+        )
+
+
+def require_tokens(ids: Sequence[int], place: str) -> None:
+    """Raises DataError with the place for a text without any token."""
+    if not ids:
+        raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
+
+
+def require_some(split: Samples, source: str, max_length: int) -> None:
     """Raises DataError if no target fits whole, so that no token would have a loss."""
     if not len(split):
         raise DataError(
@@ -119,44 +286,68 @@ def require_some(split: TokenisedSplit, source: str, max_length: int) -> None:
         )
 
 
-def left_out(split: TokenisedSplit) -> str | None:
-    """A note that counts the rows left out and lists the first; None if there are none."""
+def left_out(split: Samples) -> list[str]:
+    """A note that counts the rows left out and lists the first, if there are any."""
     if not split.left_out:
-        return None
+        return []
     count, first = len(split.left_out), ", ".join(place for place, _ in split.left_out[:_SHOWN])
     more = ", …" if count > _SHOWN else ""
-    return f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"
+    return [f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"]
 
 
-def references(rows: Rows, format: Format) -> list[str]:
+PLAINLY = Manner(seq2seq=False, chat=False)
+
+
+def references(rows: Iterable[Row], format: Format) -> list[str]:
     """Each row's target, of a chat the last assistant turn, without white space around it."""
-    examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
-    return [_last_target(example).strip() for example in examples]
+    targets = list[str]()
+    for row in rows:
+        example = format.read(row, PLAINLY)
+        if isinstance(example, Chat):
+            targets.append(next(turn.content for turn in reversed(example.turns) if turn.role == "assistant").strip())
+        else:
+            targets.append(str(example.target).strip())
+    return targets
 
 
-def inputs(rows: Rows, format: Format) -> list[str]:
-    """Each row's input as text: the prompt, or a chat's turns before the last answer.
+def input_of(row: Row, format: Format) -> str:
+    """A row's input as text: the prompt, or a chat's turns before the last answer.
 
     Of a row without a prompt, such as plain text, the whole text.
     """
-    examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
-    return [_input(example) for example in examples]
+    example = format.read(row, PLAINLY)
+    if isinstance(example, Example):
+        return example.prompt or str(example.target)
+    before = example.turns[:-1]
+    # Answers to one system prompt alone would all have the same input.
+    lone = all(turn.role == "system" for turn in before)
+    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
 
 
 def _causal(
-    examples: Sequence[Example | Chat], rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
-    front, _ = special_tokens(tokenizer)
-    pieces = [pieces_of(example, tokenizer, rows.place(i)) for i, example in enumerate(examples)]
+    pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
     tokenised = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
-        require_tokens(runs[-1].ids, rows.place(i))
-        if isinstance(example, Chat):  # the template writes the special tokens
-            opening, runs = split_opening(runs, tokenizer)
-        else:
-            opening, runs = front, ended(runs, tokenizer)
-        tokenised.append(_continued(runs, opening, max_length))
+        require_tokens(runs[-1].ids, rows[i].place)
+        tokenised.append(causal_sample(example, runs, tokenizer, max_length))
     return tokenised
+
+
+def causal_sample(
+    example: Example | Chat, runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Tokenised:
+    """Make one sample of a causal model: an opening, which is never cut, and the runs, cut to the rest."""
+    if isinstance(example, Chat):  # the template writes the special tokens
+        opening, start, first = list[int](), tokenizer.bos_token_id, runs[0]
+        if isinstance(start, int) and first.ids[:1] == [start]:
+            opening, runs = [start], [replace(first, ids=first.ids[1:]), *runs[1:]]
+    else:
+        (opening, _), last, end = special_tokens(tokenizer), runs[-1], end_token(tokenizer)
+        if last.trained and end is not None and last.ids[-1:] != [end]:
+            runs = [*runs[:-1], replace(last, ids=[*last.ids, end])]
+    return _continued(runs, opening, max_length)
 
 
 def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Tokenised:
@@ -182,7 +373,7 @@ def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Toke
 
 
 def _seq2seq(
-    examples: Sequence[Example | Chat], rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
     front, back = special_tokens(tokenizer)
     room = max_length - len(front) - len(back)
@@ -192,11 +383,11 @@ def _seq2seq(
     targets = target_tokens([target for _, target in sides if target is not None], tokenizer)
     special, tokenised = set(tokenizer.all_special_ids), []
     for i, ids in enumerate(sources):
-        require_tokens(ids, rows.place(i))
+        require_tokens(ids, rows[i].place)
         input_ids = [*front, *ids[-room:], *back]
         sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
         if targets:
-            require_tokens([token for token in targets[i] if token not in special], rows.place(i))
+            require_tokens([token for token in targets[i] if token not in special], rows[i].place)
             sample["labels"] = targets[i]
         tokenised.append(Tokenised(sample, len(ids) > room, len(targets[i]) if targets else 0))
     return tokenised
@@ -205,19 +396,3 @@ def _seq2seq(
 def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
     """The least tokens that leave room for text: the special ones, and two."""
     return sum(map(len, special_tokens(tokenizer))) + 2
-
-
-def _input(example: Example | Chat) -> str:
-    if isinstance(example, Example):
-        return example.prompt or str(example.target)
-    before = example.turns[:-1]
-    # Answers to one system prompt alone would all have the same input.
-    lone = all(turn.role == "system" for turn in before)
-    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
-
-
-def _last_target(example: Example | Chat) -> str:
-    if isinstance(example, Chat):
-        return next(turn.content for turn in reversed(example.turns) if turn.role == "assistant")
-    assert example.target is not None
-    return example.target

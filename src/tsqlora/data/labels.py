@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, is_missing
-from tsqlora.data.rows import Rows
+from tsqlora.data.rows import MissingError, Row, is_missing
 from tsqlora.errors import DataError
 
 SEPARATOR = "|"
@@ -46,30 +45,29 @@ class LabelMap:
     """What a row has of them: one "class", any number of "labels", or "tags", one for each token."""
 
 
-def distinct_labels(parts: Iterable[Rows], column: str, answer: str = "class") -> tuple[list[str | int], np.ndarray]:
+def distinct_labels(
+    rows: Iterable[Row], column: str, answer: str = "class", *, typed: bool = True
+) -> tuple[list[str | int], np.ndarray]:
     """The distinct labels in order of first appearance, and the number of each row's class; all 0 for several labels.
 
-    In a format without types (CSV), labels that are all integers become integers. Raises DataError with file and row
-    for a label that is neither text nor an integer, and for text beside integers.
+    In a format that is not `typed` (CSV), labels that are all integers become integers. Raises DataError with file and
+    row for a label that is neither text nor an integer, and for text beside integers.
     """
     numbers: dict[str | int, int] = {}
-    kinds = set[type]()
-    places: list[np.ndarray] = []
-    typed = True
-    for rows in parts:
-        typed = rows.typed
-        cells = [labels_at(rows, i, column, answer) for i in range(len(rows))]
-        for i, label in ((i, label) for i, cell in enumerate(cells) for label in cell):
-            kinds.add(type(label))
-            if len(kinds) > 1:
+
+    def number_of(row: Row) -> int:
+        for label in (labels := labels_at(row, column, answer)):
+            if type(label) is not type(next(iter(numbers), label)):
                 raise DataError(
-                    f"{rows.place(i)}: the label {label!r} in column '{column}' is {type(label).__name__}, "
+                    f"{row.place}: the label {label!r} in column '{column}' is {type(label).__name__}, "
                     "unlike earlier labels; write all as text or all as integers"
                 )
-        ids = [[numbers.setdefault(label, len(numbers)) for label in cell] for cell in cells]
-        places.append(np.array([own[0] if answer == "class" else 0 for own in ids], dtype=np.int32))
+            numbers.setdefault(label, len(numbers))
+        return numbers[labels[0]] if answer == "class" else 0
+
+    groups = np.fromiter(map(number_of, rows), dtype=np.int32)
     integers = not typed and all(_is_integer(str(value)) for value in numbers)
-    return [int(value) if integers else value for value in numbers], np.concatenate(places)
+    return [int(value) if integers else value for value in numbers], groups
 
 
 def classes_of(labels: Iterable[str | int], source: str, column: str, answer: str = "class") -> LabelMap:
@@ -84,7 +82,7 @@ def classes_of(labels: Iterable[str | int], source: str, column: str, answer: st
     return LabelMap(names, answer)
 
 
-def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
+def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list[Any]:
     """The class id of each row; for several labels a list of a 0.0 or 1.0 for each class; for tags a list of ids.
 
     If classes are integers, their text counts too ("3" for 3). Raises DataError with file and row for an invalid label
@@ -92,13 +90,13 @@ def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
     """
     numbers = {name: number for number, name in enumerate(label_map.names)}
     integers, encoded = isinstance(label_map.names[0], int), list[Any]()
-    for i in range(len(rows)):
+    for row in rows:
         ids = list[int]()
-        for label in labels_at(rows, i, column, label_map.answer):
+        for label in labels_at(row, column, label_map.answer):
             label = int(label) if integers and isinstance(label, str) and _is_integer(label) else label
             if label not in numbers:
                 raise DataError(
-                    f"{rows.place(i)}: label {reprlib.repr(label)} is not among the training data's classes: "
+                    f"{row.place}: label {reprlib.repr(label)} is not among the training data's classes: "
                     f"{_listed(label_map.names)}; correct it, or add the class to the training data"
                 )
             ids.append(numbers[label])
@@ -109,12 +107,25 @@ def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
     return encoded
 
 
-def encode_targets(rows: Rows, column: str) -> list[float]:
+def encode_targets(rows: Iterable[Row], column: str) -> list[float]:
     """Regression targets of all rows; text that spells a number counts as one.
 
     Raises DataError with file and row for a target that is missing or not a finite number.
     """
-    return [_target_at(rows, i, column) for i in range(len(rows))]
+    targets = list[float]()
+    for row in rows:
+        value = row.cells.get(column)
+        try:
+            target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError, OverflowError):
+            target = math.nan
+        if not math.isfinite(target):
+            raise DataError(
+                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
+                "correct it, or set task.type to sequence-classification"
+            )
+        targets.append(target)
+    return targets
 
 
 def are_measures(names: Sequence[str | int]) -> bool:
@@ -143,25 +154,25 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in alike.values() if len(group) > 1]
 
 
-def labels_at(rows: Rows, i: int, column: str, answer: str) -> list[str | int]:
-    """The label of row i; or its labels: a list, which may be empty, or text joined by "|"; or the list of its tags.
+def labels_at(row: Row, column: str, answer: str) -> list[str | int]:
+    """The label of a row; or its labels: a list, which may be empty, or text joined by "|"; or the list of its tags.
 
     Raises DataError with file and row for a value that cannot be a label.
     """
-    value = rows.rows[i].get(column)
+    value = row.cells.get(column)
     if is_missing(value):
-        raise MissingError(rows.place(i), f"no label in column '{column}'")
+        raise MissingError(row.place, f"no label in column '{column}'")
     values: list[Any] = split_labels(value) if answer == "labels" else [value]
     if answer == "tags":
         values = value if isinstance(value, list) else [[value]]  # refused below like any label that is no text
     for label in values:
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise DataError(
-                f"{rows.place(i)}: column '{column}' holds the {type(label).__name__} {reprlib.repr(label)} as a "
+                f"{row.place}: column '{column}' holds the {type(label).__name__} {reprlib.repr(label)} as a "
                 f"label; {_CURES[answer]}"
             )
         if answer == "labels" and is_missing(label):
-            raise DataError(f"{rows.place(i)}: column '{column}' holds an empty label; remove it")
+            raise DataError(f"{row.place}: column '{column}' holds an empty label; remove it")
     return values
 
 
@@ -184,20 +195,6 @@ def split_labels(cell: Any) -> list[Any]:
         written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
         return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
     return cell if isinstance(cell, list) else [cell]
-
-
-def _target_at(rows: Rows, i: int, column: str) -> float:
-    value = rows.rows[i].get(column)
-    try:
-        target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, OverflowError):
-        target = math.nan
-    if not math.isfinite(target):
-        raise DataError(
-            f"{rows.place(i)}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
-            "correct it, or set task.type to sequence-classification"
-        )
-    return target
 
 
 def _is_integer(text: str) -> bool:

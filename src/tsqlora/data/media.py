@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from tsqlora.compat.shapes import Float
-from tsqlora.data.cells import row_hash, text_at
-from tsqlora.data.columns import Columns
-from tsqlora.data.folders import content_hash
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.rows import Columns, Row, content_hash, text_at
+from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
 
@@ -117,28 +114,25 @@ def thumbnail(path: str, size: int = 96) -> bytes:
 
 
 def encode_files(
-    rows: Rows, columns: Columns, _: Any, *, max_length: int, labels: Sequence[Any] | None
-) -> TokenisedSplit:
+    rows: Sequence[Row], columns: Columns, _: Any, *, max_length: int, labels: Sequence[Any] | None
+) -> Samples:
     """One sample a row: the file, its content's hash, and its length; `MediaCollator` decodes it.
 
     Recordings are cut to `max_length` steps of 20 ms, unless it is 0; images have length 0.
     """
     samples, truncated = list[dict[str, Any]](), 0
-    for i in range(len(rows)):
-        path = text_at(rows, i, columns.text)
-        length = _steps(path) if columns.media == "audio" else 0
+    for i, row in enumerate(rows):
+        path = text_at(row, columns.text)
+        length = 0
+        if columns.media == "audio":
+            import soundfile
+
+            about = soundfile.info(path)
+            length = math.ceil(about.frames / about.samplerate * TOKENS_A_SECOND)
         truncated += length > max_length > 0
         sample = {"file": path, "content": content_hash(path), "length": min(length, max_length or length)}
         samples.append(sample if labels is None else {**sample, "labels": labels[i]})
-    used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
-
-
-def _steps(path: str) -> int:
-    import soundfile
-
-    about = soundfile.info(path)
-    return math.ceil(about.frames / about.samplerate * TOKENS_A_SECOND)
+    return of_rows(samples, rows, columns, truncated=truncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,24 +152,21 @@ class MediaCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         files = [sample["file"] for sample in samples]
-        inputs = self._images(files) if self.media == "image" else self._recordings(files)
+        if self.media == "image":
+            inputs = self.processor([read_image(file, gray=self.gray) for file in files], return_tensors="pt")
+        else:
+            rate = int(self.processor.sampling_rate)
+            most, least = self.max_length * rate // TOKENS_A_SECOND, int(SHORTEST * rate)
+            waves = [read_audio(file, rate)[: most or None] for file in files]
+            waves = [np.pad(wave, (0, max(least - len(wave), 0))) for wave in waves]
+            how: dict[str, Any] = {}
+            # Processors with a fixed length, as Whisper's, pad by themselves.
+            padding = inspect.signature(self.processor.__call__).parameters.get("padding")
+            if padding is not None and padding.default is False:
+                masked = self.processor.return_attention_mask or not most
+                how = {"padding": True} if masked else {"padding": "max_length", "max_length": max(most, least)}
+            inputs = self.processor(waves, sampling_rate=rate, return_tensors="pt", **how)
         batch = {name: values for name, values in inputs.items() if isinstance(values, Tensor)}
         if "labels" in samples[0]:
             batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
         return batch
-
-    def _images(self, files: Sequence[str]) -> Any:
-        return self.processor([read_image(file, gray=self.gray) for file in files], return_tensors="pt")
-
-    def _recordings(self, files: Sequence[str]) -> Any:
-        rate = int(self.processor.sampling_rate)
-        most, least = self.max_length * rate // TOKENS_A_SECOND, int(SHORTEST * rate)
-        waves = [read_audio(file, rate)[: most or None] for file in files]
-        waves = [np.pad(wave, (0, max(least - len(wave), 0))) for wave in waves]
-        how: dict[str, Any] = {}
-        # Processors with a fixed length, as Whisper's, pad by themselves.
-        padding = inspect.signature(self.processor.__call__).parameters.get("padding")
-        if padding is not None and padding.default is False:
-            masked = self.processor.return_attention_mask or not most
-            how = {"padding": True} if masked else {"padding": "max_length", "max_length": max(most, least)}
-        return self.processor(waves, sampling_rate=rate, return_tensors="pt", **how)

@@ -1,150 +1,196 @@
-"""Tokenise splits into samples on disk, and keep trusted rows apart from those that measure."""
+"""Tokenise tables into samples on disk, and keep trusted rows apart from those that measure."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import row_hash, sample_hash
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import PREFERENCE
-from tsqlora.data.generation import inputs, left_out, require_some, tokenise_generation, tokenise_pairs
+from tsqlora.data.generation import (
+    input_of,
+    left_out,
+    require_room,
+    require_some,
+    require_tokens,
+    tokenise_generation,
+    tokenise_pairs,
+)
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit, store
-from tsqlora.data.splits import MEASURED, Splits
-from tsqlora.data.tokenise import encoder
+from tsqlora.data.media import encode_files
+from tsqlora.data.rows import Columns, Row, row_hash, sample_hash, text_at, tokens_at
+from tsqlora.data.splits import MEASURED
+from tsqlora.data.table import Samples, Table, of_rows, store
 from tsqlora.errors import DataError, SettingsError
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Splits with their tokenised samples; `notes` list rows that were left out, and rows in two splits."""
+def tokenise(
+    rows: Sequence[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[Any] | None,
+) -> Samples:
+    """One sample a row, of at most `max_length` tokens, not padded; `labels` are encoded, or None.
 
-    splits: Splits
-    samples: Mapping[str, TokenisedSplit]
-    notes: tuple[str, ...] = ()
+    Raises DataError with file and row for a text that is missing or not text, SettingsError if `max_length`
+    leaves no room for text.
+    """
+    pair = columns.text_pair
+    require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
+    texts = [text_at(row, columns.text) for row in rows]
+    pairs = None if pair is None else [text_at(row, pair) for row in rows]
+    samples = _call(tokenizer, texts, pairs, max_length=None)
+    long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
+    if long:  # only these are tokenised twice
+        long_pairs = None if pairs is None else [pairs[i] for i in long]
+        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
+        for i, sample in zip(long, cut, strict=True):
+            samples[i] = sample
+    for row, sample in zip(rows, samples, strict=True):
+        require_tokens(sample["input_ids"], row.place)
+    if labels is not None:
+        samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
+    return of_rows(samples, rows, columns, truncated=len(long))
 
-    @property
-    def hash(self) -> str:
-        """16 hex digits that identify the data: a hash of every sample of every split, in order."""
-        digest, between = hashlib.sha256(), ""
-        for name, split in self.samples.items():
-            for h in split.hashes:
-                digest.update(f"{between}{name}:{h}".encode())
-                between = "\n"
-        return digest.hexdigest()[:16]
 
-    def columns(self) -> dict[str, str | None]:
-        """Names of the columns in use, as the run's record and the scores store them."""
-        return asdict(self.splits.columns)
+def tokenise_words(
+    rows: Sequence[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[Sequence[int]] | None,
+) -> Samples:
+    """One sample a row of tokens; the first piece of each has its tag as label, every other place -100.
+
+    Without `labels` the first piece has the number of its token. A token behind the cut has no piece, and is counted.
+    Raises DataError with file and row, SettingsError for a tokenizer that does not say which pieces a token has.
+    """
+    require_room(max_length, tokenizer.num_special_tokens_to_add(), 1)
+    if not tokenizer.is_fast:
+        raise SettingsError("token classification needs a fast tokenizer (tokenizer.json); give another model")
+    samples, truncated, cut = list[dict[str, Any]](), 0, 0
+    for i, row in enumerate(rows):
+        words = tokens_at(row, columns.text)
+        tags = range(len(words)) if labels is None else labels[i]
+        whole = tokenizer(words, is_split_into_words=True, verbose=False)
+        part = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
+        own = [-1 if j is None else j for j in part.word_ids()]
+        require_tokens([j for j in own if j >= 0], row.place)
+        first = [j >= 0 and j != before for before, j in zip([-1, *own], own, strict=False)]
+        truncated += len(part["input_ids"]) < len(whole["input_ids"])
+        cut += len({j for j in whole.word_ids() if j is not None} - set(own))
+        targets = [tags[j] if begins else IGNORED for j, begins in zip(own, first, strict=True)]
+        samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
+    return of_rows(samples, rows, columns, truncated=truncated, cut_words=cut)
+
+
+def encoder(columns: Columns, *, by_word: bool) -> Callable[..., Samples]:
+    """The function that makes samples of rows: files, tokens with tags, or texts."""
+    return encode_files if columns.media else tokenise_words if by_word else tokenise
+
+
+def _call(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, *, max_length: int | None
+) -> list[dict[str, Any]]:
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=True,
+        verbose=False,  # long texts are counted, not warned about
+    )
+    return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
 
 
 def prepare(
-    splits: Splits,
+    tables: Mapping[str, Table],
     tokenizer: Any,
     *,
     max_length: int,
     seq2seq: bool = False,
     folder: Path | None = None,
-) -> Prepared:
+) -> dict[str, Table]:
     """Tokenise every split, with encoded labels; rows of texts for a causal model, or for a `seq2seq` one.
 
-    Images and recordings stay in their files, and `tokenizer` is the processor that reads them. Rows are read in
-    chunks and samples stored on disk, as in `store`. A row whose target does not fit whole is left
-    out with a note; so is a trusted row that shares its input with validation or test rows.
-    Raises DataError if no trusted row remains.
+    Images and recordings stay in their files, and `tokenizer` is the processor that reads them. Samples are stored on
+    disk, as in `store`. A row whose target does not fit whole is left out with a note; so is a trusted row that shares
+    its input with validation or test rows. Raises DataError if no trusted row remains.
     """
-    splits, notes_of_trusted = _without_measured(splits)
-    samples, texts = dict[str, TokenisedSplit](), dict[str, np.ndarray]()
-    for name in splits.sources:
-        numbers = list[np.ndarray]()
-        samples[name] = store(_tokenised(splits, name, tokenizer, max_length, seq2seq, numbers), folder)
-        texts[name] = np.concatenate(numbers)
-        if splits.format is not None:
-            require_some(samples[name], splits.sources[name].name, max_length)
-    places = {name: split.ids for name, split in samples.items() if split.ids is not None}
-    splits = replace(splits, places=places)
-    notes = [note for split in samples.values() if (note := left_out(split))]
-    return Prepared(splits, samples, (*splits.notes, *notes, *notes_of_trusted, *_in_training_too(texts)))
+    prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
+    for name, table in _without_measured(tables).items():
+        numbers = list[int]()
+        samples = store(_tokenised(table, tokenizer, max_length, seq2seq, numbers), folder)
+        inputs[name] = np.array(numbers, dtype=np.uint64)
+        if table.format is not None:
+            require_some(samples, table.name, max_length)
+        notes = [*table.notes, *left_out(samples)]
+        trained = np.isin(inputs[name], inputs.get("train", []), kind="sort")  # whatever the label
+        if name in MEASURED and trained.any():
+            notes.append(
+                f"{trained.sum()} of {len(trained)} {name} rows are training rows too: their metrics say little about "
+                "new rows"
+            )
+        prepared[name] = replace(table, samples=samples, ids=samples.ids, notes=tuple(notes))
+    return prepared
 
 
-def _tokenised(
-    splits: Splits,
-    name: str,
-    tokenizer: Any,
-    max_length: int,
-    seq2seq: bool,
-    texts: list[np.ndarray],
-) -> Iterator[TokenisedSplit]:
-    """Tokenise a split chunk by chunk; append a number for the text of each sample to `texts`."""
-    for rows in splits.chunks(name):
-        if splits.format is not None:
-            if splits.format.name == PREFERENCE:
-                part = tokenise_pairs(rows, splits.format, tokenizer, max_length=max_length)
+def _tokenised(table: Table, tokenizer: Any, max_length: int, seq2seq: bool, inputs: list[int]) -> Iterator[Samples]:
+    """Tokenise a table chunk by chunk; append a number for the input of each sample to `inputs`."""
+    columns, classes, format = table.columns, table.classes, table.format
+    for rows in table.chunks():
+        if format is not None:
+            if format.name == PREFERENCE:
+                part = tokenise_pairs(rows, format, tokenizer, max_length=max_length)
             else:
-                part = tokenise_generation(rows, splits.format, tokenizer, max_length=max_length, seq2seq=seq2seq)
-            texts.append(_as_numbers(part.hashes))
+                part = tokenise_generation(rows, format, tokenizer, max_length=max_length, seq2seq=seq2seq)
+            inputs += (int(name, 16) for name in part.hashes)
         else:
-            by_word = splits.labels is not None and splits.labels.answer == "tags"
-            encode = encoder(splits.columns, by_word=by_word)
-            part = encode(rows, splits.columns, tokenizer, max_length=max_length, labels=_labels(rows, splits))
-            texts.append(_input_numbers(rows, splits))
+            assert columns.label is not None
+            encode = encoder(columns, by_word=classes is not None and classes.answer == "tags")
+            numbers = encode_targets if classes is None else partial(encode_labels, label_map=classes)
+            labels = numbers(rows, columns.label)
+            part = encode(rows, columns, tokenizer, max_length=max_length, labels=labels)
+            inputs += (_input_number(row, table) for row in rows)
         yield part
 
 
-def _labels(rows: Rows, splits: Splits) -> list[Any]:
-    column = splits.columns.label
-    assert column is not None
-    return encode_targets(rows, column) if splits.labels is None else encode_labels(rows, column, splits.labels)
-
-
-def _in_training_too(texts: Mapping[str, np.ndarray]) -> list[str]:
-    """Notes about validation and test rows whose text is also in the training rows, whatever the label."""
-    if "train" not in texts:
-        return []
-    seen = {name: int(np.isin(texts[name], texts["train"], kind="sort").sum()) for name in MEASURED if name in texts}
-    return [
-        f"{count} of {len(texts[name])} {name} rows are training rows too: their metrics say little about new rows"
-        for name, count in seen.items()
-        if count
-    ]
-
-
-def _without_measured(splits: Splits) -> tuple[Splits, tuple[str, ...]]:
+def _without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
     """Drop trusted rows whose input a validation or test row has too; a note counts them."""
-    measured = [_inputs_of(splits, name) for name in MEASURED if name in splits.sources]
-    if "trusted" not in splits.sources or not measured:
-        return splits, ()
+    measured = [tables[name] for name in MEASURED if name in tables]
+    if "trusted" not in tables or not measured:
+        return dict(tables)
+    trusted = tables["trusted"]
+    own, others = (
+        np.fromiter((_input_number(row, table) for table in some for row in table), dtype=np.uint64)
+        for some in ([trusted], measured)
+    )
     # By sorting: numpy 2.0's table overflows at hashes from 2⁶³ on.
-    seen = np.isin(_inputs_of(splits, "trusted"), np.concatenate(measured), kind="sort")
+    seen = np.isin(own, others, kind="sort")
     if not seen.any():
-        return splits, ()
+        return dict(tables)
     if seen.all():
         raise DataError(
-            f"{splits.sources['trusted'].name}: the inputs of all rows are also in validation or test rows, so no "
-            "trusted row remains; name other rows in data.trusted, or others in data.validation and data.test"
+            f"{trusted.name}: the inputs of all rows are also in validation or test rows, so no trusted row remains; "
+            "name other rows in data.trusted, or others in data.validation and data.test"
         )
     note = f"{seen.sum()} of {len(seen)} trusted rows are left out: validation or test rows have the same input"
-    return replace(splits, places={**splits.places, "trusted": splits.places["trusted"][~seen]}), (note,)
+    return {**tables, "trusted": replace(trusted, ids=trusted.ids[~seen], notes=(*trusted.notes, note))}
 
 
-def _inputs_of(splits: Splits, name: str) -> np.ndarray:
-    return np.concatenate([_input_numbers(rows, splits) for rows in splits.chunks(name)])
-
-
-def _input_numbers(rows: Rows, splits: Splits) -> np.ndarray:
-    """A number for each row's input, without its label: the text with its pair, or the prompt."""
-    if splits.format is not None:
-        return _as_numbers(sample_hash(text, "", "") for text in inputs(rows, splits.format))
-    unlabelled = asdict(splits.columns) | {"label": None}
-    return _as_numbers(row_hash(row, unlabelled) for row in rows.rows)
-
-
-def _as_numbers(hashes: Iterable[str]) -> np.ndarray:
-    return np.array([int(name, 16) for name in hashes], dtype=np.uint64)
+def _input_number(row: Row, table: Table) -> int:
+    """A number for a row's input, without its label: the text with its pair, or the prompt."""
+    if table.format is not None:
+        return int(sample_hash(input_of(row, table.format), "", ""), 16)
+    return int(row_hash(row.cells, replace(table.columns, label=None)), 16)
 
 
 def resolve_max_length(setting: int | None, *, tokenizer_limit: int, positions: int | None) -> int:

@@ -1,38 +1,211 @@
-"""File formats: JSON lines, JSON, CSV, TSV and Parquet, read row by row with line or row numbers."""
+"""Text files and Parquet, read strictly: encoding and delimiter, then each row with its line."""
 
+import codecs
 import csv
+import io
 import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from tsqlora.data.dialect import Dialect
 from tsqlora.errors import DataError
 from tsqlora.files import reading
+
+DELIMITERS = ",;\t|"
+"""Candidates for the delimiter of a CSV file; the first wins a tie."""
+
+FALLBACK = "cp1252"
+"""The encoding of a file that is not UTF-8: Windows in Western Europe.  charset-normalizer, which guesses, took
+French in cp1252 for iso8859-10, and German for cp1250."""
+
+TABLES = (".csv", ".tsv")
+"""Formats without types: every cell is text."""
+
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
+"""Encodings whose encoder begins every line with a mark, which would shift all offsets; and the same without it."""
+SURE_LINES = 3
+"""So many lines beyond ASCII that decode as UTF-8 are in no table of another encoding by chance."""
+_SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Settings about text files; None means detect."""
+
+    delimiter: str | None = None
+    encoding: str | None = None
+
+
+SNIFF = Hints()
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a text file is written.
+
+    Args:
+        mark: length of its byte order mark in bytes.
+        delimiter: None if the file has no columns.
+        guessed: whether nothing proves the encoding.
+        unused: the encoding of the hints, if the file is UTF-8 all the same.
+    """
+
+    encoding: str = "utf-8"
+    mark: int = 0
+    delimiter: str | None = None
+    guessed: bool = False
+    unused: str | None = None
+
+    def __str__(self) -> str:
+        between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
+        return f"{between}{self.encoding}"
+
+    def note(self, name: str) -> str | None:
+        """A warning if the encoding is a guess, or not that of the hints."""
+        if self.unused is not None:
+            return f"{name} is UTF-8 and was read as such; data.encoding {self.unused} counts for other files"
+        if not self.guessed:
+            return None
+        return f"{name} is not UTF-8 and was read as {self.encoding}; set data.encoding if its letters look wrong"
+
+    def lines(self, path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
+        """Each line with its line end, and the offset in bytes of its end.
+
+        `newline` is "\\n" if lines end at line feeds alone, "" if they end at any of \\n, \\r and \\r\\n.
+        Skips a byte order mark. Raises DataError if the file cannot be read, naming the line that does not decode.
+        """
+        try:
+            with _opened(path) as binary:
+                at = binary.seek(self.mark)
+                with io.TextIOWrapper(binary, encoding=self.encoding, newline=newline) as file:
+                    for line in file:
+                        at += len(line.encode(self.encoding))
+                        yield line, at
+        except UnicodeError as error:
+            raise DataError(_undecoded(path, self, error)) from error
+
+
+PLAIN = Dialect()
+"""UTF-8 without columns; also for binary files."""
+
+
+def sniff(path: Path, hints: Hints) -> Dialect:
+    """Detect a text file's dialect; hints win over content, and a byte order mark over an encoding.
+
+    Without mark and hint a file is UTF-8 if it decodes, else FALLBACK. A file whose lines beyond ASCII mostly decode
+    as UTF-8 stays UTF-8: it is broken. With an encoding as hint a file that can only be UTF-8 stays UTF-8, since one
+    hint counts for all files of a run. Raises DataError if the file cannot be read.
+    """
+    with _opened(path) as file:
+        start = file.read(_SNIFFED_BYTES)
+    mark, hint = next((mark for mark in _MARKS if start.startswith(mark)), b""), hints.encoding
+    # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
+    open_question = not mark and b"\0" not in start
+    decoding = list[bool]()
+    if open_question:
+        with _opened(path) as file:  # in UTF-8 no letter has the byte of a line feed
+            decoding = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
+    guessed = open_question and hint is None and not all(decoding) and sum(decoding) <= len(decoding) / 2
+    unused = None
+    if open_question and hint is not None and codecs.lookup(hint).name not in ("utf-8", "utf-8-sig"):
+        # Text in ASCII is in most encodings.
+        sure = len(decoding) >= SURE_LINES or (decoding != [] and path.suffix.lower() not in TABLES)
+        unused = hint if all(decoding) and (sure or "\n".encode(hint) != b"\n") else None
+    encoding = _MARKS.get(mark) or ("utf-8" if unused else hint) or (FALLBACK if guessed else "utf-8")
+    encoding = _UNMARKED.get(codecs.lookup(encoding).name, encoding)
+    dialect = Dialect(encoding, len(mark), guessed=guessed, unused=unused)
+    if path.suffix.lower() not in TABLES:
+        return dialect
+    return replace(dialect, delimiter=_delimiter(path, dialect, hints))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    reading(path)
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _broken_at(line: bytes, encoding: str) -> int | None:
+    """The offset of the first byte that does not decode."""
+    try:
+        line.decode(encoding)
+    except UnicodeError as error:
+        return getattr(error, "start", 0)
+    return None
+
+
+def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
+    """A tab in a TSV file; else the hint, or the candidate with which most records match the header.
+
+    Not csv.Sniffer: an apostrophe in a text misleads it, and it ignores the header.
+    """
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    if hints.delimiter is not None:
+        return hints.delimiter
+    try:
+        start = [line for line, _ in islice(dialect.lines(path, newline=""), _SNIFFED_LINES)]
+    except DataError:  # reading the rows raises it again, with the line
+        return ","
+
+    def agreeing(delimiter: str) -> int:
+        """How many records have as many fields as the first one."""
+        try:
+            counts = [len(fields) for fields in csv.reader(start, delimiter=delimiter) if fields]
+        except csv.Error:
+            return 0
+        return sum(count == counts[0] for count in counts)
+
+    header = next((line for line in start if line.strip()), "")
+    candidates = [delimiter for delimiter in DELIMITERS if delimiter in header]
+    return max(candidates, key=agreeing, default=",")
+
+
+def _undecoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
+    encoding = dialect.encoding.upper()
+    what = f"is neither UTF-8 nor {encoding}" if dialect.guessed else f"is not {encoding}"
+    cure = "save the file as UTF-8 text, not compressed, or set data.encoding"
+    if "UTF-16" not in encoding:  # its line feeds have two bytes
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                if (at := _broken_at(line, encoding)) is not None:
+                    return f"{path}:{number}: byte 0x{line[at]:02x} {what}; {cure}"
+    return f"{path} {what} ({error}); {cure}"
+
 
 Records = Iterator[tuple[int | str, dict[str, Any]]]
 """Line or row numbers, or names of files, with rows."""
 
 
-def read_jsonl(path: Path, dialect: Dialect) -> Records:
-    """Each line's number and object; blank lines are skipped.  Raises DataError with file and line."""
-    for number, line, _, _ in json_lines(path, dialect):
-        yield number, _object(_parse(line.rstrip(), path, number), f"{path}:{number}")
-
-
 def read_json(path: Path, dialect: Dialect) -> Records:
-    """As `read_jsonl`; or the elements of one array, which is read whole, numbered from 1."""
-    if not is_array(path, dialect):
-        yield from read_jsonl(path, dialect)
-        return
-    text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
-    for number, value in enumerate(_parse(text, path, 1), start=1):
-        yield number, _object(value, f"{path}:{number}")
+    """Each line's number and object, without blank lines; or the elements of one array, which is read whole.
+
+    Raises DataError with file and line.
+    """
+    if is_array(path, dialect):
+        text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
+        values = enumerate(_parse(text, path, 1), start=1)
+    else:
+        values = ((number, _parse(line.rstrip(), path, number)) for number, line, _, _ in json_lines(path, dialect))
+    for number, value in values:
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise DataError(
+                f'{path}:{number}: a {kind} where a row must be an object like {{"text": "...", "label": 1}}'
+            )
+        yield number, value
 
 
 def is_array(path: Path, dialect: Dialect) -> bool:
@@ -64,23 +237,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"an object has the key {twice!r} twice")
     return row
-
-
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError(f'{place}: a {kind} where a row must be an object like {{"text": "...", "label": 1}}')
-    return value
-
-
-def read_parquet(path: Path, _: Dialect) -> Records:
-    """Each row with its number, from 1.  Raises DataError for a file that is not Parquet."""
-    number = 0
-    with parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
 
 
 @contextmanager
@@ -143,23 +299,19 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
                     if joined and not doubted and width and set(separators) == {width}:
-                        _doubt_quotes(f"{path}:{line}", reader.line_num - line)
-                        doubted = True
+                        # The separators alone would give other fields.
+                        further, doubted = reader.line_num - line, True
+                        does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
+                        cure = "if it belongs to the text, double it and put its field in quotes"
+                        if not further:
+                            raise DataError(f"{path}:{line}: a quote {does}; {cure}")
+                        warnings.warn(f"{path}:{line}: a quote {does}; {cure}", stacklevel=2)
                     yield line, fields, start, end
                 line, start = reader.line_num + 1, end
                 separators.clear()
     except csv.Error as exc:
         cure = 'put fields in "..." and double the quotes inside'
         raise DataError(f"{path}:{line}: broken record ({exc}); {cure}") from exc
-
-
-def _doubt_quotes(place: str, further: int) -> None:
-    """Raise or warn where a quote changes fields that the separators alone would give; it joins so many more lines."""
-    joins = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
-    text = f"{place}: a quote {joins}; if it belongs to the text, double it and put its field in quotes"
-    if not further:
-        raise DataError(text)
-    warnings.warn(text, stacklevel=3)
 
 
 @contextmanager
@@ -179,9 +331,10 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
 
 
 READERS: dict[str, Callable[[Path, Dialect], Records]] = {
-    ".jsonl": read_jsonl,
+    ".jsonl": read_json,
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
-    ".parquet": read_parquet,
 }
+"""Readers of text files; `parquet_file` is that of Parquet."""
+SUFFIXES = (*READERS, ".parquet")

@@ -1,70 +1,31 @@
-"""Decide which rows each split has, with columns and labels; leave out incomplete rows, and keep none in memory."""
+"""Decide which rows each split has, with columns and labels; leave out incomplete rows."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, is_missing, lacking, text_at
-from tsqlora.data.columns import Columns, find_columns, quoted
-from tsqlora.data.dialect import PLAIN, SNIFF, Hints
+from tsqlora.data.examples import Manner
 from tsqlora.data.formats import Format, find_format, pair_format
-from tsqlora.data.formats.chats import Manner
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.media import require_reader, why_unread
-from tsqlora.data.rows import ORDER, Rows, Source, open_splits
+from tsqlora.data.readers import SNIFF, Hints
+from tsqlora.data.rows import Columns, MissingError, Row, find_columns, is_missing, lacking, quoted, text_at
+from tsqlora.data.sources import ORDER, open_tables
+from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
 
-Lacks = Callable[[Rows, int], str | None]
-"""What row i lacks, in words; None for nothing."""
+Lacks = Callable[[Row], str | None]
+"""What a row lacks, in words; None for nothing."""
 _SHOWN = 5
 """Rows that a note lists for each reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Where the rows of each split are, and how to read them.
-
-    Args:
-        sources: the source of each split; a held-out validation split has that of the training rows.
-        places: the rows of each split in its source, ascending from 0.
-        labels: the classes; None for numbers and texts.
-        format: how rows become prompts and targets for text generation; None for other tasks.
-        notes: rows that were left out, and files whose encoding is a guess.
-    """
-
-    sources: Mapping[str, Source]
-    places: Mapping[str, np.ndarray]
-    columns: Columns
-    labels: LabelMap | None
-    format: Format | None = None
-    notes: tuple[str, ...] = ()
-
-    def chunks(self, split: str) -> Iterator[Rows]:
-        """The rows of a split in order, a chunk at a time."""
-        return self.sources[split].chunks(self.places[split])
-
-    def rows(self, split: str) -> Rows:
-        """The rows of a split, all in memory."""
-        return self.sources[split].read(self.places[split])
-
-    @property
-    def dialects(self) -> dict[str, str]:
-        """The dialect of each file that is a table or not UTF-8."""
-        dialects = {source.name: source.dialect for source in self.sources.values()}
-        return {name: str(dialect) for name, dialect in dialects.items() if dialect != PLAIN}
-
-    @property
-    def held_out(self) -> int:
-        """Rows of the training file that are the validation split."""
-        held = self.sources.get("validation") is self.sources["train"]
-        return len(self.places["validation"]) if held else 0
 
 
 def read_data(
@@ -79,101 +40,81 @@ def read_data(
     trusted: str | None = None,
     max_bad_rows: float = 0.0,
     hints: Hints = SNIFF,
-) -> Splits:
+    folder: Path | None = None,
+) -> dict[str, Table]:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
     `answer` is that of the task. `columns` are options of `find_format` if it is text, of `find_columns` if it is a
-    label; pairs have none, and none are held out. Every row is read and every label checked. Rows without a text or a
+    label; pairs have none, and none are held out. Every label is checked. Rows without a text or a
     label are left out, with a warning, up to the share `max_bad_rows` of a split. A test split beside the training rows
     that has no labels is left out, with a warning: benchmarks keep theirs secret. Raises DataError with file and row.
     """
-    sources = open_splits(train, validation, test, trusted, hints)
-    first = sources["train"]
-    format = None
+    tables = open_tables(train, validation, test, trusted, hints, folder)
+    first, format = tables["train"], None
     if answer in ("text", "pair"):
         find = pair_format if answer == "pair" else find_format
-        format = find(first.columns(), source=first.name, **columns)
-    used = (
-        format.columns
-        if format
-        else find_columns(first.columns(), source=first.name, tokens=answer == "tags", **columns)
-    )
-    sources = {name: source.with_files(asdict(used)) for name, source in sources.items()}
-    first = sources["train"]
+        format = find(first.names, source=first.name, **columns)
+        used = format.columns
+    else:
+        used = find_columns(first.names, source=first.name, tokens=answer == "tags", **columns)
+    tables = {name: table.using(used, format=format) for name, table in tables.items()}
     if used.label is None and format is None:
         raise DataError(
-            f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.columns())}; or "
-            "set task.type to causal-lm, for a model that writes text"
+            f"{first.name} has no label column; set data.label to one of its columns: "
+            f"{quoted(tables['train'].names)}; or set task.type to causal-lm, for a model that writes text"
         )
-    if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
-        warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
-        del sources["test"]
-    places, notes = _complete(sources, used, lacks_of(used, format, tags=answer == "tags"), max_bad_rows)
-    labels, groups = _labels(first, places["train"], used, answer)
-    if "validation" not in sources and answer != "pair":  # pairs are only scored, all of them
+    if test is None and "test" in tables and used.label is not None:
+        labels = (row.cells.get(used.label) for row in tables["test"])
+        if all(is_missing(label) or label in (-1, "-1") for label in labels):
+            warnings.warn(f"{tables['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
+            del tables["test"]
+    tables = {name: complete(table, max_bad_rows, tags=answer == "tags") for name, table in tables.items()}
+    classes, groups = _classes(tables["train"], answer)
+    if "validation" not in tables and answer != "pair":  # pairs are only scored, all of them
+        both = tables["train"]
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
-        sources["validation"] = first
-        places |= {"train": places["train"][~out], "validation": places["train"][out]}
-    ordered = [name for name in ORDER if name in sources]
-    return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, used, labels, format, notes)
+        tables |= {n: replace(both, ids=both.ids[mask]) for n, mask in (("train", ~out), ("validation", out))}
+    return {name: replace(tables[name], classes=classes) for name in ORDER if name in tables}
 
 
-def one_split(
-    name: str, source: Source, columns: Columns, labels: LabelMap | None, format: Format | None, max_bad_rows: float
-) -> Splits:
-    """A single split of all complete rows of a source, with given columns, classes and format."""
-    tags = labels is not None and labels.answer == "tags"
-    places, notes = _complete({name: source}, columns, lacks_of(columns, format, tags=tags), max_bad_rows)
-    return Splits({name: source}, places, columns, labels, format, notes)
+def held_out_rows(tables: Mapping[str, Table]) -> int:
+    """Rows of the training file that are the validation split."""
+    validation = tables.get("validation")
+    return len(validation) if validation is not None and validation.stored is tables["train"].stored else 0
 
 
-def _complete(
-    sources: Mapping[str, Source], columns: Columns, lacks: Lacks, most: float
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The places of each source's complete rows, and notes about the others, which are warnings too."""
-    results = {name: _complete_rows(source, columns, lacks, most=most) for name, source in sources.items()}
-    left_out = [note for _, note in results.values() if note is not None]
-    for note in left_out:
-        warnings.warn(note, stacklevel=4)
-    unsure = (source.dialect.note(source.name) for source in sources.values())
-    notes = dict.fromkeys([*(note for note in unsure if note is not None), *left_out])
-    return {name: places for name, (places, _) in results.items()}, tuple(notes)
-
-
-def _complete_rows(source: Source, columns: Columns, lacks: Lacks, *, most: float) -> tuple[np.ndarray, str | None]:
-    """Places of the rows with text and label (or prompt and target), and a note about the others.
+def complete(table: Table, most: float, *, tags: bool) -> Table:
+    """The rows with text and label (or prompt and target); a note and a warning tell about the others.
 
     Raises DataError if the others are more than the share `most`.
     """
-    count = 0
-    bad, places = dict[str, list[int | str]](), list[np.ndarray]()
-    for rows in source.chunks():
-        reasons = [lacks(rows, i) for i in range(len(rows))]
-        for i, reason in enumerate(reasons):
-            if reason is not None:
-                bad.setdefault(reason, []).append(rows.numbers[i])
-        places.append(rows.ids[[reason is None for reason in reasons]])
-        count += len(rows)
-    complete = np.concatenate(places)
-    if (left_out := count - len(complete)) == 0:
-        return complete, None
-    if left_out > most * count:
-        require_columns(source, columns, bad)
+    lacks, bad = lacks_of(table.columns, table.format, tags=tags), dict[str, list[int | str]]()
+    retained = np.ones(len(table), dtype=np.bool_)
+    for j, row in enumerate(table):
+        if (reason := lacks(row)) is not None:
+            bad.setdefault(reason, []).append(row.number)
+            retained[j] = False
+    if (left_out := int((~retained).sum())) == 0:
+        return table
+    if left_out > most * len(table):
+        require_columns(table, bad)
         raise DataError(
-            f"{source.name}: {left_out:,} of {count:,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
-            f"allows: {listed(bad, source.name)}; fill them in, or raise it"
+            f"{table.name}: {left_out:,} of {len(table):,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
+            f"allows: {listed(bad, table.name)}; fill them in, or raise it"
         )
-    return complete, f"{source.name}: {left_out:,} of {count:,} rows are left out: {listed(bad, source.name)}"
+    note = f"{table.name}: {left_out:,} of {len(table):,} rows are left out: {listed(bad, table.name)}"
+    warnings.warn(note, stacklevel=3)
+    return replace(table, ids=table.ids[retained], notes=(*table.notes, note))
 
 
-def require_columns(source: Source, columns: Columns, bad: Iterable[str]) -> None:
+def require_columns(table: Table, bad: Iterable[str]) -> None:
     """Raise DataError if one of these reasons is a column that no row has."""
-    names = source.columns()
-    for column in (columns.text, columns.text_pair, columns.label):
-        if column is not None and column not in names and any(f"column '{column}'" in reason for reason in bad):
+    used = table.columns
+    for column in (used.text, used.text_pair, used.label):
+        if column is not None and column not in table.names and any(f"column '{column}'" in reason for reason in bad):
             raise DataError(
-                f"{source.name} has no column '{column}', which the training rows have; rename one of its columns: "
-                f"{quoted(names)}"
+                f"{table.name} has no column '{column}', which the training rows have; rename one of its columns: "
+                f"{quoted(table.names)}"
             )
 
 
@@ -192,26 +133,25 @@ def listed(bad: Mapping[str, list[int | str]], source: str) -> str:
 
 
 def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, tags: bool = False) -> Lacks:
-    """A function of rows and i that says what row i lacks, with `answers` also a label or target; None for nothing.
+    """A function that says what a row lacks, with `answers` also a label or target; None for nothing.
 
     With `tags` a row lacks something, too, if it has not one tag for each token.
     """
-    if columns.media:
-        require_reader(columns.media)
-        return partial(_lacks_file, columns=columns, answers=answers)
-    if tags:
-        return partial(_lacks_tags, columns=columns, answers=answers)
-    if format is None:
-        used = {columns.text: "text", columns.text_pair: "text", columns.label if answers else None: "label"}
-        needed = {column: what for column, what in used.items() if column is not None}
-        return lambda rows, i: lacking(rows.rows[i], needed)
-    target = {} if columns.label is None or not answers else {columns.label: "target"}
+    media, text, label = columns.media, columns.text, columns.label if answers else None
+    if media:
+        require_reader(media)
+    used = {text: "file" if media else "text", columns.text_pair: "text", label: "label"}
+    needed = {column: what for column, what in used.items() if column is not None}
 
-    def lacks(rows: Rows, i: int) -> str | None:
+    def lacks(row: Row) -> str | None:
+        if tags:
+            return _lacks_tags(row.cells.get(text), row.cells.get(label or ""), columns, answers=answers)
+        if format is None:
+            return lacking(row.cells, needed) or (why_unread(text_at(row, text), media) if media else None)
         try:
-            format.read(rows, i, Manner(seq2seq=False, chat=False, targets=answers))
+            format.read(row, Manner(seq2seq=False, chat=False, targets=answers))
         except MissingError as error:
-            return lacking(rows.rows[i], target) or error.what
+            return lacking(row.cells, {} if label is None else {label: "target"}) or error.what
         except DataError:  # tokenising raises it again, in the model's own manner
             pass
         return None
@@ -219,14 +159,7 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
     return lacks
 
 
-def _lacks_file(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str | None:
-    row, media = rows.rows[i], columns.media or ""
-    needed = {columns.text: "file"} | ({columns.label: "label"} if answers and columns.label else {})
-    return lacking(row, needed) or why_unread(text_at(rows, i, columns.text), media)
-
-
-def _lacks_tags(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str | None:
-    tokens, tags = (rows.rows[i].get(name) for name in (columns.text, columns.label or ""))
+def _lacks_tags(tokens: Any, tags: Any, columns: Columns, *, answers: bool) -> str | None:
     if is_missing(tokens) or tokens == []:
         return f"no tokens in column '{columns.text}'"
     if not answers:
@@ -238,47 +171,37 @@ def _lacks_tags(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str |
     return None  # reading anything but lists raises an error
 
 
-def _lacks_labels(source: Source, column: str | None) -> bool:
-    if column is None:
-        return False
-    values = (row.get(column) for rows in source.chunks() for row in rows.rows)
-    return all(is_missing(value) or value in (-1, "-1") for value in values)
-
-
-def _labels(source: Source, places: np.ndarray, columns: Columns, answer: str) -> tuple[LabelMap | None, np.ndarray]:
-    """The classes of the rows at these places, and the number of each row's class; all 0 without a single class."""
-    parts, column = source.chunks(places), columns.label
+def _classes(table: Table, answer: str) -> tuple[LabelMap | None, np.ndarray]:
+    """The classes of the rows, and the number of each row's class; all 0 without a single class."""
+    name, column = table.name, table.columns.label
     if answer == "number" and column is not None:
-        for rows in parts:
-            encode_targets(rows, column)
+        encode_targets(table, column)
     if answer in ("number", "text", "pair") or column is None:
-        return None, np.zeros(len(places), dtype=np.int32)
-    values, groups = distinct_labels(parts, column, answer)
-    classes = classes_of(values, source.name, column, answer)
+        return None, np.zeros(len(table), dtype=np.int32)
+    values, groups = distinct_labels(table, column, answer, typed=table.typed)
+    classes = classes_of(values, name, column, answer)
+    notes = list[str]()
     if are_measures(classes.names):
-        warnings.warn(
-            f"{source.name}: the labels in column '{column}' are numbers with decimals, and each of "
-            f"{len(classes.names)} becomes a class; set task.type to regression if they are measurements",
-            stacklevel=3,
+        notes.append(
+            f"the labels in column '{column}' are numbers with decimals, and each of {len(classes.names)} becomes a "
+            "class; set task.type to regression if they are measurements"
         )
     if answer == "tags" and isinstance(classes.names[0], int):
-        warnings.warn(
-            f"{source.name}: the tags in column '{column}' are numbers without names, so span_f1 counts equal "
-            "neighbours as spans, also those outside; write names, with O for outside",
-            stacklevel=3,
+        notes.append(
+            f"the tags in column '{column}' are numbers without names, so span_f1 counts equal neighbours as spans, "
+            "also those outside; write names, with O for outside"
         )
     if classes.names[0] == -1 and 0 in classes.names:
-        warnings.warn(
-            f"{source.name}: the label -1 in column '{column}' is a class like any other; remove its rows if it means "
-            "no label",
-            stacklevel=3,
+        notes.append(
+            f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
         )
     for alike in look_alikes(classes.names):
-        warnings.warn(
-            f"{source.name}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as "
-            f"{len(alike)} classes; write them alike if they are one",
-            stacklevel=3,
+        notes.append(
+            f"the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as {len(alike)} "
+            "classes; write them alike if they are one"
         )
+    for note in notes:
+        warnings.warn(f"{name}: {note}", stacklevel=3)
     return classes, groups
 
 
@@ -293,20 +216,14 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
     most = [size - 1 for size in sizes]
     if sum(most) < 1:
         raise DataError(f"{source} has too few rows to hold out validation rows; set data.validation")
+    shares = [size * fraction for size in sizes]
+    quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
+    for _ in range(min(max(1, round(sum(shares))), sum(most)) - sum(quotas)):
+        below = [j for j in range(len(sizes)) if quotas[j] < most[j]]
+        quotas[max(below, key=lambda j: shares[j] - quotas[j])] += 1
     # Not a stream of `seeds`: other draws would move validation rows of older runs into training.
     rng = np.random.default_rng(seed)
     out = np.zeros(len(groups), dtype=np.bool_)
-    for group, count in enumerate(_quotas(sizes, most, fraction)):
+    for group, count in enumerate(quotas):
         out[rng.permutation(np.flatnonzero(groups == group))[:count]] = True
     return out
-
-
-def _quotas(sizes: Sequence[int], most: Sequence[int], fraction: float) -> list[int]:
-    """Rows that each group gives: floors of the shares, then the largest remainders."""
-    shares = [size * fraction for size in sizes]
-    quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
-    total = min(max(1, round(sum(shares))), sum(most))
-    while sum(quotas) < total:
-        open_groups = [j for j in range(len(sizes)) if quotas[j] < most[j]]
-        quotas[max(open_groups, key=lambda j: shares[j] - quotas[j])] += 1
-    return quotas

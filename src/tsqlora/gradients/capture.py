@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tsqlora.compat.torch import is_view
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import LayerGradient
-from tsqlora.gradients.layers import call_input
-from tsqlora.gradients.sites import Site, seen, stepped_output
+from tsqlora.gradients.sites import Site, call_input, seen, stepped_output
 
 Consume = Callable[[str, Tensor, Tensor], None]
 """(site, a: n × t × i, or for an Embedding indices n × t, b: n × t × o)."""

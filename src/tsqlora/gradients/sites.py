@@ -3,11 +3,16 @@
 A site is a weight (and bias) with the modules that use it. Sites of trainable parameters are LoRA's A and B, which PEFT
 stores as two linear layers, the task head, and other unfrozen layers. A target site is the frozen weight of a target
 layer, captured at the whole LoRA layer.
+
+Three kinds of layers. Linear (nn.Linear, and transformers' Conv1D, whose weight is transposed): inputs a. Gain
+(LayerNorm, RMSNorm, any layer that is affine in a vector with one weight per feature): the normalised input. Lookup
+(Embedding): the indices.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeGuard, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.compat.bitsandbytes import dequantised, is_packed_for_inference, linear_bits
 from tsqlora.compat.peft import dequantize_module_weight, has_variant, lora_matrices
 from tsqlora.compat.shapes import Float
+from tsqlora.compat.torch import with_weight
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear, Lookup
-from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of
+from tsqlora.gradients.ghost import LINEAR, Gain, Kind, LayerGradient, Linear, Lookup
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Parts(TypedDict):
@@ -138,7 +145,12 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
     """Return W + s·BA of a LoRA layer, dequantised; with `every` = k only every k-th output."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
-    weight: Tensor = _dequantised(base)
+    if is_packed_for_inference(base):
+        raise UnsupportedError(
+            "bitsandbytes has packed a 4-bit weight for CPU inference, which blocks gradients; reload the model and "
+            "wrap it before its first evaluation"
+        )
+    weight: Tensor = dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
     weight = (weight.T if isinstance(base, Conv1D | nn.Embedding) else weight)[::every]
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
@@ -148,15 +160,6 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
                     scale: float = cast(Any, layer).scaling[adapter]
                     weight = weight + (scale * (up[::every] @ down)).to(weight.dtype)
     return weight
-
-
-def _dequantised(base: nn.Module) -> Tensor:
-    if is_packed_for_inference(base):
-        raise UnsupportedError(
-            "bitsandbytes has packed a 4-bit weight for CPU inference, which blocks gradients; reload the model and "
-            "wrap it before its first evaluation"
-        )
-    return dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
 
 
 def batch_coupled(model: nn.Module) -> list[str]:
@@ -209,3 +212,87 @@ def _refuse_unseen(modules: list[tuple[str, nn.Module]], seen: set[tuple[int, in
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield named_modules(), with a type."""
     yield from cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Return how the gradient of a layer's weight and bias follows from one call; None for an unsupported layer."""
+    if is_linear(module):
+        return Linear()
+    if is_embedding(module):
+        return Lookup(module.num_embeddings)
+    return Gain() if _is_affine(module) else None
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether the layer computes y = x Wᵀ + b; a subclass with another forward does not count."""
+    kinds: tuple[Any, ...] = (nn.Linear, Conv1D)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether the layer only looks up rows: max_norm changes them, scale_grad_by_freq couples samples."""
+    return (
+        isinstance(module, nn.Embedding)
+        and type(module).forward is nn.Embedding.forward
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+
+
+def input_of(module: nn.Module, kind: Kind, x: Tensor, samples: int, name: str) -> Tensor:
+    """Return the input that a gradient of this kind needs from a call on x: n × t × i, or indices n × t.
+
+    Raises UnsupportedError for inputs whose first dimension is not the batch.
+    """
+    if is_embedding(module):
+        return by_sample(x.unsqueeze(-1), samples, name).squeeze(-1)
+    return by_sample(_without_gain(module, x, name) if isinstance(kind, Gain) else x, samples, name)
+
+
+def output_gradient_of(module: nn.Module, x: Tensor, grad: Tensor, samples: int, name: str) -> Tensor:
+    """Return the gradient as n × t × o; zero for an Embedding's padding index, whose row does not train."""
+    b = by_sample(grad, samples, name)
+    if is_embedding(module) and module.padding_idx is not None:
+        b = b.masked_fill((x == module.padding_idx).reshape(*b.shape[:2], 1), 0)
+    return b
+
+
+def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the first argument of a call, positional or by keyword."""
+    return next(iter((*args, *kwargs.values())))
+
+
+def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
+    """Reshape x to n × t × features: all dimensions between the first and the last are tokens."""
+    if x.dim() < 2 or x.shape[0] != samples:
+        raise UnsupportedError(
+            f"{name} is called on a tensor of shape {tuple(x.shape)} in a batch of {samples}, which mixes samples; "
+            "give the layer inputs whose first dimension is the batch"
+        )
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether the layer may be affine in a vector of weights; scoring measures whether it is (quality/exact.py)."""
+    if isinstance(module, BATCH_NORMS) or list(module.children()):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() - {"weight", "bias"} or any(p.dim() != 1 for p in own.values()):
+        return False
+    return "weight" in own and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _without_gain(module: nn.Module, x: Tensor, name: str) -> Tensor:
+    """Return ∂y/∂weight of a layer that is affine in its weight: its output at weight 1 minus that at 0."""
+    weight: Tensor = module.get_parameter("weight")
+    if x.shape[-1] != len(weight):
+        raise UnsupportedError(
+            f"{name} ({type(module).__name__}) has {len(weight)} weights for an input of shape {tuple(x.shape)}, "
+            "not one per feature, so that its gradient per sample is not exact; freeze it"
+        )
+    with torch.no_grad():
+        ones, zeros = (
+            with_weight(module, fill(weight)).forward(x.to(weight)) for fill in (torch.ones_like, torch.zeros_like)
+        )
+    return ones - zeros

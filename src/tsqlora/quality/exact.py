@@ -70,15 +70,27 @@ def require_exact(
     with torch.no_grad():
         before = calibrated(model, inputs, task, offsets)
         before = before if before.dim() == 2 else sample_losses(task, before, labels)
-    own = _parameters(sites)
-    logits, losses, grads = backward(model, inputs, labels, task, offsets, sites, consume, tuple(p for _, p in own))
+    modules = [(name, module) for name, site in sites.items() for module in site.modules]
+    # Of each parameter that trains, once, the name of its site.
+    own = {p: name for name, module in modules for p in module.parameters() if p.requires_grad}
+    logits, losses, grads = backward(model, inputs, labels, task, offsets, sites, consume, tuple(own))
     error, scale = float(((losses if logits is None else logits) - before).abs().max()), float(before.abs().max())
     if error > tolerance * scale:
         raise UnsupportedError(
             f"two forward passes of one batch differ by {error / (scale or 1):.1%}: the model is random even without "
             "dropout; turn off its other randomness"
         )
-    _require_complete(summed, [(name, grad) for (name, _), grad in zip(own, grads, strict=True)], tolerance)
+    truth = dict.fromkeys(own.values(), 0.0)
+    for name, grad in zip(own.values(), grads, strict=True):
+        truth[name] += 0.0 if grad is None else float(double(grad).square().sum())
+    largest = max(truth.values(), default=0.0) ** 0.5
+    for name, square in truth.items():
+        expected, seen = square**0.5, float(summed[name].norm_sq()) ** 0.5 if name in summed else 0.0
+        if abs(seen - expected) > tolerance * expected + 1e-3 * tolerance * largest:
+            raise UnsupportedError(
+                f"{name} is used outside of its own forward (a fused or functional call), so that its gradient per "
+                "sample is not exact; freeze it"
+            )
     norm = total_over_sites(norms, losses).sqrt()
     norms.clear()
     row = int(norm.argmax())
@@ -90,32 +102,3 @@ def require_exact(
             f"one sample's gradient norm is {own_norm:.4g} in a batch of {len(labels)}, but {alone_norm:.4g} alone: "
             "the model or the loss couples the samples of a batch; remove batch statistics"
         )
-
-
-def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters of the sites' layers once each, with the site's name."""
-    return list(
-        {
-            id(parameter): (site.name, parameter)
-            for site in sites.values()
-            for module in site.modules
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        }.values()
-    )
-
-
-def _require_complete(
-    captured: Mapping[str, MeanGradient], by_autograd: list[tuple[str, Tensor | None]], tolerance: float
-) -> None:
-    truth: dict[str, float] = {}
-    for name, grad in by_autograd:
-        truth[name] = truth.get(name, 0.0) + (0.0 if grad is None else float(double(grad).square().sum()))
-    largest = max(truth.values(), default=0.0) ** 0.5
-    for name, square in truth.items():
-        expected, seen = square**0.5, float(captured[name].norm_sq()) ** 0.5 if name in captured else 0.0
-        if abs(seen - expected) > tolerance * expected + 1e-3 * tolerance * largest:
-            raise UnsupportedError(
-                f"{name} is used outside of its own forward (a fused or functional call), so that its gradient per "
-                "sample is not exact; freeze it"
-            )

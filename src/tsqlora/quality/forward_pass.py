@@ -1,8 +1,12 @@
-"""One forward pass without dropout: losses, logits, and the input of the task's last linear layer."""
+"""One forward pass without dropout: losses, logits, and the input of the task's last linear layer.
 
+For preference pairs first a pass of the reference model, whose log-ratios are a part of the loss.
+"""
+
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tsqlora import distributed
 from tsqlora.compat.peft import without_zero_updates
-from tsqlora.compat.shapes import Float
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import halves, retry_on_oom
-from tsqlora.quality.passes import HALF, Columns, Journal, identity_of, run_batches
+from tsqlora.quality.passes import HALF, Columns, parts_of, run_pass
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
-from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.rule import Compute, LookRequest, RowNames
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import (
     Batch,
@@ -63,7 +67,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
-    """Results of the pass for every row, in the data set's order."""
+    """Results of the pass for every row, in the data set's order.
+
+    Only the first process has features, dense inputs and means; in the others these have no rows.
+    """
 
     labels: np.ndarray
     """Class ids, n × k of 0 and 1, or numbers; for text and tags the number of tokens with a target."""
@@ -89,26 +96,23 @@ def forward_pass(
     rows: RowNames | None = None,
     mean: bool = False,
     kind: str = "row",
-) -> tuple[Forward | None, Head | None]:
-    """Run the pass; return its results in the first process, and the head in all.
+) -> tuple[Forward, Head | None]:
+    """Run the pass, in all processes; return its results and the head.
 
     `collate` must give each sample a row. With `mean` the rows' mean hidden states are recorded, too. Raises DataError
     for a label that the loss cannot use; `kind` says which rows they are.
     """
     rows = rows or RowNames()
     lengths = distributed.together(lambda: lengths_of(dataset) if rows.lengths is None else rows.lengths)
-    batches = sorted_batches(lengths, compute.batch_size)
     exact = precision(next(model.parameters()).device, compute.autocast, cache=False)
     # In evaluation mode the global generators are restored: rows may draw random numbers, as augmentation does.
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
-        head = first = journal = None
+        head = first = None
         if isinstance(task, Answers):
             # If one process cannot read its rows, all raise the error.
-            head, first = distributed.together(lambda: read_head(model, dataset, batches[0], collate, task))
-        if compute.journal is not None:
-            settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
-            settings |= {"autocast": str(compute.autocast), "mean": mean}
-            journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), lengths, [], settings))
+            longest = sorted_batches(lengths, compute.batch_size)[0]
+            head, first = distributed.together(lambda: read_head(model, dataset, longest, collate, task))
+        parts = parts_of(model, compute, "forward", rows.hashes, list(lengths), task, mean)
 
         def measure(indices: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
@@ -117,8 +121,8 @@ def forward_pass(
             columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
-        columns = run_batches(measure, batches, dataset, collate, compute, phase="look", journal=journal, first=first)
-    return (Forward(**columns) if distributed.is_first() else None), head
+        how = {"lengths": lengths, "phase": "look", "first": first, "parts": parts, "shared": True}
+        return Forward(**run_pass(model, measure, dataset, collate, compute, **how)), head
 
 
 def _columns(
@@ -230,19 +234,16 @@ def hidden_states(model: nn.Module | None, *, early: bool = False, middle: bool 
         if isinstance(state, Tensor):
             states.append(state.detach())
 
-    body = inner.base_model
-    hook = (_middle_block(body) if middle else body).register_forward_hook(record)
+    watched: nn.Module = inner.base_model
+    if middle:  # the block halfway up the decoder, or up the only stack; the body itself if it has no blocks
+        watched = getattr(watched, "decoder", watched)
+        blocks = transformer_blocks(watched, [name for name, _ in watched.named_parameters()])
+        watched = watched.get_submodule(blocks[(len(blocks) - 1) // 2]) if blocks else inner.base_model
+    hook = watched.register_forward_hook(record)
     try:
         yield states
     finally:
         hook.remove()
-
-
-def _middle_block(body: nn.Module) -> nn.Module:
-    """The block halfway up the decoder, or up the only stack; the body itself if it has no blocks."""
-    stack = getattr(body, "decoder", body)
-    blocks = transformer_blocks(stack, [name for name, _ in stack.named_parameters()])
-    return stack.get_submodule(blocks[(len(blocks) - 1) // 2]) if blocks else body
 
 
 def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:
@@ -279,3 +280,38 @@ def _dense_before(calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"
             if torch.allclose(activation(output).to(features), features, atol=1e-5):
                 return module, name
     return None, "identity"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Rows with the log-ratio of the reference model, as `reference`."""
+
+    rows: Dataset
+    reference: Float[np.ndarray, " n"]
+    tokens: Int[np.ndarray, " n"]
+    """Target tokens of both answers."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        return {**self.rows[i], "reference": float(self.reference[i])}
+
+    def forward(self) -> Forward:
+        """Return the result of a forward pass of the reference model itself."""
+        return Forward(self.tokens, np.full(len(self), math.log(2), dtype=np.float32))
+
+
+def with_reference(model: nn.Module, request: LookRequest) -> LookRequest:
+    """Take the model as it stands for the reference, and measure its log-ratios of all rows in a forward pass."""
+
+    def measured(dataset: Dataset, **options: Any) -> Pairs:
+        forward, _ = forward_pass(model, dataset, request.collate, task=request.task, **options)
+        assert forward.logits is not None
+        return Pairs(dataset, forward.logits[:, 0], forward.labels)
+
+    compute, trusted = request.compute, request.trusted
+    pool = measured(request.dataset, compute=compute, rows=request.rows)
+    if trusted is not None:
+        trusted = replace(trusted, rows=measured(trusted.rows, compute=replace(compute, parts=None, progress=None)))
+    return replace(request, dataset=pool, trusted=trusted)

@@ -1,7 +1,7 @@
 """One pass with gradients: every sample's terms, exactly, in batches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool
-from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.capture import stepped
 from tsqlora.gradients.eval_mode import eval_mode
@@ -18,7 +17,7 @@ from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.sites import Site, find_sites
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_exact
-from tsqlora.quality.passes import Columns, Journal, identity_of, run_batches
+from tsqlora.quality.passes import Columns, parts_of, run_pass
 from tsqlora.quality.reference import (
     Reference,
     backward,
@@ -28,23 +27,15 @@ from tsqlora.quality.reference import (
     sample_losses,
     total_over_sites,
 )
-from tsqlora.quality.rows import batches_of, lengths_of, reference_rows
-from tsqlora.quality.rule import LookRequest, needs_gradients, terms_of_batch
+from tsqlora.quality.rows import lengths_of, reference_rows
+from tsqlora.quality.rule import LookRequest, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, precision, require_usable, split_labels
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Measurements:
-    """The terms of every row, in the data set's order, and a record of how they were measured."""
-
-    columns: dict[str, np.ndarray]
-    record: dict[str, Any]
-
-
-def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
-    """Measure the rule's terms for every sample with the model as it is.
+def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the rule's terms of every row, with the model as it is, and a record of how they were measured.
 
     The reference is measured first: `convergence` compares with its mean gradient.
     """
@@ -52,32 +43,33 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
     task, rule, compute = request.task, request.rule, request.compute
     own, samples = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
     lengths = distributed.together(lambda: lengths_of(dataset) if names.lengths is None else names.lengths)
-    batches = sorted_batches(lengths, compute.batch_size)
-    device = next(model.parameters()).device
-    # Without the scaling of losses, gradients of single rows are zeros in float16.
-    autocast = None if compute.autocast is torch.float16 else compute.autocast
-    with eval_mode(model), precision(device, autocast, cache=False):
-        first = distributed.together(lambda: [*batches_of(samples, collate, compute.batch_size)])
-        terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.later}
-        sites = find_sites(model) if needs_gradients(terms) else {}
-        journal = None if compute.journal is None else _journal(model, request, lengths, terms, first, own)
+    if compute.autocast is torch.float16:  # without the scaling of losses, gradients of single rows are zeros
+        compute = replace(compute, autocast=None)
+    one_process = replace(compute, parts=None, progress=None, workers=0)
+    with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
+        batch = distributed.together(lambda: collate(samples[: compute.batch_size]))
+        terms = {name: term for name, term in terms_of_batch(rule, task, batch).items() if not term.later}
+        sites = find_sites(model)
 
-        def settle(size: int) -> Reference:
-            parts = first if size == compute.batch_size else [*batches_of(samples, collate, size)]
-            return _settle(model, parts, task, sites, len(samples), rule.calibration)
+        def settle() -> Reference:
+            """Measure what the reference settles for all rows: calibration, mean gradient and step size."""
+            offsets = calibrate(model, samples, collate, task, one_process) if rule.calibration else None
+            exact = lambda size: require_exact(model, collate(samples[:size]), task, sites, offsets)  # noqa: E731
+            retry_on_oom(exact, halves(len(samples[: compute.batch_size])))
+            reference = measure_reference(model, samples, collate, task, sites, offsets, one_process)
+            # Through main memory, since each process has its own device.
+            return reference.to(torch.device("cpu")) if distributed.active() else reference
 
-        reference = None if journal is None else journal.reference(device)
-        if reference is None:
-            reference = distributed.once(lambda: retry_on_oom(settle, halves(compute.batch_size)))
-            if journal is not None:
-                journal.save_reference(reference)
-            reference = reference.to(device)
+        reference = distributed.once(settle).to(next(model.parameters()).device)
 
         def measure_batch(indices: np.ndarray, batch: Batch) -> Columns:
             in_reference = torch.from_numpy(np.isin(indices, own))
             return measured_columns(model, batch, task, sites, reference, in_reference, terms)
 
-        columns = run_batches(measure_batch, batches, dataset, collate, compute, phase="scoring", journal=journal)
+        values = (names.hashes, list(lengths), list(terms), rule.calibration, rule.seed, own, task)
+        parts = parts_of(model, compute, "terms", *values, batches=map(collate, [samples]))
+        how = {"lengths": lengths, "phase": "scoring", "parts": parts, "shared": True}
+        columns = run_pass(model, measure_batch, dataset, collate, compute, **how)
     record = {
         "seed": rule.seed,
         "eta": reference.eta if reference.mean else None,
@@ -85,39 +77,9 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
         "reference_norm": reference.norm if reference.mean else None,
         "reference_rows": reference.rows,
         "reference": list(own),
-        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "autocast": None if compute.autocast is None else str(compute.autocast).removeprefix("torch."),
     }
-    return Measurements(columns, record)
-
-
-def _journal(
-    model: nn.Module,
-    request: LookRequest,
-    lengths: Sequence[int],
-    terms: Mapping[str, Term],
-    reference: Sequence[Batch],
-    own: Sequence[int],
-) -> Journal:
-    rule, compute = request.rule, request.compute
-    assert compute.journal is not None
-    settings = {"terms": list(terms), "calibration": rule.calibration}
-    settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
-    settings |= {"reference": list(own), "task": repr(request.task)}
-    identity = identity_of(model, request.rows.hashes or (), lengths, reference, settings)
-    return Journal(compute.journal / "terms", identity)
-
-
-def _settle(
-    model: nn.Module, batches: Sequence[Batch], task: Task, sites: Mapping[str, Site], rows: int, calibration: bool
-) -> Reference:
-    """Measure what the reference settles for all rows: calibration, mean gradient and step size."""
-    offsets = calibrate(model, batches, task, enabled=calibration)
-    if not sites:
-        return Reference({}, norm=0.0, eta=0.0, rows=rows, offsets=offsets)
-    require_exact(model, batches[0], task, sites, offsets)
-    reference = measure_reference(model, batches, task, sites, offsets)
-    # Through main memory, since each process has its own device.
-    return reference.to(torch.device("cpu")) if distributed.active() else reference
+    return columns, record
 
 
 def measured_columns(

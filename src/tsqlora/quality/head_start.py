@@ -1,6 +1,11 @@
-"""The head start: before the first step, fit the head on features and install it if it is better."""
+"""The head start: before the first step, fit the head on features and install it if it is better.
 
-from collections.abc import Callable
+The learned test compares the losses of the better head with those of a constant guess: gradients of a model at chance
+carry no information.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,20 +16,23 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Shaped
-from tsqlora.quality.fallback import LearnedTest, against_chance, learned, require_finite
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
+from tsqlora.compat.torch import double
+from tsqlora.errors import TsqLoraError
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, Pairs, forward_pass
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
-from tsqlora.quality.pairs import Pairs
-from tsqlora.quality.passes import empty
+from tsqlora.quality.passes import Columns, empty, run_pass
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
-from tsqlora.quality.rule import LookRequest, needs_probe
+from tsqlora.quality.rule import Compute, LookRequest, needs_probe
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import Batch, Collate, model_logits, require_labels, split_labels
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.tokens import TokenClassification
 
+MARGIN = 2.0
+"""Standard errors by which the model's mean loss must beat a constant guess."""
 ROWS_TO_FIT = 50_000
 """Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
 ROWS_OF_TAGS = 1_000
@@ -37,6 +45,87 @@ or order of numbers: a head of large norm slows the learning of the features (To
 without a bias keeps its scale, since it could not keep their mean."""
 WHITENED_STD = 0.5
 """Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedTest:
+    """A one-sided paired test of the model's losses against those of a constant guess."""
+
+    rows: int
+    loss: float
+    chance: float
+    standard_errors: float
+
+    @property
+    def passed(self) -> bool:
+        return self.standard_errors > MARGIN
+
+    @property
+    def message(self) -> str:
+        """Why the test failed, with the numbers."""
+        if self.chance < 1e-9:
+            return f"all {self.rows} rows have the same label, so that a constant guess is perfect"
+        return (
+            f"the model's loss on {self.rows} rows is {self.loss:.4f}, a constant guess's is {self.chance:.4f}: "
+            f"{self.standard_errors:.1f} standard errors below, and more than {MARGIN:g} are needed"
+        )
+
+
+def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
+    """Return the mean of the paired differences chance − loss in standard errors.
+
+    n is at least 2.  Raises TsqLoraError for losses that are not finite.
+    """
+    difference = double(chance - losses)
+    require_finite(difference)
+    mean = float(difference.mean())
+    # Not below rounding: identical rows would be infinitely many errors away.
+    error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
+    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+
+
+def require_finite(losses: Float[Tensor, " n"]) -> None:
+    """Raise TsqLoraError where a loss is not finite."""
+    if bad := int((~losses.isfinite()).sum()):
+        raise TsqLoraError(
+            f"{bad} of {len(losses)} losses are not finite; lower training.learning_rate or use another dtype"
+        )
+
+
+def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> LearnedTest:
+    """Test a model's losses against those of the best constant guess on the same rows."""
+    constant = task.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
+    return learned(task.loss(logits, labels), task.loss(constant, labels))
+
+
+def is_ready(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> bool:
+    """Whether a model's gradients on these rows carry information: it generates text, or beats a constant guess.
+
+    Raises UnsupportedError or DataError for a model or rows without what the task's loss needs.
+    """
+
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
+        inputs, labels = split_labels(batch, model)
+        require_labels(task, labels)
+        logits = model_logits(model, inputs, task)
+        return {"logits": logits.numpy(force=True), "labels": labels.numpy(force=True)} if answers else {}
+
+    answers, rows = isinstance(task, Answers), list(rows)
+    some = rows if answers else rows[:batch_size]
+    with torch.no_grad():
+        columns = run_pass(model, measure, some, collate, Compute(batch_size, autocast))
+    if not isinstance(task, Answers):
+        return True
+    logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
+    return len(labels) > 1 and against_chance(task, logits, labels).passed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,20 +164,23 @@ class HeadStart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Started:
-    """A model with its head start, and the forward passes before it, which only the first process has."""
+    """A model with its head start, and the forward passes before it."""
 
     head: HeadStart | None
     """None if the model has no head to fit."""
     layer: Head | None
-    pool: Forward | None
+    pool: Forward
     trusted: Forward | None
     undo: Callable[[], None] = lambda: None
     """Restores the model's own head."""
 
     @property
     def logits(self) -> Float[np.ndarray, "n k"] | None:
-        """Logits of every row of the pool with the head that training begins with; None for generation."""
-        if self.pool is None or self.pool.logits is None:
+        """Logits of every row of the pool with the head that training begins with; None for generation.
+
+        In the first process, which has the features.
+        """
+        if self.pool.logits is None:
             return None
         if self.head is None or self.layer is None or not self.head.replaces:
             return self.pool.logits.astype(np.float32)  # large columns are in half precision
@@ -100,7 +192,7 @@ class Started:
         Those of a fitted head are out of fold.
         """
         pool, head = self.pool, self.head
-        if pool is None or pool.logits is None or not isinstance(task, Answers) or len(pool.labels) < 2:
+        if pool.logits is None or not isinstance(task, Answers) or len(pool.labels) < 2:
             return None
         labels, logits = torch.from_numpy(pool.labels), self.logits
         assert logits is not None
@@ -136,7 +228,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     pool, layer = run(request.dataset, compute=compute, rows=request.rows)
     of_trusted = None
     if trusted is not None:
-        of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None), kind="trusted row")
+        of_trusted, _ = run(trusted.rows, compute=replace(compute, parts=None, progress=None), kind="trusted row")
     own = ~request.twins
     if layer is None or not isinstance(task, Answers) or own.sum() < FOLDS or not rule.head_start:
         return Started(None, layer, pool, of_trusted)
@@ -145,9 +237,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     return Started(head, layer, pool, of_trusted, undo)
 
 
-def _start_tags(
-    model: nn.Module, request: LookRequest, run: Callable[..., tuple[Forward | None, Head | None]]
-) -> Started:
+def _start_tags(model: nn.Module, request: LookRequest, run: Callable[..., tuple[Forward, Head | None]]) -> Started:
     """Fit the head on tagged tokens before the pass over all rows, which a small table does not need."""
     layer, head, whole = _fit_tags(model, request)
     chosen = head if head is not None and head.replaces else None
@@ -198,9 +288,8 @@ def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, Head
 
 
 def _fit(
-    pool: Forward | None, trusted: Forward | None, task: Task, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
+    pool: Forward, trusted: Forward | None, task: Task, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
 ) -> HeadStart:
-    assert pool is not None
     assert pool.features is not None
     assert pool.logits is not None
     for forward in (pool, trusted):

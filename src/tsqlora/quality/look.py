@@ -5,7 +5,8 @@ model of preference pairs one more.
 """
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,24 +17,42 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import upcast
+from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
+from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.gradients.sites import batch_coupled, find_sites
+from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.density_ratio import log_density_ratio
-from tsqlora.quality.forward_pass import Forward, forward_pass
-from tsqlora.quality.gradient_pass import gradient_pass
+from tsqlora.quality.exact import require_exact, require_own_loss
+from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
+from tsqlora.quality.gradient_pass import gradient_pass, measured_columns
 from tsqlora.quality.head_start import Started, features_with, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
 from tsqlora.quality.linear_head import FOLDS
-from tsqlora.quality.pairs import with_reference
+from tsqlora.quality.reference import Reference
 from tsqlora.quality.ridge import fit_ridge
-from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_probe, needs_trusted
+from tsqlora.quality.rows import Dataset, require_reference
+from tsqlora.quality.rule import (
+    PAPER_TERMS,
+    Compute,
+    LookRequest,
+    RowNames,
+    ScoringRule,
+    needs_gradients,
+    needs_probe,
+    needs_trusted,
+    require_precision,
+    terms_of_batch,
+)
 from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.scores import Scores, from_terms, require_row_names
+from tsqlora.quality.subset import equals
 from tsqlora.quality.terms import Measured
-from tsqlora.quality.trusted import STEPS, left_out, trusted_model
+from tsqlora.quality.trusted import STEPS, Trusted, left_out, trusted_model
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import each_its_row
+from tsqlora.tasks.forward import Collate, each_its_row, precision, task_of
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.preference import Preference
 from tsqlora.tasks.regression import Regression
@@ -88,8 +107,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
             rule = rule.without_probe()
         columns, record = dict[str, np.ndarray](), dict[str, Any]()
         if needs_gradients(rule.measured()):
-            measurements = gradient_pass(model, replace(request, rule=rule))
-            columns, record = measurements.columns, measurements.record
+            columns, record = gradient_pass(model, replace(request, rule=rule))
         if ratio is not None:
             columns["density_ratio"] = ratio
 
@@ -110,7 +128,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
 
 
 def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | None, PhaseCost]:
-    """Train the trusted model; the first process gets its loss on every row, or None where it taught nothing."""
+    """Train the trusted model; return its loss on every row, or None where it taught nothing."""
     trusted, compute, begin = request.trusted, request.compute, time.perf_counter()
     assert trusted is not None
     if trusted.loss is not None:
@@ -126,14 +144,8 @@ def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | 
         rng=stream("trusted model", request.rule.seed),
     ) as lesson:
         if lesson.teaches:
-            journal = None if compute.journal is None else compute.journal / "trusted"
             forward, _ = forward_pass(
-                model,
-                request.dataset,
-                request.collate,
-                task=request.task,
-                compute=replace(compute, journal=journal),
-                rows=request.rows,
+                model, request.dataset, request.collate, task=request.task, compute=compute, rows=request.rows
             )
     batch = min(len(trusted.rows), trusted.batch_size)
     cost = trusted_cost(len(request.dataset), steps=lesson.trainings * STEPS, batch_size=batch)
@@ -153,7 +165,6 @@ def _of_trusted_rows(
         return None, NOTHING_BEYOND
     if not needs_probe(terms):
         return None, ""
-    assert pool is not None
     assert few is not None
     assert trusted is not None
     if pool.mean is None or few.mean is None:
@@ -164,7 +175,6 @@ def _of_trusted_rows(
 def _judged(request: LookRequest, started: Started) -> Judgement | None:
     """Judge the classes of the rows that equal no trusted row; None where no class can be judged."""
     pool, own = started.pool, ~request.twins
-    assert pool is not None
     parts = [part[own] for part in (pool.features, pool.mean) if part is not None]
     labels = pool.labels[own]
     counts = np.bincount(labels)
@@ -186,7 +196,6 @@ def _scores(
     why_even: str,
 ) -> Scores:
     rows, task, pool, logits, own = request.rows, request.task, started.pool, started.logits, ~request.twins
-    assert pool is not None
     unseen = _unseen(started, task, own)
     predicting = logits if unseen is None else unseen
     if judgement is not None and predicting is not None:
@@ -241,7 +250,7 @@ def _scores(
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:
     """Predict numbers, or logits of several labels a row, by a fit without the row; None for other tasks."""
     pool = started.pool
-    if pool is None or pool.features is None or started.layer is None or own.sum() < FOLDS:
+    if pool.features is None or started.layer is None or own.sum() < FOLDS:
         return None
     if not isinstance(task, Regression | MultiLabel):
         return None
@@ -299,3 +308,124 @@ def predictions(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str,
         "label_probability": p.gather(1, torch.from_numpy(labels)[:, None]).squeeze(1).numpy(),
         "logits": z.numpy(),
     }
+
+
+@of_loaded_model
+def score(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    rule: ScoringRule | None = None,
+    task: Task | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
+    trusted: Trusted | Dataset | None = None,
+    fraction: float = 1.0,
+) -> Scores:
+    """Score every sample for the model, with a fitted head where its own is no better than a random one.
+
+    Args:
+        model: the model to train; it is left unchanged, also after an error.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`.
+        rule: terms to measure and how to draw rows; by default the published terms and even draws.
+        task: its loss must equal that of training; by default it follows from the model's config
+            (text generation, regression for one label, else classification).
+        rows: ids, hashes and lengths of the rows.
+        compute: batch size, precision, progress, and a folder for finished parts.
+        trusted: rows that represent what the model should be good at, in the format of the data set.
+        fraction: share of the rows that a draw needs: pairs that look swapped are dropped only beyond it.
+
+    If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
+    Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
+    """
+    rule, rows, compute = rule or ScoringRule(terms=PAPER_TERMS), rows or RowNames(), compute or Compute()
+    model = distributed.unwrapped(model)
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to score")
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    _require_separable(model)
+    require_precision(rule.measured(), compute.autocast)
+    if not isinstance(rule.reference, int):
+        require_reference(rule.reference, dataset)
+    if compute.parts is not None and rows.hashes is None:
+        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
+    if task is None:  # that of the model's config, whose loss is the model's own
+        own_task, safe = task_of(model), each_its_row(collate)
+
+        def check(size: int) -> None:
+            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
+
+        with eval_mode(model):
+            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+        task = own_task
+    if trusted is not None and not isinstance(trusted, Trusted):
+        trusted = Trusted(trusted, twins=equals(dataset, trusted))
+    request = LookRequest(
+        dataset=dataset,
+        collate=collate,
+        task=task,
+        rule=rule,
+        rows=rows,
+        compute=compute,
+        trusted=trusted,
+        fraction=fraction,
+    )
+    result = look(model, request)
+    result.undo()
+    if isinstance(task, Preference) and result.scores.even:
+        even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
+        gate = result.scores.record.gate
+        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
+    if result.why_not is not None:
+        warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
+    if result.scores.caution:
+        warnings.warn(result.scores.caution, stacklevel=3)
+    return result.scores
+
+
+def require_scorable(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    own_loss: bool = False,
+    rule: ScoringRule,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Raise the errors that `score` would raise for the model, the task and these few rows, before a look.
+
+    With `own_loss` the task was inferred from the model's config, and its loss must equal the model's own. Costs a
+    forward pass over the rows, and their exactness check if a term needs gradients. The model is left unchanged.
+    """
+    model = distributed.unwrapped(model)
+    _require_separable(model)
+    require_precision(rule.measured(), autocast)
+    rule.require_texts(task)
+    collate = each_its_row(collate)
+    with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
+        # In one batch: only a batch shows whether samples share a row.
+        terms = terms_of_batch(rule, task, collate(list(rows)))
+        sites = find_sites(model) if needs_gradients(terms) else {}
+        free = {name: term for name, term in terms.items() if not (term.gradient or term.later)}
+
+        def check(size: int) -> None:
+            batch, empty = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
+            if own_loss:
+                require_own_loss(model, batch, task)
+            measured_columns(model, batch, task, {}, empty, torch.zeros(size, dtype=torch.bool), free)
+            if sites:
+                require_exact(model, batch, task, sites, None)
+
+        retry_on_oom(check, halves(len(rows)))
+
+
+def _require_separable(model: nn.Module) -> None:
+    """Raise UnsupportedError for a model that is sharded, or that couples the samples of a batch."""
+    if any(map(distributed.is_sharded, model.parameters())):
+        raise UnsupportedError("the model's weights are sharded over processes (FSDP); score before fully_shard")
+    if coupled := batch_coupled(model):
+        raise UnsupportedError(
+            f"{coupled[0]} couples the samples of a batch, so that no sample has its own loss; replace it"
+        )

@@ -4,11 +4,12 @@ A pass over some rows without gradients gives the calibration; one with gradient
 of the look-ahead.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,8 +20,10 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
+from tsqlora.quality.passes import Columns, run_pass
+from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, model_logits, split_labels
+from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than fused attention."""
@@ -43,50 +46,54 @@ class Reference:
         return replace(self, mean=mean, offsets=None if self.offsets is None else self.offsets.to(device))
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Float[Tensor, " k"] | None:
+def calibrate(
+    model: nn.Module, rows: Sequence[Any], collate: Collate, task: Task, compute: Compute
+) -> Float[Tensor, " k"] | None:
     """Return constants to add to the logits while scoring, from a pass without gradients; None for text and tags."""
-    if not enabled or not isinstance(task, Answers):
+    if not isinstance(task, Answers):
         return None
-    parts: list[tuple[Tensor, Tensor]] = []
+
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
+        inputs, labels = split_labels(batch, model)
+        return {"logits": model_logits(model, inputs, task).numpy(force=True), "labels": labels.numpy(force=True)}
+
     with torch.no_grad():
-        for batch in batches:
-            inputs, y = split_labels(batch, model)
-            parts.append((model_logits(model, inputs, task), y))
-    logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return task.offsets(logits, labels).to(logits)
+        columns = run_pass(model, measure, rows, collate, compute)
+    logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
+    return task.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
 
 
 def measure_reference(
     model: nn.Module,
-    batches: Iterable[Batch],
+    rows: Sequence[Any],
+    collate: Collate,
     task: Task,
     sites: Mapping[str, Site],
     offsets: Float[Tensor, " k"] | None,
+    compute: Compute,
 ) -> Reference:
     """Measure ḡ, ‖ḡ‖ and η = ½ Σℓ / ΣN² in one pass.  Raises UnsupportedError if all gradients are zero."""
     total: dict[str, MeanGradient] = {}
-    norms: list[Tensor] = []
 
-    def consume(name: str, a: Tensor, b: Tensor) -> None:
-        parts = sites[name].parts
-        summed = summed_gradient(a, b, **parts)
-        total[name] = total[name].plus(summed) if name in total else summed
-        norms.append(layer_gradient(a, b, **parts).norm_sq())
-
-    loss = norm_sq = 0.0
-    rows = 0
-    for batch in batches:
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
-        norms.clear()
-        _, losses, _ = backward(model, inputs, labels, task, offsets, sites, consume)
-        loss += float(double(losses).sum())
-        norm_sq += float(double(total_over_sites(norms, losses)).sum())
-        rows += len(labels)
-    mean = {name: gradient.scaled(1 / rows) for name, gradient in total.items()}
-    norm = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5
+        sums, norms = dict[str, MeanGradient](), list[Tensor]()
+
+        def consume(name: str, a: Tensor, b: Tensor) -> None:
+            sums[name] = summed_gradient(a, b, **sites[name].parts)
+            norms.append(layer_gradient(a, b, **sites[name].parts).norm_sq())
+
+        losses = backward(model, inputs, labels, task, offsets, sites, consume)[1]
+        norm_sq = total_over_sites(norms, losses)
+        total.update({name: total[name].plus(part) if name in total else part for name, part in sums.items()})
+        return {"loss": double(losses).numpy(force=True), "norm_sq": double(norm_sq).numpy(force=True)}
+
+    columns = run_pass(model, measure, rows, collate, compute)
+    mean = {name: gradient.scaled(1 / len(rows)) for name, gradient in total.items()}
+    norm, norm_sq = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5, float(columns["norm_sq"].sum())
     if not (norm > 0 and norm_sq > 0):
         raise UnsupportedError("every gradient of the reference is zero; use a loss that depends on the weights")
-    return Reference(mean, norm, 0.5 * loss / norm_sq, rows, offsets)
+    return Reference(mean, norm, 0.5 * float(columns["loss"].sum()) / norm_sq, len(rows), offsets)
 
 
 def backward(

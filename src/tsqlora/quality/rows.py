@@ -1,14 +1,13 @@
 """Rows to score: their content, lengths and batches, and the rows of the reference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from tsqlora.data.samples import ArrowSamples, TokenisedSplit, length_of
+from tsqlora.data.table import ArrowSamples, Samples, length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
-from tsqlora.tasks.forward import Batch, Collate
 from tsqlora.tasks.generation import IGNORED
 
 REFERENCE_ROWS = 512
@@ -96,15 +95,9 @@ def content_of(row: Any) -> tuple[Any, ...] | None:
     return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
 
 
-def batches_of(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterator[Batch]:
-    """Yield the rows in batches, in order."""
-    for start in range(0, len(rows), batch_size):
-        yield collate(list(rows[start : start + batch_size]))
-
-
 def lengths_of(dataset: Dataset) -> Sequence[int]:
     """Return token counts of rows in memory or of a datasets.Dataset, else zeros; only speed depends on them."""
-    if isinstance(dataset, TokenisedSplit):
+    if isinstance(dataset, Samples):
         return dataset.lengths
     if isinstance(dataset, list | tuple):
         return [length_of(r) if isinstance(r, Mapping) and {"input_ids", "length"} & {*r} else 0 for r in dataset]

@@ -151,9 +151,9 @@ class Compute:
     """Samples per pass."""
     autocast: torch.dtype | None = None
     """Compute in this dtype: terms have about two digits, and `loss_reduction`, a small difference, is refused."""
-    journal: Path | None = None
-    """A folder that records measurements. If the process ends early, the same call continues there and gives the same
-    scores; delete it once they are saved. Needs the rows' hashes."""
+    parts: Path | None = None
+    """A folder for the results of finished batches. If the process ends early, the same call continues there and gives
+    the same scores; delete it once they are saved. Needs the rows' hashes."""
     progress: Progress | None = None
     """Called with (phase, rows done, all rows)."""
     workers: int = 0

@@ -101,12 +101,6 @@ def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator)
     return np.argsort(-(phi + rng.gumbel(size=len(phi))), kind="stable")[:k]
 
 
-def inclusion(phi: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
-    """Return q = 1 − exp(−exp(φ − κ)), the probability that a row's key exceeds the threshold."""
-    # The exponential overflows above 700, where q is 1 in any case.
-    return -np.expm1(-np.exp(np.minimum(phi - threshold, 700.0)))
-
-
 def draw(
     quality: Float[np.ndarray, " n"],
     *,
@@ -123,37 +117,6 @@ def draw(
     phi = log_weights(quality, temperature)
     groups = _groups(len(quality), size, strata, kept)
     return np.sort(np.concatenate([rows[gumbel_top_k(phi[rows], k, rng)] for rows, k in groups]))
-
-
-def expected_inclusion(
-    quality: Float[np.ndarray, " n"],
-    *,
-    size: int,
-    temperature: float,
-    strata: Int[np.ndarray, " n"] | None = None,
-    kept: Bool[np.ndarray, " n"] | None = None,
-) -> Float[np.ndarray, " n"]:
-    """Return the probability that `draw` takes each row; 0 for rows that are not kept.
-
-    Each stratum uses `inclusion` at the threshold for which probabilities sum to its size: an approximation that
-    improves with the number of rows (Rosén, 1997).
-    """
-    phi = log_weights(quality, temperature)
-    q = np.zeros(len(quality))
-    for rows, k in _groups(len(quality), size, strata, kept):
-        q[rows] = inclusion(phi[rows], _threshold(phi[rows], k))
-    return q
-
-
-def _threshold(phi: Float[np.ndarray, " n"], size: int) -> float:
-    """Return the κ for which inclusions sum to `size`."""
-    if size == len(phi):
-        return -np.inf
-    low, high = float(phi.min()) - 10, float(phi.max()) + math.log(len(phi) / size) + 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inclusion(phi, middle).sum() > size else (low, middle)
-    return (low + high) / 2
 
 
 def _groups(

@@ -65,7 +65,7 @@ class ScoreRecord:
 
     data: str | None = None
     """File or hub id of the rows."""
-    columns: Mapping[str, str | None] | None = None
+    columns: Mapping[str, Any] | None = None
     classes: Sequence[Any] | None = None
     """Class names by number."""
     format: str | None = None
@@ -124,6 +124,16 @@ class Scores:
     def even(self) -> bool:
         """Whether kept rows are drawn equally often; else by softmax(Q/τ)."""
         return self.record.draw == "even"
+
+    @property
+    def caution(self) -> str | None:
+        """Why a draw by Q may do harm: wrong labels are evident, and they have large losses and gradients."""
+        if self.even or not (self.record.noise or {}).get("evident"):
+            return None
+        return (
+            "labels are evidently wrong, and a draw by Q may prefer those that were not left out; compare with even "
+            "draws: remove quality.weights and quality.preset"
+        )
 
     @property
     def strata(self) -> np.ndarray | None:

@@ -1,19 +1,19 @@
 """Select: draw a quality sample and write its rows from their file."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tsqlora.data.cells import row_hash
-from tsqlora.data.copies import can_copy, copy_rows
-from tsqlora.data.rows import Source, open_split
-from tsqlora.data.write import require_writable, write_rows
+from tsqlora.data.rows import Columns, row_hash
+from tsqlora.data.sources import open_table
+from tsqlora.data.table import Table
+from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.explain import hints_of
+from tsqlora.quality.reasons import hints_of
 from tsqlora.quality.scores import Scores
 
 
@@ -27,26 +27,24 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     with writing(out):
         scores = Scores.load(scores_path)
         reading(scores.record.data or "")
-        source = None if data is None else open_split(data, split="train", hints=hints_of(scores))
+        table = None if data is None else open_table(data, split="train", hints=hints_of(scores))
     chosen = sample(scores, fraction, seed)
-    if source is None:
+    if table is None:
         columns = {"id": scores.row_ids, "quality": scores.quality, "probability": scores.probability}
         columns |= {} if scores.hashes is None else {"hash": np.array(scores.hashes)}
         write_rows(out, [{name: values[j].item() for name, values in columns.items()} for j in chosen])
         return len(chosen)
     if scores.record.columns is not None:
-        source = source.with_files(scores.record.columns)
-    places = _find_rows(scores, chosen, source)
-    if source.path is not None and can_copy(source.path, out):
-        copy_rows(source.path, out, places, source.dialect)
+        table = table.using(Columns(**scores.record.columns))
+    places = _find_rows(scores, chosen, table)
+    if table.path is not None and can_copy(table.path, out):
+        copy_rows(table.path, out, places, table.dialect)
     else:
-        required = set(places.tolist())
-        rows = (row for chunk in source.chunks() for row in chunk.rows)
-        write_rows(out, [row for place, row in enumerate(rows) if place in required])
+        write_rows(out, [row.cells for row in replace(table, ids=places)])
     return len(places)
 
 
-def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
+def _find_rows(scores: Scores, chosen: np.ndarray, table: Table) -> np.ndarray:
     """Return the positions of the chosen rows in the file, ascending.
 
     These are their ids if the file still has the rows there, else the positions of their hashes.
@@ -54,14 +52,17 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
     """
     columns = scores.record.columns
     if scores.hashes is None or columns is None:
-        if (rows := sum(len(chunk) for chunk in source.chunks())) != len(scores):
-            raise DataError(f"{source.name} has {rows} rows, but there are scores for {len(scores)}; name their file")
+        if len(table) != len(scores):
+            raise DataError(
+                f"{table.name} has {len(table)} rows, but there are scores for {len(scores)}; name their file"
+            )
         return chosen
     places = np.sort(scores.row_ids[chosen])
     hash_at = {int(scores.row_ids[j]): scores.hashes[j] for j in chosen}
     required = Counter(scores.hashes[j] for j in chosen)
     positions: list[int] = []
-    for place, name in enumerate(_hashes_of(source, columns)):
+    for place, row in enumerate(table):
+        name = row_hash(row.cells, table.columns)
         if hash_at.get(place) == name:
             del hash_at[place]
             if not hash_at:
@@ -71,12 +72,7 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
             positions.append(place)
     if missing := sum(required.values()):
         raise DataError(
-            f"{source.name} lacks {missing} of the {len(chosen)} drawn rows; give the file that was "
+            f"{table.name} lacks {missing} of the {len(chosen)} drawn rows; give the file that was "
             f"scored (its columns {', '.join(c for key, c in columns.items() if c and key != 'media')} unchanged)"
         )
     return np.array(positions)
-
-
-def _hashes_of(source: Source, columns: Mapping[str, str | None]) -> Iterator[str]:
-    """Yield the hash of every row; one chunk of rows is in memory at a time."""
-    return (row_hash(row, columns) for chunk in source.chunks() for row in chunk.rows)

@@ -141,13 +141,12 @@ class QualitySubset(Dataset[Any]):
         rows, trusted = self.plan.from_pool(epoch), self.plan.from_trusted(epoch)
         if self.plan.trusted_from is None:
             rows, trusted = np.concatenate([rows, trusted]), trusted[:0]
-        return np.concatenate([self._in_order(rows, stream("epoch order", self.plan.seed, epoch)), trusted])
-
-    def _in_order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        rng = stream("epoch order", self.plan.seed, epoch)
         if self.lengths is None or self.batch_size is None or len(rows) == 0:
-            return rows[rng.permutation(len(rows))]
-        lengths = [self.lengths[row] for row in rows]
-        return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
+            order = rng.permutation(len(rows))
+        else:
+            order = bucketed_order([self.lengths[row] for row in rows], batch_size=self.batch_size, rng=rng)
+        return np.concatenate([rows[order], trusted])
 
 
 def hash_of(rows: Rows) -> str | None:
@@ -170,16 +169,14 @@ def hash_of_some(rows: Rows) -> str | None:
     None where no row can be hashed, and where reading a row again gives another one, as augmentation does.
     """
     places = np.linspace(0, len(rows) - 1, min(len(rows), PLACES)).astype(int)
-    once, again = ([content_of(_unplaced(rows[int(j)])) for j in places] for _ in range(2))
+
+    def content(row: Any) -> Any:
+        has_file = isinstance(row, Mapping) and "content" in row  # its path may change
+        return content_of({name: value for name, value in row.items() if name != "file"} if has_file else row)
+
+    once, again = ([content(rows[int(j)]) for j in places] for _ in range(2))
     some = [content for content in once if content is not None]
     return hashlib.sha256(repr(some).encode()).hexdigest()[:16] if some and once == again else None
-
-
-def _unplaced(row: Any) -> Any:
-    """A row without the path of its file, whose content it has too."""
-    if not isinstance(row, Mapping) or "content" not in row:
-        return row
-    return {name: value for name, value in row.items() if name != "file"}
 
 
 def equals(dataset: Rows, others: Rows) -> np.ndarray | None:

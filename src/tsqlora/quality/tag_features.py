@@ -1,6 +1,6 @@
 """The inputs of the last linear layer at tagged tokens, on which heads of tags are fitted and tags are audited."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from tsqlora.compat.shapes import Float, Int
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.forward_pass import Forward, Head, hidden_states, read_head, recorded
-from tsqlora.quality.passes import read_batches
+from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Task
@@ -66,12 +66,13 @@ def tag_features(
     parts: list[tuple[Tensor, ...]] = []
     with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
         lengths, some = lengths_of(dataset), Subset(cast(Any, dataset), rows.tolist())
-        batches = sorted_batches([lengths[j] for j in rows], compute.batch_size)
-        layer, first = read_head(model, some, batches[0], collate, task)
+        lengths = [lengths[j] for j in rows]
+        longest = sorted_batches(lengths, compute.batch_size)[0]
+        layer, first = read_head(model, some, longest, collate, task)
         if layer is None:
             return None
 
-        def measure(places: np.ndarray, batch: Batch) -> tuple[Tensor, ...]:
+        def measure(places: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
             with recorded([layer.linear]) as calls, hidden_states(model if early else None, early=True) as states:
                 logits = model_logits(model, {**inputs, **further}, task)
@@ -82,10 +83,10 @@ def tag_features(
                 tagged &= labels != without
             losses = cross_entropy(logits[tagged], labels[tagged], reduction="none")
             place = torch.from_numpy(places).to(labels.device)[tagged.nonzero()[:, 0]]
-            return features[tagged].cpu(), labels[tagged], losses.float(), place, numbers[tagged]
+            parts.append((features[tagged].cpu(), labels[tagged], losses.float(), place, numbers[tagged]))
+            return {}
 
-        for results in read_batches(measure, batches, some, collate, workers=compute.workers, first=first):
-            parts += results
+        run_pass(model, measure, some, collate, replace(compute, progress=None), lengths=lengths, first=first)
     columns = [torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)]
     order = np.argsort(columns[3], kind="stable")
     return layer, TagFeatures(*(column[order] for column in columns), count=len(rows))

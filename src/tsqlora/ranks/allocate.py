@@ -88,7 +88,14 @@ def allocate(
     """
     shapes, total = sensitivity.shapes, budget(mean_rank, sensitivity.shapes)
     most = default_max_rank(mean_rank, least=min_rank) if max_rank is None else max_rank
-    _check_options(mean_rank=mean_rank, min_rank=min_rank, max_rank=most, gamma=gamma)
+    if min_rank < 0:
+        raise SettingsError(f"ranks.min is {min_rank}; give 0 or more")
+    if most < max(1, min_rank):
+        raise SettingsError(f"ranks.max is {most}; give 1 or more, and no less than ranks.min, {min_rank}")
+    if mean_rank > most:
+        raise SettingsError(f"ranks.mean {mean_rank} is above ranks.max {most}; raise ranks.max or lower ranks.mean")
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise SettingsError(f"ranks.gamma is {gamma}; give a number of 0 or more, 0 is uniform")
     high = caps(shapes, most)
     low = {layer: min(min_rank, cap) for layer, cap in high.items()}
     if (least := used(low, shapes)) > total:
@@ -145,16 +152,3 @@ def shares(
     left, right = bends[k - 1], bends[k]
     slope = (spent(right) - spent(left)) / (right - left)
     return at(left + (budget - spent(left)) / slope)
-
-
-def _check_options(*, mean_rank: float, min_rank: int, max_rank: int, gamma: float) -> None:
-    if min_rank < 0:
-        raise SettingsError(f"ranks.min is {min_rank}; give 0 or more")
-    if max_rank < max(1, min_rank):
-        raise SettingsError(f"ranks.max is {max_rank}; give 1 or more, and no less than ranks.min, {min_rank}")
-    if mean_rank > max_rank:
-        raise SettingsError(
-            f"ranks.mean {mean_rank} is above ranks.max {max_rank}; raise ranks.max or lower ranks.mean"
-        )
-    if not (gamma >= 0 and math.isfinite(gamma)):
-        raise SettingsError(f"ranks.gamma is {gamma}; give a number of 0 or more, 0 is uniform")

@@ -1,7 +1,7 @@
 """Moves of rank from layer to layer at one adjustment, towards the targets of docs/method.md eq. 7."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.budget import Shapes, costs, fill, used
@@ -44,7 +44,11 @@ def moved_towards(
     now, cost = dict(ranks), costs(shapes)
     spare = {n: min(droppable[n], now[n] - min(min_rank, caps[n])) for n in now}
     unpayable: set[str] = set()
-    while receiver := _furthest_below(now, target=target, caps=caps, skip=unpayable):
+    while True:
+        lack = {n: target[n] - now[n] for n in sorted(now) if n not in unpayable and now[n] < caps[n]}
+        receiver = max(lack, key=lack.__getitem__, default=None)
+        if receiver is None or lack[receiver] <= LEFT_ALONE:
+            break
         price = cost[receiver] - (budget - used(now, shapes))
         paid = _payment(price, ranks=now, target=target, spare=spare, costs=cost, moves=moves)
         if paid is None:
@@ -56,15 +60,6 @@ def moved_towards(
             now[donor] -= slots
             spare[donor] -= slots
     return fill(now, wishes=target, order=sorted(now), shapes=shapes, caps=caps, budget=budget)
-
-
-def _furthest_below(
-    ranks: Mapping[str, int], *, target: Mapping[str, int], caps: Mapping[str, int], skip: Collection[str]
-) -> str | None:
-    """The layer that a move should give to, None if there is none."""
-    lack = {n: target[n] - ranks[n] for n in sorted(ranks) if n not in skip and ranks[n] < caps[n]}
-    layer = max(lack, key=lack.__getitem__, default=None)
-    return layer if layer is not None and lack[layer] > LEFT_ALONE else None
 
 
 def _payment(

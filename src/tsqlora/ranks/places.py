@@ -13,7 +13,12 @@ def layer_places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     >>> list(layer_places(["encoder.block.0.o", "decoder.block.0.o"]).values())
     [('0', 'encoder o'), ('0', 'decoder o')]
     """
-    split = {name: _split(name.split(".")) for name in names}
+    split = dict[str, tuple[list[str], str, str]]()  # what comes before the block's number, the number, the kind behind
+    for name in names:
+        parts = name.split(".")
+        at = next((j for j, part in enumerate(parts) if part.isdigit()), None)
+        before, block, kind = (parts[:-2], "", parts[-2:]) if at is None else (parts[:at], parts[at], parts[at + 1 :])
+        split[name] = before, block, ".".join(kind)
     if len({(block, kind) for _, block, kind in split.values()}) == len(split):
         return {name: (block, kind) for name, (_, block, kind) in split.items()}
     leads = [lead for lead, _, _ in split.values()]
@@ -24,11 +29,3 @@ def layer_places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     if len({*places.values()}) == len(places):
         return places
     return {name: (block, name) for name, (_, block, _) in split.items()}
-
-
-def _split(parts: list[str]) -> tuple[list[str], str, str]:
-    """What comes before the block's number, the number, and the kind behind it."""
-    at = next((j for j, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return parts[:-2], "", ".".join(parts[-2:])
-    return parts[:at], parts[at], ".".join(parts[at + 1 :])

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from shlex import quote
 from typing import Any
 
-from tsqlora.quality.explain import WHY
+from tsqlora.quality.reasons import WHY
 from tsqlora.ranks.events import MOST_EVENTS
 from tsqlora.reports import figures
 from tsqlora.reports.gather import Gathered

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.errors import SettingsError
-from tsqlora.quality.explain import WHY, likely_wrong, lowest, named, suspicion, texts_or_why
+from tsqlora.quality.reasons import WHY, likely_wrong, lowest, named, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100

@@ -49,7 +49,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     """
     r, model = run.config.ranks, run.model
     job = run.job(read(run.config))
-    samples = job.data.samples["train"]
+    samples = job.train.samples
     rows = np.arange(len(samples))
     if scores_path.exists():
         scores = Scores.load(scores_path)
@@ -68,7 +68,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
 
 def sensitivities(job: Job, model: nn.Module, rows: np.ndarray) -> Sensitivity:
     """Layer sensitivities on as many of these training rows as RankCallback takes, drawn by the seed."""
-    samples, training = job.data.samples["train"], job.config.training
+    samples, training = job.train.samples, job.config.training
     chosen = sensitivity_rows(len(rows), MOST_ROWS, training.seed)
     return sensitivity(
         model,

@@ -11,18 +11,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.folders import folder_digest
 from tsqlora.data.labels import require_separable
-from tsqlora.data.prepare import prepare
-from tsqlora.data.splits import Splits
-from tsqlora.data.tokenise import tokenise_words
+from tsqlora.data.prepare import prepare, tokenise_words
+from tsqlora.data.sources import folder_digest
+from tsqlora.data.splits import held_out_rows
+from tsqlora.data.table import Table, notes_of
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.quality.audit import Audit, audit, audit_of_judgement
 from tsqlora.quality.judge import DOUBT, FEWEST, judge_logits
 from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.suspects import Audit, audit, audit_of_judgement
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed, Listing, make_listing
 from tsqlora.run.config import Config, load_config
@@ -74,9 +74,9 @@ def run_audit(
     if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
         raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
     require_place(folder / AUDIT_FILE)
-    splits, result, notes = audited(config, deep, progress)
-    listing = make_listing(result, splits, review=review, seed=config.training.seed)
-    about = _about(config, splits, result, listing, notes)
+    table, result, notes = audited(config, deep, progress)
+    listing = make_listing(result, table, review=review, seed=config.training.seed)
+    about = _about(config, table, result, listing, notes)
     _write(folder, about, listing)
     return {
         "out": str(folder),
@@ -112,63 +112,62 @@ def _embedded(overrides: Sequence[str]) -> str:
         ) from None
 
 
-def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
+def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Table, Audit, list[str]]:
     """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
-    splits = read(config)
-    if splits.labels is not None and splits.labels.answer == "labels":
-        require_separable(splits.labels.names, cure="rename the class")
-    places = [splits.places["train"], *([splits.places["validation"]] if splits.held_out else [])]
-    sources = {"train": splits.sources["train"]}
-    splits = replace(splits, sources=sources, places={"train": np.sort(np.concatenate(places))})
-    pretrained = load_model(config, trained_task(config), splits.labels)
+    tables = read(config)
+    table, classes = tables["train"], tables["train"].classes
+    if classes is not None and classes.answer == "labels":
+        require_separable(classes.names, cure="rename the class")
+    if held_out_rows(tables):
+        table = replace(table, ids=np.sort(np.concatenate([table.ids, tables["validation"].ids])))
+    pretrained = load_model(config, trained_task(config), classes)
     tokenizer, net = pretrained.tokenizer, cast(nn.Module, pretrained.model).to(device_of(config))
     length = max_length_of(config, pretrained)
     length = length if config.data.max_length is not None else min(length, TOKENS)
-    data = prepare(splits, tokenizer, max_length=length)
-    samples, notes = data.samples["train"], list(data.notes)
+    table = prepare({"train": table}, tokenizer, max_length=length)["train"]
+    samples, notes = table.samples, notes_of({**tables, "train": table})
     if samples.truncated:
         notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
-    assert splits.labels is not None
+    assert classes is not None
     result = audit(
         net,
         samples,
         collate_of(trained_task(config), net, tokenizer, max_length=length),
-        classes=splits.labels.names,
+        classes=classes.names,
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
     )
     if deep:
-        logits = out_of_fold_logits(config, data, max_length=length, progress=progress)
+        logits = out_of_fold_logits(config, table, max_length=length, progress=progress)
         judgement = judge_logits(logits, samples.labels)
-        judged = audit_of_judgement(judgement, samples.labels, classes=splits.labels.names, ids=samples.ids)
+        judged = audit_of_judgement(judgement, samples.labels, classes=classes.names, ids=samples.ids)
         result = replace(judged, duplicates=result.duplicates, uncompared=result.uncompared)
     if result.tokens is not None:
-        result = replace(result, tokens=_numbers(result, splits, tokenizer, length))
+        result = replace(result, tokens=_numbers(result, table, tokenizer, length))
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.uncompared:
         notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
         notes.append(f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}")
-    return data.splits, result, notes
+    return table, result, notes
 
 
-def _numbers(result: Audit, splits: Splits, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
+def _numbers(result: Audit, table: Table, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
     """The number in its row of each token, of which the tokenizer may make no piece."""
     numbers = dict[int, list[int]]()
-    for part in splits.chunks("train"):
-        read = tokenise_words(part, splits.columns, tokenizer, max_length=length, labels=None)
-        for row, sample in zip(part.ids.tolist(), read.samples, strict=True):
-            numbers[row] = [number for number in sample["labels"] if number != IGNORED]
+    for part in table.chunks():
+        read = tokenise_words(part, table.columns, tokenizer, max_length=length, labels=None)
+        for row, sample in zip(part, read, strict=True):
+            numbers[row.id] = [number for number in sample["labels"] if number != IGNORED]
     assert result.tokens is not None
     return np.array([numbers[row][j] for row, j in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
 
 
-def _about(config: Config, splits: Splits, result: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
+def _about(config: Config, table: Table, result: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
     """The content of audit.json: the source, so that corrections match its rows, and the results."""
-    rows = len(splits.places["train"])
-    source, names, model = splits.sources["train"], result.classes, config.model.path
+    names, model = result.classes, config.model.path
     pairs = [
         {
             "label": names[pair.label],
@@ -179,16 +178,16 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
         for pair in result.pairs[:30]
     ]
     return {
-        "source": source.name if source.path is None else str(source.path.absolute()),
-        "sha256": source_digest(source.name, splits.columns.media),
+        "source": table.name if table.path is None else str(table.path.absolute()),
+        "sha256": source_digest(table.name, table.columns.media),
         "hints": asdict(hints_of(config)),
-        "columns": asdict(splits.columns),
+        "columns": asdict(table.columns),
         "classes": list(names),
-        "answer": "class" if splits.labels is None else splits.labels.answer,
+        "answer": "class" if table.classes is None else table.classes.answer,
         "task": config.task.type,
         "model": model,
         "model_name": "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model,
-        "rows": rows,
+        "rows": len(table),
         "summary": _summary(result),
         "evident": result.evident,
         "why_not": result.why_not,

@@ -1,15 +1,15 @@
 """The rows of an audit that a reader looks at: likely wrong ones, others to check, and near-duplicates."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tsqlora.data.cells import row_text
 from tsqlora.data.labels import join_labels, split_labels
-from tsqlora.data.splits import Splits
-from tsqlora.quality.audit import Audit
+from tsqlora.data.rows import row_text
+from tsqlora.data.table import Table
+from tsqlora.quality.suspects import Audit
 from tsqlora.seeds import stream
 
 LEAST = 100
@@ -52,7 +52,7 @@ class Listing:
     duplicates: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
 
 
-def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
+def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> Listing:
     """List the likely wrong rows, at least LEAST; `review` others; and the first MOST_PAIRS near-duplicates."""
     # Of a row with several labels, the one that is likeliest wrong; of a sentence, every token.
     order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
@@ -61,10 +61,8 @@ def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Lis
     places = [*order[:suspects].tolist(), *order[checks].tolist()]
     pairs = audit.duplicates[:MOST_PAIRS]
     ids = {int(audit.ids[j]) for j in places} | {row for pair in pairs for row in (pair.first, pair.second)}
-    rows = dict[int, Mapping[str, Any]]()
-    for part in splits.chunks("train"):
-        rows |= {int(j): row for j, row in zip(part.ids, part.rows, strict=True) if j in ids}
-    lister = _Lister(audit, splits, rows)
+    shown = replace(table, ids=np.array(sorted(ids), dtype=np.int64))
+    lister = _Lister(audit, table, {row.id: row.cells for row in shown})
     place_of = {int(row): j for j, row in enumerate(audit.ids)}
 
     def member(row: int) -> dict[str, Any]:
@@ -82,11 +80,11 @@ class _Lister:
     """Shows places of an audit as a reader knows them: by the texts of `rows`, by number, and names of classes."""
 
     audit: Audit
-    splits: Splits
+    table: Table
     rows: Mapping[int, Mapping[str, Any]]
 
     def text(self, row: int) -> str:
-        return row_text(self.rows[row], asdict(self.splits.columns))
+        return row_text(self.rows[row], self.table.columns)
 
     def label(self, j: int, c: int) -> str | int:
         """The label of place j if its class were c."""
@@ -101,7 +99,7 @@ class _Lister:
         audit, row, own = self.audit, int(self.audit.ids[j]), int(self.audit.labels[j])
         others = set(self._labels(row)) - {str(audit.classes[own])} if self._several else set[str]()
         token = None if audit.tokens is None else int(audit.tokens[j])
-        words = [] if token is None else list(map(str, self.rows[row][self.splits.columns.text]))
+        words = [] if token is None else list(map(str, self.rows[row][self.table.columns.text]))
         return Listed(
             token=token,
             word="" if token is None else words[token],
@@ -117,10 +115,10 @@ class _Lister:
 
     @property
     def _several(self) -> bool:
-        return self.splits.labels is not None and self.splits.labels.answer == "labels"
+        return self.table.classes is not None and self.table.classes.answer == "labels"
 
     def _labels(self, row: int) -> list[str]:
-        return list(map(str, split_labels(self.rows[row][self.splits.columns.label or ""])))
+        return list(map(str, split_labels(self.rows[row][self.table.columns.label or ""])))
 
 
 def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

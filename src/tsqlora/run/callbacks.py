@@ -20,12 +20,12 @@ from tsqlora.training.rank_callback import RankCallback
 
 def subset(job: Job, fraction: float) -> QualitySubset:
     """The training rows, with this share of them in an epoch."""
-    samples, training = job.data.samples["train"], job.config.training
+    samples, training, trusted = job.train.samples, job.config.training, job.data.get("trusted")
     return QualitySubset(
         samples,
         fraction,
         training.seed,
-        trusted=job.data.samples.get("trusted"),
+        trusted=None if trusted is None else trusted.samples,
         resample=job.config.quality.resample,
         lengths=samples.lengths,
         batch_size=training.batch_size,
@@ -53,15 +53,15 @@ def control_rule(config: Config) -> ScoringRule:
 
 def trusted_of(job: Job) -> Trusted | None:
     """The rows of data.trusted, and how a model is trained on them alone."""
-    rows, training = job.data.samples.get("trusted"), job.config.training
-    if rows is None:
+    if "trusted" not in job.data:
         return None
-    return Trusted(rows, training.learning_rate, training.batch_size, twins=equals(job.data.samples["train"], rows))
+    rows, training = job.data["trusted"].samples, job.config.training
+    return Trusted(rows, training.learning_rate, training.batch_size, twins=equals(job.train.samples, rows))
 
 
 def row_names(job: Job, **about: Any) -> RowNames:
     """The training rows' ids, hashes and lengths, and their source."""
-    samples = job.data.samples["train"]
+    samples = job.train.samples
     return RowNames(samples.ids, samples.hashes, samples.lengths, {**job.scored_rows, **about})
 
 
@@ -76,7 +76,7 @@ def quality_callback(
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
         if isinstance(job.task, Classification):
-            stratum_sizes(np.unique(job.data.samples["train"].labels, return_counts=True)[1], len(data))
+            stratum_sizes(np.unique(job.train.samples.labels, return_counts=True)[1], len(data))
     return QualityCallback(
         data,
         rule=rule,

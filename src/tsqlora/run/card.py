@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tsqlora.compat.hub import DatasetName, is_hub_id
-from tsqlora.data.readers import READERS
+from tsqlora.data.readers import SUFFIXES
 from tsqlora.errors import printable
 from tsqlora.files import write_text
 from tsqlora.run.config import Config, load_config
@@ -148,7 +148,7 @@ def _text(value: Any) -> str:
 
 def _may_be_hub_id(name: str, id: str) -> bool:
     """Whether a name with this id may be of the hub, and not of a file that was moved since."""
-    return is_hub_id(id) and not Path(name).exists() and Path(name).suffix not in READERS
+    return is_hub_id(id) and not Path(name).exists() and Path(name).suffix not in SUFFIXES
 
 
 def _name(path: str) -> str:

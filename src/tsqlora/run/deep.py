@@ -1,6 +1,7 @@
 """`tsqlora audit --deep`: fine-tune in folds, for wrong labels that frozen features do not show."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from tsqlora.compat.shapes import Float
-from tsqlora.data.prepare import Prepared
+from tsqlora.data.table import Table, data_hash
 from tsqlora.oom import even_parts, retry_on_oom
 from tsqlora.progress import Progress, Pulse
 from tsqlora.run.callbacks import build_callbacks
@@ -24,20 +25,21 @@ FOLDS = 3
 
 
 def out_of_fold_logits(
-    config: Config, data: Prepared, *, max_length: int, progress: Progress | None = None
+    config: Config, table: Table, *, max_length: int, progress: Progress | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Logits of every training row by a model that was fine-tuned, by the config, on the other folds.
 
     Cost: FOLDS trainings on two thirds of the rows. Nothing is saved. A fold that runs out of memory starts again with
     its batches in smaller parts.
     """
-    rows, sizes = data.samples["train"], even_parts(config.training.batch_size)
+    rows, sizes = table.samples, even_parts(config.training.batch_size)
     enough = np.unique(rows.labels, return_counts=True)[1].min() >= FOLDS
     folds = (StratifiedKFold if enough else KFold)(FOLDS, shuffle=True, random_state=0)
     parts: dict[int, np.ndarray] = {}
     for number, (train, test) in enumerate(folds.split(rows.labels, rows.labels), start=1):
-        samples = {"train": rows.take(train), "validation": rows.take(test)}
-        attempt = partial(_attempt, config, replace(data, samples=samples), max_length, _of_fold(number, progress))
+        parts_of = {"train": rows.take(train), "validation": rows.take(test)}
+        data = {name: replace(table, samples=part, ids=part.ids) for name, part in parts_of.items()}
+        attempt = partial(_attempt, config, data, max_length, _of_fold(number, progress))
         size, logits = retry_on_oom(attempt, sizes)
         sizes = sizes[sizes.index(size) :]
         parts |= dict(zip(test.tolist(), logits, strict=True))
@@ -45,10 +47,10 @@ def out_of_fold_logits(
 
 
 def _attempt(
-    config: Config, data: Prepared, max_length: int, progress: Progress | None, size: int
+    config: Config, data: Mapping[str, Table], max_length: int, progress: Progress | None, size: int
 ) -> tuple[int, Float[np.ndarray, "m k"]]:
     task = trained_task(config)
-    job = Job(config, task, load_model(config, task, data.splits.labels), data, max_length)
+    job = Job(config, task, load_model(config, task, data["train"].classes), data, max_length)
     return size, _fine_tuned(job, size, progress)
 
 
@@ -59,11 +61,11 @@ def _fine_tuned(job: Job, size: int, progress: Progress | None) -> Float[np.ndar
         model = with_adapter(job.config, job.pretrained)
         args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
         args.load_best_model_at_end = False
-        record = RunRecord("running", args.seed, job.task.name, None, {"hash": job.data.hash}, {})
+        record = RunRecord("running", args.seed, job.task.name, None, {"hash": data_hash(job.data)}, {})
         method = build_callbacks(job, Path(folder) / "scores.parquet", progress)
         fit(model, args, method, job.inputs, record, progress=progress)
         return predictor_of(job, model, args).logits(
-            job.data.samples["validation"].samples, phase="prediction", progress=progress
+            job.data["validation"].samples, phase="prediction", progress=progress
         )
 
 

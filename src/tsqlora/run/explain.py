@@ -8,7 +8,7 @@ import numpy as np
 
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import EpochPlan
-from tsqlora.quality.explain import explain, explain_row, place_of
+from tsqlora.quality.reasons import explain, explain_row, place_of
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.training.quality_callback import SCORES_FILE, first_scores
@@ -31,7 +31,7 @@ def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[
 
 
 def explain_samples(source: Path, n: int, *, data: Path | None = None) -> dict[str, Any]:
-    """The first n rows of each kind: `quality.explain.explain` of the scores of a run or a file."""
+    """The first n rows of each kind: `quality.reasons.explain` of the scores of a run or a file."""
     return explain(_load(source), n, data=data)
 
 

@@ -2,23 +2,20 @@
 
 import os
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 
-from tsqlora.data.columns import Columns
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, prepare
-from tsqlora.data.rows import Rows, Source, column_names
-from tsqlora.data.samples import TokenisedSplit
-from tsqlora.data.splits import Splits, one_split
-from tsqlora.data.tokenise import encoder
+from tsqlora.data.prepare import encoder, prepare
+from tsqlora.data.rows import Columns
+from tsqlora.data.splits import complete
+from tsqlora.data.table import Samples, Table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.attach import attach
 from tsqlora.interop.files import read_adapter
@@ -79,43 +76,50 @@ class FinishedRun:
             beams=self.config.task.beams,
         )
 
-    def job(self, splits: Splits, folder: Path | None = None) -> Job:
-        """Tokenise splits for the run's model, with its columns and classes; `folder` as in `load`."""
-        own = replace(splits, columns=self.columns, labels=self.labels, format=self.format)
+    def using(self, table: Table) -> Table:
+        """A table with the run's columns, classes and format."""
+        return table.using(self.columns, self.labels, self.format)
+
+    def complete(self, table: Table) -> Table:
+        """The complete rows of a file, as in training.  Raises DataError if it lacks a column of the run."""
+        table = self.using(table)
+        self.require_columns(table, labelled=True)
+        tags = self.labels is not None and self.labels.answer == "tags"
+        return complete(table, self.config.data.max_bad_rows, tags=tags)
+
+    def job(self, tables: Mapping[str, Table], folder: Path | None = None) -> Job:
+        """Tokenise tables for the run's model; `folder` as in `load`."""
+        own = {name: self.using(table) for name, table in tables.items()}
         tokenizer, seq2seq = self.pretrained.tokenizer, self.config.task.type == "seq2seq"
         data = prepare(own, tokenizer, max_length=self.max_length, seq2seq=seq2seq, folder=folder)
-        for split in data.samples.values():
-            if note := left_out(split):
-                warnings.warn(note, stacklevel=2)
+        for note in (note for table in data.values() for note in left_out(table.samples)):
+            warnings.warn(note, stacklevel=2)
         return Job(self.config, trained_task(self.config, self.labels), self.pretrained, data, self.max_length)
 
-    def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
-        """The rows of a source (at `places`) as a split, with warnings about rows cut and left out."""
-        source = source.with_files(asdict(self.columns))
-        self.require_columns(source.columns(), source.name, labelled=True)
-        splits = one_split(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
-        data = self.job(splits if places is None else replace(splits, places={name: places})).data
+    def labelled(self, name: str, table: Table) -> Table:
+        """Labelled rows as a split with samples; warnings tell about rows cut and left out."""
+        data = self.job({name: table}).data[name]
         what = "texts" if self.format is None or self.format.name == "text" else "prompts"
-        warn_of_cuts(data.samples[name], source.name, what, self.max_length)
+        warn_of_cuts(data.samples, table.name, what, self.max_length)
         return data
 
-    def unlabelled(self, rows: Rows) -> TokenisedSplit:
-        """Rows of any file as samples without labels, with a warning about cuts."""
-        self.require_columns(column_names(rows), rows.source, labelled=False)
+    def unlabelled(self, table: Table) -> Samples:
+        """Rows as samples without labels, with a warning about cuts."""
         encode = encoder(self.columns, by_word=self.config.task.type == "token-classification")
-        split = encode(rows, self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
-        warn_of_cuts(split, rows.source, "texts", self.max_length)
-        return split
+        samples = encode(list(table), self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
+        warn_of_cuts(samples, table.name, "texts", self.max_length)
+        return samples
 
-    def require_columns(self, names: Collection[str], source: str, *, labelled: bool) -> None:
-        """Raises DataError if a file with these columns lacks one of training."""
-        columns = self.columns
+    def require_columns(self, table: Table, *, labelled: bool) -> None:
+        """Raises DataError if a file lacks a column of training."""
+        columns, names = self.columns, table.names
         # The second part of a prompt is optional.
         second = columns.text_pair if self.format is None else None
         for column in (columns.text, second, columns.label if labelled else None):
             if column is not None and column not in names:
                 raise DataError(
-                    f"{source} has no column '{column}', which the run was trained on; its columns: {', '.join(names)}"
+                    f"{table.name} has no column '{column}', which the run was trained on; its columns: "
+                    f"{', '.join(names)}"
                 )
 
 

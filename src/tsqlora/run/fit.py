@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +14,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
-from tsqlora.data.formats import Format
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
-from tsqlora.data.rows import Rows
-from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import MEASURED
+from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
@@ -40,8 +38,6 @@ EVAL_BATCH = 64
 """Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""
 _BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
 """Evaluation that training.save_strategy best needs, unless it is set."""
-
-Samples = Sequence[dict[str, Any]]
 
 
 def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None) -> TrainingArguments:
@@ -81,27 +77,27 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
 
 def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -> RunRecord:
     """The record of a run that starts with this model.  Raises SettingsError for texts that could not be measured."""
-    config, splits, samples = job.config, job.data.splits, job.data.samples
+    config, train = job.config, job.train
     _require_measurable(job)
-    first = plan(config, job.task, model, samples, args, method)
-    texts = {} if splits.format is None else {"format": splits.format.name}
+    first = plan(config, job.task, model, job.data, args, method)
+    texts = {} if train.format is None else {"format": train.format.name}
     record = RunRecord(
         status="running",
         seed=config.training.seed,
         task=job.task.name,
-        labels=None if splits.labels is None else list(splits.labels.names),
-        data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns(), **texts},
+        labels=None if train.classes is None else list(train.classes.names),
+        data={"hash": data_hash(job.data), "max_length": job.max_length, "columns": asdict(train.columns), **texts},
         plan=first,
         parameters={"trainable": first["trainable"]},
         ranks=first["ranks"],
     )
-    record.notes += job.data.notes
+    record.notes += notes_of(job.data)
     record.notes += start_notes(config, record.labels)
-    for name, split in samples.items():
-        if split.truncated:
+    for name, table in job.data.items():
+        if table.samples.truncated:
             has_prompts = texts.get("format", "text") != "text"
-            what = "prompts" if has_prompts else "recordings" if splits.columns.media else "texts"
-            record.notes.append(_cuts(split, f"{name} {what}", job.max_length))
+            what = "prompts" if has_prompts else "recordings" if train.columns.media else "texts"
+            record.notes.append(_cuts(table.samples, f"{name} {what}", job.max_length))
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
@@ -138,10 +134,9 @@ def train_and_measure(
 
 def _require_measurable(job: Job) -> None:
     """Raises SettingsError if the texts that a model will write on test rows could not be measured."""
-    splits = job.data.splits
-    if not isinstance(job.task, Generation) or "test" not in splits.sources:
+    if not isinstance(job.task, Generation) or "test" not in job.data:
         return
-    if splits.format is not None and splits.format.name == "text":
+    if job.train.format is not None and job.train.format.name == "text":
         return
     require_text_metrics()
     shortest = least_prompt(job.pretrained.tokenizer) if job.task.causal else 1
@@ -170,7 +165,7 @@ class Predictor:
         require_room(positions, self.max_new_tokens, longest=least_prompt(self.tokenizer))
         return min(self.max_length, positions - self.max_new_tokens)
 
-    def logits(self, samples: Samples, *, phase: str, progress: Progress | None) -> np.ndarray:
+    def logits(self, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None) -> np.ndarray:
         """n × k logits of a task with one answer a sample."""
         return predict_logits(
             self.model,
@@ -182,7 +177,7 @@ class Predictor:
             **self._batching,
         )
 
-    def metrics(self, samples: Samples, *, phase: str, progress: Progress | None) -> dict[str, float]:
+    def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None) -> dict[str, float]:
         """The task's metrics on labelled samples; for generation those of the rows' targets."""
         if isinstance(self.task, Generation):
             compute = Compute(**self._batching, progress=progress)
@@ -193,12 +188,13 @@ class Predictor:
             return self.task.metrics(logits, padded_labels(labels, logits.shape[1]))
         return require_answers(self.task, "this metric").metrics(logits, padded_labels(labels))
 
-    def prompts(self, rows: Rows, format: Format, *, measured: bool = False) -> TokenisedSplit:
+    def prompts(self, table: Table, *, measured: bool = False) -> Samples:
         """The prompt of each row; `measured` as in `tokenise_generation`."""
         assert isinstance(self.task, Generation)
+        assert table.format is not None
         return tokenise_generation(
-            rows,
-            format,
+            list(table),
+            table.format,
             self.tokenizer,
             max_length=self.prompt_length,
             seq2seq=not self.task.causal,
@@ -206,12 +202,12 @@ class Predictor:
             measured=measured,
         )
 
-    def texts(self, prompts: TokenisedSplit, *, phase: str, progress: Progress | None) -> list[str]:
+    def texts(self, prompts: Samples, *, phase: str, progress: Progress | None) -> list[str]:
         """Generate a text for each prompt."""
         assert isinstance(self.task, Generation)
         return write_texts(
             self.model,
-            prompts.samples,
+            prompts,
             self.collate(left=self.task.causal),
             self.tokenizer,
             self.task,
@@ -221,16 +217,16 @@ class Predictor:
             compute=Compute(**self._batching, progress=progress),
         )
 
-    def text_metrics(self, rows: Rows, format: Format, *, progress: Progress | None) -> dict[str, float]:
-        """Compare generated texts with the rows' targets; nothing for plain text, which has no target."""
-        if format.name == "text":
+    def text_metrics(self, table: Table, *, progress: Progress | None) -> dict[str, float]:
+        """Compare generated texts with the rows' targets; nothing for rows without them, such as plain text."""
+        if table.format is None or table.format.name == "text":
             return {}
         require_text_metrics()
-        prompts = self.prompts(rows, format, measured=True)
+        prompts = self.prompts(table, measured=True)
         if self.prompt_length < self.max_length:  # reading the rows warns about cuts by max_length
-            warn_of_cuts(prompts, rows.source, "prompts", self.prompt_length)
+            warn_of_cuts(prompts, table.name, "prompts", self.prompt_length)
         written = self.texts(prompts, phase="writing", progress=progress)
-        return text_metrics(written, references(rows, format))
+        return text_metrics(written, references(table, table.format))
 
     def collate(self, *, left: bool = False) -> Collate:
         """A collator; with `left` for prompts to continue."""
@@ -241,13 +237,13 @@ class Predictor:
         return {"batch_size": self.batch_size, "autocast": torch.bfloat16 if self.bf16 else None}
 
 
-def warn_of_cuts(split: TokenisedSplit, source: str, what: str, length: int) -> None:
+def warn_of_cuts(split: Samples, source: str, what: str, length: int) -> None:
     """Warn if rows were cut."""
     if split.truncated:
         warnings.warn(_cuts(split, f"{what} of {source}", length), stacklevel=3)
 
 
-def _cuts(split: TokenisedSplit, what: str, length: int) -> str:
+def _cuts(split: Samples, what: str, length: int) -> str:
     words = f"; {split.cut_words} of their words are behind the cut, without a tag" if split.cut_words else ""
     return f"{split.truncated} of {len(split)} {what} were cut to {length} tokens{words}"
 
@@ -268,11 +264,11 @@ def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predict
 
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
     """Add the metrics of validation and test rows to the record; for generation also those of texts on test rows."""
-    predictor, splits = predictor_of(job, model, args), job.data.splits
-    for split in (name for name in MEASURED if name in job.data.samples):
-        samples = job.data.samples[split]
+    predictor = predictor_of(job, model, args)
+    for split in (name for name in MEASURED if name in job.data):
+        samples = job.data[split].samples
         with record.timed("evaluation") as cost:
-            record.metrics[split] = predictor.metrics(samples.samples, phase=split, progress=progress)
-            if split == "test" and splits.format is not None:
-                record.metrics[split] |= predictor.text_metrics(splits.rows(split), splits.format, progress=progress)
+            record.metrics[split] = predictor.metrics(samples, phase=split, progress=progress)
+            if split == "test":
+                record.metrics[split] |= predictor.text_metrics(job.data[split], progress=progress)
         cost.add(forward=len(samples), tokens=sum(samples.lengths))

@@ -1,6 +1,6 @@
 """Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from transformers import set_seed
 
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import plain_lora, wrap
-from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
-from tsqlora.data.splits import Splits, read_data
+from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.readers import Hints
+from tsqlora.data.splits import read_data
+from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
@@ -40,13 +41,18 @@ _OF_TEXTS: dict[str, str | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a run needs, loaded and checked; the task has training's loss."""
+    """Everything that a run needs, loaded and checked; the task has training's loss, `data` a table for each split."""
 
     config: Config
     task: Task
     pretrained: Pretrained
-    data: Prepared
+    data: Mapping[str, Table]
     max_length: int
+
+    @property
+    def train(self) -> Table:
+        """The training rows."""
+        return self.data["train"]
 
     @property
     def collate(self) -> Collate:
@@ -55,18 +61,17 @@ class Job:
     @property
     def inputs(self) -> Inputs:
         """What `fit` makes batches of."""
-        return Inputs(self.task, self.pretrained.tokenizer, self.collate, self.data.samples["validation"])
+        return Inputs(self.task, self.pretrained.tokenizer, self.collate, self.data["validation"].samples)
 
     @property
     def scored_rows(self) -> dict[str, Any]:
         """Describe the rows in the scores' record: their file and columns, and the names of class ids."""
-        splits = self.data.splits
-        by_word = self.task.answer == "tags"
+        table, by_word = self.train, self.task.answer == "tags"
         return {
             "data": self.config.data.train,
-            "columns": self.data.columns(),
-            "classes": None if splits.labels is None or by_word else list(splits.labels.names),
-            "format": "tokens" if by_word else None if splits.format is None else splits.format.name,
+            "columns": asdict(table.columns),
+            "classes": None if table.classes is None or by_word else list(table.classes.names),
+            "format": "tokens" if by_word else None if table.format is None else table.format.name,
             "hints": asdict(hints_of(self.config)),
         }
 
@@ -74,8 +79,8 @@ class Job:
 def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
-    `folder` holds the samples on disk; None is a temporary one. Raises UnsupportedError for preference rows, unless for
-    `scoring`.
+    `folder` holds rows and samples on disk; None is a temporary one. Raises UnsupportedError for preference rows,
+    unless for `scoring`.
     """
     require_of_task(config)
     if config.task.type == Preference.name and not scoring:
@@ -83,11 +88,12 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
             f"task.type {Preference.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
             "and `tsqlora select`), and train on them with TRL's DPOTrainer"
         )
-    splits = read(config)
-    task = trained_task(config, splits.labels)
-    pretrained = load_model(config, task, splits.labels)
+    tables = read(config, folder)
+    classes = tables["train"].classes
+    task = trained_task(config, classes)
+    pretrained = load_model(config, task, classes)
     length = max_length_of(config, pretrained)
-    data = prepare(splits, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
+    data = prepare(tables, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
     return Job(config, task, pretrained, data, length)
 
 
@@ -99,8 +105,8 @@ def max_length_of(config: Config, pretrained: Pretrained) -> int:
     return resolve_max_length(config.data.max_length, tokenizer_limit=limit, positions=pretrained.positions)
 
 
-def read(config: Config) -> Splits:
-    """Read where the rows of every split are."""
+def read(config: Config, folder: Path | None = None) -> dict[str, Table]:
+    """Read the rows of every split; `folder` as in `load`."""
     data, answer = config.data, get_task(config.task.type).answer
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
     names = () if answer == "pair" else names
@@ -116,6 +122,7 @@ def read(config: Config) -> Splits:
         trusted=data.trusted,
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
+        folder=folder,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.table import Samples, Table
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
@@ -29,7 +29,7 @@ def plan(
     config: Config,
     task: Task,
     model: Any,
-    samples: Mapping[str, TokenisedSplit],
+    tables: Mapping[str, Table],
     args: TrainingArguments,
     method: Method,
 ) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def plan(
     if config.ranks.moves and not RankSchedule().steps(steps, interval):
         idle.append(f"ranks.policy has no effect: {steps} steps at an interval of {interval} allow no adjustment")
     return {
-        "rows": {name: len(split) for name, split in samples.items()},
-        "classes": _classes(task, model, samples["train"]),
+        "rows": {name: len(table) for name, table in tables.items()},
+        "classes": _classes(task, model, tables["train"].samples),
         "rows_an_epoch": len(data),
         "epochs": math.ceil(epochs),
         "steps": steps,
@@ -56,7 +56,7 @@ def plan(
         "trainable": active_parameters(model),
         "bf16": args.bf16,
         "memory_bytes": memory(
-            config, task, model, longest=max(samples["train"].lengths) or patches_of(model), bf16=args.bf16
+            config, task, model, longest=max(tables["train"].samples.lengths) or patches_of(model), bf16=args.bf16
         ),
         "look_bytes": look_bytes(model, method),
         "without_effect": idle,
@@ -86,7 +86,7 @@ def _changed(section: Section, names: Iterable[str]) -> list[str]:
     return [n for n in type(section).model_fields if n in names and getattr(section, n) != getattr(default, n)]
 
 
-def _classes(task: Task, model: Any, rows: TokenisedSplit) -> dict[str, int] | None:
+def _classes(task: Task, model: Any, rows: Samples) -> dict[str, int] | None:
     """Rows of each class by name; None for other tasks."""
     if not isinstance(task, Classification):
         return None

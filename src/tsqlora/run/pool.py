@@ -6,21 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 from torch import nn
 
-from tsqlora.data.cells import MissingError
-from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, resolve_max_length
-from tsqlora.data.rows import of_dataset
-from tsqlora.data.splits import Splits, require_columns
+from tsqlora.data.rows import MissingError, find_columns
+from tsqlora.data.sources import of_dataset
+from tsqlora.data.splits import require_columns
+from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.quality.epochs import sample
+from tsqlora.quality.look import score
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
@@ -111,18 +110,18 @@ def score_pool(
         most = min(tokenizer.model_max_length, 1024)
         limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     seq2seq = isinstance(task, Generation) and not task.causal
-    splits = _splits(rows, model, task)
+    tables = _tables(rows, model, task)
     try:
-        data = prepare(splits, tokenizer, max_length=limit, seq2seq=seq2seq)
+        data = prepare(tables, tokenizer, max_length=limit, seq2seq=seq2seq)
     except MissingError as error:
-        for source in splits.sources.values():
-            require_columns(source, splits.columns, [error.what])
+        for table in tables.values():
+            require_columns(table, [error.what])
         raise
-    for note in data.notes:
+    for note in notes_of(data):
         warnings.warn(note, stacklevel=4)
-    samples, reference = data.samples["train"], None
-    if "trusted" in data.samples:
-        own = data.samples["trusted"]
+    samples, reference = data["train"].samples, None
+    if "trusted" in data:
+        own = data["trusted"].samples
         reference = Trusted(own, learning_rate, batch_size, twins=equals(samples, own))
     return score(
         model,
@@ -159,22 +158,22 @@ def _with_paths(rows: Any, model: nn.Module, folder: str) -> Any:
     return as_paths(rows, media, folder)
 
 
-def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
-    """The pool and the trusted rows as splits, with the format or the columns of the pool."""
+def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, Table]:
+    """The pool and the trusted rows as tables, with the format or the columns of the pool."""
     pool = rows["train"]
-    names, places = list(pool.column_names), {split: np.arange(len(part)) for split, part in rows.items()}
-    sources = {split: of_dataset(part, "dataset" if split == "train" else split) for split, part in rows.items()}
+    tables = {split: of_dataset(part, "dataset" if split == "train" else split) for split, part in rows.items()}
+    names, classes, format = list(pool.column_names), None, None
     if isinstance(task, Generation | Preference):
-        find = pair_format if isinstance(task, Preference) else find_format
-        format = find(names, source="dataset")
-        return Splits(sources, places, format.columns, None, format)
-    media, labels = MEDIA.get(task.name), None
-    columns = find_columns(names, text=None, text_pair=None, label=None, source="dataset", media=media)
-    if columns.label is None:
-        raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
+        format = (pair_format if isinstance(task, Preference) else find_format)(names, source="dataset")
+        columns = format.columns
+    else:
+        media = MEDIA.get(task.name)
+        columns = find_columns(names, text=None, text_pair=None, label=None, source="dataset", media=media)
+        if columns.label is None:
+            raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
     if task.answer in ("class", "labels"):
-        classes = cast(Any, model).config.id2label
+        heads = cast(Any, model).config.id2label
         first = split_labels(next((cell for cell in pool[columns.label] if cell), 0))
         texts = isinstance(first[0], str)
-        labels = LabelMap(tuple(str(classes[j]) if texts else j for j in range(len(classes))), task.answer)
-    return Splits(sources, places, columns, labels)
+        classes = LabelMap(tuple(str(heads[j]) if texts else j for j in range(len(heads))), task.answer)
+    return {split: table.using(columns, classes, format) for split, table in tables.items()}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import tokens_at
-from tsqlora.data.dialect import TABLES
 from tsqlora.data.labels import require_separable
-from tsqlora.data.rows import Rows, column_names, open_split
-from tsqlora.data.splits import Lacks, lacks_of, listed
+from tsqlora.data.readers import TABLES
+from tsqlora.data.rows import tokens_at
+from tsqlora.data.sources import open_table
+from tsqlora.data.splits import lacks_of, listed
+from tsqlora.data.table import Table
 from tsqlora.data.write import joined, require_writable, save_beside, try_rows, without_formulas, write_rows
 from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.files import reading, writing
@@ -39,17 +40,15 @@ def evaluate_run(
         return record.metrics["test" if "test" in record.metrics else "validation"]
     finished = open_run(run, overrides)
     if data is None:
-        splits = read(finished.config)
-        name = "test" if "test" in splits.sources else "validation"
-        prepared = finished.labelled(name, splits.sources[name], splits.places[name])
+        tables = read(finished.config)
+        name = "test" if "test" in tables else "validation"
+        table = tables[name]
     else:
         name = "test"
-        prepared = finished.labelled(name, open_split(data, split=name, hints=hints_of(finished.config)))
-    predictor = finished.predictor
-    metrics = predictor.metrics(prepared.samples[name].samples, phase="evaluation", progress=progress)
-    if finished.format is None:
-        return metrics
-    return metrics | predictor.text_metrics(prepared.splits.rows(name), finished.format, progress=progress)
+        table = finished.complete(open_table(data, split=name, hints=hints_of(finished.config)))
+    table = finished.labelled(name, table)
+    metrics = finished.predictor.metrics(table.samples, phase="evaluation", progress=progress)
+    return metrics | finished.predictor.text_metrics(table, progress=progress)
 
 
 def own_rows(run: Path) -> str:
@@ -76,21 +75,20 @@ def predict_run(
     with writing(out):
         reading(data)  # a model takes a while to load
         finished = open_run(run, overrides)
-        source = open_split(data, split="test", hints=hints_of(finished.config))
-        source = source.with_files(asdict(finished.columns))
-    rows = source.read()
-    finished.require_columns(column_names(rows), rows.source, labelled=False)
+        table = finished.using(open_table(data, split="test", hints=hints_of(finished.config)))
+    finished.require_columns(table, labelled=False)
     is_table = out.suffix.lower() in TABLES
     if is_table and finished.labels is not None and finished.labels.answer != "class":
         require_separable(finished.labels.names, cure="write .jsonl or .parquet")
-    parquet = source.path is not None and {source.path.suffix.lower(), out.suffix.lower()} == {".parquet"}
-    original, own = (source.path, [dict[str, Any]()] * len(rows)) if parquet else (None, rows.rows)
+    parquet = table.path is not None and {table.path.suffix.lower(), out.suffix.lower()} == {".parquet"}
+    original = table.path if parquet else None
+    own = [dict[str, Any]()] * len(table) if parquet else [row.cells for row in table]
     try_rows(out, own, original=original)
-    complete = _with_text(finished, rows)
+    complete = _with_input(finished, table)
     answers = _texts if finished.format is not None else _answers
-    added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
-    empty = dict.fromkeys(added[complete[0]])
-    predictions = [added.get(i, empty) for i in range(len(rows))]
+    added = dict(zip(complete.ids.tolist(), answers(finished, complete, progress), strict=True))
+    empty = dict.fromkeys(added[int(complete.ids[0])])
+    predictions = [added.get(i, empty) for i in range(len(table))]
     predicted = [{**row, **prediction} for row, prediction in zip(own, predictions, strict=True)]
     try:
         if is_table:  # spreadsheets run formulas
@@ -103,47 +101,42 @@ def predict_run(
                 )
         write_rows(out, predicted, original=original)
     except Exception as error:
-        numbered = [{"row": number, **one} for number, one in zip(rows.numbers, predictions, strict=True)]
+        numbered = [{"row": row.number, **one} for row, one in zip(table, predictions, strict=True)]
         saved = save_beside(out, numbered)
         raise TsqLoraError(f"{error}; the predictions are in {saved}, a line for each row in order") from error
-    return len(rows)
+    return len(table)
 
 
-def _lacks_input(finished: FinishedRun) -> Lacks:
+def _with_input(finished: FinishedRun, table: Table) -> Table:
+    """The rows that have an input; a warning names the others."""
     tags = finished.config.task.type == TokenClassification.name
-    return lacks_of(finished.columns, finished.format, answers=False, tags=tags)
-
-
-def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
-    """The rows that have an input."""
-    lacks, bad = _lacks_input(finished), dict[str, list[int | str]]()
-    complete = list[int]()
-    for i in range(len(rows)):
-        if (reason := lacks(rows, i)) is None:
-            complete.append(i)
+    lacks = lacks_of(finished.columns, finished.format, answers=False, tags=tags)
+    bad, complete = dict[str, list[int | str]](), list[int]()
+    for row in table:
+        if (reason := lacks(row)) is None:
+            complete.append(row.id)
         else:
-            bad.setdefault(reason, []).append(rows.numbers[i])
+            bad.setdefault(reason, []).append(row.number)
     if not complete:
-        raise DataError(f"{rows.source}: no row has an input to predict: {listed(bad, rows.source)}")
+        raise DataError(f"{table.name}: no row has an input to predict: {listed(bad, table.name)}")
     if bad:
-        count = f"{len(rows) - len(complete):,} of {len(rows):,}"
-        warnings.warn(f"{rows.source}: {count} predictions are empty: {listed(bad, rows.source)}", stacklevel=3)
-    return complete
+        count = f"{len(table) - len(complete):,} of {len(table):,}"
+        warnings.warn(f"{table.name}: {count} predictions are empty: {listed(bad, table.name)}", stacklevel=3)
+    return replace(table, ids=np.array(complete))
 
 
-def _texts(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
-    assert finished.format is not None
+def _texts(finished: FinishedRun, table: Table, progress: Progress | None) -> list[dict[str, Any]]:
     predictor = finished.predictor
-    prompts = predictor.prompts(rows, finished.format)
-    warn_of_cuts(prompts, rows.source, "prompts", predictor.prompt_length)
+    prompts = predictor.prompts(table)
+    warn_of_cuts(prompts, table.name, "prompts", predictor.prompt_length)
     return [{"prediction": text} for text in predictor.texts(prompts, phase="prediction", progress=progress)]
 
 
-def _answers(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
-    samples, predictor = finished.unlabelled(rows).samples, finished.predictor
-    logits = predictor.logits(list(samples), phase="prediction", progress=progress)
+def _answers(finished: FinishedRun, table: Table, progress: Progress | None) -> list[dict[str, Any]]:
+    samples, predictor = finished.unlabelled(table), finished.predictor
+    logits = predictor.logits(samples, phase="prediction", progress=progress)
     if isinstance(predictor.task, TokenClassification):
-        return _tags(finished, rows, samples, logits)
+        return _tags(finished, table, samples, logits)
     predicted = require_answers(predictor.task, "a prediction").predictions(logits)
     if finished.labels is None:
         return [{"prediction": float(value)} for value in predicted]
@@ -161,15 +154,15 @@ def _answers(finished: FinishedRun, rows: Rows, progress: Progress | None) -> li
 
 
 def _tags(
-    finished: FinishedRun, rows: Rows, samples: Sequence[dict[str, Any]], logits: np.ndarray
+    finished: FinishedRun, table: Table, samples: Sequence[dict[str, Any]], logits: np.ndarray
 ) -> list[dict[str, Any]]:
     """A tag and its probability for each token; "O" and none for a token that the model did not read."""
     assert finished.labels is not None
     names, p = finished.labels.names, softmax(logits.astype(np.float64), axis=2)
     unread = OUTSIDE if OUTSIDE in names else None
     answers = list[dict[str, Any]]()
-    for i, sample in enumerate(samples):
-        count = len(tokens_at(rows, i, finished.columns.text))
+    for i, (row, sample) in enumerate(zip(table, samples, strict=True)):
+        count = len(tokens_at(row, finished.columns.text))
         tags: list[Any] = [unread] * count
         probabilities: list[float | None] = [None] * count
         for place, word in enumerate(sample["labels"]):

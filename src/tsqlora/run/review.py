@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.yaml import YamlProblem, load_yaml
-from tsqlora.data.cells import is_missing
-from tsqlora.data.copies import corrected_name, write_corrected
-from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import join_labels, split_labels
-from tsqlora.data.rows import Rows, Source, open_split, read_rows
-from tsqlora.data.write import without_formulas, write_rows
+from tsqlora.data.readers import Hints
+from tsqlora.data.rows import Columns, Row, is_missing
+from tsqlora.data.sources import open_table
+from tsqlora.data.table import Table
+from tsqlora.data.write import corrected_name, without_formulas, write_corrected, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.files import reading, writing
 from tsqlora.run.audit import AUDIT_FILE, source_digest
@@ -53,13 +53,13 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     """
     about, folder = _about(table, out)
     several = about.get("answer") == "labels"
-    filled = read_rows(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
+    filled = open_table(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
     reviewed, unread = _read(filled, about["classes"], several=several, tags=about.get("answer") == "tags")
-    source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
+    source = open_table(about["source"], split="train", hints=Hints(**about["hints"]))
     before = about["sha256"]
     if before is not None and source_digest(source.name, about["columns"].get("media")) != before:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
-    source = source.with_files(about["columns"])
+    source = source.using(Columns(**about["columns"]))
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column, _names(about["classes"]))
     cells = dict[int, Any]()
@@ -135,37 +135,37 @@ def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
     return reviewed if isinstance(cell, list) else join_labels(reviewed)
 
 
-def _read(rows: Rows, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
+def _read(filled: Table, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
     """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
-    table = rows.source
+    table = filled.name
     needed = ("row", *(["token"] if tags else []), "label", "reviewed_label")
-    if lacking := [name for name in needed if name not in rows.rows[0]]:
+    if lacking := [name for name in needed if name not in filled.names]:
         raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
     names = _names(classes)
     by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
-    for i, cells in enumerate(rows.rows):
-        if is_missing(cells["reviewed_label"]):
+    for row in filled:
+        if is_missing(row.cells.get("reviewed_label")):
             if tags:
-                unread.add(_number(rows, i, "row"))
+                unread.add(_number(row, "row"))
             continue
-        one = _reviewed(rows, i, names, several=several, tags=tags)
+        one = _reviewed(row, names, several=several, tags=tags)
         if by_row.setdefault((one.row, one.token or 0), one).reviewed != one.reviewed:
             raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
     if not by_row:
         raise DataError(f"no row of {table} has a reviewed_label; fill in the right label where you are sure")
-    return [by_row[row] for row in sorted(by_row)], unread
+    return [by_row[key] for key in sorted(by_row)], unread
 
 
-def _number(rows: Rows, i: int, column: str) -> int:
-    number = str(rows.rows[i][column]).strip()
+def _number(row: Row, column: str) -> int:
+    number = str(row.cells[column]).strip()
     if not number.isdecimal():
-        raise DataError(f"{rows.place(i)}: {column} {number!r} is not a {column} number; restore the column {column}")
+        raise DataError(f"{row.place}: {column} {number!r} is not a {column} number; restore the column {column}")
     return int(number)
 
 
-def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool, tags: bool) -> Reviewed:
-    cells, place = rows.rows[i], rows.place(i)
-    number, value = _number(rows, i, "row"), str(cells["reviewed_label"])
+def _reviewed(row: Row, names: Mapping[str, Label], *, several: bool, tags: bool) -> Reviewed:
+    cells, place = row.cells, row.place
+    number, value = _number(row, "row"), str(cells["reviewed_label"])
     labels = list[Label]()
     for part in _parts(value, several=several):
         label = _class_of(part, names)
@@ -179,7 +179,7 @@ def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool, 
         str(cells["label"]),
         labels if several else labels[0],
         cells.get("kind") == "check",
-        _number(rows, i, "token") if tags else None,
+        _number(row, "token") if tags else None,
     )
 
 
@@ -221,7 +221,7 @@ def _as_cell(text: str) -> str:
 
 
 def _rows_of(
-    source: Source, reviewed: Sequence[Reviewed], column: str, names: Mapping[str, Label]
+    source: Table, reviewed: Sequence[Reviewed], column: str, names: Mapping[str, Label]
 ) -> dict[int, dict[str, Any]]:
     """The rows of the audited file, whose labels must be those of the table, in any spelling."""
 
@@ -229,9 +229,8 @@ def _rows_of(
         labels = ((part, _class_of(part, names)) for part in _parts(cell, several=several))
         return [part if label is None else label for part, label in labels]
 
-    rows = dict[int, dict[str, Any]]()
-    for part in source.chunks(np.array([one.row for one in reviewed])):
-        rows |= zip(part.ids.tolist(), part.rows, strict=True)
+    ids = np.intersect1d(source.ids, [one.row for one in reviewed])
+    rows = {row.id: row.cells for row in replace(source, ids=ids)}
     for one in reviewed:
         if one.row not in rows:
             raise DataError(f"{one.place}: {source.name} has no row {one.row}; its rows are numbered from 0")

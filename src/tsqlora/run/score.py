@@ -3,18 +3,19 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tsqlora import distributed
-from tsqlora.data.rows import open_split
-from tsqlora.data.splits import Splits, one_split
+from tsqlora.data.sources import open_table
+from tsqlora.data.splits import held_out_rows
+from tsqlora.data.table import Table
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.rule import PAPER_TERMS
-from tsqlora.quality.score import Compute, score
+from tsqlora.quality.look import score
+from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
@@ -37,7 +38,7 @@ def score_rows(
     scores' record); for a run and another file in data.train every row is scored.
     Rows are read in chunks and samples stored on disk. OUT.partial has the progress until the scores are written: the
     same call after an interruption resumes, and writes the same file.
-    Raises SettingsError if OUT.partial belongs to another scoring or another process uses it.
+    Raises SettingsError if another process uses OUT.partial.
     """
     if (processes := distributed.launched()) > 1:
         raise SettingsError(
@@ -48,7 +49,7 @@ def score_rows(
     with writing(out), _partial(out) as (partial, tokens):
         if source.is_dir():
             run = open_run(source, overrides)
-            job, model = run.job(_splits(source, run), folder=tokens), run.model
+            job, model = run.job(_tables(source, run, tokens), folder=tokens), run.model
         else:
             config = with_start(load_config(source, overrides))
             require_scoring(config)
@@ -56,12 +57,12 @@ def score_rows(
             model = with_adapter(config, job.pretrained).to(device_of(config))
         scores = score(
             model,
-            job.data.samples["train"],
+            job.train.samples,
             job.collate,
             rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
             task=job.task,
-            rows=row_names(job, held_out=job.data.splits.held_out),
-            compute=Compute(job.config.training.batch_size, journal=partial / "scoring", progress=progress),
+            rows=row_names(job, held_out=held_out_rows(job.data)),
+            compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),
             trusted=trusted_of(job),
             fraction=job.config.quality.fraction,
         )
@@ -84,11 +85,9 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(tokens, ignore_errors=True)
 
 
-def _splits(source: Path, run: FinishedRun) -> Splits:
+def _tables(source: Path, run: FinishedRun, folder: Path) -> dict[str, Table]:
     """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
-        return replace(read(run.config), labels=run.labels)
-    file = open_split(path, split="train", hints=hints_of(run.config)).with_files(asdict(run.columns))
-    run.require_columns(file.columns(), file.name, labelled=True)
-    return one_split("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
+        return read(run.config, folder)
+    return {"train": run.complete(open_table(path, split="train", hints=hints_of(run.config), folder=folder))}

@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
+from tsqlora.data.readers import PLAIN
+from tsqlora.data.table import data_hash
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_text
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
@@ -59,7 +62,7 @@ def _train(
     """Train from the last complete checkpoint, or from the start; a device takes `rows` rows at once."""
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
     job = load(config)
-    if before is not None and before.data["hash"] != job.data.hash:
+    if before is not None and before.data["hash"] != data_hash(job.data):
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
         )
@@ -130,13 +133,12 @@ def dry_run(config: Config) -> dict[str, Any]:
     method = build_callbacks(job, Path("run") / SCORES_FILE)
     record = begin(job, args, method, with_adapter(job.config, job.pretrained))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
-    plan = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
-    plan["files"] = job.data.splits.dialects
-    if job.data.splits.format is None:
+    plan = {**record.plan, "columns": asdict(job.train.columns), "max_length": job.max_length, "notes": notes}
+    plan["files"] = {table.name: str(table.dialect) for table in job.data.values() if table.dialect != PLAIN}
+    if job.train.format is None:
         return plan
-    first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
-    shown = shown_samples(job.pretrained.tokenizer, first)
-    return {**plan, "format": job.data.splits.format.name, "samples": shown}
+    shown = shown_samples(job.pretrained.tokenizer, job.train.samples[:SHOWN])
+    return {**plan, "format": job.train.format.name, "samples": shown}
 
 
 class WriteStart(TrainerCallback):

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
-from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.table import Samples
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
@@ -58,7 +58,7 @@ class Inputs:
     task: Task
     tokenizer: Any
     collate: Collate
-    validation: TokenisedSplit
+    validation: Samples
 
 
 def fit(

@@ -60,7 +60,8 @@ def noise_notes(scores: Scores | None) -> list[str]:
     bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
     left_out = scores.left_out_as("confident negative").sum()
     return [
-        f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {left_out} of {len(scores)} rows were left out"
+        f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {left_out} of {len(scores)} rows were left out",
+        *([scores.caution] if scores.caution else []),
     ]
 
 

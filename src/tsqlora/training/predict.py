@@ -10,15 +10,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.compat.torch import double
-from tsqlora.data.batches import sorted_batches
-from tsqlora.data.samples import length_of
+from tsqlora.data.table import length_of
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.oom import BatchSplitter
 from tsqlora.progress import Progress
+from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Batch, Collate, base_model, model_logits, split_labels
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.load import positions_of
 
@@ -38,24 +36,19 @@ def predict_logits(
 
     Raises TsqLoraError where a logit is not finite: no prediction would mean anything.
     """
-    device = next(model.parameters()).device
     out: np.ndarray | None = None
-    done, portions = 0, BatchSplitter()
 
-    def logits_of(indices: np.ndarray) -> np.ndarray:
-        batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
-        return model_logits(model, {name: value.to(device) for name, value in batch.items()}, task).cpu().numpy()
+    def measure(rows: np.ndarray, batch: Batch) -> Columns:
+        nonlocal out
+        logits = model_logits(model, batch, task).numpy(force=True)
+        # The first batch has the longest samples.
+        out = np.zeros((len(samples), *logits.shape[1:]), logits.dtype) if out is None else out
+        out[rows, : logits.shape[1]] = logits
+        return {}
 
-    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
-        for indices in sorted_batches([length_of(s) for s in samples], batch_size):
-            rows = iter(indices)
-            for logits in portions.of(indices, logits_of):
-                # The first batch has the longest samples.
-                out = np.zeros((len(samples), *logits.shape[1:]), logits.dtype) if out is None else out
-                out[[next(rows) for _ in logits], : logits.shape[1]] = logits
-            done += len(indices)
-            if progress is not None:
-                progress(phase, done, len(samples))
+    compute, lengths = Compute(batch_size, autocast, progress=progress), [length_of(sample) for sample in samples]
+    with torch.inference_mode():
+        run_pass(model, measure, samples, _without_labels(model, collate), compute, lengths=lengths, phase=phase)
     assert out is not None
     if broken := int((~np.isfinite(out)).reshape(len(out), -1).any(axis=1).sum()):
         raise TsqLoraError(
@@ -63,6 +56,17 @@ def predict_logits(
             "lower training.learning_rate or use another dtype"
         )
     return out
+
+
+def _without_labels(model: nn.Module, collate: Collate) -> Collate:
+    """Collate rows without their labels, and move the batch to the model's device."""
+    device = next(model.parameters()).device
+
+    def unlabelled(rows: list[Any]) -> Batch:
+        batch = collate([{name: value for name, value in row.items() if name != "labels"} for row in rows])
+        return {name: value.to(device) for name, value in batch.items()}
+
+    return unlabelled
 
 
 Samples = Sequence[Mapping[str, Any]]
@@ -81,17 +85,17 @@ def token_metrics(
 
     Raises TsqLoraError where the loss is not finite.
     """
-    device = next(model.parameters()).device
-    loss, right, tokens, done = 0.0, 0, 0, 0
-    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
-        for indices in sorted_batches([len(s["input_ids"]) for s in samples], compute.batch_size):
-            inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
-            counts = task.count(model_logits(model, inputs, task), labels)
-            loss += float(double(counts.loss).sum())
-            right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())
-            done += len(indices)
-            if compute.progress is not None:
-                compute.progress(phase, done, len(samples))
+
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
+        inputs, labels = split_labels(batch, model)
+        counts = task.count(model_logits(model, inputs, task), labels)
+        columns = {"loss": double(counts.loss), "right": counts.right, "tokens": counts.tokens}
+        return {name: values.numpy(force=True) for name, values in columns.items()}
+
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    with torch.inference_mode():
+        columns = run_pass(model, measure, samples, collate, compute, lengths=lengths, phase=phase)
+    loss, right, tokens = (float(columns[name].sum()) for name in ("loss", "right", "tokens"))
     loss /= max(tokens, 1)
     if not math.isfinite(loss):
         raise TsqLoraError(
@@ -120,7 +124,6 @@ def write_texts(
     Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
     """
     inner: Any = base_model(model)
-    device = next(model.parameters()).device
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
     require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if task.causal else 0)
     how = GenerationConfig(
@@ -134,18 +137,17 @@ def write_texts(
         **_PLAIN,
     )
     texts = [""] * len(prompts)
-    done = 0
-    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
-        for indices in sorted_batches(lengths, compute.batch_size):
-            batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
-            new = written[:, inputs["input_ids"].shape[1] :] if task.causal else written
-            for j, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                texts[int(j)] = text.strip()
-            done += len(indices)
-            if compute.progress is not None:
-                compute.progress(phase, done, len(prompts))
+
+    def write(rows: np.ndarray, batch: Batch) -> Columns:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
+        new = written[:, inputs["input_ids"].shape[1] :] if task.causal else written
+        for j, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            texts[int(j)] = text.strip()
+        return {}
+
+    with torch.inference_mode():
+        run_pass(model, write, prompts, _without_labels(model, collate), compute, lengths=lengths, phase=phase)
     return texts
 
 

@@ -20,10 +20,8 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
-from tsqlora.quality.look import look
-from tsqlora.quality.rows import batches_of
+from tsqlora.quality.look import look, require_scorable
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
@@ -264,7 +262,7 @@ class QualityCallback(PartCallback):
             return True
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
-            parts = [batch["labels"] for batch in batches_of(rows, self.collate or collate, 64)]
+            parts = [(self.collate or collate)([row])["labels"] for row in rows]
         if task.answer == "labels":
             present = int(torch.cat(parts).gt(0.5).any(dim=0).sum())
         else:

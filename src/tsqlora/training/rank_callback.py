@@ -16,18 +16,17 @@ from tsqlora.adapter.moments import require_moments
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.layer_sensitivity import Estimator, get_estimator, sensitivity_rows
+from tsqlora.layer_sensitivity import Estimator, get_estimator, name_of, sensitivity_rows
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.fallback import is_ready
+from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.moves import require_policy
 from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
+from tsqlora.training.mover import RankLoop
 from tsqlora.training.part import PartCallback
-from tsqlora.training.rank_changes import name_of
-from tsqlora.training.rank_loop import RankLoop
 from tsqlora.training.recorder import step_size
 
 LEAST_ROWS, MOST_ROWS = 32, 256
@@ -96,8 +95,6 @@ class RankCallback(PartCallback):
         self._why_not: str | None = None
         """Why ranks cannot change in this Trainer."""
         self.notes = []
-        self._settles = False
-        """Whether ranks are set before the first step and stay."""
 
     def rows_of(self, trained: int) -> int:
         """Rows that the first ranks are measured on, in a run that trains on `trained` rows."""
@@ -123,8 +120,7 @@ class RankCallback(PartCallback):
     def summary(self) -> dict[str, Any]:
         """Fields of the record: each decision, the current ranks, and warnings."""
         schedule: RankSchedule = self.options["schedule"]
-        options = {name: name_of(option) if callable(option) else option for name, option in self.options.items()}
-        options |= asdict(schedule)
+        options = {**self.options, "estimator": name_of(self.options["estimator"]), **asdict(schedule)}
         del options["schedule"]
         return {
             "rank_events": list(self.events),
@@ -154,20 +150,11 @@ class RankCallback(PartCallback):
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
-        self.loop, self.notes, self._settles = None, [], False
-        if has_slots(kwargs["model"]):
-            self.loop = self._begin(args, state, resumed, kwargs["model"], kwargs["optimizer"])
-        else:
+        self.loop, self.notes = None, []
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
-
-    def _begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        resumed: Path | None,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> RankLoop:
+            return
         saved = None if resumed is None else RankState.load(resumed)
         # Ranks that moved go on moving; where they cannot, `restore` names what has changed.
         moved = saved is not None and saved.options.get("ranks.policy") != "fixed"
@@ -183,10 +170,9 @@ class RankCallback(PartCallback):
         if saved is not None:
             loop.restore(saved, step=state.global_step)
         if why_not is not None:
-            loop.changes.optimizer = None  # before its first step it keeps nothing that would have to move
-            self._settles = True
+            loop.state_of = None  # before its first step it keeps nothing that would have to move
             self._note(f"ranks are set once, before the first step, and do not move: {why_not}")
-        return loop
+        self.loop = loop
 
     @property
     def _moving(self) -> RankLoop | None:
@@ -204,7 +190,7 @@ class RankCallback(PartCallback):
         sets = self.options["policy"] != "fixed" and not (waits or loop.started)
         if sets and (scored or first):
             self._start(loop, args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
-        if self._settles:
+        if loop.state_of is None:  # ranks are set now, and stay
             loop.finish()
         else:
             loop.before_forward(adjust=not waits)  # until the rows are scored, ranks stay

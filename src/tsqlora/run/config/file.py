@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.data.folders import kind_of
-from tsqlora.data.readers import READERS
+from tsqlora.data.readers import SUFFIXES
+from tsqlora.data.sources import kind_of
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.settings import Config, Section, section_of
@@ -151,7 +151,7 @@ def _with_task(config: Config) -> Config:
         return config
     folder, model = Path(config.data.train), Path(config.model.path)
     kind = _processed(model / "preprocessor_config.json")
-    if kind is None and os.path.isdir(folder) and not any(file.suffix in READERS for file in folder.iterdir()):
+    if kind is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         kind = kind_of(folder)
     if kind is None:
         return config

@@ -1,0 +1,276 @@
+"""Find the splits of a file, a directory or a hub data set, and read each into a table."""
+
+import difflib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tsqlora.compat.datasets import file_kinds, list_names
+from tsqlora.compat.hub import DatasetName, is_hub_id
+from tsqlora.data.readers import READERS, SNIFF, SUFFIXES, TABLES, Hints, parquet_file, sniff
+from tsqlora.data.rows import ENDINGS, Row
+from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
+from tsqlora.errors import DataError
+from tsqlora.files import reading
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+}
+"""Splits of a directory or hub data set, and the names that each may have there."""
+
+ORDER = ("train", "trusted", "validation", "test")
+"""All splits, in reading order; trusted rows are never taken from beside the training rows."""
+
+
+FIRST = 20
+"""Rows that tell what a file holds."""
+
+
+def open_table(
+    source: str | Path, *, split: str | None = None, hints: Hints = SNIFF, folder: Path | None = None
+) -> Table:
+    """Read a file, or one split of a directory or hub data set, into a table on disk in `folder`.
+
+    `split` names the split of a directory or hub data set; None takes the only one. A file is one split, whatever its
+    name. Raises DataError for missing, empty and broken files, with file and line.
+    """
+    tables = _open(source, requested=SPLIT_NAMES if split is None else (split,), hints=hints, folder=folder)
+    if len(tables) != 1:
+        has = f"has the splits {', '.join(tables)}" if tables else f"has no split {split or ', '.join(SPLIT_NAMES)}"
+        raise DataError(f"{source} {has}; name one file or one split of it")
+    return next(iter(tables.values()))
+
+
+def open_tables(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    trusted: str | None = None,
+    hints: Hints = SNIFF,
+    folder: Path | None = None,
+) -> dict[str, Table]:
+    """Read all splits, in ORDER: always "train", and the others if there are any.
+
+    `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and test.*, or a hub data set
+    (`DatasetName`). An explicit `validation` or `test` replaces the split beside it. If `trusted` is a directory or hub
+    id, its split of that name counts, else its only split.
+    Raises DataError for missing files, and for two files of one split.
+    """
+    explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
+    requested = [name for name in SPLIT_NAMES if name not in explicit]
+    tables = _open(train, requested=requested, hints=hints, folder=folder)
+    if "train" not in tables:
+        raise DataError(f"{train} has no split train; set data.train to the training file")
+    for name, path in explicit.items():
+        tables[name] = open_table(path, split=name, hints=hints, folder=folder)
+    if trusted is not None:
+        named = _open(trusted, requested=("trusted",), hints=hints, folder=folder)
+        tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints, folder=folder)
+    return {name: tables[name] for name in ORDER if name in tables}
+
+
+def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
+    """Read those of the requested splits that the source has; a file, or one hub split, is the first of them.
+
+    A directory has a file for each split, or a folder of images or recordings, or is such a folder itself. A train.log
+    beside train.csv does not count.
+    """
+    path = Path(os.path.expanduser(source))
+    # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
+    if os.path.isfile(path):
+        return {next(iter(requested)): _of_file(path, hints, folder)}
+    if os.path.isdir(path):
+        listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
+        read = {file.stem for file in listed if file.suffix.lower() in SUFFIXES}
+        files = {f.name: f for f in listed if f.stem not in read or f.suffix.lower() in SUFFIXES}
+        names = _match_splits({name: file.stem for name, file in files.items()}, requested, source)
+        if names:
+            return {split: _of_file(files[name], hints, folder) for split, name in names.items()}
+        folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
+        own = {name: name for name in folders}
+        names = _match_splits(own, requested, source)
+        if not names and not _match_splits(own, SPLIT_NAMES, source):
+            folders, names = {"": path}, {next(iter(requested)): ""}
+        tables = {split: _of_folder(folders[name], hints, folder) for split, name in names.items()}
+        return {split: table for split, table in tables.items() if table is not None}
+    require_source(source)
+    data = _load_hub(DatasetName.of(str(source)))
+    if not isinstance(data, dict):
+        return {next(iter(requested)): of_dataset(data, str(source), named=True, folder=folder)}
+    names = _match_splits({name: name for name in data}, requested, source)
+    return {
+        split: of_dataset(data[name], f"{source}[{name}]", named=True, folder=folder) for split, name in names.items()
+    }
+
+
+def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
+    """Return the columns of a file's first rows; none for a directory or hub data set."""
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
+        return ()
+    if path.suffix.lower() == ".parquet":
+        with parquet_file(path) as file:
+            return tuple(file.schema_arrow.names)
+    rows = READERS[path.suffix.lower()](path, sniff(path, hints))
+    return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+
+
+def require_source(source: str | Path) -> None:
+    """Raise DataError unless `source` is a file, a directory or a hub id. This opens nothing, and needs no torch."""
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path) or os.path.isdir(path):
+        return
+    if path.suffix.lower() in SUFFIXES or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
+        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
+
+
+def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: str | Path) -> dict[str, str]:
+    """Map each split to the one name whose stem is among the split's usual names."""
+    matches = {}
+    for split in requested:
+        usual = SPLIT_NAMES.get(split, (split,))
+        hits = [name for name, stem in stems.items() if stem.lower() in usual]
+        if len(hits) > 1:
+            raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; remove all but one")
+        if hits:
+            matches[split] = hits[0]
+    return matches
+
+
+def _of_folder(path: Path, hints: Hints, folder: Path | None) -> Table | None:
+    """A folder of images or recordings, by its metadata table if it has one; None for other folders."""
+    tables = (path / f"metadata{suffix}" for suffix in SUFFIXES)
+    if (table := next((one for one in tables if one.is_file()), None)) is not None:
+        return _of_file(table, hints, folder)
+    if (kind := kind_of(path)) is None:
+        return None
+    return table_of(str(path), folder_rows(path, kind), folder=folder, typed=False, kind=kind)
+
+
+def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(SUFFIXES)}")
+    reading(path)
+    if suffix == ".parquet":
+        with parquet_file(path) as file:
+            return table_of_arrow(str(path), file.iter_batches(CHUNK), folder=folder, path=path)
+    dialect = sniff(path, hints)
+    notes = ()
+    if note := dialect.note(str(path)):
+        warnings.warn(note, stacklevel=4)
+        notes = (note,)
+    about = {"typed": suffix not in TABLES, "path": path, "dialect": dialect, "notes": notes}
+    return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as exc:
+        raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"did you mean '{path.parent / close[0]}'? " if close else ""
+
+
+def _load_hub(name: DatasetName) -> Any:
+    """The splits of a hub data set by name, or the one split that the name selects.  Raises DataError for any error."""
+    import datasets  # seconds to import, and only hub ids need it
+
+    if name.id in file_kinds():  # load_dataset would read whatever files lie in the working directory
+        raise DataError(f"{name.id} is a kind of file, not a data set; name a file, or a directory of splits")
+    try:
+        data: Any = datasets.load_dataset(name.id, name.configuration, split=name.split)
+        return data if name.split is not None else {str(split): rows for split, rows in data.items()}
+    except Exception as exc:
+        reason = " ".join(str(exc).splitlines()[:2]) or type(exc).__name__
+        raise DataError(
+            f"{name.id} is neither a local file or directory nor a loadable hub data set ({reason}); "
+            f"{_nearest_file(Path(name.id))}correct it (ID:CONFIGURATION[SPLIT]), or download it and name the file"
+        ) from exc
+
+
+def of_dataset(data: Any, name: str, *, named: bool = False, folder: Path | None = None) -> Table:
+    """A `datasets.Dataset` as a table.
+
+    If `named`, lists of class numbers, such as tags, become lists of the names that the data set has for them; else
+    they stay, since a model that is already made may name its classes otherwise.
+    """
+    lists = list_names(data.features) if named else {}
+
+    def with_names(row: Row) -> Row:
+        named = {c: row.cells[c] and [names.get(n, n) for n in row.cells[c]] for c, names in lists.items()}
+        return replace(row, cells={**row.cells, **named})
+
+    parts = data.with_format("arrow").iter(CHUNK)
+    return table_of_arrow(name, parts, folder=folder, **({"view": with_names} if lists else {}))
+
+
+MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+_SHOWN = 3
+
+
+def kind_of(folder: Path) -> str | None:
+    """Whether the first file of media in a folder, its folders, or theirs is "image" or "audio"; None without any."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        for path in sorted(folder.glob(pattern)):
+            for kind, endings in ENDINGS.items():
+                if path.suffix.lower() in endings and path.is_file():
+                    return kind
+    return None
+
+
+def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files of this kind, each with its path below the folder, and its row: an absolute path and the class.
+
+    The class is the name of the first folder on that path; a file that lies beside these folders has none. Warns of
+    files of other kinds.
+    """
+    rows, others = list[tuple[str, dict[str, Any]]](), list[str]()
+    for path in sorted(_files(folder)):
+        below = path.relative_to(folder)
+        if path.suffix.lower() in ENDINGS[kind]:
+            label = below.parts[0] if len(below.parts) > 1 else None
+            rows.append((str(below), {kind: os.path.abspath(path), "label": label}))
+        else:
+            others.append(str(below))
+    if others:
+        shown = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+        warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {shown}", stacklevel=5)
+    return rows
+
+
+def folder_digest(folder: Path, kind: str) -> str:
+    """SHA-256 of the paths and sizes of the files that `folder_rows` reads."""
+    files = (path for path in sorted(_files(folder)) if path.suffix.lower() in ENDINGS[kind])
+    listing = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file that is not hidden; links lead to folders elsewhere, to each once."""
+    root, followed = Path(os.path.realpath(folder)), set[Path]()
+
+    def enters(path: Path) -> bool:
+        if not path.is_symlink():
+            return True
+        target = Path(os.path.realpath(path))
+        apart = not target.is_relative_to(root) and not root.is_relative_to(target) and target not in followed
+        followed.add(target)
+        return apart
+
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and enters(Path(parent, name))]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))

@@ -1,0 +1,326 @@
+"""Table: the rows of a split, read once into Arrow on disk, and the samples that a tokenizer makes of them."""
+
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, overload
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tsqlora.data.formats import Format
+from tsqlora.data.labels import LabelMap
+from tsqlora.data.readers import PLAIN, Dialect
+from tsqlora.data.rows import Columns, Row, row_hash
+from tsqlora.errors import DataError
+
+NO_COLUMNS = Columns("", None, None)
+CHUNK = 1024
+"""Rows in memory at a time."""
+
+
+class ArrowSamples(Sequence[dict[str, Any]]):
+    """Rows of an Arrow table, each decoded into plain lists and numbers on access."""
+
+    def __init__(self, table: pa.Table) -> None:
+        from datasets import Dataset  # seconds to import
+
+        # With a fingerprint, since `datasets` would read the whole table to compute one.
+        self.dataset = Dataset(table, fingerprint=uuid4().hex)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(i, slice):
+            return [self.dataset[j] for j in range(*i.indices(len(self)))]
+        return self.dataset[int(i)]  # datasets 4.0 takes no numpy integer
+
+    @property
+    def lengths(self) -> list[int]:
+        table = self.dataset.data
+        if "length" in table.column_names:
+            return table["length"].to_pylist()
+        return pc.list_value_length(table["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def labels(self) -> np.ndarray:
+        column = self.dataset.data["labels"]
+        return np.array(column.to_pylist()) if pa.types.is_list(column.type) else column.to_numpy()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples(Sequence[dict[str, Any]]):
+    """Tokenised rows as a Trainer takes them: this is a map-style torch data set.
+
+    Args:
+        stored: dicts of input_ids, attention_mask, token_type_ids if the tokenizer makes them, and labels if any; or of
+            a file, which `media.MediaCollator` decodes.
+        hashes: a name for each sample that does not depend on the order.
+        truncated: how many samples were cut to the maximal length.
+        ids: the rows' places in their file, from 0.
+        left_out: the place of every row whose target does not fit whole, and the tokens that it needs.
+        cut_words: how many tokens with a tag are behind the cut, so that the model does not read them.
+    """
+
+    stored: Sequence[dict[str, Any]]
+    hashes: tuple[str, ...]
+    truncated: int
+    ids: np.ndarray
+    left_out: tuple[tuple[str, int], ...] = ()
+    cut_words: int = 0
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
+        return self.stored[i]
+
+    def take(self, places: Iterable[int]) -> "Samples":
+        """Some of the samples, in memory."""
+        chosen = list(places)
+        samples, hashes = [self.stored[j] for j in chosen], tuple(self.hashes[j] for j in chosen)
+        return Samples(samples, hashes, 0, self.ids[chosen])
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample; steps of a recording, 0 for an image."""
+        if isinstance(self.stored, ArrowSamples):
+            return self.stored.lengths
+        return [length_of(sample) for sample in self.stored]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each sample: a number, or a row of k for several labels.  Tags have no such form."""
+        if isinstance(self.stored, ArrowSamples):
+            return self.stored.labels
+        return np.array([sample["labels"] for sample in self.stored])
+
+
+def of_rows(
+    samples: Sequence[dict[str, Any]], rows: Sequence[Row], columns: Columns, *, truncated: int, **about: Any
+) -> Samples:
+    """The samples of some rows, a sample each; `about` has further fields."""
+    ids = np.array([row.id for row in rows], dtype=np.int64)
+    return Samples(samples, tuple(row_hash(row.cells, columns) for row in rows), truncated, ids, **about)
+
+
+def length_of(sample: Mapping[str, Any]) -> int:
+    """Tokens of a sample; of a file the steps of its recording, or 0."""
+    return int(sample["length"]) if "length" in sample else len(sample["input_ids"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """The rows of one split: read once, and read again from Arrow on disk.
+
+    Args:
+        name: their file, for messages.
+        stored: number and cells of every row of the file; cells are a struct, or JSON text where types may mix.
+        names: every column that some row has, in order of first appearance.
+        ids: the places of this split's rows in the file, ascending from 0.
+        typed: False if the format has no types (CSV), so that "3" may be the number 3.
+        path: the file; None for a hub data set or a folder of files.
+        kind: "image" or "audio" of a folder of files, whose rows have columns of this name and "label".
+        view: changes each row as it is read.
+        columns, classes, format: those in use; `classes` is None for numbers and texts, `format` for all but texts.
+        notes: rows that were left out, and an encoding that is a guess.
+        samples: the tokenised rows, once there are any.
+    """
+
+    name: str
+    stored: pa.Table
+    names: tuple[str, ...]
+    ids: np.ndarray
+    typed: bool = True
+    path: Path | None = None
+    dialect: Dialect = PLAIN
+    kind: str | None = None
+    view: Callable[[Row], Row] = lambda row: row
+    columns: Columns = NO_COLUMNS
+    classes: LabelMap | None = None
+    format: Format | None = None
+    notes: tuple[str, ...] = ()
+    samples: Samples = Samples((), (), 0, np.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self.chunks())
+
+    def chunks(self) -> Iterator[list[Row]]:
+        """The rows in order, at most CHUNK at a time."""
+        start = 0
+        for batch in self.stored.to_batches():
+            ids = self.ids[slice(*np.searchsorted(self.ids, [start, start + len(batch)]))]
+            if len(ids):
+                try:
+                    numbers, cells = (column.to_pylist() for column in batch.take(pa.array(ids - start)).columns)
+                # Text that is not UTF-8, an impossible date, an unknown time zone …
+                except (ValueError, KeyError, ArithmeticError) as error:
+                    raise DataError(
+                        f"{self.name} has a value that cannot be read ({error}); export it again"
+                    ) from error
+                cells = map(json.loads, cells) if pa.types.is_string(batch.schema.field("cells").type) else cells
+                made = zip(cells, numbers, ids.tolist(), strict=True)
+                yield [self.view(Row(cells, self.name, number, id)) for cells, number, id in made]
+            start += len(batch)
+
+    def using(self, columns: Columns, classes: LabelMap | None = None, format: Format | None = None) -> "Table":
+        """The table with these columns.
+
+        The rows of a folder get their names; a table of files gets absolute paths, which count from it.
+        """
+        table, kind, column, before = self, self.kind or "", columns.text, self.view
+
+        def renamed(row: Row) -> Row:
+            row = before(row)
+            return replace(row, cells={column: row.cells[kind], columns.label or "label": row.cells["label"]})
+
+        def absolute(row: Row) -> Row:
+            row = before(row)
+            name = row.cells.get(column)
+            if self.path is None or not isinstance(name, str) or not name.strip():
+                return row
+            return replace(row, number=name, cells={**row.cells, column: os.path.abspath(self.path.parent / name)})
+
+        if columns.media and kind:
+            table = replace(self, view=renamed, kind=None, names=(column, columns.label or "label"))
+        elif columns.media:
+            table = replace(self, view=absolute, path=None)
+        return replace(table, columns=columns, classes=classes, format=format)
+
+
+def table_of(
+    name: str, records: Iterable[tuple[int | str, dict[str, Any]]], *, folder: Path | None = None, **about: Any
+) -> Table:
+    """Store numbered rows as a table, on disk in `folder` (None: the system's); `about` has its other fields.
+
+    Raises DataError if there are none.
+    """
+    names = dict[str, None]()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        rows = iter(records)
+        while part := list(islice(rows, CHUNK)):
+            names.update((name, None) for _, row in part for name in row)
+            try:
+                cells = [json.dumps(row) for _, row in part]
+            except RecursionError as error:
+                raise DataError(f"{name}: a row from {part[0][0]} on is nested too deeply") from error
+            yield pa.record_batch([pa.array([number for number, _ in part]), pa.array(cells)], ["number", "cells"])
+
+    return _table(name, batches(), names, folder, about)
+
+
+def table_of_arrow(
+    name: str, parts: Iterable[pa.RecordBatch | pa.Table], *, folder: Path | None = None, **about: Any
+) -> Table:
+    """As `table_of`, of rows in Arrow, which keep their types; numbered from 1."""
+    names = dict[str, None]()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        done = 0
+        for part in parts:
+            names.update(dict.fromkeys(part.schema.names))
+            cells = part.to_struct_array()
+            cells = cells.combine_chunks() if isinstance(cells, pa.ChunkedArray) else cells
+            yield pa.record_batch([pa.array(np.arange(done + 1, done + len(part) + 1)), cells], ["number", "cells"])
+            done += len(part)
+
+    return _table(name, batches(), names, folder, about)
+
+
+def _table(
+    name: str,
+    batches: Iterable[pa.RecordBatch],
+    names: Collection[str],
+    folder: Path | None,
+    about: Mapping[str, Any],
+) -> Table:
+    stored = on_disk(batches, folder)
+    if stored is None:
+        cure = "write at least one, or name another file" if about.get("path") else "name another split or data set"
+        raise DataError(f"{name} has no rows; {cure}")
+    return Table(name, stored, tuple(names), np.arange(len(stored)), **about)
+
+
+def on_disk(batches: Iterable[pa.RecordBatch], folder: Path | None = None) -> pa.Table | None:
+    """Write Arrow to a temporary file of `folder` (None: the system's), and map it to memory; None without rows.
+
+    The file has no name, and vanishes with the process, however that ends.
+    """
+    writer: pa.RecordBatchStreamWriter | None = None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for batch in batches:
+            writer = writer or pa.ipc.new_stream(file, batch.schema)
+            writer.write_batch(batch)
+        if writer is None:
+            return None
+        writer.close()
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+
+
+def store(parts: Iterable[Samples], folder: Path | None = None) -> Samples:
+    """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
+    hashes, ids, left_out, truncated, cut = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0, 0
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal hashes, left_out, truncated, cut
+        for part in parts:
+            hashes += part.hashes
+            ids.append(part.ids)
+            left_out += part.left_out
+            truncated += part.truncated
+            cut += part.cut_words
+            if len(part):
+                yield pa.RecordBatch.from_pylist(list(part), schema=_schema(part[0]))
+
+    stored = on_disk(batches(), folder)
+    samples = () if stored is None else ArrowSamples(stored)
+    return Samples(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out), cut)
+
+
+def _schema(sample: dict[str, Any]) -> pa.Schema:
+    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+    def kind(value: Any) -> pa.DataType:
+        if not isinstance(value, list):
+            return kinds[type(value)]
+        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
+
+    return pa.schema([(key, kind(value)) for key, value in sample.items()])
+
+
+def data_hash(tables: Mapping[str, Table]) -> str:
+    """16 hex digits that identify the data: a hash of every sample of every split, in order."""
+    digest, between = hashlib.sha256(), ""
+    for name, table in tables.items():
+        for h in table.samples.hashes:
+            digest.update(f"{between}{name}:{h}".encode())
+            between = "\n"
+    return digest.hexdigest()[:16]
+
+
+def notes_of(tables: Mapping[str, Table]) -> list[str]:
+    """The notes of all tables, each once."""
+    return list(dict.fromkeys(note for table in tables.values() for note in table.notes))

@@ -1,0 +1,198 @@
+"""Explain scores: the rows worth reading, with text, label, prediction and terms."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.compat.shapes import Bool, Float, Int
+from tsqlora.data.formats import PREFERENCE
+from tsqlora.data.readers import Hints
+from tsqlora.data.rows import Columns, row_hash, row_text
+from tsqlora.data.sources import open_table
+from tsqlora.data.table import Table
+from tsqlora.errors import DataError
+from tsqlora.quality.scores import REASONS, Scores
+
+WHY = {
+    "kept": "drawn from",
+    "duplicate": "near-duplicate of another row",
+    "outlier": "gradient far larger than is usual in its class",
+    "confident negative": "likely wrong label",
+    "gated": "the trusted model disagrees with its label",
+    "trusted row": "same input as a trusted row, which is trained on instead",
+    "swapped pair": "the trusted model prefers the rejected answer",
+}
+"""Each of REASONS in plain words; all but the first explain why a row is dropped."""
+
+
+def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
+    """Return the calibrated loss above the median of the class, which orders labels by how likely they are wrong.
+
+    A hard class is not suspected as a whole. docs/research/log.md compares this with other measures.
+    """
+    # Before training, the losses of all preference pairs are equal.
+    pairs = scores.record.format == PREFERENCE and "trusted_loss" in scores.terms
+    loss = scores.terms["trusted_loss" if pairs else "loss"].astype(np.float64)
+    groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata
+    for group in np.unique(groups):
+        loss[groups == group] -= np.median(loss[groups == group])
+    return loss
+
+
+def lowest(scores: Scores) -> Int[np.ndarray, " n"]:
+    """Return all rows, those of least quality first; where Q ends, at -3, many tie, and the most suspicious lead."""
+    return np.lexsort((-suspicion(scores) if "loss" in scores.terms else scores.row_ids, scores.quality))
+
+
+def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
+    """Return the rows that the model predicts as another class with confidence; of preference pairs the swapped ones.
+
+    With confidence: with at least the mean probability that it gives to labels of that class (Northcutt et al., 2021,
+    confident learning).
+    """
+    if not scores.stratified:
+        return scores.left_out_as("swapped pair")
+    predicted, p = scores.predictions["predicted"], scores.predictions["predicted_probability"]
+    own, labels = scores.predictions["label_probability"], scores.labels
+    usual = {c: own[labels == c].mean() if (labels == c).any() else np.inf for c in np.unique(predicted)}
+    return (predicted != labels) & (p >= np.array([usual[c] for c in predicted]))
+
+
+def p_wrong(scores: Scores) -> Float[np.ndarray, " n"] | None:
+    """Return the probability that each label is wrong, 0 without evidence; None where it was not estimated."""
+    if scores.record.noise is None:
+        return None
+    return scores.predictions.get("wrong_probability", np.zeros(len(scores)))
+
+
+def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, Any]:
+    """Return the n rows of highest and lowest quality, the most suspicious, and likely wrong labels, as plain JSON.
+
+    Texts are found by hash in `data`, by default the file that the scores name.
+    Raises DataError for scores without predictions or rows, and for a file that lacks a row.
+    """
+    if "loss" not in scores.terms or (scores.stratified and not scores.predictions):
+        raise DataError("these scores have no predictions; score again")
+    order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
+    wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
+    lists = {
+        "highest": order[:n],
+        "lowest": lowest(scores)[:n],
+        "suspicious": by_suspicion[:n],
+        "likely_wrong": wrong[:n],
+    }
+    rows = np.unique(np.concatenate(list(lists.values()))).tolist()
+    texts, why = texts_or_why(scores, rows, data, remote=True)
+    if why is not None:
+        raise DataError(f"{why}; name the file of the rows: --data FILE")
+    samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
+    left_out = int((~scores.kept[wrong]).sum())
+    return {**samples, "likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out, "kind": _kind(scores)}
+
+
+def _kind(scores: Scores) -> str:
+    """Return what the rows are to learn: "class", "text", "pair" (of texts), or "other"."""
+    if scores.record.format is not None:
+        return "pair" if scores.record.format == PREFERENCE else "text"
+    return "class" if scores.stratified else "other"
+
+
+def place_of(scores: Scores, row: int) -> int:
+    """Return the position in the scores of the row with this id.  Raises DataError where it was not scored."""
+    ids = scores.row_ids
+    places = np.flatnonzero(ids == row)
+    if len(places) == 0:
+        raise DataError(
+            f"row {row} is not among the {len(scores):,} scored rows, numbered {ids.min()} to {ids.max()}; it was held "
+            "out, left out, or is in another file"
+        )
+    return int(places[0])
+
+
+def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:
+    """Return what the scores know about the row with this id, and why it is kept or dropped, as plain JSON.
+
+    The text is None where the file lacks it, and `no_text` says why. Raises DataError for a row that was not scored,
+    and if `data` is given and lacks the text.
+    """
+    j = place_of(scores, row)
+    probability = p_wrong(scores)
+    texts, why = texts_or_why(scores, [j], data)
+    if data is not None and why is not None:
+        raise DataError(f"no text of row {row}: {why}; give --data the file of the scored rows")
+    return {
+        **_sample(scores, j, texts.get(j)),
+        "kind": _kind(scores),
+        "no_text": why,
+        "wrong_probability": None if probability is None else float(probability[j]),
+        "out_of_sample": scores.record.out_of_sample,
+    }
+
+
+def hints_of(scores: Scores) -> Hints:
+    """Return the delimiter and encoding that the settings gave for the scored file."""
+    return Hints(**scores.record.hints)
+
+
+def texts_or_why(
+    scores: Scores, rows: Iterable[int], data: Path | None = None, *, remote: bool = False
+) -> tuple[dict[int, str], str | None]:
+    """Return the texts of these rows by position, and why some are missing.  Reads a hub data set only if `remote`."""
+    source, rows = data or scores.record.data, list(rows)
+    if scores.hashes is None or source is None or scores.record.columns is None:
+        return {}, "the scores do not name their rows"
+    if not remote and not Path(source).exists():
+        return {}, f"{source} is not on this machine"
+    try:
+        texts = _find_texts(scores, rows, open_table(source, split="train", hints=hints_of(scores)))
+    except (DataError, OSError, UnicodeError) as error:
+        return {}, f"{source} cannot be read ({error})"
+    if missing := len(rows) - len(texts):
+        return texts, f"{source} has changed and lacks {missing} of these rows"
+    return texts, None
+
+
+def _find_texts(scores: Scores, rows: Iterable[int], table: Table) -> dict[int, str]:
+    """Return the text of each row that the source still has: pairs and messages on separate lines, targets after →."""
+    assert scores.hashes is not None
+    assert scores.record.columns is not None
+    columns = Columns(**scores.record.columns)
+    target = columns.label if scores.record.format is not None else None
+    pair = columns.text_pair if scores.record.format == PREFERENCE else None
+    shown = columns if pair is None else replace(columns, text_pair=None)
+    hashes = {int(j): scores.hashes[j] for j in rows}
+    required, texts = set(hashes.values()), dict[str, str]()
+    for cells in (row.cells for row in table.using(columns)):
+        if (name := row_hash(cells, columns)) in required:
+            texts[name] = row_text(cells, shown)
+            for arrow, column in (("→", target), ("rejected →", pair)):
+                if column is not None:
+                    texts[name] += f"\n{arrow} {row_text(cells, Columns(column, None, None))}"
+    return {j: texts[name] for j, name in hashes.items() if name in texts}
+
+
+def named(scores: Scores, value: Any) -> Any:
+    """Return the name of a class, the list of names of several labels, or the number where there are no names."""
+    names = scores.record.classes
+    if np.ndim(value):
+        return [k if names is None else names[k] for k in np.flatnonzero(value > 0.5).tolist()]
+    return value.item() if names is None else names[int(value)]
+
+
+def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
+    predicted = scores.predictions.get("predicted")
+    probabilities = ("predicted_probability", "label_probability")
+    return {
+        "id": int(scores.row_ids[j]),
+        "text": text,
+        "label": named(scores, scores.labels[j]),
+        **({} if predicted is None else {"predicted": named(scores, predicted[j])}),
+        **{name: float(scores.predictions[name][j]) for name in probabilities if name in scores.predictions},
+        "quality": float(scores.quality[j]),
+        "reason": (reason := REASONS[int(scores.reason_codes[j])]),
+        "why": WHY[reason],
+        "terms": {name: float(values[j]) for name, values in scores.terms.items()},
+    }

@@ -1,0 +1,239 @@
+"""Audit: list wrong labels before training, with rate, probabilities and suggestions.  Ours.
+
+`judge` judges the labels by frozen features, as it does for training, so both list the same rows. Of several labels of
+a row, each is judged without the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.compat.shapes import Bool, Float, Int, Shaped
+from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
+from tsqlora.quality.duplicates import Contradiction, contradictions
+from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.judge import DOUBT, Judgement, judge
+from tsqlora.quality.label_noise import Labels, Logits
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.scores import require_row_names
+from tsqlora.quality.tag_features import TagFeatures, tag_features
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate, each_its_row, task_of
+from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
+
+CANDIDATES = 4
+"""Classes to list for each row, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPair:
+    """Rows of one label that look like another class."""
+
+    label: int
+    suggested: int
+    rows: int
+    """Rows that are likelier of the suggested class."""
+    wrong: float
+    """Expected wrong labels among them, where wrong labels are evident."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audit:
+    """All labels, the likeliest wrong one first, as indices into `classes`; a row with several labels has several.
+
+    Unless wrong labels are `evident`, only the order is informative.
+    """
+
+    ids: Int[np.ndarray, " n"]
+    """The row of each label."""
+    labels: Labels
+    suggested: Labels
+    """The likeliest class other than the label."""
+    probability: Float[np.ndarray, " n"]
+    """Probability that the label is wrong."""
+    candidates: Int[np.ndarray, "n c"]
+    """The likeliest classes, which may include the label."""
+    classes: tuple[str | int, ...]
+    rate: float
+    """Share of wrong labels; 0 without evidence."""
+    low: float
+    high: float
+    """Each bound holds for 95 of 100 tables; 0 and 1 where there are none."""
+    evident: bool
+    why_not: str | None
+    """Why there is no evidence of wrong labels; None if there is."""
+    unjudged: int
+    """Labels of classes with too few rows to be judged."""
+    pairs: tuple[ClassPair, ...]
+    """The most frequent first."""
+    duplicates: tuple[Contradiction, ...] = ()
+    """Near-duplicates with different labels, the nearest first."""
+    uncompared: int = 0
+    """Rows that were not compared with others for near-duplicates, of very many."""
+    tokens: Int[np.ndarray, " n"] | None = None
+    """The number of each tag's token among the tagged tokens of its row; None for rows with other labels."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def likely_wrong(self) -> int:
+        """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
+        return int((self.probability > DOUBT).sum()) if self.evident else 0
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return columns for `pandas.DataFrame`: row, token (of tags), label, suggested_label, wrong_probability."""
+        names = np.array(self.classes)
+        return {
+            "row": self.ids,
+            **({} if self.tokens is None else {"token": self.tokens}),
+            "label": names[self.labels],
+            "suggested_label": names[self.suggested],
+            "wrong_probability": self.probability,
+        }
+
+
+@of_loaded_model
+def audit(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    classes: Sequence[str | int] | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
+) -> Audit:
+    """Find labels that are likely wrong, by one forward pass of a model that was not trained on these rows.
+
+    Args:
+        model: a classifier; its head may be new. It is left unchanged.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`: a class each, or n × k of 0
+            and 1 for a model with the problem_type multi_label_classification, or a tag for each token.
+        classes: class names by number; by default the numbers.
+        rows: ids of the rows; by default their positions.
+
+    Raises UnsupportedError for another task and for a model without a last linear layer, DataError for fewer than 3
+    rows.
+    """
+    rows, compute = rows or RowNames(), compute or Compute()
+    model, collate = distributed.unwrapped(model), each_its_row(collate)
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    if len(dataset) < 3:
+        raise DataError(f"{len(dataset)} rows are too few for an audit; give at least 3")
+    task = task_of(model)
+    if isinstance(task, TokenClassification):
+        return distributed.once(lambda: _audit_tags(model, dataset, collate, task, classes, rows, compute))
+    if task.answer not in ("class", "labels"):
+        raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
+    forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
+
+    def result() -> Audit:
+        parts = [part for part in (forward.features, forward.mean) if part is not None]
+        if not parts:
+            raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
+        features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
+        return audit_of(features, forward.labels, classes=classes, ids=rows.ids)
+
+    return distributed.once(result)
+
+
+def _audit_tags(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    task: Task,
+    classes: Sequence[str | int] | None,
+    rows: RowNames,
+    compute: Compute,
+) -> Audit:
+    # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
+    outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
+    every = np.arange(len(dataset))
+    result = tag_features(model, dataset, every, collate, task, compute, early=True, without=outside)
+    if result is None:
+        raise UnsupportedError("an audit of tags needs a model with a last linear layer; use another one")
+    layer, tokens = result
+    ids = every if rows.ids is None else rows.ids
+    return audit_of_tags(tokens, width=layer.linear.out_features, classes=classes, ids=ids)
+
+
+def audit_of_tags(
+    tokens: TagFeatures, *, width: int, classes: Sequence[str | int] | None = None, ids: Int[np.ndarray, " m"]
+) -> Audit:
+    """Audit the tags of tokens by frozen features; `ids` are those of the rows.
+
+    Fits on other rows judge them, since the other tokens of its row give a tag away.
+    """
+    judgement = judge(tokens.features, tokens.tags, width, groups=tokens.rows)
+    result = audit_of_judgement(judgement, tokens.tags, classes=classes)
+    return replace(result, ids=ids[tokens.rows[result.ids]], tokens=tokens.numbers[result.ids])
+
+
+def audit_of(
+    features: Float[np.ndarray, "n d"],
+    labels: Shaped[np.ndarray, "n *k"],
+    *,
+    classes: Sequence[str | int] | None = None,
+    ids: Int[np.ndarray, " n"] | None = None,
+) -> Audit:
+    """Audit labels, classes or n × k of 0 and 1, by frozen features."""
+    ids = np.arange(len(labels)) if ids is None else ids
+    if labels.ndim == 2:
+        rows, own = np.nonzero(labels > 0.5)
+        others = labels[rows] > 0.5
+        others[np.arange(len(own)), own] = False
+        judgement = judge(features[rows], own, labels.shape[1], groups=rows, excluded=others)
+        result = audit_of_judgement(judgement, own, classes=classes, ids=ids[rows], excluded=others)
+        labels = np.unique(labels, axis=0, return_inverse=True)[1]
+    else:
+        width = int(labels.max()) + 1 if classes is None else len(classes)
+        result = audit_of_judgement(judge(features, labels, width), labels, classes=classes, ids=ids)
+    duplicates, uncompared = contradictions(features, labels, ids)
+    return replace(result, duplicates=duplicates, uncompared=uncompared)
+
+
+def audit_of_judgement(
+    judgement: Judgement,
+    labels: Labels,
+    *,
+    classes: Sequence[str | int] | None = None,
+    ids: Int[np.ndarray, " n"] | None = None,
+    excluded: Bool[np.ndarray, "n k"] | None = None,
+) -> Audit:
+    """Present a judgement of these labels; `excluded` classes of a row are not suggested."""
+    rows, wrong, others = np.arange(len(labels)), judgement.p_wrong, judgement.p_true.copy()
+    if excluded is not None:
+        others[excluded] = -1
+    others[rows, labels] = -2  # least, also where every class is excluded: a row with all labels loses this one
+    suggested = others.argmax(axis=1)
+    # The logits order rows that are all but certain.
+    order = np.lexsort((judgement.logits[rows, labels], -wrong))
+    return Audit(
+        ids=(rows if ids is None else ids)[order],
+        labels=labels[order],
+        suggested=suggested[order],
+        probability=wrong[order],
+        candidates=np.argsort(-judgement.p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
+        classes=tuple(range(others.shape[1])) if classes is None else tuple(classes),
+        rate=judgement.rate,
+        low=judgement.low,
+        high=judgement.high,
+        evident=judgement.evident,
+        why_not=judgement.why_not,
+        unjudged=int((~judgement.judged).sum()),
+        pairs=_pairs(labels, suggested, wrong, judgement.logits),
+    )
+
+
+def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:
+    k, unlike = logits.shape[1], logits.argmax(axis=1) != labels
+    keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
+    rows, expected = np.bincount(places), np.bincount(places, wrong[unlike])
+    return tuple(
+        ClassPair(int(keys[j] // k), int(keys[j] % k), int(rows[j]), float(expected[j]))
+        for j in np.lexsort((-expected, -rows))
+    )

@@ -1,0 +1,88 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const data = JSON.parse(byId("page-data").textContent);
+  const make = (tag, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  };
+
+  // ------------------------------------------------------------------ what was chosen, in this browser
+  const place = `tsqlora-text-${data.key}`;
+  let dropped = new Set();
+  try { dropped = new Set(JSON.parse(localStorage.getItem(place)) || []); } catch { /* a browser may forbid it */ }
+  const items = new Map(); // row number → its items, one in each finding
+  let shown = [], current = null;
+  const choose = (row, drop) => {
+    if (drop) dropped.add(row); else dropped.delete(row);
+    try { localStorage.setItem(place, JSON.stringify([...dropped])); } catch { /* see above */ }
+    paint(row); count();
+  };
+  const paint = (row) => { for (const item of items.get(row) || []) { item.classList.toggle("drop", dropped.has(row)); item.querySelector("button").setAttribute("aria-pressed", String(dropped.has(row))); } };
+  const count = () => { if (byId("count")) byId("count").textContent = `${dropped.size} rows to drop`; };
+
+  // ------------------------------------------------------------------ one row
+  const tokens = (part) => {
+    const line = make("p", { className: "tokens", tabIndex: 0 });
+    part.tokens.forEach((text, j) => line.append(make("span", { className: part.kinds[j] }, text)));
+    return part.side ? [make("span", { className: "small" }, part.side), line] : [line];
+  };
+  const build = (number) => {
+    const row = data.rows[number];
+    const lost = row.lost ? `, ${row.lost} tokens of its answer lost` : "";
+    const about = `row ${number} · ${row.fate} · ${row.trained} tokens trained${lost}${row.detail ? ` · ${row.detail}` : ""}`;
+    const button = make("button", { type: "button" }, "drop");
+    const item = make("li", {}, make("span", { className: "small" }, about), ...row.parts.flatMap(tokens), button);
+    button.addEventListener("click", () => { go(item, false); choose(number, !dropped.has(number)); });
+    item.number = number;
+    if (!items.has(number)) items.set(number, []);
+    items.get(number).push(item);
+    return item;
+  };
+  for (const box of document.querySelectorAll(".finding")) {
+    const finding = data.findings.find((one) => one.name === box.dataset.name);
+    box.addEventListener("toggle", () => {
+      const list = box.querySelector("ol");
+      if (box.open && !list.childElementCount) { list.append(...finding.places.map(build)); finding.places.forEach(paint); }
+      shown = [...document.querySelectorAll(".finding[open] li")];
+      if (!shown.includes(current)) go(shown[0] || null, false);
+    });
+  }
+  const go = (item, scroll = true) => {
+    if (current) current.removeAttribute("aria-current");
+    current = item;
+    if (!item) return;
+    item.setAttribute("aria-current", "true");
+    if (scroll) item.scrollIntoView({ block: "nearest" });
+  };
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !current) return;
+    const step = { j: 1, k: -1 }[event.key];
+    if (step) { const next = shown[shown.indexOf(current) + step]; if (next) go(next); }
+    else if (event.key === "d") choose(current.number, true);
+    else if (event.key === "u") choose(current.number, false);
+  });
+
+  // ------------------------------------------------------------------ the table
+  const harmless = (text) => (/^\s*[=+@\-\t\r]/.test(text) ? `'${text}` : text);
+  const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
+  const names = (row) => data.findings.filter((one) => one.places.includes(row)).map((one) => one.name).join("|");
+  if (byId("export")) byId("export").addEventListener("click", () => {
+    const lines = [...dropped].sort((a, b) => a - b).map((row) => [row, cell(names(row)), "drop", cell(data.rows[row] ? data.rows[row].answer : "")].join(","));
+    const link = make("a", { href: URL.createObjectURL(new Blob([["row,finding,reviewed,answer", ...lines].join("\n") + "\n"], { type: "text/csv" })), download: "reviewed.csv" });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  });
+
+  // ------------------------------------------------------------------ theme
+  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
+  const nameTheme = () => { byId("theme").textContent = isDark() ? "Light" : "Dark"; byId("theme").setAttribute("aria-label", `Use the ${isDark() ? "light" : "dark"} theme`); };
+  byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
+  dark.addEventListener("change", nameTheme);
+  nameTheme();
+  count();
+  const first = document.querySelector(".finding");
+  if (first) first.open = true;
+})();

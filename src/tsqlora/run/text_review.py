@@ -1,0 +1,70 @@
+"""`tsqlora audit --apply` of text: part the audited rows into clean.jsonl and quarantine.jsonl."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.data.sources import open_table
+from tsqlora.data.write import can_copy, copy_rows, write_rows
+from tsqlora.errors import DataError, nearest
+from tsqlora.files import reading, writing
+from tsqlora.run.audit import source_digest
+from tsqlora.run.text_audit import FINDINGS_FILE
+from tsqlora.text.findings import FINDINGS
+
+CLEAN_FILE, QUARANTINE_FILE = "clean.jsonl", "quarantine.jsonl"
+DROP = {"drop", "remove", "x", "bad", "quarantine", "no"}
+KEEP = {"", "keep", "ok", "yes", "good"}
+
+
+def is_text_audit(folder: Path) -> bool:
+    """Whether a folder holds the audit of a text file."""
+    return (folder / FINDINGS_FILE).is_file()
+
+
+def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Collection[str] = ()) -> dict[str, Any]:
+    """Write each row of the audited file to one of the two files, byte for byte where it is JSON lines.
+
+    Rows with "drop" in the column `reviewed` of the table go to quarantine, and all rows of `drop_findings`. Raises
+    DataError for another word or row, and if the file has changed since its audit.
+    """
+    for name in drop_findings:
+        if name not in FINDINGS:
+            raise DataError(f"unknown finding '{name}'; {nearest(name, FINDINGS)}")
+    about = json.loads((out / FINDINGS_FILE).read_text(encoding="utf-8"))
+    source = about["source"]
+    if about["sha256"] is not None and source_digest(source, None) != about["sha256"]:
+        raise DataError(f"{source} has changed since its audit; audit it again")
+    dropped = {place for one in about["findings"] if one["name"] in drop_findings for place in one["places"]}
+    if reviewed is not None:
+        dropped |= _dropped(reviewed, about["rows"])
+    clean, quarantine = out / CLEAN_FILE, out / QUARANTINE_FILE
+    with writing(clean, quarantine):
+        for path in (*([] if reviewed is None else [reviewed]), source):
+            reading(path)
+    table = open_table(source, split="train")
+    for path, rows in ((clean, sorted({*range(about["rows"])} - dropped)), (quarantine, sorted(dropped))):
+        if table.path is not None and can_copy(table.path, path):
+            copy_rows(table.path, path, np.array(rows, np.int64), table.dialect)
+        else:
+            chosen = {*rows}
+            write_rows(path, [row.cells for row in table if row.id in chosen])
+    files = {"out": str(out), "clean": str(clean), "quarantine": str(quarantine)}
+    return {**files, "rows": about["rows"], "dropped": len(dropped)}
+
+
+def _dropped(reviewed: Path, count: int) -> set[int]:
+    """The rows that a reviewed table drops."""
+    dropped = set[int]()
+    for line in open_table(reviewed):
+        word, row = str(line.cells.get("reviewed") or "").strip().lower(), line.cells.get("row")
+        if word not in DROP | KEEP:
+            raise DataError(f"{line.place}: column 'reviewed' holds {word!r}; write drop, or leave it empty")
+        if word in DROP:
+            if not str(row).isdigit() or int(str(row)) >= count:
+                raise DataError(f"{line.place}: column 'row' holds {row!r}; rows are 0 to {count - 1:,}")
+            dropped.add(int(str(row)))
+    return dropped

@@ -1,0 +1,137 @@
+"""Source rows as conversations, whatever the format. Nothing is refused: the audit reports it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tsqlora.data.examples import MESSAGES, SHAREGPT, UNREAD
+from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format, find_format, pair_format
+from tsqlora.data.rows import is_missing
+
+ANSWER = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message: its role by the names of chat templates, its text, and what else it carries."""
+
+    role: str
+    content: str
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Tool calls, reasoning and the like, as the row has them."""
+    parts: bool = False
+    """Whether the content was a list of parts, of which `content` has the texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row. Of a pair, `messages` end with the chosen answer, and `rejected` is the other one's."""
+
+    row: int
+    messages: tuple[Message, ...]
+    problem: str | None = None
+    """Why the row cannot be read; it has no messages then."""
+    rejected: tuple[Message, ...] | None = None
+    tools: Sequence[Any] | None = None
+    prompt: tuple[Message, ...] | None = None
+    """Of a pair whose answers are whole chats with different prompts: the rejected one's prompt."""
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the last answer."""
+        return self.messages[:-1] if self.messages and self.messages[-1].role == ANSWER else self.messages
+
+    @property
+    def answer(self) -> str:
+        """The last answer; "" without one."""
+        return self.messages[-1].content if self.messages and self.messages[-1].role == ANSWER else ""
+
+
+def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
+    """Find the format by the columns, or by `named` ones.  Raises DataError if no format of texts fits."""
+    if {"chosen", "rejected"} <= {*names} and not any(named.values()):
+        return pair_format(names, source=source)
+    return find_format(names, source=source, **named)
+
+
+def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
+    """Read one row; what cannot be read is its `problem`."""
+    try:
+        return replace(_read(cells, format), row=row)
+    except _UnreadableError as error:
+        return Conversation(row, (), str(error))
+
+
+class _UnreadableError(Exception):
+    """A row that is no conversation."""
+
+
+def _read(row: Mapping[str, Any], format: Format) -> Conversation:
+    columns, tools = format.columns, row.get("tools") or None
+    system = row.get(columns.system) if columns.system else next((row[c] for c in SYSTEM if row.get(c)), None)
+    first = [] if is_missing(system) or not isinstance(system, str) else [Message("system", system)]
+    if format.name == PREFERENCE:
+        return replace(_pair(row, columns.text, first), tools=tools)
+    cell = row.get(columns.text)
+    if FORMATS[format.name].setting == "data.messages":
+        own = _messages(cell, columns.text)
+        return Conversation(0, (*([] if own and own[0].role == "system" else first), *own), tools=tools)
+    if FORMATS[format.name].whole:
+        return Conversation(0, (Message(ANSWER, _text(cell, columns.text)),))
+    if isinstance(cell, list):  # conversational prompt and completion
+        answer = row.get(columns.label or "")
+        own = _messages(answer, columns.label or "") if isinstance(answer, list) else [Message(ANSWER, str(answer))]
+        return Conversation(0, (*first, *_messages(cell, columns.text), *own), tools=tools)
+    further = row.get(columns.text_pair) if columns.text_pair else None
+    prompt = _text(cell, columns.text) + (f"\n\n{further}" if further and not is_missing(further) else "")
+    answer = row.get(columns.label or "")
+    if isinstance(answer, Mapping):  # SQuAD's answers
+        answer = next(iter(answer.get("text") or [""]), "")
+    messages = (*first, Message("user", prompt), Message(ANSWER, "" if is_missing(answer) else str(answer)))
+    return Conversation(0, messages, tools=tools)
+
+
+def _pair(row: Mapping[str, Any], column: str, system: list[Message]) -> Conversation:
+    prompt, sides = row.get(column), []
+    before = _messages(prompt, column) if isinstance(prompt, list) else []
+    if isinstance(prompt, str) and prompt.strip():
+        before = [Message("user", prompt)]
+    before = [*system, *before]
+    for name in ("chosen", "rejected"):
+        answer = row.get(name)
+        if isinstance(answer, list):
+            own = _messages(answer, name)
+            sides.append((*([] if len(own) > 1 else before), *own))
+        else:
+            sides.append((*before, Message(ANSWER, "" if is_missing(answer) else _text(answer, name))))
+    chosen, rejected = sides
+    other = rejected[:-1] if rejected[:-1] != chosen[:-1] else None
+    return Conversation(0, chosen, rejected=rejected[-1:], prompt=other)
+
+
+def _messages(cell: Any, column: str) -> list[Message]:
+    if is_missing(cell) or cell == []:
+        raise _UnreadableError(f"no messages in column '{column}'")
+    if not isinstance(cell, list) or not all(isinstance(message, Mapping) for message in cell):
+        raise _UnreadableError(f"column '{column}' holds no list of messages")
+    keys = SHAREGPT if "from" in cell[0] else MESSAGES
+    return [_message(message, keys, number, column) for number, message in enumerate(cell, start=1)]
+
+
+def _message(message: Mapping[str, Any], keys: Any, number: int, column: str) -> Message:
+    role, content = message.get(keys.role), message.get(keys.content)
+    if not isinstance(role, str):
+        raise _UnreadableError(f"message {number} in column '{column}' has no {keys.role}")
+    further = {key: message[key] for key in UNREAD if message.get(key)}
+    if parts := isinstance(content, list):
+        content = "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content)
+    text = "" if is_missing(content) else str(content)
+    return Message(keys.roles.get(role, role), text, further, parts)
+
+
+def _text(cell: Any, column: str) -> str:
+    if is_missing(cell):
+        return ""
+    if not isinstance(cell, str):
+        raise _UnreadableError(f"column '{column}' holds a {type(cell).__name__}, not text")
+    return cell

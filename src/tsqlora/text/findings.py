@@ -1,0 +1,154 @@
+"""What is wrong with the rows of a text audit: names, severities, causes and cures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tsqlora.text.ledger import Line
+
+ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
+NEARLY_ALL = 0.99
+LEAKS = 0.01
+"""Share of the training rows in the evaluation file above which a leak is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A finding's severity for single rows, its cause, and the cure as a line for each trainer."""
+
+    severity: str
+    cause: str
+    cures: Mapping[str, str] = field(default_factory=dict)
+    if_all: str | None = None
+    """Its severity where (nearly) all rows have it, if that is another."""
+
+
+def _cures(trl: str, axolotl: str, llamafactory: str) -> dict[str, str]:
+    return {"TRL": trl, "axolotl": axolotl, "LLaMA-Factory": llamafactory}
+
+
+_LONGER = _cures("SFTConfig(max_length=2048)", "sequence_len: 2048", "cutoff_len: 2048")
+
+FINDINGS: dict[str, Kind] = {
+    "nothing_trained": Kind(
+        WARNING,
+        "no token of these rows has a loss",
+        _cures("SFTConfig(max_length=None)", "train_on_inputs: false, sequence_len: 2048", "cutoff_len: 2048"),
+        ERROR,
+    ),
+    "answer_cut": Kind(WARNING, "the length limit takes tokens of an answer", _LONGER),
+    "cut_then_stop": Kind(
+        ERROR, "a cut answer is followed by a trained stop: the model learns to stop in the middle", _LONGER
+    ),
+    "dropped": Kind(WARNING, "the preparation left these rows out", _LONGER),
+    "stop_not_trained": Kind(
+        WARNING,
+        "no stop is trained behind the last answer, so the model does not learn to end it",
+        _cures(
+            'SFTConfig(eos_token="<|im_end|>"), with the token that the template writes behind an answer',
+            "train_on_eos: turn",
+            "template: the one that the base model was trained with",
+        ),
+        ERROR,
+    ),
+    "stop_mismatch": Kind(
+        ERROR,
+        "the trained stop is not among the tokens at which generation stops",
+        _cures(
+            "model.generation_config.eos_token_id = tokenizer.eos_token_id",
+            "special_tokens: {eos_token: …}, the one that the template writes",
+            "replace_eos: true",
+        ),
+    ),
+    "prompt_trained": Kind(
+        NOTE,
+        "tokens of prompts, system prompts or tool outputs are trained, too",
+        _cures("SFTConfig(assistant_only_loss=True)", "train_on_inputs: false", "train_on_prompt: false"),
+    ),
+    "only_last_answer": Kind(
+        NOTE,
+        "only the last of several answers is trained",
+        _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
+    ),
+    "bos": Kind(
+        ERROR,
+        "the text begins with its BOS token twice",
+        _cures(
+            "remove bos_token from the template: the tokenizer adds it",
+            "remove bos_token from chat_template_jinja",
+            "template: the one of the base model",
+        ),
+    ),
+    "template_twice": Kind(ERROR, "a text contains the tokenizer's special tokens: it was rendered before"),
+    "template_error": Kind(ERROR, "the chat template refuses these messages"),
+    "no_template": Kind(
+        ERROR,
+        "rows are chats, and the tokenizer has no chat template",
+        _cures("SFTConfig(chat_template_path=…)", "chat_template: chatml", "template: chatml"),
+    ),
+    "content_lost": Kind(ERROR, "the preparation leaves out content of a message"),
+    "prompt_not_prefix": Kind(WARNING, "the prompt rendered alone is no prefix of the whole conversation"),
+    "empty_answer": Kind(WARNING, "an answer is empty"),
+    "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
+    "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
+    "roles": Kind(WARNING, "two user turns in a row, no answer to the last one, or a tool call without a result"),
+    "duplicate": Kind(WARNING, "the row is a copy of an earlier one"),
+    "eval_leak": Kind(WARNING, "the row is in the evaluation file, too"),
+    "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
+    "one_answer": Kind(NOTE, "many prompts have this one answer"),
+    "broken_characters": Kind(WARNING, "mojibake, control characters, or role markers written as text"),
+    "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),
+    "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
+    "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),
+    "length_bias": Kind(NOTE, "the chosen answer is the longer one far more often than not"),
+    "lengths": Kind(NOTE, "lengths of the rows"),
+}
+"""By name; the names are a contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding with the places of its rows in the source."""
+
+    name: str
+    severity: str
+    places: tuple[int, ...]
+    share: float
+    cause: str
+    cure: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of findings.json."""
+        return {
+            "name": self.name,
+            "severity": self.severity,
+            "rows": len(self.places),
+            "share": self.share,
+            "places": list(self.places),
+            "cause": self.cause,
+            "cure": dict(self.cure),
+        }
+
+
+def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None) -> list[Finding]:
+    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first."""
+    rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
+    for line in lines:
+        for name in line.findings:
+            rows.setdefault(name, []).append(line.row)
+        if line.fate == "dropped" and not line.findings:
+            rows.setdefault("dropped", []).append(line.row)
+    # Only final, uncut answers can end with a stop.
+    final_answers = {"stop_not_trained": sum(line.stop_trained is not None for line in lines)}
+    findings = []
+    for name, places in rows.items():
+        if not places:
+            continue
+        kind, share = FINDINGS[name], len(places) / max(1, len(lines))
+        severity = kind.severity
+        if kind.if_all and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
+            severity = kind.if_all
+        if name == "eval_leak" and share > LEAKS:
+            severity = ERROR
+        findings.append(Finding(name, severity, tuple(places), share, kind.cause, kind.cures))
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

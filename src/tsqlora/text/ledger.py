@@ -1,0 +1,279 @@
+"""The ledger: what became of each source row, by the tokens and label values that a model is trained on."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from tsqlora.tasks.generation import IGNORED
+from tsqlora.text.conversations import ANSWER, Conversation, Message
+from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import Vocabulary
+
+LEAST_KNOWN = 16
+"""Bytes of a content that must be there for what is left of it to count as cut, and not as missing."""
+NEAR_LIMIT = 0.9
+"""Share of the length limit that a cut sequence has at least: LLaMA-Factory cuts each turn by its share."""
+ROLE_MARKERS = re.compile(
+    r"<\|?(im_start|im_end|start_header_id|eot_id|user|assistant|system|endoftext)\|?>|\[/?INST\]|<</?SYS>>"
+    r"|^(### (Instruction|Response|Input):|(Human|USER|ASSISTANT):)",
+    re.MULTILINE,
+)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+MOJIBAKE = re.compile(r"Ã[\x80-\xbf¡-¿]|â€[™œ\x9d“”˜¦]|Â[ -¿]|ï»¿")
+
+
+class Span(NamedTuple):
+    """Where a message's content is among the tokens, and how many of its bytes are missing before and behind."""
+
+    start: int
+    end: int
+    before: int = 0
+    behind: int = 0
+
+    @property
+    def cut(self) -> bool:
+        return bool(self.before or self.behind)
+
+
+@dataclass(slots=True)
+class Line:
+    """One source row of the ledger; numbers are None where the source or its match is unknown."""
+
+    row: int
+    hash: str
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    trained_tokens: int = 0
+    first_trained: int | None = None
+    last_trained: int | None = None
+    lost_tokens: int | None = None
+    stop_trained: bool | None = None
+    """Whether a stop is trained behind the last answer; None where that answer is cut or missing."""
+    fate: str = "trained"
+    match: str = "exact"
+    findings: list[str] = field(default_factory=list)
+    """Names of the row's findings."""
+    detail: str = ""
+
+
+def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary) -> list[Span | None]:
+    """Find the contents of messages among tokens, in order; None for one that is missing.
+
+    Templates trim contents, so blanks around them do not count. The first content may lack its beginning, and the last
+    one its end, where a length limit cut the text. A content is looked for outside special tokens first: "end" is no
+    part of `<|im_end|>`.
+    """
+    tokens = ids.tolist()
+    text, ends = vocabulary.text(tokens), vocabulary.ends(ids)
+    special = vocabulary.special
+    plain = b"".join(bytes(len(vocabulary.text([j]))) if j in special else vocabulary.text([j]) for j in tokens)
+    opens = next((k for k, j in enumerate(tokens) if j not in special), len(tokens))
+    opening = int(ends[opens - 1]) if opens else 0
+    spans, place = list[Span | None](), opening
+
+    def span(begin: int, end: int, before: int = 0, behind: int = 0) -> Span:
+        first = int(np.searchsorted(ends, begin, side="right"))
+        return Span(first, int(np.searchsorted(ends, end, side="left")) + 1, before, behind)
+
+    for message in messages:
+        content = message.content.strip().encode()
+        at = plain.find(content, place) if content else -1
+        if at < 0 and content:
+            at = text.find(content, place)
+        if not content:
+            spans.append(None)
+        elif at >= 0:
+            spans.append(span(at, at + len(content)))
+            place = at + len(content)
+        elif (part := _beginning(content, plain, place)) is not None:
+            spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
+            place = part[1]
+        elif (
+            place == opening and (part := _beginning(content[::-1], plain[opening:][: len(content)][::-1])) is not None
+        ):
+            length = part[1] - part[0]
+            spans.append(span(opening, opening + length, before=len(content) - length))
+            place = opening + length
+        else:
+            spans.append(None)
+    return spans
+
+
+def _beginning(content: bytes, text: bytes, place: int = 0) -> tuple[int, int] | None:
+    """Where a content begins that goes on to the text's end or to a special token (zeros); None for too little."""
+    least = min(LEAST_KNOWN, len(content) - 1)
+    at = text.find(content[:least], place) if least > 0 else -1
+    while at >= 0:
+        end = text.find(b"\0", at)
+        end = len(text) if end < 0 else end
+        if content.startswith(text[at:end]):
+            return at, end
+        at = text.find(content[:least], at + 1)
+    return None
+
+
+def line_of(
+    conversation: Conversation,
+    sequences: Sequence[Trained],
+    vocabulary: Vocabulary,
+    *,
+    limit: int = 0,
+    lost: int | None = None,
+) -> Line:
+    """Reconcile one row with the sequences that were made of it.
+
+    `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `lost` counts the answer's
+    tokens that the length limit took, where the preparation says so.
+    """
+    line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
+    line.findings += content_findings(conversation, vocabulary)
+    if conversation.problem is not None:
+        line.fate, line.detail = "dropped", conversation.problem
+        return line
+    if not sequences:
+        line.fate = "dropped"
+        return line
+    line.trained_tokens = sum(len(one.trained) for one in sequences)
+    whole = sequences[0]
+    if len(whole.trained):
+        line.first_trained, line.last_trained = int(whole.trained[0]), int(whole.trained[-1])
+    sides = {"": conversation.messages, "chosen": conversation.messages}
+    if conversation.rejected is not None:
+        sides["rejected"] = (*(conversation.prompt or conversation.question), *conversation.rejected)
+    taken = 0
+    for side in dict.fromkeys(one.side for one in sequences):
+        parts = [one for one in sequences if one.side == side]  # packing may split a row
+        ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
+        taken += _reconcile(line, sides[side], Trained(ids, targets, parts[0].row, side), vocabulary, limit)
+    if conversation.messages:
+        line.lost_tokens = taken if lost is None else lost
+    if not line.trained_tokens:
+        line.fate = "nothing to train"
+        line.findings.append("nothing_trained")
+    elif line.lost_tokens:
+        line.fate = "cut"
+    if line.lost_tokens:
+        line.findings.append("answer_cut")
+    line.findings = list(dict.fromkeys(line.findings))
+    return line
+
+
+def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, limit: int) -> int:
+    """Add what one sequence says; return how many tokens of answers are missing."""
+    if _bos_doubled(one.ids, vocabulary):
+        line.findings.append("bos")
+    if (one.ids >= len(vocabulary.tokens)).any() or (one.ids < 0).any():
+        line.findings.append("vocabulary")
+    if not messages:
+        return 0
+    spans = locate(messages, one.ids, vocabulary)
+    has_loss = one.targets != IGNORED
+    pairs = list(zip(messages, spans, strict=True))
+    answers = [span for message, span in pairs if message.role == ANSWER and span is not None]
+    others = [span for message, span in pairs if message.role != ANSWER and span is not None]
+    line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
+    line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
+    if any(span is None and message.content.strip() for message, span in pairs) and (
+        len(one.ids) < NEAR_LIMIT * limit or not at_ends_alone(spans, messages)
+    ):
+        line.findings.append("content_lost")
+    if any(has_loss[span.start : span.end].any() for span in others):
+        line.findings.append("prompt_trained")
+    trained = [has_loss[span.start : span.end].any() for span in answers]
+    if len(answers) > 1 and trained[-1] and not all(trained):
+        line.findings.append("only_last_answer")
+    last = pairs[-1] if pairs else None
+    if last is not None and last[0].role == ANSWER and last[1] is not None:
+        _stop(line, last[1], one, vocabulary)
+    missing = 0
+    for message, span in pairs:
+        content = message.content.strip().encode()
+        if message.role == ANSWER and content and (span is None or span.cut):
+            before, behind = (len(content), 0) if span is None else (span.before, span.behind)
+            missing += sum(
+                vocabulary.count(part) for part in (content[:before], content[len(content) - behind :]) if part
+            )
+    return missing
+
+
+def at_ends_alone(spans: Sequence[Span | None], messages: Sequence[Message]) -> bool:
+    """Return whether contents are missing at the ends alone, as a length limit leaves them."""
+    there = [span is not None for span, message in zip(spans, messages, strict=True) if message.content.strip()]
+    first = next((k for k, yes in enumerate(there) if yes), len(there))
+    last = len(there) - next((k for k, yes in enumerate(reversed(there)) if yes), 0)
+    return all(there[first:last])
+
+
+def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
+    behind = one.targets[span.end :]
+    stops = [int(j) for j in behind[behind != IGNORED].tolist() if j in vocabulary.stops]
+    if span.behind:
+        if stops:
+            line.findings.append("cut_then_stop")
+        return
+    if not (one.targets[span.start : span.end] != IGNORED).any():
+        return  # nothing of the answer is trained: `nothing_trained` says so
+    line.stop_trained = bool(stops)
+    if not stops:
+        line.findings.append("stop_not_trained")
+    elif not vocabulary.generation_stops & {*stops}:
+        line.findings.append("stop_mismatch")
+
+
+def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:
+    """Whether a sequence begins with its BOS twice, where BOS is not the end token too."""
+    bos = vocabulary.bos
+    return bos is not None and bos not in vocabulary.stops and len(ids) > 1 and ids[0] == bos and ids[1] == bos
+
+
+def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list[str]:
+    """Return the names of what a row's own texts show, before any preparation."""
+    findings, messages = list[str](), conversation.messages
+    if conversation.problem is not None:
+        return findings
+    answers = [message for message in messages if message.role == ANSWER]
+    if any(not m.content.strip() and not m.further for m in (*answers, *(conversation.rejected or ()))):
+        findings.append("empty_answer")
+    contents = [message.content for message in messages]
+    specials = [vocabulary.tokens[j].decode(errors="ignore") for j in vocabulary.special if j < len(vocabulary.tokens)]
+    if any(name in content for name in specials if len(name) > 3 for content in contents):
+        findings.append("template_twice")
+    elif any(ROLE_MARKERS.search(content) for content in contents):
+        findings.append("broken_characters")
+    if any(CONTROL.search(content) or MOJIBAKE.search(content) for content in contents):
+        findings.append("broken_characters")
+    prompt = conversation.question[-1].content.strip() if conversation.question else ""
+    answer = conversation.answer.strip()
+    if len(prompt) >= LEAST_KNOWN and answer.startswith(prompt):
+        findings.append("copies_prompt")
+    if conversation.rejected is None and _roles_broken(messages):
+        findings.append("roles")
+    if conversation.rejected is not None:
+        if _contents(conversation.rejected) == _contents(messages[-1:]):
+            findings.append("pair_equal")
+        if conversation.prompt is not None:
+            findings.append("pair_prompt")
+    return findings
+
+
+def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
+    return [(message.role, message.content.strip()) for message in messages]
+
+
+def _roles_broken(messages: Sequence[Message]) -> bool:
+    """Two users in a row, a conversation that ends with the user, or a tool call without its result."""
+    roles = [message.role for message in messages if message.role != "system"]
+    twice = any(a == b == "user" for a, b in pairwise(roles))
+    called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
+    return twice or called or (bool(roles) and roles[-1] == "user")
+
+
+def digest_of(conversation: Conversation) -> str:
+    """Return a hash of roles and contents; equal for equal conversations."""
+    contents = [*_contents(conversation.messages), *_contents(conversation.rejected or ())]
+    return hashlib.blake2b("\0".join(part for pair in contents for part in pair).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,79 @@
+"""Rows of a file as `tsqlora train` prepares them, without leaving any out: each has its sequences or a reason."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tsqlora.data.examples import Chat, Example, Manner
+from tsqlora.data.formats import PREFERENCE, Format
+from tsqlora.data.generation import Piece, causal_sample, pieces_of, tokens_of
+from tsqlora.data.rows import Row
+from tsqlora.errors import DataError
+from tsqlora.tasks.generation import IGNORED
+from tsqlora.text.prepared import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A row's sequences (two of a pair), the tokens of its answers that do not fit, and why it has none."""
+
+    sequences: tuple[Trained, ...]
+    lost: int
+    finding: str = ""
+    """The finding that says why there are no sequences; "" if there are."""
+    reason: str = ""
+
+
+def prepared_rows(
+    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[Prepared]:
+    """Return what training makes of each row, in order."""
+    sides = [("", format)]
+    if format.name == PREFERENCE:
+        columns = format.columns
+        other = replace(format, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
+        sides = [("chosen", format), ("rejected", other)]
+    parts = [_side(rows, one, name, tokenizer, max_length) for name, one in sides]
+    whole = list[Prepared]()
+    for both in zip(*parts, strict=True):
+        failed = next((one for one in both if one.finding), None)
+        lost = sum(one.lost for one in both)
+        whole.append(
+            Prepared(tuple(trained for one in both for trained in one.sequences), lost)
+            if failed is None
+            else Prepared((), lost, failed.finding, failed.reason)
+        )
+    return whole
+
+
+def _side(
+    rows: Sequence[Row], format: Format, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Prepared]:
+    manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template))
+    read, failed = list[tuple[Row, Example | Chat, list[Piece]]](), dict[int, Prepared]()
+    for row in rows:
+        example: Example | Chat | None = None
+        try:
+            example = format.read(row, manner)
+            read.append((row, example, pieces_of(example, tokenizer, row.place)))
+        except DataError as error:
+            reason = str(error).removeprefix(f"{row.place}: ")
+            name = "dropped" if example is None else "template_error"
+            if "rewrites the text" in reason:
+                name = "prompt_not_prefix"
+            failed[row.id] = Prepared((), 0, name, reason)
+    made = dict[int, Prepared]()
+    for (row, example, _), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
+        targets = sum(len(run.ids) for run in runs if run.trained)
+        one = causal_sample(example, runs, tokenizer, max_length)
+        if one.needs > max_length:
+            why = f"its answer has {targets} tokens, and with its prompt's beginning it does not fit into {max_length}"
+            made[row.id] = Prepared((), targets, "answer_cut", why)
+            continue
+        ids = np.asarray(one.sample["input_ids"], np.int32)
+        labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
+        with_loss = int((labels != IGNORED).sum())
+        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), max(0, targets - with_loss) if one.cut else 0)
+    return [failed.get(row.id) or made[row.id] for row in rows]

@@ -1,0 +1,355 @@
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tables import cells_of
+from tsqlora.data import table as table_module
+from tsqlora.data.readers import SUFFIXES
+from tsqlora.data.sources import open_table, open_tables
+from tsqlora.data.table import Table
+from tsqlora.errors import DataError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+# A record of one empty cell is a blank line; two columns keep every record visible.
+TABLES = st.lists(st.fixed_dictionaries({"text": TEXT, "label": TEXT}), min_size=1, max_size=8)
+ON_FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def write_delimited(path: Path, rows: list[dict[str, str]], delimiter: str) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            return write(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        case ".json":
+            return write(path, json.dumps(rows, ensure_ascii=False, indent=1))
+        case ".csv":
+            return write_delimited(path, rows, ",")
+        case ".tsv":
+            return write_delimited(path, rows, "\t")
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+            return path
+    raise AssertionError(path)
+
+
+def error(source: str | Path, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        open_table(source, **options)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*a quote joins:UserWarning")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@given(rows=TABLES)
+@ON_FILES
+def test_what_was_written_is_read_back_whatever_the_format(
+    suffix: str, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    assert list(cells_of(write_as(tmp_path / f"t{suffix}", rows))) == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_typed_formats_keep_types(suffix: str, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 1, "w": 0.5}, {"text": "b", "label": None, "w": 2.0}]
+    read = open_table(write_as(tmp_path / f"t{suffix}", rows))
+    assert [row.cells for row in read] == rows
+    assert read.typed
+
+
+def test_cells_of_a_csv_are_text_and_it_says_so(tmp_path: Path) -> None:
+    read = open_table(write(tmp_path / "t.csv", "text,label\n12,3\n"))
+    assert [row.cells for row in read] == [{"text": "12", "label": "3"}]
+    assert not read.typed
+
+
+def test_upper_case_extensions_and_byte_order_marks_are_fine(tmp_path: Path) -> None:
+    for name, text in (("t.JSONL", '{"text": "é"}'), ("t.CSV", "text\né\n"), ("t.json", '[{"text": "é"}]')):
+        assert cells_of(write(tmp_path / name, text, "utf-8-sig")) == ({"text": "é"},)
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
+    jsonl = open_table(write(tmp_path / "t.jsonl", '\n{"text": "a"}\r\n  \n\n{"text": "b"}\n\n'))
+    assert [row.number for row in jsonl] == [2, 5]
+    table = open_table(write(tmp_path / "t.csv", "text,label\n\na,0\n\n\nb,1\n"))
+    assert [row.number for row in table] == [3, 6]
+
+
+def test_empty_columns_without_names_may_be_several(tmp_path: Path) -> None:
+    assert cells_of(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")) == ({"text": "a", "label": "0", "": ""},)
+
+
+def test_a_csv_row_is_numbered_by_the_line_it_starts_on(tmp_path: Path) -> None:
+    read = list(open_table(write(tmp_path / "t.csv", 'text,label\r\n"two\nlines, ""quoted""",0\r\nb,1\r\n')))
+    assert read[0].cells["text"] == 'two\nlines, "quoted"'
+    assert [row.number for row in read] == [2, 4]
+    assert read[1].place.endswith("t.csv:4")
+
+
+def test_json_lines_are_cut_at_line_feeds_only(tmp_path: Path) -> None:
+    read = open_table(write(tmp_path / "t.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}'))
+    assert [row.cells["text"] for row in read] == ["a\u2028b\x85c", "d"]
+    assert [row.number for row in read] == [1, 2]
+
+
+def test_a_json_file_may_hold_lines_or_an_array(tmp_path: Path) -> None:
+    lines = open_table(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
+    array = open_table(write(tmp_path / "b.json", ' [{"text": "a"},\n\n {"text": "b"}]'))
+    assert [(row.cells, row.number) for row in lines] == [(row.cells, row.number) for row in array]
+    assert [row.number for row in lines] == [1, 2]
+
+
+def test_a_cell_may_be_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
+    before = csv.field_size_limit(1000)
+    try:
+        assert cells_of(write(tmp_path / "t.csv", f"text\n{'x' * 2000}\n"))[0] == {"text": "x" * 2000}
+        error(write(tmp_path / "broken.csv", 'text\n"'))
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_a_directory_name_adds_no_column_to_parquet(tmp_path: Path) -> None:
+    (tmp_path / "label=1").mkdir()
+    path = write_as(tmp_path / "label=1" / "t.parquet", [{"text": "a"}])
+    assert cells_of(path) == ({"text": "a"},)
+
+
+def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) -> None:
+    read = open_table(write(tmp_path / "t.jsonl", '{"text": "a"}\n{"label": 1, "text": "b"}'))
+    assert read.names == ("text", "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.jsonl", "", "t.jsonl has no rows"),
+        ("t.csv", "text,label\n", "t.csv has no rows"),
+        ("t.jsonl", '{"a": 1}\n{"a": 1,}', "t.jsonl:2: "),
+        ("t.jsonl", '{"a": 1}\n\n[1]', "t.jsonl:3: a list"),
+        ("t.jsonl", '"a"', "t.jsonl:1: a str"),
+        ("t.jsonl", '{"n": ' + "[" * 100_000 + "}", "t.jsonl:1: "),
+        ("t.jsonl", '{"a": ' + "1" * 5000 + "}", "t.jsonl:1: "),
+        ("t.jsonl", '{"text": "a", "text": "b"}', "t.jsonl:1: "),
+        ("t.jsonl", '{"text": "\0"}', "t.jsonl:1: "),
+        ("t.json", '[{"a": 1},\n{"a"}]', "t.json:2: "),
+        ("t.json", '[{"a": 1},\n2]', "t.json:2: a int"),
+        ("t.json", '[{"text": {"x": 1, "x": 2}}]', "'x' twice"),
+        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields"),
+        ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields"),
+        ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
+        ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
+        ("t.tsv", 'text\tto\tlabel\n"a\tb"\tx\nc\td\tx\n', "t.tsv:2: a quote hides a separator; if it belongs"),
+        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
+        ("t.csv", "text,label,,\na,0,,\nb,1,x,\n", "t.csv:3: a value in one of 2 columns without a name"),
+        ("t.txt", "a", ", ".join(SUFFIXES)),
+        ("t.parquet", "PAR1", "t.parquet cannot be read as Parquet"),
+    ],
+)
+def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    assert message in error(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_quote_that_may_have_joined_rows_is_named(name: str, separator: str, tmp_path: Path) -> None:
+    rows = [["text", "label"], ['"a', "x"], ['b"', "y"], ["c", "x"]]
+    path = write(tmp_path / name, "".join(f"{separator.join(row)}\n" for row in rows))
+    with pytest.warns(UserWarning, match=rf"{name}:2: a quote joins 2 lines that could each be a row"):
+        assert len(open_table(path)) == 2
+    harmless = write(tmp_path / name, f'text{separator}label\n"a\nb"{separator}x\n')
+    assert len(open_table(harmless)) == 1
+
+
+def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "t.parquet: two columns are named 'text'" in error(tmp_path / "t.parquet")
+
+
+def test_a_mistyped_file_is_message_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "tickets.csv", "text\na\n")
+    assert f"mean '{tmp_path}/tickets.csv'" in error(tmp_path / "ticket.csv")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("train.jsonl", "data/train.csv", "./train", "/no/such/train", "~no-such-user/x", "a" * 5000),
+        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "C:\\data\\train", "../x:a[b]", "\ud800", "/dev/null"),
+    ],
+)
+def test_the_hub_is_not_queried_for_what_cannot_be_an_id(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: pytest.fail(f"asked the hub for {name}"))
+    assert error(source).startswith("no file ")
+
+
+def test_chunks_are_the_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "t.jsonl", "\n\n".join(json.dumps({"text": j}) for j in range(10)))
+    for size in (1, 3, 10, 99):
+        monkeypatch.setattr(table_module, "CHUNK", size)
+        whole = open_table(path)
+        parts = list(whole.chunks())
+        assert [len(part) for part in parts] == [min(size, 10 - j) for j in range(0, 10, size)]
+        assert [row.cells["text"] for part in parts for row in part] == list(range(10))
+        some = list(replace(whole, ids=np.array([0, 4, 5, 9])))
+        assert [(row.cells["text"], row.id, row.number) for row in some] == [(j, j, 2 * j + 1) for j in (0, 4, 5, 9)]
+
+
+# Splits
+
+
+def directory(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        write(tmp_path / name, json.dumps({"text": name}))
+    return str(tmp_path)
+
+
+def first_texts(tables: dict[str, Table]) -> dict[str, str]:
+    return {name: next(iter(table)).cells["text"] for name, table in tables.items()}
+
+
+@pytest.mark.parametrize("validation", ["validation.jsonl", "valid.jsonl", "Dev.jsonl"])
+def test_splits_of_a_directory_are_found_by_name(validation: str, tmp_path: Path) -> None:
+    folder = directory(tmp_path, "test.jsonl", validation, "train.jsonl", "notes.jsonl", ".train.swp")
+    result = open_tables(folder, None, None)
+    assert first_texts(result) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
+    assert list(result) == ["train", "validation", "test"]
+    assert next(iter(result["train"])).place == f"{tmp_path / 'train.jsonl'}:1"
+
+
+def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = directory(tmp_path / "other", "mine.jsonl")
+    folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.jsonl", "test.jsonl")
+    result = open_tables(folder, f"{other}/mine.jsonl", None)
+    assert first_texts(result) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
+
+
+def test_trusted_rows_are_those_that_are_named_alone(tmp_path: Path) -> None:
+    names = ("train", "trusted", "test")
+    folder = directory(tmp_path, *(f"{name}.jsonl" for name in names))
+    assert list(open_tables(folder, None, None)) == ["train", "test"]
+    for trusted in (folder, f"{folder}/trusted.jsonl"):
+        assert first_texts(open_tables(folder, None, None, trusted)) == {name: f"{name}.jsonl" for name in names}
+    (tmp_path / "one").mkdir()
+    one = directory(tmp_path / "one", "train.jsonl")
+    assert open_tables(folder, None, None, one)["trusted"].name == f"{one}/train.jsonl"
+    with pytest.raises(DataError, match="name one file"):
+        open_tables(one, None, None, directory(tmp_path / "one", "test.jsonl"))
+
+
+def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "test.jsonl")
+    assert first_texts(open_tables(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
+
+
+def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.csv")
+    with pytest.raises(DataError, match=r"validation: dev.jsonl, valid.csv"):
+        open_tables(folder, None, None)
+
+
+def test_a_file_that_no_reader_reads_is_no_split(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "train.log", "test.png")
+    assert first_texts(open_tables(folder, None, None)) == {"train": "train.jsonl"}
+    with pytest.raises(DataError, match=r"validation\.xlsx.*'\.xlsx' is unknown"):
+        open_tables(directory(tmp_path, "validation.xlsx"), None, None)
+
+
+def test_a_folder_of_images_may_have_one_that_is_named_like_a_split(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"")
+    (tmp_path / "train.png").write_bytes(b"")
+    splits = open_tables(str(tmp_path), None, None)
+    assert [row.cells["label"] for row in splits["train"]] == ["cat", "dog", None]
+
+
+def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train"):
+        open_tables(directory(tmp_path, "test.jsonl"), None, None)
+
+
+def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "test.jsonl")
+    assert cells_of(folder, split="test") == ({"text": "test.jsonl"},)
+    assert "train, test" in error(folder)
+    assert "validation" in error(folder, split="validation")
+
+
+# The hub
+
+
+def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
+    result = open_tables("owner/name", None, None)
+    assert first_texts(result) == {"train": "train", "validation": "dev"}
+    assert list(result["validation"])[1].place == "owner/name[dev]:2"
+    assert cells_of("name", split="extra")[0] == {"text": "extra"}
+
+
+def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, configuration: str | None, *, split: str | None) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": f"{name} {configuration} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    result = open_tables("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
+    assert first_texts(result) == {"train": "nyu-mll/glue mrpc train[:9]", "validation": "glue None validation"}
+    assert result["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
+
+
+@pytest.mark.parametrize("kind", [datasets.Sequence, datasets.List, datasets.LargeList])
+def test_lists_of_classes_of_a_hub_data_set_are_named(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["O", "B-person"])
+    features = datasets.Features({"ner_tags": kind(names), "label": names, "ids": kind(datasets.Value("int64"))})
+    rows = [{"ner_tags": tags, "label": 1, "ids": [0]} for tags in ([1, 0], [], None)]
+    data = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    result = cells_of("owner/name")
+    assert [row["ner_tags"] for row in result] == [["B-person", "O"], [], None]
+    assert [(row["label"], row["ids"]) for row in result] == [(1, [0])] * 3
+
+
+def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
+    assert error("owner/name").startswith("owner/name[train] has no rows")
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [(FileNotFoundError("no such\nand more"), "(no such and more)"), (ConnectionError(), "(ConnectionError)")],
+)
+def test_every_error_of_the_hub_becomes_one_error(
+    reason: Exception, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise reason
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    message = error("owner/name")
+    assert "owner/name" in message
+    assert text in message

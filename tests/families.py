@@ -1,0 +1,97 @@
+"""Tokenizers like those of well-known models: turn markers, end tokens and chat templates, one token a byte."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from byte_tokenizers import byte_tokenizer
+
+_HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Special tokens, of which the first ends a text; what `generate` stops at; and whether there is a system role."""
+
+    template: str
+    specials: tuple[str, ...]
+    stops: tuple[str, ...]
+    bos: str | None = None
+    system: bool = True
+
+
+FAMILIES = {
+    "llama 3": Family(
+        "{{ bos_token }}{% for m in messages %}{{ " + _HEADER + " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+        ("<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
+        ("<|end_of_text|>", "<|eot_id|>"),
+        "<|begin_of_text|>",
+    ),
+    "qwen 2.5": Family(
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+        ("<|im_end|>", "<|endoftext|>"),
+    ),
+    "qwen 3, thinking": Family(
+        "{% set last = messages | length - 1 %}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+        "{% if loop.index0 == last and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') if loop.index0 != last else m.content }}<|im_end|>\n"
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+        ("<|im_end|>", "<|endoftext|>"),
+    ),
+    "gemma 2": Family(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        ("<eos>", "<end_of_turn>", "<start_of_turn>", "<bos>"),
+        ("<eos>", "<end_of_turn>"),
+        "<bos>",
+        system=False,
+    ),
+    "mistral": Family(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}",
+        ("</s>", "[INST]", "[/INST]", "<s>"),
+        ("</s>",),
+        "<s>",
+        system=False,
+    ),
+    "phi 3": Family(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+        ("<|endoftext|>", "<|end|>"),
+    ),
+    "smollm 2, pad is end": Family(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_end|>", "<|im_start|>"),
+        ("<|im_end|>",),
+        "<|im_start|>",
+    ),
+    "zephyr": Family(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        ("</s>", "<s>"),
+        ("</s>",),
+        "<s>",
+    ),
+}
+
+
+def tokenizer_of(family: Family) -> Any:
+    """A tokenizer of the family."""
+    tokenizer = byte_tokenizer(opens=False, closes=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(family.specials)})
+    tokenizer.eos_token = family.specials[0]
+    tokenizer.pad_token = family.specials[0]
+    tokenizer.bos_token = family.bos
+    tokenizer.chat_template = family.template
+    return tokenizer

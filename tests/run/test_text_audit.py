@@ -1,0 +1,142 @@
+"""The audit of text by the command: ledger, findings, page and review, of a raw file and of a prepared set."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from transformers import LlamaConfig
+
+from families import FAMILIES, tokenizer_of
+from runs import make_rows, write_jsonl
+
+Run = Callable[..., tuple[int, str, str]]
+TOWNS = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito")
+
+
+def turns(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": r, "content": text} for r, text in zip(roles, contents, strict=False)]}
+
+
+def right(n: int) -> list[dict[str, Any]]:
+    return [
+        turns(f"How far is {TOWNS[j % 8]} from town number {j}, by road?", f"It is {j + 3} hours from {TOWNS[j % 8]}.")
+        for j in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and a config (no weights), and chats with some faults."""
+    folder = tmp_path_factory.mktemp("text audit")
+    tokenizer = tokenizer_of(FAMILIES["qwen 2.5"])
+    tokenizer.save_pretrained(folder / "model")
+    ends = tokenizer.eos_token_id
+    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=ends).save_pretrained(
+        folder / "model"
+    )
+    rows = right(20)
+    rows[3] = turns("How far is Paris?", " ")
+    rows[5] = turns("How far is Rome?", "Far away. " * 100)
+    rows[7] = {"messages": "no list"}
+    rows.append(rows[0])
+    write_jsonl(folder / "chats.jsonl", rows)
+    return folder
+
+
+def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(place: Path, tsqlora: Run) -> None:
+    out = place / "audit"
+    evaluation = write_jsonl(place / "eval.jsonl", [right(3)[1]])
+    command = ("audit", place / "chats.jsonl", "--model", place / "model", "--eval", evaluation, "--out", out)
+    code, shown, err = tsqlora(*command, "--json")
+    assert code == 0, err
+    result = json.loads(shown)
+    findings = {finding["name"]: finding for finding in json.loads((out / "findings.json").read_text())["findings"]}
+    places = {name: finding["places"] for name, finding in findings.items()}
+    assert places == {"empty_answer": [3], "answer_cut": [5], "dropped": [7], "duplicate": [20], "eval_leak": [1]}
+    assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*findings["duplicate"]}
+    lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert [line["row"] for line in lines] == [*range(21)]
+    assert [lines[j]["fate"] for j in (0, 3, 5, 7, 20)] == [
+        "trained",
+        "dropped",
+        "dropped",
+        "dropped",
+        "duplicate of 0",
+    ]
+    assert lines[0]["stop_trained"]
+    assert lines[0]["trained_tokens"] == lines[0]["answer_tokens"] + 1
+    assert sum(result["fates"].values()) == result["rows"] == 21
+    page = (out / "audit.html").read_text()
+    assert "eval_leak" in page
+    assert tsqlora(*command)[0] == 2  # it holds an audit
+
+
+def test_an_error_ends_a_strict_audit_with_4(place: Path, tsqlora: Run) -> None:
+    command = ("audit", place / "chats.jsonl", "--model", place / "model", "--strict", "--json")
+    template = place / "no_stop.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    code, shown, _ = tsqlora(*command, "--chat-template", template, "--out", place / "strict")
+    assert code == 4
+    severities = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+    assert severities["stop_not_trained"] == "error"
+    assert tsqlora(*command, "--out", place / "not strict")[0] == 0
+
+
+def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> None:
+    out, source = place / "reviewed", place / "chats.jsonl"
+    assert tsqlora("audit", source, "--model", place / "model", "--out", out)[0] == 0
+    (place / "reviewed.csv").write_text("row,finding,reviewed\n4,duplicate,drop\n9,duplicate,keep\n10,,\n")
+    assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 0
+    lines = source.read_bytes().splitlines(keepends=True)
+    assert (out / "quarantine.jsonl").read_bytes() == lines[4]
+    assert (out / "clean.jsonl").read_bytes() == b"".join(lines[:4] + lines[5:])
+    code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
+    assert (code, json.loads(shown)["dropped"]) == (0, 2)
+    assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
+    (place / "reviewed.csv").write_text("row,finding,reviewed\n99,duplicate,drop\n")
+    assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
+
+
+def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run) -> None:
+    tokenizer, rows = tokenizer_of(FAMILIES["qwen 2.5"]), right(12)
+    made = []
+    for j, row in enumerate(rows):
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        ids = tokenizer(text)["input_ids"]
+        answer = len(tokenizer(text.partition("assistant\n")[0] + "assistant\n")["input_ids"])
+        labels = [-100] * answer + ids[answer:]
+        if j == 2:
+            labels = [-100] * len(ids)
+        made.append({"input_ids": ids, "labels": labels})
+    Dataset.from_list(made[:4] + made[5:]).save_to_disk(place / "prepared")
+    source, out = write_jsonl(place / "source.jsonl", rows), place / "of prepared"
+    command = ("audit", "--prepared", place / "prepared", "--model", place / "model", "--json")
+    code, shown, err = tsqlora(*command, "--data", source, "--out", out)
+    assert code == 0, err
+    places = {finding["name"]: finding["places"] for finding in json.loads(shown)["findings"]}
+    assert places == {"nothing_trained": [2], "dropped": [4]}
+    lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert {line["match"] for line in lines if line["row"] != 4} == {"exact"}
+    code, shown, _ = tsqlora(*command, "--out", place / "without source")
+    assert (code, [f["name"] for f in json.loads(shown)["findings"]]) == (0, ["nothing_trained"])
+
+
+def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> None:
+    out = place / "nothing"
+    assert tsqlora("audit", "--prepared", place / "model", "--model", place / "model", "--out", out)[0] == 3
+    assert tsqlora("audit", place / "chats.jsonl", "--out", out)[0] == 2  # no tokenizer
+    assert not out.exists()
+
+
+def test_labelled_rows_are_audited_for_their_labels(place: Path, tsqlora: Run) -> None:
+    from runs import save_checkpoint
+
+    rows = write_jsonl(place / "labelled.jsonl", make_rows(40))
+    code, _, err = tsqlora("audit", rows, "--model", save_checkpoint(place / "encoder"), "--out", place / "labels")
+    assert code == 0, err
+    assert (place / "labels" / "audit.json").exists()

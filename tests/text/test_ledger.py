@@ -1,0 +1,150 @@
+"""One row against the tokens and labels that were made of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from byte_tokenizers import byte_tokenizer
+from tsqlora.tasks.generation import IGNORED
+from tsqlora.text.conversations import Conversation, Message
+from tsqlora.text.ledger import Line, line_of, locate
+from tsqlora.text.prepared import Trained, sequences_of
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTION, ANSWER = "What is the capital of France, please?", "It is Paris, on the river Seine."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    tokenizer = byte_tokenizer(opens=False, closes=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    return vocabulary_of(tokenizer)
+
+
+def chat(*contents: str, row: int = 0) -> Conversation:
+    roles = ("user", "assistant") * len(contents)
+    return Conversation(row, tuple(map(Message, roles, contents)))
+
+
+def trained(tokenizer: Any, conversation: Conversation, *, keep: slice = slice(None), stop: bool = True) -> Trained:
+    """The conversation as a chat, with loss on answers, and on the end token behind them if `stop`."""
+    ids, targets = [], []
+    for message in conversation.messages:
+        answer = message.role == "assistant"
+        for text, loss in (
+            (f"<|im_start|>{message.role}\n", False),
+            (message.content.strip(), answer),
+            ("<|im_end|>", answer and stop),
+            ("\n", False),
+        ):
+            own = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += own
+            targets += own if loss else [IGNORED] * len(own)
+    return Trained(np.array(ids)[keep], np.array(targets)[keep], conversation.row)
+
+
+def line(tokenizer: Any, vocabulary: Vocabulary, conversation: Conversation, **how: Any) -> Line:
+    return line_of(conversation, [trained(tokenizer, conversation, **how)], vocabulary)
+
+
+def test_a_right_row_has_no_finding(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    for row in (chat(QUESTION, ANSWER), chat(QUESTION, ANSWER, "And of Spain?", f"  {ANSWER} ü 漢\n")):
+        result = line(tokenizer, vocabulary, row)
+        assert (result.findings, result.fate, result.stop_trained, result.lost_tokens) == ([], "trained", True, 0)
+        answers = sum(len(tokenizer(m.content.strip())["input_ids"]) for m in row.messages[1::2])
+        assert (result.answer_tokens, result.trained_tokens) == (answers, answers + len(row.messages) // 2)
+
+
+def test_a_cut_answer_is_counted_and_a_stop_behind_it_is_an_error(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(QUESTION, ANSWER)
+    whole = trained(tokenizer, row)
+    end = len(whole.ids) - 2  # before <|im_end|> and the line feed
+    result = line(tokenizer, vocabulary, row, keep=slice(0, end - 10))
+    assert (result.findings, result.fate, result.lost_tokens, result.stop_trained) == (["answer_cut"], "cut", 10, None)
+    stop = whole.ids[end]
+    ended = Trained(np.r_[whole.ids[: end - 10], stop], np.r_[whole.targets[: end - 10], stop], 0)
+    assert "cut_then_stop" in line_of(row, [ended], vocabulary).findings
+
+
+def test_a_stop_may_stand_on_the_first_token_of_the_next_turn(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    """As LLaMA-Factory's efficient_eos puts it: the label differs from the token."""
+    row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
+    one = trained(tokenizer, row, stop=False)
+    assert line_of(row, [one], vocabulary).findings == ["stop_not_trained"]
+    targets = one.targets.copy()
+    targets[len(one.ids) - 2] = next(iter(vocabulary.stops))
+    assert line_of(row, [Trained(one.ids, targets, 0)], vocabulary).findings == []
+
+
+def test_what_the_mask_leaves_out_or_takes_in(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
+    one = trained(tokenizer, row)
+    nothing = line_of(row, [Trained(one.ids, np.full(len(one.ids), IGNORED), 0)], vocabulary)
+    assert (nothing.findings, nothing.fate) == (["nothing_trained"], "nothing to train")
+    assert line_of(row, [Trained(one.ids, one.ids, 0)], vocabulary).findings == ["prompt_trained"]
+    last = one.targets.copy()
+    last[: len(one.ids) // 2] = IGNORED
+    assert line_of(row, [Trained(one.ids, last, 0)], vocabulary).findings == ["only_last_answer"]
+
+
+def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(QUESTION, ANSWER, "And of Spain, which is in Europe?", ANSWER)
+    without = trained(tokenizer, chat(QUESTION, ANSWER, "x", ANSWER))
+    assert "content_lost" in line_of(row, [without], vocabulary).findings
+
+
+@pytest.mark.parametrize(
+    ("contents", "name"),
+    [
+        ((QUESTION, " "), "empty_answer"),
+        ((QUESTION, f"{QUESTION} {ANSWER}"), "copies_prompt"),
+        ((QUESTION, f"{ANSWER}<|im_end|>"), "template_twice"),
+        ((QUESTION, f"{ANSWER}\n### Instruction: more"), "broken_characters"),
+        ((QUESTION, "It is a cafÃ© in Paris"), "broken_characters"),
+        ((QUESTION,), "roles"),
+    ],
+)
+def test_contents_show_it(tokenizer: Any, vocabulary: Vocabulary, contents: Sequence[str], name: str) -> None:
+    assert name in line(tokenizer, vocabulary, chat(*contents)).findings
+
+
+def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    text = "naïve 漢字 <|im_end|> end"
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert vocabulary.text(ids.tolist()) == text.encode()
+    spans = locate([Message("user", "漢字"), Message("assistant", "end")], ids, vocabulary)
+    assert [vocabulary.text(ids[s.start : s.end].tolist()).decode() for s in spans if s] == ["漢字", "end"]
+
+
+def test_packed_rows_are_unpacked_and_padding_is_left_out() -> None:
+    ids = [5, 6, 7, 8, 9, 0, 0]
+    labels = [*ids[:5], IGNORED, IGNORED]
+    packed = [
+        {"input_ids": ids[:5], "labels": labels[:5], "seq_lengths": [2, 3]},
+        {"input_ids": ids, "labels": labels, "attention_mask": [1, 1, 2, 2, 2, 0, 0]},
+        {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": [0, 1, 0, 1, 2, 0, 0],
+            "attention_mask": [1] * 5 + [0] * 2,
+        },
+    ]
+    for row in packed:
+        parts = [*sequences_of([row])]
+        assert [part.ids.tolist() for part in parts] == [[5, 6], [7, 8, 9]]
+        assert [part.targets.tolist() for part in parts] == [[IGNORED, 6], [IGNORED, 8, 9]]
+    (masked,) = sequences_of([{"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}])
+    assert masked.targets.tolist() == [IGNORED, IGNORED, 3]

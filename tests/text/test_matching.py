@@ -1,0 +1,47 @@
+"""Each prepared sequence finds the row that it was made of."""
+
+import numpy as np
+
+from families import FAMILIES, tokenizer_of
+from tsqlora.tasks.generation import IGNORED
+from tsqlora.text.conversations import Conversation, Message
+from tsqlora.text.matching import match
+from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import vocabulary_of
+
+TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])
+VOCABULARY = vocabulary_of(TOKENIZER)
+
+
+def row(number: int, *contents: str) -> Conversation:
+    roles = ("system", "user", "assistant")
+    return Conversation(number, tuple(map(Message, roles, ("Be brief and kind to people.", *contents))))
+
+
+def sequence(one: Conversation, keep: slice = slice(None)) -> Trained:
+    chat = [{"role": message.role, "content": message.content} for message in one.messages]
+    ids = np.array(TOKENIZER(TOKENIZER.apply_chat_template(chat, tokenize=False))["input_ids"])[keep]
+    return Trained(ids, np.full(len(ids), IGNORED), 0)
+
+
+def test_shuffled_cut_and_missing_rows_are_told_apart() -> None:
+    rows = [
+        row(j, f"How far is it from town {j} to the sea, on foot?", f"It is {j * 7} kilometres, on foot.")
+        for j in range(40)
+    ]
+    order = np.random.default_rng(0).permutation(40)[:30]
+    sequences = [sequence(rows[j], slice(0, -20) if j % 2 else slice(None)) for j in order]
+    stranger = sequence(row(0, "a question of another file altogether", "and the answer to it, of course"))
+    taken, sure, left = match(rows, [*sequences, stranger], VOCABULARY)
+    assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(map(int, order), 1)
+    assert all(taken[j][0] is one for j, one in zip(map(int, order), sequences, strict=True))
+    assert {*sure.values()} == {"exact"}
+    assert left == [] or left == [stranger]
+
+
+def test_equal_rows_share_their_sequences_by_count() -> None:
+    rows = [row(0, "What is the colour of the sky?", "It is blue, mostly."), row(1, "short", "yes")]
+    rows += [row(2, "What is the colour of the sky?", "It is blue, mostly.")]
+    taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
+    assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
+    assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])

@@ -1,0 +1,98 @@
+"""Right chats of well-known models have no finding; each planted fault has its own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from families import FAMILIES, Family, tokenizer_of
+from tsqlora.data.rows import Row
+from tsqlora.run.text_audit import audited
+from tsqlora.text.conversations import conversation, format_of
+from tsqlora.text.ledger import Line
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
+
+QUESTION, ANSWER = "What is the capital of France, please?", "It is Paris, on the river Seine."
+LIMIT = 2_000
+
+
+def turns(*contents: str, system: str | None = None) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(contents)
+    chat = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return {"messages": [*([{"role": "system", "content": system}] if system else []), *chat]}
+
+
+def vocabulary(family: Family) -> Vocabulary:
+    tokenizer = tokenizer_of(family)
+    return vocabulary_of(tokenizer, generation_ends=tokenizer.convert_tokens_to_ids(list(family.stops)))
+
+
+def lines(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, limit: int = LIMIT) -> list[Line]:
+    format = format_of(list(rows[0]), "rows.jsonl")
+    made = [Row(dict(cells), "rows.jsonl", j + 1, j) for j, cells in enumerate(rows)]
+    return audited(made, [conversation(row.cells, format, row.id) for row in made], format, vocabulary, limit)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_right_chats_have_no_finding(name: str) -> None:
+    family = FAMILIES[name]
+    rows = [
+        turns(QUESTION, ANSWER),
+        turns(QUESTION, f" {ANSWER}\n"),
+        turns(QUESTION, "Ünï 漢字 🙂, with a list:\n- a\n- b"),
+    ]
+    if "thinking" not in name:  # it rewrites earlier answers, so that a conversation is one answer
+        rows.append(turns(QUESTION, ANSWER, "And of Spain?", "Madrid."))
+    rows += [turns(QUESTION, ANSWER, system="Be brief.")] if family.system else []
+    for line in lines(rows, vocabulary(family)):
+        assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True), (name, line)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_does_not_fit_is_cut_or_left_out(name: str) -> None:
+    (line,) = lines([turns(QUESTION, ANSWER * 20)], vocabulary(FAMILIES[name]), limit=200)
+    assert line.findings == ["answer_cut"]
+    assert line.lost_tokens
+
+
+def test_completions_of_a_base_model_have_no_finding() -> None:
+    family = FAMILIES["zephyr"]
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = None
+    vocabulary = vocabulary_of(tokenizer)
+    for line in lines([{"prompt": f"{QUESTION} ", "completion": ANSWER}], vocabulary):
+        assert (line.findings, line.stop_trained) == ([], True)
+    assert not vocabulary.stops - {tokenizer.eos_token_id}
+
+
+def test_a_template_that_writes_no_stop_is_an_error_of_all_rows() -> None:
+    family = FAMILIES["qwen 2.5"]
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
+    assert line.findings == ["stop_not_trained"]
+
+
+def test_a_stop_at_which_generation_does_not_stop() -> None:
+    family = FAMILIES["qwen 2.5"]
+    tokenizer = tokenizer_of(family)
+    vocabulary = vocabulary_of(tokenizer, generation_ends=[tokenizer.convert_tokens_to_ids("<|endoftext|>")])
+    (line,) = lines([turns(QUESTION, ANSWER)], vocabulary)
+    assert line.findings == ["stop_mismatch"]
+
+
+def test_a_doubled_bos_is_found() -> None:
+    family = FAMILIES["llama 3"]
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = "{{ bos_token }}" + family.template
+    (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
+    assert "bos" in line.findings
+
+
+def test_a_template_that_refuses_a_role_names_the_rows() -> None:
+    first, second = lines(
+        [turns(QUESTION, ANSWER, system="Be brief."), turns(QUESTION, ANSWER)], vocabulary(FAMILIES["gemma 2"])
+    )
+    assert (first.findings, first.fate) == (["template_error"], "dropped")
+    assert "System role not supported" in first.detail
+    assert second.findings == []
