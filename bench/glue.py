@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.compare.cells import CELLS_DIR, Cell
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
+from tsqlora.reports.comparison import seconds_of
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.demo import package_folder
+from tsqlora.training.record import RunRecord
 
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
@@ -134,7 +135,7 @@ def run(block: Block, seed: int, method: str, shared: Path, **how: Any) -> None:
         say=lambda text: print(f"{block.name} {text}", flush=True),
         **how,
     )
-    keep(block, folder / "cells" / CELLS_DIR)
+    keep(block, folder / "cells")
 
 
 def stored(block: Block) -> dict[str, Any]:
@@ -143,27 +144,40 @@ def stored(block: Block) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"settings": {}, "rates": {}, "cells": {}}
 
 
-def keep(block: Block, cells: Path) -> None:
-    """Adds finished cells to the block's results; the settings that all share stand there once.
+def keep(block: Block, comparison: Path) -> None:
+    """Adds the runs of a comparison to the block's results; the settings that all share stand there once.
 
-    Raises SettingsError for cells of other settings than those that are there.
+    Raises SettingsError for runs of other settings than those that are there.
     """
-    results = stored(block)
-    for file in sorted(cells.glob("*.json")):
-        result = json.loads(file.read_text())
-        settings = result.pop("settings")
-        settings["data"] |= dict.fromkeys(("train", "validation", "test"))
-        settings["model"]["path"] = Path(settings["model"]["path"]).parent.name
-        for name in ("seed", "learning_rate"):
-            settings["training"].pop(name)
-        if results["cells"] and results["settings"] != settings:
-            place = RESULTS / f"{block.name}.json"
-            raise SettingsError(f"{file.stem} has other settings than the cells in {place}; remove that file")
-        results["settings"] = settings
-        results["cells"][file.stem] = result
+    results, settings = stored(block), load_config(comparison / "config.yaml").model_dump()
+    settings["data"] |= dict.fromkeys(("train", "validation", "test"))
+    settings["model"]["path"] = Path(settings["model"]["path"]).parent.name
+    settings["training"] = {n: v for n, v in settings["training"].items() if n not in ("seed", "learning_rate")}
+    if results["cells"] and results["settings"] != settings:
+        place = RESULTS / f"{block.name}.json"
+        raise SettingsError(f"{comparison} has other settings than the cells in {place}; remove that file")
+    for file in comparison.glob("*/run.json"):
+        run = RunRecord.load(file.parent)
+        about = {name: run.compared[name] for name in ("method", "policy", "learning_rate")} | {"seed": run.seed}
+        failed = {"failed": run.compared["failed"]} if run.status == "failed" else {}
+        results["cells"][name_of_cell(entry_of({"cell": about}), run.seed, about["learning_rate"])] = {
+            "cell": about,
+            **failed,
+            **{name: run.compared[name] for name in ("commit", "bf16", "peak_memory_bytes")},
+            "quality": {**run.quality, "random": run.compared["random"]},
+            "metrics": run.metrics,
+            "seconds": seconds_of(run),
+            "parameters": run.parameters,
+            "data_hash": run.data["hash"],
+            "versions": run.versions,
+        }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    about = {"block": {**asdict(block), "metric": block.metric}}
+    about = {"block": {**asdict(block), "metric": block.metric}, "settings": settings}
     write_json(RESULTS / f"{block.name}.json", results | about | {"cells": dict(sorted(results["cells"].items()))})
+
+
+def name_of_cell(entry: str, seed: int, rate: float) -> str:
+    return f"{entry}_seed{seed}_lr{rate:g}"
 
 
 def choose(block: Block, method: str, shared: Path) -> float:
@@ -218,7 +232,7 @@ def main() -> None:
     for seed, block in itertools.product(args.seeds.split(","), blocks):
         for method in args.methods.split(","):
             rate, entry = choose(block, method, args.shared), entries([method])[0]
-            if Cell(entry, int(seed), rate).name not in stored(block)["cells"]:
+            if name_of_cell(entry.name, int(seed), rate) not in stored(block)["cells"]:
                 run(block, int(seed), method, args.shared, rates={entry.name: rate})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tsqlora.compare.run import commit
+from tsqlora.compare.cell import commit
 from tsqlora.files import write_json
 from tsqlora.run.demo import package_folder
 from tsqlora.training.record import versions

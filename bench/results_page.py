@@ -15,8 +15,7 @@ import pandas as pd
 from markdown_table import NONE, markdown
 
 from tsqlora.compare.methods import entries
-from tsqlora.compare.table import interval, verdict
-from tsqlora.reports.comparison import Mean
+from tsqlora.reports.comparison import Mean, interval, verdict
 
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given
 from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
-from tsqlora.compare.run import commit
+from tsqlora.compare.cell import commit
 from tsqlora.files import write_json
 from tsqlora.training.record import versions
 from watch import attempt

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from runs import Row, write_jsonl
-from tsqlora.compare.cells import Cell, Entry, save
-from tsqlora.compare.table import rows_of
 from tsqlora.data.rows import sample_hash
 from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.events import RankEvent
+from tsqlora.reports.comparison import methods_of
 from tsqlora.training.record import RunRecord
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
@@ -120,44 +119,56 @@ def make_comparison(
 ) -> Path:
     """A finished comparison: each method is two points above the one before it, and the first rate is the best."""
     out = folder / "comparison"
-    entries = [Entry(*name.split("+")) for name in methods]
-    result = []
-    for entry, seed, rate in product(entries, seeds, rates):
+    chosen = dict[str, RunRecord]()
+    for (place, name), seed, rate in product(enumerate(methods), seeds, rates):
         if seed == seeds[0] or rate == rates[0]:
-            cell = Cell(entry, seed, rate)
-            made = _cell(cell, 0.7 + 0.02 * entries.index(entry), (entry.name, seed) in fails)
-            if (entry.name, seed) in at_random:
-                made["quality"] = {"random": "the model is at chance"}
-            save(out, cell, made)
-            result += [made] if rate == rates[0] else []
-    table = rows_of(entries, result, metric=metric)
-    about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds)}
-    about |= {"sweep": list(rates) if len(rates) > 1 else [], "rates": {}, "table": table}
-    write_json(out / "table.json", about)
-    write_json(out / "comparison.json", {"equal": "steps"})
+            run = out / f"{name}.{seed}{'' if rate == rates[0] else f'.lr{rate:g}'}"
+            run.mkdir(parents=True)
+            made = _compared(name, seed, rate, 0.7 + 0.02 * place, failed=(name, seed) in fails)
+            if (name, seed) in at_random:
+                made.compared["random"] = "the model is at chance"
+            made.save(run)
+            (run / "config.yaml").write_text("model:\n  path: some/model\n")
+            chosen |= {run.name: made} if rate == rates[0] else {}
+    write_json(
+        out / "comparison.json",
+        {
+            "out": str(out),
+            "metric": metric,
+            "equal": "steps",
+            "seeds": list(seeds),
+            "sweep": list(rates) if len(rates) > 1 else [],
+            "rates": {},
+            "runs": [*chosen],
+            "table": [method.row() for method in methods_of([*chosen.values()], metric)],
+        },
+    )
     return out
 
 
-def _cell(cell: Cell, reached: float, failed: bool) -> dict[str, Any]:
-    value = reached + 0.001 * (cell.seed % 3) * len(cell.entry.name)
-    scored = cell.entry.policy == "quality"
-    phases = ("building", "look", "training") if scored else ("building", "training")
-    cost = {phase: {"seconds": 2.5, "forward": 100, "backward": 100, "tokens": 900} for phase in phases}
-    values = {
-        "cell": cell.to_dict(),
-        "settings": {"model": {"path": "some/model"}},
-        "steps": 40,
-        "cost": cost | {"evaluation": {"seconds": 1.0, "forward": 20, "backward": 0, "tokens": 90}},
-        "seconds": 2.5 * len(phases),
-        "peak_memory_bytes": 2**30,
-        "data_hash": "abc123",
-        "task": "sequence-classification",
-        "notes": ["about 20% of the labels seem wrong"] if scored else [],
-        "versions": {"python": "3.11"},
-        "commit": "0123456789abcdef",
-        "parameters": {"trainable": 12345},
-    }
+def _compared(name: str, seed: int, rate: float, reached: float, *, failed: bool) -> RunRecord:
+    method, policy = name.split("+")
+    value = reached + 0.001 * (seed % 3) * len(name)
+    scored = policy == "quality"
+    record = RunRecord(
+        "failed" if failed else "finished",
+        seed,
+        "sequence-classification",
+        list(CLASSES),
+        {"hash": "abc123"},
+        {"steps": 40},
+        versions={"python": "3.11"},
+        parameters={"trainable": 12345},
+        notes=["about 20% of the labels seem wrong"] if scored else [],
+    )
+    for phase in ("building", "look", "training") if scored else ("building", "training"):
+        record.phase(phase).add(seconds=2.5, forward=100, backward=100, tokens=900)
+    record.phase("evaluation").add(seconds=1.0, forward=20, tokens=90)
+    record.compared = {"method": method, "policy": policy, "learning_rate": rate, "equal": "steps", "bf16": True}
+    record.compared |= {"commit": "0123456789abcdef", "peak_memory_bytes": 2**30, "random": None}
     if failed:
-        return values | {"failed": "the loss is not finite at step 7", "metrics": {}}
-    test = {"accuracy": value, "matthews": value - 0.1, "loss": 1 - value}
-    return values | {"metrics": {"validation": {**test, "accuracy": value - cell.learning_rate}, "test": test}}
+        record.compared["failed"] = "the loss is not finite at step 7"
+    else:
+        test = {"accuracy": value, "matthews": value - 0.1, "loss": 1 - value}
+        record.metrics = {"validation": {**test, "accuracy": value - rate}, "test": test}
+    return record

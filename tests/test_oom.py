@@ -187,7 +187,7 @@ def test_a_resumed_run_begins_with_what_sufficed(
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(pipeline, "measure", stopped)
+        patch.setattr("tsqlora.run.fit.measure", stopped)
         Limit(patch, rows=4)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(config, tmp_path / "run")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tsqlora.errors import SettingsError
+from tsqlora.training.record import RunRecord
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")
@@ -30,17 +31,18 @@ def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit
 
 
 def finished(folder: Path, *cells: Any, epochs: int = 8) -> Path:
-    """Cells as `tsqlora compare` leaves them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A comparison as `tsqlora compare` leaves it."""
+    folder.mkdir(parents=True)
+    training = {"epochs": epochs, "learning_rate": 1e-3}
+    model, data = {"path": f"{folder}/minilm/model"}, {"train": f"{folder}/train.jsonl"}
+    (folder / "config.yaml").write_text(json.dumps({"model": model, "data": data, "training": training}))
     for number, cell in enumerate(cells):
-        about = cell["cell"]
-        settings = {
-            "model": {"path": f"/somewhere/{number}/minilm/model"},
-            "data": {"train": f"/somewhere/{number}/train.jsonl"},
-            "training": {"epochs": epochs, "seed": about["seed"], "learning_rate": about["learning_rate"]},
-        }
-        name = f"{about['method']}+{about['policy']}_seed{about['seed']}_lr{about['learning_rate']:g}"
-        (folder / f"{name}.json").write_text(json.dumps(cell | {"settings": settings}))
+        about = {"bf16": True, "commit": NOW, "peak_memory_bytes": 1, "random": None, **cell["cell"]}
+        seed, metrics = about.pop("seed"), cell["metrics"]
+        run = RunRecord("finished", seed, "sequence-classification", None, {"hash": "of the rows"}, {}, metrics=metrics)
+        run.compared = about
+        (folder / str(number)).mkdir()
+        run.save(folder / str(number))
     return folder
 
 
@@ -50,7 +52,9 @@ def retained(results: Path) -> Any:
 
 def test_what_is_kept_names_no_path_no_seed_and_no_rate(tmp_path: Path, results: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), a_cell(seed=1)))
-    assert retained(results)["settings"]["training"] == {"epochs": 8}
+    settings = retained(results)["settings"]["training"]
+    assert settings["epochs"] == 8
+    assert not {"seed", "learning_rate"} & settings.keys()
     assert retained(results)["settings"]["model"]["path"] == "minilm"
     assert retained(results)["settings"]["data"]["train"] is None
     assert len(retained(results)["cells"]) == 2

@@ -1,4 +1,4 @@
-"""A comparison runs each cell once, chooses learning rates by validation, and refuses what makes no sense."""
+"""A comparison trains each cell once, chooses learning rates by validation, and refuses what makes no sense."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,9 +9,10 @@ import pytest
 
 from runs import write_config
 from tsqlora.compare import comparison
-from tsqlora.compare.cells import Cell, Entry, load
+from tsqlora.compare.methods import Entry
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.run.config import Config, dump_config, load_config
+from tsqlora.training.record import RunRecord
 
 
 @pytest.fixture
@@ -20,35 +21,40 @@ def config(tmp_path: Path) -> Config:
 
 
 class Fake:
-    """Runs nothing: method, seed and learning rate decide a cell's result, which `change` edits; calls are counted."""
+    """Trains nothing: entry, seed and learning rate decide a run, which `change` edits; runs are counted."""
 
     def __init__(
         self,
         gain: Mapping[str, float] | None = None,
-        fails: Callable[[Cell], bool] = lambda cell: False,
+        fails: Callable[[RunRecord], bool] = lambda run: False,
         dies_at: int = -1,
-        change: Callable[[Cell, Any], Any] = lambda cell, result: {},
+        change: Callable[[RunRecord], None] = lambda run: None,
     ) -> None:
         self.gain, self.fails, self.dies_at, self.change = gain or {}, fails, dies_at, change
-        self.ran: list[Cell] = []
+        self.names, self.ran = list[str](), list[RunRecord]()
 
-    def __call__(self, config: Config, cell: Cell) -> Any:
+    def __call__(self, config: Config, entry: Entry, folder: Path) -> RunRecord:
         if len(self.ran) == self.dies_at:
             raise KeyboardInterrupt
-        self.ran.append(cell)
-        common = {"cell": cell.to_dict(), "steps": 10, "seconds": 7.0, "metrics": {}, "peak_memory_bytes": 2**20}
-        if self.fails(cell):
-            return common | {"failed": "diverged"}
-        # Test and validation disagree about learning rates: test must decide nothing.
-        right = 0.5 + self.gain.get(cell.entry.name, 0.0) + 0.01 * cell.seed
-        validation = {"accuracy": right - abs(cell.learning_rate - 0.01), "loss": 1.0}
-        test = {"accuracy": right + cell.learning_rate, "loss": 1.0}
-        result = common | {"metrics": {"validation": validation, "test": test}, "parameters": {"trainable": 3}}
-        return result | self.change(cell, result)
-
-    @property
-    def names(self) -> list[str]:
-        return [cell.name for cell in self.ran]
+        seed, rate = config.training.seed, config.training.learning_rate
+        run = RunRecord("finished", seed, "sequence-classification", None, {"hash": f"rows of {seed}"}, {"steps": 10})
+        run.compared = {"method": entry.method, "policy": entry.policy, "learning_rate": rate, "equal": "steps"}
+        run.compared |= {"commit": "c", "bf16": True, "peak_memory_bytes": 2**20, "random": None}
+        run.phase("training").add(seconds=7.0)
+        if self.fails(run):
+            run.status, run.compared["failed"] = "failed", "diverged"
+        else:
+            # Test and validation disagree about learning rates: test must decide nothing.
+            right = 0.5 + self.gain.get(entry.name, 0.0) + 0.01 * seed
+            validation = {"accuracy": right - abs(rate - 0.01), "loss": 1.0}
+            run.metrics = {"validation": validation, "test": {"accuracy": right + rate, "loss": 1.0}}
+            run.parameters = {"trainable": 3}
+            self.change(run)
+        self.names.append(folder.name)
+        self.ran.append(run)
+        folder.mkdir(parents=True)
+        run.save(folder)
+        return run
 
 
 Compare = Callable[..., Any]
@@ -84,11 +90,9 @@ def test_a_finished_cell_never_runs_again_also_after_an_interruption_and_more_ma
     with pytest.raises(KeyboardInterrupt):
         compare(seeds=[0, 1, 2], run=Fake(dies_at=2))
     result = compare(["lora", "lora+random"], seeds=[0, 1, 2], run=second)
-    assert sorted(second.names) == sorted(
-        ["lora+all_seed2_lr0.02", *(f"lora+random_seed{seed}_lr0.02" for seed in range(3))]
-    )
+    assert sorted(second.names) == sorted(["lora+all.2", *(f"lora+random.{seed}" for seed in range(3))])
     assert [row["seeds"] for row in result["table"]] == [[0, 1, 2], [0, 1, 2]]
-    assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
 
 
 def test_differences_are_paired_by_seed(compare: Compare) -> None:
@@ -104,13 +108,13 @@ def test_differences_are_paired_by_seed(compare: Compare) -> None:
 def test_validation_rows_of_the_first_seed_choose_the_learning_rate(compare: Compare) -> None:
     run = Fake()
     result = compare(seeds=[5, 6], sweep=[0.001, 0.01, 0.02], run=run)
-    assert run.names == [*(f"lora+all_seed5_lr{rate}" for rate in (0.001, 0.01, 0.02)), "lora+all_seed6_lr0.01"]
+    assert run.names == ["lora+all.5.lr0.001", "lora+all.5.lr0.01", "lora+all.5", "lora+all.6.lr0.01"]
     assert result["table"][0]["learning_rates"] == [0.01]
 
 
 def test_the_lowest_loss_chooses_the_learning_rate_and_is_better(compare: Compare) -> None:
-    def losses(cell: Cell, result: Any) -> Any:
-        return {"metrics": {split: m | {"loss": 1 - m["accuracy"]} for split, m in result["metrics"].items()}}
+    def losses(run: RunRecord) -> None:
+        run.metrics = {split: m | {"loss": 1 - m["accuracy"]} for split, m in run.metrics.items()}
 
     run = Fake({"tsqlora+quality": 0.05}, change=losses)
     result = compare(["lora", "tsqlora"], seeds=[0, 1, 2], sweep=[0.001, 0.01, 0.02], metric="loss", run=run)
@@ -120,22 +124,22 @@ def test_the_lowest_loss_chooses_the_learning_rate_and_is_better(compare: Compar
 
 
 def test_a_cell_that_fails_is_a_result_and_is_never_chosen(compare: Compare, tmp_path: Path) -> None:
-    run = Fake(fails=lambda cell: cell.learning_rate > 0.005)
+    run = Fake(fails=lambda run: run.compared["learning_rate"] > 0.005)
     assert compare(seeds=[0, 1], sweep=[0.001, 0.01], run=run)["table"][0]["learning_rates"] == [0.001]
     lines: list[str] = []
-    fails = Fake(fails=lambda cell: cell.entry.method == "full")
+    fails = Fake(fails=lambda run: run.compared["method"] == "full")
     failed, worked = compare(
         ["full", "lora"], seeds=[0, 1], sweep=[0.02, 0.01], run=fails, out=tmp_path / "b", say=lines.append
     )["table"]
     assert (failed["verdict"], failed["failed"], failed["learning_rates"]) == ("every seed failed", [0, 1], [0.01])
     assert (worked["failed"], worked["seeds"]) == ([], [0, 1])
-    assert lines[0].startswith("1/6 full+all_seed0_lr0.02: failed: diverged")
+    assert lines[0].startswith("1/6 full+all.0: failed: diverged")
 
 
 def test_a_learning_rate_may_be_set_for_a_method_or_an_entry(compare: Compare) -> None:
     run = Fake()
     compare(["lora", "lora+random", "tsqlora"], rates={"lora": 0.1, "lora+random": 0.2}, run=run)
-    assert [cell.learning_rate for cell in run.ran] == [0.1, 0.2, 0.02]
+    assert [made.compared["learning_rate"] for made in run.ran] == [0.1, 0.2, 0.02]
 
 
 @pytest.mark.parametrize(
@@ -238,10 +242,9 @@ def test_a_directory_that_cannot_serve_is_refused_before_the_rehearsal(
 def test_the_table_records_its_arguments_mixed_code_random_draws_and_the_range_of_parameters(
     compare: Compare, tmp_path: Path
 ) -> None:
-    def change(cell: Cell, result: Any) -> Any:
-        why = "still at chance" if cell.seed else None
-        made_by = {"commit": "new" if cell.seed else "old", "versions": {"torch": "3"}}
-        return {"parameters": {"trainable": 10 + 2 * cell.seed}, "quality": {"random": why}, **made_by}
+    def change(run: RunRecord) -> None:
+        run.parameters = {"trainable": 10 + 2 * run.seed}
+        run.compared |= {"commit": "new", "random": "still at chance"} if run.seed else {"commit": "old"}
 
     result = compare(seeds=[0, 1, 2], rates={"lora+all": 0.03}, run=Fake(change=change))
     assert (result["rates"], result["sweep"], result["metric"]) == ({"lora+all": 0.03}, [], "accuracy")
@@ -275,34 +278,40 @@ def test_a_directory_may_have_the_test_rows_of_a_text_metric(config: Config, com
     run = Fake()
     with pytest.raises(SettingsError, match="rougeL"):  # the training ended without it
         compare(settings=writing(config, train=str(tmp_path / "data"), test=None), metric="rougeL", run=run)
-    assert load(tmp_path / "out", run.ran[0]) is not None
+    assert (tmp_path / "out" / "lora+all.0" / "run.json").exists()
 
 
-def test_a_damaged_or_foreign_cell_file_is_named(tmp_path: Path) -> None:
-    cell, other = (Cell(Entry("lora", "all"), seed, 0.02) for seed in (0, 1))
-    path = tmp_path / "cells" / f"{cell.name}.json"
-    path.parent.mkdir()
-    for text in ("{", json.dumps({"cell": other.to_dict()})):
-        path.write_text(text)
-        with pytest.raises(DataError, match="lora"):
-            load(tmp_path, cell)
+def test_a_damaged_or_foreign_run_is_named(compare: Compare, tmp_path: Path) -> None:
+    compare(seeds=[0, 1])
+    folder = tmp_path / "out" / "lora+all.0"
+    for text in ("{", (tmp_path / "out" / "lora+all.1" / "run.json").read_text()):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(DataError, match=r"lora\+all\.0"):
+            compare(seeds=[0, 1])
 
 
-def test_cells_of_other_rows_are_refused_before_training(compare: Compare) -> None:
-    def with_rows() -> Fake:
-        return Fake(change=lambda cell, result: {"data_hash": f"rows of {cell.seed}"})
-
+def test_runs_of_other_rows_are_refused_before_training(compare: Compare) -> None:
     rows = {seed: f"rows of {seed}" for seed in range(3)}
-    compare(seeds=[0, 1], run=with_rows())
-    compare(seeds=[0, 1, 2], run=with_rows(), rows=rows)
-    changed = with_rows()
-    with pytest.raises(DataError, match=r"lora\+all_seed1_lr0.02.json .*--out"):
+    compare(seeds=[0, 1])
+    compare(seeds=[0, 1, 2], rows=rows)
+    changed = Fake()
+    with pytest.raises(DataError, match=r"lora\+all\.1 .*--out"):
         compare(["dora"], seeds=[0, 1], run=changed, rows=rows | {1: "others"})
     assert not changed.ran
+
+
+def test_a_run_that_was_interrupted_runs_again(compare: Compare, tmp_path: Path) -> None:
+    compare()
+    run = RunRecord.load(tmp_path / "out" / "lora+all.0")
+    run.status = "running"
+    run.save(tmp_path / "out" / "lora+all.0")
+    again = Fake(dies_at=0)
+    with pytest.raises(KeyboardInterrupt):
+        compare(run=again)
 
 
 def test_progress_names_cell_metric_and_time_left(compare: Compare) -> None:
     lines: list[str] = []
     compare(seeds=[0, 1], say=lines.append)
-    assert lines[0].startswith("1/2 lora+all_seed0_lr0.02: test accuracy 0.5200, 7 s; about 1 min left")
+    assert lines[0].startswith("1/2 lora+all.0: test accuracy 0.5200, 7 s; about 1 min left")
     assert "left" not in lines[1]

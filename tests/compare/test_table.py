@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tsqlora.compare.table import interval, paired, show_comparison, verdict
-from tsqlora.reports.comparison import Mean
+from tsqlora.cli.comparison_display import show_comparison
+from tsqlora.reports.comparison import Mean, interval, paired, verdict
 
 # Spread apart: scipy has no interval of scale 0, which a difference of 1e-308 amounts to.
 NUMBERS = st.lists(st.integers(-10_000, 10_000).map(lambda k: k / 100), min_size=2, max_size=8, unique=True)
@@ -24,7 +24,8 @@ ROW = {
     "verdict": "the reference",
     "seconds": NUMBER,
     "steps": 100,
-    "trainable": 12345,
+    "trainable_mean": 12345.0,
+    "trainable_range": [12345, 12345],
     "peak_memory_bytes": 2**30,
     "split": "test",
 }
@@ -98,7 +99,7 @@ def test_stdout_has_one_json_object_and_stderr_the_progress(place: Path, tmp_pat
     assert code == 0, err
     table = json.loads(out)["table"]
     assert [(row["name"], row["split"]) for row in table] == [("lora+all", "validation"), ("lora+random", "validation")]
-    assert "1/2 lora+all_seed3_lr0.02: validation accuracy" in err
+    assert "1/2 lora+all.3: validation accuracy" in err
     assert "Loading weights" not in err
 
 

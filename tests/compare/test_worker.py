@@ -1,4 +1,4 @@
-"""A cell in its own process: it may have processes itself, and none outlives its parent."""
+"""A training in its own process: it may have processes itself, and none outlives its parent."""
 
 import signal
 import subprocess
@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from runs import write_config
-from tsqlora.compare.cells import Cell, Entry
-from tsqlora.compare.run import run_cell
+from tsqlora.compare.cell import run_cell
+from tsqlora.compare.methods import Entry
 from tsqlora.compare.worker import in_own_process
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.run.config import Config, load_config
@@ -28,7 +28,6 @@ in_own_process("loading", partial(sum, DataLoader(range(10**9), batch_size=None,
 """
 PROCESSES = 4
 """The resource tracker, the server, its child, and the child's worker."""
-CELL = Cell(Entry("lora", "all"), 0, 0.02)
 
 
 @pytest.fixture
@@ -37,27 +36,27 @@ def config(place: Path) -> Config:
     return load_config(write_config(place / "worker.yaml", place / "model", place / "train.jsonl", training=training))
 
 
-def test_a_process_of_its_own_gives_the_same_result_and_hands_errors_on(config: Config) -> None:
+def test_a_process_of_its_own_gives_the_same_result_and_hands_errors_on(config: Config, tmp_path: Path) -> None:
     phases: list[str] = []
-    result = in_own_process(
-        CELL.name, partial(run_cell, config, CELL, equal="steps"), lambda phase, *_: phases.append(phase)
-    )
-    assert result["metrics"] == run_cell(config, CELL, equal="steps")["metrics"]
+    work = partial(run_cell, config, Entry("lora", "all"), tmp_path / "run", equal="steps")
+    result = in_own_process("lora", work, lambda phase, *_: phases.append(phase))
+    assert result.metrics == work().metrics
     assert {"training", "validation"} <= set(phases)
     wrong = config.model_copy(update={"quality": config.quality.model_copy(update={"fraction": 0.005})})
     with pytest.raises(SettingsError, match="fraction"):
-        in_own_process("wrong", partial(run_cell, wrong, Cell(Entry("lora", "loss"), 0, 0.02), equal="steps"))
+        in_own_process("wrong", partial(run_cell, wrong, Entry("lora", "loss"), tmp_path / "wrong", equal="steps"))
 
 
-def test_a_process_that_dies_is_an_error(config: Config) -> None:
+def test_a_process_that_dies_is_an_error(config: Config, tmp_path: Path) -> None:
     def die(phase: str, done: int, total: int, *_: object) -> None:
         servers = psutil.Process().children()  # they and the resource tracker are ours
         for process in psutil.Process().children(recursive=True):
             if process not in servers:
                 process.kill()
 
+    work = partial(run_cell, config, Entry("lora", "all"), tmp_path / "run", equal="steps")
     with pytest.raises(TsqLoraError, match="its process ended with code"):
-        in_own_process("lora", partial(run_cell, config, CELL, equal="steps"), die)
+        in_own_process("lora", work, die)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -3,7 +3,9 @@
 import html
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -14,12 +16,18 @@ from tsqlora.reports.comparison import Mean, gather_comparison, is_comparison
 from tsqlora.reports.comparison_page import comparison_page, difference_plot
 from tsqlora.reports.metrics import value_of
 from tsqlora.reports.write import write_report
+from tsqlora.training.record import RunRecord
 
 HOSTILE = "</script><script>alert('x')</script><b>&"
 
 
 def made(out: Path) -> Seen:
     return Seen(comparison_page(gather_comparison(out), "/* plotly */"))
+
+
+def records(out: Path) -> Iterator[tuple[Path, RunRecord]]:
+    for path in out.glob("*/run.json"):
+        yield path.parent, RunRecord.load(path.parent)
 
 
 def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Path) -> None:
@@ -36,11 +44,11 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
 
 def test_numbers_are_those_of_the_table_and_of_its_cells(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
-    table = json.loads((out / "table.json").read_text())["table"]
+    table = json.loads((out / "comparison.json").read_text())["table"]
     comparison = gather_comparison(out)
     rows = made(out).texts["tr"]
     for method, row in zip(comparison.methods, table, strict=True):
-        assert (method.name, method.verdict, method.trainable) == (row["name"], row["verdict"], f"{row['trainable']:,}")
+        assert (method.name, method.verdict) == (row["name"], row["verdict"])
         assert method.metrics["accuracy"] == Mean(**row["metrics"]["accuracy"])
         shown = next(text for text in rows if text.startswith(row["name"]))
         assert value_of("accuracy", *method.metrics["accuracy"][:2]) in shown
@@ -77,44 +85,41 @@ def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts
 
 def test_rates_that_were_given_are_no_choice_and_rows_that_chose_are_named(tmp_path: Path) -> None:
     out = make_comparison(tmp_path, rates=(0.001, 0.01))
-    table = json.loads((out / "table.json").read_text())
-    (out / "table.json").write_text(json.dumps(table | {"sweep": []}))
+    table = json.loads((out / "comparison.json").read_text())
+    (out / "comparison.json").write_text(json.dumps(table | {"sweep": []}))
     assert "rates" not in made(out).sections()
-    (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01]}))
+    (out / "comparison.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01]}))
     warning = "There are no test rows:"
     assert not any(warning in text for text in made(out).texts["p"])
-    for path in (out / "cells").glob("*.json"):
-        cell = json.loads(path.read_text())
-        del cell["metrics"]["test"]
-        path.write_text(json.dumps(cell))
-    rows = [row | {"split": "validation"} for row in table["table"]]
-    (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01], "table": rows}))
+    for run, record in records(out):
+        del record.metrics["test"]
+        record.save(run)
     assert any(warning in text for text in made(out).texts["p"])
 
 
 def test_the_command_that_repeats_it_is_whole_and_quoted(tmp_path: Path) -> None:
     out = make_comparison(tmp_path).rename(tmp_path / "my comparison")
-    table = json.loads((out / "table.json").read_text())
-    (out / "table.json").write_text(json.dumps(table | {"rates": {"lora+all": 0.001}, "sweep": []}))
+    table = json.loads((out / "comparison.json").read_text())
+    (out / "comparison.json").write_text(json.dumps(table | {"rates": {"lora+all": 0.001}, "sweep": []}))
     command = made(out).texts["pre"][0]
     assert shlex.split(command) == [
         *("tsqlora", "compare", "my comparison/config.yaml", "--methods", "lora+all,lora+random,tsqlora+quality"),
         *("--seeds", "0,1,2", "--equal", "steps", "--metric", "accuracy", "--lr", "lora+all=0.001"),
         *("--out", "my comparison-again"),
     ]
-    (out / "table.json").write_text(json.dumps(table | {"rates": {}, "sweep": [0.001, 1e-05]}))
+    (out / "comparison.json").write_text(json.dumps(table | {"rates": {}, "sweep": [0.001, 1e-05]}))
     assert "--lr-sweep 0.001,1e-05 --out" in made(out).texts["pre"][0]
 
 
 def test_versions_and_precisions_that_differ_among_cells_are_all_named(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
-    assert "Precision: not recorded" in made(out).texts["p"]
-    for path in (out / "cells").glob("*.json"):
-        cell = json.loads(path.read_text())
-        lora = cell["cell"]["method"] == "lora"
-        path.write_text(json.dumps(cell | {"bf16": lora, "versions": {"python": "3.11" if lora else "3.12"}}))
+    assert "Precision: bfloat16" in made(out).texts["p"]
+    for run, record in records(out):
+        lora = record.compared["method"] == "lora"
+        record.compared["bf16"], record.versions = lora, {"python": "3.11" if lora else "3.12"}
+        record.save(run)
     assert "Precision: bfloat16, float32" in made(out).texts["p"]
-    assert gather_comparison(out).versions == {"python": "3.11, 3.12"}
+    assert "3.11, 3.12" in made(out).texts["td"]
 
 
 def test_too_few_seeds_are_said_to_be_too_few(tmp_path: Path) -> None:
@@ -152,7 +157,7 @@ def test_of_a_loss_the_lowest_is_the_best(tmp_path: Path) -> None:
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
-    for path in [out / "table.json", *(out / "cells").glob("*.json")]:
+    for path in out.glob("*/*"):
         text = path.read_text()
         for word in ("lora", "abc123", "3.11", "matthews", "some/model", "seem wrong", "look"):
             text = text.replace(word, json.dumps(word + HOSTILE)[1:-1])
@@ -182,16 +187,16 @@ def test_a_directory_is_known_by_its_contents_and_a_copy_gives_the_same_bytes(tm
 @pytest.mark.parametrize("broken", ["{}", "no JSON", None])
 def test_what_is_no_finished_comparison_is_refused(broken: str | None, tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
-    (out / "table.json").unlink()
+    (out / "comparison.json").unlink()
     if broken is not None:
-        (out / "table.json").write_text(broken)
-    with pytest.raises(DataError, match=r"table\.json"):
+        (out / "comparison.json").write_text(broken)
+    with pytest.raises(DataError, match=r"comparison\.json"):
         gather_comparison(out)
 
 
 def test_a_comparison_that_was_copied_without_a_method_is_refused(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
-    for path in (out / "cells").glob("lora+random*"):
-        path.unlink()
-    with pytest.raises(DataError, match=r"cells.*lora\+random"):
+    for path in out.glob("lora+random*"):
+        rmtree(path)
+    with pytest.raises(DataError, match=r"lora\+random"):
         gather_comparison(out)

@@ -20,7 +20,7 @@ from tsqlora.run import train as pipeline
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
 from tsqlora.run.fit import arguments, begin
-from tsqlora.run.job import load
+from tsqlora.run.job import load, with_adapter
 from tsqlora.training.fit import fit
 from tsqlora.training.stop import StopCallback
 
@@ -64,7 +64,7 @@ def unfinished(run: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
 def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(optimizer: str, tmp_path: Path) -> None:
     config = load_config(fixed(tmp_path, optim=optimizer) / "c.yaml")
-    with patch("tsqlora.run.train.fit", side_effect=fit) as fitted:
+    with patch("tsqlora.run.fit.fit", side_effect=fit) as fitted:
         record = pipeline.train(config, tmp_path / "run")
     model, _, method = fitted.call_args.args[:3]
     assert (has_slots(model), method.ranks) == (False, None)
@@ -92,7 +92,8 @@ def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -
     """The gradient is tested for finite numbers; everything else stays on the device."""
     job = load(load_config(fixed(tmp_path, save_strategy="no", logging_strategy="no") / "c.yaml"))
     args, method = arguments(job.config, tmp_path / "run"), build_callbacks(job, tmp_path / "scores.parquet")
-    model, record = begin(job, args, method)
+    model = with_adapter(job.config, job.pretrained)
+    record = begin(job, args, method, model)
     counts = CountWaits()
     with waits_of_ours() as counts.seen:
         fit(model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)

@@ -18,7 +18,7 @@ from tsqlora.run import fit as run_fit
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
-from tsqlora.run.job import load
+from tsqlora.run.job import load, with_adapter
 from tsqlora.run.train import train
 from tsqlora.training import fit, recorder
 from tsqlora.training.fit import hardware_has_bf16, training_arguments
@@ -45,7 +45,8 @@ class Counted:
         args, loaded = run_fit.arguments(config, run), load(config)
         method = build_callbacks(loaded, run / "scores.parquet")
         self.data, self.quality, self.ranks = method.data, method.quality, method.ranks
-        model, self.record = begin(loaded, args, method)
+        model = with_adapter(loaded.config, loaded.pretrained)
+        self.record = begin(loaded, args, method, model)
         self.told: list[tuple[str, int, int]] = []
         self.rows = self.tokens = 0
         counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)

@@ -41,9 +41,9 @@ def compare(
 
     Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
     """
+    from tsqlora.cli.comparison_display import show_comparison
     from tsqlora.compare.comparison import compare as run_all
-    from tsqlora.compare.table import show_comparison
-    from tsqlora.reports.comparison import SETTINGS_FILE, TABLE_FILE
+    from tsqlora.reports.comparison import COMPARISON_FILE
     from tsqlora.reports.write import REPORT_FILE, write_report
     from tsqlora.run.config import load_config
 
@@ -53,7 +53,7 @@ def compare(
         if method in rates:
             raise SettingsError(f"--lr {method} is set twice; remove one")
         rates[method] = _number(rate, float, f"--lr {method}")
-    with writing(out / SETTINGS_FILE, out / TABLE_FILE, out / REPORT_FILE):
+    with writing(out / COMPARISON_FILE, out / REPORT_FILE):
         settings = load_config(config, set_ or [])
     with Display(console.stderr) as display:
         result = run_all(

@@ -1,4 +1,4 @@
-"""Run every cell of a comparison, one training at a time, and tabulate them."""
+"""Run every method with every seed, one training at a time, and tabulate the runs."""
 
 import json
 import math
@@ -7,27 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tsqlora import distributed
-from tsqlora.compare.cells import Cell, Entry, load, require_rows, save
-from tsqlora.compare.methods import entries
-from tsqlora.compare.run import Equal, preflight, run_cell
-from tsqlora.compare.table import differing, measured_on, rows_of
+from tsqlora.compare.cell import Equal, preflight, run_cell, with_seed
+from tsqlora.compare.methods import Entry, entries
 from tsqlora.compare.worker import in_own_process
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress, duration
-from tsqlora.reports.comparison import CELLS_DIR, SETTINGS_FILE, TABLE_FILE
+from tsqlora.reports.comparison import COMPARISON_FILE, made_by, measured_on, methods_of, seconds_of
 from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import TEXT_METRICS
+from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 EQUAL: tuple[Equal, ...] = ("steps", "epochs")
+
+
+class Cell(NamedTuple):
+    """One training of an entry; `name` is its directory."""
+
+    entry: Entry
+    seed: int
+    learning_rate: float
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,11 @@ class Plan:
         """The learning rate of an entry without a sweep."""
         by_method = self.rates.get(entry.method, self.config.training.learning_rate)
         return self.rates.get(entry.name, by_method)
+
+    def cell(self, entry: Entry, seed: int, rate: float) -> Cell:
+        """The name has a learning rate that is not the config's."""
+        other = f".lr{rate:g}" if rate != self.config.training.learning_rate else ""
+        return Cell(entry, seed, rate, f"{entry.name}.{seed}{other}")
 
     def require_possible(self) -> None:
         """Raises SettingsError and UnsupportedError for arguments and settings that no comparison can follow."""
@@ -131,7 +144,7 @@ def compare(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run the cells that `out` lacks, each in its own process, and return the table of all.
+    """Run the trainings that `out` lacks, each in its own process, and return the table of all.
 
     Args:
         methods: names of METHODS, or METHOD+POLICY.
@@ -141,30 +154,44 @@ def compare(
         rates: learning rates by entry or method, in place of the config's.
         metric: the metric to compare; by default the task's headline metric.
 
-    Every entry without a cell in `out` is checked before the first training. A directory holds one comparison;
+    Each training is a run directory in `out`, without an adapter. Every entry without a run there is checked before the
+    first training. A directory holds one comparison;
     further methods and seeds may be added. Raises SettingsError for another comparison's directory and for what cannot
-    be compared; DataError if the data has changed since its cells ran; UnsupportedError under a launcher, with
+    be compared; DataError if the data has changed since its runs; UnsupportedError under a launcher, with
     adapter.init_from, and for an entry that cannot be trained.
     """
     metric = metric or get_task(config.task.type).headline
     seeds = list(dict.fromkeys(seeds))
     plan = Plan(config, entries(methods), seeds, equal, metric, tuple(sweep), dict(rates or {}))
     plan.require_possible()
-    new = [entry for entry in plan.entries if not any((out / CELLS_DIR).glob(f"{entry.name}_seed*.json"))]
-    finished = [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
+    new = [entry for entry in plan.entries if not any(out.glob(f"{entry.name}.*/{RECORD_FILE}"))]
+    finished = [seed for seed in seeds if any(run.seed == seed for run in _finished(out).values())]
     check = partial(preflight, config, new, seeds[0], finished=finished, equal=equal)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or choose another --out"):
         claimed = _is_claimed(plan, out)
         rows = in_own_process("preflight", check)
         if not claimed:
-            write_json(out / SETTINGS_FILE, {"equal": plan.equal})
+            write_json(out / COMPARISON_FILE, {"equal": plan.equal})
             write_text(out / CONFIG_FILE, dump_config(plan.config))
-        require_rows(out, rows)
-        cells = Runner(plan, out, progress, say).all()
-        options = {"metric": metric, "equal": equal, "seeds": seeds, "sweep": list(sweep), "rates": plan.rates}
-        table = rows_of(plan.entries, cells, metric=metric)
-        result = {"out": str(out), **options, "table": table, "differing": differing(cells)}
-        write_json(out / TABLE_FILE, result)
+        for name, run in _finished(out).items():
+            if run.data["hash"] != rows.get(run.seed, run.data["hash"]):
+                raise DataError(
+                    f"{out / name} was trained on other rows (hash {run.data['hash']}) than the data has now "
+                    f"({rows[run.seed]}); choose another --out, or restore the data"
+                )
+        runs = Runner(plan, out, progress, say).all()
+        result: dict[str, Any] = {
+            "out": str(out),
+            "metric": metric,
+            "equal": equal,
+            "seeds": seeds,
+            "sweep": list(sweep),
+            "rates": plan.rates,
+            "runs": [*runs],
+            "table": [method.row() for method in methods_of([*runs.values()], metric)],
+            "differing": {name: made for name, made in made_by([*runs.values()]).items() if len(made) > 1},
+        }
+        write_json(out / COMPARISON_FILE, result)
     return result
 
 
@@ -175,27 +202,27 @@ class Runner:
         self.plan, self.out, self.progress, self.say = plan, out, progress, say
         self.done, self.took = 0, list[float]()
 
-    def all(self) -> list[dict[str, Any]]:
-        """The results of every cell, without those of a sweep that were not chosen."""
-        plan, results = self.plan, list[dict[str, Any]]()
+    def all(self) -> dict[str, RunRecord]:
+        """The run of every cell by its directory, without those of a sweep that were not chosen."""
+        plan, runs = self.plan, dict[str, RunRecord]()
         rates = {entry: plan.rate(entry) for entry in plan.entries}
         for seed in plan.seeds:
             for entry in plan.entries:
                 if seed == plan.seeds[0] and plan.sweep:
-                    tried = {rate: self._cell(Cell(entry, seed, rate)) for rate in plan.sweep}
+                    tried = {rate: self._run(plan.cell(entry, seed, rate)) for rate in plan.sweep}
                     rates[entry] = self._best_rate(entry, tried)
-                    results.append(tried[rates[entry]])
+                    runs[plan.cell(entry, seed, rates[entry]).name] = tried[rates[entry]]
                 else:
-                    results.append(self._cell(Cell(entry, seed, rates[entry])))
-        return results
+                    cell = plan.cell(entry, seed, rates[entry])
+                    runs[cell.name] = self._run(cell)
+        return runs
 
-    def _best_rate(self, entry: Entry, tried: Mapping[float, Mapping[str, Any]]) -> float:
+    def _best_rate(self, entry: Entry, tried: Mapping[float, RunRecord]) -> float:
         """Best on validation by the metric, then by the loss; the smallest rate if every one failed."""
         sign, merit = -1 if lower_is_better(self.plan.metric) else 1, dict[float, tuple[float, float]]()
-        for rate, cell in tried.items():
-            if "failed" not in cell:
-                loss = cell["metrics"]["validation"]["loss"]
-                merit[rate] = sign * self._measured(cell, "validation"), -loss
+        for rate, run in tried.items():
+            if run.status != "failed":
+                merit[rate] = sign * self._measured(run, "validation"), -run.metrics["validation"]["loss"]
         if not merit:
             return min(tried)  # its failure is the result
         best, lowest, highest = max(merit, key=merit.__getitem__), min(tried), max(tried)
@@ -204,45 +231,68 @@ class Runner:
             self.say(f"{entry.name}: {best:g} is the {side} rate of --lr-sweep; a better one may lie beyond it")
         return best
 
-    def _cell(self, cell: Cell) -> dict[str, Any]:
-        result = load(self.out, cell)
-        reused, start = result is not None, time.perf_counter()
-        if result is None:
-            work = partial(run_cell, self.plan.config, cell, equal=self.plan.equal)
-            result = dict[str, Any](in_own_process(cell.name, work, self.progress))
-            save(self.out, cell, result)
+    def _run(self, cell: Cell) -> RunRecord:
+        """The cell's run, trained now unless it has ended before, and a line about it."""
+        run, start = _ended(self.out / cell.name, cell), time.perf_counter()
+        reused = run is not None
+        if run is None:
+            config = with_seed(self.plan.config, cell.seed, cell.learning_rate)
+            work = partial(run_cell, config, cell.entry, self.out / cell.name, equal=self.plan.equal)
+            run = in_own_process(cell.name, work, self.progress)
+            assert isinstance(run, RunRecord)
             self.took.append(time.perf_counter() - start)
         self.done += 1
-        self.say(f"{self.done}/{self.plan.cells} {cell.name}: {self._summary(result, reused=reused)}")
-        return result
-
-    def _summary(self, result: Mapping[str, Any], *, reused: bool) -> str:
         left = (self.plan.cells - self.done) * sum(self.took) / max(1, len(self.took))
         when = (" (reused)" if reused else "") + (f"; about {duration(max(60, left))} left" if left else "")
-        if "failed" in result:
-            return f"failed: {result['failed']}{when}"
-        split = measured_on(result)
-        return f"{split} {self.plan.metric} {self._measured(result, split):.4f}, {result['seconds']:.0f} s{when}"
+        if run.status == "failed":
+            summary = f"failed: {run.compared['failed']}"
+        else:
+            split = measured_on(run)
+            summary = f"{split} {self.plan.metric} {self._measured(run, split):.4f}, {seconds_of(run):.0f} s"
+        self.say(f"{self.done}/{self.plan.cells} {cell.name}: {summary}{when}")
+        return run
 
-    def _measured(self, cell: Mapping[str, Any], split: str) -> float:
-        metrics, metric = cell["metrics"][split], self.plan.metric
+    def _measured(self, run: RunRecord, split: str) -> float:
+        metrics, metric = run.metrics[split], self.plan.metric
         if metric not in metrics:
             raise SettingsError(f"--metric '{metric}' is not measured on {split} rows; {nearest(metric, metrics)}")
         return metrics[metric]
+
+
+def _ended(folder: Path, cell: Cell) -> RunRecord | None:
+    """The record of a cell that has been trained, or failed; None if it has to run.
+
+    Raises DataError for the run of another cell, and for a damaged record.
+    """
+    if not (folder / RECORD_FILE).exists():
+        return None
+    run = RunRecord.load(folder)
+    if run.status == "running":
+        return None
+    about = (run.seed, *(run.compared.get(name) for name in ("method", "policy", "learning_rate")))
+    if about != (cell.seed, cell.entry.method, cell.entry.policy, cell.learning_rate):
+        raise DataError(f"{folder} holds another run; remove it, and {cell.name} runs again")
+    return run
+
+
+def _finished(out: Path) -> dict[str, RunRecord]:
+    """The runs of a comparison that have ended, by their directories."""
+    runs = {path.parent.name: RunRecord.load(path.parent) for path in sorted(out.glob(f"*/{RECORD_FILE}"))}
+    return {name: run for name, run in runs.items() if run.compared and run.status != "running"}
 
 
 def _is_claimed(plan: Plan, out: Path) -> bool:
     """Whether the directory holds this comparison.  Raises SettingsError if it holds another, DataError if damaged."""
     if not (out / CONFIG_FILE).exists():
         return False
-    path = out / SETTINGS_FILE
+    path = out / COMPARISON_FILE
     if not path.exists():
         raise SettingsError(f"{out} holds a run, not a comparison; choose another --out")
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
-        before["equal"]
+        equal = before["equal"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); choose another --out") from None
-    if load_config(out / CONFIG_FILE) != plan.config or before != {"equal": plan.equal}:
+    if load_config(out / CONFIG_FILE) != plan.config or equal != plan.equal:
         raise SettingsError(f"{out} holds a comparison with other settings; choose another --out")
     return True

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tsqlora.adapter.slots import active_parameters, active_ranks
 from tsqlora.baselines import BASELINES, Built, Setup
-from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import ScoringRule
@@ -18,6 +17,23 @@ from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_adapter
 from tsqlora.training.fit import Method
 from tsqlora.training.rank_callback import RankCallback
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method, and the policy that chooses its rows."""
+
+    method: str
+    policy: str
+
+    @property
+    def name(self) -> str:
+        """The entry as `--methods` names it.
+
+        >>> Entry("lora", "random").name
+        'lora+random'
+        """
+        return f"{self.method}+{self.policy}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,6 @@
 from tsqlora.compat.quieten import quieten
 
 quieten()
-from tsqlora.compare.run import commit  # noqa: E402
+from tsqlora.compare.cell import commit  # noqa: E402
 
 commit()  # the commit of the imported code, hours before the last cell ends

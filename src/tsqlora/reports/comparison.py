@@ -1,6 +1,7 @@
-"""Read a comparison's directory for its report, from JSON only."""
+"""What the runs of a comparison say together: means over seeds, differences from LoRA, and verdicts."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,14 @@ from typing import Any, NamedTuple
 
 from tsqlora.errors import DataError
 from tsqlora.files import reading
+from tsqlora.reports.metrics import lower_is_better
+from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.run_dir import CONFIG_FILE
 
-# compare/ imports these names, since a report must not import compare/.
-SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
+COMPARISON_FILE = "comparison.json"
+CONFIDENCE = 0.95
+FEWEST = 3
+"""Seeds that a verdict needs: one or two may agree by chance."""
 CHOSEN_ON_SHOWN = (
     "There are no test rows: the first seed's numbers come from the validation rows that chose its learning rate, so "
     "they are the best of several. Set data.test for an independent measure."
@@ -25,63 +31,214 @@ class Mean(NamedTuple):
     n: int
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """One successful training: a method with one seed."""
+def interval(values: Sequence[float]) -> Mean:
+    """Student's t-interval of the mean of at least one value.
 
-    seed: int
-    metrics: dict[str, float]
-    phases: dict[str, float]
-    passes: int
-    """Rows forward plus twice the rows backward: cost, whatever the machine."""
-    seconds: float
-    notes: tuple[str, ...]
+    >>> interval([1.0, 2.0, 3.0])
+    Mean(mean=2.0, half=2.484..., n=3)
+    """
+    import scipy.stats  # half a second that a run's report need not wait for
+
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return Mean(mean, None, n)
+    # Not ttest_rel's interval: it warns if all values are equal, as for runs with the same draws.
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * scipy.stats.sem(values)
+    return Mean(mean, float(half), n)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean | None:
+    """The paired difference, ours minus theirs, over common seeds; None if there are none."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+
+
+def verdict(difference: Mean | None, other: str, *, lower_is_better: bool = False) -> str:
+    """The difference in words.
+
+    >>> verdict(Mean(0.02, 0.03, 3), "lora")
+    'within noise of lora'
+    >>> verdict(Mean(0.05, 0.03, 3), "lora")
+    'better than lora'
+    >>> verdict(Mean(0.05, 0.03, 3), "lora", lower_is_better=True)
+    'worse than lora'
+    """
+    if difference is None:
+        return f"no seed in common with {other}"
+    if difference.half is None or difference.n < FEWEST:
+        return f"{difference.n} seed{'s' if difference.n > 1 else ''}: too few to tell from {other}"
+    if abs(difference.mean) <= difference.half:
+        return f"within noise of {other}"
+    return f"{'better' if (difference.mean > 0) != lower_is_better else 'worse'} than {other}"
+
+
+def name_of(run: RunRecord) -> str:
+    """METHOD+POLICY."""
+    return f"{run.compared['method']}+{run.compared['policy']}"
+
+
+def measured_on(run: RunRecord) -> str:
+    """The split whose metrics count: test rows if there are any, else validation rows."""
+    return "test" if "test" in run.metrics else "validation"
+
+
+def seconds_of(run: RunRecord) -> float:
+    """Of all phases but the evaluation."""
+    return sum(cost.seconds for phase, cost in run.cost.items() if phase != "evaluation")
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Results of a method with a row policy, by seed and in the mean.
+    """The runs of a method with a choice of rows, one a seed; a failed seed counts only in `failed`.
 
-    A method has no means if every seed failed. `difference` is from the reference; None for the reference itself and
-    without a common seed.
+    `difference` is from the reference in the metric; None for the reference itself and without a common seed. Means
+    need at least one run that did not fail.
     """
 
     name: str
-    verdict: str
-    metrics: dict[str, Mean]
-    difference: Mean | None
-    steps: int
-    trainable: str
-    """The mean count, with the range if seeds differ."""
-    memory: int
-    learning_rates: list[float]
-    trained: list[Trained]
-    failed: dict[int, str]
-    at_random: dict[int, str]
-    """By seed, why rows were drawn at random although the policy scores."""
+    runs: list[RunRecord]
+    verdict: str = "the reference"
+    difference: Mean | None = None
 
     @property
-    def seconds(self) -> float:
-        """Mean over seeds, as for `passes` and `phases`."""
-        return sum(trained.seconds for trained in self.trained) / len(self.trained)
+    def trained(self) -> list[RunRecord]:
+        return [run for run in self.runs if run.status != "failed"]
 
     @property
-    def passes(self) -> float:
-        return sum(trained.passes for trained in self.trained) / len(self.trained)
+    def failed(self) -> dict[int, str]:
+        """Why, by seed."""
+        return {run.seed: str(run.compared["failed"]) for run in self.runs if run.status == "failed"}
+
+    @property
+    def at_random(self) -> dict[int, str]:
+        """By seed, why rows were drawn at random although the policy scores."""
+        return {run.seed: str(why) for run in self.trained if (why := run.compared.get("random"))}
+
+    @property
+    def metrics(self) -> dict[str, Mean]:
+        """The mean of each metric; empty if every seed failed."""
+        names = self.trained[0].metrics[measured_on(self.trained[0])] if self.trained else ()
+        return {name: interval([*self.by_seed(name).values()]) for name in names}
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        return {run.seed: run.metrics[measured_on(run)][metric] for run in self.trained}
 
     @property
     def phases(self) -> dict[str, float]:
-        names = dict.fromkeys(phase for trained in self.trained for phase in trained.phases)
-        return {name: sum(t.phases.get(name, 0.0) for t in self.trained) / len(self.trained) for name in names}
+        """Mean seconds of each phase but the evaluation."""
+        names = dict.fromkeys(phase for run in self.trained for phase in run.cost if phase != "evaluation")
+        return {n: sum(r.cost[n].seconds for r in self.trained if n in r.cost) / len(self.trained) for n in names}
 
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric by seed, without failed seeds."""
-        return {trained.seed: trained.metrics[metric] for trained in self.trained}
+    @property
+    def seconds(self) -> float:
+        return math.fsum(map(seconds_of, self.trained)) / len(self.trained)
+
+    @property
+    def passes(self) -> float:
+        """Rows forward plus twice the rows backward: cost, whatever the machine."""
+        costs = (cost for run in self.trained for phase, cost in run.cost.items() if phase != "evaluation")
+        return sum(cost.forward + 2 * cost.backward for cost in costs) / len(self.trained)
+
+    @property
+    def steps(self) -> int:
+        return max(run.plan["steps"] for run in self.trained)
+
+    @property
+    def trainable(self) -> tuple[float, int, int]:
+        """Parameters at the end: the mean, the least and the most."""
+        counts = [run.parameters["trainable"] for run in self.trained]
+        return math.fsum(counts) / len(counts), min(counts), max(counts)
+
+    @property
+    def memory(self) -> int:
+        return max(run.compared["peak_memory_bytes"] for run in self.trained)
+
+    @property
+    def learning_rates(self) -> list[float]:
+        return sorted({run.compared["learning_rate"] for run in self.runs})
+
+    def row(self) -> dict[str, Any]:
+        """The method's row of the table, ready for JSON."""
+        about = self.runs[0].compared
+        row: dict[str, Any] = {
+            "name": self.name,
+            "method": about["method"],
+            "policy": about["policy"],
+            "seeds": [run.seed for run in self.trained],
+            "failed": [*self.failed],
+            "random": [*self.at_random],
+            "learning_rates": self.learning_rates,
+        }
+        if self.trained:
+            mean, least, most = self.trainable
+            row |= {
+                "split": measured_on(self.trained[0]),
+                "metrics": {name: mean._asdict() for name, mean in self.metrics.items()},
+                "seconds": interval([*map(seconds_of, self.trained)])._asdict(),
+                "steps": self.steps,
+                "trainable": most,
+                "trainable_mean": mean,
+                "trainable_range": [least, most],
+                "peak_memory_bytes": self.memory,
+            }
+            if self.verdict != "the reference":
+                row["difference"] = None if self.difference is None else self.difference._asdict()
+        return row | {"verdict": self.verdict}
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A learning rate of a sweep with its validation metric."""
+def methods_of(runs: Sequence[RunRecord], metric: str) -> list[Method]:
+    """One method a name, in the order of the runs, each compared with LoRA on all rows, else LoRA, else the first."""
+    names = list(dict.fromkeys(map(name_of, runs)))
+    of = {name: [run for run in runs if name_of(run) == name] for name in names}
+    loras = [name for name in names if name.startswith("lora+")]
+    against = "lora+all" if "lora+all" in loras else (loras or names)[0]
+    theirs = Method(against, of[against]).by_seed(metric)
+    methods: list[Method] = []
+    for name in names:
+        method = Method(name, of[name])
+        if not method.trained:
+            method = Method(name, of[name], "every seed failed")
+        elif name != against:
+            difference = paired(method.by_seed(metric), theirs)
+            words = verdict(difference, against, lower_is_better=lower_is_better(metric))
+            method = Method(name, of[name], words, difference)
+        methods.append(method)
+    return methods
+
+
+def made_by(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """How the runs were made: their commits, versions of libraries, and precisions."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        about = {"commit": run.compared["commit"] or "an installed package", **run.versions}
+        about["precision"] = "bfloat16" if run.compared["bf16"] else "float32"
+        for name, value in about.items():
+            values.setdefault(name, set()).add(str(value))
+    return {name: sorted(several) for name, several in values.items()}
+
+
+def counted(mean: float, low: int, high: int) -> str:
+    """A mean count over seeds, with minimum and maximum if they differ.
+
+    >>> counted(1010.0, 1000, 1020), counted(1000.0, 1000, 1000)
+    ('1,010 (1,000 to 1,020)', '1,000')
+    """
+    return f"{mean:,.0f} ({low:,} to {high:,})" if low != high else f"{mean:,.0f}"
+
+
+def short(commit: str) -> str:
+    """
+    >>> short("0123456789abcdef0123456789abcdef01234567-dirty"), short("an installed package")
+    ('0123456789ab-dirty', 'an installed package')
+    """
+    return commit if " " in commit else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+# ------------------------------------------------------------------------------- its directory
+
+
+class Tried(NamedTuple):
+    """A learning rate of a sweep with its validation metric, None if the training failed."""
 
     method: str
     rate: float
@@ -91,27 +248,31 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All values of a page. `sweep_rates` and `rates` are the command's learning rates."""
+    """All values of a page; `about` are the command's arguments."""
 
     name: str
-    metric: str
-    split: str
-    equal: str
-    seeds: list[int]
+    about: Mapping[str, Any]
     methods: list[Method]
-    reference: Method
     sweep: list[Tried]
-    sweep_rates: list[float]
-    rates: dict[str, float]
-    task: str
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    commits: list[str]
-    chosen_on_shown: bool
-    """Whether the shown rows also chose the learning rates."""
-    data: list[str]
-    precisions: list[str]
-    """Precisions of the trainings, if recorded."""
+    """Every learning rate of the sweep with the first seed; empty if no method had a choice."""
+    settings: str
+    """Of the first run."""
+
+    @property
+    def metric(self) -> str:
+        return self.about["metric"]
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        return [run for method in self.methods for run in method.runs]
+
+    @property
+    def split(self) -> str:
+        return next((measured_on(method.trained[0]) for method in self.worked), "test")
+
+    @property
+    def reference(self) -> Method:
+        return next((method for method in self.methods if method.verdict == "the reference"), self.methods[0])
 
     @property
     def worked(self) -> list[Method]:
@@ -123,130 +284,56 @@ class Comparison:
         """Successful methods other than the reference."""
         return [method for method in self.worked if method is not self.reference]
 
+    @property
+    def seconds(self) -> float:
+        return sum(seconds_of(run) for method in self.worked for run in method.trained)
 
-def counted(mean: float, between: Sequence[int] | None) -> str:
-    """A mean count over seeds, with minimum and maximum if they differ.
-
-    >>> counted(1010.0, [1000, 1020]), counted(1000.0, [1000, 1000])
-    ('1,010 (1,000 to 1,020)', '1,000')
-    """
-    low, high = between or (0, 0)
-    return f"{mean:,.0f} ({low:,} to {high:,})" if low != high else f"{mean:,.0f}"
-
-
-def short(commit: str) -> str:
-    """
-    >>> short("0123456789abcdef-dirty")
-    '0123456789ab-dirty'
-    """
-    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    @property
+    def chosen_on_shown(self) -> bool:
+        """Whether the shown rows also chose the learning rates."""
+        return bool(self.sweep) and not any("test" in run.metrics for run in self.runs)
 
 
 def is_comparison(directory: Path) -> bool:
     """Whether the directory belongs to `tsqlora compare`."""
-    return (directory / SETTINGS_FILE).exists() or (directory / TABLE_FILE).exists()
+    return (directory / COMPARISON_FILE).exists()
 
 
 def gather_comparison(directory: Path) -> Comparison:
-    """Read table.json and its cells.  Raises DataError if the comparison is incomplete or damaged."""
-    for path in (directory / TABLE_FILE, *(directory / CELLS_DIR).glob("*.json")):
-        reading(path)
+    """Read the runs that comparison.json names, and those of its sweep.
+
+    Raises DataError if the comparison is incomplete or damaged.
+    """
+    path = directory / COMPARISON_FILE
+    reading(path)
     try:
-        table = _read(directory / TABLE_FILE)
-        cells = [_read(path) for path in sorted((directory / CELLS_DIR).glob("*.json"))]
-        return _comparison(directory.resolve().name, table, cells)
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        about = dict(json.loads(path.read_text(encoding="utf-8")))
+        runs = [RunRecord.load(directory / Path(name).name) for name in about["runs"]]
+        every = [RunRecord.load(file.parent) for file in sorted(directory.glob(f"*/{RECORD_FILE}"))]
+        methods = methods_of(runs, about["metric"])
+        config = directory / Path(about["runs"][0]).name / CONFIG_FILE
+        reading(config)
+        return Comparison(
+            name=directory.resolve().name,
+            about={name: about[name] for name in ("metric", "equal", "seeds", "sweep", "rates")},
+            methods=methods,
+            sweep=_tried(methods, every, about),
+            settings=config.read_text(encoding="utf-8"),
+        )
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, DataError) as error:
         raise DataError(
-            f"{directory}: {TABLE_FILE} or {CELLS_DIR} is missing or damaged ({type(error).__name__}: {error}); "
+            f"{directory}: {COMPARISON_FILE} or a run is missing or damaged ({type(error).__name__}: {error}); "
             "run its compare command again"
         ) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]) -> Comparison:
-    rows, metric = table["table"], table["metric"]
-    shown = [[cell for cell in cells if _is_of(cell["cell"], row)] for row in rows]
-    for row, of_row in zip(rows, shown, strict=True):
-        if not of_row:
-            raise LookupError(f"{CELLS_DIR} has no file of {row['name']}")
-    every = [cell for of_row in shown for cell in of_row]
-    versions: dict[str, set[str]] = {}
-    for cell in every:
-        for library, version in cell.get("versions", {}).items():
-            versions.setdefault(library, set()).add(str(version))
-    sweep = _sweep(rows, cells, metric, table["seeds"], table["sweep"])
-    methods = [_method(row, of_row) for row, of_row in zip(rows, shown, strict=True)]
-    return Comparison(
-        name=name,
-        metric=metric,
-        split=next((row["split"] for row in rows if "split" in row), "test"),
-        equal=table["equal"],
-        seeds=list(table["seeds"]),
-        methods=methods,
-        reference=next((method for method in methods if method.verdict == "the reference"), methods[0]),
-        sweep=sweep,
-        sweep_rates=list(table["sweep"]),
-        rates=dict(table["rates"]),
-        task=str(every[0].get("task", "")),
-        settings=dict(every[0].get("settings", {})),
-        versions={library: ", ".join(sorted(numbers)) for library, numbers in versions.items()},
-        commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
-        chosen_on_shown=bool(sweep) and not any("test" in cell.get("metrics", {}) for cell in every),
-        data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
-        precisions=sorted({"bfloat16" if cell["bf16"] else "float32" for cell in every if "bf16" in cell}),
-    )
-
-
-def _is_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a row of the table includes a cell."""
-    same = (cell["method"], cell["policy"]) == (row["method"], row["policy"])
-    return same and cell["seed"] in (*row["seeds"], *row["failed"]) and cell["learning_rate"] in row["learning_rates"]
-
-
-def _method(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> Method:
-    return Method(
-        name=row["name"],
-        verdict=row["verdict"],
-        metrics={name: Mean(**value) for name, value in row.get("metrics", {}).items()},
-        difference=Mean(**row["difference"]) if row.get("difference") else None,
-        steps=row.get("steps", 0),
-        trainable=counted(row.get("trainable_mean", row.get("trainable", 0)), row.get("trainable_range")),
-        memory=row.get("peak_memory_bytes", 0),
-        learning_rates=list(row["learning_rates"]),
-        trained=sorted((_trained(c, row["split"]) for c in cells if "failed" not in c), key=lambda t: t.seed),
-        failed={c["cell"]["seed"]: str(c["failed"]) for c in cells if "failed" in c},
-        at_random={c["cell"]["seed"]: str(why) for c in cells if (why := c.get("quality", {}).get("random"))},
-    )
-
-
-def _trained(cell: Mapping[str, Any], split: str) -> Trained:
-    cost = {phase: value for phase, value in cell.get("cost", {}).items() if phase != "evaluation"}
-    return Trained(
-        seed=cell["cell"]["seed"],
-        metrics=dict(cell["metrics"][split]),
-        phases={phase: value["seconds"] for phase, value in cost.items()},
-        passes=sum(value["forward"] + 2 * value["backward"] for value in cost.values()),
-        seconds=cell["seconds"],
-        notes=tuple(map(str, cell.get("notes", ()))),
-    )
-
-
-def _sweep(
-    rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int], rates: Sequence[float]
-) -> list[Tried]:
-    """Every learning rate of the sweep with the first seed.
-
-    Empty if no method had a choice: an earlier command may have left cells at other rates.
-    """
+def _tried(methods: Sequence[Method], every: Sequence[RunRecord], about: Mapping[str, Any]) -> list[Tried]:
     tried: list[Tried] = []
-    for row in rows:
-        of = [c for c in cells if (c["cell"]["method"], c["cell"]["policy"]) == (row["method"], row["policy"])]
-        for cell in sorted(of, key=lambda c: c["cell"]["learning_rate"]):
-            rate = cell["cell"]["learning_rate"]
-            if cell["cell"]["seed"] == seeds[0] and rate in rates:
-                value = cell["metrics"].get("validation", {}).get(metric)
-                tried.append(Tried(row["name"], rate, value, rate in row["learning_rates"]))
+    for method in methods:
+        of = [run for run in every if run.compared and name_of(run) == method.name]
+        for run in sorted(of, key=lambda run: run.compared["learning_rate"]):
+            rate = run.compared["learning_rate"]
+            if run.seed == about["seeds"][0] and rate in about["sweep"]:
+                value = run.metrics.get("validation", {}).get(about["metric"])
+                tried.append(Tried(method.name, rate, value, rate in method.learning_rates))
     return tried if len(tried) > len({t.method for t in tried}) else []

@@ -1,14 +1,13 @@
 """The page of a comparison: differences seed by seed, and cost against quality."""
 
-import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, Comparison, Method, Tried, short
+from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, Comparison, Method, Tried, counted, made_by, short
 from tsqlora.reports.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Drawn, framed, plain
 from tsqlora.reports.metrics import as_points, gain_of, lower_is_better, value_of, words
 from tsqlora.reports.page import Table, render
@@ -39,6 +38,7 @@ def comparison_page(comparison: Comparison, script: str) -> str:
             quality_by_cost(comparison, "passes", "passes of a row", lambda method: method.passes),
         ],
     }
+    about, made = comparison.about, made_by(comparison.runs)
     best = (min if lower_is_better(metric) else max)(worked, key=lambda m: m.metrics[metric].mean, default=None)
     return render(
         "comparison.html",
@@ -47,8 +47,8 @@ def comparison_page(comparison: Comparison, script: str) -> str:
         drawn=drawn,
         title=f"{comparison.name}: report of a comparison",
         name=comparison.name,
-        about=f"{comparison.task} · {len(comparison.methods)} methods at equal {comparison.equal} · "
-        f"seeds {', '.join(map(str, comparison.seeds))}",
+        about=f"{comparison.runs[0].task} · {len(comparison.methods)} methods at equal {about['equal']} · "
+        f"seeds {', '.join(map(str, about['seeds']))}",
         comparison=comparison,
         reference=comparison.reference,
         metric=metric,
@@ -58,11 +58,13 @@ def comparison_page(comparison: Comparison, script: str) -> str:
         quickest=min(worked, key=lambda method: method.seconds, default=None),
         by_verdict={kind: [m for m in comparison.others if verdict_of(m) == kind] for kind in VERDICTS},
         chosen_on_shown=CHOSEN_ON_SHOWN if comparison.chosen_on_shown else None,
-        tables=_tables(comparison, measured.capitalize()),
+        tables=_tables(comparison, measured.capitalize(), made),
         command=_command(comparison),
-        settings=json.dumps(comparison.settings, indent=2),
+        seeds=about["seeds"],
         notes=dict.fromkeys(f"{m.name}, seed {t.seed}: {note}" for m in worked for t in m.trained for note in t.notes),
-        commits=list(map(short, comparison.commits)),
+        precisions=made["precision"],
+        commits=list(map(short, made["commit"])),
+        hashes=sorted({run.data["hash"] for run in comparison.runs}),
     )
 
 
@@ -75,11 +77,12 @@ def _command(comparison: Comparison) -> str:
     """The command that repeats the comparison, quoted for a shell."""
     words = ["tsqlora", "compare", f"{comparison.name}/config.yaml"]
     words += ["--methods", ",".join(method.name for method in comparison.methods)]
-    words += ["--seeds", ",".join(map(str, comparison.seeds))]
-    words += ["--equal", comparison.equal, "--metric", comparison.metric]
-    if comparison.sweep_rates:
-        words += ["--lr-sweep", ",".join(map(str, comparison.sweep_rates))]
-    for name, rate in comparison.rates.items():
+    about = comparison.about
+    words += ["--seeds", ",".join(map(str, about["seeds"]))]
+    words += ["--equal", about["equal"], "--metric", about["metric"]]
+    if about["sweep"]:
+        words += ["--lr-sweep", ",".join(map(str, about["sweep"]))]
+    for name, rate in about["rates"].items():
         words += ["--lr", f"{name}={rate}"]
     return shlex.join([*words, "--out", f"{comparison.name}-again"])
 
@@ -87,8 +90,9 @@ def _command(comparison: Comparison) -> str:
 # ----------------------------------------------------------------------------------- tables
 
 
-def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
+def _tables(comparison: Comparison, measured: str, made: Mapping[str, Sequence[str]]) -> dict[str, Table]:
     metric, methods, worked = comparison.metric, comparison.methods, comparison.worked
+    seeds = comparison.about["seeds"]
     interval = "mean ± 95 % interval"
     names = list(dict.fromkeys(name for method in worked for name in method.metrics))
     return {
@@ -100,8 +104,8 @@ def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
         ),
         "seeds": Table(
             f"{measured} by seed",
-            ["method", *(f"seed {seed}" for seed in comparison.seeds)],
-            [[method.name, *(_seed(method, seed, metric) for seed in comparison.seeds)] for method in methods],
+            ["method", *(f"seed {seed}" for seed in seeds)],
+            [[method.name, *(_seed(method, seed, metric) for seed in seeds)] for method in methods],
         ),
         "costs": _costs(worked),
         "metrics": Table(
@@ -116,7 +120,12 @@ def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
             [[method.name, ", ".join(f"{rate:g}" for rate in method.learning_rates)] for method in methods],
             texts=[1],
         ),
-        "versions": Table("Versions", ["library", "version"], list(comparison.versions.items()), texts=[1]),
+        "versions": Table(
+            "Versions",
+            ["library", "version"],
+            [[name, ", ".join(values)] for name, values in made.items() if name not in ("commit", "precision")],
+            texts=[1],
+        ),
     }
 
 
@@ -147,7 +156,7 @@ def _costs(methods: Sequence[Method]) -> Table:
             *(f"{method.phases[phase]:,.1f}" if phase in method.phases else "–" for phase in phases),
             f"{method.passes:,.0f}",
             f"{method.steps:,}",
-            method.trainable,
+            counted(*method.trainable),
             f"{method.memory / 2**20:,.0f}",
         ]
         for method in methods

@@ -22,7 +22,7 @@ from tsqlora.run.callbacks import build_callbacks, moving
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, open_run
 from tsqlora.run.fit import arguments, begin
-from tsqlora.run.job import Job, load, read, require_scoring
+from tsqlora.run.job import Job, load, read, require_scoring, with_adapter
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import fit
 from tsqlora.training.quality_callback import SCORES_FILE
@@ -85,7 +85,8 @@ def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
         args = arguments(job.config, Path(folder))
         method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
         assert method.ranks is not None
-        model, record = begin(job, args, method)
+        model = with_adapter(job.config, job.pretrained)
+        record = begin(job, args, method, model)
         fit(model, args, method, job.inputs, record, also=[StopAtOnce()], progress=progress)
     return dict(method.ranks.events[0].ranks if method.ranks.events else method.ranks.final)
 

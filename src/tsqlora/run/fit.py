@@ -4,15 +4,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters, active_ranks
+from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.splits import MEASURED
@@ -20,7 +20,7 @@ from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
-from tsqlora.run.job import Job, with_adapter
+from tsqlora.run.job import Job
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.run.start import start_notes
 from tsqlora.tasks import GENERATION, MEDIA, Task, require_answers
@@ -28,7 +28,7 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.tasks.tokens import TokenClassification
-from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
+from tsqlora.training.fit import Method, fit, hardware_has_bf16, training_arguments
 from tsqlora.training.load import collate_of, positions_of
 from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
 from tsqlora.training.record import RunRecord
@@ -75,11 +75,11 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
     )
 
 
-def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel, RunRecord]:
-    """Build the model with its adapter, and the record of a run that starts."""
-    _require_measurable(job)
+def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -> RunRecord:
+    """The record of a run that starts with this model.  Raises SettingsError for texts that could not be measured."""
     config, train = job.config, job.train
-    model = with_adapter(config, job.pretrained)
+    _require_measurable(job)
+    first = plan(config, job.task, model, job.data, args, method)
     texts = {} if train.format is None else {"format": train.format.name}
     record = RunRecord(
         status="running",
@@ -87,9 +87,9 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
         task=job.task.name,
         labels=None if train.classes is None else list(train.classes.names),
         data={"hash": data_hash(job.data), "max_length": job.max_length, "columns": asdict(train.columns), **texts},
-        plan=plan(config, job.task, model, job.data, args, method),
-        parameters={"trainable": active_parameters(model)},
-        ranks=active_ranks(model),
+        plan=first,
+        parameters={"trainable": first["trainable"]},
+        ranks=first["ranks"],
     )
     record.notes += notes_of(job.data)
     record.notes += start_notes(config, record.labels)
@@ -105,7 +105,31 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
         used = ", ".join(f"training.{name} {_BEST[name]}" for name in sorted(unset))
         record.notes.append(f"training.save_strategy best uses {used}; set them to change that")
-    return model, record
+    return record
+
+
+def train_and_measure(
+    job: Job,
+    args: TrainingArguments,
+    method: Method,
+    model: nn.Module,
+    record: RunRecord,
+    *,
+    run: Path,
+    adapter: Path | None = None,
+    also: Sequence[TrainerCallback] = (),
+    resume_from: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Train the model in place, save its adapter, and measure it; `record`, and run.json in `run`, say what came of it.
+
+    Model and method may be ones that no setting names.
+    """
+    fit(model, args, method, job.inputs, record, also=also, resume_from=resume_from, progress=progress, run=run)
+    if adapter is not None:
+        cast(PeftModel, model).save_pretrained(str(adapter), is_main_process=distributed.is_first())
+    measure(job, model, record, args, progress)
+    record.status = "finished"
 
 
 def _require_measurable(job: Job) -> None:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
@@ -29,13 +28,14 @@ _SHOWN_CHARACTERS = 600
 def plan(
     config: Config,
     task: Task,
-    model: PeftModel,
+    model: Any,
     tables: Mapping[str, Table],
     args: TrainingArguments,
     method: Method,
 ) -> dict[str, Any]:
     """Samples, steps, budget, initial ranks, passes by phase, and a memory estimate."""
-    data, ranks, shapes = method.data, active_ranks(model), layer_shapes(model)
+    data, shapes = method.data, layer_shapes(model)
+    ranks = active_ranks(model) if shapes else {}  # a baseline may train the whole model
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
@@ -86,7 +86,7 @@ def _changed(section: Section, names: Iterable[str]) -> list[str]:
     return [n for n in type(section).model_fields if n in names and getattr(section, n) != getattr(default, n)]
 
 
-def _classes(task: Task, model: PeftModel, rows: Samples) -> dict[str, int] | None:
+def _classes(task: Task, model: Any, rows: Samples) -> dict[str, int] | None:
     """Rows of each class by name; None for other tasks."""
     if not isinstance(task, Classification):
         return None
@@ -124,7 +124,7 @@ def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str
     return {"forward": cost.forward, "backward": cost.backward}
 
 
-def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: bool) -> int:
+def memory(config: Config, task: Task, model: Any, *, longest: int, bf16: bool) -> int:
     """A rough peak of training in bytes: weights, gradients and moments, activations of linear layers."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -136,13 +136,13 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 
-def patches_of(model: PeftModel) -> int:
+def patches_of(model: Any) -> int:
     """Patches that a vision transformer reads an image in; 1 for other models."""
     image, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
     return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) else 1
 
 
-def look_bytes(model: PeftModel, method: Method) -> int:
+def look_bytes(model: Any, method: Method) -> int:
     """Size of the features and logits of all rows, in half precision if they are written to disk; 0 without a look."""
     if method.quality is None:
         return 0

@@ -19,12 +19,11 @@ from tsqlora.progress import Progress
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.fit import arguments, begin, measure
-from tsqlora.run.job import load
+from tsqlora.run.fit import arguments, begin, train_and_measure
+from tsqlora.run.job import load, with_adapter
 from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
-from tsqlora.training.fit import fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -67,8 +66,8 @@ def _train(
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
         )
-    method = build_callbacks(job, run / SCORES_FILE, progress)
-    model, record = begin(job, args, method)
+    method, model = build_callbacks(job, run / SCORES_FILE, progress), with_adapter(config, job.pretrained)
+    record = begin(job, args, method, model)
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
@@ -77,11 +76,18 @@ def _train(
         record.notes += other_versions(before.versions, record.versions)
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
-    also = [WriteStart(run, config, record), stop]
-    fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
-    model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
-    measure(job, model, record, args, progress)
-    record.status = "finished"
+    train_and_measure(
+        job,
+        args,
+        method,
+        model,
+        record,
+        run=run,
+        adapter=run / ADAPTER_DIR,
+        also=[WriteStart(run, config, record), stop],
+        resume_from=checkpoint,
+        progress=progress,
+    )
     if distributed.is_first():
         record.save(run)
         write_card(run, run / ADAPTER_DIR)
@@ -124,7 +130,8 @@ def dry_run(config: Config) -> dict[str, Any]:
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
     require_resumable_saves(args)
-    _, record = begin(job, args, build_callbacks(job, Path("run") / SCORES_FILE))
+    method = build_callbacks(job, Path("run") / SCORES_FILE)
+    record = begin(job, args, method, with_adapter(job.config, job.pretrained))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
     plan = {**record.plan, "columns": asdict(job.train.columns), "max_length": job.max_length, "notes": notes}
     plan["files"] = {table.name: str(table.dialect) for table in job.data.values() if table.dialect != PLAIN}

@@ -29,6 +29,7 @@
       theme: document.documentElement.dataset.theme, sorted: [...heads()].map((head) => head.ariaSort),
       open: [...folds].filter((fold) => fold.open).map(nameOf),
     };
+    history.scrollRestoration = "manual";
     history.replaceState({ watched }, "");
     location.reload();
   }, 1000 * {{ reload or 0 }});

@@ -1,4 +1,4 @@
-"""One cell: every method and policy on a tiny model, at the same steps; and what preflight refuses before the first."""
+"""One run: every method and policy on a tiny model, at the same steps; and what preflight refuses before the first."""
 
 import subprocess
 import sys
@@ -10,15 +10,16 @@ import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare import comparison
-from tsqlora.compare.cells import Cell
+from tsqlora.compare.cell import PACKAGE, commit_of, planned_steps, preflight, run_cell, with_seed
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.run import PACKAGE, commit_of, planned_steps, preflight, run_cell
 from tsqlora.data.table import data_hash
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.reports.write import write_report
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.job import load
 from tsqlora.run.train import dry_run
+from tsqlora.training.record import RunRecord
 
 ROWS, BY_TERM = 160, ("loss", "el2n", "gradnorm")
 
@@ -44,48 +45,49 @@ def few(place: Path, **sections: Any) -> Config:
     return load_config(write_config(place / "few.yaml", place / "model", place / "few.jsonl", **sections))
 
 
-def cell_of(name: str, seed: int = 0) -> Cell:
-    return Cell(entries([name])[0], seed, 0.02)
+def trained(config: Config, name: str, out: Path, *, seed: int = 0, rate: float = 0.02) -> RunRecord:
+    """A run of an entry, as its run.json has it."""
+    run_cell(with_seed(config, seed, rate), entries([name])[0], out / "run", equal="steps")
+    return RunRecord.load(out / "run")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_at_the_same_steps_and_counts_its_cost(method: str, place: Path) -> None:
-    result = run_cell(settings(place), cell_of(method), equal="steps")
-    assert "failed" not in result
-    assert result["steps"] == 60
-    assert result["cost"]["training"]["forward"] == 60 * 8
-    assert ("look" in result["cost"]) == (METHODS[method].policy == "quality")
-    assert result["metrics"].keys() == {"validation", "test"}
-    assert result["parameters"]["trainable"] > 0
-    assert (result["cost"]["building"]["forward"] > 0) == (method == "eva")
-    assert result["seconds"] == pytest.approx(sum(c["seconds"] for p, c in result["cost"].items() if p != "evaluation"))
-    assert result["peak_memory_bytes"] > 2**20
+def test_every_method_trains_at_the_same_steps_and_counts_its_cost(method: str, place: Path, tmp_path: Path) -> None:
+    run = trained(settings(place), method, tmp_path)
+    assert (run.status, run.plan["steps"]) == ("finished", 60)
+    assert run.cost["training"].forward == 60 * 8
+    assert ("look" in run.cost) == (METHODS[method].policy == "quality")
+    assert run.metrics.keys() == {"validation", "test"}
+    assert run.parameters["trainable"] > 0
+    assert (run.cost["building"].forward > 0) == (method == "eva")
+    assert run.compared["peak_memory_bytes"] > 2**20
+    assert load_config(tmp_path / "run" / "config.yaml").training.max_steps == 60
+    assert "<html" in write_report(tmp_path / "run").read_text()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> None:
+def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path, tmp_path: Path) -> None:
     """A control looks once and scores nothing; the fallback never overrules the softmax of one term."""
-    result = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
-    assert result["steps"] == 60
-    assert result["quality"]["rows_an_epoch"] == (ROWS if policy in ("all", "head") else ROWS // 2)
-    looks = result["quality"].get("looks")
+    run = trained(settings(place), f"lora+{policy}", tmp_path)
+    assert run.plan["steps"] == 60
+    assert run.plan["rows_an_epoch"] == (ROWS if policy in ("all", "head") else ROWS // 2)
+    looks = run.quality.get("looks")
     assert (looks is None) == (policy in ("all", "random"))
     if looks is None:
         return
     assert looks[0]["head_start"]["replaced"]
     assert ("kept" in looks[0]) == (policy in ("quality", *BY_TERM))
     if policy in ("head", "even"):
-        assert (len(looks), result["cost"]["look"]["backward"]) == (1, 0)
+        assert (len(looks), run.cost["look"].backward) == (1, 0)
     if policy in BY_TERM:
         assert looks[0]["not_ready"] is None
-        assert result["quality"]["random"] is None
+        assert run.compared["random"] is None
 
 
-def test_a_cell_says_why_its_policy_drew_at_random(place: Path) -> None:
-    even = run_cell(settings(place), cell_of("lora+quality"), equal="steps")
-    assert even["quality"]["random"]
+def test_a_run_says_why_its_policy_drew_at_random(place: Path, tmp_path: Path) -> None:
+    assert trained(settings(place), "lora+quality", tmp_path).compared["random"]
     at_chance = settings(place, quality={"fraction": 0.5, "head_start": False, "look_again": False})
-    assert "a constant guess" in run_cell(at_chance, cell_of("lora+gradnorm"), equal="steps")["quality"]["random"]
+    assert "a constant guess" in trained(at_chance, "lora+gradnorm", tmp_path).compared["random"]
 
 
 def test_a_commit_is_that_of_the_package_and_marks_changes(tmp_path: Path) -> None:
@@ -116,15 +118,15 @@ def test_a_commit_is_that_of_the_package_and_marks_changes(tmp_path: Path) -> No
 
 def test_preloading_reads_the_commit_before_the_first_cell() -> None:
     """The processes of all cells come from one that imported the code before the first of them."""
-    code = "import tsqlora.compare.preload; from tsqlora.compare.run import commit; print(commit.cache_info().currsize)"
+    code = "from tsqlora.compare import cell, preload; print(cell.commit.cache_info().currsize)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
 
 
-def test_a_cell_is_reproducible_and_its_seed_decides_it(place: Path) -> None:
-    once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
-    assert once["metrics"] == again["metrics"]
-    assert other["metrics"] != once["metrics"]
+def test_a_run_is_reproducible_and_its_seed_decides_it(place: Path, tmp_path: Path) -> None:
+    once, again, other = (trained(settings(place), "lora+random", tmp_path, seed=seed) for seed in (0, 0, 1))
+    assert once.metrics == again.metrics
+    assert other.metrics != once.metrics
 
 
 @pytest.mark.parametrize(
@@ -140,12 +142,12 @@ def test_a_cell_is_reproducible_and_its_seed_decides_it(place: Path) -> None:
 def test_steps_follow_epochs_and_max_steps(training: Any, name: str, equal: Any, steps: int, place: Path) -> None:
     config = settings(place, training={"batch_size": 8, **training})
     job = replace(load(settings(place)), config=config)
-    assert planned_steps(job, cell_of(name), equal=equal) == steps
+    assert planned_steps(job, entries([name])[0], equal=equal) == steps
 
 
-def test_a_training_that_diverges_is_a_result(place: Path) -> None:
-    result = run_cell(settings(place), replace(cell_of("full"), learning_rate=1e20), equal="steps")
-    assert "not finite" in result["failed"]
+def test_a_training_that_diverges_is_a_result(place: Path, tmp_path: Path) -> None:
+    run = trained(settings(place), "full", tmp_path, rate=1e20)
+    assert (run.status, "not finite" in run.compared["failed"]) == ("failed", True)
 
 
 def test_a_control_may_draw_fewer_rows_than_classes(place: Path) -> None:
@@ -192,7 +194,7 @@ def test_preflight_names_the_entry_that_cannot_be_trained(
         checked(config, "lora" if "model" in sections else "full", method)
 
 
-def test_hashes_are_those_of_a_cells_own_rows(place: Path) -> None:
+def test_hashes_are_those_of_a_runs_own_rows(place: Path) -> None:
     config = few(place)
     hashes = checked(config, "lora", finished=(0, 3))
     for seed, value in hashes.items():
@@ -213,10 +215,10 @@ def test_preflight_runs_in_its_own_process_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_cells_of_changed_data_are_not_mixed_with_new_ones(place: Path, tmp_path: Path) -> None:
+def test_runs_of_changed_data_are_not_mixed_with_new_ones(place: Path, tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
     config = load_config(write_config(tmp_path / "c.yaml", place / "model", train, training={"epochs": 1}))
     compare(config, ["lora"], seeds=[0], out=tmp_path / "out")
     write_jsonl(train, make_rows(80, seed=1))
-    with pytest.raises(DataError, match=r"lora\+all_seed0_lr0.02.json"):
+    with pytest.raises(DataError, match=r"lora\+all\.0"):
         compare(config, ["lora", "lora+random"], seeds=[0], out=tmp_path / "out")
