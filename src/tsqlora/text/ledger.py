@@ -240,8 +240,7 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list
     if any(not m.content.strip() and not m.further for m in (*answers, *(conversation.rejected or ()))):
         findings.append("empty_answer")
     contents = [message.content for message in messages]
-    specials = [vocabulary.tokens[j].decode(errors="ignore") for j in vocabulary.special if j < len(vocabulary.tokens)]
-    if any(name in content for name in specials if len(name) > 3 for content in contents):
+    if any(vocabulary.markers.search(content) for content in contents):
         findings.append("template_twice")
     elif any(ROLE_MARKERS.search(content) for content in contents):
         findings.append("broken_characters")

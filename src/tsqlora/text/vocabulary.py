@@ -1,6 +1,7 @@
 """What each token stands for in text, exactly and by byte, and at which tokens a text ends."""
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,6 +32,8 @@ class Vocabulary:
     generation_stops: frozenset[int]
     """Tokens at which `generate` stops."""
     tokenizer: PreTrainedTokenizerBase
+    markers: re.Pattern[str]
+    """Matches the text of special tokens, but for the shortest, such as `<s>`, which is HTML too."""
 
     def count(self, text: bytes) -> int:
         """Return how many tokens a text has."""
@@ -73,6 +76,7 @@ def vocabulary_of(
         added[j]["content"].encode() if j in added else read(names[j]) if j in names else b"" for j in range(size)
     )
     special = {j for j, token in added.items() if token["special"] or _is_marker(token["content"])}
+    markers = [added[j]["content"] for j in sorted(special & added.keys())]
     end, bos = (cast(int | None, one) for one in (tokenizer.eos_token_id, tokenizer.bos_token_id))
     own = set[int]() if end is None else {end}
     generation = {*generation_ends} if generation_ends is not None else {*model_ends} or own
@@ -83,6 +87,7 @@ def vocabulary_of(
         frozenset(own | {*model_ends} | _turn_ends(tokenizer, special)),
         frozenset(generation),
         tokenizer,
+        re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
     )
 
 
