@@ -6,7 +6,7 @@ Two models of one shape, the same batches of random tokens, 128 a row, all cores
 one with `RankLoop` (mean rank 8, capacity 16) take turns, so that both see the same machine; about as large a share of
 steps is measured as in a default run of 500 steps. Of a run's seconds the whole is compared, and apart from it the
 steps in which nothing is measured. SmolLM2 is its architecture (135M) with random weights: a step costs the same.
-`large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. Peak memory is that of a
+Peak memory is that of a
 separate process, beyond what it holds once the model is loaded.
 """
 
@@ -53,23 +53,12 @@ SMOLLM = {
 class Run:
     """A model with what trains it; `ranks` where its ranks move."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        ours: bool,
-        half: bool,
-        rank: int = RANK,
-        capacity: int | None = None,
-    ) -> None:
+    def __init__(self, model: str, *, ours: bool, half: bool) -> None:
         torch.manual_seed(0)
         self.rows, self.half, self.classes = MODELS[model]["rows"], half, model == "minilm"
         base, task = bare(model)
-        config = LoraConfig(task_type=task, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        if ours:
-            self.model: Any = tsq.wrap(base, config=config, max_rank=capacity)
-        else:
-            self.model = get_peft_model(base, config)
+        config = LoraConfig(task_type=task, r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        self.model: Any = tsq.wrap(base, config=config) if ours else get_peft_model(base, config)
         self.vocabulary = base.config.vocab_size
         self.theta = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.theta, lr=1e-4)
@@ -131,20 +120,6 @@ def whole_run(model: str, half: bool) -> dict[str, Any]:
     }
 
 
-def large_rank(half: bool, rounds: int = 15) -> dict[str, float]:
-    """Seconds of a step at half the capacity of 128 and at all of it, and of plain LoRA of these ranks."""
-    runs = {
-        "plain 64": Run("minilm", ours=False, half=half, rank=64),
-        "active 64 of 128": Run("minilm", ours=True, half=half, rank=64, capacity=128),
-        "plain 128": Run("minilm", ours=False, half=half, rank=128),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
-        for name, run in runs.items():
-            seconds[name].append(timed(lambda r=run, k=number: r.step(k)))
-    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
-
-
 def timed(what: Callable[[], Any]) -> float:
     start = time.perf_counter()
     what()
@@ -195,7 +170,6 @@ def main() -> None:
             result["commit"] = commit()
             cells[f"{model}/{precision}"] = result
             print(model, precision, json.dumps(result), flush=True)
-        cells[f"large rank/{precision}"] = large_rank(half)
         origin = {"tokens": TOKENS, "rank": RANK, "models": MODELS, "machine": machine()}
         write_json(args.out, {**origin, "versions": versions(), "cells": cells})
 

@@ -21,16 +21,10 @@ BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
 ORDER = [entry.name for entry in entries(glue.ENTRIES.split(","))]
-LORA, RANDOM = "lora+all", "lora+random"
+LORA = "lora+all"
 KIND = ["rows", "wrong", "mean"]
 """What blocks of several tasks have in common."""
 BLOCK = [*KIND, "task"]
-BUSY = (
-    *("02d971b", "4c33c59", "42f6d1b", "b914094", "91b3822", "5c3ccf2"),
-    *("5fd218a", "13ca355", "fc60900", "c47e939", "ef3f0c2", "1351d73"),
-)
-"""Commits of cells that ran beside other processes, as many as nine, or were held: their seconds mean nothing."""
-
 Row = dict[str, Any]
 
 
@@ -44,7 +38,6 @@ def page() -> str:
     )
     return strict.get_template("results_page.md.jinja").render(
         verdicts=sum(len(differing(of)) for of in kinds),
-        busy=", ".join(commit for commit in BUSY if commit in set(cells["commit"])),
         trainable=_range(share for of in groups(cells, BLOCK) for share in shares(of)["share"]),
         kinds=[
             {"title": title_of(of), "tasks": ", ".join(_tasks(of)), "verdicts": verdicts(of), "table": over_tasks(of)}
@@ -63,8 +56,7 @@ def stored() -> Any:
     for path in glue.RESULTS.glob("*_rank*.json"):
         stored = json.loads(path.read_text())
         about, cells = stored["block"], stored["cells"].values()
-        of_seeds = [cell for cell in cells if cell["cell"]["seed"] != glue.CHOOSING]
-        rows += [_row(about, c) | {"wide": c.get("float32") and _row(about, c["float32"])} for c in of_seeds]
+        rows += [_row(about, cell) for cell in cells if cell["cell"]["seed"] != glue.CHOOSING]
     place = {"task": list(TASKS).index, "entry": rank_of, "wrong": lambda w: -w}
     key = lambda column: column.map(place[column.name]) if column.name in place else column  # noqa: E731
     return pd.DataFrame(rows).sort_values([*BLOCK, "entry", "seed"], key=key, kind="stable").reset_index(drop=True)
@@ -72,10 +64,7 @@ def stored() -> Any:
 
 def _row(block: Row, cell: Row) -> Row:
     """What the page needs of a cell; test metrics in points."""
-    test, commit = cell["metrics"].get("test", {}), (cell["commit"] or "unknown")[:7]
-    quality = cell.get("quality", {})
-    # Cells before 42f6d1b do not say; rows are left out only where wrong labels are evident.
-    left_none = quality.get("scored", False) and not (quality.get("noise") or {}).get("evident")
+    test = cell["metrics"].get("test", {})
     return {
         **{name: block[name] for name in (*BLOCK, "metric")},
         "entry": glue.entry_of(cell),
@@ -84,11 +73,9 @@ def _row(block: Row, cell: Row) -> Row:
         "failed": "failed" in cell,
         "points": 100 * test[block["metric"]] if test else None,
         "loss": test.get("loss"),
-        "seconds": None if commit in BUSY else cell["seconds"],
         "trainable": cell.get("parameters", {}).get("trainable"),
-        "random": quality["random"] is not None if "random" in quality else left_none,
-        "bf16": cell.get("bf16", True),  # cells before this was recorded had bfloat16
-        "commit": commit,
+        "random": cell.get("quality", {}).get("random") is not None,
+        "commit": (cell["commit"] or "unknown")[:7],
     }
 
 
@@ -121,25 +108,13 @@ def _tasks(cells: Any) -> list[str]:
 def beside(cells: Any, reference: str) -> Any:
     """Each cell that worked beside the reference's of the same block and seed, where there is one.
 
-    Adds `gain` in points and `loss_share` in percent. A float32 cell is compared with the reference's
-    float32 cell where that was made in both.
+    Adds `gain` in points and `loss_share` in percent.
     """
     worked = cells[~cells["failed"]]
-    theirs = worked[worked["entry"] == reference].set_index([*BLOCK, "seed"])
-    rows = list[Row]()
-    for cell in worked.to_dict("records"):
-        key = tuple(cell[name] for name in (*BLOCK, "seed"))
-        if key in theirs.index:
-            other: Any = theirs.loc[key]
-            other = other["wide"] if not cell["bf16"] and other["wide"] else other
-            rows.append(
-                {
-                    **cell,
-                    "gain": cell["points"] - other["points"],
-                    "loss_share": 100 * (cell["loss"] / other["loss"] - 1),
-                }
-            )
-    return pd.DataFrame(rows, columns=[*cells.columns, "gain", "loss_share"])
+    theirs = worked.loc[worked["entry"] == reference, [*BLOCK, "seed", "points", "loss"]]
+    pairs = worked.merge(theirs, on=[*BLOCK, "seed"], suffixes=("", "_theirs"))
+    gain, loss = pairs["points"] - pairs["points_theirs"], pairs["loss"] / pairs["loss_theirs"]
+    return pairs.assign(gain=gain, loss_share=100 * (loss - 1))
 
 
 def over(cells: Any, entry: str, reference: str, what: str = "gain") -> tuple[Mean | None, float | None]:
@@ -184,7 +159,7 @@ def shares(block: Any) -> Any:
 
 
 def over_tasks(cells: Any) -> str:
-    """Differences over tasks from LoRA on all rows and on a random half."""
+    """Differences over tasks from LoRA on all rows."""
     rows, share = list[Row](), pd.concat([shares(of) for of in groups(cells, BLOCK)])
     for entry in entries_of(cells):
         (gain, worst), (loss, _) = over(cells, entry, LORA), over(cells, entry, LORA, "loss_share")
@@ -193,7 +168,6 @@ def over_tasks(cells: Any) -> str:
                 "": _named(entry, cells),
                 f"minus `{LORA}`": _points(gain, sign="+"),
                 "worst": NONE if worst is None else f"{worst:+.1f}",
-                f"minus `{RANDOM}`": _points(over(cells, entry, RANDOM)[0], sign="+"),
                 "loss": _points(loss, sign="+", unit=" %"),
                 "trainable": _range(share.loc[share["entry"] == entry, "share"]),
             }
@@ -202,11 +176,11 @@ def over_tasks(cells: Any) -> str:
 
 
 def table(block: Any) -> str:
-    """One block: the metric, the difference from LoRA on all rows, loss and seconds."""
+    """One block: the metric, the difference from LoRA on all rows, and the loss."""
     rows = list[Row]()
     for entry in entries_of(block):
         worked = block[(block["entry"] == entry) & ~block["failed"]]
-        seconds, (gain, _) = worked["seconds"].dropna(), over(block, entry, LORA)
+        gain, _ = over(block, entry, LORA)
         text = _points(gain, sign="+")
         rows.append(
             {
@@ -215,13 +189,10 @@ def table(block: Any) -> str:
                 f"minus `{LORA}`": f"**{text}**" if gain and not verdict(gain, LORA).startswith("within") else text,
                 "loss": f"{worked['loss'].mean():.3f}" if len(worked) else NONE,
                 "seeds": ", ".join(map(str, worked["seed"])),
-                "seconds": f"{seconds.mean():.0f}" + f" ({len(seconds)})" * (len(seconds) < len(worked))
-                if len(seconds)
-                else NONE,
             }
         )
-    usual = {"seeds": ", ".join(map(str, glue.GRID_SEEDS)), "seconds": NONE}
-    silent = [name for name, value in usual.items() if all(row[name] == value for row in rows)]
+    seeds = ", ".join(map(str, glue.GRID_SEEDS))
+    silent = ["seeds"] if all(row["seeds"] == seeds for row in rows) else []
     return markdown(pd.DataFrame(rows).drop(columns=silent))
 
 

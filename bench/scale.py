@@ -4,7 +4,6 @@
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
-    python bench/scale.py plan                           # the cost model's numbers for 7B to 70B
 
 Each part runs in its own process, and is an entry of bench/results/scale.json. Operations and bytes are counted, not
 timed, so that they do not depend on what else the machine does; seconds are the processor's, and say so.
@@ -227,11 +226,7 @@ def predicted(model: Any, tokens: int, width: int, depth: int) -> dict[str, floa
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear = sum(m.weight.numel() for name, m in layers.items() if name.endswith("base_layer"))
     lora = sum(m.weight.numel() for name, m in layers.items() if "lora_" in name)
-    return formulas(tokens, linear, lora, 4 * tokens**2 * width * depth)
-
-
-def formulas(tokens: int, linear: int, lora: int, attention: int) -> dict[str, float]:
-    """Operations of a forward pass and of a training step, by the weights of linear layers, and of A and B."""
+    attention = 4 * tokens**2 * width * depth
     forward = 2 * tokens * (linear + lora) + attention
     # Backward: the gradient of the inputs of each layer, and of A and B; of the attention's products both factors'.
     return {"forward": forward, "step": forward + 2 * tokens * (linear + 2 * lora) + 2 * attention}
@@ -330,42 +325,6 @@ def processes(count: int) -> dict[str, Any]:
     return {"processes": count, "each": [json.loads((folder / f"{j}.json").read_text()) for j in range(count)]}
 
 
-# ------------------------------------------------------------------------------------ plan
-
-PLANNED = {
-    "7B": {"depth": 32, "width": 4096, "keys": 4096, "inner": 11008},
-    "13B": {"depth": 40, "width": 5120, "keys": 5120, "inner": 13824},
-    "70B": {"depth": 80, "width": 8192, "keys": 1024, "inner": 28672},
-}
-"""Llama's shapes; keys: of keys and of values, all heads together."""
-ASSUMED = {"tokens": 512, "rank": 16, "devices": 8, "micro_batch": 8, "operations_a_second": 150e12, "row_bytes": 350}
-
-
-def plan() -> dict[str, Any]:
-    """The numbers of docs/scaling.md for models of these shapes: formulas alone, nothing measured but `row_bytes`."""
-    t, devices, rate = ASSUMED["tokens"], ASSUMED["devices"], ASSUMED["operations_a_second"]
-    result = {}
-    for name, shape in PLANNED.items():
-        d, depth, keys, inner = shape["width"], shape["depth"], shape["keys"], shape["inner"]
-        layers = [(d, d), (d, keys), (d, keys), (d, d), (d, inner), (d, inner), (inner, d)]
-        linear = depth * sum(i * o for i, o in layers)
-        lora = depth * ASSUMED["rank"] * sum(i + o for i, o in layers)
-        forward, step = formulas(t, linear, lora, 4 * t**2 * d * depth).values()
-        inputs = 2 * t * d * ASSUMED["micro_batch"]  # bfloat16, the input of each checkpointed layer
-        result[name] = {
-            "linear": linear, "lora": lora, "forward": forward, "step": step, "step_checkpointed": step + forward,
-            "hours_to_score_a_million": 1e6 * forward / rate / 3600,
-            "hours_to_score_a_million_all_terms": 1e6 * (2 * forward + step) / rate / 3600,
-            "hours_to_train_three_epochs_of_half": 1.5e6 * (step + forward) / rate / 3600,
-            "bytes_of_weights_a_device": 2 * linear / devices,
-            "bytes_gathered_at_a_time": 2 * 2 * linear / depth,
-            "bytes_of_adapter_and_adam_a_device": 16 * lora / devices,
-            "bytes_of_checkpoints_a_device": inputs * depth,
-            "bytes_received_a_micro_batch": (2 * 2 * linear + 4 * lora) * (devices - 1) / devices,
-        }  # fmt: skip
-    return {"assumed": ASSUMED, "models": result}
-
-
 # ------------------------------------------------------------------------------------ main
 
 
@@ -375,7 +334,6 @@ def main() -> None:
         "steps": lambda: steps(arguments.steps),
         "model": model,
         "processes": lambda: [processes(count) for count in (1, 2, 3)],
-        "plan": plan,
     }
     parser = parser_of(__doc__, "scale")
     parser.add_argument("part", choices=parts)

@@ -100,8 +100,6 @@ def rank_cost(results: Results) -> Rows:
     """Cost of a run whose ranks move, in units of plain LoRA at the same mean rank."""
     rows = []
     for cell, result in results["cells"].items():
-        if cell.startswith("large rank"):
-            continue
         without, measured = result["ratio of steps without measuring"], result["ratio of steps with"]
         share = result["adjustments"] / result["steps"]
         rows.append(
@@ -117,15 +115,6 @@ def rank_cost(results: Results) -> Rows:
             }
         )
     return rows
-
-
-def rank_cost_large(results: Results) -> Rows:
-    """Seconds of a step where the rank is large, by what is active."""
-    return [
-        {"precision": cell.split("/")[1]} | {name: f"{seconds:.2f}" for name, seconds in result.items()}
-        for cell, result in results["cells"].items()
-        if cell.startswith("large rank")
-    ]
 
 
 def servers(results: Results) -> pd.DataFrame:
@@ -206,19 +195,6 @@ def faults_mended(results: Results) -> Rows:
     return [{"found": m["found"], "now": m["now"], "test": f"`{m['test']}`"} for m in results["mended"]]
 
 
-def faults_summary(results: Results) -> Rows:
-    """All cases, for README."""
-    cells = results["cells"].values()
-    return [
-        {
-            "faults tried": str(len(cells)),
-            "of which SIGKILLs": str(sum(len(cell.get("kills", ())) for cell in cells)),
-            "survived": f"{sum(cell['survived'] for cell in cells)} of {len(cells)}",
-            "failures found, all mended": str(len(results["mended"])),
-        }
-    ]
-
-
 # --------------------------------------------------------------------------------------- fuzz
 
 
@@ -247,14 +223,6 @@ def fuzz(results: Results) -> Rows:
         row(name, {}, "", len(of)) | {"cases": "by reading"} for name, of in result.items() if name not in readers.index
     ]
     return [*rows, row("**all**", readers[counts].sum().to_dict(), "", sum(map(len, result.values())))]
-
-
-def fuzz_summary(results: Results) -> Rows:
-    """The counts of all readers, for README."""
-    last = fuzz(results)[-1]
-    names = ("hostile files tried", "read", "refused in two lines", "anything else", "found before, all mended")
-    columns = ("cases", "read", "refused", "failures", "failures found before and mended")
-    return [{name: last[column] for name, column in zip(names, columns, strict=True)}]
 
 
 def fuzz_found(results: Results) -> Rows:
@@ -326,28 +294,6 @@ def scale_steps(results: Results) -> Rows:
             "slots moved": f"{run['slots_moved']:,}",
         }
     ]
-
-
-PLAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "P": lambda m: f"{m['linear'] / 1e9:.1f} · 10⁹",
-    "A": lambda m: f"{m['lora'] / 1e6:.0f} · 10⁶",
-    "forward pass of a row, TFLOP": lambda m: f"{m['forward'] / 1e12:.1f}",
-    "training step of a row, checkpointed, TFLOP": lambda m: f"{m['step_checkpointed'] / 1e12:.1f}",
-    "hours to score 10⁶ rows, default rule": lambda m: f"{m['hours_to_score_a_million']:.0f}",
-    "all three terms": lambda m: f"{m['hours_to_score_a_million_all_terms']:.0f}",
-    "hours to train three epochs of half of 10⁶ rows": lambda m: f"{m['hours_to_train_three_epochs_of_half']:.0f}",
-    "weights a device, GB": lambda m: f"{m['bytes_of_weights_a_device'] / 1e9:.1f}",
-    "gathered at a time, GB": lambda m: f"{m['bytes_gathered_at_a_time'] / 1e9:.1f}",
-    "adapter and Adam a device, GB": lambda m: f"{m['bytes_of_adapter_and_adam_a_device'] / 1e9:.2f}",
-    "checkpoints of activations a device, GB": lambda m: f"{m['bytes_of_checkpoints_a_device'] / 1e9:.1f}",
-    "received a micro-batch, GB": lambda m: f"{m['bytes_received_a_micro_batch'] / 1e9:.0f}",
-}
-
-
-def scale_plan(results: Results) -> Rows:
-    """The cost model's numbers, a column a model."""
-    models = results["plan"]["found"]["models"]
-    return [{"": name} | {model: shown(m) for model, m in models.items()} for name, shown in PLAN.items()]
 
 
 LOW = ("lora", "lora+head", "tsqlora", "adalora", "elalora", "eva")
@@ -442,33 +388,22 @@ SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
 """Short names of ways to train in the worlds."""
 
 
-def worlds(world: str, _: Results) -> pd.DataFrame:
-    """One world on its fresh seeds, but for 16 trusted rows."""
-    cells = differences.cells()
-    return _worlds(cells[(cells.world == world) & (cells.trusted != 16)]).drop(columns="world")
+WORLD_TABLES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    **{
+        world: lambda cells, world=world: (cells.world == world) & (cells.trusted != 16)
+        for world in ("shortcut", "shortcut-mpnet", "overlap", "both", "weak", "wrong20", "clean")
+    },
+    "intents": lambda cells: cells.world.str.startswith("intents"),
+    "few": lambda cells: (cells.world == "shortcut") & (cells.trusted == 16),
+    "careless": lambda cells: cells.world.str.endswith("-careless"),
+}
+"""Which cells of fresh seeds each table of the worlds shows."""
 
 
-def worlds_intents(_: Results) -> pd.DataFrame:
-    """CLINC150, clean and with wrong labels."""
-    cells = differences.cells()
-    return _worlds(cells[cells.world.str.startswith("intents")])
-
-
-def worlds_few(_: Results) -> pd.DataFrame:
-    """The shortcut with 16 trusted rows."""
-    cells = differences.cells()
-    return _worlds(cells[(cells.world == "shortcut") & (cells.trusted == 16)]).drop(columns="world")
-
-
-def worlds_careless(_: Results) -> pd.DataFrame:
-    """The worlds with careless trusted rows, on fresh seeds."""
-    cells = differences.cells()
-    return _worlds(cells[cells.world.str.endswith("-careless")])
-
-
-def worlds_screen(_: Results) -> pd.DataFrame:
-    """All worlds on the seeds of the screen."""
-    return _worlds(differences.screen())
+def worlds(name: str, _: Results) -> pd.DataFrame:
+    cells = differences.screen() if name == "screen" else differences.cells()
+    table = _worlds(cells if name == "screen" else cells[WORLD_TABLES[name](cells)])
+    return table if table.world.nunique() > 1 else table.drop(columns="world")
 
 
 def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
@@ -658,20 +593,16 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "faults": faults,
     "faults-kills": faults_kills,
     "faults-mended": faults_mended,
-    "faults-summary": faults_summary,
     "fuzz": fuzz,
     "fuzz-found": fuzz_found,
-    "fuzz-summary": fuzz_summary,
     "glue-low": glue_low,
     "llamacpp": llamacpp,
     "judge": judge,
     "judge-coverage": judge_coverage,
     "problems": problems,
     "rank_cost": rank_cost,
-    "rank_cost-large": rank_cost_large,
     "rules": rules,
     "scale-model": scale_model,
-    "scale-plan": scale_plan,
     "scale-processes": scale_processes,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
@@ -680,14 +611,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scoring": scoring,
     "scoring-goals": scoring_goals,
     "servers": servers,
-    **{
-        f"worlds-{world}": partial(worlds, world)
-        for world in ("shortcut", "shortcut-mpnet", "overlap", "both", "weak", "wrong20", "clean")
-    },
-    "worlds-intents": worlds_intents,
-    "worlds-screen": worlds_screen,
-    "worlds-careless": worlds_careless,
-    "worlds-few": worlds_few,
+    **{f"worlds-{name}": partial(worlds, name) for name in (*WORLD_TABLES, "screen")},
 }
 
 
