@@ -52,6 +52,8 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     folder, seen = _watched[-1]
     if event == "open":
         path, mode, flags = args
+        if isinstance(path, str) and os.path.isdir(path):  # a temporary file without a name, which no folder has
+            return
         writes = set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if writes and isinstance(path, (str, bytes)) and not _inside(path, folder):
             seen.append(f"opened {os.fsdecode(path)} for writing")

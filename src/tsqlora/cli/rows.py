@@ -192,15 +192,15 @@ def audit(
 
     if model is not None:
         require_model(model)
-    if prepared is not None or (require_source(str(source)) is None and _is_text(str(source), set_ or [])):
+    if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
+        named = {} if model is None else {"model": {"path": model}}
+        require_inputs(load_config(str(source), set_ or [], sections=named))
+    elif prepared is None:
+        require_source(str(source))
+    if prepared is not None or _is_text(str(source), set_ or []):
         options = {"evaluation": eval_, "max_length": max_length, "chat_template": chat_template, "data": data}
         _audit_text(source, prepared, model, out, set_ or [], options, strict=strict, as_json=as_json)
         return
-    if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
-        named = {} if model is None else {"model": {"path": model}}
-        require_inputs(load_config(source, set_ or [], sections=named))
-    else:
-        require_source(str(source))
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
