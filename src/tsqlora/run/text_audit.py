@@ -36,6 +36,7 @@ LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findin
 PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
 """Columns of a prepared set that are no source."""
 MOST_UNMATCHED = 0.01
+MOST_ALIKE = 0.9
 TEXT_TASKS = ("causal-lm", "preference")
 
 
@@ -211,9 +212,15 @@ def audit_sequences(
 
 
 def _is_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:
-    """Whether rows were joined and cut into equal parts, with no word of where one ends."""
+    """Whether rows were joined and cut into equal parts, with no word of where one ends.
+
+    Rows that were cut to one length begin alike; parts of a stream begin anywhere.
+    """
     lengths = {len(one.ids) for one in sequences[:-1]}
-    return len(lengths) == 1 and len(sequences) > 2 and not {"seq_lengths", "position_ids"} & {*names}
+    if len(lengths) != 1 or len(sequences) < 3 or {"seq_lengths", "position_ids"} & {*names}:
+        return False
+    ((_, alike),) = Counter(tuple(one.ids[:2].tolist()) for one in sequences).most_common(1)
+    return alike < MOST_ALIKE * len(sequences)
 
 
 def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
