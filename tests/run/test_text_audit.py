@@ -133,6 +133,23 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> 
     assert not out.exists()
 
 
+def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:
+    out, model = place / "options", ("--model", place / "model")
+    for words in (
+        ("audit", place / "chats.jsonl", *model, "--deep"),
+        ("audit", place / "chats.jsonl", *model, "--data", "x.jsonl"),
+        ("audit", "--prepared", place, *model, "--max-length", "9"),
+        ("audit", write_jsonl(place / "labels.jsonl", make_rows(20)), *model, "--strict"),
+    ):
+        code, _, err = tsqlora(*words, "--out", out)
+        assert (code, str(words[-2] if words[-1] in ("x.jsonl", "9") else words[-1]) in err) == (2, True)
+    rows = write_jsonl(place / "named.jsonl", [{"q": "How far is it to Rome?", "a": "It is far away."}] * 2)
+    named = ("--set", "task.type=causal-lm", "--set", "data.prompt=q", "--set", "data.target=a")
+    code, shown, err = tsqlora("audit", rows, *model, *named, "--out", out, "--json")
+    assert code == 0, err
+    assert [finding["name"] for finding in json.loads(shown)["findings"]] == ["duplicate"]
+
+
 def test_labelled_rows_are_audited_for_their_labels(place: Path, tsqlora: Run) -> None:
     from runs import save_checkpoint
 

@@ -1,9 +1,8 @@
 """Commands that choose rows and ranks for any trainer: score, explain, select, allocate, audit."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +22,9 @@ from tsqlora.cli.progress_bars import Display
 from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json, writing
+
+if TYPE_CHECKING:
+    from tsqlora.run.config import Config
 
 
 def score(
@@ -197,10 +199,21 @@ def audit(
         require_inputs(load_config(str(source), set_ or [], sections=named))
     elif prepared is None:
         require_source(str(source))
-    if prepared is not None or _is_text(str(source), set_ or []):
-        options = {"evaluation": eval_, "max_length": max_length, "chat_template": chat_template, "data": data}
-        _audit_text(source, prepared, model, out, set_ or [], options, strict=strict, as_json=as_json)
+    from tsqlora.run.text_audit import text_config
+
+    config = None if prepared is not None else text_config(str(source), model, set_ or [])
+    of_text = {"--eval": eval_, "--strict": strict}
+    of_raw = {"--max-length": max_length, "--chat-template": chat_template}
+    if prepared is not None:
+        _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")
+        _audit_text(None, prepared, model, out, {"data": data, "evaluation": eval_}, strict=strict, as_json=as_json)
         return
+    if config is not None:
+        _refuse({"--data": data, "--review": review, "--deep": deep}, "text")
+        options = {"evaluation": eval_, "max_length": max_length, "chat_template": chat_template}
+        _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
+        return
+    _refuse({**of_text, **of_raw, "--data": data}, "labels")
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
@@ -223,43 +236,38 @@ def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> d
     return apply_text_review(folder, apply, [name.strip() for name in names.split(",")] if names else ())
 
 
-def _is_text(source: str, overrides: Sequence[str]) -> bool:
-    from tsqlora.run.text_audit import is_text
-
-    return is_text(source, overrides)
+def _refuse(options: dict[str, Any], what: str) -> None:
+    """Raise SettingsError for options that are given and have no effect."""
+    if given := [name for name, value in options.items() if value]:
+        raise SettingsError(f"{', '.join(given)} cannot be used in an audit of {what}; leave it out")
 
 
 def _audit_text(
-    source: str | None,
+    config: "Config | None",
     prepared: Path | None,
     model: str | None,
     out: Path | None,
-    overrides: Sequence[str],
     options: dict[str, Any],
     *,
     strict: bool,
     as_json: bool,
 ) -> None:
-    from tsqlora.run.config import load_config
     from tsqlora.run.text_audit import audit_prepared, audit_text
     from tsqlora.training.run_dir import dated
 
-    named = dict[str, Any]()
-    if source is not None and Path(source).suffix.lower() in (".yaml", ".yml"):
-        config = load_config(source, overrides, sections={} if model is None else {"model": {"path": model}})
-        source, model, rows = config.data.train, config.model.path, config.data
-        named = {name: getattr(rows, name) for name in ("format", "prompt", "target", "messages", "text")}
-        options["max_length"] = options["max_length"] or rows.max_length
+    model = config.model.path if config is not None and config.model.path != "." else model
     if model is None:
         raise SettingsError("an audit of text needs the tokenizer of the model that will be trained; give --model")
-    folder = out or dated(f"audit-{(prepared or Path(str(source))).stem}")
+    source = "" if config is None else config.data.train
+    folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:
-        if prepared is not None:
-            own = {"data": options["data"], "evaluation": options["evaluation"]}
-            result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **own)
+        if config is None:
+            assert prepared is not None
+            result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **options)
         else:
-            del options["data"]
-            result = audit_text(str(source), model=model, named=named, out=folder, progress=display.progress, **options)
+            named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
+            options["max_length"] = options["max_length"] or config.data.max_length
+            result = audit_text(source, model=model, named=named, out=folder, progress=display.progress, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):
         raise typer.Exit(4)

@@ -54,8 +54,10 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.
         def settle() -> Reference:
             """Measure what the reference settles for all rows: calibration, mean gradient and step size."""
             offsets = calibrate(model, samples, collate, task, one_process) if rule.calibration else None
-            exact = lambda size: require_exact(model, collate(samples[:size]), task, sites, offsets)  # noqa: E731
-            retry_on_oom(exact, halves(len(samples[: compute.batch_size])))
+            retry_on_oom(
+                lambda size: require_exact(model, collate(samples[:size]), task, sites, offsets),
+                halves(len(samples[: compute.batch_size])),
+            )
             reference = measure_reference(model, samples, collate, task, sites, offsets, one_process)
             # Through main memory, since each process has its own device.
             return reference.to(torch.device("cpu")) if distributed.active() else reference

@@ -22,7 +22,7 @@ from tsqlora.files import reading, write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
-from tsqlora.run.config import load_config
+from tsqlora.run.config import Config, load_config
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.findings import Finding, findings_of
@@ -40,29 +40,28 @@ MOST_ALIKE = 0.9
 TEXT_TASKS = ("causal-lm", "preference")
 
 
-def is_text(source: str, overrides: Sequence[str] = ()) -> bool:
-    """Whether an audit of this config or file is one of text: by its task, else by its columns.
+def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
+    """The settings of an audit of text; None where a config's task, or a file's column of labels, asks for labels."""
+    is_yaml = Path(source).suffix.lower() in (".yaml", ".yml")
+    if not is_yaml and not any(one.startswith("task.type=") for one in overrides) and not _holds_text(source):
+        return None
+    sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
+    if not is_yaml:
+        sections = {"model": {"path": model or "."}, "data": {"train": source}}
+    config = load_config(source if is_yaml else None, overrides, sections=sections)
+    named = is_yaml or any(one.startswith("task.type=") for one in overrides)
+    return config if not named or config.task.type in TEXT_TASKS else None
 
-    A file with a column of labels is audited for its labels.
-    """
-    if Path(source).suffix.lower() in (".yaml", ".yml") or any(one.startswith("task.type=") for one in overrides):
-        named = (
-            {}
-            if Path(source).suffix.lower() in (".yaml", ".yml")
-            else {"model": {"path": "."}, "data": {"train": source}}
-        )
-        config = load_config(source if not named else None, overrides, sections=named)
-        return config.task.type in TEXT_TASKS
+
+def _holds_text(source: str) -> bool:
     names = first_columns(source)
     try:
-        columns = find_columns(names, text=None, text_pair=None, label=None, source=source)
-        labelled = columns.label is not None
+        if find_columns(names, text=None, text_pair=None, label=None, source=source).label is not None:
+            return False
     except DataError:
-        labelled = False
-    if labelled or not names:
-        return False
+        pass  # no column of a text to classify
     try:
-        return bool(format_of(names, source))
+        return bool(names and format_of(names, source))
     except DataError:
         return False
 

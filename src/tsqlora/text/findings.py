@@ -101,7 +101,6 @@ FINDINGS: dict[str, Kind] = {
     "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
     "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),
     "length_bias": Kind(NOTE, "the chosen answer is the longer one far more often than not"),
-    "lengths": Kind(NOTE, "lengths of the rows"),
 }
 """By name; the names are a contract."""
 
