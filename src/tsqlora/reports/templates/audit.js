@@ -1,13 +1,6 @@
-"use strict";
 (() => {
-  const byId = (id) => document.getElementById(id);
   const pageData = JSON.parse(byId("page-data").textContent);
   const rows = pageData.rows.map((row, order) => ({ ...row, order, reviewed: null, words: `${row.row} ${row.text} ${row.label} ${row.suggested_label}`.toLowerCase() }));
-  const make = (tag, properties = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  };
 
   // ------------------------------------------------------------------ what was chosen, in this browser
   // A row of tags has several entries, each with its token.
@@ -120,24 +113,12 @@
   });
 
   // ------------------------------------------------------------------ the table
-  // A spreadsheet runs what looks like a formula.
-  const harmless = (text) => (/^\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]/.test(text) && !(text.trim() !== "" && Number.isFinite(Number(text))) ? `'${text}` : text);
-  const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
   const tags = pageData.answer === "tags";
   const table = () => [`row,${tags ? "token,word," : ""}label,suggested_label,wrong_probability,reviewed_label,kind,text`, ...rows.map((r) =>
     [r.row, ...(tags ? [r.token, cell(r.word)] : []), cell(r.label), cell(r.suggested_label), r.wrong_probability?.toFixed(4) ?? "", cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
   byId("export").addEventListener("click", () => {
-    const link = make("a", { href: URL.createObjectURL(new Blob([table()], { type: "text/csv" })), download: "reviewed.csv" });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    save(table());
   });
-
-  // ------------------------------------------------------------------ theme
-  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
-  const nameTheme = () => { byId("theme").textContent = isDark() ? "Light" : "Dark"; byId("theme").setAttribute("aria-label", `Use the ${isDark() ? "light" : "dark"} theme`); };
-  byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
-  dark.addEventListener("change", nameTheme);
 
   // ------------------------------------------------------------------ begin
   const pairs = new Map();
@@ -149,6 +130,5 @@
   byId("classes").append(...pageData.classes.map((label) => make("option", { value: String(label) })));
   rows.forEach(build);
   for (const id of ["search", "sort", "pair", "state"]) byId(id).addEventListener(id === "search" ? "input" : "change", show);
-  nameTheme();
   show();
 })();

@@ -1,12 +1,5 @@
-"use strict";
 (() => {
-  const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("page-data").textContent);
-  const make = (tag, properties = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  };
 
   // ------------------------------------------------------------------ what was chosen, in this browser
   const place = `tsqlora-text-${data.key}`;
@@ -65,23 +58,12 @@
   });
 
   // ------------------------------------------------------------------ the table
-  const harmless = (text) => (/^\s*[=+@\-\t\r]/.test(text) ? `'${text}` : text);
-  const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
   const names = (row) => data.findings.filter((one) => one.places.includes(row)).map((one) => one.name).join("|");
   if (byId("export")) byId("export").addEventListener("click", () => {
     const lines = [...dropped].sort((a, b) => a - b).map((row) => [row, cell(names(row)), "drop", cell(data.rows[row] ? data.rows[row].answer : "")].join(","));
-    const link = make("a", { href: URL.createObjectURL(new Blob([["row,finding,reviewed,answer", ...lines].join("\n") + "\n"], { type: "text/csv" })), download: "reviewed.csv" });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    save(["row,finding,reviewed,answer", ...lines].join("\n") + "\n");
   });
 
-  // ------------------------------------------------------------------ theme
-  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
-  const nameTheme = () => { byId("theme").textContent = isDark() ? "Light" : "Dark"; byId("theme").setAttribute("aria-label", `Use the ${isDark() ? "light" : "dark"} theme`); };
-  byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
-  dark.addEventListener("change", nameTheme);
-  nameTheme();
   count();
   const first = document.querySelector(".finding");
   if (first) first.open = true;
