@@ -117,7 +117,7 @@ PREPARED_FAULTS: Mapping[str, Callable[[Trained, Vocabulary], Trained]] = {
         np.r_[one.ids, len(vocabulary.tokens) + 5], np.r_[one.targets, IGNORED], one.row
     ),
     "content_lost": lambda one, _: Trained(
-        np.delete(one.ids, slice(30, 42)), np.delete(one.targets, slice(30, 42)), one.row
+        np.delete(one.ids, slice(50, 58)), np.delete(one.targets, slice(50, 58)), one.row
     ),
 }
 
