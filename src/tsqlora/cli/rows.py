@@ -238,8 +238,8 @@ def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> d
 
 def _refuse(options: dict[str, Any], what: str) -> None:
     """Raise SettingsError for options that are given and have no effect."""
-    if given := [name for name, value in options.items() if value]:
-        raise SettingsError(f"{', '.join(given)} cannot be used in an audit of {what}; leave it out")
+    if idle := [name for name, value in options.items() if value]:
+        raise SettingsError(f"{', '.join(idle)} cannot be used in an audit of {what}; leave it out")
 
 
 def _audit_text(
