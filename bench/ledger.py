@@ -20,10 +20,10 @@ from origin import ROOT, commit, machine, parser_of, write
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audited
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.ledger import Line, line_of

@@ -30,8 +30,8 @@ from tsqlora.quality.reference import (
 from tsqlora.quality.rows import lengths_of, reference_rows
 from tsqlora.quality.rule import LookRequest, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, precision, require_usable, split_labels
+from tsqlora.tasks import Batch, Task
+from tsqlora.tasks.forward import precision, require_usable, split_labels
 
 
 def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -101,7 +101,7 @@ def measured_columns(
     if not reference.mean:
         with torch.no_grad():
             logits = calibrated(model, inputs, task, reference.offsets)
-            require_usable(task, logits, labels, range(len(labels)))
+            require_usable(task.answers, logits, labels, range(len(labels)))
             losses = sample_losses(task, logits, labels)
         answers = logits if logits.dim() == 2 else None
         return _columns(terms, Measured(logits=answers, labels=labels, loss=losses))

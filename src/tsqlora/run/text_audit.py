@@ -23,6 +23,7 @@ from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
+from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.findings import Finding, findings_of
@@ -37,7 +38,6 @@ PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
 """Columns of a prepared set that are no source."""
 MOST_UNMATCHED = 0.01
 MOST_ALIKE = 0.9
-TEXT_TASKS = ("causal-lm", "preference")
 
 
 def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
@@ -50,7 +50,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
     named = is_yaml or any(one.startswith("task.type=") for one in overrides)
-    return config if not named or config.task.type in TEXT_TASKS else None
+    return config if not named or get_task(config.task.type).reading.causal else None
 
 
 def _holds_text(source: str) -> bool:

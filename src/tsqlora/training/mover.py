@@ -29,8 +29,7 @@ from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent, bounded
 from tsqlora.ranks.moves import moved_towards, require_policy
 from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks import Collate, Task
 from tsqlora.training.callback_state import RankState, require_options
 from tsqlora.training.optimizer import StepOrder, gradient_norm, take_over
 

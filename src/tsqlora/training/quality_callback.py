@@ -26,9 +26,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.training.callback_state import ROWS_HASH, QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
 from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_order
@@ -136,7 +134,7 @@ class QualityCallback(PartCallback):
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-        elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
+        elif self.rule.head_start and self._task(args, model).writer is None:
             self._start_head(args, model, loader.collate_fn)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -256,17 +254,14 @@ class QualityCallback(PartCallback):
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
         """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
-        if isinstance(task, Generation):
+        if task.writer is not None:
             return False
-        if task.answer not in ("class", "labels", "tags"):
+        if task.reading.label is None:
             return True
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
             parts = [(self.collate or collate)([row])["labels"] for row in rows]
-        if task.answer == "labels":
-            present = int(torch.cat(parts).gt(0.5).any(dim=0).sum())
-        else:
-            present = len({label for part in parts for label in part.flatten().tolist()} - {IGNORED})
+        present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
         classes = getattr(getattr(model, "config", None), "num_labels", present)
         return 2 * present >= classes
 

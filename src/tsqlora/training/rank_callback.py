@@ -23,7 +23,7 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.moves import require_policy
 from tsqlora.ranks.schedule import RankSchedule
-from tsqlora.tasks.forward import Collate, task_of
+from tsqlora.tasks import Collate, task_of
 from tsqlora.training.callback_state import RankState
 from tsqlora.training.mover import RankLoop
 from tsqlora.training.part import PartCallback

@@ -20,7 +20,8 @@ from tsqlora.compat.transformers import saved_note
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks.forward import base_model, task_of
+from tsqlora.tasks import task_of
+from tsqlora.tasks.forward import base_model
 from tsqlora.training.checkpoints import NOTE, epoch_of
 from tsqlora.training.record import RunRecord
 
