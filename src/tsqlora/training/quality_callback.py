@@ -30,6 +30,8 @@ from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.text.before import worst_findings
+from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.callback_state import ROWS_HASH, QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
 from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_order
@@ -129,6 +131,12 @@ class QualityCallback(PartCallback):
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
+        tokenizer, of_text = kwargs.get("processing_class"), isinstance(self._task(args, model), Generation)
+        if of_text and tokenizer is not None and self.recorder is None:  # `tsqlora train` has looked itself
+            about = (tokenizer, model.config, model.generation_config)
+            vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
+            for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
+                self._note(finding)
         if saved is not None:
             self._resume(saved, self._path(args))
             if saved.jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
