@@ -1,7 +1,7 @@
 """Interfaces of transformers that are private or differ between versions."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,16 @@ def set_deletion_order(checkpoints: Iterable[Path]) -> None:
 def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
     """A mutable dict that the Trainer writes to trainer_state.json in every later checkpoint."""
     return cast(dict[str, Any], state.stateful_callbacks).setdefault(key, {})
+
+
+def carried(state: TrainerState, make: Callable[[], Any] | None = None) -> Any:
+    """The object that callbacks share while this state lives, which is that of one training.
+
+    It is no field, and in no checkpoint. Without one `make` makes it; None if there is none.
+    """
+    if make is not None and "tsqlora" not in vars(state):
+        vars(state)["tsqlora"] = make()
+    return vars(state).get("tsqlora")
 
 
 def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
