@@ -59,6 +59,13 @@ def summed_batches(trainer: Trainer) -> int:
     return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
 
 
+def row_collator(trainer: Trainer) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """The Trainer's collator, which gets the columns alone that the Trainer would give it."""
+    if not trainer.args.remove_unused_columns:
+        return trainer.data_collator
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
+
+
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:
     """The Trainer's callbacks in calling order."""
     return trainer.callback_handler.callbacks
