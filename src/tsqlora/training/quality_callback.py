@@ -144,7 +144,7 @@ class QualityCallback(PartCallback):
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-            if self.recorder is None:  # `tsqlora train` shows notes at its end
+            if self.into is None:  # `tsqlora train` shows notes at its end
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
                 cure = "give QualitySubset(trusted=rows), or a fraction of 1"
                 warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
