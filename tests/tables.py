@@ -17,6 +17,7 @@ TASK_OF = {
     "tags": "token-classification",
     "number": "regression",
     "text": "causal-lm",
+    "pair": "preference",
 }
 
 
@@ -27,7 +28,8 @@ def task_for(answer: str) -> Task:
 
 def read_as(answer: str) -> dict[str, Any]:
     """Arguments of `read_data`."""
-    return {"find": task_for(answer).reading.find, "label": task_for(answer).reading.label}
+    reading = task_for(answer).reading
+    return {"find": reading.find, "label": reading.label, "holds_out": not reading.has_reference}
 
 
 def cells_of(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> tuple[dict[str, Any], ...]:

@@ -164,5 +164,5 @@ def test_without_trusted_rows_the_draw_is_even_and_says_so() -> None:
 def test_a_row_without_an_answer_is_named(without: str, names: str) -> None:
     rows = [preference(j, "texts") for j in range(12)]
     rows[7][without] = None
-    with pytest.raises(DataError, match=f"dataset:8.*'{names}'"):
+    with pytest.raises(DataError, match=f"'{names}' .line 8"):
         tsq.select(llama(), rows, processing_class=tokenizer())

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tsqlora.ranks.places import layer_places
+from tsqlora.ranks.moves import layer_places
 
 _BLOCKS_ABREAST = 12
 _CLASSES = 20
@@ -147,7 +147,10 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     """Rows to look at, list by list."""
     kind, wrong, left_out = (explained[name] for name in ("kind", "likely_wrong_rows", "likely_wrong_left_out"))
-    titles = {"highest": "highest quality", "lowest": "lowest quality", "suspicious": "most suspicious: highest loss"}
+    titles = {"highest": "highest quality", "lowest": "lowest quality"}
+    if explained["even"]:
+        titles = {"highest": "highest Q, which decided nothing: rows were drawn evenly", "lowest": "lowest Q"}
+    titles["suspicious"] = "most suspicious: highest loss"
     if kind == "class":
         titles["suspicious"] += " within the class"
         titles["likely_wrong"] = (
@@ -256,6 +259,12 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
         console.print(table)
     else:
         say(console, ["no finding"])
+    if lengths := result.get("lengths"):
+        shares = f"{lengths['padding']:.0%} of a random batch of {lengths['batch']} is padding"
+        say(console, [f"{lengths['median']:,} tokens a row (median), {lengths['longest']:,} at most; {shares}"])
+    if "changes" in result:
+        changes = [f"{one['name']} {one['before']:,} → {one['now']:,}" for one in result["changes"]]
+        say(console, [f"rows by finding, since the baseline: {', '.join(changes) or 'no change'}"])
     review = f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
     say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 

@@ -34,6 +34,16 @@ def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
     return cast(dict[str, Any], state.stateful_callbacks).setdefault(key, {})
 
 
+def carried(state: TrainerState, make: Callable[[], Any] | None = None) -> Any:
+    """The object that callbacks share while this state lives, which is that of one training.
+
+    It is no field, and in no checkpoint. Without one `make` makes it; None if there is none.
+    """
+    if make is not None and "tsqlora" not in vars(state):
+        vars(state)["tsqlora"] = make()
+    return vars(state).get("tsqlora")
+
+
 def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
     """Set how the Trainer sums a step's batches, which it infers from the model's class.
 
@@ -59,6 +69,13 @@ def set_loss(trainer: Trainer, loss: Callable[[Any, Tensor], Tensor]) -> None:
 def summed_batches(trainer: Trainer) -> int:
     """The number of batches whose losses the current step sums; 1 if the Trainer averages them."""
     return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
+
+
+def row_collator(trainer: Trainer) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """The Trainer's collator, which gets the columns alone that the Trainer would give it."""
+    if not trainer.args.remove_unused_columns:
+        return trainer.data_collator
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:

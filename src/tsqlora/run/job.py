@@ -8,10 +8,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
-from tsqlora.adapter.init_from import start_from
-from tsqlora.adapter.wrap import plain_lora, wrap
+from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import prepare
+from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.readers import Hints
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
@@ -21,7 +20,7 @@ from tsqlora.run.config import Config
 from tsqlora.run.start import start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, load_pretrained
+from tsqlora.training.load import Pretrained, embeddings_of, load_pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,8 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     pretrained = load_model(config, task, classes)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
     data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
+    if task.reading.media is None:
+        require_embedded(data, pretrained.tokenizer, embeddings_of(pretrained.model))
     return Job(config, task, pretrained, data, length)
 
 

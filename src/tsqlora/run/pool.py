@@ -10,10 +10,10 @@ from torch import nn
 
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import as_paths
-from tsqlora.data.prepare import prepare
+from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.rows import MissingError
 from tsqlora.data.sources import of_dataset
-from tsqlora.data.splits import require_columns
+from tsqlora.data.splits import complete, require_columns
 from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, of_loaded_model
 from tsqlora.quality.epochs import sample
@@ -22,8 +22,9 @@ from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
+from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import Task, task_of
-from tsqlora.training.load import positions_of
+from tsqlora.training.load import embeddings_of, positions_of
 
 
 @of_loaded_model
@@ -100,14 +101,21 @@ def score_pool(
     rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})
     limit = task.reading.limit(max_length, tokenizer, positions_of(model), most=1024)
     tables = _tables(rows, model, task)
+    if tables["train"].format is not None:
+        most = DataSettings.model_fields["max_bad_rows"].default
+        tables = {name: complete(table, most, tags=False) for name, table in tables.items()}
+    warned = notes_of(tables)
     try:
         data = prepare(tables, tokenizer, max_length=limit, encode=task.reading.encode)
     except MissingError as error:
         for table in tables.values():
             require_columns(table, [error.what])
         raise
+    if task.reading.media is None:
+        require_embedded(data, tokenizer, embeddings_of(model))
     for note in notes_of(data):
-        warnings.warn(note, stacklevel=4)
+        if note not in warned:
+            warnings.warn(note, stacklevel=4)
     samples, reference = data["train"].samples, None
     if "trusted" in data:
         own = data["trusted"].samples

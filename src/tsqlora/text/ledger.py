@@ -23,6 +23,9 @@ ROLE_MARKERS = re.compile(
     r"|^(### (Instruction|Response|Input):|(Human|USER|ASSISTANT):)",
     re.MULTILINE,
 )
+MARKER = re.compile(
+    rb"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|<(?:start|end)_of_turn>"
+)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 MOJIBAKE = re.compile(r"Ã[\x80-\xbf¡-¿]|â€[™œ\x9d“”˜¦]|Â[ -¿]|ï»¿")
 
@@ -46,6 +49,7 @@ class Line:
 
     row: int
     hash: str
+    tokens: int = 0
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     trained_tokens: int = 0
@@ -124,11 +128,12 @@ def line_of(
     *,
     limit: int = 0,
     lost: int | None = None,
+    cut: bool | None = None,
 ) -> Line:
     """Reconcile one row with the sequences that were made of it.
 
-    `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `lost` counts the answer's
-    tokens that the length limit took, where the preparation says so.
+    `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `cut` says whether something
+    was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so.
     """
     line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
     line.findings += content_findings(conversation, vocabulary)
@@ -138,6 +143,7 @@ def line_of(
     if not sequences:
         line.fate = "dropped"
         return line
+    line.tokens = sum(len(one.ids) for one in sequences)
     line.trained_tokens = sum(len(one.trained) for one in sequences)
     whole = sequences[0]
     if len(whole.trained):
@@ -149,7 +155,9 @@ def line_of(
     for side in dict.fromkeys(one.side for one in sequences):
         parts = [one for one in sequences if one.side == side]  # packing may split a row
         ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
-        taken += _reconcile(line, sides[side], Trained(ids, targets, parts[0].row, side), vocabulary, limit)
+        whole = Trained(ids, targets, parts[0].row, side)
+        full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
+        taken += _reconcile(line, sides[side], whole, vocabulary, full)
     if conversation.messages:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
@@ -163,12 +171,15 @@ def line_of(
     return line
 
 
-def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, limit: int) -> int:
-    """Add what one sequence says; return how many tokens of answers are missing."""
+def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, cut: bool) -> int:
+    """Add what one sequence says; return how many tokens of answers are missing.  Only of one that is `cut` may be."""
     if _bos_doubled(one.ids, vocabulary):
         line.findings.append("bos")
-    if (one.ids >= len(vocabulary.tokens)).any() or (one.ids < 0).any():
+    if (one.ids >= min(len(vocabulary.tokens), vocabulary.embeddings)).any() or (one.ids < 0).any():
         line.findings.append("vocabulary")
+    if (own := vocabulary.untrained & {*one.ids.tolist()}) or _fall_apart(line, one, vocabulary):
+        line.findings.append("untrained_tokens")
+        line.detail = line.detail or ", ".join(vocabulary.tokens[j].decode() for j in sorted(own))
     if not messages:
         return 0
     spans = locate(messages, one.ids, vocabulary)
@@ -178,9 +189,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     others = [span for message, span in pairs if message.role != ANSWER and span is not None]
     line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
-    if any(span is None and message.content.strip() for message, span in pairs) and (
-        len(one.ids) < NEAR_LIMIT * limit or not at_ends_alone(spans, messages)
-    ):
+    answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
+    lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
+    if lacks and not (cut and at_ends_alone(spans, messages)):  # what nobody answers is one of `roles`
         line.findings.append("content_lost")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
@@ -202,8 +213,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
 
 
 def at_ends_alone(spans: Sequence[Span | None], messages: Sequence[Message]) -> bool:
-    """Return whether contents are missing at the ends alone, as a length limit leaves them."""
-    there = [span is not None for span, message in zip(spans, messages, strict=True) if message.content.strip()]
+    """Return whether contents are missing at the ends alone, as a length limit leaves them; system prompts may stay."""
+    pairs = zip(spans, messages, strict=True)
+    there = [span is not None for span, message in pairs if message.content.strip() and message.role != "system"]
     first = next((k for k, yes in enumerate(there) if yes), len(there))
     last = len(there) - next((k for k, yes in enumerate(reversed(there)) if yes), 0)
     return all(there[first:last])
@@ -223,6 +235,14 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
         line.findings.append("stop_not_trained")
     elif not vocabulary.generation_stops & {*stops}:
         line.findings.append("stop_mismatch")
+
+
+def _fall_apart(line: Line, one: Trained, vocabulary: Vocabulary) -> bool:
+    """Whether the template writes a model's marker of turns that is no token here; in a text it is one of `roles`."""
+    if "broken_characters" in line.findings:
+        return False
+    written = {marker.decode() for marker in MARKER.findall(vocabulary.text(one.ids.tolist()))}
+    return any(not vocabulary.markers.fullmatch(marker) for marker in written)
 
 
 def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.compat.shapes import Int
 from tsqlora.errors import UnsupportedError
+from tsqlora.text.embedding import untrained_tokens
 
 PROBE = "9f3aAnswerProbe"
 """The content of a probe's answer, which no template writes itself."""
@@ -34,6 +35,12 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerBase
     markers: re.Pattern[str]
     """Matches the text of special tokens, but for the shortest, such as `<s>`, which is HTML too."""
+    added: frozenset[int]
+    """Added tokens, special or not."""
+    embeddings: int
+    """Tokens that the model has an embedding for."""
+    untrained: frozenset[int] = frozenset()
+    """Those of the added ones that the model has never trained, and will not train."""
 
     def count(self, text: bytes) -> int:
         """Return how many tokens a text has."""
@@ -88,7 +95,24 @@ def vocabulary_of(
         frozenset(generation),
         tokenizer,
         re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
+        frozenset(added),
+        len(tokens),
     )
+
+
+def vocabulary_of_model(tokenizer: Any, config: Any, generation: Any, *, size_of: Any) -> Vocabulary:
+    """Read a tokenizer, with the ends of a model's configs, and which rows of its embedding were never trained.
+
+    `size_of` is the model, or its directory or hub id.
+    """
+    generates, own = _ends(getattr(generation, "eos_token_id", None)), _ends(getattr(config, "eos_token_id", None))
+    vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
+    size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
+    return replace(vocabulary, embeddings=size, untrained=untrained_tokens(size_of, vocabulary.added))
+
+
+def _ends(value: Any) -> list[int]:
+    return [] if value is None else [int(one) for one in value] if isinstance(value, list) else [int(value)]
 
 
 def _is_marker(content: str) -> bool:

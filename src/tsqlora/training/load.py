@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.config import heads, outermost, require_supported_packing
+from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import require_model, why_not_loaded
 from tsqlora.compat.transformers import require_no_adapter, without_named_files
@@ -59,6 +59,11 @@ def positions_of(model: Any) -> int | None:
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
     paddings = [m.padding_idx for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
     return positions - max(paddings, default=-1) - 1
+
+
+def embeddings_of(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def load_pretrained(
