@@ -139,7 +139,7 @@ class QualityCallback(PartCallback):
         data.task = self.task
         self._forget()
         tokenizer, of_text = kwargs.get("processing_class"), isinstance(self._task(args, model), Generation)
-        if of_text and tokenizer is not None and self.recorder is None:  # `tsqlora train` has looked itself
+        if of_text and tokenizer is not None and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
             for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
