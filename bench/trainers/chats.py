@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 import pyarrow.parquet as pq
-from origin import commit, machine, write
+from origin import ROOT, commit, machine, write
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
 from tsqlora.run.text_audit import audit_prepared, prepared_set

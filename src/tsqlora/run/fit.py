@@ -101,7 +101,8 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
-    if train.format is not None and isinstance(job.task, Generation) and job.task.causal:
+    written = isinstance(job.task, Generation) and job.task.causal and job.pretrained.tokenizer.is_fast
+    if train.format is not None and written:
         about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
         found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
         record.notes += found

@@ -138,8 +138,9 @@ class QualityCallback(PartCallback):
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
-        tokenizer, of_text = kwargs.get("processing_class"), isinstance(self._task(args, model), Generation)
-        if of_text and tokenizer is not None and self.into is None:  # `tsqlora train` has looked itself
+        tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
+        written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
+        if written and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
             for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
