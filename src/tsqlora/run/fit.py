@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.splits import MEASURED
@@ -104,9 +105,9 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     written = isinstance(job.task, Generation) and job.task.causal and job.pretrained.tokenizer.is_fast
     if train.format is not None and written:
         about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
-        found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
-        record.notes += found
-        for finding in found if distributed.is_first() else ():
+        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        record.notes += worst
+        for finding in worst if distributed.is_first() else ():
             warnings.warn(finding, stacklevel=2)
     further = config.training.further_arguments()
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):

@@ -140,7 +140,7 @@ class QualityCallback(PartCallback):
         self._forget()
         tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
         written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
-        if written and self.recorder is None:  # `tsqlora train` has looked itself
+        if written and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
             for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
