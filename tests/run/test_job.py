@@ -104,6 +104,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
     answers = {
         (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
         (job, "prepare"): tables,
+        (job, "require_embedded"): None,
         (job, "collate_of"): "a collator",
         (job, "wrap"): model,
         (job, "plain_lora"): model,

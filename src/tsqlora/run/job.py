@@ -23,7 +23,7 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import CAUSAL, Preference
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, collate_of, embeddings_of, load_pretrained
+from tsqlora.training.load import Pretrained, collate_of, load_pretrained
 
 _OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
 """Settings for classes and numbers alone, with those for texts in their place."""
@@ -94,7 +94,7 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     length = max_length_of(config, pretrained)
     data = prepare(tables, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
     if config.task.type not in MEDIA:
-        require_embedded(data, pretrained.tokenizer, embeddings_of(pretrained.model))
+        require_embedded(data, pretrained.tokenizer, pretrained.model)
     return Job(config, task, pretrained, data, length)
 
 

@@ -28,7 +28,7 @@ from tsqlora.tasks import MEDIA, Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
-from tsqlora.training.load import collate_of, embeddings_of, positions_of
+from tsqlora.training.load import collate_of, positions_of
 
 
 @of_loaded_model
@@ -123,7 +123,7 @@ def score_pool(
             require_columns(table, [error.what])
         raise
     if task.name not in MEDIA:
-        require_embedded(data, tokenizer, embeddings_of(model))
+        require_embedded(data, tokenizer, model)
     for note in notes_of(data):
         if note not in warned:
             warnings.warn(note, stacklevel=4)
