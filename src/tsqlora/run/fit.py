@@ -26,6 +26,8 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.tasks.tokens import TokenClassification
+from tsqlora.text.before import worst_findings
+from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
 from tsqlora.training.load import collate_of, positions_of
 from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
@@ -99,6 +101,13 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
+    written = isinstance(job.task, Generation) and job.task.causal and job.pretrained.tokenizer.is_fast
+    if train.format is not None and written:
+        about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
+        found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        record.notes += found
+        for finding in found if distributed.is_first() else ():
+            warnings.warn(finding, stacklevel=2)
     further = config.training.further_arguments()
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
         used = ", ".join(f"training.{name} {_BEST[name]}" for name in sorted(unset))

@@ -30,6 +30,8 @@ from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.text.before import worst_findings
+from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
 from tsqlora.training.record import trusted_order
 from tsqlora.training.run_dir import SCORES_FILE
@@ -137,6 +139,13 @@ class QualityCallback(PartCallback):
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
+        tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
+        written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
+        if written and self.into is None:  # `tsqlora train` has looked itself
+            about = (tokenizer, model.config, model.generation_config)
+            vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
+            for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
+                self._note(finding)
         if saved is not None:
             self._resume(saved)
             if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
