@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.splits import MEASURED
