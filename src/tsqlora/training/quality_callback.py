@@ -119,7 +119,8 @@ class QualityCallback(PartCallback):
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
         saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
-        looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
+        task = self._task(args, model)
+        looks = self.rule.decides(task, len(data.trusted) > 0)
         if saved is not None:
             require_options(saved["draws"], self._draws())
         elif looks:  # check on two rows, before the look, what can be checked
@@ -135,11 +136,11 @@ class QualityCallback(PartCallback):
             _read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved["looks"]) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
-        last = ends_trusted and self._trusted_last(self._task(args, model), model, loader.collate_fn)
+        last = ends_trusted and self._trusted_last(task, model, loader.collate_fn)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
-        tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
+        tokenizer = kwargs.get("processing_class")
         written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
         if written and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
@@ -158,14 +159,12 @@ class QualityCallback(PartCallback):
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
                 cure = "give QualitySubset(trusted=rows), or a fraction of 1"
                 warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
-        elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
-            # The head only, without a look: for the control.
+        elif self.rule.head_start and not isinstance(task, Generation):  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
             head = None if started.head is None else started.head.summary()
             self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
-            rows = len(data.dataset) + len(data.trusted)
-            self._spent["look"] = PhaseCost(time.perf_counter() - start, rows)
+            self._spent["look"] = PhaseCost(time.perf_counter() - start, len(data.dataset) + len(data.trusted))
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
