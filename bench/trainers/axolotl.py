@@ -10,7 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from chats import LIMIT, compared, environment, parser_of, place_of, save
+from chats import LIMIT, compared, environment, place_of, save
+from origin import parser_of
 from ruamel.yaml import YAML
 
 VERSION = "0.19.0"

@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from chats import LIMIT, compared, environment, parser_of, place_of, save
+from chats import LIMIT, compared, environment, place_of, save
+from origin import parser_of
 
 VERSION = "0.9.5"
 PREPARE = """
