@@ -33,10 +33,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audit_text, audited
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.ledger import Line, line_of

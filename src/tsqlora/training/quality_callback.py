@@ -27,9 +27,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import worst_findings
 from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
@@ -141,7 +139,7 @@ class QualityCallback(PartCallback):
         data.task = self.task
         self._forget()
         tokenizer = kwargs.get("processing_class")
-        written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
+        written = task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False)
         if written and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
@@ -159,7 +157,7 @@ class QualityCallback(PartCallback):
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
                 cure = "give QualitySubset(trusted=rows), or a fraction of 1"
                 warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
-        elif self.rule.head_start and not isinstance(task, Generation):  # the head only: for the control
+        elif self.rule.head_start and task.writer is None:  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
             head = None if started.head is None else started.head.summary()
@@ -289,17 +287,14 @@ class QualityCallback(PartCallback):
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
         """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
-        if isinstance(task, Generation):
+        if task.writer is not None:
             return False
-        if task.answer not in ("class", "labels", "tags"):
+        if task.reading.label is None:
             return True
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
             parts = [(self.collate or collate)([row])["labels"] for row in rows]
-        if task.answer == "labels":
-            present = int(torch.cat(parts).gt(0.5).any(dim=0).sum())
-        else:
-            present = len({label for part in parts for label in part.flatten().tolist()} - {IGNORED})
+        present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
         classes = getattr(getattr(model, "config", None), "num_labels", present)
         return 2 * present >= classes
 
