@@ -104,7 +104,6 @@ def what_arrives(config: Config) -> dict[str, Any]:
     answers = {
         (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
         (job, "prepare"): tables,
-        (job, "embeddings_of"): 100,
         (job, "require_embedded"): None,
         (job, "wrap"): model,
         (job, "plain_lora"): model,

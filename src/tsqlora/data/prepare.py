@@ -135,8 +135,9 @@ def prepare(
     return prepared
 
 
-def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Raises DataError naming the first row with a token that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= embeddings:
         return
     for table in tables.values():

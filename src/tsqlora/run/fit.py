@@ -101,9 +101,9 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     written = job.task.writer is not None and job.task.reading.causal and job.pretrained.tokenizer.is_fast
     if train.format is not None and written:
         about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
-        found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
-        record.notes += found
-        for finding in found if distributed.is_first() else ():
+        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        record.notes += worst
+        for finding in worst if distributed.is_first() else ():
             warnings.warn(finding, stacklevel=2)
     further = config.training.further_arguments()
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):

@@ -20,7 +20,7 @@ from tsqlora.run.config import Config
 from tsqlora.run.start import start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, embeddings_of, load_pretrained
+from tsqlora.training.load import Pretrained, load_pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
     data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
     if task.reading.media is None:
-        require_embedded(data, pretrained.tokenizer, embeddings_of(pretrained.model))
+        require_embedded(data, pretrained.tokenizer, pretrained.model)
     return Job(config, task, pretrained, data, length)
 
 

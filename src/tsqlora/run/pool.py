@@ -24,7 +24,7 @@ from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import Task, task_of
-from tsqlora.training.load import embeddings_of, positions_of
+from tsqlora.training.load import positions_of
 
 
 @of_loaded_model
@@ -112,7 +112,7 @@ def score_pool(
             require_columns(table, [error.what])
         raise
     if task.reading.media is None:
-        require_embedded(data, tokenizer, embeddings_of(model))
+        require_embedded(data, tokenizer, model)
     for note in notes_of(data):
         if note not in warned:
             warnings.warn(note, stacklevel=4)
