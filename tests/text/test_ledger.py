@@ -106,6 +106,17 @@ def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary
     assert "content_lost" in line_of(row, [without], vocabulary).findings
 
 
+def test_a_prompt_that_lacks_its_end_before_an_answer_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row, text = chat(QUESTION, ANSWER), QUESTION.encode()
+    whole = trained(tokenizer, row)
+    end = vocabulary.text(whole.ids.tolist()).index(text) + len(text)
+    last = np.searchsorted(vocabulary.ends(whole.ids), end)
+    ids, targets = (np.delete(one, slice(last - 7, last + 1)) for one in (whole.ids, whole.targets))
+    part = Trained(ids, targets, row.row)
+    assert vocabulary.text(part.ids.tolist()).count(text[:-8]) == 1
+    assert "content_lost" in line_of(row, [part], vocabulary, limit=1000).findings
+
+
 @pytest.mark.parametrize(
     ("contents", "name"),
     [

@@ -190,7 +190,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
     answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
     lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
-    if lacks and not (cut and at_ends_alone(spans, messages)):  # what nobody answers is one of `roles`
+    there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
+    ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
+    if ends_early or (lacks and not (cut and at_ends_alone(spans, messages))):  # what nobody answers is one of `roles`
         line.findings.append("content_lost")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
