@@ -31,6 +31,12 @@ pytestmark = [
 ]
 
 TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])
+# `assistant_only_loss` trains what these marks enclose; nothing else reads them.
+TOKENIZER.chat_template = TOKENIZER.chat_template.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
 CHATS = [
     [
         {"role": "user", "content": f"What is the number {j} plus one, in words please?"},
@@ -78,6 +84,7 @@ def audited(rows: list[dict[str, Any]], folder: Path, *, source: bool = True, **
     [
         (MESSAGES, {}, ["prompt_trained"]),
         (COMPLETIONS, {}, []),
+        (MESSAGES, {"assistant_only_loss": True}, []),
         (MESSAGES, {"padding_free": True, "max_length": None}, ["prompt_trained"]),
     ],
 )
