@@ -21,12 +21,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, Group
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -35,7 +30,7 @@ LARGEST = 300_000
 sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
 
 from browser import Page, browser  # noqa: E402
-from families import FAMILIES  # noqa: E402
+from families import FAMILIES, trained_tokenizer  # noqa: E402
 from tsqlora.cli import console  # noqa: E402
 from tsqlora.cli.commands import app  # noqa: E402
 from tsqlora.cli.progress_bars import Display  # noqa: E402
@@ -130,13 +125,8 @@ def pages(folder: Path) -> None:
 
 def chats(folder: Path) -> None:
     """The page of an audit of chats about news, of which some are too long, copies, or without an answer."""
-    news, family = [text for text, _ in bbc_news()][:60], FAMILIES["qwen 2.5"]
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteDecoder()  # type: ignore[assignment]
-    made: dict[str, Any] = {"vocab_size": 6_000, "initial_alphabet": ByteLevel.alphabet()}
-    inner.train_from_iterator(news, BpeTrainer(special_tokens=list(family.specials), show_progress=False, **made))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=family.specials[0])
-    tokenizer.chat_template = family.template
+    news = [text for text, _ in bbc_news()][:60]
+    tokenizer = trained_tokenizer(FAMILIES["qwen 2.5"], news, 6_000)
     tokenizer.save_pretrained(folder / "model")
     ends = tokenizer.eos_token_id
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=ends)

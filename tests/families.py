@@ -1,7 +1,15 @@
 """Tokenizers like those of well-known models: turn markers, end tokens and chat templates, one token a byte."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizers import byte_tokenizer
 
@@ -93,5 +101,17 @@ def tokenizer_of(family: Family) -> Any:
     tokenizer.eos_token = family.specials[0]
     tokenizer.pad_token = family.specials[0]
     tokenizer.bos_token = family.bos
+    tokenizer.chat_template = family.template
+    return tokenizer
+
+
+def trained_tokenizer(family: Family, texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the family with words of these texts, in place of bytes."""
+    inner, made = Tokenizer(BPE()), {"vocab_size": size, "initial_alphabet": ByteLevel.alphabet()}
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = ByteDecoder()
+    options: dict[str, Any] = {**made, "special_tokens": list(family.specials), "show_progress": False}
+    inner.train_from_iterator(texts, BpeTrainer(**options))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=family.specials[0])
     tokenizer.chat_template = family.template
     return tokenizer
