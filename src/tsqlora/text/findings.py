@@ -87,6 +87,9 @@ FINDINGS: dict[str, Kind] = {
         _cures("SFTConfig(chat_template_path=…)", "chat_template: chatml", "template: chatml"),
     ),
     "content_lost": Kind(ERROR, "the preparation leaves out content of a message"),
+    "reasoning_stripped": Kind(
+        NOTE, "the template leaves out the reasoning of earlier answers, as it does when the model is served"
+    ),
     "prompt_not_prefix": Kind(WARNING, "the prompt rendered alone is no prefix of the whole conversation"),
     "empty_answer": Kind(WARNING, "an answer is empty"),
     "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
@@ -106,6 +109,7 @@ FINDINGS: dict[str, Kind] = {
     "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
     "one_answer": Kind(NOTE, "many prompts have this one answer"),
     "broken_characters": Kind(WARNING, "mojibake, control characters, or role markers written as text"),
+    "html": Kind(NOTE, "a text has HTML tags outside code"),
     "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),
     "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
     "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),
