@@ -291,6 +291,8 @@ def audited(
             line.detail, line.lost_tokens = prepared.reason, prepared.lost
         else:
             line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
+            if prepared.last_alone:
+                line.findings = [*(name for name in line.findings if name != "only_last_answer"), "prompt_not_prefix"]
         lines.append(line)
     return lines
 

@@ -90,7 +90,11 @@ FINDINGS: dict[str, Kind] = {
     "reasoning_stripped": Kind(
         NOTE, "the template leaves out the reasoning of earlier answers, as it does when the model is served"
     ),
-    "prompt_not_prefix": Kind(WARNING, "the prompt rendered alone is no prefix of the whole conversation"),
+    "prompt_not_prefix": Kind(
+        WARNING,
+        "the template rewrites earlier answers, so the last one alone is trained; write one answer a row to train all",
+        _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
+    ),
     "empty_answer": Kind(WARNING, "an answer is empty"),
     "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
     "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
