@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the fi
 several tables, a hyphen and the table's own name.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -376,56 +377,46 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
     return mean if len(present) == len(values) else f"{mean} ({len(present)} of {len(values)} seeds)"
 
 
-SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
-    "default": "tsqlora, {trusted} trusted",
-    "last": "{trusted} always last",
-    "even": "even draws, {trusted} mixed in",
-    "trusted": "{trusted} trusted alone",
-    "default-untrusted": "tsqlora",
-    "even-untrusted": "even draws",
-    "lora": "plain LoRA",
+WORLD_TABLES = {
+    "shortcut": (("shortcut",), (128,)),
+    "both": (("both",), (128,)),
+    "weak": (("weak",), (128,)),
+    "clean": (("clean",), (128,)),
+    "few": (("shortcut", "weak", "clean", "shortcut-bbc"), (32,)),
+    "other": (("overlap", "intents-wrong40", "intents-one10"), (128,)),
 }
-"""Short names of ways to train in the worlds."""
-
-
-WORLD_TABLES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
-    **{
-        world: lambda cells, world=world: (cells.world == world) & (cells.trusted != 16)
-        for world in ("shortcut", "shortcut-mpnet", "overlap", "both", "weak", "wrong20", "clean")
-    },
-    "intents": lambda cells: cells.world.str.startswith("intents"),
-    "few": lambda cells: (cells.world == "shortcut") & (cells.trusted == 16),
-    "careless": lambda cells: cells.world.str.endswith("-careless"),
-}
-"""Which cells of fresh seeds each table of the worlds shows."""
+"""Worlds and numbers of trusted rows of each table."""
 
 
 def worlds(name: str, _: Results) -> pd.DataFrame:
-    cells = differences.screen() if name == "screen" else differences.cells()
-    table = _worlds(cells if name == "screen" else cells[WORLD_TABLES[name](cells)])
-    return table if table.world.nunique() > 1 else table.drop(columns="world")
-
-
-def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy on average and in the worst group, the gain over even draws, test loss; means over seeds."""
-    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
-    rows = []
-    ordered = cells.sort_values(["world", "trusted"], ascending=[True, False], kind="stable")
-    for (world, trusted, method), of in ordered.groupby(["world", "trusted", "method"], sort=False):
-        key = (world, trusted, method)
-        gain = gains.loc[key] if key in gains.index else None
+    """Accuracy on average and in the worst group, the gains over even draws, and test loss; means over seeds."""
+    (names, trusted), cells = WORLD_TABLES[name], differences.cells()
+    gains, rows = differences.against_even(cells).set_index(["world", "trusted", "method"]), []
+    for world, number, method in itertools.product(names, trusted, differences.WAYS):
+        of = cells[(cells.world == world) & (cells.trusted == number) & (cells.method == method)]
+        if not len(of):
+            continue
+        gain = gains.loc[world, number, method] if method != "even" else None
         rows.append(
             {
                 "world": differences.WORLDS[world],
-                "": SHORT[method].format(trusted=trusted),
+                "": differences.WAYS[method][0].format(trusted=number),
                 "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
-                "gain": "" if gain is None else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
-                "test loss": f"{of.loss.mean():.2f}",
+                "gain": "" if gain is None else _difference(gain, "accuracy"),
+                "gain in the worst group": "" if gain is None else _difference(gain, "worst"),
+                "test loss": f"{of['loss'].mean():.2f}",
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table.world.nunique() > 1 else table.drop(columns="world")
+
+
+def _difference(gain: pd.Series, name: str) -> str:
+    """Points with their interval; of one seed without."""
+    low, high = gain[f"{name}_low"], gain[f"{name}_high"]
+    return f"{gain[name]:+.1f}" + ("" if pd.isna(low) else f" ({low:+.1f}, {high:+.1f})")
 
 
 WRONG = {
@@ -540,13 +531,13 @@ def problems(_: Results) -> Rows:
             "The rows have a shortcut; 128 rows are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
             f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{world['even']:.1f}, the checked rows alone {world['trusted']:.1f}",
+            f"{world['even']:.1f}, the checked rows alone {world['alone']:.1f}",
         ),
         _problem(
             "Labels come from rules or a weak model; 128 are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
             f"SST-2 labelled by a lexicon: {weak['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{weak['even']:.1f}, the checked rows alone {weak['trusted']:.1f}",
+            f"{weak['even']:.1f}, the checked rows alone {weak['alone']:.1f}",
         ),
         _problem(
             "A server gives other answers than PEFT",
@@ -611,7 +602,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scoring": scoring,
     "scoring-goals": scoring_goals,
     "servers": servers,
-    **{f"worlds-{name}": partial(worlds, name) for name in (*WORLD_TABLES, "screen")},
+    **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
 }
 
 
