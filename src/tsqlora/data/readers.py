@@ -136,9 +136,9 @@ def sniff(path: Path, hints: Hints) -> Dialect:
         return dialect
     dialect = replace(dialect, quoting=hints.quoting)
     first = next((line for line, _ in _lines_if_decoded(path, dialect)), "")
-    if said := SEPARATOR.fullmatch(first):
+    if named := SEPARATOR.fullmatch(first):
         size = len(first.encode(encoding))
-        return replace(dialect, delimiter=said[1], mark=dialect.mark + size, skipped=1)
+        return replace(dialect, delimiter=named[1], mark=dialect.mark + size, skipped=1)
     return replace(dialect, delimiter=_delimiter(path, dialect, hints))
 
 
