@@ -1,8 +1,8 @@
 """What each way to train gains over even draws in the worlds of bench/worlds.py, for tables and a forest plot.
 
 Differences are in points and by seed: both ways were trained on the same pool, and predicted the same rows. Their 95 %
-intervals are t intervals over seeds. A seed has its own pool, trusted rows and training, of one data set: the intervals do
-not hold for other data.
+intervals are t intervals over seeds. A seed has its own pool, trusted rows and training, of one data set: the
+intervals do not hold for other data.
 """
 
 import io
