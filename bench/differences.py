@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "worlds_rule2"
+RESULTS = ROOT / "bench" / "results" / "worlds"
 WORLDS = {
     "shortcut": "a shortcut (SST-2)",
     "shortcut-bbc": "a shortcut (BBC)",

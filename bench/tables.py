@@ -347,6 +347,27 @@ def headstart(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def headstart_scale(_: Results) -> Rows:
+    """The head's scale: accuracy before the first step, over the curve and at its end, and test loss."""
+    rows = []
+    for (table, scale), of in (
+        curves.scales().sort_values("scale", ascending=False).groupby(["table", "scale"], sort=False)
+    ):
+        runs = [[point["accuracy"] for point in curve] for curve in of.curve]
+        rows.append(
+            {
+                "table": str(table),
+                "scale": f"{scale:g}",
+                "seeds": str(len(of)),
+                "before the first step": _mean([100 * run[0] for run in runs]),
+                "mean over the curve": _mean([100 * sum(run) / len(run) for run in runs]),
+                "at its end": _mean([100 * run[-1] for run in runs]),
+                "test loss": _mean([curve[-1]["loss"] for curve in of.curve], 3),
+            }
+        )
+    return sorted(rows, key=lambda row: row["table"])
+
+
 def headstart_short(_: Results) -> pd.DataFrame:
     """Plain LoRA and tsqlora side by side, a row for each table."""
     both = headstart(_).set_index(["table", "way to train"]).unstack("way to train")
@@ -410,7 +431,29 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    return table if table.world.nunique() > 1 else table.drop(columns="world")
+    return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
+
+
+def worlds_cost(_: Results) -> Rows:
+    """Processor seconds of tsqlora and of even draws, by those of plain LoRA with the same seeds."""
+    cells = differences.cells()
+    rows = []
+    for world in differences.WORLDS:
+        of = cells[(cells.world == world) & (cells.trusted == (32 if world == "shortcut-bbc" else 128))]
+        seconds = of.pivot_table(index="seed", columns="method", values="processor_seconds").dropna(
+            subset=[name for name in ("default", "even", "lora") if name in set(of.method)]
+        )
+        if {"default", "even", "lora"} <= {*seconds.columns} and len(seconds):
+            ratios = {name: f"{(seconds[name] / seconds['lora']).mean():.2f}" for name in ("default", "even")}
+            rows.append(
+                {
+                    "world": differences.WORLDS[world],
+                    "seeds": str(len(seconds)),
+                    "tsqlora": ratios["default"],
+                    "even draws from the fitted head": ratios["even"],
+                }
+            )
+    return rows
 
 
 def _difference(gain: pd.Series, name: str) -> str:
@@ -507,8 +550,8 @@ def problems(_: Results) -> Rows:
     start = headstart(_).set_index(["table", "way to train"])
     ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
     cells = differences.cells()
-    with_128 = 100 * cells[cells.trusted == 128].groupby(["world", "method"]).accuracy.mean()
-    world, weak = with_128["shortcut"], with_128["weak"]
+    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
+    worlds = {name: _world_claim(cells, gains, name) for name in ("shortcut", "weak")}
     served = json.loads((RESULTS / "servers.json").read_text())["servers"]
     newest = {name.split()[0]: (name, kinds) for name, kinds in served.items()}
     verdicts = {name: Counter(kind["verdict"] for kind in kinds.values()) for name, kinds in newest.values()}
@@ -530,14 +573,12 @@ def problems(_: Results) -> Rows:
         _problem(
             "The rows have a shortcut; 128 rows are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
-            f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{world['even']:.1f}, the checked rows alone {world['alone']:.1f}",
+            f"SST-2 with a shortcut: {worlds['shortcut']}",
         ),
         _problem(
             "Labels come from rules or a weak model; 128 are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
-            f"SST-2 labelled by a lexicon: {weak['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{weak['even']:.1f}, the checked rows alone {weak['alone']:.1f}",
+            f"SST-2 labelled by a lexicon: {worlds['weak']}",
         ),
         _problem(
             "A server gives other answers than PEFT",
@@ -560,6 +601,16 @@ def problems(_: Results) -> Rows:
             "GLUE's tables, clean or with 20 % random wrong labels: level, not better",
         ),
     ]
+
+
+def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
+    """Accuracy with 128 trusted rows, and the lower bound of the gain over the same rows mixed in."""
+    of, gain = cells[(cells.world == world) & (cells.trusted == 128)], gains.loc[world, 128, "default"]
+    accuracy, alone = (100 * of[of.method == name].accuracy.mean() for name in ("default", "alone"))
+    return (
+        f"{accuracy:.1f} % accuracy, at least {gain.accuracy_low:.1f} points more than with the same rows mixed in "
+        f"({gain.seeds:.0f} seeds, t interval); the checked rows alone {alone:.1f}"
+    )
 
 
 def rules(_: Results) -> Rows:
@@ -598,10 +649,12 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
+    "headstart-scale": headstart_scale,
     "headstart-short": headstart_short,
     "scoring": scoring,
     "scoring-goals": scoring_goals,
     "servers": servers,
+    "worlds-cost": worlds_cost,
     **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
 }
 
