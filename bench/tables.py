@@ -368,6 +368,35 @@ def headstart_scale(_: Results) -> Rows:
     return sorted(rows, key=lambda row: row["table"])
 
 
+def headstart_controls(_: Results) -> Rows:
+    """CLINC150: the fitted head, fewer rows and a shorter schedule apart; seconds as shares of plain LoRA's."""
+    names = {
+        "lora": "LoRA, random head",
+        "lora-third": "LoRA, random head, a third of the steps",
+        "lora+head": "LoRA, fitted head, a third of the steps",
+        "tsqlora": "tsqlora, a third of the steps, on half of the rows an epoch",
+    }
+    cells = {
+        (cell["settings"]["method"], cell["settings"]["seed"]): cell["curve"] for cell in _cells("headstart_controls")
+    }
+    rows = []
+    for method, name in names.items():
+        of = {seed: curve for (way, seed), curve in cells.items() if way == method and ("lora", seed) in cells}
+        shares = [curve[-1]["seconds"] / cells["lora", seed][-1]["seconds"] for seed, curve in of.items()]
+        if of:
+            rows.append(
+                {
+                    "CLINC150": name,
+                    "seeds": str(len(of)),
+                    "steps": str(next(iter(of.values()))[-1]["step"]),
+                    "before the first step": _mean([100 * curve[0]["accuracy"] for curve in of.values()]),
+                    "at its end": _mean([100 * curve[-1]["accuracy"] for curve in of.values()]),
+                    "seconds": _mean(shares, 2),
+                }
+            )
+    return rows
+
+
 def headstart_short(_: Results) -> pd.DataFrame:
     """Plain LoRA and tsqlora side by side, a row for each table."""
     both = headstart(_).set_index(["table", "way to train"]).unstack("way to train")
@@ -649,6 +678,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
+    "headstart-controls": headstart_controls,
     "headstart-scale": headstart_scale,
     "headstart-short": headstart_short,
     "scoring": scoring,
