@@ -335,7 +335,7 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
             write_rows(folder / "validation.jsonl", pool[: len(pool) // 5])
             pool = pool[len(pool) // 5 :]
             evaluations = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 20, "save_steps": 20}
-            training |= evaluations | {"load_best_model_at_end": True, "save_total_limit": 1}
+            training |= evaluations | {"load_best_model_at_end": True, "save_total_limit": 2}
         write_rows(folder / "train.jsonl", pool)
         record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun

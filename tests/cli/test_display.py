@@ -142,7 +142,8 @@ def explained(text: str, label: str) -> dict[str, Any]:
         "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
     }
     lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
-    return {**lists, "likely_wrong": [], "likely_wrong_rows": 4, "likely_wrong_left_out": 3, "kind": "class"}
+    wrong = {"likely_wrong": [], "likely_wrong_rows": 4, "likely_wrong_left_out": 3}
+    return {**lists, **wrong, "kind": "class", "even": False}
 
 
 @pytest.mark.parametrize("width", [30, 40, 80, 200])
@@ -177,7 +178,9 @@ def test_samples_of_text_have_no_class(kind: str) -> None:
         del sample[name]
     lists = {name: [sample] for name in ("highest", "lowest", "suspicious", "likely_wrong")}
     counts = {"likely_wrong_rows": 1, "likely_wrong_left_out": 1}
-    out = shown(show_explained, {**lists, **counts, "kind": kind})
+    out = shown(show_explained, {**lists, **counts, "kind": kind, "even": True})
+    assert "rows were drawn evenly" in out
+    assert "quality" not in out
     out += shown(show_row, {**sample, "out_of_sample": True, "kind": kind})
     assert "target tokens 7" in out
     assert ("swapped pairs: 1 in all, 1 left out" in out) == (kind == "pair")

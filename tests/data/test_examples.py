@@ -51,7 +51,7 @@ def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
     ("row", "column"),
     [
         ({"history": [["a", "b"]], "instruction": "Hi.", "output": "Arr"}, "history"),
-        ({"tools": [{"name": "f"}], "conversations": [{"from": "gpt", "value": "Arr"}]}, "tools"),
+        ({"tools": [{"name": "f"}], "instruction": "Hi.", "output": "Arr"}, "tools"),
         ({"history": [["a", "b"]], "prompt": "Hi.", "completion": "Arr"}, "history"),
     ],
 )
@@ -94,6 +94,11 @@ def test_messages_are_turns() -> None:
     )
 
 
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert read({"messages": [USER | {"content": parts}, ANSWER]}) == read({"messages": [USER, ANSWER]})
+
+
 def test_what_stands_after_the_last_answer_is_not_trained_on() -> None:
     assert read({"messages": [USER, ANSWER, USER]}) == read({"messages": [USER, ANSWER]})
 
@@ -128,11 +133,10 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, ["message without text", "'messages'"]),
         ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, ["list ['x']", "message 2"]),
         ({"messages": [USER]}, ["'messages'", "assistant"]),
-        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f"}]}]}, ["message 2", "'tool_calls'"]),
-        ({"messages": [USER, ANSWER | {"reasoning_content": "so"}]}, ["message 2", "'reasoning_content'"]),
-        ({"messages": [USER, ANSWER | {"reasoning": "so"}]}, ["message 2", "'reasoning'"]),
         ({"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]}, ["message 2", "weight 0"]),
-        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, ["'tools'"]),
+        ({"messages": [USER, ANSWER], "tools": "no JSON"}, ["'tools'", "list"]),
+        ({"messages": [USER | {"content": [{"type": "image"}]}, ANSWER]}, ["message 1", "'image'"]),
+        ({"prompt": [USER], "completion": [USER]}, ["'completion'", "assistant"]),
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, ["'functions'"]),
         ({"messages": [USER, ANSWER], "documents": [{"title": "f"}]}, ["'documents'"]),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, ["message 1", "from, 'bot'"]),

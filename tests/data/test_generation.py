@@ -164,16 +164,32 @@ def test_what_a_chat_is_asked_is_what_it_is_trained_with() -> None:
     assert references(rows, format_of(rows)) == ["d"]
 
 
-def test_of_a_long_chat_the_oldest_turns_go_and_a_cut_answer_is_not_trained_on() -> None:
-    rows = rows_of({"messages": [say("user", "a"), say("assistant", "bcdef"), say("user", "g"), say("assistant", "h")]})
-    template = "<s>{% for m in messages %}{{ m['content'] }}|{% endfor %}"
-    tokenizer = byte_tokenizer(chat_template=template)
-    assert shown(tokenizer, make(rows, tokenizer)[0]) == ("<s>a|bcdef|g|h|", "bcdef|h|")
-    cut = make(rows, tokenizer, max_length=9)
-    assert shown(tokenizer, cut[0]) == ("<s>def|g|h|", "h|")
+TURNS = "<s>{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}|{% endfor %}"
+
+
+def test_of_a_long_chat_whole_exchanges_go_the_oldest_first_and_the_system_prompt_stays() -> None:
+    chat = [say("user", "a"), say("assistant", "bcdef"), say("user", "g"), say("assistant", "h")]
+    rows = rows_of({"messages": [say("system", "S"), *chat, say("user", "i"), say("assistant", "j")]})
+    tokenizer = byte_tokenizer(chat_template=TURNS)
+    whole = make(rows, tokenizer)[0]
+    assert shown(tokenizer, whole) == ("<s>[s]S|[u]a|[a]bcdef|[u]g|[a]h|[u]i|[a]j|", "[a]bcdef|[a]h|[a]j|")
+    cut = make(rows, tokenizer, max_length=len(whole["input_ids"]) - 1)
+    assert shown(tokenizer, cut[0]) == ("<s>[s]S|[u]g|[a]h|[u]i|[a]j|", "[a]h|[a]j|")
     assert cut.truncated == 1
-    assert shown(tokenizer, make(rows, tokenizer, max_length=11)[0])[1] == "bcdef|h|"
-    assert make(rows, tokenizer, max_length=3).left_out == (("train.jsonl:7", 4),)
+    least = make(rows, tokenizer, max_length=16)
+    assert shown(tokenizer, least[0]) == ("<s>[s]S|[u]i|[a]j|", "[a]j|")
+    assert make(rows, tokenizer, max_length=15).left_out == (("train.jsonl:7", 16),)
+    # Without an answer to learn, a last turn that is too long loses its beginning.
+    prompt = make(rows, tokenizer, max_length=8, with_targets=False)[0]
+    assert tokenizer.decode(prompt["input_ids"]) == "<s>S|[u]i|"
+
+
+def test_a_start_token_that_marks_turns_is_not_doubled_where_a_prompt_is_cut() -> None:
+    template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=template)
+    rows = rows_of({"messages": [say("user", "a"), say("user", "bcd")]})
+    prompt = make(rows, tokenizer, max_length=3, with_targets=False)[0]
+    assert tokenizer.decode(prompt["input_ids"]) == "cd<s>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
@@ -216,6 +232,34 @@ def test_what_is_measured_goes_on_from_what_its_answer_followed() -> None:
     assert references(rows, format_of(rows)) == ["b"]
     assert measured == make(rows_of({"messages": chat[:1]}), CHATTY, with_targets=False)[0]
     assert str(CHATTY.decode(prompts["input_ids"])).count("user") == 2
+
+
+def test_tools_and_tool_calls_are_written_by_a_template_that_takes_them() -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}|{% endif %}"
+        "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}|{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": None}]}
+    chat = {"messages": [say("user", "a"), call, say("tool", "b"), say("assistant", "c")]}
+    tokenizer = byte_tokenizer(chat_template=template)
+    for tools in ([{"name": "f", "about": None}], '[{"name": "f"}]'):
+        sample = make(rows_of({**chat, "tools": tools}), tokenizer)[0]
+        assert shown(tokenizer, sample) == ('[{"name": "f"}]|a|[{"name": "f"}]|b|c|', '[{"name": "f"}]|c|')
+    assert "'tool_calls'" in error(DataError, rows_of(chat), CHATTY)
+    assert "'tools'" in error(
+        DataError, rows_of({"messages": chat["messages"][:1] + chat["messages"][3:], "tools": [{"name": "f"}]}), CHATTY
+    )
+
+
+def test_of_a_prompt_that_is_a_chat_no_answer_is_trained_on() -> None:
+    prompt = [say("system", "s"), say("user", "a"), say("assistant", "b"), say("user", "c")]
+    tokenizer = byte_tokenizer(chat_template=TURNS)
+    for answer in ([say("assistant", "d")], "d"):
+        rows = rows_of({"prompt": prompt, "completion": answer})
+        assert shown(tokenizer, make(rows, tokenizer)[0]) == ("<s>[s]s|[u]a|[a]b|[u]c|[a]d|", "[a]d|")
+        assert references(rows, format_of(rows)) == ["d"]
+    alone = make(rows, tokenizer, with_targets=False)[0]
+    assert tokenizer.decode(alone["input_ids"]) == "<s>[s]s|[u]a|[a]b|[u]c|"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def texts_in(value: Any) -> set[str]:
 
 def encoded(example: Example | Chat) -> str:
     if isinstance(example, Chat):
-        return "\n".join(turn.content for turn in example.turns)
+        return "\n".join([*(turn.content for turn in example.turns), *(tool["name"] for tool in example.tools)])
     return f"{example.prompt}\n{example.target}"
 
 

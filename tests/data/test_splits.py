@@ -25,6 +25,7 @@ SEEDS = st.integers(0, 2**32)
 def read(train: Path, **options: Any) -> dict[str, Table]:
     answer = options.get("answer", "class")
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
+    names = () if answer == "pair" else names
     defaults: dict[str, Any] = {"validation": None, "test": None, "answer": answer, "columns": dict.fromkeys(names)}
     return read_data(str(train), **(defaults | {"validation_fraction": 0.25, "seed": 0} | options))
 
@@ -120,11 +121,19 @@ def test_an_unlabelled_test_split_that_no_setting_names_is_left_out(label: Any, 
     assert "test" in read(tmp_path)
 
 
+GOOD = make_rows(20)
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TALKS = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}
+
+
 @pytest.mark.parametrize(
     ("rows", "answer", "message"),
     [
         ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; set data.label"),
         ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
+        ([PAIR] * 3, "class", "set task.type to preference"),
+        ([PAIR] * 3, "text", "set task.type to preference"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "class", "train.jsonl:11: the label 'warm'"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "number", "train.jsonl:11: label 'warm'"),
     ],
@@ -134,9 +143,6 @@ def test_a_bad_row_is_named_before_anything_is_split(rows: Any, answer: str, mes
 
 
 # Incomplete rows
-
-GOOD = make_rows(20)
-CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,9 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ("text", [{"messages": CHAT}] * 20, {"messages": []}, "no messages in column 'messages'"),
         ("text", [{"messages": CHAT}] * 20, {"messages": CHAT[:1]}, "no assistant's turn"),
         ("text", [{"messages": CHAT}] * 20, {"messages": [CHAT[0], {**CHAT[1], "content": ""}]}, "a message without"),
+        ("pair", [PAIR] * 20, {**PAIR, "rejected": ""}, "no answer in column 'rejected'"),
+        ("pair", [TALKS] * 20, {**TALKS, "rejected": [CHAT[1] | {"content": ""}]}, "text in column 'rejected'"),
+        ("pair", [TALKS] * 20, {**TALKS, "chosen": [CHAT[1] | {"content": ""}]}, "text in column 'chosen'"),
     ],
 )
 def test_incomplete_rows_are_left_out_up_to_a_share(
@@ -171,6 +180,13 @@ def test_incomplete_rows_are_left_out_up_to_a_share(
     ids = np.concatenate([table.ids for table in splits.values()])
     assert sorted(ids.tolist()) == [j for j in range(21) if j != 5]
     assert [row.number - 1 for row in splits["train"]] == splits["train"].ids.tolist()
+
+
+def test_turns_behind_the_last_answer_are_said(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"messages": CHAT}] * 8 + [{"messages": [*CHAT, CHAT[0]]}] * 2)
+    with pytest.warns(UserWarning, match=r"2 of 10 chats end with turns that have no answer") as warned:
+        splits = read(path, answer="text")
+    assert splits["train"].notes == (str(warned[0].message),)
 
 
 def test_the_share_counts_by_file_and_one_message_lists_every_kind(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import write_config, write_jsonl
 from seen import Seen
 from tsqlora.compat.bitsandbytes import linear_bits
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.reasons import explain
 from tsqlora.quality.scores import Scores
@@ -265,6 +265,15 @@ def test_a_dry_run_shows_samples_and_refuses_a_model_of_the_other_kind(run: Path
     other = {"causal-lm": "seq2seq", "seq2seq": "causal-lm"}[config.task.type]
     with pytest.raises(SettingsError, match=rf"task\.type is {other}; set it to {config.task.type}"):
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
+
+
+def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "causal-lm", rows(8))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([WORDS[0]])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"train\.jsonl: row 0 has token \d+ .*, and the model has \d+ embeddings"):
+        pipeline.dry_run(load_config(config))
 
 
 def test_a_classifier_is_no_generator(tmp_path: Path) -> None:

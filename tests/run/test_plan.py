@@ -19,6 +19,7 @@ from tsqlora.run.fit import arguments
 from tsqlora.run.job import trained_task
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.training.fit import Method
+from words import llama
 
 
 def settings(**sections: Mapping[str, Any]) -> Config:
@@ -29,8 +30,10 @@ def settings(**sections: Mapping[str, Any]) -> Config:
     )
 
 
-def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any) -> dict[str, Any]:
-    splits = {name: table_with(samples(n, 2)) for name, n in (("train", rows), ("validation", 10))}
+def planned(
+    config: Config, model: PeftModel, *, rows: int = 100, validation: int = 10, **quality: Any
+) -> dict[str, Any]:
+    splits = {name: table_with(samples(n, 2)) for name, n in (("train", rows), ("validation", validation))}
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"].samples, q.fraction)
     scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
@@ -42,6 +45,16 @@ def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any
 @pytest.fixture(scope="module")
 def model() -> PeftModel:
     return tsq.wrap(tiny_bert(num_labels=2, dtype=torch.float32), mean_rank=8)
+
+
+def test_memory_counts_the_logits_of_the_larger_batch() -> None:
+    config, words = settings(task={"type": "causal-lm"}, ranks={"policy": "fixed"}), llama()
+    vocabulary = words.config.vocab_size = 2**20  # as its logits would be
+    model = tsq.wrap(words, mean_rank=2)
+    few, many = (planned(config, model, validation=n)["memory_bytes"] for n in (4, 64))
+    longest = max(table_with(samples(64, 2)).samples.lengths)
+    assert few > 8 * longest * vocabulary * 12
+    assert many > 64 * longest * vocabulary * 6 > few
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulation"), [(100, 8, 1), (100, 7, 3), (9, 8, 4), (101, 50, 2)])

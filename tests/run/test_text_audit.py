@@ -76,6 +76,21 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(place: Path
     assert tsqlora(*command)[0] == 2  # it holds an audit
 
 
+def test_a_chat_that_is_too_long_has_lost_its_oldest_answers(place: Path, tsqlora: Run) -> None:
+    system, chat = {"role": "system", "content": "Be brief."}, right(1)[0]["messages"]
+    older = turns("And to Rome? " * 20, "Far away. " * 12)["messages"]
+    rows = [{"messages": [system, *older, *chat]}, {"messages": [system, *chat, chat[0]]}]
+    source = write_jsonl(place / "long.jsonl", rows)
+    command = ("audit", source, "--model", place / "model", "--max-length", "200", "--out", place / "long", "--json")
+    code, shown, err = tsqlora(*command)
+    assert code == 0, err
+    findings = {finding["name"]: finding["places"] for finding in json.loads(shown)["findings"]}
+    assert findings == {"answer_cut": [0], "roles": [1]}
+    lines = pq.read_table(place / "long" / "ledger.parquet").to_pylist()
+    assert (lines[0]["fate"], lines[0]["lost_tokens"]) == ("cut", len(older[1]["content"]) + 1)
+    assert lines[0]["trained_tokens"] == lines[1]["trained_tokens"] == len(chat[1]["content"]) + 1
+
+
 def test_an_error_ends_a_strict_audit_with_4(place: Path, tsqlora: Run) -> None:
     command = ("audit", place / "chats.jsonl", "--model", place / "model", "--strict", "--json")
     template = place / "no_stop.jinja"

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 import tsqlora as tsq
@@ -29,6 +30,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
 from tsqlora.training.checkpoints import write_manifest
+from words import llama
 
 DATA = moods()
 GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
@@ -45,6 +47,21 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         values = [torch.as_tensor(row[name]) for row in rows]
         batch[name] = torch.nn.utils.rnn.pad_sequence(values, True) if values[0].dim() else torch.stack(values)
     return batch
+
+
+def test_text_without_trusted_rows_is_said_to_be_drawn_evenly(tmp_path: Path) -> None:
+    data = tsq.QualitySubset([{"input_ids": [5, 6, 7 + j], "labels": [5, 6, 7 + j]} for j in range(8)], 0.5)
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=1,
+        train_sampling_strategy="sequential",
+    )
+    trainer = Trainer(llama(), args, train_dataset=data, callbacks=[tsq.QualityCallback(data)])
+    with pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"):
+        trainer.train()
 
 
 UNLEARNED = pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning")

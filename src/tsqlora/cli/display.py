@@ -147,7 +147,10 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     """Rows to look at, list by list."""
     kind, wrong, left_out = (explained[name] for name in ("kind", "likely_wrong_rows", "likely_wrong_left_out"))
-    titles = {"highest": "highest quality", "lowest": "lowest quality", "suspicious": "most suspicious: highest loss"}
+    titles = {"highest": "highest quality", "lowest": "lowest quality"}
+    if explained["even"]:
+        titles = {"highest": "highest Q, which decided nothing: rows were drawn evenly", "lowest": "lowest Q"}
+    titles["suspicious"] = "most suspicious: highest loss"
     if kind == "class":
         titles["suspicious"] += " within the class"
         titles["likely_wrong"] = (

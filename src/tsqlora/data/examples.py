@@ -1,8 +1,9 @@
 """Rows as a generating model reads them: chats, prompts with answers, pairs of answers, plain text."""
 
+import json
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tsqlora.data.rows import Columns, MissingError, Row, as_text, is_missing, text_at, text_or_empty
@@ -19,20 +20,25 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a chat."""
+    """One message of a chat; `further` has its tool calls and the like, by the names that templates read."""
 
     role: str
     content: str
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Turns for the tokenizer's chat template; every assistant's turn is a target.
+    """Turns for the tokenizer's chat template; every assistant's turn is a target, but for those of the `context`.
 
     If targets are not read, the turns before the one to generate.
     """
 
     turns: tuple[Turn, ...]
+    tools: Sequence[Any] = ()
+    """Definitions of tools, for a template that takes them."""
+    context: int = 0
+    """How many turns at the beginning have no target: those of a prompt that is a chat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,9 @@ class Manner:
     measured: bool = False
 
 
-UNREAD = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
-"""Keys of a message, beside its content, that a model would not learn."""
+CALLS = ("tool_calls", "function_call")
+FURTHER = (*CALLS, "reasoning", "reasoning_content", "thinking")
+"""Keys of a message, beside its content, that some chat templates write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +87,29 @@ def read_chat(row: Row, columns: Columns, manner: Manner, *, keys: Keys = MESSAG
     A chat is a list of {"role": …, "content": …}; with SHAREGPT, of {"from": …, "value": …}, where gpt is assistant.
 
     Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
-    contents, keys in UNREAD, weights, two system prompts, and a chat without a turn to write or to answer.
+    contents, parts that are no text, weights, two system prompts, and a chat without a turn to write or to answer.
     """
-    column = columns.text
+    column, place = columns.text, row.place
+    turns, tools = _turns(row, columns, manner, keys), _tools(row)
+    answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
+    if manner.targets and not answered:
+        raise MissingError(place, f"no assistant's turn in column '{column}'")
+    if manner.targets:
+        return Chat(turns[:answered], tools)
+    before = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
+    if not before:
+        raise DataError(f"{place}: column '{column}' has nothing to answer; start it with a user's message")
+    return Chat(before, tools)
+
+
+def _turns(row: Row, columns: Columns, manner: Manner, keys: Keys) -> tuple[Turn, ...]:
+    """The messages in the column of texts, after the row's system prompt."""
+    column, place, messages = columns.text, row.place, row.cells.get(columns.text)
     if manner.seq2seq:
         raise UnsupportedError(
             f"{row.source}: chats in column '{column}' need task.type causal-lm; "
             "for seq2seq give columns of text: data.prompt and data.target"
         )
-    place, messages = row.place, row.cells.get(column)
     if is_missing(messages) or messages == []:
         raise MissingError(place, f"no messages in column '{column}'")
     if not isinstance(messages, list):
@@ -102,42 +123,55 @@ def read_chat(row: Row, columns: Columns, manner: Manner, *, keys: Keys = MESSAG
                 f"{place}: column '{columns.system}' and column '{column}' have two system prompts; remove one"
             )
         turns = (system, *turns)
-    answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
-    if manner.targets and not answered:
-        raise MissingError(place, f"no assistant's turn in column '{column}'")
-    if manner.targets:
-        return Chat(turns[:answered])
-    before = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
-    if not before:
-        raise DataError(f"{place}: column '{column}' has nothing to answer; start it with a user's message")
-    return Chat(before)
+    return turns
+
+
+def _tools(row: Row) -> Sequence[Any]:
+    """The definitions in column `tools`, which may be JSON text."""
+    tools = row.cells.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise DataError(f"{row.place}: column 'tools' holds {_shown(tools)}, not a list in JSON") from None
+    return _without_none(tools) if isinstance(tools, list) else ()
+
+
+def _without_none(value: Any) -> Any:
+    """The value without null fields: Arrow gives all objects in a column the fields of all."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
     where = f"message {number} in column '{column}'"
     if not isinstance(message, dict):
         raise DataError(f"{place}: {where} is {_shown(message)}; write an object with {keys.role} and {keys.content}")
+    further = {key: _without_none(message[key]) for key in FURTHER if message.get(key)}
+    calls = any(key in further for key in CALLS)
     for key in (keys.role, keys.content):
-        if key not in message:
+        if key not in message and not (calls and key == keys.content):
             other = "sharegpt (from, value)" if keys is MESSAGES else "messages (role, content)"
             raise DataError(f"{place}: {where} has no '{key}'; write it, or set data.format to {other}")
-    role, content = message[keys.role], message[keys.content]
+    role, content = message[keys.role], message.get(keys.content)
     if not isinstance(role, str) or role not in keys.roles:
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
-    if unread := [key for key in UNREAD if message.get(key)]:
-        raise DataError(
-            f"{place}: {where} has '{unread[0]}', which is not read, so a model would not learn it; move it into the "
-            "text, or remove it"
-        )
     weight = message.get("weight")
     if keys.roles[role] == "assistant" and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
         raise DataError(
             f"{place}: {where} has the weight {weight!r}, and every answer is trained on alike; "
             "remove the message, or its weight"
         )
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
+            raise DataError(f"{place}: {where} has a part of type {other.get('type')!r}, and only texts are read")
+        content = "".join(part["text"] for part in content)
     if is_missing(content):
-        raise MissingError(place, f"a message without text in column '{column}'")
-    return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
+        if not calls:
+            raise MissingError(place, f"a message without text in column '{column}'")
+        content = ""
+    return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place), further)
 
 
 def _shown(value: Any) -> str:
@@ -200,8 +234,17 @@ def read_alpaca(row: Row, columns: Columns, manner: Manner) -> Example | Chat:
 def read_prompt(row: Row, columns: Columns, manner: Manner) -> Example | Chat:
     """A prompt and its completion with nothing between them: a space must be part of one of the texts.
 
-    A context stands before the prompt, with a blank line between them, unless the prompt has it.
+    A context stands before the prompt, with a blank line between them, unless the prompt has it. A prompt of messages
+    has a completion of messages, or of text; as in TRL only the completion is a target.
     """
+    if isinstance(row.cells.get(columns.text), list):
+        prompt, label = _turns(row, columns, manner, MESSAGES), columns.label or ""
+        if not manner.targets:
+            return Chat(prompt, _tools(row))
+        if not isinstance(row.cells.get(label), list):
+            return Chat((*prompt, Turn("assistant", text_at(row, label))), _tools(row), len(prompt))
+        answer = read_chat(row, Columns(label, None, None), manner)
+        return replace(answer, turns=(*prompt, *answer.turns), context=len(prompt))
     target = _target(row, columns, manner)
     prompt, context = text_at(row, columns.text), text_or_empty(row, columns.text_pair)
     plain = prompt if context in prompt else f"{context}\n\n{prompt}"
@@ -253,8 +296,9 @@ def read_pair(row: Row, columns: Columns, manner: Manner) -> Example | Chat:
         # Beside a whole chat, its first turn may be written once more as a text.
         if isinstance(prompt, str) and isinstance(answer[0], dict) and answer[0].get("role") == "assistant":
             before = [{"role": "user", "content": prompt}]
-        chat = replace(row, cells={**cells, "messages": [*before, *answer]})
-        return read_chat(chat, replace(columns, text="messages"), manner)
+        label = columns.label or ""
+        chat = replace(row, cells={**cells, label: [*before, *answer]})
+        return read_chat(chat, replace(columns, text=label), manner)
     text = "" if is_missing(prompt) else as_text(prompt, f"column '{columns.text}'", place)
     answer = as_text(answer, f"column '{columns.label}'", place)
     return exchange(row, columns, text, answer, chat=is_chat(columns, manner))

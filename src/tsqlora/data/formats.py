@@ -115,8 +115,31 @@ class Format:
         example = read(row, self.columns, manner)
         parts = PARTS if manner.targets else PARTS - ANSWERS
         cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
-        refuse_leftovers(row, self.columns, parts if self.whole else (), cure)
+        refuse_leftovers(
+            row,
+            self.columns,
+            parts if self.whole else (),
+            cure,
+            tools=isinstance(example, Chat) and bool(example.tools),
+        )
         return example
+
+    def ends_unanswered(self, row: Row) -> bool:
+        """Whether a chat goes on behind its last answer."""
+        cell = row.cells.get(self.columns.text)
+        if self.name not in ("messages", "sharegpt") or not isinstance(cell, list):
+            return False
+        roles = [turn.get("role", turn.get("from")) for turn in cell if isinstance(turn, Mapping)]
+        answers = [SHAREGPT.roles.get(str(role)) == "assistant" for role in roles]
+        return any(answers) and not answers[-1]
+
+    @property
+    def sides(self) -> tuple["Format", ...]:
+        """The format of each answer: of a pair, of the chosen and of the rejected one."""
+        if self.name != PREFERENCE:
+            return (self,)
+        columns = self.columns
+        return self, replace(self, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
 
 
 def pair_format(names: Sequence[str], *, source: str) -> Format:
@@ -224,8 +247,10 @@ OF_CHATS = ("tools", "functions", "documents", "history")
 """What other trainers put into a chat's prompt, in their own ways."""
 
 
-def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str | None) -> None:
+def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str | None, *, tools: bool) -> None:
     """Raises DataError if a row has an unread column among `parts` or OF_CHATS; `setting` names columns in its place.
+
+    `tools` are read or not.
 
     A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
     has theirs, as a text of the whole row.
@@ -234,7 +259,7 @@ def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting
     read = [row.cells.get(column) for column in used if column is not None]
     for name, value in row.cells.items():
         usual = name.strip().lower()
-        if name in used or is_missing(value) or value in ([], {}):
+        if name in used or is_missing(value) or value in ([], {}) or (tools and name == "tools"):
             continue
         if usual in OF_CHATS:
             # A single text is a mark of its document, as in other tables.

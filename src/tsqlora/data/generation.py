@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import Chat, Example, Manner, Turn
+from tsqlora.data.examples import Chat, Example, Manner
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
 from tsqlora.data.table import Samples, of_rows
@@ -42,28 +43,40 @@ class Run:
 def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
     """The sample's text in order, without empty pieces.  Raises DataError with the row's place."""
     if isinstance(example, Chat):
-        return chat_pieces(example.turns, tokenizer, place)
+        return chat_pieces(example, tokenizer, place)
     target = [] if example.target is None else [Piece(example.target, True)]
     return [*([Piece(example.prompt, False)] if example.prompt else []), *target]
 
 
-def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
     """The chat as the tokenizer's template renders it; an assistant's turn is a target.
 
     A turn is the difference between the template's prompt for it and the template with it: exactly what a model has to
     write after the prompt that it will get. White space after the end token belongs to the next prompt. The target of
     a turn that opens the chat starts with its content. A chat that ends with another turn ends with the prompt for an
     answer; if the template rewrites earlier text, that chat is one piece. Raises DataError if the template refuses the
-    turns, or rewrites the text before an answer with loss, so that the turn's text is unclear.
+    turns, rewrites the text before an answer with loss, so that the turn's text is unclear, or does not read the tools
+    or what else a turn has.
     """
-    final = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, prompt=True)
+    turns, template = chat.turns, str(tokenizer.chat_template)
+    beside = [*(["tools"] if chat.tools else []), *(key for turn in turns for key in turn.further)]
+    if unread := [key for key in beside if key not in template]:
+        raise DataError(
+            f"{place}: the row has '{unread[0]}', which the chat template does not read, so a model would not learn "
+            "it; give a template that does, move it into the text, or remove it"
+        )
+
+    def rendered(count: int, *, prompt: bool) -> str:
+        return _rendered(replace(chat, turns=turns[:count]), tokenizer, place, prompt=prompt)
+
+    final = None if turns[-1].role == "assistant" else rendered(len(turns), prompt=True)
     pieces, seen = list[Piece](), ""
     for i, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        whole = _rendered(turns[: i + 1], tokenizer, place, prompt=False)
+        whole = rendered(i + 1, prompt=False)
         if i:
-            prompt = _rendered(turns[:i], tokenizer, place, prompt=True)
+            prompt = rendered(i, prompt=True)
         else:
             at = whole.find(turn.content.strip())
             prompt = whole[:at] if at >= 0 else whole
@@ -81,7 +94,7 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
         target, end = whole[len(prompt) :], tokenizer.eos_token
         if isinstance(end, str) and target.rstrip().endswith(end):
             target = target.rstrip()
-        pieces += [Piece(prompt[len(seen) :], False), Piece(target, True)]
+        pieces += [Piece(prompt[len(seen) :], False), Piece(target, i >= chat.context)]
         seen = prompt + target
     if final is not None:
         if not final.startswith(seen):
@@ -90,11 +103,12 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
     return [piece for piece in pieces if piece.text]
 
 
-def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
-    messages: list[Any] = [{"role": turn.role, "content": turn.content} for turn in turns]
+def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
+    messages: list[Any] = [{"role": turn.role, "content": turn.content, **turn.further} for turn in chat.turns]
+    tools: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
     try:
         with _time_limit(SECONDS):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
     except Exception as error:  # a template is a program of whoever made the model
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
@@ -215,9 +229,10 @@ def tokenise_generation(
 
     With `measured` a chat ends before its last answer, the reference of a generated one.
 
-    A long prompt loses its beginning, after the tokens that open every text, and a long plain text its end;
-    `truncated` counts both. A chat loses its oldest turns, and a turn that was cut has no loss. A row whose target
-    does not fit whole is left out. Raises DataError with file and row for missing values and empty targets.
+    A long prompt loses its beginning, after the tokens that open every text, and a long plain text its end. A chat
+    loses whole exchanges, the oldest first, and keeps its system prompt. `truncated` counts all three. A row whose
+    target, or a chat whose last exchange, does not fit whole is left out. Raises DataError with file and row for
+    missing values and empty targets.
     """
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
@@ -241,10 +256,8 @@ def tokenise_pairs(
 
     A row is left out if one of its answers does not fit whole.
     """
-    columns = format.columns
-    swapped = replace(format, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
     chosen, rejected = (
-        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in (format, swapped)
+        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in format.sides
     )
     first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]
@@ -331,42 +344,60 @@ def _causal(
     tokenised = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
         require_tokens(runs[-1].ids, rows[i].place)
-        tokenised.append(causal_sample(example, runs, tokenizer, max_length))
+        tokenised.append(causal_sample(example, runs, tokenizer, max_length, rows[i].place))
     return tokenised
 
 
 def causal_sample(
+    example: Example | Chat,
+    runs: Sequence[Run],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    place: str,
+) -> Tokenised:
+    """Make one sample of a causal model.  A chat that is too long loses whole exchanges, the oldest first."""
+    made = _causal_sample(example, runs, tokenizer, max_length)
+    if not isinstance(example, Chat) or not made.cut:
+        return made
+    turns = example.turns
+    system = next((k for k, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
+    starts = [k for k, turn in enumerate(turns) if turn.role == "user" and k > system]
+
+    def from_turn(k: int) -> Tokenised:
+        context = max(example.context - k + system, min(example.context, system))
+        rest = replace(example, turns=(*turns[:system], *turns[k:]), context=context)
+        runs = tokens_of([pieces_of(rest, tokenizer, place)], tokenizer)[0]
+        return _causal_sample(rest, runs, tokenizer, max_length)
+
+    fits = bisect_left(starts, True, key=lambda k: not from_turn(k).cut)
+    return replace(from_turn(starts[min(fits, len(starts) - 1)]), cut=True) if starts else made
+
+
+def _causal_sample(
     example: Example | Chat, runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Tokenised:
-    """Make one sample of a causal model: an opening, which is never cut, and the runs, cut to the rest."""
-    if isinstance(example, Chat):  # the template writes the special tokens
+    chat = isinstance(example, Chat)
+    if chat:  # the template writes the special tokens
         opening, start, first = list[int](), tokenizer.bos_token_id, runs[0]
-        if isinstance(start, int) and first.ids[:1] == [start]:
+        # A start token that marks every turn opens no text.
+        if isinstance(start, int) and first.ids[:1] == [start] and sum(run.ids.count(start) for run in runs) == 1:
             opening, runs = [start], [replace(first, ids=first.ids[1:]), *runs[1:]]
     else:
         (opening, _), last, end = special_tokens(tokenizer), runs[-1], end_token(tokenizer)
         if last.trained and end is not None and last.ids[-1:] != [end]:
             runs = [*runs[:-1], replace(last, ids=[*last.ids, end])]
-    return _continued(runs, opening, max_length)
-
-
-def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Tokenised:
-    """One sample of a causal model: the opening, which is never cut, and the runs, cut to the rest."""
+    # The opening is never cut, and the runs are, to the rest.
     room, total = max_length - len(opening), sum(len(run.ids) for run in runs)
-    plain = len(runs) == 1 and runs[0].trained
+    plain = len(runs) == 1 and runs[0].trained and not chat
     over = 0 if plain else max(0, total - room)
-    ids, labels = [], []
-    for run in runs:
-        # A target without its beginning would be learned without what leads to it.
-        trained = run.trained and len(ids) >= over
-        labels += run.ids if trained else [IGNORED] * len(run.ids)
-        ids += run.ids
+    ids = [token for run in runs for token in run.ids]
+    labels = [token if run.trained else IGNORED for run in runs for token in run.ids]
     span = slice(over, over + room)
     input_ids = [*opening, *ids[span]]
     sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
     if not runs or not runs[-1].trained:
         return Tokenised(sample, total > room, 0)
-    needs = 0 if plain else len(opening) + len(runs[-1].ids) + 1
+    needs = 0 if plain else len(opening) + (total if chat else len(runs[-1].ids) + 1)
     labels = [*[IGNORED] * len(opening), *labels[span]]
     labels[0] = IGNORED  # nothing predicts the first token
     return Tokenised({**sample, "labels": labels}, total > room, needs)

@@ -143,6 +143,20 @@ def prepare(
     return prepared
 
 
+def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raises DataError naming the first row with a token that the model has no embedding for."""
+    if len(tokenizer) <= embeddings:
+        return
+    for table in tables.values():
+        for row, sample in zip(table.samples.ids.tolist(), table.samples, strict=True):
+            if (token := max(sample["input_ids"])) >= embeddings:
+                raise DataError(
+                    f"{table.name}: row {row} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the "
+                    f"model has {embeddings} embeddings; resize them to the tokenizer's {len(tokenizer)} tokens "
+                    "(model.resize_token_embeddings) and train them, or give the model's own tokenizer"
+                )
+
+
 def _tokenised(table: Table, tokenizer: Any, max_length: int, seq2seq: bool, inputs: list[int]) -> Iterator[Samples]:
     """Tokenise a table chunk by chunk; append a number for the input of each sample to `inputs`."""
     columns, classes, format = table.columns, table.classes, table.format

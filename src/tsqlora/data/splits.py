@@ -51,18 +51,23 @@ def read_data(
     """
     tables = open_tables(train, validation, test, trusted, hints, folder)
     first, format = tables["train"], None
-    if answer in ("text", "pair"):
-        find = pair_format if answer == "pair" else find_format
-        format = find(first.names, source=first.name, **columns)
-        used = format.columns
-    else:
-        used = find_columns(first.names, source=first.name, tokens=answer == "tags", **columns)
+    try:
+        if answer in ("text", "pair"):
+            find = pair_format if answer == "pair" else find_format
+            format = find(first.names, source=first.name, **columns)
+            used = format.columns
+        else:
+            used = find_columns(first.names, source=first.name, tokens=answer == "tags", **columns)
+        if used.label is None and format is None:
+            raise DataError(
+                f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.names)}; or "
+                "set task.type to causal-lm, for a model that writes text"
+            )
+    except DataError as error:
+        if answer == "pair" or not {"chosen", "rejected"} <= {*first.names}:
+            raise
+        raise DataError(f"{error}; of rows with chosen and rejected answers, set task.type to preference") from error
     tables = {name: table.using(used, format=format) for name, table in tables.items()}
-    if used.label is None and format is None:
-        raise DataError(
-            f"{first.name} has no label column; set data.label to one of its columns: "
-            f"{quoted(tables['train'].names)}; or set task.type to causal-lm, for a model that writes text"
-        )
     if test is None and "test" in tables and used.label is not None:
         labels = (row.cells.get(used.label) for row in tables["test"])
         if all(is_missing(label) or label in (-1, "-1") for label in labels):
@@ -89,11 +94,19 @@ def complete(table: Table, most: float, *, tags: bool) -> Table:
     Raises DataError if the others are more than the share `most`.
     """
     lacks, bad = lacks_of(table.columns, table.format, tags=tags), dict[str, list[int | str]]()
-    retained = np.ones(len(table), dtype=np.bool_)
+    retained, unanswered = np.ones(len(table), dtype=np.bool_), 0
     for j, row in enumerate(table):
         if (reason := lacks(row)) is not None:
             bad.setdefault(reason, []).append(row.number)
             retained[j] = False
+        unanswered += table.format is not None and table.format.ends_unanswered(row)
+    if unanswered:
+        note = (
+            f"{table.name}: {unanswered:,} of {len(table):,} chats end with turns that have no answer; "
+            "these turns are left out"
+        )
+        warnings.warn(note, stacklevel=3)
+        table = replace(table, notes=(*table.notes, note))
     if (left_out := int((~retained).sum())) == 0:
         return table
     if left_out > most * len(table):
@@ -148,12 +161,14 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
             return _lacks_tags(row.cells.get(text), row.cells.get(label or ""), columns, answers=answers)
         if format is None:
             return lacking(row.cells, needed) or (why_unread(text_at(row, text), media) if media else None)
-        try:
-            format.read(row, Manner(seq2seq=False, chat=False, targets=answers))
-        except MissingError as error:
-            return lacking(row.cells, {} if label is None else {label: "target"}) or error.what
-        except DataError:  # tokenising raises it again, in the model's own manner
-            pass
+        for side in format.sides:
+            target = side.columns.label if answers else None
+            try:
+                side.read(row, Manner(seq2seq=False, chat=False, targets=answers))
+            except MissingError as error:
+                return lacking(row.cells, {} if target is None else {target: "target"}) or error.what
+            except DataError:  # tokenising raises it again, in the model's own manner
+                pass
         return None
 
     return lacks

@@ -90,7 +90,8 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
         raise DataError(f"{why}; name the file of the rows: --data FILE")
     samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
     left_out = int((~scores.kept[wrong]).sum())
-    return {**samples, "likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out, "kind": _kind(scores)}
+    counts = {"likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out}
+    return {**samples, **counts, "kind": _kind(scores), "even": scores.even}
 
 
 def _kind(scores: Scores) -> str:

@@ -11,7 +11,7 @@ from transformers import set_seed
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import plain_lora, wrap
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.prepare import prepare, require_embedded, resolve_max_length
 from tsqlora.data.readers import Hints
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
@@ -24,7 +24,7 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import CAUSAL, Preference
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, collate_of, load_pretrained
+from tsqlora.training.load import Pretrained, collate_of, embeddings_of, load_pretrained
 
 _OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
 """Settings for classes and numbers alone, with those for texts in their place."""
@@ -94,6 +94,8 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     pretrained = load_model(config, task, classes)
     length = max_length_of(config, pretrained)
     data = prepare(tables, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
+    if config.task.type not in MEDIA:
+        require_embedded(data, pretrained.tokenizer, embeddings_of(pretrained.model))
     return Job(config, task, pretrained, data, length)
 
 

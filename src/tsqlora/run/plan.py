@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
@@ -23,6 +24,8 @@ from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.training.fit import Method
 
 _SHOWN_CHARACTERS = 600
+PROCESS = 600 * 2**20
+"""Bytes of Python, PyTorch and transformers before a model is loaded; on a GPU the model's memory is apart."""
 
 
 def plan(
@@ -55,9 +58,7 @@ def plan(
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
         "bf16": args.bf16,
-        "memory_bytes": memory(
-            config, task, model, longest=max(tables["train"].samples.lengths) or patches_of(model), bf16=args.bf16
-        ),
+        "memory_bytes": memory(task, model, tables, args),
         "look_bytes": look_bytes(model, method),
         "without_effect": idle,
     }
@@ -124,16 +125,27 @@ def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str
     return {"forward": cost.forward, "backward": cost.backward}
 
 
-def memory(config: Config, task: Task, model: Any, *, longest: int, bf16: bool) -> int:
-    """A rough peak of training in bytes: weights, gradients and moments, activations of linear layers."""
+def memory(task: Task, model: Any, tables: Mapping[str, Table], args: TrainingArguments) -> int:
+    """A rough peak in bytes: the process, weights, gradients and moments, and the larger of two batches.
+
+    That of training has activations, and that of evaluation many rows. Factors are measured: within a quarter for
+    Llamas of 35M and 50M parameters.
+    """
+    halves, layers = args.bf16, list[Any](layers_of(model).values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights += weights // 2 * halves  # their copies for the backward pass
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers: list[Any] = list(layers_of(model).values())
-    features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
-    if isinstance(task, Generation):
-        # Logits, once more in float32, and their gradient.
-        features += 3 * int(model.config.get_text_config().vocab_size)
-    return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
+    features = 1.3 * (2 if halves else 4) * sum(layer.in_features + 2 * layer.out_features for layer in layers)
+    vocabulary = int(model.config.get_text_config().vocab_size) if isinstance(task, Generation) else 0
+    largest = [
+        min(rows, len(table)) * (max(table.samples.lengths) or patches_of(model)) * size
+        for table, rows, size in (
+            # Logits in training's precision and in float32, their probabilities and gradient; or the first two.
+            (tables["train"], args.train_batch_size, features + 12 * vocabulary),
+            (tables["validation"], args.per_device_eval_batch_size, 6 * vocabulary),
+        )
+    ]
+    return (0 if torch.cuda.is_available() else PROCESS) + weights + trained + round(max(largest))
 
 
 def patches_of(model: Any) -> int:

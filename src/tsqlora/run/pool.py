@@ -11,10 +11,10 @@ from torch import nn
 from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.media import as_paths
-from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.prepare import prepare, require_embedded, resolve_max_length
 from tsqlora.data.rows import MissingError, find_columns
 from tsqlora.data.sources import of_dataset
-from tsqlora.data.splits import require_columns
+from tsqlora.data.splits import complete, require_columns
 from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.quality.epochs import sample
@@ -23,11 +23,12 @@ from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
+from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import MEDIA, Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
-from tsqlora.training.load import collate_of, positions_of
+from tsqlora.training.load import collate_of, embeddings_of, positions_of
 
 
 @of_loaded_model
@@ -111,14 +112,21 @@ def score_pool(
         limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     seq2seq = isinstance(task, Generation) and not task.causal
     tables = _tables(rows, model, task)
+    if isinstance(task, Generation | Preference):
+        most = DataSettings.model_fields["max_bad_rows"].default
+        tables = {name: complete(table, most, tags=False) for name, table in tables.items()}
+    warned = notes_of(tables)
     try:
         data = prepare(tables, tokenizer, max_length=limit, seq2seq=seq2seq)
     except MissingError as error:
         for table in tables.values():
             require_columns(table, [error.what])
         raise
+    if task.name not in MEDIA:
+        require_embedded(data, tokenizer, embeddings_of(model))
     for note in notes_of(data):
-        warnings.warn(note, stacklevel=4)
+        if note not in warned:
+            warnings.warn(note, stacklevel=4)
     samples, reference = data["train"].samples, None
     if "trusted" in data:
         own = data["trusted"].samples

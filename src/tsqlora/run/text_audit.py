@@ -321,7 +321,7 @@ def audited(
             line = failed(one, vocabulary, prepared.finding)
             line.detail, line.lost_tokens = prepared.reason, prepared.lost
         else:
-            line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost)
+            line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
         lines.append(line)
     return lines
 

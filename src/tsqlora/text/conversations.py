@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tsqlora.data.examples import MESSAGES, SHAREGPT, UNREAD
+from tsqlora.data.examples import FURTHER, MESSAGES, SHAREGPT
 from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format, find_format, pair_format
 from tsqlora.data.rows import is_missing
 
@@ -122,7 +122,7 @@ def _message(message: Mapping[str, Any], keys: Any, number: int, column: str) ->
     role, content = message.get(keys.role), message.get(keys.content)
     if not isinstance(role, str):
         raise _UnreadableError(f"message {number} in column '{column}' has no {keys.role}")
-    further = {key: message[key] for key in UNREAD if message.get(key)}
+    further = {key: message[key] for key in FURTHER if message.get(key)}
     if parts := isinstance(content, list):
         content = "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content)
     text = "" if is_missing(content) else str(content)

@@ -124,11 +124,12 @@ def line_of(
     *,
     limit: int = 0,
     lost: int | None = None,
+    cut: bool | None = None,
 ) -> Line:
     """Reconcile one row with the sequences that were made of it.
 
-    `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `lost` counts the answer's
-    tokens that the length limit took, where the preparation says so.
+    `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `cut` says whether something
+    was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so.
     """
     line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
     line.findings += content_findings(conversation, vocabulary)
@@ -149,7 +150,9 @@ def line_of(
     for side in dict.fromkeys(one.side for one in sequences):
         parts = [one for one in sequences if one.side == side]  # packing may split a row
         ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
-        taken += _reconcile(line, sides[side], Trained(ids, targets, parts[0].row, side), vocabulary, limit)
+        whole = Trained(ids, targets, parts[0].row, side)
+        full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
+        taken += _reconcile(line, sides[side], whole, vocabulary, full)
     if conversation.messages:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
@@ -163,8 +166,8 @@ def line_of(
     return line
 
 
-def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, limit: int) -> int:
-    """Add what one sequence says; return how many tokens of answers are missing."""
+def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, cut: bool) -> int:
+    """Add what one sequence says; return how many tokens of answers are missing.  Only of one that is `cut` may be."""
     if _bos_doubled(one.ids, vocabulary):
         line.findings.append("bos")
     if (one.ids >= len(vocabulary.tokens)).any() or (one.ids < 0).any():
@@ -178,9 +181,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     others = [span for message, span in pairs if message.role != ANSWER and span is not None]
     line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
-    if any(span is None and message.content.strip() for message, span in pairs) and (
-        len(one.ids) < NEAR_LIMIT * limit or not at_ends_alone(spans, messages)
-    ):
+    answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
+    lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
+    if lacks and not (cut and at_ends_alone(spans, messages)):  # what nobody answers is one of `roles`
         line.findings.append("content_lost")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
@@ -202,8 +205,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
 
 
 def at_ends_alone(spans: Sequence[Span | None], messages: Sequence[Message]) -> bool:
-    """Return whether contents are missing at the ends alone, as a length limit leaves them."""
-    there = [span is not None for span, message in zip(spans, messages, strict=True) if message.content.strip()]
+    """Return whether contents are missing at the ends alone, as a length limit leaves them; system prompts may stay."""
+    pairs = zip(spans, messages, strict=True)
+    there = [span is not None for span, message in pairs if message.content.strip() and message.role != "system"]
     first = next((k for k, yes in enumerate(there) if yes), len(there))
     last = len(there) - next((k for k, yes in enumerate(reversed(there)) if yes), 0)
     return all(there[first:last])

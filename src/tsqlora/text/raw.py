@@ -21,6 +21,8 @@ class Prepared:
 
     sequences: tuple[Trained, ...]
     lost: int
+    cut: bool = False
+    """Whether the length limit took something, of a prompt or of an answer."""
     finding: str = ""
     """The finding that says why there are no sequences; "" if there are."""
     reason: str = ""
@@ -30,20 +32,16 @@ def prepared_rows(
     rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Prepared]:
     """Return what training makes of each row, in order."""
-    sides = [("", format)]
-    if format.name == PREFERENCE:
-        columns = format.columns
-        other = replace(format, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
-        sides = [("chosen", format), ("rejected", other)]
-    parts = [_side(rows, one, name, tokenizer, max_length) for name, one in sides]
+    sides = ("chosen", "rejected") if format.name == PREFERENCE else ("",)
+    parts = [_side(rows, one, side, tokenizer, max_length) for side, one in zip(sides, format.sides, strict=True)]
     whole = list[Prepared]()
     for both in zip(*parts, strict=True):
         failed = next((one for one in both if one.finding), None)
         lost = sum(one.lost for one in both)
         whole.append(
-            Prepared(tuple(trained for one in both for trained in one.sequences), lost)
+            Prepared(tuple(s for one in both for s in one.sequences), lost, any(one.cut for one in both))
             if failed is None
-            else Prepared((), lost, failed.finding, failed.reason)
+            else replace(failed, lost=lost)
         )
     return whole
 
@@ -63,17 +61,19 @@ def _side(
             name = "dropped" if example is None else "template_error"
             if "rewrites the text" in reason:
                 name = "prompt_not_prefix"
-            failed[row.id] = Prepared((), 0, name, reason)
+            failed[row.id] = Prepared((), 0, finding=name, reason=reason)
     made = dict[int, Prepared]()
     for (row, example, _), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
         targets = sum(len(run.ids) for run in runs if run.trained)
-        one = causal_sample(example, runs, tokenizer, max_length)
+        one = causal_sample(example, runs, tokenizer, max_length, row.place)
         if one.needs > max_length:
-            why = f"its answer has {targets} tokens, and with its prompt's beginning it does not fit into {max_length}"
-            made[row.id] = Prepared((), targets, "answer_cut", why)
+            what = "the last exchange" if isinstance(example, Chat) else "the answer"
+            why = f"{what} needs {one.needs} tokens, and {max_length} are read"
+            made[row.id] = Prepared((), targets, True, "answer_cut", why)
             continue
         ids = np.asarray(one.sample["input_ids"], np.int32)
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
         with_loss = int((labels != IGNORED).sum())
-        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), max(0, targets - with_loss) if one.cut else 0)
+        lost = max(0, targets - with_loss) if one.cut else 0
+        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), lost, one.cut)
     return [failed.get(row.id) or made[row.id] for row in rows]

@@ -71,6 +71,11 @@ def positions_of(model: Any) -> int | None:
     return positions - max(paddings, default=-1) - 1
 
 
+def embeddings_of(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def load_pretrained(
     path: str,
     *,

@@ -1,6 +1,7 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -136,6 +137,10 @@ class QualityCallback(PartCallback):
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
+            if self.recorder is None:  # `tsqlora train` shows notes at its end
+                share = f"{data.plan.fraction:.0%} of the rows an epoch"
+                cure = "give QualitySubset(trusted=rows), or a fraction of 1"
+                warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
         elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
             self._start_head(args, model, loader.collate_fn)
 
