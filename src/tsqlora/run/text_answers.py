@@ -1,0 +1,90 @@
+"""The audit's look at answers: a causal model reads a sample of the rows, and says which answers do not fit."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
+from tsqlora.text.answers import turns_of
+from tsqlora.text.conversations import Conversation
+from tsqlora.text.faults import LEVELS
+from tsqlora.text.look import SAMPLE, AnswerLook, look_at_answers
+from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import Vocabulary
+
+BATCH = 16
+
+
+def answers_of(
+    model: str,
+    rows: Sequence[Conversation],
+    sequences: Callable[[Collection[int]], Mapping[int, Sequence[Trained]]],
+    vocabulary: Vocabulary,
+    *,
+    every: bool = False,
+    parts: Path | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> AnswerLook:
+    """Look at a sample of the rows, or at all; without weights the look has only a note."""
+    try:
+        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        return AnswerLook(
+            [], notes=[f"answers were not looked at: {model} has no weights ({str(error).splitlines()[0]})"]
+        )
+    readable = np.array([row.row for row in rows if row.problem is None], np.int64)
+    chosen = np.sort(np.random.default_rng([seed, 45]).permutation(readable)[: None if every else SAMPLE])
+    made = sequences({*chosen.tolist()})
+    by_row = {row.row: row for row in rows}
+    turns = [turn for row in chosen.tolist() for turn in turns_of(by_row[row], made.get(row, ()), vocabulary)]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    net = net.to(device)
+    compute = Compute(BATCH, torch.bfloat16, parts=parts, progress=progress)
+    return look_at_answers(net, turns, vocabulary, compute, seed=seed)
+
+
+def summary_of(look: AnswerLook) -> dict[str, Any]:
+    """What findings.json and the terminal say of a look."""
+    faults = {
+        name: {
+            "planted": one.planted,
+            "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
+            "rate": one.rate if one.usable else None,
+            "high": one.high,
+            "evident": one.evident,
+            "listed": len(look.rows(name)),
+        }
+        for name, one in look.detections.items()
+    }
+    return {
+        "turns": len(look.turns),
+        "tokens": look.tokens,
+        "faults": faults,
+        "shifts": look.shifts,
+        "notes": look.notes,
+    }
+
+
+def sentences_of(summary: Mapping[str, Any]) -> list[str]:
+    """Say first what can be found, then what was."""
+    texts = list[str]()
+    for name, fault in summary["faults"].items():
+        found = f"{fault['recall']['0.01']:.0%} of {fault['planted']} planted ones are found at 1 % false alarms"
+        if fault["rate"] is None:
+            texts.append(f"{name}: {found}; that is too few to call any row wrong")
+        elif not fault["evident"]:
+            texts.append(f"{name}: {found}; no evidence of any, at most {fault['high']:.1%} of the answers")
+        else:
+            texts.append(
+                f"{name}: {found}; about {fault['rate']:.1%} of the answers, at most {fault['high']:.1%}, and "
+                f"{fault['listed']} rows are listed"
+            )
+    for first, last, step in summary["shifts"]:
+        texts.append(f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them")
+    return [*texts, *summary["notes"]]
