@@ -77,7 +77,7 @@ def turns_of_table(name: str, rows: int, vocabulary: Any) -> list[Turn]:
     table = TABLES[name]()
     chosen = [table[j] for j in np.random.default_rng(3).permutation(len(table))[:rows]]
     format, turns = format_of(["messages"], name), list[Turn]()
-    read = [FileRow(j, f"row {j}", row) for j, row in enumerate(chosen)]
+    read = [FileRow(row, name, j + 1, j) for j, row in enumerate(chosen)]
     made = prepared_rows(read, format, vocabulary.tokenizer, max_length=4096)
     for row, one in zip(read, made, strict=True):
         turns += turns_of(conversation(row.cells, format, row.id), one.sequences, vocabulary)
