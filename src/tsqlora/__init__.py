@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
-    from tsqlora.cli.library import train
+    from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.epochs import sample
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.rule import Compute, RowNames, ScoringRule
     from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
-    from tsqlora.quality.suspects import Audit, audit
+    from tsqlora.quality.suspects import Audit
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
     from tsqlora.ranks.schedule import RankSchedule
@@ -68,14 +68,14 @@ __all__ = [
 _HOMES = {
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
-    "cli.library": ("train",),
+    "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "quality.epochs": ("sample",),
     "quality.look": ("score",),
     "quality.rule": ("Compute", "RowNames", "ScoringRule"),
     "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
-    "quality.suspects": ("Audit", "audit"),
+    "quality.suspects": ("Audit",),
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "ranks.schedule": ("RankSchedule",),

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
 from runs import make_rows, write_jsonl
@@ -89,6 +89,57 @@ def test_a_chat_that_is_too_long_has_lost_its_oldest_answers(place: Path, tsqlor
     lines = pq.read_table(place / "long" / "ledger.parquet").to_pylist()
     assert (lines[0]["fate"], lines[0]["lost_tokens"]) == ("cut", len(older[1]["content"]) + 1)
     assert lines[0]["trained_tokens"] == lines[1]["trained_tokens"] == len(chat[1]["content"]) + 1
+
+
+def test_a_baseline_shows_what_changed(place: Path, tsqlora: Run) -> None:
+    command = ("audit", place / "chats.jsonl", "--model", place / "model", "--json")
+    assert tsqlora(*command, "--out", place / "before")[0] == 0
+    assert tsqlora("audit", "--drop-findings", "duplicate,dropped", "--out", place / "before")[0] == 0
+    after = ("audit", place / "before" / "clean.jsonl", *command[2:], "--baseline", place / "before" / "findings.json")
+    code, shown, err = tsqlora(*after, "--out", place / "after")
+    assert code == 0, err
+    assert json.loads(shown)["changes"] == [
+        {"name": "dropped", "before": 1, "now": 0},
+        {"name": "duplicate", "before": 1, "now": 0},
+    ]
+    assert tsqlora(*after[:-1], place / "chats.jsonl", "--out", place / "none")[0] == 3
+
+
+def test_tokens_that_the_model_never_trained_are_an_error(place: Path, tsqlora: Run) -> None:
+    tokenizer, folder = tokenizer_of(FAMILIES["qwen 2.5"]), place / "untrained"
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes))
+    model.get_input_embeddings().weight.data[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = write_jsonl(place / "right.jsonl", right(8))
+    for model_of, severity in ((folder, "error"), (place / "model", None)):
+        code, shown, _ = tsqlora("audit", rows, "--model", model_of, "--out", place / f"of {model_of.name}", "--json")
+        found = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+        assert (code, found.get("untrained_tokens")) == (0, severity)
+    template = place / "chatml.jinja"
+    template.write_text("{% for m in messages %}<|eot_id|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
+    options = ("--chat-template", template, "--out", place / "fall apart", "--json")
+    code, shown, _ = tsqlora("audit", rows, "--model", place / "model", *options)
+    found = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+    assert found == {"untrained_tokens": "warning"}
+
+
+def test_rows_of_very_different_length_are_much_padding(place: Path, tsqlora: Run) -> None:
+    rows = [turns(f"Say {j}.", "so and " * (1 if j % 8 else 50)) for j in range(40)]
+    source = write_jsonl(place / "lengths.jsonl", rows)
+    code, shown, _ = tsqlora("audit", source, "--model", place / "model", "--out", place / "lengths", "--json")
+    result = json.loads(shown)
+    assert code == 0
+    assert "lengths" in [finding["name"] for finding in result["findings"]]
+    lengths = json.loads((place / "lengths" / "findings.json").read_text())["lengths"]
+    assert lengths["rows"] == sum(entry["rows"] for entry in lengths["histogram"]) == 40
+    assert lengths["packed"] < 40 * (1 - lengths["padding"]) + 1
 
 
 def test_an_error_ends_a_strict_audit_with_4(place: Path, tsqlora: Run) -> None:

@@ -4,12 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
+import tsqlora as tsq
 from families import FAMILIES, tokenizer_of
-from tsqlora.run.text_audit import Reconciled, audit_sequences
+from tsqlora.errors import UnsupportedError
+from tsqlora.text.reconcile import Reconciled, audit_sequences
 from tsqlora.text.vocabulary import vocabulary_of
 
 trl = pytest.importorskip("trl", reason="needs trl")
@@ -37,22 +46,29 @@ PAIRS = [
 ]
 
 
-def audited(
-    rows: list[dict[str, Any]], folder: Path, *, pairs: bool = False, source: bool = True, **options: Any
-) -> tuple[Reconciled, Any]:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(TOKENIZER), num_key_value_heads=2, max_position_embeddings=2048, **sizes)
+def trained(rows: list[dict[str, Any]], folder: Path, *, pairs: bool = False, **options: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"num_key_value_heads": 2, "eos_token_id": TOKENIZER.eos_token_id}
+    config = LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=2048, **sizes)
     common = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "bf16": False, **options}
     trainer, arguments = (trl.DPOTrainer, trl.DPOConfig) if pairs else (trl.SFTTrainer, trl.SFTConfig)
     reference = {"ref_model": LlamaForCausalLM(config)} if pairs else {}
-    made = trainer(
+    return trainer(
         model=LlamaForCausalLM(config),
         args=arguments(**common),
         train_dataset=Dataset.from_list(rows),
         processing_class=TOKENIZER,
         **reference,
     )
-    data = rows if source else None
+
+
+def audited(rows: list[dict[str, Any]], folder: Path, *, source: bool = True, **options: Any) -> tuple[Reconciled, Any]:
+    made, data = trained(rows, folder, **options), rows if source else None
     return audit_sequences(made.train_dataset, made.data_collator, vocabulary_of(TOKENIZER), data=data), made
 
 
@@ -84,6 +100,21 @@ def test_packed_rows_find_their_source(strategy: str, tmp_path: Path) -> None:
     assert all(line.stop_trained for line in result.lines)
 
 
+def test_rows_that_packing_splits_are_whole_again(tmp_path: Path) -> None:
+    long = [
+        {
+            "messages": [
+                chat[0],
+                {**chat[1], "content": chat[1]["content"] + "".join(f" {j} and {k}." for k in range(j * 3))},
+            ]
+        }
+        for j, chat in enumerate(CHATS)
+    ]
+    result, _ = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=128)
+    assert {(line.fate, line.lost_tokens, line.match) for line in result.lines} == {("trained", 0, "exact")}
+    assert result.unmatched == 0
+
+
 def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:
     result, trainer = audited(MESSAGES, tmp_path, max_length=140)
     vocabulary = vocabulary_of(TOKENIZER)
@@ -104,3 +135,35 @@ def test_both_answers_of_a_pair_are_read(tmp_path: Path) -> None:
     for line, row in zip(result.lines, trainer.train_dataset, strict=True):
         assert (line.findings, line.fate) == ([], "trained")
         assert line.trained_tokens == len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+@pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer", "Trainer"])
+def test_a_trainer_that_was_built_is_audited_as_the_command_audits(kind: str, tmp_path: Path) -> None:
+    rows = PAIRS if kind == "DPOTrainer" else COMPLETIONS
+    trainer = trained(rows, tmp_path, pairs=kind == "DPOTrainer")
+    if kind == "Trainer":
+        made = [{"input_ids": row["input_ids"], "text": "a column that is no input"} for row in trainer.train_dataset]
+        trainer = Trainer(
+            trainer.model,
+            TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            DataCollatorForLanguageModeling(TOKENIZER, mlm=False),  # which masks every pad, and so every end token
+            train_dataset=Dataset.from_list(made),
+            processing_class=TOKENIZER,
+        )
+    result = tsq.audit(trainer, data=rows, out=tmp_path / "audit")
+    found = {finding["name"]: finding["rows"] for finding in result["findings"] if finding["severity"] != "note"}
+    assert found == ({"stop_not_trained": 24} if kind == "Trainer" else {})
+    assert result["fates"] == {"trained": 24}
+    assert {line["match"] for line in pq.read_table(tmp_path / "audit" / "ledger.parquet").to_pylist()} == {"exact"}
+    assert (tmp_path / "audit" / "audit.html").exists()
+    alone = tsq.audit(trainer)
+    assert alone["ledger"]["trained_tokens"].to_pylist() == [
+        line["trained_tokens"] for line in pq.read_table(tmp_path / "audit" / "ledger.parquet").to_pylist()
+    ]
+
+
+def test_a_trainer_without_rows_to_look_at_is_refused(tmp_path: Path) -> None:
+    trainer = trained(COMPLETIONS, tmp_path)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(UnsupportedError, match="stream"):
+        tsq.audit(trainer)

@@ -259,6 +259,12 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
         console.print(table)
     else:
         say(console, ["no finding"])
+    if lengths := result.get("lengths"):
+        shares = f"{lengths['padding']:.0%} of a random batch of {lengths['batch']} is padding"
+        say(console, [f"{lengths['median']:,} tokens a row (median), {lengths['longest']:,} at most; {shares}"])
+    if "changes" in result:
+        changes = [f"{one['name']} {one['before']:,} → {one['now']:,}" for one in result["changes"]]
+        say(console, [f"rows by finding, since the baseline: {', '.join(changes) or 'no change'}"])
     review = f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
     say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 

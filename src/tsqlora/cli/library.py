@@ -1,13 +1,56 @@
 """Commands from Python and notebooks: `tsqlora.train`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tsqlora.cli.progress_bars import Display
+
+
+def audit(
+    subject: Any,
+    dataset: Any = None,
+    collate: Any = None,
+    *,
+    classes: Sequence[str | int] | None = None,
+    rows: Any = None,
+    compute: Any = None,
+    data: Any = None,
+    evaluation: Any = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Find what is wrong with rows: the labels of a classifier's rows, or what a Trainer will train on.
+
+    Of a model with its dataset and collator an `Audit` of the labels, as `tsqlora.quality.suspects.audit` has it. Of a
+    Trainer that was built (SFTTrainer, DPOTrainer, a Trainer of a causal model) the ledger and the findings, as
+    `tsqlora audit` has them:
+
+        result = tsqlora.audit(trainer, data=rows)
+        [(finding["name"], finding["places"]) for finding in result["findings"]]
+
+    Args:
+        subject: the model, or the Trainer.
+        classes, rows, compute: of labels: class names, row ids, and how to compute.
+        data: of a Trainer: the rows that its train_dataset was made of, as a file, a list of dicts or a
+            datasets.Dataset; by default the columns that it has kept.
+        evaluation: rows that the training rows may not have.
+        out: a directory for ledger.parquet, findings.json, suspects.csv and audit.html; without it the result has
+            the ledger as a pyarrow table.
+
+    Raises UnsupportedError, DataError and SettingsError, naming what cannot be audited.
+    """
+    from transformers import Trainer
+
+    if isinstance(subject, Trainer):
+        from tsqlora.run.text_audit import audit_trainer
+
+        return audit_trainer(subject, data=data, evaluation=evaluation, out=None if out is None else Path(out))
+    from tsqlora.quality.suspects import audit as audit_labels
+
+    return audit_labels(subject, dataset, collate, classes=classes, rows=rows, compute=compute)
 
 
 def train(

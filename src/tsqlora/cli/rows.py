@@ -149,6 +149,9 @@ def audit(
     chat_template: Annotated[Path | None, typer.Option(help="Of text: a Jinja file, in place of the model's.")] = None,
     prepared: Annotated[Path | None, typer.Option(metavar="DIR", help="A set that a trainer has prepared.")] = None,
     data: Annotated[str | None, typer.Option(help="With --prepared: the rows that it was made of.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Of text: an earlier findings.json, to show what changed.")
+    ] = None,
     drop_findings: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Of text: put the rows of these findings into quarantine.jsonl.")
     ] = None,
@@ -202,15 +205,16 @@ def audit(
     from tsqlora.run.text_audit import text_config
 
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
-    of_text = {"--eval": eval_, "--strict": strict}
+    of_text = {"--eval": eval_, "--strict": strict, "--baseline": baseline}
+    both = {"evaluation": eval_, "baseline": baseline}
     of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
         _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")
-        _audit_text(None, prepared, model, out, {"data": data, "evaluation": eval_}, strict=strict, as_json=as_json)
+        _audit_text(None, prepared, model, out, {"data": data, **both}, strict=strict, as_json=as_json)
         return
     if config is not None:
         _refuse({"--data": data, "--review": review, "--deep": deep}, "text")
-        options = {"evaluation": eval_, "max_length": max_length, "chat_template": chat_template}
+        options = {**both, "max_length": max_length, "chat_template": chat_template}
         _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
         return
     _refuse({**of_text, **of_raw, "--data": data}, "labels")
@@ -266,7 +270,8 @@ def _audit_text(
             result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **options)
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
-            options["max_length"] = options["max_length"] or config.data.max_length
+            options |= {"max_length": options["max_length"] or config.data.max_length}
+            options["batch"] = config.training.batch_size
             result = audit_text(source, model=model, named=named, out=folder, progress=display.progress, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):

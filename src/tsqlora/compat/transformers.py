@@ -1,7 +1,7 @@
 """Interfaces of transformers that are private or differ between versions."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +47,13 @@ def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
 def summed_batches(trainer: Trainer) -> int:
     """The number of batches whose losses the current step sums; 1 if the Trainer averages them."""
     return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
+
+
+def row_collator(trainer: Trainer) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """The Trainer's collator, which gets the columns alone that the Trainer would give it."""
+    if not trainer.args.remove_unused_columns:
+        return trainer.data_collator
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:

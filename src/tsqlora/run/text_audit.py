@@ -1,23 +1,25 @@
 """`tsqlora audit` of text: the ledger and the findings of a file of chats, instructions or preferences."""
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import require_model
+from tsqlora.compat.transformers import row_collator
 from tsqlora.data.formats import Format
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.rows import Row, find_columns
 from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import reading, write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
@@ -25,19 +27,21 @@ from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
+from tsqlora.text.embedding import untrained_tokens
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
-from tsqlora.text.matching import match, unwrapped
-from tsqlora.text.prepared import IDS, Collate, Trained, sequences_of
+from tsqlora.text.lengths import lengths_of
+from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import prepared_rows
+from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
-PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
-"""Columns of a prepared set that are no source."""
-MOST_UNMATCHED = 0.01
-MOST_ALIKE = 0.9
 TEXT_TASKS = ("causal-lm", "preference")
+BATCH = 8
+"""Rows of a batch, where nothing says how many there are."""
+MOST_PADDING = 0.3
+"""Share of padding in random batches above which it is a finding."""
 
 
 def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
@@ -74,16 +78,19 @@ def audit_text(
     evaluation: str | None = None,
     max_length: int | None = None,
     chat_template: Path | None = None,
+    batch: int = BATCH,
+    baseline: Path | None = None,
     out: Path,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Reconcile every row of a file with what `tsqlora train` would make of it; write ledger, findings and page.
 
-    `named` are columns by the names of their settings: format, prompt, target, messages, text. No weights are read.
-    Raises DataError for a file without texts, SettingsError for a model without a tokenizer, and if `out` holds an
-    audit already.
+    `named` are columns by the names of their settings: format, prompt, target, messages, text. `batch` is the rows of
+    a training batch, and `baseline` an earlier findings.json to compare with. No weights are read but for embeddings
+    of added tokens. Raises DataError for a file without texts, SettingsError for a model without a tokenizer, and if
+    `out` holds an audit already.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
     vocabulary, positions = load_vocabulary(model, chat_template)
     tokenizer = vocabulary.tokenizer
@@ -115,8 +122,9 @@ def audit_text(
         "max_length": limit,
         "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
     }
+    about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
     result = finish(out, about, rows, lines, conversations_of(evaluation), sequences, vocabulary)
-    return {**result, "seconds": time.perf_counter() - start}
+    return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
 
 
 def audit_prepared(
@@ -125,6 +133,7 @@ def audit_prepared(
     model: str,
     data: str | None = None,
     evaluation: str | None = None,
+    baseline: Path | None = None,
     out: Path,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def audit_prepared(
     The rows are those of `data`; without it the set's own columns of texts, where it has kept them, else none: then
     only what tokens and labels say is found. Raises DataError for a directory that holds no prepared set.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
     vocabulary, _ = load_vocabulary(model, None)
     made = prepared_set(prepared)
@@ -148,101 +157,65 @@ def audit_prepared(
         "format": "prepared",
         "max_length": result.longest,
         "mask": f"those in {prepared}",
+        "unmatched": result.unmatched,
+        "lengths": lengths_of(result.lengths, BATCH, result.longest),
     }
     written = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary)
-    return {**written, "unmatched": result.unmatched, "seconds": time.perf_counter() - start}
+    return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
 
 
-@dataclass(frozen=True, slots=True)
-class Reconciled:
-    """Source rows, their lines, and their sequences; and how many sequences have no row."""
+def audit_trainer(
+    trainer: Trainer, *, data: Any = None, evaluation: Any = None, out: Path | None = None
+) -> dict[str, Any]:
+    """Reconcile the train_dataset of a Trainer that was built, as its collator makes batches of it, with its rows.
 
-    rows: list[Conversation]
-    lines: list[Line]
-    sequences: dict[int, list[Trained]]
-    unmatched: int
-    longest: int
-
-    def of(self, places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
-        """The sequences of some rows."""
-        return {place: tuple(self.sequences.get(place, ())) for place in places}
-
-
-def audit_sequences(
-    made: Any,
-    collate: Collate | None,
-    vocabulary: Vocabulary,
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-) -> Reconciled:
-    """Reconcile a prepared set with source rows: a file, rows, or the set's own columns.
-
-    Where more than MOST_UNMATCHED of the sequences have no row, no row is called dropped.
+    Raises UnsupportedError for a stream, SettingsError for a Trainer without a tokenizer, DataError for rows without
+    token ids.
     """
-    sequences = list[Trained]()
-    for number, one in enumerate(sequences_of(made, collate)):
-        sequences.append(one)
-        if progress is not None and number % 1000 == 0:
-            progress("ledger", one.row, len(made))
-    names, unmatched = list(getattr(made, "column_names", None) or made[0]), 0
-    packed = len({(one.row, one.side) for one in sequences}) < len(sequences)
-    if data is not None:
-        rows = conversations_of(data)
-        assert rows is not None
-        if _is_wrapped(names, sequences):
-            sequences = unwrapped(rows, sequences, vocabulary)
-        by_row, sure, left = match(rows, sequences, vocabulary)
-        unmatched = len(left)
-    elif not packed and (format := _own_format(names)) is not None:
-        rows = [_without_end(conversation(made[j], format, j), vocabulary) for j in range(len(made))]
-        by_row, sure = _by_row(sequences), {}
-    else:
-        by_row = {j: [one] for j, one in enumerate(sequences)} if packed else _by_row(sequences)
-        rows, sure = [Conversation(j, ()) for j in range(len(by_row) if packed else len(made))], {}
-    longest = max((len(one.ids) for one in sequences), default=0)
-    lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
-    unsure = unmatched > MOST_UNMATCHED * len(sequences)
-    for line in lines:
-        line.match = sure.get(line.row, line.match)
-        if unsure and line.match == "unmatched":
-            line.fate = "unknown"
-    return Reconciled(rows, lines, by_row, unmatched, longest)
+    start, made, model = time.perf_counter(), trainer.train_dataset, cast(Any, trainer.model)
+    if out is not None:
+        require_new(out)
+    if not hasattr(made, "__len__"):
+        raise UnsupportedError("the Trainer's train_dataset is a stream; audit its first rows, as a datasets.Dataset")
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if tokenizer is None:
+        raise SettingsError("the Trainer has no tokenizer; give it as processing_class")
+    vocabulary = with_ends(tokenizer, model.config, model.generation_config, size_of=model)
+    result = audit_sequences(made, row_collator(trainer), vocabulary, data=data)
+    about = {
+        "source": _named(data) if isinstance(data, str) else type(trainer).__name__,
+        "sha256": source_digest(data, None) if isinstance(data, str) else None,
+        "model": str(getattr(model.config, "_name_or_path", "")),
+        "format": "prepared",
+        "max_length": result.longest,
+        "mask": f"those of the {type(trainer).__name__} and its collator",
+        "unmatched": result.unmatched,
+        "lengths": lengths_of(result.lengths, trainer.args.train_batch_size, result.longest),
+    }
+    audited = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary)
+    return {**audited, "seconds": time.perf_counter() - start}
 
 
-def _is_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:
-    """Whether rows were joined and cut into equal parts, with no word of where one ends.
-
-    Rows that were cut to one length begin alike; parts of a stream begin anywhere.
-    """
-    lengths = {len(one.ids) for one in sequences[:-1]}
-    if len(lengths) != 1 or len(sequences) < 3 or {"seq_lengths", "position_ids"} & {*names}:
-        return False
-    ((_, alike),) = Counter(tuple(one.ids[:2].tolist()) for one in sequences).most_common(1)
-    return alike < MOST_ALIKE * len(sequences)
-
-
-def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
-    by_row = dict[int, list[Trained]]()
-    for one in sequences:
-        by_row.setdefault(one.row, []).append(one)
-    return by_row
-
-
-def _without_end(row: Conversation, vocabulary: Vocabulary) -> Conversation:
-    """The row without the end token that TRL writes behind its completion."""
-    end = vocabulary.tokenizer.eos_token
-    if not isinstance(end, str) or not row.answer.endswith(end):
-        return row
-    answer = replace(row.messages[-1], content=row.answer.removesuffix(end))
-    return replace(row, messages=(*row.messages[:-1], answer))
-
-
-def _own_format(names: Sequence[str]) -> Format | None:
+def findings_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The findings of an earlier audit by name.  Raises DataError for another file."""
+    reading(path)
     try:
-        return format_of([name for name in names if name not in PREPARED], "prepared")
-    except (DataError, SettingsError):
-        return None
+        return {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8"))["findings"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--baseline {path} is no findings.json of an audit of text ({error})") from None
+
+
+def changes_of(before: Mapping[str, Mapping[str, Any]] | None, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What changed since an earlier audit: rows of each finding then and now, where they differ."""
+    if before is None:
+        return {}
+    now = {one["name"]: one for one in result["findings"]}
+    both = [(before.get(name), now.get(name)) for name in sorted({*now, *before})]
+    counts = [
+        {"name": (new or old or {})["name"], "before": old["rows"] if old else 0, "now": new["rows"] if new else 0}
+        for old, new in both
+    ]
+    return {"changes": [one for one in counts if one["before"] != one["now"]]}
 
 
 def prepared_set(folder: Path) -> Any:
@@ -263,19 +236,6 @@ def prepared_set(folder: Path) -> Any:
     return made
 
 
-def conversations_of(rows: Any) -> list[Conversation] | None:
-    """Read a file, or a list of dicts or `datasets.Dataset`, as conversations; None for None."""
-    if rows is None:
-        return None
-    if isinstance(rows, str | Path):
-        table = open_table(rows)
-        names, name, cells = table.names, table.name, (row.cells for row in table)
-    else:
-        names, name, cells = list(rows[0]), "data", (rows[j] for j in range(len(rows)))
-    format = format_of(names, name)
-    return [conversation(row, format, j) for j, row in enumerate(cells)]
-
-
 def require_new(out: Path) -> None:
     """Raise SettingsError if a folder holds an audit already, or cannot hold one."""
     if (out / FINDINGS_FILE).exists() or (out / SUSPECTS_FILE).exists():
@@ -284,7 +244,7 @@ def require_new(out: Path) -> None:
 
 
 def finish(
-    out: Path,
+    out: Path | None,
     about: Mapping[str, Any],
     rows: Sequence[Conversation],
     lines: Sequence[Line],
@@ -292,17 +252,26 @@ def finish(
     sequences: Callable[[Collection[int]], Mapping[int, Sequence[Trained]]],
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """Gather the findings, and write ledger, findings, suspects and page."""
-    findings = findings_of(lines, among_rows(rows, lines, evaluation))
+    """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger."""
+    further = among_rows(rows, lines, evaluation)
+    if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
+        further["lengths"] = [line.row for line in lines if line.tokens]
+    errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
+    findings = findings_of(lines, further, errors)
     about = {
         **about,
         "rows": len(lines),
-        "tokens": sum((line.prompt_tokens or 0) + (line.answer_tokens or 0) for line in lines),
+        "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
         "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
         "findings": [finding.to_dict() for finding in findings],
     }
+    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
+    if out is None:
+        return {**about, "ledger": pa.table(columns)}
     shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), out / LEDGER_FILE)
     _write(out, about, rows, lines, findings, sequences(shown), vocabulary)
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
@@ -347,12 +316,20 @@ def load_vocabulary(model: str, chat_template: Path | None) -> tuple[Vocabulary,
         reading(chat_template)
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     try:
-        generation = _ends(GenerationConfig.from_pretrained(model).eos_token_id)
+        generation = GenerationConfig.from_pretrained(model)
     except (OSError, ValueError):
-        generation = []
-    own = _ends(config.eos_token_id)
-    vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generation], generation_ends=generation or own or None)
+        generation = None
+    vocabulary = with_ends(tokenizer, config, generation, size_of=model)
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def with_ends(tokenizer: Any, config: Any, generation: Any, *, size_of: Any) -> Vocabulary:
+    """The vocabulary of a tokenizer, with the ends of a model's configs, and what its embedding lacks."""
+    generates, own = _ends(getattr(generation, "eos_token_id", None)), _ends(getattr(config, "eos_token_id", None))
+    vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
+    size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
+    untrained = untrained_tokens(size_of, vocabulary.added)
+    return replace(vocabulary, embeddings=size, untrained=untrained)
 
 
 def _ends(value: Any) -> list[int]:
@@ -368,10 +345,8 @@ def _write(
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
-    pq.write_table(pa.table(columns), out / LEDGER_FILE)
-    write_json(out / FINDINGS_FILE, {name: about[name] for name in ("rows", "source", "sha256", "model", "findings")})
+    names = ("rows", "source", "sha256", "model", "lengths", "findings")
+    write_json(out / FINDINGS_FILE, {name: about[name] for name in names})
     cells = [
         {
             "row": place,

@@ -1,6 +1,6 @@
 """What is wrong with the rows of a text audit: names, severities, causes and cures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,15 @@ FINDINGS: dict[str, Kind] = {
     "empty_answer": Kind(WARNING, "an answer is empty"),
     "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
     "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
+    "untrained_tokens": Kind(
+        WARNING,
+        "turn markers that fall apart into several tokens, or added tokens that the model has never trained, nor will LoRA",
+        _cures(
+            'LoraConfig(modules_to_save=["embed_tokens", "lm_head"])',
+            "fix_untrained_tokens: true, lora_modules_to_save: [embed_tokens, lm_head]",
+            "additional_target: embed_tokens,lm_head",
+        ),
+    ),
     "roles": Kind(WARNING, "two user turns in a row, no answer to the last one, or a tool call without a result"),
     "duplicate": Kind(WARNING, "the row is a copy of an earlier one"),
     "eval_leak": Kind(WARNING, "the row is in the evaluation file, too"),
@@ -100,6 +109,11 @@ FINDINGS: dict[str, Kind] = {
     "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),
     "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
     "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),
+    "lengths": Kind(
+        NOTE,
+        "much of a random batch is padding, since rows differ in length",
+        _cures("SFTConfig(packing=True)", "sample_packing: true", "packing: true"),
+    ),
     "length_bias": Kind(NOTE, "the chosen answer is the longer one far more often than not"),
 }
 """By name; the names are a contract."""
@@ -129,8 +143,13 @@ class Finding:
         }
 
 
-def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None) -> list[Finding]:
-    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first."""
+def findings_of(
+    lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None, errors: Collection[str] = ()
+) -> list[Finding]:
+    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first.
+
+    `errors` are names that are errors here, whatever their kind says.
+    """
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     for line in lines:
         for name in line.findings:
@@ -147,7 +166,7 @@ def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | No
         severity = kind.severity
         if kind.if_all and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
             severity = kind.if_all
-        if name == "eval_leak" and share > LEAKS:
+        if name in errors or (name == "eval_leak" and share > LEAKS):
             severity = ERROR
         findings.append(Finding(name, severity, tuple(places), share, kind.cause, kind.cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

@@ -23,6 +23,9 @@ ROLE_MARKERS = re.compile(
     r"|^(### (Instruction|Response|Input):|(Human|USER|ASSISTANT):)",
     re.MULTILINE,
 )
+MARKER = re.compile(
+    rb"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|<(?:start|end)_of_turn>"
+)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 MOJIBAKE = re.compile(r"Ã[\x80-\xbf¡-¿]|â€[™œ\x9d“”˜¦]|Â[ -¿]|ï»¿")
 
@@ -46,6 +49,7 @@ class Line:
 
     row: int
     hash: str
+    tokens: int = 0
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     trained_tokens: int = 0
@@ -139,6 +143,7 @@ def line_of(
     if not sequences:
         line.fate = "dropped"
         return line
+    line.tokens = sum(len(one.ids) for one in sequences)
     line.trained_tokens = sum(len(one.trained) for one in sequences)
     whole = sequences[0]
     if len(whole.trained):
@@ -170,8 +175,11 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     """Add what one sequence says; return how many tokens of answers are missing.  Only of one that is `cut` may be."""
     if _bos_doubled(one.ids, vocabulary):
         line.findings.append("bos")
-    if (one.ids >= len(vocabulary.tokens)).any() or (one.ids < 0).any():
+    if (one.ids >= min(len(vocabulary.tokens), vocabulary.embeddings)).any() or (one.ids < 0).any():
         line.findings.append("vocabulary")
+    if (own := vocabulary.untrained & {*one.ids.tolist()}) or _fall_apart(line, one, vocabulary):
+        line.findings.append("untrained_tokens")
+        line.detail = line.detail or ", ".join(vocabulary.tokens[j].decode() for j in sorted(own))
     if not messages:
         return 0
     spans = locate(messages, one.ids, vocabulary)
@@ -227,6 +235,14 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
         line.findings.append("stop_not_trained")
     elif not vocabulary.generation_stops & {*stops}:
         line.findings.append("stop_mismatch")
+
+
+def _fall_apart(line: Line, one: Trained, vocabulary: Vocabulary) -> bool:
+    """Whether the template writes a model's marker of turns that is no token here; in a text it is one of `roles`."""
+    if "broken_characters" in line.findings:
+        return False
+    written = {marker.decode() for marker in MARKER.findall(vocabulary.text(one.ids.tolist()))}
+    return any(not vocabulary.markers.fullmatch(marker) for marker in written)
 
 
 def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:

@@ -1,7 +1,7 @@
 """Find the source row of each sequence that a trainer prepared, by the contents that its tokens spell."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,8 @@ def match(
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
-    share the sequences, which are dealt out by count. Templates trim contents, so blanks around them do not count.
+    share the sequences, which are dealt out by count. Templates trim contents, so blanks around them do not count. A
+    row that packing has split has its pieces in order.
     """
     by_anchor, alone = defaultdict(list[int]), list[int]()
     for j, row in enumerate(rows):
@@ -40,7 +41,7 @@ def match(
     equal, taken = defaultdict(deque[int]), dict[int, list[Trained]]()
     for j, row in enumerate(rows):
         equal[digest_of(row)].append(j)
-    sure, left = dict[int, str](), list[Trained]()
+    sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
     for one in sequences:
         votes = defaultdict(float)
         for anchor in _windows(vocabulary.text(one.ids.tolist()), anchors):
@@ -48,20 +49,89 @@ def match(
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
         likely = sorted(votes, key=lambda j: (-votes[j], j))
         scores = {j: _known_bytes(rows[j], one, vocabulary) for j in _distinct(rows, likely)}
-        if not any(scores.values()):
+        if not any(score for score, _ in scores.values()):
             scores = {j: _known_bytes(rows[j], one, vocabulary) for j in alone}
-        best = max(scores, key=lambda j: scores[j], default=None)
-        best = None if best is None or not scores[best] else best
-        if best is None:
+        best = max(scores, key=lambda j: scores[j][0], default=None)
+        if best is None or not scores[best][0]:
             left.append(one)
             continue
+        begins[id(one)] = scores[best][1]
         group = equal[digest_of(rows[best])]
         if not one.side or one.side == "chosen":
             group.rotate(-1)
         row = group[-1]
         taken.setdefault(row, []).append(one)
         sure[row] = "exact" if len(group) == 1 else "ambiguous"
+    left = _ends(rows, _pieces(rows, left, taken, begins, vocabulary), taken, begins, vocabulary)
+    for row, parts in taken.items():
+        sure.setdefault(row, "exact")
+        parts.sort(key=lambda one: begins[id(one)])
     return taken, sure, left
+
+
+def _pieces(
+    rows: Sequence[Conversation],
+    left: Sequence[Trained],
+    taken: dict[int, list[Trained]],
+    begins: dict[int, tuple[int, int]],
+    vocabulary: Vocabulary,
+) -> list[Trained]:
+    """Give pieces from the middle of a content, as `bfd_split` leaves them, to their rows; return the others."""
+    if not left:
+        return []
+    contents = [(j, k, m.content.strip().encode()) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
+    text, starts = b"\0".join(content for *_, content in contents), np.cumsum([0, *(len(c) + 1 for *_, c in contents)])
+    others, seen = list[Trained](), set[int]()
+    for one in left:
+        part = max(_plain(one, vocabulary), key=len)
+        at = text.find(part) if len(part) >= KEY else -1
+        while at in seen:
+            at = text.find(part, at + 1)
+        if at < 0:
+            others.append(one)
+            continue
+        seen.add(at)
+        place = int(np.searchsorted(starts, at, side="right")) - 1
+        row, message, _ = contents[place]
+        begins[id(one)] = message, at - int(starts[place])
+        taken.setdefault(row, []).append(one)
+    return others
+
+
+def _ends(
+    rows: Sequence[Conversation],
+    left: Sequence[Trained],
+    taken: Mapping[int, list[Trained]],
+    begins: dict[int, tuple[int, int]],
+    vocabulary: Vocabulary,
+) -> list[Trained]:
+    """Give short pieces to rows that lack exactly these ends of their last content; return the others."""
+    if not left:
+        return []
+    lacking = defaultdict(list[tuple[int, tuple[int, int]]])
+    for row, parts in taken.items():
+        messages, parts = rows[row].messages, sorted(parts, key=lambda one: begins[id(one)])
+        ids = np.concatenate([one.ids for one in parts])
+        spans, k = locate(messages, ids, vocabulary), len(messages) - 1
+        if (span := spans[k]) is not None and (span.behind or span.end == len(ids)):
+            content = messages[k].content.strip().encode()
+            begin = len(content) - span.behind
+            lacking[content[begin:].strip()].append((row, (k, begin)))
+    others = list[Trained]()
+    for one in left:
+        texts = _plain(one, vocabulary)
+        if not (places := lacking[texts[0]]):
+            others += [one] if any(texts) else []  # a template's last line feed may be any row's
+            continue
+        row, begins[id(one)] = places.pop(0)
+        taken[row].append(one)
+    return others
+
+
+def _plain(one: Trained, vocabulary: Vocabulary) -> list[bytes]:
+    """The texts between special tokens."""
+    parts = (b"\0" if j in vocabulary.special else vocabulary.text([j]) for j in one.ids.tolist())
+    return [part.strip() for part in b"".join(parts).split(b"\0")]
 
 
 def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabulary: Vocabulary) -> list[Trained]:
@@ -103,19 +173,23 @@ def _distinct(rows: Sequence[Conversation], likely: Sequence[int]) -> Iterable[i
             return
 
 
-def _known_bytes(row: Conversation, one: Trained, vocabulary: Vocabulary) -> int:
-    """How much of the row's contents a sequence has, without system prompts; 0 if some is missing between others."""
+def _known_bytes(row: Conversation, one: Trained, vocabulary: Vocabulary) -> tuple[int, tuple[int, int]]:
+    """How much of the row's contents a sequence has, and in which message, and where there, it begins.
+
+    System prompts do not count; it is 0 if some content is missing between others.
+    """
     messages = row.messages
     if one.side == "rejected" and row.rejected is not None:
         messages = (*(row.prompt or row.question), *row.rejected)
     spans = locate(messages, one.ids, vocabulary)
     if not at_ends_alone(spans, messages):
-        return 0
-    return sum(
+        return 0, (0, 0)
+    there = sum(
         len(message.content.strip().encode()) - span.before - span.behind
         for message, span in zip(messages, spans, strict=True)
         if span is not None and message.role != "system"
     )
+    return there, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0))
 
 
 def _anchors(row: Conversation) -> list[int]:

@@ -34,6 +34,12 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerBase
     markers: re.Pattern[str]
     """Matches the text of special tokens, but for the shortest, such as `<s>`, which is HTML too."""
+    added: frozenset[int]
+    """Added tokens, special or not."""
+    embeddings: int
+    """Tokens that the model has an embedding for."""
+    untrained: frozenset[int] = frozenset()
+    """Those of the added ones that the model has never trained, and will not train."""
 
     def count(self, text: bytes) -> int:
         """Return how many tokens a text has."""
@@ -88,6 +94,8 @@ def vocabulary_of(
         frozenset(generation),
         tokenizer,
         re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
+        frozenset(added),
+        len(tokens),
     )
 
 
