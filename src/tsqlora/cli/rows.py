@@ -155,6 +155,10 @@ def audit(
     drop_findings: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Of text: put the rows of these findings into quarantine.jsonl.")
     ] = None,
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Of text: read no answers with the model, only the tokens.")
+    ] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Of text: read every answer, not those of 2,000 rows.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Of text: exit with 4 on a finding that is an error.")
     ] = False,
@@ -205,8 +209,8 @@ def audit(
     from tsqlora.run.text_audit import text_config
 
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
-    of_text = {"--eval": eval_, "--strict": strict, "--baseline": baseline}
-    both = {"evaluation": eval_, "baseline": baseline}
+    of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
+    both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
     of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
         _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")

@@ -18,12 +18,14 @@ from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
 BATCH = 16
+Sequences = Callable[[Collection[int]], Mapping[int, Sequence[Trained]]]
+"""The sequences of some rows, by row."""
 
 
 def answers_of(
     model: str,
     rows: Sequence[Conversation],
-    sequences: Callable[[Collection[int]], Mapping[int, Sequence[Trained]]],
+    sequences: Sequences,
     vocabulary: Vocabulary,
     *,
     every: bool = False,
@@ -33,7 +35,7 @@ def answers_of(
 ) -> AnswerLook:
     """Look at a sample of the rows, or at all; without weights the look has only a note."""
     try:
-        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
         return AnswerLook(
             [], notes=[f"answers were not looked at: {model} has no weights ({str(error).splitlines()[0]})"]
@@ -62,29 +64,24 @@ def summary_of(look: AnswerLook) -> dict[str, Any]:
         }
         for name, one in look.detections.items()
     }
-    return {
-        "turns": len(look.turns),
-        "tokens": look.tokens,
-        "faults": faults,
-        "shifts": look.shifts,
-        "notes": look.notes,
-    }
+    about = {"turns": len(look.turns), "tokens": look.tokens, "faults": faults, "shifts": look.shifts}
+    return {**about, "notes": look.notes, "says": _sentences(look)}
 
 
-def sentences_of(summary: Mapping[str, Any]) -> list[str]:
+def _sentences(look: AnswerLook) -> list[str]:
     """Say first what can be found, then what was."""
     texts = list[str]()
-    for name, fault in summary["faults"].items():
-        found = f"{fault['recall']['0.01']:.0%} of {fault['planted']} planted ones are found at 1 % false alarms"
-        if fault["rate"] is None:
-            texts.append(f"{name}: {found}; that is too few to call any row wrong")
-        elif not fault["evident"]:
-            texts.append(f"{name}: {found}; no evidence of any, at most {fault['high']:.1%} of the answers")
+    for name, one in look.detections.items():
+        found = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
+        if not one.usable:
+            texts.append(f"{found}, too few to call any row wrong")
+        elif not one.evident:
+            texts.append(f"{found}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
         else:
+            rows = len(look.rows(name))
             texts.append(
-                f"{name}: {found}; about {fault['rate']:.1%} of the answers, at most {fault['high']:.1%}, and "
-                f"{fault['listed']} rows are listed"
+                f"{found}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
             )
-    for first, last, step in summary["shifts"]:
+    for first, last, step in look.shifts:
         texts.append(f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them")
-    return [*texts, *summary["notes"]]
+    return [*texts, *look.notes]
