@@ -74,7 +74,7 @@ def _sentences(look: AnswerLook) -> list[str]:
     for name, one in look.detections.items():
         found = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
         if not one.usable:
-            texts.append(f"{found}, too few to call any row wrong")
+            texts.append(f"{found}; rows do not differ enough from these to call any wrong")
         elif not one.evident:
             texts.append(f"{found}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
         else:

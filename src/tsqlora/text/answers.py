@@ -90,7 +90,7 @@ def behind(prompt: Int[np.ndarray, " p"], answer: Int[np.ndarray, " a"], places:
     """Return an answer behind a prompt; of long ones what is read."""
     half = MOST_PROMPT // 2
     prompt = prompt if len(prompt) <= MOST_PROMPT else np.concatenate([prompt[:half], prompt[-half:]])
-    return Sample(prompt, answer[:MOST_ANSWER], tuple(places))
+    return Sample(prompt, answer[:MOST_ANSWER], tuple(min(place, MOST_ANSWER) for place in places))
 
 
 def read_answers(
