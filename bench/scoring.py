@@ -43,6 +43,7 @@ from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.terms import get_terms
 from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import model_logits
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.record import versions
 
@@ -145,7 +146,8 @@ class Bench:
 
     def forward(self) -> Scores:
         """A pass for the losses of one of the two models whose difference is the reducible loss."""
-        return self.measure(Reference({}, norm=0.0, eta=0.0, rows=self.rows, offsets=self.offsets), {}, ["loss"])
+        with eval_mode(self.model), self.autocast(cache=False), torch.no_grad():
+            return {"loss": self.task.loss(model_logits(self.model, self.inputs, self.task), self.labels)}
 
     def measure(self, reference: Reference, sites: Any, terms: Sequence[str]) -> Scores:
         batch, outside = {**self.inputs, "labels": self.labels}, torch.zeros(self.rows, dtype=torch.bool)

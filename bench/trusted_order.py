@@ -24,10 +24,10 @@ import torch
 from origin import ROOT, commit, machine, parser_of, stored
 from worlds import MODEL, RATE, STEPS, WORLDS, World, by_label, draw, predictions, split, write_rows
 
-import tsqlora.training.looks as looks
 from tsqlora.quality.epochs import EpochPlan, trusted_steps
 from tsqlora.run.config import Config
 from tsqlora.run.train import train
+from tsqlora.training import looks
 from tsqlora.training.record import versions
 
 RESULTS = ROOT / "bench" / "results" / "trusted_order"

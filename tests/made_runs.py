@@ -11,7 +11,7 @@ from runs import Row, write_jsonl
 from tsqlora.data.rows import sample_hash
 from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.moves import RankEvent
 from tsqlora.reports.comparison import methods_of
 from tsqlora.training.record import RunRecord
 

@@ -187,7 +187,7 @@ def test_a_resumed_run_begins_with_what_sufficed(
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr("tsqlora.run.fit.measure", stopped)
+        patch.setattr("tsqlora.run.train.measure", stopped)
         Limit(patch, rows=4)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(config, tmp_path / "run")
@@ -199,14 +199,15 @@ def test_several_processes_are_told_what_to_change(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait in the middle of a step, which cannot be made again in one of them."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(pipeline.distributed, "launched", lambda: 2)
 
-    def work(rows: int) -> Any:
+    def work(*_: Any, **__: Any) -> Any:
         raise RuntimeError(NO_MEMORY)
 
+    monkeypatch.setattr(pipeline, "load", work)
     with pytest.raises(
         tsq.TsqLoraError,
         match=r"^memory does not suffice for 8 rows in each of 2 processes; halve training\.batch_size, double "
         r"training\.gradient_accumulation_steps, and use another --out$",
     ):
-        pipeline.fitting_in_memory(config, tmp_path, work)
+        pipeline.train(config, tmp_path / "run")

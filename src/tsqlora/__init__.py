@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.quality.suspects import Audit
     from tsqlora.ranks.allocate import Sensitivity, allocate
-    from tsqlora.ranks.events import RankEvent
-    from tsqlora.ranks.schedule import RankSchedule
+    from tsqlora.ranks.moves import RankEvent, RankSchedule
     from tsqlora.reports.write import Report, report
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
@@ -77,8 +76,7 @@ _HOMES = {
     "quality.subset": ("QualitySubset",),
     "quality.suspects": ("Audit",),
     "ranks.allocate": ("Sensitivity", "allocate"),
-    "ranks.events": ("RankEvent",),
-    "ranks.schedule": ("RankSchedule",),
+    "ranks.moves": ("RankEvent", "RankSchedule"),
     "reports.write": ("Report", "report"),
     "layer_sensitivity": ("sensitivity",),
     "run.pool": ("select",),

@@ -149,7 +149,10 @@ class Probe:
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         value = get_estimator(self.estimator)(a, b, self.layers[name])
-        sketched = _omega(name, self.seed, b.shape[2]).to(upcast(b)) @ upcast(b).flatten(0, 1).T
+        # Of a layer the same matrix for every step and process of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))
+        omega = torch.randn(SKETCH_ROWS, b.shape[2], generator=generator) / SKETCH_ROWS**0.5
+        sketched = omega.to(upcast(b)) @ upcast(b).flatten(0, 1).T
         if _is_lookup(self.layers[name]):
             inputs, _ = _shape(self.layers[name])
             sketch = sketched.new_zeros(len(sketched), inputs).index_add_(1, a.flatten(), sketched)
@@ -224,9 +227,3 @@ def _is_lookup(layer: LoraLayer) -> bool:
 
 def _shape(layer: LoraLayer) -> tuple[int, int]:
     return cast(int, layer.in_features), cast(int, layer.out_features)
-
-
-def _omega(name: str, seed: int, outputs: int) -> Float[Tensor, "k o"]:
-    """Return the sketching matrix of a layer, the same for every step and process of a seed."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    return torch.randn(SKETCH_ROWS, outputs, generator=generator) / SKETCH_ROWS**0.5

@@ -19,8 +19,7 @@ from slotted import (
     updates,
     wrapped,
 )
-from tsqlora.adapter.change import change_ranks, new_row
-from tsqlora.adapter.importance import Importance
+from tsqlora.adapter.change import Importance, change_ranks, new_row
 from tsqlora.adapter.slots import find_slots
 
 

@@ -17,7 +17,7 @@ from stock import make_trainer, moods
 from tsqlora.adapter.slots import layer_shapes
 from tsqlora.adapter.wrap import plain_lora
 from tsqlora.compat.transformers import transformer_blocks
-from tsqlora.ranks.budget import budget, used
+from tsqlora.ranks.allocate import budget, used
 
 TOP = "bert.encoder.layer.1."
 

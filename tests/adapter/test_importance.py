@@ -7,8 +7,7 @@ import tsqlora as tsq
 from oracles import slow_importance
 from slotted import QUERY, WIDE, backward, wrapped
 from synchronisations import waits_of_ours
-from tsqlora.adapter.change import drop_slots, grow_slot
-from tsqlora.adapter.importance import BETA, Importance, slot_products
+from tsqlora.adapter.change import BETA, Importance, drop_slots, grow_slot, slot_products
 from tsqlora.adapter.slots import Slots, find_slots
 
 

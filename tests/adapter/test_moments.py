@@ -13,8 +13,7 @@ from models import samples, tiny_bert, tiny_llama_classifier
 from oracles import slow_adamw_step
 from scoring import logits_of
 from slotted import OPTIMIZERS, QUERY, WIDE, assert_hidden_are_zero, backward, take_steps, trained, updates, wrapped
-from tsqlora.adapter.change import drop_slots, grow_slot, second_moment_means
-from tsqlora.adapter.moments import moments
+from tsqlora.adapter.change import drop_slots, grow_slot, moments, second_moment_means
 from tsqlora.adapter.slots import Slots, find_slots
 
 ROWS = samples(5, 3)

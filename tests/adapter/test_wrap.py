@@ -17,7 +17,7 @@ from scoring import logits_of
 from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, fill, resize, take_steps, trained, wrapped
 from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.ranks.budget import budget, used
+from tsqlora.ranks.allocate import budget, used
 
 ROWS = samples(5, 3)
 

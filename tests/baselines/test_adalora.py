@@ -6,8 +6,7 @@ import torch
 from peft import PeftModel
 
 from setups import base, build, logits_of, trainer_of
-from tsqlora.baselines.adalora import AdaLoraCallback
-from tsqlora.baselines.svd import config_of, triplets_of
+from tsqlora.baselines.triplets import AdaLoraCallback, config_of, triplets_of
 from tsqlora.errors import SettingsError, UnsupportedError
 
 

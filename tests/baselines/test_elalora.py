@@ -15,13 +15,21 @@ from models import collate
 from oracles import SlowTriplet, slow_elalora_rule, slow_elalora_run
 from setups import STEPS, base, build, logits_of, trainer_of
 from stock import moods
-from tsqlora.adapter.importance import BETA
+from tsqlora.adapter.change import BETA
 from tsqlora.baselines import Built
-from tsqlora.baselines.elalora import ElaLoraCallback, change_steps, exchange
 from tsqlora.baselines.setup import change_phase
-from tsqlora.baselines.svd import SMALLEST, Importance, Triplets, change, triplets_of
+from tsqlora.baselines.triplets import (
+    SMALLEST,
+    ElaLoraCallback,
+    Importance,
+    Triplets,
+    change,
+    change_steps,
+    exchange,
+    triplets_of,
+)
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.ranks.schedule import default_interval
+from tsqlora.ranks.moves import default_interval
 
 # Few values, so that many are equal.
 VALUES = st.one_of(st.integers(0, 3).map(float), st.floats(0, 1))

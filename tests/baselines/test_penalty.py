@@ -15,7 +15,7 @@ from models import GENERATORS, collate
 from setups import base, build, make_setup
 from stock import VOCAB, moods
 from tsqlora.baselines import BASELINES
-from tsqlora.baselines.svd import config_of
+from tsqlora.baselines.triplets import config_of
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import get_task

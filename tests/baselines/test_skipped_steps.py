@@ -11,9 +11,7 @@ from transformers import TrainerCallback, Wav2Vec2ForSequenceClassification
 from setups import STEPS, build, trainer_of
 from stock import make_trainer
 from tsqlora.baselines import Built
-from tsqlora.baselines.adalora import AdaLoraCallback
-from tsqlora.baselines.elalora import ElaLoraCallback
-from tsqlora.baselines.svd import step_was_skipped, triplets_of
+from tsqlora.baselines.triplets import AdaLoraCallback, ElaLoraCallback, step_was_skipped, triplets_of
 from tsqlora.errors import UnsupportedError
 from tsqlora.training.nonfinite import GuardCallback
 

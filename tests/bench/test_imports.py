@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).parents[2].glob("bench/*.py"))
+FILES = sorted(Path(__file__).parents[2].glob("bench/**/*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -11,7 +11,7 @@ import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from setups import build
 from tsqlora.adapter.slots import find_slots
-from tsqlora.baselines.svd import config_of
+from tsqlora.baselines.triplets import config_of
 from tsqlora.compat.peft import (
     VARIANTS,
     allocate_triplets,

@@ -24,6 +24,7 @@ from tsqlora.compat.transformers import (
     CLASSES_OF,
     SUMS,
     callbacks_of,
+    carried,
     installed_reporters,
     knows_lengths,
     packing_method,
@@ -56,6 +57,15 @@ def test_a_note_in_the_state_is_in_every_checkpoint(tmp_path: Path) -> None:
     state.save_to_json(str(tmp_path / "state.json"))
     assert json.loads((tmp_path / "state.json").read_text())["stateful_callbacks"]["tsqlora"] == {"run": "a"}
     assert saved_note(TrainerState.load_from_json(str(tmp_path / "state.json")), "tsqlora") == {"run": "a"}
+
+
+def test_what_a_state_carries_is_made_once_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+    state = TrainerState()
+    assert carried(state) is None
+    shared = carried(state, object)
+    assert carried(state, object) is carried(state) is shared
+    state.save_to_json(str(tmp_path / "state.json"))
+    assert carried(TrainerState.load_from_json(str(tmp_path / "state.json"))) is None
 
 
 def made(folder: Path, **options: Any) -> Trainer:

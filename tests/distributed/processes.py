@@ -33,9 +33,7 @@ from scoring import quality_by, score_by, teach
 from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora import distributed
-from tsqlora.adapter.change import change_ranks, drop_slots, grow_slot
-from tsqlora.adapter.importance import Importance
-from tsqlora.adapter.moments import moments
+from tsqlora.adapter.change import Importance, change_ranks, drop_slots, grow_slot, moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe

@@ -267,6 +267,33 @@ def test_a_dry_run_shows_samples_and_refuses_a_model_of_the_other_kind(run: Path
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
 
 
+def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refused(tmp_path: Path) -> None:
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{WORDS[j % 4]} {j}"},
+                {"role": "assistant", "content": WORDS[j % 4]},
+            ]
+        }
+        for j in range(12)
+    ]
+    chats[3]["messages"][1]["content"] = f"{chats[3]['messages'][0]['content']} {WORDS[0]}" * 4
+    config = config_of(tmp_path, "causal-lm", chats)
+
+    def template(end: str) -> None:
+        turn = "{% for m in messages %}{{ m.role }} {{ m.content }}" + end + "{% endfor %}"
+        made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
+        made.save_pretrained(tmp_path / "model")
+
+    template("{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
+    with pytest.warns(UserWarning, match="warning stop_not_trained: no stop is trained") as warned:
+        plan = pipeline.dry_run(load_config(config))
+    assert any(str(one.message) in plan["notes"] for one in warned)
+    template("; ")
+    with pytest.raises(DataError, match=r"stop_not_trained in all rows of .*train\.jsonl"):
+        pipeline.dry_run(load_config(config))
+
+
 def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -> None:
     config = config_of(tmp_path, "causal-lm", rows(8))
     tokenizer = byte_tokenizer()

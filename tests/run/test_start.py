@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from loras import lora_config, save_lora, tiny_llama
 from runs import make_rows, set_up, write_config, write_jsonl
-from tsqlora.adapter.init_from import mean_rank, read_start
 from tsqlora.adapter.slots import active_ranks
+from tsqlora.adapter.wrap import mean_rank, read_start
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.interop.files import read_adapter, write_adapter
 from tsqlora.interop.verify import logits

@@ -15,7 +15,7 @@ from runs import set_up
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import active_ranks, has_slots
 from tsqlora.interop.files import read_adapter
-from tsqlora.ranks.budget import budget, used
+from tsqlora.ranks.allocate import budget, used
 from tsqlora.run import train as pipeline
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
@@ -64,7 +64,7 @@ def unfinished(run: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
 def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(optimizer: str, tmp_path: Path) -> None:
     config = load_config(fixed(tmp_path, optim=optimizer) / "c.yaml")
-    with patch("tsqlora.run.fit.fit", side_effect=fit) as fitted:
+    with patch("tsqlora.run.train.fit", side_effect=fit) as fitted:
         record = pipeline.train(config, tmp_path / "run")
     model, _, method = fitted.call_args.args[:3]
     assert (has_slots(model), method.ranks) == (False, None)

@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,8 @@ from transformers import Trainer, TrainerCallback
 import tsqlora as tsq
 from scoring import quality_by
 from stock import base_bert, make_trainer, moods, slotted_bert
-from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.scores import Scores
-from tsqlora.ranks.events import RankEvent
-from tsqlora.training.callback_state import VERSION, QualityState, RankState
+from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
 
 DATA = moods()
 
@@ -218,38 +216,15 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, t
     assert np.array_equal(used.quality, expected.quality)
 
 
-def state() -> RankState:
-    event = RankEvent(5, "start", {"a": 1}, {"a": 2}, {"a": 1.0}, 0, 10, 20)
-    tables = {"mean": torch.rand(1, 4), "spread": torch.rand(1, 4), "age": torch.tensor([[3, 1, 0, 0]])}
-    return RankState(["a"], tables, [event], True, True, 20, 4, 0.25, False, 16, 320, {"seed": 0})
-
-
-def quality_state() -> QualityState:
-    looks = [{"step": 0, "not_ready": "why"}, {"step": 8, "not_ready": None}]
-    return QualityState(looks, 2, "digest", {"look": PhaseCost(1.5, 40, 4, 9)}, {"trusted rows": None}, ["a note"])
-
-
-def test_states_come_back_as_they_were(tmp_path: Path) -> None:
-    saved = state()
-    saved.save(tmp_path)
-    loaded = RankState.load(tmp_path)
-    for name, table in saved.importance.items():
-        assert torch.equal(table, loaded.importance[name])
-    for name in (field.name for field in fields(saved) if field.name != "importance"):
-        assert getattr(saved, name) == getattr(loaded, name)
-    quality = quality_state()
-    quality.save(tmp_path)
-    assert QualityState.load(tmp_path) == quality
-
-
-@pytest.mark.parametrize("kind", [RankState, QualityState])
-def test_a_checkpoint_without_the_callbacks_state_is_named(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*tsqlora.*\.json is missing.*start again"):
-        kind.load(tmp_path)
-
-
-@pytest.mark.parametrize("entries", [{}, {"version": VERSION - 1}])
-def test_a_checkpoint_of_another_version_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "tsqlora_quality.json").write_text(json.dumps(entries))
-    with pytest.raises(tsq.TsqLoraError, match="tsqlora_quality"):
-        QualityState.load(tmp_path)
+@pytest.mark.parametrize("name", ["tsqlora", "tsqlora_quality"])
+@pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
+def test_a_state_that_is_missing_or_of_another_version_is_named(name: str, version: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(4)).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / f"{name}.json").unlink()
+    if version is not None:
+        (checkpoint / f"{name}.json").write_text(json.dumps({"version": version}))
+    write_manifest(checkpoint)
+    with pytest.raises(tsq.TsqLoraError, match=rf"{name}\.json (is missing.*|was written by .*)start"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))

@@ -25,11 +25,11 @@ from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, 
 
 DATA = moods()
 OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
-ORDERS = pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1)])
+ORDERS = pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
 
 
 class Fail(TrainerCallback):
-    """As a crash when the Trainer's files are there, and those of the callbacks before this one."""
+    """As a crash when the Trainer's files are there, and ours unless one of our callbacks comes before this one."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -191,21 +191,32 @@ def test_when_none_was_ever_finished_training_begins_anew(run: Path) -> None:
 
 
 @ORDERS
-def test_a_crash_before_the_last_of_the_callbacks_leaves_no_manifest(order: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_crash_before_the_callbacks_leaves_no_manifest(order: tuple[int, ...], tmp_path: Path) -> None:
     made = trainer(tmp_path, order, fail=12)
     with pytest.raises(KeyboardInterrupt):
         made.train()
-    # Where the crash comes behind both, both had written.
-    assert (fault(tmp_path / "checkpoint-12") is None) == (order[-1] == 2)
+    # The first one writes the parts of both.
+    assert (fault(tmp_path / "checkpoint-12") is None) == (order[0] != 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{12 if order[-1] == 2 else 8}"
+        assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{8 if order[0] == 2 else 12}"
+
+
+def test_a_checkpoint_that_a_step_and_its_epoch_both_save_is_complete(tmp_path: Path) -> None:
+    class Save(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = state.global_step == 4
+
+    made = trainer(tmp_path, (0, 1), num_train_epochs=1)
+    made.add_callback(Save())
+    made.train()
+    assert fault(tmp_path / "checkpoint-4") is None
 
 
 def test_a_checkpoint_that_is_written_anew_is_not_taken_for_the_old_one(run: Path) -> None:
     """Of the old run, which is kept under another name."""
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="earlier"):
-        trainer(run, (0, 2, 1), fail=8, learning_rate=0.01).train()
+        trainer(run, (2, 0, 1), fail=8, learning_rate=0.01).train()
     assert fault(run / "checkpoint-8") is not None
 
 

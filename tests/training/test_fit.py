@@ -20,7 +20,7 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.train import train
-from tsqlora.training import fit, recorder
+from tsqlora.training import fit, record
 from tsqlora.training.fit import hardware_has_bf16, training_arguments
 
 
@@ -241,17 +241,17 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
 
 
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
-    history = [{"step": j, "loss": 1.0} for j in range(3 * recorder.MOST_ENTRIES)]
+    history = [{"step": j, "loss": 1.0} for j in range(3 * record.MOST_ENTRIES)]
     history.insert(7, {"step": 7, "eval_loss": 1.0})
-    retained = recorder.logged(history)
-    assert len(retained) <= recorder.MOST_ENTRIES + 1
+    retained = record.logged(history)
+    assert len(retained) <= record.MOST_ENTRIES + 1
     assert retained[0]["step"] == 0
     assert {"step": 7, "eval_loss": 1.0} in retained
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:
     steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
-    assert recorder.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
+    assert record.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
 
 
 def test_nothing_of_training_is_printed_on_stdout_where_bars_are_asked_for(

@@ -15,8 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
-from tsqlora.training.callback_state import GUARD_FILE
-from tsqlora.training.nonfinite import NAMED
+from tsqlora.training.nonfinite import GUARD_FILE, NAMED
 
 ROWS = moods(40)
 STRANGE = 39

@@ -30,7 +30,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
 from tsqlora.training.checkpoints import write_manifest
-from words import llama
+from words import llama, tokenizer
 
 DATA = moods()
 GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
@@ -61,6 +61,24 @@ def test_text_without_trusted_rows_is_said_to_be_drawn_evenly(tmp_path: Path) ->
     )
     trainer = Trainer(llama(), args, train_dataset=data, callbacks=[tsq.QualityCallback(data)])
     with pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"):
+        trainer.train()
+
+
+def test_rows_without_a_token_to_learn_are_said(tmp_path: Path) -> None:
+    data = tsq.QualitySubset(
+        [{"input_ids": [5, 6, 7 + j], "labels": [-100, -100, -100 if j < 6 else 7 + j]} for j in range(8)]
+    )
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=1,
+        train_sampling_strategy="sequential",
+    )
+    callback = tsq.QualityCallback(data, rule=tsq.ScoringRule(select=False))
+    trainer = Trainer(llama(), args, train_dataset=data, callbacks=[callback], processing_class=tokenizer())
+    with pytest.warns(UserWarning, match=r"warning nothing_trained: .* \(75% of all rows: 0, 1, 2, …\)"):
         trainer.train()
 
 

@@ -17,7 +17,7 @@ from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero
 from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
-from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.moves import RankEvent
 from tsqlora.tasks import Classification
 from tsqlora.training import mover
 

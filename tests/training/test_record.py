@@ -8,7 +8,7 @@ import pytest
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
-from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.moves import RankEvent
 from tsqlora.training.record import RECORD_FILE, RunRecord
 
 

@@ -14,7 +14,7 @@ from stock import make_trainer, moods, slotted_bert
 from tsqlora.reports.gather import gather
 from tsqlora.reports.write import write_report
 from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.recorder import step_size
+from tsqlora.training.steps import step_size
 
 ROWS = moods()
 

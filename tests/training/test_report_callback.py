@@ -15,10 +15,10 @@ from transformers.integrations import integration_utils
 from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Pulse
-from tsqlora.ranks.events import MOST_EVENTS, RankEvent, bounded
+from tsqlora.ranks.moves import MOST_EVENTS, RankEvent, bounded
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
-from tsqlora.training import recorder, report_callback
+from tsqlora.training import report_callback, session
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
 from tsqlora.training.report_callback import SPAN, Pace, ReportCallback
@@ -163,8 +163,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             records.append(json.loads((run / "run.json").read_text()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "EVERY", 0.0)
-        patch.setattr(recorder, "SHARE", float("inf"))
+        patch.setattr(session, "EVERY", 0.0)
+        patch.setattr(session, "SHARE", float("inf"))
         record = pipeline.train(load_config(config, ["data.max_length=16"]), run, progress=progress)
     return {"logged": logged, "records": records, "record": record, "run": run}
 
@@ -188,7 +188,7 @@ def test_every_step_is_told_with_what_is_known_of_it(watched: dict[str, Any]) ->
 
 def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, Any]) -> None:
     records, final = watched["records"], watched["record"]
-    # The Recorder comes before TellProgress: at a step its record is there.
+    # The Session comes before TellProgress: at a step its record is there.
     assert all(record["status"] == "running" for record in records)
     assert [record["now"].get("step") for record in records] == [*range(1, len(records) + 1)]
     assert [len(record["history"]) for record in records] == sorted(len(record["history"]) for record in records)
@@ -213,16 +213,16 @@ def test_writing_the_record_takes_a_small_share_of_the_time(tmp_path: Path, monk
     clock = [0.0]
     written: list[float] = []
 
-    made = RunRecord("running", 0, "t", None, {}, {"steps": 1000})
-    keep = recorder.Recorder(made, [None] * 8, tmp_path)
     state, args = TrainerState(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    keep = session.Session(args, state, [None] * 8)
+    keep.keep(state, RunRecord("running", 0, "t", None, {}, {"steps": 1000}), tmp_path)
 
     def save(run: Path) -> None:
         written.append(clock[0])
         clock[0] += 2.0
 
-    monkeypatch.setattr(recorder.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(keep, "save", lambda: save(tmp_path))
+    monkeypatch.setattr(session.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(keep, "write", lambda: save(tmp_path))
     for state.global_step in range(1, 1001):
         keep.end_step(args, state)
         clock[0] += 1.0

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from tsqlora.adapter.slots import active_ranks
-from tsqlora.baselines.adalora import adalora
-from tsqlora.baselines.elalora import elalora
 from tsqlora.baselines.eva import eva
 from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, whole_rank
+from tsqlora.baselines.triplets import adalora, elalora
 from tsqlora.errors import UnsupportedError
 
 __all__ = ["BASELINES", "Built", "Setup"]

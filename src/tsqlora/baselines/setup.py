@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from tsqlora.adapter.config import inject, new_config
+from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import SettingsError
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.schedule import RankSchedule
+from tsqlora.ranks.moves import RankSchedule
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.load import Pretrained
 

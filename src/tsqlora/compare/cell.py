@@ -24,9 +24,9 @@ from tsqlora.files import write_text
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.sampling import draw_size
 from tsqlora.run.config import Config, dump_config
-from tsqlora.run.fit import arguments, begin, train_and_measure
+from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import Job, load, load_model, read
-from tsqlora.training.fit import Method
+from tsqlora.training.fit import Method, fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.report_callback import peak_memory
 from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
@@ -76,9 +76,9 @@ def _train(
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / CONFIG_FILE, dump_config(job.config))
         try:
-            train_and_measure(
-                job, args, method, built.model, record, run=run, also=(*built.callbacks, *also), progress=progress
-            )
+            also = (*built.callbacks, *also)
+            fit(built.model, args, method, job.inputs, record, also=also, progress=progress, run=run)
+            measure(job, built.model, record, args, progress)
         except TsqLoraError as error:
             # Subclasses are errors of settings and data, which no other seed would cure.
             if type(error) is not TsqLoraError:

@@ -34,6 +34,16 @@ def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
     return cast(dict[str, Any], state.stateful_callbacks).setdefault(key, {})
 
 
+def carried(state: TrainerState, make: Callable[[], Any] | None = None) -> Any:
+    """The object that callbacks share while this state lives, which is that of one training.
+
+    It is no field, and in no checkpoint. Without one `make` makes it; None if there is none.
+    """
+    if make is not None and "tsqlora" not in vars(state):
+        vars(state)["tsqlora"] = make()
+    return vars(state).get("tsqlora")
+
+
 def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
     """Set how the Trainer sums a step's batches, which it infers from the model's class.
 

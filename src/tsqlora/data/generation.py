@@ -139,17 +139,20 @@ def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerB
     A piece's tokens follow those of the piece before it in their joint text. If a token would span the two, the piece
     is tokenised alone. So every run has the same tokens whether or not another follows it.
     """
-    alone = iter(plain_tokens([piece.text for row in pieces for piece in row], tokenizer))
+    # A row's last piece, most often the longest, is seldom read alone.
+    alone = iter(plain_tokens([piece.text for row in pieces for piece in (row[:-1] or row)], tokenizer))
     joint = iter(plain_tokens([a.text + b.text for row in pieces for a, b in pairwise(row)], tokenizer))
     tokens = list[list[Run]]()
     for row in pieces:
         runs, before = list[Run](), list[int]()
         for j, piece in enumerate(row):
-            own = next(alone)
-            both = next(joint) if j else own
+            own = next(alone) if j < len(row) - 1 or not j else None
+            both = next(joint) if j else own or []
             follows = both[: len(before)] == before
-            runs.append(Run(both[len(before) :] if follows else own, piece.trained))
-            before = own
+            if own is None and not follows:
+                own = plain_tokens([piece.text], tokenizer)[0]
+            runs.append(Run(both[len(before) :] if follows else own or [], piece.trained))
+            before = own or []
         tokens.append(runs)
     return tokens
 

@@ -7,7 +7,7 @@ A step on sample i changes its layer's output by −η x ∇Wᵢᵀ, so the outp
 (W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  A and B of a LoRA layer are two sites, which includes the η² term.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,7 +122,14 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
     state = Capture(torch.zeros((), device=device, requires_grad=True))
 
     def enter(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.begin(_batch_size(args, kwargs), consume)
+        values: list[Any] = [*args, *kwargs.values()]
+        while values:
+            value = values.pop(0)
+            if isinstance(value, Mapping):
+                values[:0] = cast("Mapping[str, Any]", value).values()
+            elif isinstance(value, Tensor) and value.dim() > 0:
+                return state.begin(value.shape[0], consume)
+        raise UnsupportedError("the model was called without a tensor, so its batch size is unknown")
 
     def leave(_model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         state.current = None
@@ -175,19 +182,3 @@ def stepped(
                 hook = partial(step, sites[name])
                 hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for value in _tensors((*args, *kwargs.values())):
-        if value.dim() > 0:
-            return value.shape[0]
-    raise UnsupportedError("the model was called without a tensor, so its batch size is unknown")
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the values, also inside dicts."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _tensors(cast("Mapping[str, Any]", value).values())

@@ -197,7 +197,8 @@ class MeanGradient:
         return MeanGradient(weight, bias)
 
     def plus(self, other: "MeanGradient") -> "MeanGradient":
-        return MeanGradient(_add(self.weight, other.weight), _add(self.bias, other.bias))
+        weight = None if self.weight is None or other.weight is None else self.weight + other.weight
+        return MeanGradient(weight, None if self.bias is None or other.bias is None else self.bias + other.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +246,3 @@ def summed_gradient(
 ) -> MeanGradient:
     """Return the gradient summed over the samples of the batch."""
     return MeanGradient(kind.summed(a, b) if weight else None, upcast(b).sum((0, 1)) if bias else None)
-
-
-def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return None if x is None or y is None else x + y

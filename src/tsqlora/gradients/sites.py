@@ -57,7 +57,9 @@ def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -
     """Return (a, b) of one call on x whose output has this gradient."""
     module = module.get_base_layer() if isinstance(module, LoraLayer) else module
     a = input_of(module, site.kind, x, samples, site.name)
-    b = output_gradient_of(module, x, grad, samples, site.name)
+    b = by_sample(grad, samples, site.name)
+    if is_embedding(module) and module.padding_idx is not None:  # whose row does not train
+        b = b.masked_fill((x == module.padding_idx).reshape(*b.shape[:2], 1), 0)
     if not _mixed(site, module):
         return a, b
     # An Embedding that shares a linear layer's weight: a one-hot b makes ∇W a sum of outer products again. In b's dtype
@@ -99,7 +101,19 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         sites[key] = site if key not in sites else _tied(sites[key], site)
         if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
             raise UnsupportedError(f"{site.name} shares its trained bias with {biases[id(bias[1])]}; freeze it")
-    _refuse_unseen(modules, seen)
+    for owner_name, owner in modules:
+        for name, parameter in owner.named_parameters(owner_name, recurse=False):
+            if not parameter.requires_grad or (id(owner), id(parameter)) in seen:
+                continue
+            if ".lora_embedding_" in f".{name}":
+                raise UnsupportedError(
+                    f"{name} trains, and LoRA over an Embedding has no exact gradient per sample; remove the "
+                    "Embedding from target_modules"
+                )
+            raise UnsupportedError(
+                f"{name} trains and belongs to {type(owner).__name__}, which has no exact gradient per sample; "
+                "freeze it, or train only linear layers, embeddings, norms and LoRA"
+            )
     if not sites:
         raise UnsupportedError("the model has no trainable parameter and so no gradient to score by")
     return {site.name: site for site in sites.values()}
@@ -194,21 +208,6 @@ def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | N
     return (module, parameter) if parameter is not None and parameter.requires_grad else None
 
 
-def _refuse_unseen(modules: list[tuple[str, nn.Module]], seen: set[tuple[int, int]]) -> None:
-    for owner_name, owner in modules:
-        for name, parameter in owner.named_parameters(owner_name, recurse=False):
-            if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
-                if ".lora_embedding_" in f".{name}":
-                    raise UnsupportedError(
-                        f"{name} trains, and LoRA over an Embedding has no exact gradient per sample; remove the "
-                        "Embedding from target_modules"
-                    )
-                raise UnsupportedError(
-                    f"{name} trains and belongs to {type(owner).__name__}, which has no exact gradient per sample; "
-                    "freeze it, or train only linear layers, embeddings, norms and LoRA"
-                )
-
-
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield named_modules(), with a type."""
     yield from cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
@@ -220,7 +219,12 @@ def kind_of(module: nn.Module) -> Kind | None:
         return Linear()
     if is_embedding(module):
         return Lookup(module.num_embeddings)
-    return Gain() if _is_affine(module) else None
+    if isinstance(module, BATCH_NORMS) or list(module.children()):
+        return None
+    # A layer may be affine in a vector of weights; scoring measures whether it is (quality/exact.py).
+    own = dict(module.named_parameters(recurse=False))
+    plain = "weight" in own and not own.keys() - {"weight", "bias"} and all(p.dim() == 1 for p in own.values())
+    return Gain() if plain and len(inspect.signature(module.forward).parameters) == 1 else None
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
@@ -247,15 +251,18 @@ def input_of(module: nn.Module, kind: Kind, x: Tensor, samples: int, name: str) 
     """
     if is_embedding(module):
         return by_sample(x.unsqueeze(-1), samples, name).squeeze(-1)
-    return by_sample(_without_gain(module, x, name) if isinstance(kind, Gain) else x, samples, name)
-
-
-def output_gradient_of(module: nn.Module, x: Tensor, grad: Tensor, samples: int, name: str) -> Tensor:
-    """Return the gradient as n × t × o; zero for an Embedding's padding index, whose row does not train."""
-    b = by_sample(grad, samples, name)
-    if is_embedding(module) and module.padding_idx is not None:
-        b = b.masked_fill((x == module.padding_idx).reshape(*b.shape[:2], 1), 0)
-    return b
+    if isinstance(kind, Gain):  # ∂y/∂weight of a layer that is affine in its weight: its output at 1 minus that at 0
+        weight: Tensor = module.get_parameter("weight")
+        if x.shape[-1] != len(weight):
+            raise UnsupportedError(
+                f"{name} ({type(module).__name__}) has {len(weight)} weights for an input of shape {tuple(x.shape)}, "
+                "not one per feature, so that its gradient per sample is not exact; freeze it"
+            )
+        with torch.no_grad():
+            fills = (torch.ones_like, torch.zeros_like)
+            ones, zeros = (with_weight(module, fill(weight)).forward(x.to(weight)) for fill in fills)
+        x = ones - zeros
+    return by_sample(x, samples, name)
 
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -271,28 +278,3 @@ def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
             "give the layer inputs whose first dimension is the batch"
         )
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-
-
-def _is_affine(module: nn.Module) -> bool:
-    """Whether the layer may be affine in a vector of weights; scoring measures whether it is (quality/exact.py)."""
-    if isinstance(module, BATCH_NORMS) or list(module.children()):
-        return False
-    own = dict(module.named_parameters(recurse=False))
-    if own.keys() - {"weight", "bias"} or any(p.dim() != 1 for p in own.values()):
-        return False
-    return "weight" in own and len(inspect.signature(module.forward).parameters) == 1
-
-
-def _without_gain(module: nn.Module, x: Tensor, name: str) -> Tensor:
-    """Return ∂y/∂weight of a layer that is affine in its weight: its output at weight 1 minus that at 0."""
-    weight: Tensor = module.get_parameter("weight")
-    if x.shape[-1] != len(weight):
-        raise UnsupportedError(
-            f"{name} ({type(module).__name__}) has {len(weight)} weights for an input of shape {tuple(x.shape)}, "
-            "not one per feature, so that its gradient per sample is not exact; freeze it"
-        )
-    with torch.no_grad():
-        ones, zeros = (
-            with_weight(module, fill(weight)).forward(x.to(weight)) for fill in (torch.ones_like, torch.zeros_like)
-        )
-    return ones - zeros

@@ -111,7 +111,7 @@ def forward_pass(
         if isinstance(task, Answers):
             # If one process cannot read its rows, all raise the error.
             longest = sorted_batches(lengths, compute.batch_size)[0]
-            head, first = distributed.together(lambda: read_head(model, dataset, longest, collate, task))
+            head, first = distributed.together(partial(read_head, model, dataset, longest, collate, task))
         parts = parts_of(model, compute, "forward", rows.hashes, list(lengths), task, mean)
 
         def measure(indices: np.ndarray, batch: Batch) -> Columns:

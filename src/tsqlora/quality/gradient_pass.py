@@ -24,14 +24,13 @@ from tsqlora.quality.reference import (
     calibrate,
     calibrated,
     measure_reference,
-    sample_losses,
     total_over_sites,
 )
 from tsqlora.quality.rows import lengths_of, reference_rows
 from tsqlora.quality.rule import LookRequest, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, precision, require_usable, split_labels
+from tsqlora.tasks.forward import Batch, precision, split_labels
 
 
 def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -93,18 +92,8 @@ def measured_columns(
     in_reference: Bool[Tensor, " n"],
     terms: Mapping[str, Term],
 ) -> dict[str, np.ndarray]:
-    """Return each term of one batch's rows: a forward pass, and a backward pass if the reference has gradients.
-
-    A `lookahead` term costs one more forward pass.
-    """
+    """Return each term of one batch's rows by a forward and a backward pass; a `lookahead` term costs one more."""
     inputs, labels = split_labels(batch, model)
-    if not reference.mean:
-        with torch.no_grad():
-            logits = calibrated(model, inputs, task, reference.offsets)
-            require_usable(task, logits, labels, range(len(labels)))
-            losses = sample_losses(task, logits, labels)
-        answers = logits if logits.dim() == 2 else None
-        return _columns(terms, Measured(logits=answers, labels=labels, loss=losses))
     lookahead = any(term.lookahead for term in terms.values())
     gradients: dict[str, LayerGradient] = {}
     norms: list[Tensor] = []
@@ -135,10 +124,10 @@ def measured_columns(
         reference_norm=reference.norm,
         stepped_loss=stepped_loss,
     )
-    return _columns(terms, measured)
+    return columns_of(terms, measured)
 
 
-def _columns(terms: Mapping[str, Term], measured: Measured) -> dict[str, np.ndarray]:
+def columns_of(terms: Mapping[str, Term], measured: Measured) -> dict[str, np.ndarray]:
     """Return the terms of measured rows.  Raises SettingsError for a term with another number of values than rows."""
     values, rows = {name: term.of(measured) for name, term in terms.items()}, len(measured.labels)
     for name, value in values.items():

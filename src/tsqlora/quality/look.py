@@ -25,11 +25,11 @@ from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
-from tsqlora.quality.gradient_pass import gradient_pass, measured_columns
+from tsqlora.quality.gradient_pass import columns_of, gradient_pass
 from tsqlora.quality.head_start import Started, features_with, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
 from tsqlora.quality.linear_head import FOLDS
-from tsqlora.quality.reference import Reference
+from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rows import Dataset, require_reference
 from tsqlora.quality.rule import (
@@ -52,7 +52,15 @@ from tsqlora.quality.trusted import STEPS, Trusted, left_out, trusted_model
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import Collate, each_its_row, precision, task_of
+from tsqlora.tasks.forward import (
+    Collate,
+    each_its_row,
+    model_logits,
+    precision,
+    require_usable,
+    split_labels,
+    task_of,
+)
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.preference import Preference
 from tsqlora.tasks.regression import Regression
@@ -411,10 +419,16 @@ def require_scorable(
         free = {name: term for name, term in terms.items() if not (term.gradient or term.later)}
 
         def check(size: int) -> None:
-            batch, empty = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
+            batch = collate(list(rows[:size]))
             if own_loss:
                 require_own_loss(model, batch, task)
-            measured_columns(model, batch, task, {}, empty, torch.zeros(size, dtype=torch.bool), free)
+            inputs, labels = split_labels(batch, model)
+            with torch.no_grad():
+                logits = model_logits(model, inputs, task)
+                require_usable(task, logits, labels, range(size))
+                losses = sample_losses(task, logits, labels)
+            answers = logits if logits.dim() == 2 else None
+            columns_of(free, Measured(logits=answers, labels=labels, loss=losses))
             if sites:
                 require_exact(model, batch, task, sites, None)
 

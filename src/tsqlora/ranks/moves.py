@@ -1,10 +1,85 @@
-"""Moves of rank from layer to layer at one adjustment, towards the targets of docs/method.md eq. 7."""
+"""Ranks that move from layer to layer, towards the targets of docs/method.md eq. 7: when, how many, and the record.
 
+Warm-up (no change) → adjustment (every `interval` optimizer steps) → freeze.
+"""
+
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
+from typing import Any
 
-from tsqlora.errors import SettingsError, nearest
-from tsqlora.ranks.budget import Shapes, costs, fill, used
+from tsqlora.errors import DataError, SettingsError, nearest
+from tsqlora.ranks.allocate import Shapes, costs, fill, used
+
+STEP_DIGITS = 9
+"""Shares of a run are rounded to this many decimals first, else 0.07 of 100 steps would be 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSchedule:
+    """When ranks move, how many at once, and how closely they follow sensitivity."""
+
+    warmup: float = 0.1
+    """The share of the run before the first adjustment."""
+    freeze: float = 0.3
+    """The share of the run after the last adjustment."""
+    moves: int | None = None
+    """Slots that may move in the first adjustment, falling to 0 as a cubic; a quarter of the layers if not given."""
+    gamma: float = 1.0
+    """Ranks follow sensitivity to this power; 0 keeps them uniform."""
+
+    def steps(self, total: int, interval: int) -> range:
+        """Numbers of completed optimizer steps after which a run of `total` steps adjusts ranks.
+
+        The first is ⌈warmup · total⌉, but at least `interval`, so that importances exist;
+        then every `interval` steps, all before (1 - freeze) · total. Empty if the run is too short. The range's own
+        `stop` is where freezing begins.
+
+        Raises SettingsError if a share or the interval is out of range.
+
+        >>> list(RankSchedule(warmup=0.1, freeze=0.3).steps(100, 20))
+        [20, 40, 60]
+        """
+        for name, share in (("warmup", self.warmup), ("freeze", self.freeze)):
+            if not 0 <= share < 1:
+                raise SettingsError(f"ranks.{name} is {share}; give a share of the run from 0 to below 1")
+        if round(self.warmup + self.freeze, STEP_DIGITS) >= 1:
+            raise SettingsError(
+                f"ranks.warmup {self.warmup} and ranks.freeze {self.freeze} leave no step to adjust ranks in; "
+                "together they must be below 1"
+            )
+        if not (isinstance(interval, Integral) and interval >= 1):
+            raise SettingsError(f"ranks.interval is {interval}; give a whole number of optimizer steps, 1 or more")
+        first = math.ceil(round(self.warmup * total, STEP_DIGITS))
+        stop = math.ceil(round((1 - self.freeze) * total, STEP_DIGITS))
+        return range(max(first, interval), stop, interval)
+
+    def first_moves(self, layers: int) -> int:
+        """Slots of this many layers that may move in the first adjustment."""
+        return max(1, layers // 4) if self.moves is None else self.moves
+
+
+def default_interval(total_steps: int) -> int:
+    """Optimizer steps between adjustments of a run of so many: a twentieth of them, at least 10."""
+    return max(10, total_steps // 20)
+
+
+def moves_allowed(step: int, steps: range, *, first: int) -> int:
+    """How many slots may be given up at `step`: `first` at the start, falling to 0 as a cubic.
+
+    round(first · (1 - p³)) with p the share of the adjustment phase that is over; 0 outside the
+    phase. The fall is as in ElaLoRA's b(t).
+
+    >>> [moves_allowed(step, range(20, 100, 20), first=8) for step in (0, 20, 60, 80, 100)]
+    [0, 8, 7, 5, 0]
+    """
+    if not steps.start <= step < steps.stop:
+        return 0
+    p = (step - steps.start) / (steps.stop - steps.start)
+    return round(first * (1 - p**3))
+
 
 LEFT_ALONE = 1
 """A layer this close to its target neither gives nor receives in a move."""
@@ -49,9 +124,15 @@ def moved_towards(
         receiver = max(lack, key=lack.__getitem__, default=None)
         if receiver is None or lack[receiver] <= LEFT_ALONE:
             break
-        price = cost[receiver] - (budget - used(now, shapes))
-        paid = _payment(price, ranks=now, target=target, spare=spare, costs=cost, moves=moves)
-        if paid is None:
+        price, paid = cost[receiver] - (budget - used(now, shapes)), Counter[str]()
+        while price > 0:  # slots that donors give up so that so many parameters come free
+            excess = {n: now[n] - paid[n] - target[n] for n in sorted(now) if spare[n] > paid[n]}
+            donor = max(excess, key=excess.__getitem__, default=None)
+            if donor is None or excess[donor] <= LEFT_ALONE or paid.total() >= moves:
+                break
+            paid[donor] += 1
+            price -= cost[donor]
+        if price > 0:
             unpayable.add(receiver)
             continue
         now[receiver] += 1
@@ -62,22 +143,90 @@ def moved_towards(
     return fill(now, wishes=target, order=sorted(now), shapes=shapes, caps=caps, budget=budget)
 
 
-def _payment(
-    price: int,
-    *,
-    ranks: Mapping[str, int],
-    target: Mapping[str, int],
-    spare: Mapping[str, int],
-    costs: Mapping[str, int],
-    moves: int,
-) -> Counter[str] | None:
-    """Slots that each donor gives up so that `price` parameters come free, None if they cannot."""
-    payment: Counter[str] = Counter()
-    while price > 0:
-        excess = {n: ranks[n] - payment[n] - target[n] for n in sorted(ranks) if spare[n] > payment[n]}
-        donor = max(excess, key=excess.__getitem__, default=None)
-        if donor is None or excess[donor] <= LEFT_ALONE or payment.total() >= moves:
-            return None
-        payment[donor] += 1
-        price -= costs[donor]
-    return payment
+def rank_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """(drops, grows): how many slots each layer loses or gains; layers without change are left out.
+
+    >>> rank_changes({"query": 4, "key": 4, "value": 4}, {"query": 6, "key": 2, "value": 4})
+    ({'key': 2}, {'query': 2})
+    """
+    change = {layer: after[layer] - rank for layer, rank in before.items()}
+    drops = {layer: -delta for layer, delta in change.items() if delta < 0}
+    grows = {layer: delta for layer, delta in change.items() if delta > 0}
+    return drops, grows
+
+
+@dataclass(frozen=True, slots=True)
+class RankEvent:
+    """One decision about the ranks, as in run.json.
+
+    `step` counts completed optimizer steps, `reason` is start or adjustment, `ranks`
+    hold from here on, `target` and `sensitivity` are what they were decided from, `moved` is
+    the number of slots given up, `used` and `budget` are in parameters.
+    """
+
+    step: int
+    reason: str
+    ranks: Mapping[str, int]
+    target: Mapping[str, int]
+    sensitivity: Mapping[str, float]
+    moved: int
+    used: int
+    budget: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
+        """Inverse of `to_dict`; DataError if a field is missing."""
+        try:
+            return cls(**{field.name: data[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise DataError(f"saved rank event has no {error}; the file is cut off or from another version") from None
+
+
+MOST_EVENTS = 1000
+"""Events of a run in run.json; each has three numbers per layer."""
+
+
+def bounded(events: Sequence[RankEvent]) -> list[RankEvent]:
+    """At most MOST_EVENTS: if there are more, merge every second one into the next. The first and the last stay."""
+    if len(events) <= MOST_EVENTS:
+        return list(events)
+    remaining: list[RankEvent] = []
+    moved = 0
+    for j, event in enumerate(events):
+        moved += event.moved
+        if j % 2 == 0 or j == len(events) - 1:
+            remaining.append(replace(event, moved=moved))
+            moved = 0
+    return remaining
+
+
+def layer_places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Each layer's block number ("" outside of blocks) and kind; no two layers share a place.
+
+    Where an encoder's and a decoder's layers would, kinds begin with the part of the name that tells them apart.
+
+    >>> layer_places(["bert.encoder.layer.3.attention.self.query"])
+    {'bert.encoder.layer.3.attention.self.query': ('3', 'attention.self.query')}
+    >>> list(layer_places(["encoder.block.0.o", "decoder.block.0.o"]).values())
+    [('0', 'encoder o'), ('0', 'decoder o')]
+    """
+    split = dict[str, tuple[list[str], str, str]]()  # what comes before the block's number, the number, the kind behind
+    for name in names:
+        parts = name.split(".")
+        at = next((j for j, part in enumerate(parts) if part.isdigit()), None)
+        before, block, kind = (parts[:-2], "", parts[-2:]) if at is None else (parts[:at], parts[at], parts[at + 1 :])
+        split[name] = before, block, ".".join(kind)
+    if len({(block, kind) for _, block, kind in split.values()}) == len(split):
+        return {name: (block, kind) for name, (_, block, kind) in split.items()}
+    leads = [lead for lead, _, _ in split.values()]
+    shared = next((j for j, parts in enumerate(zip(*leads, strict=False)) if len({*parts}) > 1), min(map(len, leads)))
+    places = {
+        name: (block, " ".join([*lead[shared : shared + 1], kind])) for name, (lead, block, kind) in split.items()
+    }
+    if len({*places.values()}) == len(places):
+        return places
+    return {name: (block, name) for name, (_, block, _) in split.items()}

@@ -15,8 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tsqlora.quality.scores import Scores
-from tsqlora.ranks.events import RankEvent
-from tsqlora.ranks.places import layer_places
+from tsqlora.ranks.moves import RankEvent, layer_places
 from tsqlora.reports.metrics import words
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"

@@ -5,12 +5,11 @@ from shlex import quote
 from typing import Any
 
 from tsqlora.quality.reasons import WHY
-from tsqlora.ranks.events import MOST_EVENTS
+from tsqlora.ranks.moves import MOST_EVENTS
 from tsqlora.reports import figures
 from tsqlora.reports.gather import Gathered
 from tsqlora.reports.page import Table, render
-from tsqlora.training.looks import look_sentences
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record import RunRecord, look_sentences
 
 LOGGED = 60
 """Rows of the table of the log."""

@@ -71,7 +71,7 @@ def _tokens(one: Trained, vocabulary: Vocabulary) -> tuple[str, list[str], str]:
     """Side, texts and kinds; tokens that share a character are one."""
     texts, kinds, held = list[str](), list[str](), b""
     for token, target in zip(one.ids[:MOST_TOKENS].tolist(), one.targets[:MOST_TOKENS].tolist(), strict=True):
-        held += vocabulary.text([token])
+        held += vocabulary.tokens[token] if 0 <= token < len(vocabulary.tokens) else b""
         try:
             text = held.decode()
         except UnicodeDecodeError:

@@ -16,8 +16,7 @@ from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.progress import Progress
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
-from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.budget import costs, used
+from tsqlora.ranks.allocate import Sensitivity, allocate, costs, used
 from tsqlora.run.callbacks import build_callbacks, moving
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, open_run

@@ -13,8 +13,7 @@ from tsqlora.data.readers import SUFFIXES
 from tsqlora.errors import printable
 from tsqlora.files import write_text
 from tsqlora.run.config import Config, load_config
-from tsqlora.training.looks import look_sentences
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record import RunRecord, look_sentences
 from tsqlora.training.run_dir import CONFIG_FILE
 
 FILE = "README.md"

@@ -4,15 +4,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.splits import MEASURED
@@ -28,7 +26,9 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.tasks.tokens import TokenClassification
-from tsqlora.training.fit import Method, fit, hardware_has_bf16, training_arguments
+from tsqlora.text.before import worst_findings
+from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
 from tsqlora.training.load import collate_of, positions_of
 from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
 from tsqlora.training.record import RunRecord
@@ -101,35 +101,18 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
+    written = isinstance(job.task, Generation) and job.task.causal and job.pretrained.tokenizer.is_fast
+    if train.format is not None and written:
+        about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
+        found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        record.notes += found
+        for finding in found if distributed.is_first() else ():
+            warnings.warn(finding, stacklevel=2)
     further = config.training.further_arguments()
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
         used = ", ".join(f"training.{name} {_BEST[name]}" for name in sorted(unset))
         record.notes.append(f"training.save_strategy best uses {used}; set them to change that")
     return record
-
-
-def train_and_measure(
-    job: Job,
-    args: TrainingArguments,
-    method: Method,
-    model: nn.Module,
-    record: RunRecord,
-    *,
-    run: Path,
-    adapter: Path | None = None,
-    also: Sequence[TrainerCallback] = (),
-    resume_from: Path | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Train the model in place, save its adapter, and measure it; `record`, and run.json in `run`, say what came of it.
-
-    Model and method may be ones that no setting names.
-    """
-    fit(model, args, method, job.inputs, record, also=also, resume_from=resume_from, progress=progress, run=run)
-    if adapter is not None:
-        cast(PeftModel, model).save_pretrained(str(adapter), is_main_process=distributed.is_first())
-    measure(job, model, record, args, progress)
-    record.status = "finished"
 
 
 def _require_measurable(job: Job) -> None:
@@ -263,7 +246,7 @@ def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predict
 
 
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
-    """Add the metrics of validation and test rows to the record; for generation also those of texts on test rows."""
+    """Add the metrics of validation and test rows, for texts also those of written ones, and finish the record."""
     predictor = predictor_of(job, model, args)
     for split in (name for name in MEASURED if name in job.data):
         samples = job.data[split].samples
@@ -272,3 +255,4 @@ def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArgumen
             if split == "test":
                 record.metrics[split] |= predictor.text_metrics(job.data[split], progress=progress)
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
+    record.status = "finished"

@@ -8,8 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
-from tsqlora.adapter.init_from import start_from
-from tsqlora.adapter.wrap import plain_lora, wrap
+from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import prepare, require_embedded, resolve_max_length
 from tsqlora.data.readers import Hints

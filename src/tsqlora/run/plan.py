@@ -15,8 +15,8 @@ from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule, needs_trusted
 from tsqlora.quality.trusted import RATES, STEPS
-from tsqlora.ranks.budget import used
-from tsqlora.ranks.schedule import RankSchedule, default_interval
+from tsqlora.ranks.allocate import used
+from tsqlora.ranks.moves import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification

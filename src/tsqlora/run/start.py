@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsqlora.adapter.init_from import mean_rank, read_start, scale_of_all
+from tsqlora.adapter.wrap import mean_rank, read_start
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.lora import LoraAdapter
-from tsqlora.ranks.budget import default_max_rank
+from tsqlora.ranks.allocate import default_max_rank
 from tsqlora.run.config import Config
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import adapter_folder, is_run
@@ -24,7 +24,8 @@ def with_start(config: Config) -> Config:
         return config
     mean, largest = mean_rank(adapter), adapter.rank
     ranks = _require_unset(config, "ranks", {"mean": mean, "depth": "all"})
-    targets = {"alpha": scale_of_all(adapter) * mean, "target_modules": sorted(adapter.targets)}
+    scale = next(iter(adapter.targets.values())).scale  # of all the same
+    targets = {"alpha": scale * mean, "target_modules": sorted(adapter.targets)}
     if config.ranks.max is None:
         ranks["max"] = default_max_rank(mean, least=largest)
     elif config.ranks.max < largest:

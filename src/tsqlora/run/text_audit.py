@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,6 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.text_answers import Sequences, answers_of, summary_of
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
-from tsqlora.text.embedding import untrained_tokens
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.lengths import lengths_of
@@ -37,7 +36,7 @@ from tsqlora.text.look import AnswerLook
 from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
-from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
 TEXT_TASKS = ("causal-lm", "preference")
@@ -191,7 +190,7 @@ def audit_trainer(
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if tokenizer is None:
         raise SettingsError("the Trainer has no tokenizer; give it as processing_class")
-    vocabulary = with_ends(tokenizer, model.config, model.generation_config, size_of=model)
+    vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
     result = audit_sequences(made, row_collator(trainer), vocabulary, data=data)
     about = {
         "source": _named(data) if isinstance(data, str) else type(trainer).__name__,
@@ -339,21 +338,8 @@ def load_vocabulary(model: str, chat_template: Path | None) -> tuple[Vocabulary,
         generation = GenerationConfig.from_pretrained(model)
     except (OSError, ValueError):
         generation = None
-    vocabulary = with_ends(tokenizer, config, generation, size_of=model)
+    vocabulary = vocabulary_of_model(tokenizer, config, generation, size_of=model)
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def with_ends(tokenizer: Any, config: Any, generation: Any, *, size_of: Any) -> Vocabulary:
-    """The vocabulary of a tokenizer, with the ends of a model's configs, and what its embedding lacks."""
-    generates, own = _ends(getattr(generation, "eos_token_id", None)), _ends(getattr(config, "eos_token_id", None))
-    vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
-    size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
-    untrained = untrained_tokens(size_of, vocabulary.added)
-    return replace(vocabulary, embeddings=size, untrained=untrained)
-
-
-def _ends(value: Any) -> list[int]:
-    return [] if value is None else [int(one) for one in value] if isinstance(value, list) else [int(value)]
 
 
 def _write(

@@ -1,9 +1,10 @@
 """Train a run from settings to adapter and record."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from tsqlora.progress import Progress
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.fit import arguments, begin, train_and_measure
+from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
+from tsqlora.training.fit import fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -53,11 +55,26 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             distributed.explain_lost_peer(HOW_TO_RESUME),
             nullcontext() if args.save_only_model else stop,
         ):
-            return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
+            work, batch = partial(_train, config, run, before, stop, progress), config.training.batch_size
+            if (processes := distributed.launched()) > 1:
+                try:
+                    return work(batch)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise TsqLoraError(
+                        f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
+                        "training.batch_size, double training.gradient_accumulation_steps, and use another --out"
+                    ) from error
+            # A whole batch at once, or parts of it; after running out of memory from the last checkpoint on.
+            sizes, checkpoint = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
+            if checkpoint is not None and (least := micro_batch_size(checkpoint)) in sizes:
+                sizes = sizes[sizes.index(least) :]
+            return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
 def _train(
-    config: Config, run: Path, rows: int, before: RunRecord | None, stop: StopCallback, progress: Progress | None
+    config: Config, run: Path, before: RunRecord | None, stop: StopCallback, progress: Progress | None, rows: int
 ) -> RunRecord:
     """Train from the last complete checkpoint, or from the start; a device takes `rows` rows at once."""
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
@@ -76,45 +93,14 @@ def _train(
         record.notes += other_versions(before.versions, record.versions)
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
-    train_and_measure(
-        job,
-        args,
-        method,
-        model,
-        record,
-        run=run,
-        adapter=run / ADAPTER_DIR,
-        also=[WriteStart(run, config, record), stop],
-        resume_from=checkpoint,
-        progress=progress,
-    )
+    also = [WriteStart(run, config, record), stop]
+    fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
+    model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+    measure(job, model, record, args, progress)
     if distributed.is_first():
         record.save(run)
         write_card(run, run / ADAPTER_DIR)
     return record
-
-
-def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord]) -> RunRecord:
-    """Call `work` with as many rows at once as memory allows: a whole batch, or a part of it.
-
-    After running out of memory it is called again with fewer rows and continues from the last checkpoint; a resumed
-    run starts with the number that worked.
-    """
-    batch = config.training.batch_size
-    if (processes := distributed.launched()) > 1:
-        try:
-            return work(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TsqLoraError(
-                f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
-                "training.batch_size, double training.gradient_accumulation_steps, and use another --out"
-            ) from error
-    sizes, checkpoint = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
-    if checkpoint is not None and (before := micro_batch_size(checkpoint)) in sizes:
-        sizes = sizes[sizes.index(before) :]
-    return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
 def _in_parts(config: Config, rows: int) -> str:

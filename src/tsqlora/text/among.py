@@ -101,12 +101,17 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
     return [row.row for row in rows if leaks(_contents(row))]
 
 
+_NUMBERS = dict[str, int]()
+"""A number for each word that was read."""
+
+
 def _shingles(text: str) -> np.ndarray | None:
     """Hashes of every WIDTH words in a row, sorted, each once; None for a text that is too short."""
     words = words_of(text)
     if len(words) < 2 * WIDTH:
         return None
-    numbers = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+    _NUMBERS.update((word, zlib.crc32(word.encode())) for word in {*words}.difference(_NUMBERS))
+    numbers = np.array([_NUMBERS[word] for word in words], np.uint64)
     with np.errstate(over="ignore"):
         sums = np.zeros(len(words) - WIDTH + 1, np.uint64)
         for k in range(WIDTH):
@@ -135,13 +140,12 @@ def _answers(rows: Sequence[Conversation], copies: dict[int, int]) -> dict[str, 
     by_prompt, by_answer = defaultdict(list[Conversation]), defaultdict(list[Conversation])
     for row in rows:
         if row.rejected is None and row.answer.strip() and row.question and row.row not in copies:
-            prompt = "\0".join(" ".join(words_of(m.content)) for m in row.question)
-            by_prompt[prompt].append(row)
-            by_answer[" ".join(words_of(row.answer))].append(row)
+            by_prompt["\0".join(_spaced(m.content) for m in row.question)].append(row)
+            by_answer[_spaced(row.answer)].append(row)
     repeated = sum(len(group) for group in by_prompt.values() if len(group) > 1)
     conflicts = list[int]()
     if repeated < len(rows) / 2:
-        for group in by_prompt.values():
+        for group in (group for group in by_prompt.values() if len(group) > 1):
             sets = [{*words_of(row.answer)} for row in group]
             for j, row in enumerate(group):
                 if any(len(sets[j] & o) < FAR * len(sets[j] | o) for k, o in enumerate(sets) if k != j):
@@ -149,6 +153,11 @@ def _answers(rows: Sequence[Conversation], copies: dict[int, int]) -> dict[str, 
     least = max(LEAST_COPIES, BOILERPLATE * len(rows))
     shared = [row.row for answer, group in by_answer.items() if answer and len(group) >= least for row in group]
     return {"conflicting_answers": sorted(conflicts), "one_answer": sorted(shared)}
+
+
+def _spaced(text: str) -> str:
+    """The text without case, with single blanks."""
+    return " ".join(text.casefold().split())
 
 
 def _pairs(rows: Sequence[Conversation]) -> dict[str, list[int]]:

@@ -93,7 +93,7 @@ FINDINGS: dict[str, Kind] = {
     "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
     "untrained_tokens": Kind(
         WARNING,
-        "turn markers that fall apart into several tokens, or added tokens that the model has never trained, nor will LoRA",
+        "turn markers that fall apart into several tokens, or added ones that nobody has trained, nor will this LoRA",
         _cures(
             'LoraConfig(modules_to_save=["embed_tokens", "lm_head"])',
             "fix_untrained_tokens: true, lora_modules_to_save: [embed_tokens, lm_head]",

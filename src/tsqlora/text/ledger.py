@@ -73,9 +73,7 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
     part of `<|im_end|>`.
     """
     tokens = ids.tolist()
-    text, ends = vocabulary.text(tokens), vocabulary.ends(ids)
-    special = vocabulary.special
-    plain = b"".join(bytes(len(vocabulary.text([j]))) if j in special else vocabulary.text([j]) for j in tokens)
+    plain, ends, special = vocabulary.plain(ids), vocabulary.ends(ids), vocabulary.special
     opens = next((k for k, j in enumerate(tokens) if j not in special), len(tokens))
     opening = int(ends[opens - 1]) if opens else 0
     spans, place = list[Span | None](), opening
@@ -88,7 +86,7 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         content = message.content.strip().encode()
         at = plain.find(content, place) if content else -1
         if at < 0 and content:
-            at = text.find(content, place)
+            at = vocabulary.text(ids).find(content, place)
         if not content:
             spans.append(None)
         elif at >= 0:
@@ -177,7 +175,8 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
         line.findings.append("bos")
     if (one.ids >= min(len(vocabulary.tokens), vocabulary.embeddings)).any() or (one.ids < 0).any():
         line.findings.append("vocabulary")
-    if (own := vocabulary.untrained & {*one.ids.tolist()}) or _fall_apart(line, one, vocabulary):
+    own = vocabulary.untrained and vocabulary.untrained & {*one.ids.tolist()}
+    if own or _fall_apart(line, one, vocabulary):
         line.findings.append("untrained_tokens")
         line.detail = line.detail or ", ".join(vocabulary.tokens[j].decode() for j in sorted(own))
     if not messages:
@@ -239,10 +238,9 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
 
 def _fall_apart(line: Line, one: Trained, vocabulary: Vocabulary) -> bool:
     """Whether the template writes a model's marker of turns that is no token here; in a text it is one of `roles`."""
-    if "broken_characters" in line.findings:
-        return False
-    written = {marker.decode() for marker in MARKER.findall(vocabulary.text(one.ids.tolist()))}
-    return any(not vocabulary.markers.fullmatch(marker) for marker in written)
+    plain = vocabulary.plain(one.ids)
+    may = b"<|" in plain or b"_of_turn>" in plain
+    return may and "broken_characters" not in line.findings and MARKER.search(plain) is not None
 
 
 def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:

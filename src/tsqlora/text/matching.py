@@ -1,5 +1,6 @@
 """Find the source row of each sequence that a trainer prepared, by the contents that its tokens spell."""
 
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -44,7 +45,7 @@ def match(
     sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
     for one in sequences:
         votes = defaultdict(float)
-        for anchor in _windows(vocabulary.text(one.ids.tolist()), anchors):
+        for anchor in _windows(vocabulary.text(one.ids), anchors):
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
         likely = sorted(votes, key=lambda j: (-votes[j], j))
@@ -130,8 +131,7 @@ def _ends(
 
 def _plain(one: Trained, vocabulary: Vocabulary) -> list[bytes]:
     """The texts between special tokens."""
-    parts = (b"\0" if j in vocabulary.special else vocabulary.text([j]) for j in one.ids.tolist())
-    return [part.strip() for part in b"".join(parts).split(b"\0")]
+    return [part.strip() for part in re.split(rb"\0+", vocabulary.plain(one.ids))]
 
 
 def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabulary: Vocabulary) -> list[Trained]:
@@ -141,7 +141,7 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     """
     ids, targets = (np.concatenate([getattr(one, name) for one in wrapped]) for name in ("ids", "targets"))
     starts = np.cumsum([0, *(len(one.ids) for one in wrapped)])
-    text, ends = vocabulary.text(ids.tolist()), vocabulary.ends(ids)
+    text, ends = vocabulary.text(ids), vocabulary.ends(ids)
     parts, place, first = list[Trained](), 0, 0
     for row in rows:
         at = place

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.compat.shapes import Int
 from tsqlora.errors import UnsupportedError
+from tsqlora.text.embedding import untrained_tokens
 
 PROBE = "9f3aAnswerProbe"
 """The content of a probe's answer, which no template writes itself."""
@@ -24,6 +25,10 @@ class Vocabulary:
     """
 
     tokens: tuple[bytes, ...]
+    plain_tokens: tuple[bytes, ...]
+    """The same, with zeros in place of the bytes of special tokens."""
+    lengths: Int[np.ndarray, " v"]
+    """Bytes of each token."""
     special: frozenset[int]
     """Turn markers and the like: special tokens, and added ones that look like them."""
     bos: int | None
@@ -45,15 +50,23 @@ class Vocabulary:
         """Return how many tokens a text has."""
         return len(self.tokenizer(text.decode(errors="ignore"), add_special_tokens=False).input_ids)
 
-    def text(self, ids: Iterable[int]) -> bytes:
+    def text(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the text of the tokens, special ones included; nothing for ids beyond the vocabulary."""
-        size = len(self.tokens)
-        return b"".join(self.tokens[j] for j in ids if 0 <= j < size)
+        return b"".join(map(self.tokens.__getitem__, self._within(ids)))
+
+    def plain(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the text of the tokens, with as many zeros in place of special ones."""
+        return b"".join(map(self.plain_tokens.__getitem__, self._within(ids)))
 
     def ends(self, ids: Int[np.ndarray, " t"]) -> Int[np.ndarray, " t"]:
         """Return the place in the text, in bytes, behind each token."""
-        size = len(self.tokens)
-        return np.cumsum([len(self.tokens[j]) if 0 <= j < size else 0 for j in ids.tolist()], dtype=np.int64)
+        within = (ids >= 0) & (ids < len(self.tokens))
+        return np.cumsum(np.where(within, self.lengths[np.where(within, ids, 0)], 0))
+
+    def _within(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        array = np.asarray(ids)
+        within = (array >= 0) & (array < len(self.tokens))
+        return (array if within.all() else array[within]).tolist()
 
 
 def vocabulary_of(
@@ -86,9 +99,12 @@ def vocabulary_of(
     end, bos = (cast(int | None, one) for one in (tokenizer.eos_token_id, tokenizer.bos_token_id))
     own = set[int]() if end is None else {end}
     generation = {*generation_ends} if generation_ends is not None else {*model_ends} or own
+    special |= {*cast(list[int], tokenizer.all_special_ids)}
     return Vocabulary(
         tokens,
-        frozenset(special | {*cast(list[int], tokenizer.all_special_ids)}),
+        tuple(bytes(len(text)) if j in special else text for j, text in enumerate(tokens)),
+        np.array([len(text) for text in tokens], np.int64),
+        frozenset(special),
         bos,
         frozenset(own | {*model_ends} | _turn_ends(tokenizer, special)),
         frozenset(generation),
@@ -97,6 +113,21 @@ def vocabulary_of(
         frozenset(added),
         len(tokens),
     )
+
+
+def vocabulary_of_model(tokenizer: Any, config: Any, generation: Any, *, size_of: Any) -> Vocabulary:
+    """Read a tokenizer, with the ends of a model's configs, and which rows of its embedding were never trained.
+
+    `size_of` is the model, or its directory or hub id.
+    """
+    generates, own = _ends(getattr(generation, "eos_token_id", None)), _ends(getattr(config, "eos_token_id", None))
+    vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
+    size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
+    return replace(vocabulary, embeddings=size, untrained=untrained_tokens(size_of, vocabulary.added))
+
+
+def _ends(value: Any) -> list[int]:
+    return [] if value is None else [int(one) for one in value] if isinstance(value, list) else [int(value)]
 
 
 def _is_marker(content: str) -> bool:

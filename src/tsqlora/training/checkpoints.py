@@ -1,15 +1,15 @@
 """Complete checkpoints: their manifest lists every file, with size and hash.
 
-The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. So the last
-callback to add its part syncs every file to the disk, hashes it, and renames the manifest into place.
+The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. When these
+are there, every file is synced to the disk and hashed, and the manifest renamed into place.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import saved_note, set_deletion_order
+from tsqlora.compat.transformers import set_deletion_order
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json
 
@@ -25,65 +25,11 @@ MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 1
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
+STATE_VERSION = 4
+"""Of the callbacks' files. 4: labels are judged once, and trusted rows come last; 3: a look before the first step, in
+place of a warm-up; 2: draws from named streams."""
 NOTE = "tsqlora"
 """Our key in a Trainer's state."""
-
-
-EPOCH_ERROR = 1e-6
-"""The Trainer counts epochs as a float; a step is a larger part of one than this."""
-
-
-def epoch_of(state: TrainerState) -> int:
-    """The current epoch, or the next one between two."""
-    return int((state.epoch or 0) + EPOCH_ERROR)
-
-
-class Checkpoints:
-    """The checkpoints that one training writes, each of which is complete once every registered part is in it.
-
-    Where a training is resumed, its checkpoint is checked first, and the best one if it is to be brought back. Later
-    checkpoints in the folder are another training's, and are renamed once this one begins.
-
-    Raises TsqLoraError naming the file that is damaged, or the folder that is of another run; SettingsError where there
-    would be times without a complete checkpoint.
-    """
-
-    def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
-        saves = require_resumable_saves(args)
-        self.parts: list[str] = []
-        self.resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
-        """The checkpoint that the training resumes from."""
-        self._folder: Path | None = None
-        self._missing: set[str] = set()
-        self._resumable = not args.save_only_model
-        note = saved_note(state, NOTE)
-        if self.resumed is not None:
-            _require_resumable(args, self.resumed, note.get("run"))
-        self._later = (Path(str(args.output_dir)), state.global_step) if saves and distributed.is_first() else None
-        # Unique for each training, also where two resume from the same checkpoint.
-        note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
-
-    def set_aside_later(self) -> None:
-        """Rename checkpoints of later steps, which are another training's.
-
-        On epoch begin, not on train begin: a callback that refuses to begin leaves the folder as it was.
-        """
-        later, self._later = self._later, None
-        if later is not None:
-            folder, step = later
-            _set_aside(folder, after=step)
-
-    def complete(self, part: str, folder: Path) -> None:
-        """A part is written into a checkpoint; the last one completes it."""
-        if folder != self._folder or not self._missing:
-            self._folder, self._missing = folder, {*self.parts}
-        self._missing -= {part}
-        if self._missing or not self._resumable:
-            return
-        distributed.wait()  # each process writes its own random state
-        if distributed.is_first():
-            write_manifest(folder)
-            set_deletion_order(_in_deletion_order(folder.parent))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -101,6 +47,14 @@ def require_resumable_saves(args: TrainingArguments) -> bool:
             "save_total_limit 1 deletes the last complete checkpoint before the next one is; set it to 2 or more"
         )
     return saves
+
+
+def complete(folder: Path) -> None:
+    """Write the manifest of a checkpoint in which every callback's part is."""
+    distributed.wait()  # each process writes its own random state
+    if distributed.is_first():
+        write_manifest(folder)
+        set_deletion_order(_in_deletion_order(folder.parent))
 
 
 def write_manifest(folder: Path) -> None:
@@ -164,37 +118,28 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """`last_checkpoint` and its warnings; none if the folder does not exist."""
     passed_over: list[str] = []
-    for checkpoint in (checkpoints := _newest_first(folder)):
+    for _, checkpoint in (checkpoints := newest_first(folder)):
         why = fault(checkpoint)
         if why is None:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint} is passed over: {why}")
-    if any((checkpoint / MANIFEST_FILE).exists() for checkpoint in checkpoints):
+    if any((checkpoint / MANIFEST_FILE).exists() for _, checkpoint in checkpoints):
         raise TsqLoraError(
             f"no checkpoint is complete: {'; '.join(passed_over)}; put a sound copy back, or start again elsewhere"
         )
     return None, passed_over
 
 
-def complete_before(folder: str | Path, step: int) -> Path | None:
-    """The newest complete checkpoint of an earlier step than this one."""
-    earlier = (path for path in _newest_first(Path(folder)) if _step_of(path) < step)
-    return next((path for path in earlier if fault(path) is None), None)
-
-
 def micro_batch_size(checkpoint: Path) -> int | None:
     """Rows of a micro batch when the checkpoint was written, or None."""
-    return _state_of(checkpoint)["stateful_callbacks"].get(NOTE, {}).get("rows")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["stateful_callbacks"].get(NOTE, {}).get("rows")
 
 
-def _state_of(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "trainer_state.json").read_text())
-
-
-def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
+def require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
     """Require that the checkpoint is complete, and the one that the Trainer has loaded."""
     _require_complete(folder)
-    state = _state_of(folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
     if state["stateful_callbacks"].get(NOTE, {}).get("run") != loaded:
         raise TsqLoraError(
             f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
@@ -213,15 +158,14 @@ def _require_complete(folder: Path) -> None:
         raise TsqLoraError(
             f"cannot resume: {folder} is not there; resume with the output_dir that the run was begun in, where it was"
         )
-    others = (other for other in _newest_first(folder.parent) if fault(other) is None)
-    other = next(others, None)
+    other = next((other for _, other in newest_first(folder.parent) if fault(other) is None), None)
     cure = "no other checkpoint there is complete; start again" if other is None else f"resume from {other}"
     raise TsqLoraError(f"cannot resume: {folder} is not complete: {why}; {cure}")
 
 
-def _set_aside(folder: Path, *, after: int) -> None:
+def set_aside(folder: Path, *, after: int) -> None:
     """Rename checkpoints of later steps: another training's, or never finished."""
-    later = [path for path in _newest_first(folder) if _step_of(path) > after]
+    later = [path for step, path in newest_first(folder) if step > after]
     for path in later:
         shutil.rmtree(f"{path}{EARLIER}", ignore_errors=True)
         path.rename(f"{path}{EARLIER}")
@@ -236,18 +180,59 @@ def _set_aside(folder: Path, *, after: int) -> None:
 
 
 def _in_deletion_order(folder: Path) -> list[Path]:
-    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *reversed(_newest_first(folder))]
+    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *(path for _, path in reversed(newest_first(folder)))]
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Newest step first."""
+def newest_first(folder: Path) -> list[tuple[int, Path]]:
+    """The steps of the checkpoints in a folder, finished or not, with their paths; the newest first."""
     steps = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
     }
-    return [steps[number] for number in sorted(steps, reverse=True)]
+    return sorted(steps.items(), reverse=True)
+
+
+ROWS_HASH = "hash of rows"
+"""The option that tells data sets of one length apart."""
+
+
+def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises SettingsError if an option differs from the one that the resumed run started with.
+
+    Options that the checkpoint lacks are not compared.
+    """
+    for name, value in now.items():
+        was = begun.get(name, value)
+        if was != value and name == ROWS_HASH:
+            raise SettingsError(
+                "the rows differ from those of the checkpoint, or are in another order, and its scores are by place; "
+                "resume with the same data set in the same order, or start again in another directory"
+            )
+        if was != value:
+            raise SettingsError(
+                f"the resumed run had {name} {was}, and this one has {value}; resume with the run's own options, or "
+                "start again in another directory"
+            )
+
+
+def write_state(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a callback's state into a checkpoint, in the first process."""
+    if distributed.is_first():
+        write_json(path, {"version": STATE_VERSION, **values})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a callback's state.  Raises TsqLoraError naming the file if it is missing or of another version."""
+    if not path.exists():
+        raise TsqLoraError(
+            f"cannot resume: {path} is missing; resume from a complete checkpoint in the run's own output_dir, or "
+            "start again"
+        )
+    values = json.loads(path.read_text())
+    if values.pop("version", None) != STATE_VERSION:
+        raise SettingsError(
+            f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start "
+            "again in another --out (output_dir)"
+        )
+    return values

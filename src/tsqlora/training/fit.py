@@ -25,8 +25,8 @@ from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
-from tsqlora.training.recorder import Recorder, of_draws
 from tsqlora.training.report_callback import ReportCallback, TellProgress
+from tsqlora.training.session import of_draws
 
 
 @runtime_checkable
@@ -77,10 +77,9 @@ def fit(
     data, task = method.data, inputs.task
     guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None))
     record.quality = of_draws(data)
-    recorder = Recorder(record, data, run)
     for part in (method.quality, method.ranks, guard):
         if part is not None:
-            part.recorder = recorder
+            part.into = record, run
     live = [] if progress is None else [TellProgress(data, method.ranks, progress)]
 
     def measure(result: Any) -> dict[str, float]:

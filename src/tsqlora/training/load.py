@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.config import heads, outermost, require_supported_packing
+from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import require_model, why_not_loaded
 from tsqlora.compat.transformers import require_no_adapter, without_named_files

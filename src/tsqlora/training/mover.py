@@ -15,23 +15,26 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.adapter.change import change_ranks
-from tsqlora.adapter.importance import Importance
-from tsqlora.adapter.moments import cut_moments, moments
+from tsqlora.adapter.change import Importance, change_ranks, cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
 from tsqlora.compat.torch import compile_limits
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, name_of, probe_pass
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.budget import caps, costs, used
-from tsqlora.ranks.events import RankEvent, bounded
-from tsqlora.ranks.moves import moved_towards, require_policy
-from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
+from tsqlora.ranks.allocate import Sensitivity, allocate, caps, costs, used
+from tsqlora.ranks.moves import (
+    RankEvent,
+    RankSchedule,
+    bounded,
+    default_interval,
+    moved_towards,
+    moves_allowed,
+    require_policy,
+)
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.callback_state import RankState, require_options
+from tsqlora.training.checkpoints import require_options
 from tsqlora.training.optimizer import StepOrder, gradient_norm, take_over
 
 
@@ -108,7 +111,11 @@ class RankLoop:
         self.started = False
         self.spent = PhaseCost()
         """Seconds for measuring and changing ranks; passes and tokens of the first ranks' rows."""
-        self._postponed = self._withheld = self._rehearsal = False
+        self._postponed = False
+        """Whether the next step adjusts, since the gradients of one that was due overflowed."""
+        self._withheld = False
+        """Whether the last step that was due did not adjust, since rows were not scored yet."""
+        self._rehearsal = False
         self.notes: list[str] = []
         """Warnings, for the record."""
         if len(self.steps) == 0 and policy != "fixed":
@@ -266,52 +273,45 @@ class RankLoop:
         finally:
             self._held.close()
 
-    def state(self) -> RankState:
-        """The loop's state between two steps."""
-        return RankState(
-            layers=list(self.layers),
-            importance={name: table.clone() for name, table in self.importance.tables().items()},
-            events=list(self.events),
-            started=self.started,
-            postponed=self._postponed,
-            withheld=self._withheld,
-            budget=self.budget,
-            interval=self.interval,
-            seconds=self.seconds,
-            passes=self.spent.forward,
-            tokens=self.spent.tokens,
-            options=self._options,
-        )
-
-    def restore(self, saved: RankState, *, step: int) -> None:
-        """Continue after `step` from `saved`; load the model's own state first.
-
-        Raises SettingsError for the state of another run.
-        """
-        if saved.layers != list(self.layers):
-            raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
-        begun = {**saved.options, "ranks.max": saved.importance["mean"].shape[1], "ranks.interval": saved.interval}
-        require_options(begun, {**self._options, "ranks.max": self.capacity})
-        if saved.events and saved.events[-1].ranks != self.ranks:
-            raise SettingsError(
-                "the model has other ranks than the checkpoint; load the model's state before the loop's"
-            )
-        self.importance.restore(saved.importance)
-        self.events, self.budget = list(saved.events), saved.budget
-        self.started, self._postponed, self._withheld = saved.started, saved.postponed, saved.withheld
-        self.order.step = step
-        self.spent = PhaseCost(saved.seconds, forward=saved.passes, backward=saved.passes, tokens=saved.tokens)
-
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""
         self.order.expect("before_forward")
-        return {"step": self.step, **self.state().to_dict()}
+        return {
+            "step": self.step,
+            "layers": list(self.layers),  # the rows of the importance, in order
+            "importance": {name: table.clone() for name, table in self.importance.tables().items()},
+            "events": [event.to_dict() for event in self.events],
+            "started": self.started,
+            "postponed": self._postponed,
+            "budget": self.budget,
+            "interval": self.interval,
+            "seconds": self.seconds,
+            "withheld": self._withheld,
+            "passes": self.spent.forward,
+            "tokens": self.spent.tokens,
+            "options": self._options,
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        values = dict(saved)
-        step = values.pop("step")
-        self.restore(RankState.from_dict(values), step=step)
+        """Continue from a `state_dict`; load the model's own state first.
+
+        Raises SettingsError for the state of another run.
+        """
+        if saved["layers"] != list(self.layers):
+            raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
+        most = saved["importance"]["mean"].shape[1]
+        begun = {**saved["options"], "ranks.max": most, "ranks.interval": saved["interval"]}
+        require_options(begun, {**self._options, "ranks.max": self.capacity})
+        events = [RankEvent.from_dict(event) for event in saved["events"]]
+        if events and events[-1].ranks != self.ranks:
+            raise SettingsError(
+                "the model has other ranks than the checkpoint; load the model's state before the loop's"
+            )
+        self.importance.restore(saved["importance"])
+        self.events, self.budget, self.started = events, saved["budget"], saved["started"]
+        self._postponed, self._withheld, self.order.step = saved["postponed"], saved["withheld"], saved["step"]
+        passes = saved["passes"]
+        self.spent = PhaseCost(saved["seconds"], forward=passes, backward=passes, tokens=saved["tokens"])
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -2,30 +2,50 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.compat.accelerate import is_compiled, loss_scale
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.training.callback_state import GuardState, SkippedStep
-from tsqlora.training.checkpoints import complete_before
+from tsqlora.training.checkpoints import fault, newest_first, read_state, write_state
 from tsqlora.training.optimizer import call_around_steps, finite_gradients, weak_hook
-from tsqlora.training.part import PartCallback, require_subset
+from tsqlora.training.session import PartCallback, require_subset
 
+GUARD_FILE = "tsqlora_guard.json"
+"""The callback's state in a checkpoint."""
 NAMED = 100
 """Skipped steps in the record; all are counted."""
 LISTED = 3
 """Skipped steps in a note."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite."""
+
+    step: int
+    rows: list[int] | None
+    """Of the training split; None if unknown."""
+
+    def in_words(self) -> str:
+        """The first eight of its rows, in words.
+
+        >>> SkippedStep(3, [5, 1]).in_words(), SkippedStep(3, [*range(9)]).in_words(), SkippedStep(3, None).in_words()
+        ('rows 5, 1', 'rows 0, 1, 2, 3, 4, 5, 6, 7, ...', 'its rows are unknown')
+        """
+        if self.rows is None:
+            return "its rows are unknown"
+        return f"rows {', '.join(map(str, self.rows[:8]))}{', ...' if len(self.rows) > 8 else ''}"
 
 
 class GuardCallback(PartCallback):
@@ -72,9 +92,11 @@ class GuardCallback(PartCallback):
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         self._held.close()
-        saved = GuardState([], 0, []) if resumed is None else GuardState.load(resumed)
-        self.skipped, self.count = list(saved.skipped), saved.count
-        self._recent = deque(saved.recent, maxlen=self.limit)
+        saved: dict[str, Any] = {"skipped": [], "count": 0, "recent": []}
+        if resumed is not None and (resumed / GUARD_FILE).exists():  # not where the run began without a guard
+            saved = read_state(resumed / GUARD_FILE)
+        self.skipped, self.count = [SkippedStep(**step) for step in saved["skipped"]], saved["count"]
+        self._recent = deque((SkippedStep(**step) for step in saved["recent"]), maxlen=self.limit)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
@@ -91,16 +113,17 @@ class GuardCallback(PartCallback):
     def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._rows = []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         # The sum over processes is the same in all of them, and so is this.
-        self._bad = not finite_gradients(self._parameters) and not _looks_for_its_scale(kwargs["optimizer"])
+        # A gradient scaler skips the step itself until its scale is low enough.
+        scale = loss_scale(kwargs["optimizer"])
+        self._bad = not finite_gradients(self._parameters) and not (scale is not None and scale >= 1)
         if self._bad:
             self._skip(args, state)
 
     def save_part(self, folder: Path) -> None:
-        GuardState(self.skipped, self.count, list(self._recent)).save(folder)
+        steps = {"skipped": [*map(asdict, self.skipped)], "count": self.count, "recent": [*map(asdict, self._recent)]}
+        write_state(folder / GUARD_FILE, steps)
 
     def end(self, state: TrainerState) -> None:
         self._held.close()
@@ -119,7 +142,8 @@ class GuardCallback(PartCallback):
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        size = _rows_in((*args, *kwargs.values()))
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0)
+        size = next(map(len, tensors), 0)
         if self._rows is None or size > len(self._coming):
             self._rows = None
         else:
@@ -140,7 +164,11 @@ class GuardCallback(PartCallback):
 
     def _skip(self, args: TrainingArguments, state: TrainerState) -> None:
         rows = distributed.gathered(self._rows)
-        ids = None if any(not part for part in rows) else [self._named(row) for part in rows for row in part or ()]
+        ids: list[int] | None = None
+        if all(rows):
+            # Trusted rows, which are numbered behind all others, have no place in that file.
+            names: Any = () if self.ids is None else self.ids
+            ids = [int(names[row]) if row < len(names) else row for part in rows for row in part or ()]
         step = SkippedStep(state.global_step + 1, ids)
         self.count += 1
         self._recent.append(step)
@@ -150,10 +178,6 @@ class GuardCallback(PartCallback):
             self._held.close()
             raise TsqLoraError(self._advice(args))
 
-    def _named(self, row: int) -> int:
-        # Trusted rows, which are numbered behind all others, have no place in that file.
-        return row if self.ids is None or row >= len(self.ids) else int(self.ids[row])
-
     def _advice(self, args: TrainingArguments) -> str:
         first, last = self._recent[0].step, self._recent[-1]
         what = f"{self.limit} of the last {last.step - first + 1} steps had a loss or gradient that is not finite"
@@ -162,20 +186,10 @@ class GuardCallback(PartCallback):
                 f"{what}, and no step before had a finite one: the base model's weights are not finite, or its dtype "
                 "is too narrow; use float32 (bf16 and fp16 false), or another base"
             )
-        start = complete_before(str(args.output_dir), first)
+        earlier = (path for step, path in newest_first(Path(str(args.output_dir))) if step < first)
+        start = next((path for path in earlier if fault(path) is None), None)
         back = "" if start is None else f"; the last complete checkpoint from before them is {start}"
         return (
             f"{what}, the last at step {last.step} ({last.in_words()}); they were skipped, the weights are as before"
             f"{back}. Look at the rows, lower the learning rate ({args.learning_rate:g}), or compute in float32"
         )
-
-
-def _looks_for_its_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a gradient scaler skips the step itself, as it does until its scale is low enough."""
-    scale = loss_scale(optimizer)
-    return scale is not None and scale >= 1
-
-
-def _rows_in(values: Iterable[Any]) -> int:
-    """Rows of a batch, by its first tensor."""
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 0)

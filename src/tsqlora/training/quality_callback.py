@@ -30,13 +30,16 @@ from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
-from tsqlora.training.callback_state import ROWS_HASH, QualityState, require_options
-from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
-from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_order
-from tsqlora.training.part import PartCallback, require_subset
-from tsqlora.training.recorder import of_draws
+from tsqlora.text.before import worst_findings
+from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
+from tsqlora.training.record import trusted_order
 from tsqlora.training.run_dir import SCORES_FILE
+from tsqlora.training.session import PartCallback, of_draws, require_subset
+from tsqlora.training.steps import EPOCH_ERROR, Schedule, epoch_of
 
+QUALITY_FILE = "tsqlora_quality.json"
+"""The callback's state in a checkpoint, beside the scores, which are in another file."""
 ENOUGH_TRUSTED = 32
 """With 16 trusted rows one of three trials learned the reverse of a shortcut; with 32 none did."""
 
@@ -114,43 +117,68 @@ class QualityCallback(PartCallback):
         self.schedule = Schedule.of(data, args, state, len(loader))
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
-        saved = None if resumed is None else QualityState.load(resumed)
+        saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
         looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
         if saved is not None:
-            require_options(saved.draws, self._draws())
-        elif looks:
-            self._require_scorable(args, self._request(args, model, loader.collate_fn, {}), model)
+            require_options(saved["draws"], self._draws())
+        elif looks:  # check on two rows, before the look, what can be checked
+            request = self._request(args, model, loader.collate_fn, {})
+            compute = request.compute
+            with eval_mode(model):
+                rows = [data.dataset[j] for j in range(min(2, compute.batch_size, len(data.dataset)))]
+            own = self.task is None and not args.label_smoothing_factor
+            options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
+            require_scorable(model, rows, request.collate, **options)
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             _read_in_order(loader, data)
-        awaits = looks and (saved is None or len(saved.looks) < 2)
+        awaits = looks and (saved is None or len(saved["looks"]) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
         last = ends_trusted and self._trusted_last(self._task(args, model), model, loader.collate_fn)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
+        tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
+        written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
+        if written and self.into is None:  # `tsqlora train` has looked itself
+            about = (tokenizer, model.config, model.generation_config)
+            vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
+            for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
+                self._note(finding)
         if saved is not None:
             self._resume(saved, self._path(args))
-            if saved.jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
+            if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
                 state.epoch = state.global_step / self.schedule.epoch_steps
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-            if self.recorder is None:  # `tsqlora train` shows notes at its end
+            if self.into is None:  # `tsqlora train` shows notes at its end
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
                 cure = "give QualitySubset(trusted=rows), or a fraction of 1"
                 warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
         elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
-            self._start_head(args, model, loader.collate_fn)
+            # The head only, without a look: for the control.
+            start = time.perf_counter()
+            started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
+            head = None if started.head is None else started.head.summary()
+            self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
+            rows = len(data.dataset) + len(data.trusted)
+            self._spent["look"] = PhaseCost(time.perf_counter() - start, rows)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        if at_start and epoch == self.schedule.second_look and len(self.looks) == 1 and self._renews():
+        if not (at_start and epoch == self.schedule.second_look and len(self.looks) == 1):
+            return
+        # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
+        scores = self.data.scores
+        stays = scores is not None and (
+            scores.even or all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
+        )
+        if self.rule.look_again and self.rule.select and not stays:
             self._look(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
-        self.data.drawn_by = self.name  # whichever callback has drawn until now
 
     def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         begins = self.data.plan.trusted_from is not None and state.global_step == self.schedule.trusted_step
@@ -162,9 +190,18 @@ class QualityCallback(PartCallback):
             )
 
     def save_part(self, folder: Path) -> None:
-        scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        state = QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes, self._jumped)
-        state.save(folder)
+        write_state(
+            folder / QUALITY_FILE,
+            {
+                "looks": self.looks,
+                "scored_epoch": None if self.data.scores is None else self.data.plan.scored_epoch,
+                "scores_sha256": self._digest,
+                "spent": {phase: asdict(cost) for phase, cost in self.spent.items()},
+                "draws": self._draws(),
+                "notes": self.notes,
+                "jumped": self._jumped,
+            },
+        )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
@@ -231,33 +268,24 @@ class QualityCallback(PartCallback):
         data, scores = self.data, self.data.scores
         quality = of_draws(data) | {"enabled": self.rule.select, "used": scores is not None, "looks": self.looks}
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
-        return {
-            "quality": quality,
-            "notes": [*self.notes, *self._trusted_notes(), *noise_notes(scores)],
-            "settings": {"quality": self._draws()},
-        }
-
-    def _trusted_notes(self) -> list[str]:
-        data, twins = self.data, self.data.plan.excluded
-        if not (len(data.trusted) and self.looks):
-            return []
-        order = trusted_order(len(data.trusted), data.plan.trusted_from)
-        left = [] if twins is None else [f"{twins.sum()} training rows are left out: a trusted row has the same input"]
-        return [order.removesuffix("."), *left]
+        notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
+        if len(data.trusted) and self.looks:
+            notes.append(trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix("."))
+            if twins is not None:
+                notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
+        if scores is not None and noise is not None and noise["evident"]:
+            bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
+            wrong = f"{scores.left_out_as('confident negative').sum()} of {len(scores)} rows were left out"
+            notes.append(f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {wrong}")
+            notes += [scores.caution] if scores.caution else []
+        elif noise is not None:
+            notes.append("there is no evidence of wrong labels: all rows were drawn from")
+        return {"quality": quality, "notes": notes, "settings": {"quality": self._draws()}}
 
     @property
     def why_not(self) -> str | None:
         """Why the last look could not rank the rows; None if it could."""
         return self.looks[-1]["not_ready"] if self.looks else None
-
-    def _renews(self) -> bool:
-        """Whether a second look can change the draw: only then is it worth a pass over all rows."""
-        if not (self.rule.look_again and self.rule.select):
-            return False
-        scores = self.data.scores
-        if scores is not None and all(name in TERMS and TERMS[name].probe for name in scores.record.weights):
-            return False  # hidden states tell rows apart before any step, and training hardly changes which
-        return scores is None or not scores.even
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
         """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
@@ -285,30 +313,21 @@ class QualityCallback(PartCallback):
         decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
-    def _resume(self, saved: QualityState, scores_path: Path) -> None:
-        self.looks, self._spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
-        self.notes, self._jumped = saved.notes, saved.jumped
-        if saved.scores_sha256 is None:
+    def _resume(self, saved: Mapping[str, Any], scores_path: Path) -> None:
+        self.looks, self._digest = saved["looks"], saved["scores_sha256"]
+        self._spent = {phase: PhaseCost(**cost) for phase, cost in saved["spent"].items()}
+        self.notes, self._jumped = saved.get("notes", []), saved.get("jumped", False)
+        if self._digest is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
         paths = [path for path in (scores_path, first_scores(scores_path)) if path.exists()]
-        path = distributed.once(lambda: next((p for p in paths if digest(p) == saved.scores_sha256), None))
+        path = distributed.once(lambda: next((p for p in paths if digest(p) == self._digest), None))
         if path is None:
             what = "holds other scores than the run's" if paths else "is missing"
             raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
         self._first = Scores.load(path)
-        if saved.scored_epoch is not None:
-            self.data.plan = self.data.plan.scored(self._first, saved.scored_epoch, by=self.name)
-
-    def _require_scorable(self, args: TrainingArguments, request: LookRequest, model: nn.Module) -> None:
-        """Check on two rows, before the look, what can be checked."""
-        with eval_mode(model):  # as in `begin`
-            rows = [request.dataset[j] for j in range(min(2, request.compute.batch_size, len(request.dataset)))]
-        own_loss = self.task is None and not args.label_smoothing_factor
-        autocast = request.compute.autocast
-        require_scorable(
-            model, rows, request.collate, task=request.task, own_loss=own_loss, rule=self.rule, autocast=autocast
-        )
+        if saved["scored_epoch"] is not None:
+            self.data.plan = self.data.plan.scored(self._first, saved["scored_epoch"], by=self.name)
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
@@ -322,6 +341,13 @@ class QualityCallback(PartCallback):
             rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
             progress = _bar(data)
+        trusted, scores = None, data.scores
+        if len(data.trusted):
+            # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
+            scored = scores is not None and "trusted_loss" in scores.terms
+            loss = scores.terms["trusted_loss"].copy() if scores is not None and scored else None
+            size, twins = self.schedule.step_size, data.plan.excluded
+            trusted = Trusted(data.trusted, args.learning_rate, size, twins=twins, loss=loss)
         lookahead = any(term.lookahead for term in self.rule.measured().values())
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return LookRequest(
@@ -336,17 +362,9 @@ class QualityCallback(PartCallback):
                 workers=args.dataloader_num_workers,
                 progress=progress,
             ),
-            trusted=self._trusted(args),
+            trusted=trusted,
             fraction=data.plan.fraction,
         )
-
-    def _trusted(self, args: TrainingArguments) -> Trusted | None:
-        data, scores = self.data, self.data.scores
-        if not len(data.trusted):
-            return None
-        # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
-        loss = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
-        return Trusted(data.trusted, args.learning_rate, self.schedule.step_size, twins=data.plan.excluded, loss=loss)
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
@@ -360,9 +378,17 @@ class QualityCallback(PartCallback):
                 self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
         scores, first, plan = result.scores, not self.looks, self.data.plan
         self._first = self._first or scores
-        self.looks.append(look_summary(scores, result.why_not))
+        summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+        counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
+        self.looks.append({**summary, "not_ready": result.why_not, **counts})
         if result.why_not is None or self.data.scores is None:
-            self._write(scores, self._path(args))
+            path = self._path(args)
+            if distributed.is_first():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if self.data.scores is not None:
+                    self.data.scores.save(first_scores(path))
+                scores.save(path)
+                self._digest = digest(path, sync=True)
         if result.why_not is None:
             self.data.plan = plan.scored(scores, epoch, by=self.name)
             return
@@ -371,24 +397,6 @@ class QualityCallback(PartCallback):
             self.data.plan = plan.unscored(awaits_scores=first, by=self.name)
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
-
-    def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
-        """Fit the head only, without a look: for the control."""
-        start = time.perf_counter()
-        started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
-        head = None if started.head is None else started.head.summary()
-        self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
-        rows = len(self.data.dataset)
-        self._spent["look"] = PhaseCost(time.perf_counter() - start, rows + len(self.data.trusted))
-
-    def _write(self, scores: Scores, path: Path) -> None:
-        if not distributed.is_first():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.data.scores is not None:
-            self.data.scores.save(first_scores(path))
-        scores.save(path)
-        self._digest = digest(path, sync=True)
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE

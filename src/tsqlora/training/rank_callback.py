@@ -7,30 +7,39 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.adapter.moments import require_moments
+from tsqlora.adapter.change import require_moments
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.files import write_tensors
 from tsqlora.layer_sensitivity import Estimator, get_estimator, name_of, sensitivity_rows
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.ranks.events import RankEvent
-from tsqlora.ranks.moves import require_policy
-from tsqlora.ranks.schedule import RankSchedule
+from tsqlora.ranks.moves import RankEvent, RankSchedule, require_policy
 from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.training.callback_state import RankState
+from tsqlora.training.checkpoints import read_state, write_state
 from tsqlora.training.mover import RankLoop
-from tsqlora.training.part import PartCallback
-from tsqlora.training.recorder import step_size
+from tsqlora.training.session import PartCallback
+from tsqlora.training.steps import step_size
 
+RANKS_FILE = "tsqlora.json"
+IMPORTANCE_FILE = "tsqlora.safetensors"
+"""The loop's state in a checkpoint."""
 LEAST_ROWS, MOST_ROWS = 32, 256
 """Rows that first ranks are measured on."""
+
+_NO_SLOTS = (
+    "the optimizer is made and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]), or with "
+    "model_init, an optimizer of your own, and for a second train(): tsqlora.wrap(model) and "
+    "RankCallback(finalize=False)"
+)
 
 
 class RankCallback(PartCallback):
@@ -155,36 +164,46 @@ class RankCallback(PartCallback):
         if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
             return
-        saved = None if resumed is None else RankState.load(resumed)
-        # Ranks that moved go on moving; where they cannot, `restore` names what has changed.
-        moved = saved is not None and saved.options.get("ranks.policy") != "fixed"
-        why_not = None if moved else _why_never(model, optimizer, args)
+        saved = None
+        if resumed is not None:
+            saved = {**read_state(resumed / RANKS_FILE), "importance": load_file(resumed / IMPORTANCE_FILE)}
+        # Ranks that moved go on moving; where they cannot, `load_state_dict` names what has changed.
+        moved = saved is not None and saved["options"].get("ranks.policy") != "fixed"
+        why_not = None
+        if args.n_gpu > 1 and not moved:
+            why_not = (
+                f"{args.n_gpu} GPUs in one process copy the model at each step, so measurements on a copy are lost; "
+                "start a process for each: accelerate launch"
+            )
+        elif not moved:
+            try:
+                require_moments(next(iter(find_slots(distributed.unwrapped(model)).values())).a, optimizer)
+            except UnsupportedError as error:
+                if distributed.active():
+                    raise  # processes have agreed on the parameters' shapes, which would have to change once
+                why_not = str(error)
         options = dict(self.options)
         if saved is not None and options["interval"] is None:
             # By default it follows the number of steps, which may be another now.
-            options["interval"] = saved.interval
+            options["interval"] = saved["interval"]
         if why_not is not None:
             options["policy"] = "fixed"
         loop = RankLoop(model, optimizer, state.max_steps, **options)
         self.notes = loop.notes
         if saved is not None:
-            loop.restore(saved, step=state.global_step)
+            loop.load_state_dict({**saved, "step": state.global_step})
         if why_not is not None:
             loop.state_of = None  # before its first step it keeps nothing that would have to move
             self._note(f"ranks are set once, before the first step, and do not move: {why_not}")
         self.loop = loop
 
-    @property
-    def _moving(self) -> RankLoop | None:
-        """The loop, while ranks may still change."""
-        return None if self.loop is None or self.loop.final else self.loop
-
     def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        if (loop := self._moving) is None:
+        if (loop := self.loop) is None or loop.final:
             return
-        loader, data = kwargs["train_dataloader"], self._drawn_rows(kwargs)
-        waits = data is not None and data.plan.awaits_scores
-        scored = data is not None and data.scores is not None
+        loader = kwargs["train_dataloader"]
+        drawn = isinstance(loader.dataset, QualitySubset)
+        waits = drawn and loader.dataset.plan.awaits_scores
+        scored = drawn and loader.dataset.scores is not None
         first = state.global_step == 0 and not isinstance(loader.dataset, IterableDataset)
         # Ranks that never move stay uniform, as plain LoRA's.
         sets = self.options["policy"] != "fixed" and not (waits or loop.started)
@@ -195,19 +214,23 @@ class RankCallback(PartCallback):
         else:
             loop.before_forward(adjust=not waits)  # until the rows are scored, ranks stay
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if loop := self._moving:
-            loop.before_optimizer_step()
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        if self.loop is not None and not self.loop.final:
+            self.loop.before_optimizer_step()
 
     def end_step(self) -> None:
-        if loop := self._moving:
-            loop.after_optimizer_step()
+        if self.loop is not None and not self.loop.final:
+            self.loop.after_optimizer_step()
 
     def save_part(self, folder: Path) -> None:
-        if self.loop is not None:
-            self.loop.state().save(folder)
+        if self.loop is None:
+            return
+        values = self.loop.state_dict()
+        del values["step"]  # the Trainer's state has it
+        importance = values.pop("importance")
+        if distributed.is_first():
+            write_tensors(folder / IMPORTANCE_FILE, importance)
+        write_state(folder / RANKS_FILE, values)
 
     def end(self, state: TrainerState) -> None:
         if self.loop is not None:
@@ -244,26 +267,3 @@ class RankCallback(PartCallback):
         loop.start(rows, collate, **options)
         if looked and data.lengths is not None:
             loop.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
-
-
-def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> str | None:
-    """Why ranks cannot move while a model with slots trains; None where they can."""
-    if args.n_gpu > 1:
-        return (
-            f"{args.n_gpu} GPUs in one process copy the model at each step, so measurements on a copy are lost; "
-            "start a process for each: accelerate launch"
-        )
-    try:
-        require_moments(next(iter(find_slots(distributed.unwrapped(model)).values())).a, optimizer)
-    except UnsupportedError as error:
-        if distributed.active():
-            raise  # processes have agreed on the parameters' shapes, which would have to change once
-        return str(error)
-    return None
-
-
-_NO_SLOTS = (
-    "the optimizer is made and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]), or with "
-    "model_init, an optimizer of your own, and for a second train(): tsqlora.wrap(model) and "
-    "RankCallback(finalize=False)"
-)

@@ -1,8 +1,9 @@
 """run.json: what a run was made of, what it decided, what it cost and what came of it."""
 
 import json
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,9 +14,11 @@ from typing import Any
 from tsqlora.errors import DataError
 from tsqlora.files import reading, write_json
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.moves import RankEvent
 
 RECORD_FILE = "run.json"
+MOST_ENTRIES = 5000
+"""Of the log, in the record."""
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -101,3 +104,82 @@ class RunRecord:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """A Trainer's log for the record, without its speed; of many losses every n-th."""
+    rows = [entry for entry in map(_numbers, history) if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+    every = -(-len(rows) // MOST_ENTRIES)
+    return [entry for j, entry in enumerate(rows) if j % every == 0 or "loss" not in entry]
+
+
+def metrics_of(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation by their plain names, the loss last.
+
+    >>> metrics_of({"eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 2.0, "epoch": 1.0})
+    {'accuracy': 0.9, 'loss': 0.5}
+    """
+    metrics = {n.removeprefix("eval_"): float(x) for n, x in _numbers(logs).items() if n.startswith("eval_")}
+    return dict(sorted(metrics.items(), key=lambda metric: metric[0] == "loss"))
+
+
+def _numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The finite numbers, since JSON has no others, and GuardCallback names such steps; without those of speed."""
+    return {
+        name: value
+        for name, value in logs.items()
+        if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(("_runtime", "_per_second"))
+    }
+
+
+def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """For each look a heading, and sentences: the head, the gate, evidence of wrong labels, and rows that are kept.
+
+    `quality` is that of run.json; a version without looks, and a run without any, gives an empty list.
+    """
+    looks: list[tuple[str, list[str]]] = []
+    for j, look in enumerate(quality.get("looks", ()), start=1):
+        sentences = [_head_in_words(look.get("head_start"))] if j == 1 else []
+        if look.get("not_ready"):
+            sentences.append(f"Rows are drawn evenly and ranks stay: {look['not_ready']}.")
+        if (gate := look.get("gate")) is not None:
+            sentences.append(
+                f"Not used ({gate['name']}): {gate['why_not']}."
+                if "why_not" in gate
+                else f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model "
+                "disagrees."
+            )
+        if (noise := look.get("noise")) is not None:
+            bounds = f", between {noise['low']:.0%} and {noise['high']:.0%}" if noise.get("high", 1) < 1 else ""
+            sentences.append(
+                f"About {noise['rate']:.0%} of the labels seem wrong{bounds}; likely wrong ones are left out."
+                if noise["evident"]
+                else "There is no evidence of wrong labels, which does not mean that there are none."
+            )
+        if "kept" in look:
+            sentences.append(f"{look['kept']:,} of {look['rows']:,} rows were kept.")
+        if j == 1 and (trusted := quality.get("trusted_rows", 0)):
+            sentences.append(trusted_order(trusted, quality.get("trusted_from")))
+        looks.append((f"Look {j} at all rows, before step {look.get('step', 0) + 1:,}", sentences))
+    return looks
+
+
+def _head_in_words(head: Mapping[str, Any] | None) -> str:
+    if head is None:
+        return "The head was left as it came: none was fitted."
+    fitted, present = f"{head['out_of_fold_loss']:.3g}", f"{head['present_loss']:.3g}"
+    if not head["replaced"]:
+        return (
+            f"The model's own head was kept: its loss is {present}, a fitted head's on rows it has not seen {fitted}."
+        )
+    rows = f"{head['rows']:,} {'trusted ' if head['trusted'] else ''}rows"
+    dense = ", and the layer before it was whitened" if head["whitened"] else ""
+    return (
+        f"A head fitted on {rows} replaced the model's own{dense}: its loss on rows it has not seen is {fitted}, "
+        f"that of the head that was there {present}."
+    )
+
+
+def trusted_order(trusted: int, last: Any) -> str:
+    """Whether so many trusted rows come last or are mixed in."""
+    return f"{trusted:,} trusted rows are {'trained on last' if last else 'mixed in with those of the pool'}."

@@ -12,12 +12,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tsqlora.compat.transformers import callbacks_of, reporter_kinds
 from tsqlora.progress import Progress, Pulse
-from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.ranks.events import RankEvent
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
-from tsqlora.training.recorder import passed
+from tsqlora.training.steps import passed
 
 
 class ReportCallback(TrainerCallback):
@@ -40,9 +38,7 @@ class ReportCallback(TrainerCallback):
         self.quality = next((callback for callback in callbacks if isinstance(callback, QualityCallback)), None)
         self.adjusted, self.looks = -1, 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         # A resumed run's earlier decisions were reported when they were made.
         self.adjusted = self.ranks.events[-1].step if self.ranks is not None and self.ranks.events else -1
         self.looks = 0 if self.quality is None or state.global_step == 0 else len(self.quality.looks)
@@ -51,37 +47,21 @@ class ReportCallback(TrainerCallback):
         scalars: dict[str, float] = {}
         if self.quality is not None and len(self.quality.looks) > self.looks:
             self.looks = len(self.quality.looks)
-            if self.quality.data.scores is not None:
-                scalars |= of_scores(self.quality.data.scores)
+            if (scores := self.quality.data.scores) is not None:
+                scalars["quality/left_out"] = int((~scores.kept).sum())
+                scalars["quality/effective_sample_size"] = scores.record.effective_sample_size
+                if (noise := scores.record.noise) is not None:
+                    scalars["quality/wrong_labels"] = noise["rate"] if noise["evident"] else 0.0
         # By step, not by place: of many events the older ones are thinned out.
         for event in [] if self.ranks is None else self.ranks.events:
             if event.step > self.adjusted:
-                self.adjusted = event.step
-                scalars |= of_ranks(event)
+                self.adjusted, ranks = event.step, event.ranks.values()
+                decided = {"moved": event.moved, "parameters": event.used, "least": min(ranks), "most": max(ranks)}
+                for prefix, values in (("ranks", decided), ("rank", event.ranks), ("sensitivity", event.sensitivity)):
+                    scalars |= {f"{prefix}/{name}": value for name, value in values.items()}
         for reporter in self.reporters if scalars else ():
             # Not Trainer.log: that would end the interval over which the loss is averaged.
             reporter.on_log(args, state, control, model=kwargs["model"], logs=dict(scalars))
-
-
-def of_scores(scores: Scores) -> dict[str, float]:
-    """Scalars of one scoring."""
-    scalars: dict[str, float] = {
-        "quality/left_out": int((~scores.kept).sum()),
-        "quality/effective_sample_size": scores.record.effective_sample_size,
-    }
-    noise = scores.record.noise
-    return scalars if noise is None else scalars | {"quality/wrong_labels": noise["rate"] if noise["evident"] else 0.0}
-
-
-def of_ranks(event: RankEvent) -> dict[str, float]:
-    """Scalars of one adjustment."""
-    ranks = event.ranks.values()
-    scalars = {"moved": event.moved, "parameters": event.used, "least": min(ranks), "most": max(ranks)}
-    return {
-        **{f"ranks/{name}": value for name, value in scalars.items()},
-        **{f"rank/{layer}": rank for layer, rank in event.ranks.items()},
-        **{f"sensitivity/{layer}": value for layer, value in event.sensitivity.items()},
-    }
 
 
 SPAN = 50

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from itertools import chain, count
@@ -78,44 +78,31 @@ def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, folder, busy)
-        except OSError as error:
-            reason = error.strerror or error
-            raise SettingsError(f"--out {folder} cannot be written ({reason}); name another directory") from None
+            lock.acquire()
+        except Timeout:
+            raise SettingsError(busy) from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            if not (folder / LOCK_FILE).exists():  # it is the directory that takes no file
+                raise SettingsError(f"--out {folder} cannot be written ({reason}); name another directory") from None
+            warnings.warn(  # as on Lustre without its flock option
+                f"{folder} is on a file system without locks ({reason}): see to it that no other process uses it",
+                stacklevel=3,
+            )
         yield
     finally:
         if folder / LOCK_FILE in new and not _has_files(folder):
             with suppress(OSError):  # on Windows filelock itself removes it
                 (folder / LOCK_FILE).unlink()  # while it is held: filelock passes over a lock without a name
         lock.release()
-        _remove_empty(new)
-
-
-def _acquire(lock: FileLock, folder: Path, busy: str) -> None:
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SettingsError(busy) from None
-    except (OSError, NotImplementedError) as error:
-        if not (folder / LOCK_FILE).exists():  # it is the directory that takes no file
-            raise
-        reason = getattr(error, "strerror", None) or error  # as on Lustre without its flock option
-        warnings.warn(
-            f"{folder} is on a file system without locks ({reason}): see to it that no other process uses it",
-            stacklevel=4,
-        )
+        for path in new:  # inner ones first, and what is in them, as far as there is no file in them
+            if path.is_dir() and not _has_files(path) and not (path / LOCK_FILE).exists():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _has_files(folder: Path) -> bool:
     """Whether anything but empty directories lies beside the lock."""
     return any(not path.is_dir() for path in folder.rglob("*") if path != folder / LOCK_FILE)
-
-
-def _remove_empty(new: Sequence[Path]) -> None:
-    """Removes these directories, inner ones first, and what is in them, as far as there is no file in them."""
-    for path in new:
-        if path.is_dir() and not _has_files(path) and not (path / LOCK_FILE).exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -124,29 +111,22 @@ def written(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if (why := _of_the_disk(run, error)) is None or not _concerns(run, error):
+        text = str(error)
+        if isinstance(error, OSError):
+            why = error.strerror if error.errno in _REFUSALS else None
+        # safetensors and torch write from Rust and C++; torch reports only where in its code it failed.
+        elif any(words in text for words in _TORCH_WRITES):
+            why = f"a file was cut off ({shutil.disk_usage(run).free:,} bytes are free)"
+        else:
+            why = next((os.strerror(number) for number in _REFUSALS if f"os error {number})" in text), None)
+        name = getattr(error, "filename", None)  # not every error names its file
+        elsewhere = name is not None and not Path(os.fsdecode(name)).absolute().is_relative_to(run.absolute())
+        if why is None or elsewhere:
             raise
         raise TsqLoraError(
             f"{run} cannot be written: {why}; free some space or fix the rights, then `tsqlora train --resume` "
             "continues from the last complete checkpoint"
         ) from error
-
-
-def _concerns(run: Path, error: Exception) -> bool:
-    """Whether the error may concern a file in the run's directory; not every error names its file."""
-    name = getattr(error, "filename", None)
-    return name is None or Path(os.fsdecode(name)).absolute().is_relative_to(run.absolute())
-
-
-def _of_the_disk(run: Path, error: Exception) -> str | None:
-    """The disk's reason for refusing a write; None for any other error."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _REFUSALS else None
-    text = str(error)
-    # safetensors and torch write from Rust and C++; torch reports only where in its code it failed.
-    if any(words in text for words in _TORCH_WRITES):
-        return f"a file was cut off ({shutil.disk_usage(run).free:,} bytes are free)"
-    return next((os.strerror(number) for number in _REFUSALS if f"os error {number})" in text), None)
 
 
 def dated(source: str, *, resume: bool = False, under: Path = Path("runs")) -> Path:
@@ -164,23 +144,26 @@ def dated(source: str, *, resume: bool = False, under: Path = Path("runs")) -> P
         return under / begun[max(begun)]
     first = under / f"{date.today().isoformat()}-{name}"
     later = (first.with_name(f"{first.name}-{number}") for number in count(2))
-    return next(path for path in chain([first], later) if _is_free(path))
-
-
-def _is_free(run: Path) -> bool:
-    try:
-        require_free(run)
-    except SettingsError:
-        return False
-    return True
+    for path in chain([first], later):
+        with suppress(SettingsError):
+            require_free(path)
+            return path
+    raise AssertionError
 
 
 def require_free(run: Path, *, resume: bool = False) -> None:
     """Raises SettingsError if the directory holds a run that is not to be resumed, or something else, or is no name."""
     try:
         begun = (run / CONFIG_FILE).exists()
-        there = [] if begun or not run.is_dir() else list(run.iterdir())
-        strangers = sorted(path.name for path in there if not _left_before_the_start(path))
+        strangers = []
+        for path in sorted([] if begun or not run.is_dir() else run.iterdir()):
+            # A run that ended before its settings were written leaves its first look's scores and its record behind,
+            # whose lock shows that they are ours, and TensorBoard's files in the folder of checkpoints.
+            ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE, SCORES_FILE))
+            left = path.name == LOCK_FILE or (ours and path.with_name(LOCK_FILE).exists())
+            if path.name == CHECKPOINT_DIR:
+                left = not any(path.glob("checkpoint-*"))
+            strangers += [] if left else [path.name]
     except OSError as error:
         raise SettingsError(f"--out {run} cannot be read ({error.strerror}); name another directory") from None
     if begun:
@@ -193,12 +176,3 @@ def require_free(run: Path, *, resume: bool = False) -> None:
         )
     if strangers:
         raise SettingsError(f"{run} is not empty ({strangers[0]}); name another --out")
-
-
-def _left_before_the_start(path: Path) -> bool:
-    """Whether a run that ended before its settings were written leaves this behind."""
-    if path.name == CHECKPOINT_DIR:
-        return not any(path.glob("checkpoint-*"))  # TensorBoard's files may be there
-    # The scores of the first look and the record are written just before them; only a run of ours has a lock.
-    ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE, SCORES_FILE))
-    return path.name == LOCK_FILE or (ours and path.with_name(LOCK_FILE).exists())

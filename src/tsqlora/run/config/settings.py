@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
 from tsqlora.errors import SettingsError, nearest
-from tsqlora.ranks.budget import default_max_rank
+from tsqlora.ranks.allocate import default_max_rank
 from tsqlora.run.config.removed import REFUSED_ARGUMENTS, REMOVED_SETTINGS
 
 PresetName = Literal["default", "paper"]

@@ -1,26 +1,193 @@
-"""W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go.
+"""AdaLoRA and ElaLoRA: W + s·P Λ Q in PEFT's AdaLoRA layers, whose triplets are masked, or come and go.
 
-A triplet is one rank: a number λ with its column of P and row of Q.
+A triplet is one rank: a number λ with its column of P and row of Q. AdaLoRA is PEFT's, its allocator called at every
+step at the right place: Zhang et al. (2023), arXiv 2303.10512. ElaLoRA is re-implemented: triplets are pruned where
+they matter least, and as many grow elsewhere: arXiv 2504.00254.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from tsqlora.adapter.change import new_row
-from tsqlora.adapter.importance import smoothed
-from tsqlora.adapter.moments import moments
+from tsqlora.adapter.change import moments, new_row, smoothed
 from tsqlora.adapter.slots import layers_of
-from tsqlora.baselines.setup import Setup, adapt
-from tsqlora.errors import UnsupportedError
+from tsqlora.baselines.setup import Built, Setup, adapt, change_phase, count_trainable, whole_rank
+from tsqlora.compat.peft import allocate_triplets, chosen_triplets
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.ranks.moves import default_interval, moves_allowed
 from tsqlora.training.optimizer import finite_gradients
+
+
+def adalora(setup: Setup) -> Built:
+    """AdaLoRA from 1.5 times the mean rank down to it, by PEFT's allocator.
+
+    tinit is a tenth of the steps, tfinal three tenths, deltaT a twentieth and at least 10: the phases of
+    our own callback. The smoothing (0.85) and the weight of the penalty (0.5) are PEFT's defaults. The
+    scale is alpha / mean_rank, as for every method: PEFT divides by the first rank, so lora_alpha is as
+    much larger.
+    """
+    mean = whole_rank(setup.mean_rank, "adalora")
+    phase = change_phase(setup.steps, method="adalora")
+    model = build(
+        setup,
+        rank=math.floor(1.5 * mean + 0.5),
+        scale=setup.alpha / mean,
+        target_r=mean,
+        tinit=phase.start,
+        tfinal=setup.steps - phase.stop,
+        deltaT=default_interval(setup.steps),
+    )
+
+    def unmasked_parameters() -> int:
+        ranks = _unmasked_ranks(model)
+        masked = sum((triplets.rank - ranks[name]) * triplets.cost for name, triplets in triplets_of(model).items())
+        return count_trainable(model) - masked
+
+    return Built(
+        model,
+        (PenaltyInTraining(model, "adalora"), AdaLoraCallback(model)),
+        trainable=unmasked_parameters,
+        ranks=lambda: _unmasked_ranks(model),
+    )
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Call PEFT's `update_and_allocate` after each optimizer step, before its gradients are cleared.
+
+    PEFT's phases are over steps counted from 0, as `global_step` is before the Trainer counts the step. A
+    skipped step is left out, and an allocation that was due with it comes with the next one.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model, self.config, self.layers = model, config_of(model), triplets_of(model)
+        final = cast(int, self.config.total_step) - self.config.tfinal
+        multiples = (step for step in range(self.config.tinit + 1, final) if step % self.config.deltaT == 0)
+        self.due = Due([*multiples, final])
+        self.allocations: list[int] = []
+        """Steps at which the allocator chose triplets."""
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        step, skipped = state.global_step, step_was_skipped(self.model, self.layers)
+        due = self.due.taken(step, skipped=skipped)
+        if not skipped and allocate_triplets(self.model, self.config, step if due is None else due):
+            self.allocations.append(step)
+
+
+def _unmasked_ranks(model: PeftModel) -> dict[str, int]:
+    """Each layer's triplets that the last allocation chose; all before the first."""
+    chosen = chosen_triplets(config_of(model))
+    return {name: chosen.get(name, triplets.rank) for name, triplets in triplets_of(model).items()}
+
+
+ORTHOGONALITY = 0.1
+"""The weight of the penalty, ElaLoRA's own."""
+OFFERED = 2
+"""ElaLoRA's k: triplets that each matrix offers."""
+MOVES = 4
+"""ElaLoRA's b₀: triplets that change places when the phase begins."""
+
+
+def elalora(setup: Setup) -> Built:
+    """ElaLoRA with its reference settings (b = 4, k = 2, β = 0.85, penalty 0.1) and our phases.
+
+    The layers and the penalty, a mean of Frobenius norms, are PEFT's for AdaLoRA, which has both from the
+    same code. The optimizer keeps the state of triplets that stay.
+    """
+    mean = whole_rank(setup.mean_rank, "elalora")
+    steps = change_steps(setup.steps)
+    model = build(setup, rank=mean, scale=setup.alpha / mean, target_r=mean, orth_reg_weight=ORTHOGONALITY)
+    return Built(
+        model,
+        (PenaltyInTraining(model, "elalora"), ElaLoraCallback(model, setup.steps, steps, seed=setup.seed)),
+        trainable=lambda: count_trainable(model),
+        ranks=lambda: {name: triplets.rank for name, triplets in triplets_of(model).items()},
+    )
+
+
+def change_steps(steps: int) -> list[int]:
+    """Steps at which ElaLoRA moves ranks: multiples of the interval within the phase, its first step left out.
+
+    Raises SettingsError if there is none.
+
+    >>> change_steps(60)
+    [10, 20, 30, 40]
+    """
+    phase, every = change_phase(steps, method="elalora"), default_interval(steps)
+    due = [step for step in phase[1:] if step % every == 0]
+    if not due:
+        raise SettingsError(
+            f"the run has {steps} optimizer steps, and elalora would change no rank: it does so every {every} steps "
+            f"before step {phase.stop}; train longer, or leave it out"
+        )
+    return due
+
+
+def exchange(
+    scores: Mapping[str, Sequence[float]], *, moves: int, offered: int = OFFERED
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """(drops, grows): the triplets that each layer loses, and the number that it gains.
+
+    Each layer offers its `offered` lowest triplets to a pool, and keeps at least one. The lowest `moves` of the pool
+    go; the highest of the same pool name the layers that gain. A layer at rank 1 offers nothing, so it neither loses
+    nor gains again, as in the released code. The total rank stays. Ties go to the layer, then the triplet, that stands
+    first.
+
+    >>> exchange({"query": [0.1, 0.2, 9.0], "key": [0.5, 0.6, 0.7]}, moves=1)
+    ({'query': [0]}, {'key': 1})
+    """
+    pool: list[tuple[float, str, int]] = []
+    for layer, values in scores.items():
+        lowest = sorted(range(len(values)), key=values.__getitem__)
+        pool += [(values[j], layer, j) for j in lowest[: min(offered, len(values) - 1)]]
+    pool.sort(key=lambda triplet: triplet[0])
+    drops: dict[str, list[int]] = {}
+    grows: dict[str, int] = {}
+    for _, layer, j in pool[:moves]:
+        drops.setdefault(layer, []).append(j)
+    for _, layer, _ in pool[max(0, len(pool) - moves) :]:
+        grows[layer] = grows.get(layer, 0) + 1
+    return drops, grows
+
+
+class ElaLoraCallback(TrainerCallback):
+    """Score the triplets after each optimizer step, and move ranks at the steps of `due`.
+
+    Steps are counted from 0, as `global_step` is before the Trainer counts the step.
+    """
+
+    def __init__(self, model: PeftModel, steps: int, due: Sequence[int], *, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.layers = triplets_of(model)
+        self.importance = Importance(self.layers)
+        self.phase, self.due = change_phase(steps, method="elalora"), Due(due)
+        self.changes: dict[int, int] = {}
+        """Number of triplets that changed places, by step."""
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        step, skipped = state.global_step, step_was_skipped(self.model, self.layers)
+        if step < self.phase.stop and not skipped:
+            self.importance.update()
+        due = self.due.taken(step, skipped=skipped)
+        if due is None:
+            return
+        drops, grows = exchange(self.importance.scores(), moves=moves_allowed(due, self.phase, first=MOVES))
+        for name in {**drops, **grows}:
+            triplets, grown = self.layers[name], grows.get(name, 0)
+            remaining = [j for j in range(triplets.rank) if j not in drops.get(name, [])]
+            change(triplets, remaining=remaining, grown=grown, optimizer=kwargs["optimizer"], seed=self.seed + due)
+            self.importance.changed(name, remaining=remaining, grown=grown)
+        if drops:
+            self.changes[step] = sum(grows.values())
+            write_ranks(self.model)
+
 
 ADAPTER = "default"
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")

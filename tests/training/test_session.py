@@ -1,7 +1,8 @@
 """What our callbacks do alike: each draws a QualitySubset's epochs, in any order, and refuses what spoils a draw."""
 
+import copy
+import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import TrainerCallback, TrainingArguments
 import tsqlora as tsq
 from scoring import assert_same, quality_by
 from stock import make_trainer, moods, slotted_bert
+from tsqlora.compat.transformers import carried
 from tsqlora.errors import SettingsError
-from tsqlora.training.part import require_fresh_draws
+from tsqlora.training.session import require_fresh_draws
 
 DATA = moods()
 EPOCHS = 5
@@ -61,12 +63,22 @@ class At(TrainerCallback):
 # ------------------------------------------------------------------------------------------------ draws
 
 
-@pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
-def test_a_callback_itself_draws_the_epoch(kind: Any) -> None:
+@KINDS
+def test_a_callback_itself_draws_the_epoch(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate calls set_epoch as well, but with several processes not under every sampler."""
-    data, state = half(), SimpleNamespace(epoch=1.0)
-    made(kind, data).on_epoch_begin(None, state, None)
-    assert data.indices.tolist() == data.draw(1).tolist()
+    monkeypatch.setattr(tsq.QualitySubset, "set_epoch", lambda *_: None)
+    data = half()
+    data._draw(0)
+    drawn = Drawn(data)
+    train(data, tmp_path, made(kind, data), drawn, num_train_epochs=2)
+    assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(2)]
+
+
+@KINDS
+def test_a_copy_of_the_trainers_state_is_of_no_training(kind: Any, tmp_path: Path) -> None:
+    data = half()
+    state = train(data, tmp_path, made(kind, data)).state
+    assert all(carried(again) is None for again in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))))
 
 
 @KINDS
