@@ -1,4 +1,4 @@
-"""Which answers do not fit: what a look with a language model finds, and when it must not find anything.
+"""Which answers do not fit: what a look with a language model detects, and when it must detect nothing.
 
     python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
     python bench/answers.py coverage
@@ -7,7 +7,7 @@
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/results/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
-writes what the look says of them: bench/results/answers.json.
+writes the look's results: bench/results/answers.json.
 """
 
 import json
@@ -48,7 +48,7 @@ def lines(name: str) -> list[Row]:
     return [json.loads(line) for line in (DATA / name / "train.jsonl").read_text().splitlines()]
 
 
-def asked(row: Row) -> str:
+def prompt_of(row: Row) -> str:
     return f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
 
 
@@ -57,12 +57,14 @@ def summaries(name: str) -> list[Row]:
 
 
 def alpaca() -> list[Row]:
-    return [chat(asked(row), row["output"]) for row in lines("alpaca")]
+    return [chat(prompt_of(row), row["output"]) for row in lines("alpaca")]
 
 
 def chats() -> list[Row]:
     rows = lines("alpaca")
-    return [chat(asked(a), a["output"], asked(b), b["output"]) for a, b in zip(rows[::2], rows[1::2], strict=False)]
+    return [
+        chat(prompt_of(a), a["output"], prompt_of(b), b["output"]) for a, b in zip(rows[::2], rows[1::2], strict=False)
+    ]
 
 
 TABLES: dict[str, Callable[[], list[Row]]] = {
@@ -106,7 +108,7 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
         "planted": donors_of(turns, folds, np.arange(n), rng),
     }
     samples = {
-        "given": [behind(one.prompt, one.answer, some) for one, some in zip(turns, places, strict=True)],
+        "prompted": [behind(one.prompt, one.answer, some) for one, some in zip(turns, places, strict=True)],
         "alone": [behind(one.opening, one.answer) for one in turns],
         **{
             key: [behind(a.prompt, turns[j].answer) for a, j in zip(turns, js, strict=True)]
@@ -136,35 +138,35 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
 
 
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
-    """What the look says where a share of the answers is another row's."""
+    """The look's result where a share of the answers is another row's."""
 
     def part(key: str) -> dict[str, np.ndarray]:
         return {name: np.array(cell["columns"][f"{key}.{name}"]) for name in ("loss", "tokens", "entropy")}
 
-    given, alone, other, planted = part("given"), part("alone"), part(order), part("planted")
+    prompted, alone, other, planted = part("prompted"), part("alone"), part(order), part("planted")
     rng, n, folds = np.random.default_rng([seed, 1]), len(cell["folds"]), np.array(cell["folds"])
     faulty = np.zeros(n, np.bool_)
     faulty[rng.permutation(n)[: round(share * n)]] = True
     owner = np.where(faulty, cell["orders"][order], np.arange(n))
     donors = np.array(cell["orders"]["planted"])
     usable = np.flatnonzero(donors >= 0)
-    own = np.where(faulty[:, None], features_of(other, alone, owner), features_of(given, alone))
+    own = np.where(faulty[:, None], features_of(other, alone, owner), features_of(prompted, alone))
     bad = features_of({name: value[usable] for name, value in planted.items()}, alone, donors[usable])
     scores, planted_scores = cross_fitted(own, bad, folds, folds[usable])
-    found = detect(scores, planted_scores)
-    loss = np.where(faulty, other["loss"], given["loss"])
+    detection = detect(scores, planted_scores)
+    loss = np.where(faulty, other["loss"], prompted["loss"])
     decoys = np.stack([cell["columns"][f"decoy{k}.loss"] for k in range(DECOYS)], 1)[owner].min(1)
     suspects = np.argsort(-scores)[: round(SUSPECTS * n)]
-    suspects = suspects[found.probability[suspects] > 0.5] if found.usable else suspects[:0]
+    suspects = suspects[detection.probability[suspects] > 0.5] if detection.usable else suspects[:0]
     fits = np.ones(n, np.bool_)
     fits[suspects] = loss[suspects] < decoys[suspects]
     evident = len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
-    return judged(found, evident, fits, faulty)
+    return judged(detection, evident, fits, faulty)
 
 
 def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
-    """What the look says where a share of the answers ends in its middle."""
-    stops, cuts = np.array(cell["columns"]["given.stop"]), np.array(cell["cuts"])
+    """The look's result where a share of the answers ends in its middle."""
+    stops, cuts = np.array(cell["columns"]["prompted.stop"]), np.array(cell["cuts"])
     whole = np.array(cell["whole"])
     rng, folds = np.random.default_rng([seed, 2]), np.array(cell["folds"])[whole]
     stops, cuts = stops[whole], cuts[whole]
@@ -173,22 +175,22 @@ def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
     own = np.where(faulty, stops[:, 4], stops[:, 0])[:, None]
     turn, kind = np.nonzero(cuts[:, :2])
     scores, planted = cross_fitted(own, stops[turn, kind + 1][:, None], folds, folds[turn])
-    found = detect(scores, planted)
-    return judged(found, found.evident, np.zeros(len(stops), np.bool_), faulty)
+    detection = detect(scores, planted)
+    return judged(detection, detection.evident, np.zeros(len(stops), np.bool_), faulty)
 
 
-def judged(found: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) -> dict[str, Any]:
-    chosen = listed(replace(found, evident=bool(evident)), fits)
+def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) -> dict[str, Any]:
+    chosen = listed(replace(detection, evident=bool(evident)), fits)
     return {
         "share": float(faulty.mean()),
-        "rate": found.rate,
-        "high": found.high,
-        "recall": found.recall[0.01],
-        "usable": found.usable,
+        "rate": detection.rate,
+        "high": detection.high,
+        "recall": detection.recall[0.01],
+        "usable": detection.usable,
         "evident": bool(evident),
         "listed": len(chosen),
         "right": int(faulty[chosen].sum()),
-        "average_precision": float(average_precision_score(faulty, found.score)) if faulty.any() else None,
+        "average_precision": float(average_precision_score(faulty, detection.score)) if faulty.any() else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a model says of answers, against one answer at a time; and the turns of a row."""
+"""How likely answers are, against one answer at a time; and the turns of a row."""
 
 from types import SimpleNamespace
 from typing import Any

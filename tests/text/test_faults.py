@@ -53,28 +53,28 @@ def test_the_share_of_faults_lies_under_the_upper_bound_in_95_of_100_draws(share
 
 def test_rates_of_separable_faults_are_right() -> None:
     for share in (0.0, 0.1, 0.3):
-        found = detect(*scores(np.random.default_rng(1), 1000, share, 6.0))
-        assert found.rate == pytest.approx(share, abs=0.05)
-        assert found.evident == (share > 0)
-        assert found.recall[0.01] > 0.95
+        result = detect(*scores(np.random.default_rng(1), 1000, share, 6.0))
+        assert result.rate == pytest.approx(share, abs=0.05)
+        assert result.evident == (share > 0)
+        assert result.recall[0.01] > 0.95
 
 
 @pytest.mark.parametrize("apart", [0.3, 1.0, 2.0, 4.0])
 def test_a_table_without_faults_lists_none(apart: float) -> None:
     for k in range(10):
-        found = detect(*scores(np.random.default_rng([9, k]), 600, 0.0, apart))
-        assert not len(listed(found, np.zeros(600, np.bool_))), (apart, found.low, found.recall)
+        result = detect(*scores(np.random.default_rng([9, k]), 600, 0.0, apart))
+        assert not len(listed(result, np.zeros(600, np.bool_))), (apart, result.low, result.recall)
 
 
 def test_without_power_rows_are_ordered_and_none_is_called_wrong() -> None:
-    found = detect(*scores(np.random.default_rng(2), 1000, 0.3, 0.8))
-    assert not found.usable
-    assert not len(listed(found, np.zeros(1000, np.bool_)))
+    result = detect(*scores(np.random.default_rng(2), 1000, 0.3, 0.8))
+    assert not result.usable
+    assert not len(listed(result, np.zeros(1000, np.bool_)))
 
 
 def test_recall_does_not_count_the_users_own_faults_as_false_alarms() -> None:
-    found = detect(*scores(np.random.default_rng(3), 1000, 0.2, 6.0))
-    assert found.recall[0.01] > 0.9
+    result = detect(*scores(np.random.default_rng(3), 1000, 0.2, 6.0))
+    assert result.recall[0.01] > 0.9
 
 
 def test_planted_rows_have_a_uniform_p() -> None:
@@ -168,15 +168,15 @@ def look(tokenizer: Any, vocabulary: Vocabulary, wrong: Sequence[int] = (), size
 
 def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: Any) -> None:
     wrong = set(range(40, 58))
-    found = look(tokenizer, vocabulary_of(tokenizer), [*wrong])
-    rows = set(found.rows(FOREIGN))
+    result = look(tokenizer, vocabulary_of(tokenizer), [*wrong])
+    rows = set(result.rows(FOREIGN))
     assert len(rows & wrong) >= 16
     assert len(rows - wrong) <= 1
-    assert found.shifts == [(40, 57, 1)] or found.shifts[0][2] == 1
-    assert found.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
+    assert result.shifts == [(40, 57, 1)] or result.shifts[0][2] == 1
+    assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
 
 
 def test_good_answers_are_left_alone(tokenizer: Any) -> None:
-    found = look(tokenizer, vocabulary_of(tokenizer))
-    assert not found.rows(FOREIGN)
-    assert not found.rows(CUT)
+    result = look(tokenizer, vocabulary_of(tokenizer))
+    assert not result.rows(FOREIGN)
+    assert not result.rows(CUT)

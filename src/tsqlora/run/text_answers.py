@@ -52,7 +52,7 @@ def answers_of(
 
 
 def summary_of(look: AnswerLook) -> dict[str, Any]:
-    """What findings.json and the terminal say of a look."""
+    """The look in findings.json and in the terminal."""
     faults = {
         name: {
             "planted": one.planted,
@@ -69,18 +69,18 @@ def summary_of(look: AnswerLook) -> dict[str, Any]:
 
 
 def _sentences(look: AnswerLook) -> list[str]:
-    """Say first what can be found, then what was."""
+    """Say first what can be power, then what was."""
     texts = list[str]()
     for name, one in look.detections.items():
-        found = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
+        power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
         if not one.usable:
-            texts.append(f"{found}; rows do not differ enough from these to call any wrong")
+            texts.append(f"{power}; rows do not differ enough from these to call any wrong")
         elif not one.evident:
-            texts.append(f"{found}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
+            texts.append(f"{power}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
         else:
             rows = len(look.rows(name))
             texts.append(
-                f"{found}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
+                f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
             )
     for first, last, step in look.shifts:
         texts.append(f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them")

@@ -96,7 +96,7 @@ def behind(prompt: Int[np.ndarray, " p"], answer: Int[np.ndarray, " a"], places:
 def read_answers(
     model: nn.Module, samples: Sequence[Sample], stops: Collection[int], compute: Compute, *, phase: str
 ) -> dict[str, np.ndarray]:
-    """Return what the model says of each answer, whatever the batches.
+    """Return how likely each answer is, whatever the batches.
 
     `loss` (n) is the sum of −log p over the answer's tokens, and `tokens` (n) their number: without the first token
     where nothing precedes it. `entropy` (n) is the mean entropy of these predictions in nats. `stop` (n × k) is the
@@ -168,11 +168,11 @@ def _padded(samples: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def features_of(
-    given: dict[str, np.ndarray], alone: dict[str, np.ndarray], donors: Int[np.ndarray, " n"] | None = None
+    prompted: dict[str, np.ndarray], alone: dict[str, np.ndarray], donors: Int[np.ndarray, " n"] | None = None
 ) -> Float[np.ndarray, "n 7"]:
     """Return c, u, u − c, c/u, n(u − c), log n and entropy of answers; `donors` are their rows in `alone`."""
-    rows = np.arange(len(given["loss"])) if donors is None else donors
-    n = np.maximum(given["tokens"], 1).astype(np.float64)
-    c = given["loss"] / n
+    rows = np.arange(len(prompted["loss"])) if donors is None else donors
+    n = np.maximum(prompted["tokens"], 1).astype(np.float64)
+    c = prompted["loss"] / n
     u = alone["loss"][rows] / np.maximum(alone["tokens"][rows], 1)
-    return np.stack([c, u, u - c, c / np.maximum(u, 1e-3), n * (u - c), np.log(n), given["entropy"]], 1)
+    return np.stack([c, u, u - c, c / np.maximum(u, 1e-3), n * (u - c), np.log(n), prompted["entropy"]], 1)

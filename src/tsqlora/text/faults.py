@@ -184,7 +184,7 @@ def detect(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], se
     rng = np.random.default_rng([seed, 48])
     resampled = (p_of(rng.choice(scores, len(scores)), rng.choice(planted, len(planted))) for _ in range(DRAWS))
     again = [storey(one, floor) for one in resampled]
-    found = Detection(
+    detection = Detection(
         len(planted),
         {level: found_at(scores, planted, faulty, level) for level in LEVELS},
         float(p_of(planted, scores).mean()),
@@ -195,7 +195,7 @@ def detect(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], se
         faulty,
         evident=False,
     )
-    return replace(found, evident=found.usable and found.low > clean_rate(found.recall[LEVELS[0]]))
+    return replace(detection, evident=detection.usable and detection.low > clean_rate(detection.recall[LEVELS[0]]))
 
 
 def p_of(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:

@@ -43,7 +43,7 @@ Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
 
 @dataclass(slots=True)
 class AnswerLook:
-    """What the look says of each turn, by the name of the fault."""
+    """The results for each turn, by the name of the fault."""
 
     turns: list[Turn]
     detections: dict[str, Detection] = field(default_factory=dict)
@@ -98,12 +98,13 @@ def look_at_answers(
     planted = np.sort(rng.permutation(len(turns))[:PLANTED])
     cuts = np.array([cut_places(one, [vocabulary.tokens[j] for j in one.answer[:MOST_ANSWER]], rng) for one in turns])
     ends = np.array([len(one.answer) for one in turns])
-    given = read(
-        "given", [behind(one.prompt, one.answer, (end, *cut)) for one, end, cut in zip(turns, ends, cuts, strict=True)]
+    prompted = read(
+        "prompted",
+        [behind(one.prompt, one.answer, (end, *cut)) for one, end, cut in zip(turns, ends, cuts, strict=True)],
     )
     alone = read("alone", [behind(one.opening, one.answer) for one in turns])
-    own = features_of(given, alone)
-    _find_cut(look, given["stop"], ends, cuts, folds, rng)
+    own = features_of(prompted, alone)
+    _find_cut(look, prompted["stop"], ends, cuts, folds, rng)
     _find_foreign(look, own, alone, folds, planted, rng, read)
     for name, fault in (FAULTS if faults is None else faults).items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
@@ -121,7 +122,7 @@ def _find_cut(
         return
     turn, kind = np.array([kinds[j] for j in np.sort(rng.permutation(len(kinds))[:PLANTED])]).T
     scores, planted = cross_fitted(stops[judged, :1], stops[turn, kind][:, None], folds[judged], folds[turn])
-    _found(look, CUT, np.flatnonzero(judged), detect(scores, planted))
+    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted))
 
 
 def _find_foreign(
@@ -154,7 +155,7 @@ def _find_foreign(
         fits[suspects] = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1) < losses.min(1)
         evident = len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
     detection = replace(detection, evident=evident)
-    _found(look, FOREIGN, np.arange(len(turns)), detection, fits)
+    _add(look, FOREIGN, np.arange(len(turns)), detection, fits)
     if len(look.listed[FOREIGN]):
         _find_owners(look, read)
 
@@ -180,23 +181,23 @@ def _find_planted(
     rows = np.array([j for j, _ in changed])
     ids = vocabulary.tokenizer([text for _, text in changed], add_special_tokens=False)["input_ids"]
     answers = [np.asarray(one, np.int64) for one in ids]  # pyright: ignore[reportGeneralTypeIssues]
-    given = read(name, [behind(turns[j].prompt, one) for j, one in zip(rows, answers, strict=True)])
+    prompted = read(name, [behind(turns[j].prompt, one) for j, one in zip(rows, answers, strict=True)])
     alone = read(f"{name} alone", [behind(turns[j].opening, one) for j, one in zip(rows, answers, strict=True)])
-    scores, bad = cross_fitted(own, features_of(given, alone), folds, folds[rows])
-    _found(look, name, np.arange(len(turns)), detect(scores, bad))
+    scores, bad = cross_fitted(own, features_of(prompted, alone), folds, folds[rows])
+    _add(look, name, np.arange(len(turns)), detect(scores, bad))
 
 
-def _found(
+def _add(
     look: AnswerLook,
     fault: str,
     judged: Int[np.ndarray, " k"],
-    found: Detection,
+    detection: Detection,
     fits: Bool[np.ndarray, " k"] | None = None,
 ) -> None:
-    """Write what was found of the judged turns."""
-    chosen = listed(found, np.zeros(len(judged), np.bool_) if fits is None else fits)
+    """Add the result of the judged turns."""
+    chosen = listed(detection, np.zeros(len(judged), np.bool_) if fits is None else fits)
     look.listed[fault] = judged[chosen]
-    look.detections[fault] = found.over(judged, len(look.turns))
+    look.detections[fault] = detection.over(judged, len(look.turns))
 
 
 def _find_owners(look: AnswerLook, read: Read) -> None:
