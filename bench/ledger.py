@@ -33,10 +33,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audit_text, audited
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.ledger import Line, line_of
@@ -245,8 +245,8 @@ def timed(count: int) -> dict[str, Any]:
         LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(model)
         with source.open("w") as file:
             for j in range(count):
-                said = [sentences[k] for k in rng.integers(0, len(sentences), 7)]
-                turns = [f"{j}: {'. '.join(said[:2])}", ". ".join(said[2:])]
+                parts = [sentences[k] for k in rng.integers(0, len(sentences), 7)]
+                turns = [f"{j}: {'. '.join(parts[:2])}", ". ".join(parts[2:])]
                 roles = ("user", "assistant")
                 chat = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
                 file.write(json.dumps({"messages": chat}) + "\n")

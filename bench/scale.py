@@ -89,7 +89,9 @@ def rows(count: int) -> dict[str, Any]:
     before, start = status("VmRSS"), time.process_time()
     files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
     tables = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}), CACHE)
-    split = prepare(tables, run.pretrained.tokenizer, max_length=run.max_length, folder=CACHE)["train"].samples
+    split = prepare(
+        tables, run.pretrained.tokenizer, max_length=run.max_length, encode=run.task.reading.encode, folder=CACHE
+    )["train"].samples
     stored = time.process_time() - start
     about = {"columns": asdict(tables["train"].columns), "data": str(file)}
     names = tsq.RowNames(split.ids, split.hashes, split.lengths, about)

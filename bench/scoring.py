@@ -42,9 +42,8 @@ from tsqlora.quality.reference import Reference, measure_reference
 from tsqlora.quality.rule import PAPER_TERMS, Compute
 from tsqlora.quality.terms import get_terms
 from tsqlora.run.demo import package_folder
+from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import model_logits
-from tsqlora.tasks.generation import Generation
 from tsqlora.training.record import versions
 
 RANK, CLASSES = 8, 2
@@ -184,7 +183,7 @@ class Decoder(Bench):
     """The same of a model that writes: a prompt and a target, each half of the row."""
 
     tokens, most_rows = 1024, 16
-    task = Generation("causal-lm", causal=True)
+    task = get_task("causal-lm")
     offsets = None
 
     def base(self) -> Any:

@@ -19,7 +19,7 @@ import yaml
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tables import cells_of
+from tables import cells_of, read_as
 from tsqlora.cli.adapter_display import show_doctor
 from tsqlora.data.splits import read_data
 from tsqlora.data.write import WRITERS, write_rows
@@ -321,8 +321,7 @@ def read_file_of_rows(folder: Path, case: Case) -> None:
     name, classes, suffix = case.extra
     write_rows(folder / f"out{suffix}", cells_of(folder / name))
     read_data(
-        str(folder / name), None, None, answer="class" if classes else "number",
-        columns=dict.fromkeys(("text", "text_pair", "label")), validation_fraction=0.25, seed=0,
+        str(folder / name), None, None, **read_as("class" if classes else "number"), validation_fraction=0.25, seed=0,
     )  # fmt: skip
 
 

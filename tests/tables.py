@@ -9,6 +9,27 @@ from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.rows import Row
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Samples, Table, table_of
+from tsqlora.tasks import Task, get_task
+
+TASK_OF = {
+    "class": "sequence-classification",
+    "labels": "multi-label-classification",
+    "tags": "token-classification",
+    "number": "regression",
+    "text": "causal-lm",
+    "pair": "preference",
+}
+
+
+def task_for(answer: str) -> Task:
+    """The task whose rows have such an answer."""
+    return get_task(TASK_OF[answer])
+
+
+def read_as(answer: str) -> dict[str, Any]:
+    """Arguments of `read_data`."""
+    reading = task_for(answer).reading
+    return {"find": reading.find, "label": reading.label, "holds_out": not reading.has_reference}
 
 
 def cells_of(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> tuple[dict[str, Any], ...]:

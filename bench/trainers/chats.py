@@ -88,14 +88,14 @@ def compared(prepared: Path, place: Path, out: Path) -> dict[str, Any]:
     for row in made:
         text = [tokenizer.decode([token]) for token in row["input_ids"]]
         targets = ["" if label == -100 else tokenizer.decode([label]) for label in row["labels"]]
-        begins = [found.start() for found in re.finditer(r"<\|im_start\|>system", "".join(text))] or [0]
+        begins = [match.start() for match in re.finditer(r"<\|im_start\|>system", "".join(text))] or [0]
         ends = itertools.accumulate(map(len, text))
         segments = [max(0, bisect.bisect_left(begins, end) - 1) for end in ends]
         for segment in range(len(begins)):
-            own = [k for k, number in enumerate(segments) if number == segment]
+            own = [k for k, one in enumerate(segments) if one == segment]
             whole, target = ("".join(parts[k] for k in own) for parts in (text, targets))
-            if found := WHERE.search(whole):
-                prepared_rows[int(found[1])] = whole, target
+            if number := WHERE.search(whole):
+                prepared_rows[int(number[1])] = whole, target
     result = audit_prepared(prepared, model=str(place / "model"), data=str(place / "chats.jsonl"), out=out)
     wrong, fates = list[dict[str, Any]](), dict[str, int]()
     for line, row in zip(pq.read_table(out / "ledger.parquet").to_pylist(), chats(), strict=True):

@@ -23,8 +23,8 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import effective_weight, lora_layers, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.seeds import stream
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
+from tsqlora.tasks import Collate, Task, task_of
+from tsqlora.tasks.forward import precision, split_labels
 
 Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
 """(a: n × t × i, or for an Embedding indices n × t, b: n × t × o, layer) -> the layer's value, summed over samples."""
@@ -215,7 +215,7 @@ def probe_pass(
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
             inputs, labels = split_labels(collate(rows), model)
             with precision(device, autocast):
-                losses = task.loss(model_logits(model, inputs, task), labels)
+                losses = task.loss(task.reading.logits(model, inputs), labels)
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
     return probe

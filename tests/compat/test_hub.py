@@ -21,7 +21,7 @@ PATHS = ["", ".", "..", "/", "a/", "/a", "a//b", "../a", "a/..", "a/b/c", "~", "
 def test_what_looks_like_a_path_is_no_id(name: str) -> None:
     assert not is_hub_id(name)
     with pytest.raises(SettingsError, match="no such directory; correct it, or give a hub id"):
-        load_pretrained(name if name not in (".", "..", "/") else f"{name}/nowhere", labels=None)
+        load_pretrained(name if name not in (".", "..", "/") else f"{name}/nowhere", get_task("regression"))
 
 
 @pytest.mark.parametrize("name", ["..", "a/../b", "/a", "a//b", ".", "", "a\\b", "a\nb"])

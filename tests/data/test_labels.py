@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from tables import rows_of
-from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
+from tsqlora.data.labels import SET, LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
 
@@ -79,11 +79,11 @@ def test_of_many_classes_the_first_are_listed() -> None:
 
 def test_several_labels_are_a_list_or_text_with_bars() -> None:
     rows = labelled(["joy", "love"], "love | anger", [], "joy")
-    names, groups = distinct_labels(rows, "label", "labels")
+    names, groups = distinct_labels(rows, "label", SET)
     assert (names, groups.tolist()) == (["joy", "love", "anger"], [0, 0, 0, 0])
-    made = classes_of(names, "train.jsonl", "label", "labels")
+    made = classes_of(names, "train.jsonl", "label", SET)
     assert encode_labels(rows, "label", made) == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
-    numbers = classes_of(distinct_labels(labelled("3|1", "1"), "label", "labels", typed=False)[0], "", "", "labels")
+    numbers = classes_of(distinct_labels(labelled("3|1", "1"), "label", SET, typed=False)[0], "", "", SET)
     assert encode_labels(labelled([1], 3), "label", numbers) == [[1, 0], [0, 1]]
 
 
@@ -98,7 +98,7 @@ def test_a_list_is_joined_with_nothing_for_none(cell: Any, text: str | None) -> 
 @pytest.mark.parametrize("value", ["joy|bad", ["joy", None], ["joy", ""], "['joy', 'love']", 0.5, {"joy": 1}, None])
 def test_what_is_no_set_of_labels_is_named_with_file_and_row(value: Any) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:12: "):
-        encode_labels(labelled(["joy"], value), "label", LabelMap(("joy", "love"), "labels"))
+        encode_labels(labelled(["joy"], value), "label", LabelMap(("joy", "love"), SET))
 
 
 def test_targets_are_numbers_however_they_are_written() -> None:

@@ -11,16 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import CHATML, byte_tokenizer
 from runs import Row, make_rows, save_checkpoint, write_jsonl
-from tables import cells_of
+from tables import cells_of, read_as, task_for
 from tsqlora.data import table as table_module
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.prepare import prepare, resolve_max_length, tokenise
+from tsqlora.data.prepare import prepare as prepare_tables
+from tsqlora.data.prepare import resolve_max_length, tokenise
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals
+from tsqlora.tasks import Task, get_task
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("model")))
 
 
-def read(train: Path, *, answer: Any = "class", **options: Any) -> dict[str, Table]:
-    names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
+def read(train: Path, *, answer: str = "class", **options: Any) -> dict[str, Table]:
     defaults: dict[str, Any] = {"validation": None, "test": None, "validation_fraction": 0.25, "seed": 0}
-    return read_data(str(train), answer=answer, columns=dict.fromkeys(names), **(defaults | options))
+    return read_data(str(train), **(read_as(answer) | defaults | options))
+
+
+def prepare(tables: dict[str, Table], tokenizer: Any, *, max_length: int, task: Task | None = None) -> dict[str, Table]:
+    task = task or task_for("class" if tables["train"].format is None else "text")
+    return prepare_tables(tables, tokenizer, max_length=max_length, encode=task.reading.encode)
 
 
 def at_once(table: Table, tokenizer: PreTrainedTokenizerBase) -> Samples:
@@ -110,7 +116,7 @@ def test_the_limit_that_no_target_fits_into_is_named(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * 20} for _ in range(4)]
     splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text")
     with pytest.raises(DataError, match=r"data\.max_length to 21"):
-        prepare(splits, byte_tokenizer(opens=False, closes=True), max_length=8, seq2seq=True)
+        prepare(splits, byte_tokenizer(opens=False, closes=True), max_length=8, task=get_task("seq2seq"))
 
 
 def test_rows_of_other_splits_that_training_has_are_noted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,7 +192,7 @@ def prepared(
     """Rows by split name; a quarter of the training rows is held out if there are no validation rows."""
     paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
     splits = read(Path(paths.pop("train")), answer=answer, **paths)
-    return prepare(splits, tokenizer, max_length=60)
+    return prepare(splits, tokenizer, max_length=60, task=task_for(answer))
 
 
 def labelled(texts: Sequence[str], label: int | None = None) -> list[Row]:

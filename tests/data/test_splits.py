@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import make_rows, write_jsonl
+from tables import read_as
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.splits import held_out, held_out_rows, read_data
 from tsqlora.data.table import Table
@@ -22,12 +23,9 @@ FRACTIONS = st.floats(0.01, 0.99)
 SEEDS = st.integers(0, 2**32)
 
 
-def read(train: Path, **options: Any) -> dict[str, Table]:
-    answer = options.get("answer", "class")
-    names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
-    names = () if answer == "pair" else names
-    defaults: dict[str, Any] = {"validation": None, "test": None, "answer": answer, "columns": dict.fromkeys(names)}
-    return read_data(str(train), **(defaults | {"validation_fraction": 0.25, "seed": 0} | options))
+def read(train: Path, *, answer: str = "class", **options: Any) -> dict[str, Table]:
+    defaults: dict[str, Any] = {"validation": None, "test": None, "validation_fraction": 0.25, "seed": 0}
+    return read_data(str(train), **(read_as(answer) | defaults | options))
 
 
 def error(train: Path, **options: Any) -> str:

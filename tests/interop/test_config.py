@@ -178,7 +178,7 @@ def test_a_base_that_is_an_adapter_is_not_given_to_transformers(
     named = read_adapter(edit(adapter, base_model_name_or_path=str(base)))
     for name in (CONFIG, WEIGHTS):
         (base / name).write_bytes((adapter / name).read_bytes())
-    for load in (lambda: load_base(str(base), named), lambda: load_pretrained(str(base), labels=None)):
+    for load in (lambda: load_base(str(base), named), lambda: load_pretrained(str(base), get_task("regression"))):
         with pytest.raises(SettingsError, match=CONFIG):
             load()
 

@@ -17,8 +17,7 @@ from oracles import slow_scores
 from scoring import assert_agree, score_by, squared_error
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.exact import require_own_loss
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks import Task, task_of
 from tsqlora.tasks.regression import Regression
 
 N, TOKENS, WIDTH = 12, 6, 4

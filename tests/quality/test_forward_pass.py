@@ -49,8 +49,7 @@ from models import (
 )
 from tsqlora.quality.forward_pass import find_head, forward_pass, pooled, recorded
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks import get_task, task_of
 
 CLASSES, NUMBERS = get_task("sequence-classification"), get_task("regression")
 

@@ -70,7 +70,7 @@ def test_the_installed_head_gives_the_fitted_logits(rows: tuple[np.ndarray, np.n
         features,
         y,
         nn.functional.cross_entropy(before, torch.from_numpy(y), reduction="none").numpy(),
-        kind="classes",
+        link="softmax",
         width=3,
         intercept=True,
         dense_inputs=x,
@@ -93,7 +93,7 @@ def test_a_head_of_trusted_rows_has_the_dense_layer_that_its_features_are_of(
 ) -> None:
     x, y = rows
     options: dict[str, Any] = {
-        "kind": "classes",
+        "link": "softmax",
         "width": 3,
         "intercept": True,
         "rng": lambda: np.random.default_rng(0),

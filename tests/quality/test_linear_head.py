@@ -15,14 +15,14 @@ def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> t
 
 def test_unseen_rows_are_classified() -> None:
     x, y = classes(600, 4)
-    fit = fit_head(x[:400], y[:400], kind="classes", width=4, rng=np.random.default_rng(0))
+    fit = fit_head(x[:400], y[:400], link="softmax", width=4, rng=np.random.default_rng(0))
     assert (fit.head.logits(x[400:]).argmax(1) == y[400:]).mean() > 0.8
-    assert fit.loss == pytest.approx(row_losses(fit.head.logits(x[400:]), y[400:], "classes").mean(), rel=0.5)
+    assert fit.loss == pytest.approx(row_losses(fit.head.logits(x[400:]), y[400:], "softmax").mean(), rel=0.5)
 
 
 def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
     x, y = classes(3000, 50, d=32, spread=0.15)
-    fit = fit_head(x, y, kind="classes", width=50, rng=np.random.default_rng(0))
+    fit = fit_head(x, y, link="softmax", width=50, rng=np.random.default_rng(0))
     assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
 
 
@@ -44,14 +44,14 @@ def test_no_row_is_predicted_by_a_fit_that_has_seen_its_group(
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_the_features_scale_decides_nothing(factor: float) -> None:
     x, y = classes(100, 3)
-    one, other = (fit_head(x * by, y, kind="classes", width=3, rng=np.random.default_rng(0)) for by in (1.0, factor))
+    one, other = (fit_head(x * by, y, link="softmax", width=3, rng=np.random.default_rng(0)) for by in (1.0, factor))
     np.testing.assert_allclose(one.head.logits(x), other.head.logits(x * factor), atol=2e-2)
     assert one.strength == other.strength
 
 
 def test_a_class_without_rows_is_the_least_likely() -> None:
     x, y = classes(60, 3)
-    logits = fit_head(x, y, kind="classes", width=5, rng=np.random.default_rng(0)).head.logits(x)
+    logits = fit_head(x, y, link="softmax", width=5, rng=np.random.default_rng(0)).head.logits(x)
     assert (logits[:, 3:].max(1) < logits[:, :3].max(1)).all()
 
 
@@ -59,10 +59,10 @@ def test_several_labels_are_fitted_each_and_constant_ones_are_sure() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 6))
     y = np.column_stack([x[:, 0] > 0, x[:, 1] + x[:, 2] > 1, np.zeros(400), np.ones(400)]).astype(float)
-    fit = fit_head(x[:300], y[:300], kind="labels", width=4, rng=rng)
+    fit = fit_head(x[:300], y[:300], link="sigmoid", width=4, rng=rng)
     logits = fit.head.logits(x[300:])
     assert ((logits > 0) == y[300:]).mean() > 0.95
-    assert fit.loss == pytest.approx(row_losses(logits, y[300:], "labels").mean(), rel=0.5)
+    assert fit.loss == pytest.approx(row_losses(logits, y[300:], "sigmoid").mean(), rel=0.5)
     assert (np.abs(logits[:, 2:]) > 2).all()
 
 
@@ -71,7 +71,7 @@ def test_samples_of_one_group_share_a_fold() -> None:
     x, y = np.repeat(rng.normal(size=(40, 60)), 6, axis=0), np.repeat(rng.integers(2, size=40), 6)
     groups = np.repeat(np.arange(40), 6)
     alone, together = (
-        fit_head(x, y, kind="classes", width=2, groups=own, rng=np.random.default_rng(0)).loss for own in (None, groups)
+        fit_head(x, y, link="softmax", width=2, groups=own, rng=np.random.default_rng(0)).loss for own in (None, groups)
     )
     assert alone < 0.3, "copies in other folds give the label away"
     assert together > 0.6
@@ -79,7 +79,7 @@ def test_samples_of_one_group_share_a_fold() -> None:
 
 def test_a_layer_without_bias_gets_none() -> None:
     x, y = classes(60, 3)
-    fit = fit_head(x, y, kind="classes", width=3, intercept=False, rng=np.random.default_rng(0))
+    fit = fit_head(x, y, link="softmax", width=3, intercept=False, rng=np.random.default_rng(0))
     assert not fit.head.bias.any()
 
 
@@ -87,7 +87,7 @@ def test_class_weights_move_the_border() -> None:
     x, y = classes(200, 2, spread=3)
     weights = np.array([1.0, 20.0])
     plain, weighted = (
-        fit_head(x, y, kind="classes", width=2, class_weights=w, rng=np.random.default_rng(0)).head.logits(x)
+        fit_head(x, y, link="softmax", width=2, class_weights=w, rng=np.random.default_rng(0)).head.logits(x)
         for w in (None, weights)
     )
     assert weighted.argmax(1).sum() > plain.argmax(1).sum()
@@ -97,14 +97,14 @@ def test_numbers_are_fitted_by_least_squares() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 5))
     y = x @ np.arange(5.0) + 2 + 0.1 * rng.normal(size=300)
-    fit = fit_head(x, y, kind="numbers", width=1, rng=rng)
+    fit = fit_head(x, y, link="identity", width=1, rng=rng)
     np.testing.assert_allclose(fit.head.weight[0], np.arange(5.0), atol=0.05)
     assert fit.loss == pytest.approx(0.01, rel=0.3)
 
 
 def test_a_head_is_better_only_beyond_noise() -> None:
     x, y = classes(200, 3, spread=0.5)
-    fit = fit_head(x, y, kind="classes", width=3, rng=np.random.default_rng(0))
+    fit = fit_head(x, y, link="softmax", width=3, rng=np.random.default_rng(0))
     assert fit.better_than(np.full(200, np.log(3)))
     assert not fit.better_than(fit.losses + np.random.default_rng(1).normal(size=200))
     assert not fit.better_than(np.zeros(200))

@@ -37,7 +37,7 @@ from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.forward import model_logits, split_labels
+from tsqlora.tasks.forward import split_labels
 
 Rows = list[dict[str, Any]]
 CLASSES, NUMBERS = get_task("sequence-classification"), get_task("regression")
@@ -98,7 +98,7 @@ def looked(
 def losses(model: nn.Module, rows: Rows, task: Task = CLASSES, collate: Any = collate) -> Tensor:
     inputs, labels = split_labels(collate(rows), model)
     with torch.no_grad():
-        return task.loss(model_logits(model.eval(), inputs, task), labels)
+        return task.loss(task.reading.logits(model.eval(), inputs), labels)
 
 
 def head_of(model: nn.Module) -> Tensor:
@@ -136,7 +136,7 @@ def test_a_head_is_installed_at_one_scale_of_its_fit(build: Callable[[], nn.Modu
     assert float(losses(model, rows, task).mean()) < before
     np.testing.assert_allclose(head_of(model).numpy(), SCALE * start.fit.head.weight, rtol=1e-5)
     inputs, _ = split_labels(collate(rows), model)
-    logits = model_logits(model.eval(), inputs, task).numpy(force=True)
+    logits = task.reading.logits(model.eval(), inputs).numpy(force=True)
     if isinstance(model.get_base_model(), BertForSequenceClassification):
         fitted = start.fit.head.logits(features_of(model, rows, task).astype(np.float32))
         np.testing.assert_allclose(logits, mean + SCALE * (fitted - mean), atol=1e-3)
@@ -189,7 +189,7 @@ def test_a_head_that_is_trained_already_stays() -> None:
     inputs, labels = split_labels(collate(rows), model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):
-        CLASSES.loss(model_logits(model.eval(), inputs, CLASSES), labels).mean().backward()
+        CLASSES.loss(CLASSES.reading.logits(model.eval(), inputs), labels).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     trained = head_of(model)
@@ -222,7 +222,7 @@ def test_few_trusted_rows_do_not_replace_a_head_by_chance() -> None:
     for _ in range(12):
         x, w = rng.normal(size=(1024, 64)), rng.normal(size=64)
         y = (x @ w + 8 * rng.normal(size=1024) > 0).astype(int)
-        options: dict[str, Any] = {"kind": "classes", "width": 2, "intercept": True}
+        options: dict[str, Any] = {"link": "softmax", "width": 2, "intercept": True}
         options["rng"] = lambda: np.random.default_rng(0)
         x = x.astype(np.float32)
         start = fit_start(x[:1000], y[:1000], np.full(1000, np.log(2)), **options)
@@ -256,8 +256,8 @@ def test_a_head_of_trusted_rows_stands_on_the_dense_layer_that_it_was_fitted_on(
     assert head is not None
     assert head.trusted
     inputs, labels = split_labels(collate(trusted), model)
-    logits = model_logits(model.eval(), inputs, CLASSES).numpy(force=True) / SCALE
-    loss = float(row_losses(logits, labels.numpy(), "classes").mean())
+    logits = CLASSES.reading.logits(model.eval(), inputs).numpy(force=True) / SCALE
+    loss = float(row_losses(logits, labels.numpy(), "softmax").mean())
     assert loss < head.fit.loss * 1.1  # in sample
 
 

@@ -14,8 +14,8 @@ from models import collate, samples, tiny_bert
 from oracles import slow_contradictions
 from tsqlora.quality import duplicates
 from tsqlora.quality.judge import judge, judge_logits
-from tsqlora.quality.suspects import Audit, audit_of, audit_of_judgement, audit_of_tags
-from tsqlora.quality.tag_features import TagFeatures
+from tsqlora.quality.suspects import Audit, audit_of, audit_of_judgement, audit_of_units
+from tsqlora.quality.units import Units
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
 
@@ -223,9 +223,9 @@ def test_wrong_tags_are_found_by_fits_on_other_rows() -> None:
     wrong = rng.permutation(entities)[:40]
     tags = true.copy()
     tags[wrong] = (tags[wrong] + rng.integers(1, 3, 40)) % 3
-    losses, numbers = np.zeros(600), np.arange(600) % 5
-    tokens = TagFeatures(*(each[entities] for each in (features, tags, losses, rows, numbers)), count=120)
-    result = audit_of_tags(tokens, width=4, classes=("B-a", "B-b", "B-c", "O"), ids=np.arange(120) + 1000)
+    some = (each[entities] for each in (features, tags, rows))
+    tokens = Units(*some, width=4, count=120, numbers=entities % 5)
+    result = audit_of_units(tokens, classes=("B-a", "B-b", "B-c", "O"), ids=np.arange(120) + 1000)
     assert result.tokens is not None
     assert result.evident
     assert result.rate == pytest.approx(40 / len(entities), abs=0.04)

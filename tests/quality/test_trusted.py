@@ -14,7 +14,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.quality import trusted as trusted_module
 from tsqlora.quality.trusted import RATES, Trusted, left_out, trusted_model
 from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import model_logits, split_labels
+from tsqlora.tasks.forward import split_labels
 
 TASK = get_task("sequence-classification")
 
@@ -27,7 +27,7 @@ def model() -> torch.nn.Module:
 def losses_of(model: torch.nn.Module, rows: list) -> torch.Tensor:
     inputs, labels = split_labels(collate(rows), model)
     with torch.no_grad():
-        return TASK.loss(model_logits(model, inputs, TASK), labels)
+        return TASK.loss(TASK.reading.logits(model, inputs), labels)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_it_is_a_plain_training_at_the_rate_that_is_best_on_held_out_rows(
         for step in range(6):
             optimizer.param_groups[0]["lr"] = factor * rate * (1 - step / 6)
             inputs, labels = split_labels(collate([rest[j] for j in order[8 * step : 8 * step + 8]]), twin)
-            TASK.loss(model_logits(twin, inputs, TASK), labels).mean().backward()
+            TASK.loss(TASK.reading.logits(twin, inputs), labels).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     of_rates = [float(losses_of(twin, held_out).mean()) for twin in twins]

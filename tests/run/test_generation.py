@@ -28,9 +28,7 @@ from tsqlora.run.job import load
 from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
-from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import TEXT_METRICS
-from tsqlora.training.load import collate_of
 from tsqlora.training.quality_callback import SCORES_FILE
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -205,7 +203,7 @@ def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None
     model = generating(kind, like, torch.float32, use_cache=True)
     tokenizer = byte_tokenizer(opens=True, closes=False)
     prompts = [{"input_ids": [5, 9, 12, 7], "attention_mask": [1] * 4}]
-    collate = collate_of(Generation("causal-lm", causal=True), model, tokenizer, max_length=32, left=True)
+    collate = get_task("causal-lm").reading.collate(model, tokenizer, max_length=32, left=True)
 
     def written() -> list[list[int]]:
         batch = collate(prompts)

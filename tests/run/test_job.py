@@ -104,7 +104,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
     answers = {
         (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
         (job, "prepare"): tables,
-        (job, "collate_of"): "a collator",
+        (job, "require_embedded"): None,
         (job, "wrap"): model,
         (job, "plain_lora"): model,
         (job, "start_from"): model,
@@ -128,6 +128,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         for (module, name), answer in answers.items():
             stack.enter_context(patch.object(module, name, boundary(name, answer)))
+        stack.enter_context(patch.object(job.Job, "collate", "a collator"))
+        stack.enter_context(patch.object(callbacks, "has_own_loss", lambda *_: False))
         stack.enter_context(patch.object(fit, "hardware_has_bf16", lambda: False))
         stack.enter_context(patch.object(job, "start_of", lambda config: config.adapter.init_from))
         args = fit.arguments(config, Path("run"))

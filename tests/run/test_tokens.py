@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from seen import Seen
-from tables import cells_of
+from tables import cells_of, read_as
 from tsqlora.data.labels import encode_labels
 from tsqlora.data.prepare import tokenise_words
 from tsqlora.data.rows import find_columns
@@ -69,7 +69,7 @@ def test_the_first_piece_of_a_word_has_its_tag_and_words_behind_the_cut_are_coun
     rows = [{"tokens": ["good-day", "the", "stone", "sad"], "tags": ["B", "O", "O", "B"]}]
     data = read_data(
         str(write_jsonl(place / "pieces.jsonl", [*rows, *rows])), None, None,
-        answer="tags", columns=dict.fromkeys(("text", "text_pair", "label")), validation_fraction=0.5, seed=0,
+        **read_as("tags"), validation_fraction=0.5, seed=0,
     )  # fmt: skip
     part, classes, columns = list(data["train"]), data["train"].classes, data["train"].columns
     assert classes is not None

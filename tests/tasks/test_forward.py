@@ -9,8 +9,8 @@ from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from models import GENERATORS, tiny_bert
 from tsqlora.errors import UnsupportedError
-from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import model_logits, require_labels, split_labels, task_of
+from tsqlora.tasks import get_task, task_of
+from tsqlora.tasks.forward import model_logits, require_labels, split_labels
 
 IDS = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
 LABELS = torch.tensor([[5, 7, 1], [8, 1, -100]])
@@ -45,7 +45,7 @@ def test_a_decoder_behind_an_encoder_reads_the_target_though_labels_are_taken_aw
     batch = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": LABELS}
     inputs, labels = split_labels(batch, model)
     with torch.no_grad():
-        assert torch.equal(model_logits(model, inputs, get_task("seq2seq")), model(**batch).logits)
+        assert torch.equal(get_task("seq2seq").reading.logits(model, inputs), model(**batch).logits)
     assert torch.equal(labels, LABELS)
     arguments = {**batch, "decoder_input_ids": torch.zeros_like(LABELS)}
     assert torch.equal(split_labels(arguments, model)[0]["decoder_input_ids"], arguments["decoder_input_ids"])
@@ -71,5 +71,5 @@ def test_positions_are_those_that_the_model_counts_itself(kind: Any) -> None:
     ids = torch.tensor([[5, 6, 7, 8], [8, 9, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
     with torch.no_grad():
-        ours, own = model_logits(model.eval(), batch, get_task("causal-lm")), model(**batch).logits
+        ours, own = get_task("causal-lm").reading.logits(model.eval(), batch), model(**batch).logits
     assert torch.allclose(ours[ids != 1], own[ids != 1], atol=1e-6)

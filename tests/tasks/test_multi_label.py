@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import collate, samples, tiny_bert
 from oracles import slow_multi_label_loss
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks import task_of
 from tsqlora.tasks.multi_label import MultiLabel
 
 TASK = MultiLabel()

@@ -18,7 +18,7 @@ from scoring import assert_agree, assert_unchanged, fingerprint, score_by, train
 from tsqlora.data.batches import GenerationCollator, PairCollator
 from tsqlora.errors import DataError
 from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import model_logits, split_labels
+from tsqlora.tasks.forward import split_labels
 from words import llama, tokenizer
 
 TASK, BETA = get_task("preference"), 0.1
@@ -72,7 +72,7 @@ def test_the_loss_is_the_twins_whatever_the_batch_and_the_padding(kind: str) -> 
         for size in (1, 3, 7):
             for first in range(0, 7, size):
                 inputs, labels = split_labels(collate(rows[first : first + size]), model)
-                losses = TASK.loss(model_logits(model, inputs, TASK), labels).detach().double()
+                losses = TASK.loss(TASK.reading.logits(model, inputs), labels).detach().double()
                 torch.testing.assert_close(losses, twin.loss[first : first + size], rtol=1e-5, atol=1e-6)
 
 
@@ -164,5 +164,5 @@ def test_without_trusted_rows_the_draw_is_even_and_says_so() -> None:
 def test_a_row_without_an_answer_is_named(without: str, names: str) -> None:
     rows = [preference(j, "texts") for j in range(12)]
     rows[7][without] = None
-    with pytest.raises(DataError, match=f"dataset:8.*'{names}'"):
+    with pytest.raises(DataError, match=f"'{names}' .line 8"):
         tsq.select(llama(), rows, processing_class=tokenizer())

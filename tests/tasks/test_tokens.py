@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForTokenClassification
 
 from oracles import slow_token_loss
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks import task_of
 from tsqlora.tasks.tokens import TokenClassification, span_f1, spans
 
 TAGS = ("B-a", "I-a", "O")

@@ -20,6 +20,8 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.train import train
+from tsqlora.tasks import TASKS
+from tsqlora.tasks.classification import Classification
 from tsqlora.training import fit, record
 from tsqlora.training.fit import hardware_has_bf16, training_arguments
 
@@ -296,3 +298,24 @@ def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path,
     assert counted.record.notes[-1].startswith(
         "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
     )
+
+
+class Twice(Classification):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 2 * Classification.loss(self, logits, labels)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_that_is_not_the_models_own_is_that_of_the_task(
+    parts: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "twice", lambda: Twice(name="twice"))
+    training = QUICK | {"max_steps": 1, "gradient_accumulation_steps": parts, "logging_strategy": "steps"}
+    losses = list[float]()
+    for task in ("sequence-classification", "twice"):
+        config = settings(
+            place, task={"type": task}, training=training | {"logging_steps": 1}, ranks={"policy": "fixed"}
+        )
+        record = train(config, place / f"{task}{parts}")
+        losses += [log["loss"] for log in record.history if "loss" in log]
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-3)

@@ -20,9 +20,10 @@ from runs import save_checkpoint
 from tsqlora.compat.bitsandbytes import linear_bits
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.tasks import get_task
 from tsqlora.training.load import Pretrained, load_pretrained, positions_of
 
-TWO = LabelMap(("no", "yes"))
+CLASSES, TWO = get_task("sequence-classification"), LabelMap(("no", "yes"))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def saved(pretrained: Pretrained, folder: Path) -> str:
 
 def error_of(path: str | Path) -> str:
     with pytest.raises(SettingsError) as caught:
-        load_pretrained(str(path), labels=TWO)
+        load_pretrained(str(path), CLASSES, labels=TWO)
     return str(caught.value)
 
 
 def test_the_head_is_new_and_knows_the_labels(checkpoint: Path) -> None:
-    loaded = load_pretrained(str(checkpoint), labels=TWO)
+    loaded = load_pretrained(str(checkpoint), CLASSES, labels=TWO)
     assert loaded.new_modules == ("classifier",)
     assert loaded.model.config.id2label == {0: "no", 1: "yes"}
     assert loaded.model.config.label2id == {"no": 0, "yes": 1}
@@ -58,20 +59,20 @@ def test_the_head_is_new_and_knows_the_labels(checkpoint: Path) -> None:
 
 
 def test_without_labels_the_head_is_of_one_number(checkpoint: Path) -> None:
-    config = load_pretrained(str(checkpoint), labels=None).model.config
+    config = load_pretrained(str(checkpoint), get_task("regression")).model.config
     assert (config.num_labels, config.problem_type) == (1, "regression")
 
 
 def test_a_trained_head_of_the_same_size_is_kept(checkpoint: Path, tmp_path: Path) -> None:
-    first = load_pretrained(str(checkpoint), labels=TWO)
-    again = load_pretrained(saved(first, tmp_path), labels=TWO)
+    first = load_pretrained(str(checkpoint), CLASSES, labels=TWO)
+    again = load_pretrained(saved(first, tmp_path), CLASSES, labels=TWO)
     assert again.new_modules == ()
     assert torch.equal(again.model.classifier.weight, first.model.classifier.weight)
 
 
 def test_a_head_of_another_size_is_made_anew(checkpoint: Path, tmp_path: Path) -> None:
-    path = saved(load_pretrained(str(checkpoint), labels=TWO), tmp_path)
-    again = load_pretrained(path, labels=LabelMap((1, 2, 3)))
+    path = saved(load_pretrained(str(checkpoint), CLASSES, labels=TWO), tmp_path)
+    again = load_pretrained(path, CLASSES, labels=LabelMap((1, 2, 3)))
     assert again.new_modules == ("classifier",)
     assert again.model.classifier.out_features == 3
 
@@ -80,11 +81,11 @@ def test_a_pooler_that_the_checkpoint_lacks_is_new_too(checkpoint: Path, tmp_pat
     path = copied(checkpoint, tmp_path)
     weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    assert load_pretrained(str(path), labels=TWO).new_modules == ("bert.pooler.dense", "classifier")
+    assert load_pretrained(str(path), CLASSES, labels=TWO).new_modules == ("bert.pooler.dense", "classifier")
 
 
 def test_weights_come_in_the_asked_dtype(checkpoint: Path) -> None:
-    loaded = load_pretrained(str(checkpoint), labels=TWO, dtype="bfloat16")
+    loaded = load_pretrained(str(checkpoint), CLASSES, labels=TWO, dtype="bfloat16")
     assert next(loaded.model.parameters()).dtype is torch.bfloat16
 
 
@@ -95,7 +96,7 @@ def test_a_decoder_without_padding_pads_with_its_end_token(checkpoint: Path, tmp
     model = tiny_llama_classifier(vocab=len(tokenizer), dtype=torch.float32)
     model.config.pad_token_id = None
     model.save_pretrained(tmp_path)
-    loaded = load_pretrained(str(tmp_path), labels=TWO)
+    loaded = load_pretrained(str(tmp_path), CLASSES, labels=TWO)
     assert loaded.tokenizer.pad_token == "[SEP]"
     assert loaded.model.config.pad_token_id == tokenizer.eos_token_id
     assert loaded.new_modules == ("score",)
@@ -108,7 +109,7 @@ def test_a_class_is_read_before_what_the_tokenizer_pads_with(checkpoint: Path, t
     model = tiny_llama_classifier(vocab=len(tokenizer), dtype=torch.float32)
     model.config.pad_token_id = tokenizer.sep_token_id
     model.save_pretrained(tmp_path)
-    loaded = load_pretrained(str(tmp_path), labels=TWO)
+    loaded = load_pretrained(str(tmp_path), CLASSES, labels=TWO)
     row = torch.tensor([[5, 6, 7]])
     padded = torch.cat([row, torch.full((1, 3), tokenizer.pad_token_id)], dim=1)
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_positions_of_robertas_kin_begin_behind_their_padding() -> None:
 @pytest.mark.parametrize(("quantization", "bits"), [("4bit", 4), ("8bit", 8)])
 def test_a_packed_body_has_a_whole_head(checkpoint: Path, quantization: str, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
-    model = load_pretrained(str(checkpoint), labels=TWO, quantization=quantization).model
+    model = load_pretrained(str(checkpoint), CLASSES, labels=TWO, quantization=quantization).model
     packed = {name: result for name, module in model.named_modules() if (result := linear_bits(module))}
     assert packed["bert.encoder.layer.0.attention.self.query"] == bits
     assert "classifier" not in packed
@@ -156,13 +157,13 @@ def test_a_layer_that_is_new_is_not_packed(checkpoint: Path, tmp_path: Path) -> 
     weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SettingsError, match=r"4bit packs bert\.pooler\.dense, which the checkpoint lacks"):
-        load_pretrained(str(path), labels=TWO, quantization="4bit")
+        load_pretrained(str(path), CLASSES, labels=TWO, quantization="4bit")
 
 
 def test_packing_names_the_package_that_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'tsqlora\[quantized\]'"):
-        load_pretrained(str(checkpoint), labels=TWO, quantization="4bit")
+        load_pretrained(str(checkpoint), CLASSES, labels=TWO, quantization="4bit")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])
@@ -181,7 +182,7 @@ def test_a_package_that_loading_needs_is_named(checkpoint: Path, monkeypatch: py
     def lacking(*_: object, **__: object) -> None:
         raise ImportError("Loading a GPTQ quantized model requires optimum")
 
-    monkeypatch.setattr("tsqlora.training.load.AutoModelForSequenceClassification.from_pretrained", lacking)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", lacking)
     assert error_of(checkpoint).endswith("cannot be loaded: Loading a GPTQ quantized model requires optimum")
 
 

@@ -83,17 +83,7 @@ def wrap(
     if isinstance(model, PeftModel):
         if changed or depth is not None or config is not None:
             raise SettingsError("the model has an adapter, which decides all but max_rank; leave out the other options")
-        # Its weights first, zeros up to the capacity.
-        adapter = only_adapter(model)
-        # A copy: PEFT keeps the user's config object, which may serve other models.
-        model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
-        ranks, shapes = {name: layer.r[adapter] for name, layer in lora_layers(model).items()}, layer_shapes(model)
-        largest = max(ranks, key=lambda name: ranks[name])
-        mean = used(ranks, shapes) / sum(costs(shapes).values())
-        capacity = default_max_rank(mean, least=ranks[largest]) if max_rank is None else max_rank
-        if capacity < ranks[largest]:
-            raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
-        return install(model, ranks, capacity=capacity)
+        return _adopt(model, only_adapter(model), max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
         config = new_config(model, target_modules, dropout, modules_to_save)
@@ -169,6 +159,19 @@ def _inject_at(
         layer.scaling["default"] = scale
     uniform = Sensitivity(dict.fromkeys(layers, 1.0), layer_shapes(peft_model), "uniform", 0)
     return peft_model, allocate(uniform, mean_rank=mean, min_rank=0, max_rank=capacity)
+
+
+def _adopt(model: PeftModel, adapter: str, max_rank: int | None) -> PeftModel:
+    """Add slots to an adapter: its weights first, zeros up to the capacity."""
+    # A copy: PEFT keeps the user's config object, which may serve other models.
+    model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
+    ranks, shapes = {name: layer.r[adapter] for name, layer in lora_layers(model).items()}, layer_shapes(model)
+    largest = max(ranks, key=lambda name: ranks[name])
+    mean = used(ranks, shapes) / sum(costs(shapes).values())
+    capacity = default_max_rank(mean, least=ranks[largest]) if max_rank is None else max_rank
+    if capacity < ranks[largest]:
+        raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
+    return install(model, ranks, capacity=capacity)
 
 
 def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Other methods, each built by one function for a stock Trainer: what `compare` compares with."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,31 +36,19 @@ def full(setup: Setup) -> Built:
     return Built(model, (), trainable=lambda: count_trainable(model), ranks=dict)
 
 
-def lora(setup: Setup) -> Built:
-    """PEFT's LoRA at uniform rank, scaled by alpha / rank."""
-    return _uniform(setup, "lora")
-
-
-def rslora(setup: Setup) -> Built:
-    """LoRA scaled by alpha / √rank.  Kalajdzievski (2023), arXiv 2312.03732; PEFT's."""
-    return _uniform(setup, "rslora", use_rslora=True)
-
-
-def dora(setup: Setup) -> Built:
-    """LoRA of the weights' directions, their magnitudes trained apart.  Liu et al. (2024), arXiv 2402.09353; PEFT's."""
-    return _uniform(setup, "dora", use_dora=True)
-
-
-def _uniform(setup: Setup, name: str, **options: Any) -> Built:
+def uniform(setup: Setup, *, name: str, **options: Any) -> Built:
+    """PEFT's LoRA at uniform rank, scaled by alpha / rank, with further options of LoraConfig."""
     model = adapt(setup, r=whole_rank(setup.mean_rank, name), lora_alpha=setup.alpha, **options)
     return Built(model, (), trainable=lambda: count_trainable(model), ranks=lambda: active_ranks(model))
 
 
 BASELINES: dict[str, Callable[[Setup], Built]] = {
     "full": full,
-    "lora": lora,
-    "rslora": rslora,
-    "dora": dora,
+    "lora": partial(uniform, name="lora"),
+    # Scaled by alpha / √rank: Kalajdzievski (2023), arXiv 2312.03732.
+    "rslora": partial(uniform, name="rslora", use_rslora=True),
+    # LoRA of the weights' directions, their magnitudes trained apart: Liu et al. (2024), arXiv 2402.09353.
+    "dora": partial(uniform, name="dora", use_dora=True),
     "adalora": adalora,
     "elalora": elalora,
     "eva": eva,

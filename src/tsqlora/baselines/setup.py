@@ -12,7 +12,7 @@ from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import SettingsError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.moves import RankSchedule
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks import Collate
 from tsqlora.training.load import Pretrained
 
 

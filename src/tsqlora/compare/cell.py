@@ -133,8 +133,8 @@ def _rows_hash(job: Job, config: Config) -> str:
     # The seed decides the rows only if it splits off the validation rows.
     if config.data.validation is not None or config.training.seed == job.config.training.seed:
         return data_hash(job.data)
-    tokenizer, seq2seq = job.pretrained.tokenizer, config.task.type == "seq2seq"
-    return data_hash(prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq))
+    encode = job.task.reading.encode
+    return data_hash(prepare(read(config), job.pretrained.tokenizer, max_length=job.max_length, encode=encode))
 
 
 class _Begun(Exception):

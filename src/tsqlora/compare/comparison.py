@@ -21,7 +21,6 @@ from tsqlora.reports.comparison import COMPARISON_FILE, made_by, measured_on, me
 from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
-from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.text_metrics import TEXT_METRICS
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
@@ -110,7 +109,7 @@ class Plan:
     def _require_metric(self) -> None:
         """Refuse a metric that no cell would measure, or that a sweep could not use."""
         task, data = get_task(self.config.task.type), self.config.data
-        text_metrics = TEXT_METRICS if isinstance(task, Generation) else ()
+        text_metrics = TEXT_METRICS if task.writer is not None else ()
         if self.metric not in (*task.measured, *text_metrics):
             options = nearest(self.metric, (*task.measured, *text_metrics))
             raise SettingsError(f"--metric '{self.metric}' is not measured for {task.name}; {options}")

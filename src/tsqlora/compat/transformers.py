@@ -54,6 +54,18 @@ def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
     setattr(trainer, SUMS, trainer.model_accepts_loss_kwargs and (smoothed or divides_by_window))
 
 
+def set_loss(trainer: Trainer, loss: Callable[[Any, Tensor], Tensor]) -> None:
+    """Put the mean loss of a batch, of the model's outputs and the labels, in the place of the model's own."""
+    # A Trainer that has no setting for it takes such a loss for divided already.
+    divided = SUMS == "loss_is_scaled_for_ga"
+
+    def scaled(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        trains = cast(Any, trainer.model).training and not divided
+        return loss(outputs, labels) / (trainer.current_gradient_accumulation_steps if trains else 1)
+
+    trainer.compute_loss_func = scaled
+
+
 def summed_batches(trainer: Trainer) -> int:
     """The number of batches whose losses the current step sums; 1 if the Trainer averages them."""
     return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1

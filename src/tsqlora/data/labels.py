@@ -1,9 +1,9 @@
-"""Labels as rows write them, encoded as class ids, sets of labels, or target numbers."""
+"""Labels as rows write them, encoded as class ids, sets of labels, tags, or target numbers."""
 
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from tsqlora.errors import DataError
 
 SEPARATOR = "|"
 """Between the labels of a cell of text."""
+OUTSIDE = "O"
+"""The tag of a token outside of every entity."""
 
 
 def join_labels(cell: Any) -> Any:
@@ -37,16 +39,78 @@ def require_separable(names: Iterable[str | int], *, cure: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelKind:
+    """What a cell holds of the classes: one of them, a set of them, or one for each token of the row."""
+
+    name: str
+    parts: Callable[[Any], list[Any]]
+    """The labels of a cell."""
+    encoded: Callable[[list[int], int], Any]
+    """A row's class ids, of that many classes, as the label of its sample."""
+    cure: str
+    """What to write in place of a cell that holds no label."""
+    single: bool = False
+    """A row has exactly one class, so that splits and draws are stratified and a fit judges it."""
+    joint: bool = False
+    """A row's labels are one set, which may be empty, and is shown whole."""
+    by_token: bool = False
+    """A row has a label for each of its tokens."""
+
+    def present(self, labels: Sequence[np.ndarray]) -> int:
+        """How many classes some encoded labels have."""
+        if self.joint:
+            return int((np.concatenate(labels) > 0.5).any(axis=0).sum())
+        return len({label for part in labels for label in part.flatten().tolist() if label >= 0})
+
+
+def split_labels(cell: Any) -> list[Any]:
+    """The labels of a cell.
+
+    >>> split_labels("joy | love"), split_labels(["joy"]), split_labels(3)
+    (['joy', 'love'], ['joy'], [3])
+    """
+    if isinstance(cell, str):
+        # A list that pandas wrote as text is refused like any label that is no text.
+        written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
+        return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
+    return cell if isinstance(cell, list) else [cell]
+
+
+CLASS = LabelKind(
+    "class",
+    lambda cell: [cell],
+    lambda ids, count: ids[0],
+    "write classes as text or integers; for numbers set task.type to regression, for lists to "
+    "multi-label-classification",
+    single=True,
+)
+SET = LabelKind(
+    "labels",
+    split_labels,
+    lambda ids, count: [float(k in ids) for k in range(count)],
+    'write labels as a list of texts or integers, or as text joined by "|"',
+    joint=True,
+)
+TAGS = LabelKind(
+    "tags",
+    lambda cell: cell if isinstance(cell, list) else [[cell]],  # refused like any label that is no text
+    lambda ids, count: ids,
+    "write a list of one text or integer for each token",
+    by_token=True,
+)
+KINDS = {kind.name: kind for kind in (CLASS, SET, TAGS)}
+
+
+@dataclass(frozen=True, slots=True)
 class LabelMap:
     """The classes in the order of their ids: `names[id]` is the label as the data writes it."""
 
     names: tuple[str | int, ...]
-    answer: str = "class"
-    """What a row has of them: one "class", any number of "labels", or "tags", one for each token."""
+    kind: LabelKind = CLASS
 
 
 def distinct_labels(
-    rows: Iterable[Row], column: str, answer: str = "class", *, typed: bool = True
+    rows: Iterable[Row], column: str, kind: LabelKind = CLASS, *, typed: bool = True
 ) -> tuple[list[str | int], np.ndarray]:
     """The distinct labels in order of first appearance, and the number of each row's class; all 0 for several labels.
 
@@ -56,21 +120,21 @@ def distinct_labels(
     numbers: dict[str | int, int] = {}
 
     def number_of(row: Row) -> int:
-        for label in (labels := labels_at(row, column, answer)):
+        for label in (labels := labels_at(row, column, kind)):
             if type(label) is not type(next(iter(numbers), label)):
                 raise DataError(
                     f"{row.place}: the label {label!r} in column '{column}' is {type(label).__name__}, "
                     "unlike earlier labels; write all as text or all as integers"
                 )
             numbers.setdefault(label, len(numbers))
-        return numbers[labels[0]] if answer == "class" else 0
+        return numbers[labels[0]] if kind.single else 0
 
     groups = np.fromiter(map(number_of, rows), dtype=np.int32)
     integers = not typed and all(_is_integer(str(value)) for value in numbers)
     return [int(value) if integers else value for value in numbers], groups
 
 
-def classes_of(labels: Iterable[str | int], source: str, column: str, answer: str = "class") -> LabelMap:
+def classes_of(labels: Iterable[str | int], source: str, column: str, kind: LabelKind = CLASS) -> LabelMap:
     """Sort distinct training labels into classes: text as text, integers as numbers.
 
     >>> classes_of([10, 9], "a.csv", "label").names, classes_of(["10", "9"], "a.csv", "label").names
@@ -79,7 +143,7 @@ def classes_of(labels: Iterable[str | int], source: str, column: str, answer: st
     names = tuple(sorted(labels))
     if len(names) < 2:
         raise DataError(f"{source}, column '{column}': {_listed(names)} is the only class; give rows of at least two")
-    return LabelMap(names, answer)
+    return LabelMap(names, kind)
 
 
 def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list[Any]:
@@ -92,7 +156,7 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
     integers, encoded = isinstance(label_map.names[0], int), list[Any]()
     for row in rows:
         ids = list[int]()
-        for label in labels_at(row, column, label_map.answer):
+        for label in labels_at(row, column, label_map.kind):
             label = int(label) if integers and isinstance(label, str) and _is_integer(label) else label
             if label not in numbers:
                 raise DataError(
@@ -100,10 +164,7 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
                     f"{_listed(label_map.names)}; correct it, or add the class to the training data"
                 )
             ids.append(numbers[label])
-        if label_map.answer == "labels":
-            encoded.append([float(k in ids) for k in range(len(numbers))])
-        else:
-            encoded.append(ids if label_map.answer == "tags" else ids[0])
+        encoded.append(label_map.kind.encoded(ids, len(numbers)))
     return encoded
 
 
@@ -154,7 +215,7 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in alike.values() if len(group) > 1]
 
 
-def labels_at(row: Row, column: str, answer: str) -> list[str | int]:
+def labels_at(row: Row, column: str, kind: LabelKind) -> list[str | int]:
     """The label of a row; or its labels: a list, which may be empty, or text joined by "|"; or the list of its tags.
 
     Raises DataError with file and row for a value that cannot be a label.
@@ -162,39 +223,16 @@ def labels_at(row: Row, column: str, answer: str) -> list[str | int]:
     value = row.cells.get(column)
     if is_missing(value):
         raise MissingError(row.place, f"no label in column '{column}'")
-    values: list[Any] = split_labels(value) if answer == "labels" else [value]
-    if answer == "tags":
-        values = value if isinstance(value, list) else [[value]]  # refused below like any label that is no text
+    values = kind.parts(value)
     for label in values:
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise DataError(
                 f"{row.place}: column '{column}' holds the {type(label).__name__} {reprlib.repr(label)} as a "
-                f"label; {_CURES[answer]}"
+                f"label; {kind.cure}"
             )
-        if answer == "labels" and is_missing(label):
+        if kind.joint and is_missing(label):
             raise DataError(f"{row.place}: column '{column}' holds an empty label; remove it")
     return values
-
-
-_CURES = {
-    "class": "write classes as text or integers; for numbers set task.type to regression, for lists to "
-    "multi-label-classification",
-    "tags": "write a list of one text or integer for each token",
-    "labels": 'write labels as a list of texts or integers, or as text joined by "|"',
-}
-
-
-def split_labels(cell: Any) -> list[Any]:
-    """The labels of a cell.
-
-    >>> split_labels("joy | love"), split_labels(["joy"]), split_labels(3)
-    (['joy', 'love'], ['joy'], [3])
-    """
-    if isinstance(cell, str):
-        # A list that pandas wrote as text is refused like any label that is no text.
-        written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
-        return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
-    return cell if isinstance(cell, list) else [cell]
 
 
 def _is_integer(text: str) -> bool:

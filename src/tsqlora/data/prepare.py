@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.formats import PREFERENCE
 from tsqlora.data.generation import (
     input_of,
     left_out,
     require_room,
     require_some,
     require_tokens,
-    tokenise_generation,
-    tokenise_pairs,
 )
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.media import encode_files
 from tsqlora.data.rows import Columns, Row, row_hash, sample_hash, text_at, tokens_at
 from tsqlora.data.splits import MEASURED
 from tsqlora.data.table import Samples, Table, of_rows, store
 from tsqlora.errors import DataError, SettingsError
+
+Encode = Callable[..., Samples]
+"""Takes rows, their format or columns, a tokenizer, `max_length`, and without a format the encoded `labels`."""
 
 
 def tokenise(
@@ -91,11 +89,6 @@ def tokenise_words(
     return of_rows(samples, rows, columns, truncated=truncated, cut_words=cut)
 
 
-def encoder(columns: Columns, *, by_word: bool) -> Callable[..., Samples]:
-    """The function that makes samples of rows: files, tokens with tags, or texts."""
-    return encode_files if columns.media else tokenise_words if by_word else tokenise
-
-
 def _call(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, *, max_length: int | None
 ) -> list[dict[str, Any]]:
@@ -116,19 +109,18 @@ def prepare(
     tokenizer: Any,
     *,
     max_length: int,
-    seq2seq: bool = False,
+    encode: Encode,
     folder: Path | None = None,
 ) -> dict[str, Table]:
-    """Tokenise every split, with encoded labels; rows of texts for a causal model, or for a `seq2seq` one.
+    """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
 
-    Images and recordings stay in their files, and `tokenizer` is the processor that reads them. Samples are stored on
-    disk, as in `store`. A row whose target does not fit whole is left out with a note; so is a trusted row that shares
-    its input with validation or test rows. Raises DataError if no trusted row remains.
+    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note; so is a
+    trusted row that shares its input with validation or test rows. Raises DataError if no trusted row remains.
     """
     prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
     for name, table in _without_measured(tables).items():
         numbers = list[int]()
-        samples = store(_tokenised(table, tokenizer, max_length, seq2seq, numbers), folder)
+        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers), folder)
         inputs[name] = np.array(numbers, dtype=np.uint64)
         if table.format is not None:
             require_some(samples, table.name, max_length)
@@ -143,8 +135,9 @@ def prepare(
     return prepared
 
 
-def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Raises DataError naming the first row with a token that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= embeddings:
         return
     for table in tables.values():
@@ -157,22 +150,17 @@ def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizer
                 )
 
 
-def _tokenised(table: Table, tokenizer: Any, max_length: int, seq2seq: bool, inputs: list[int]) -> Iterator[Samples]:
-    """Tokenise a table chunk by chunk; append a number for the input of each sample to `inputs`."""
-    columns, classes, format = table.columns, table.classes, table.format
+def _tokenised(table: Table, tokenizer: Any, max_length: int, encode: Encode, inputs: list[int]) -> Iterator[Samples]:
+    """Encode a table chunk by chunk; append a number for the input of each sample to `inputs`."""
+    column, classes = table.columns.label, table.classes
     for rows in table.chunks():
-        if format is not None:
-            if format.name == PREFERENCE:
-                part = tokenise_pairs(rows, format, tokenizer, max_length=max_length)
-            else:
-                part = tokenise_generation(rows, format, tokenizer, max_length=max_length, seq2seq=seq2seq)
+        if table.format is not None:
+            part = encode(rows, table.format, tokenizer, max_length=max_length)
             inputs += (int(name, 16) for name in part.hashes)
         else:
-            assert columns.label is not None
-            encode = encoder(columns, by_word=classes is not None and classes.answer == "tags")
-            numbers = encode_targets if classes is None else partial(encode_labels, label_map=classes)
-            labels = numbers(rows, columns.label)
-            part = encode(rows, columns, tokenizer, max_length=max_length, labels=labels)
+            assert column is not None
+            labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
+            part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
             inputs += (_input_number(row, table) for row in rows)
         yield part
 

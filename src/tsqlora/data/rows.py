@@ -54,9 +54,9 @@ class Columns:
 def find_columns(
     names: Sequence[str],
     *,
-    text: str | None,
-    text_pair: str | None,
-    label: str | None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
     source: str,
     tokens: bool = False,
     media: str | None = None,

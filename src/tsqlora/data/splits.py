@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.examples import Manner
-from tsqlora.data.formats import Format, find_format, pair_format
-from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
+from tsqlora.data.formats import Format
+from tsqlora.data.labels import (
+    LabelKind,
+    LabelMap,
+    are_measures,
+    classes_of,
+    distinct_labels,
+    encode_targets,
+    look_alikes,
+)
 from tsqlora.data.media import require_reader, why_unread
 from tsqlora.data.readers import SNIFF, Hints
-from tsqlora.data.rows import Columns, MissingError, Row, find_columns, is_missing, lacking, quoted, text_at
+from tsqlora.data.rows import Columns, MissingError, Row, is_missing, lacking, quoted, text_at
 from tsqlora.data.sources import ORDER, open_tables
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
@@ -22,6 +30,8 @@ from tsqlora.errors import DataError
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
 
+Find = Callable[..., tuple[Columns, Format | None]]
+"""Takes the names of a file's columns, and its own as `source`."""
 Lacks = Callable[[Row], str | None]
 """What a row lacks, in words; None for nothing."""
 _SHOWN = 5
@@ -33,49 +43,47 @@ def read_data(
     validation: str | None,
     test: str | None,
     *,
-    answer: str,
-    columns: Mapping[str, str | None],
+    find: Find,
+    columns: Mapping[str, str | None] | None = None,
+    label: LabelKind | None = None,
     validation_fraction: float,
     seed: int,
     trusted: str | None = None,
+    holds_out: bool = True,
     max_bad_rows: float = 0.0,
     hints: Hints = SNIFF,
     folder: Path | None = None,
 ) -> dict[str, Table]:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
-    `answer` is that of the task. `columns` are options of `find_format` if it is text, of `find_columns` if it is a
-    label; pairs have none, and none are held out. Every label is checked. Rows without a text or a
-    label are left out, with a warning, up to the share `max_bad_rows` of a split. A test split beside the training rows
-    that has no labels is left out, with a warning: benchmarks keep theirs secret. Raises DataError with file and row.
+    `find` chooses the columns and, of text, the format, by the settings in `columns`; `label` says what a cell holds of
+    the classes, and None means numbers or texts. Every label is checked. Rows without a text or a label are left out,
+    with a warning, up to the share `max_bad_rows` of a split. A test split beside the training rows that has no labels
+    is left out, with a warning: benchmarks keep theirs secret. Without `holds_out` all rows train. Raises DataError
+    with file and row.
     """
     tables = open_tables(train, validation, test, trusted, hints, folder)
-    first, format = tables["train"], None
+    first, tags = tables["train"], label is not None and label.by_token
     try:
-        if answer in ("text", "pair"):
-            find = pair_format if answer == "pair" else find_format
-            format = find(first.names, source=first.name, **columns)
-            used = format.columns
-        else:
-            used = find_columns(first.names, source=first.name, tokens=answer == "tags", **columns)
+        used, format = find(first.names, source=first.name, **(columns or {}))
         if used.label is None and format is None:
             raise DataError(
                 f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.names)}; or "
                 "set task.type to causal-lm, for a model that writes text"
             )
     except DataError as error:
-        if answer == "pair" or not {"chosen", "rejected"} <= {*first.names}:
+        if not holds_out or not {"chosen", "rejected"} <= {*first.names}:
             raise
         raise DataError(f"{error}; of rows with chosen and rejected answers, set task.type to preference") from error
     tables = {name: table.using(used, format=format) for name, table in tables.items()}
     if test is None and "test" in tables and used.label is not None:
-        labels = (row.cells.get(used.label) for row in tables["test"])
-        if all(is_missing(label) or label in (-1, "-1") for label in labels):
+        cells = (row.cells.get(used.label) for row in tables["test"])
+        if all(is_missing(cell) or cell in (-1, "-1") for cell in cells):
             warnings.warn(f"{tables['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
             del tables["test"]
-    tables = {name: complete(table, max_bad_rows, tags=answer == "tags") for name, table in tables.items()}
-    classes, groups = _classes(tables["train"], answer)
-    if "validation" not in tables and answer != "pair":  # pairs are only scored, all of them
+    tables = {name: complete(table, max_bad_rows, tags=tags) for name, table in tables.items()}
+    classes, groups = _classes(tables["train"], label)
+    if "validation" not in tables and holds_out:
         both = tables["train"]
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
         tables |= {n: replace(both, ids=both.ids[mask]) for n, mask in (("train", ~out), ("validation", out))}
@@ -186,22 +194,22 @@ def _lacks_tags(tokens: Any, tags: Any, columns: Columns, *, answers: bool) -> s
     return None  # reading anything but lists raises an error
 
 
-def _classes(table: Table, answer: str) -> tuple[LabelMap | None, np.ndarray]:
+def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np.ndarray]:
     """The classes of the rows, and the number of each row's class; all 0 without a single class."""
     name, column = table.name, table.columns.label
-    if answer == "number" and column is not None:
-        encode_targets(table, column)
-    if answer in ("number", "text", "pair") or column is None:
+    if label is None or column is None:
+        if table.format is None and column is not None:
+            encode_targets(table, column)
         return None, np.zeros(len(table), dtype=np.int32)
-    values, groups = distinct_labels(table, column, answer, typed=table.typed)
-    classes = classes_of(values, name, column, answer)
+    values, groups = distinct_labels(table, column, label, typed=table.typed)
+    classes = classes_of(values, name, column, label)
     notes = list[str]()
     if are_measures(classes.names):
         notes.append(
             f"the labels in column '{column}' are numbers with decimals, and each of {len(classes.names)} becomes a "
             "class; set task.type to regression if they are measurements"
         )
-    if answer == "tags" and isinstance(classes.names[0], int):
+    if label.by_token and isinstance(classes.names[0], int):
         notes.append(
             f"the tags in column '{column}' are numbers without names, so span_f1 counts equal neighbours as spans, "
             "also those outside; write names, with O for outside"

@@ -13,8 +13,8 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.reference import backward, calibrated, sample_losses, total_over_sites
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, base_model, model_logits, output_part, placed, require_usable, split_labels
+from tsqlora.tasks import Batch, Task
+from tsqlora.tasks.forward import base_model, output_part, placed, require_usable, split_labels
 
 
 def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
@@ -30,13 +30,13 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     kind = getattr(config, "problem_type", None)
     try:
         with torch.no_grad():
-            logits = model_logits(model, inputs, task)
-            require_usable(task, logits, labels, range(len(labels)))
+            logits = task.reading.logits(model, inputs)
+            require_usable(task.answers, logits, labels, range(len(labels)))
             ours = task.batch_loss(task.loss(logits, labels), labels)
             del logits  # of text they are large
             # AdaLoRA's own model adds a penalty to the loss, which is of no sample.
             called = inner if isinstance(getattr(model, "base_model", None), AdaLoraModel) else model
-            own = output_part(called(**placed(model, inputs, task), labels=labels), "loss")
+            own = output_part(called(**placed(model, inputs, causal=task.reading.causal), labels=labels), "loss")
     finally:
         # transformers stores the problem type that the first labels suggest.
         if config is not None and kind is None:

@@ -21,26 +21,15 @@ from tsqlora import distributed
 from tsqlora.compat.peft import without_zero_updates
 from tsqlora.compat.shapes import Float, Int
 from tsqlora.compat.transformers import transformer_blocks
-from tsqlora.data.batches import sorted_batches
+from tsqlora.data.batches import IGNORED, sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.passes import HALF, Columns, parts_of, run_pass
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, LookRequest, RowNames
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import (
-    Batch,
-    Collate,
-    base_model,
-    model_logits,
-    output_part,
-    precision,
-    require_usable,
-    split_labels,
-)
-from tsqlora.tasks.generation import IGNORED, Generation
-from tsqlora.tasks.preference import Preference
+from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks.forward import base_model, output_part, precision, require_usable, split_labels
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -108,7 +97,7 @@ def forward_pass(
     # In evaluation mode the global generators are restored: rows may draw random numbers, as augmentation does.
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
         head = first = None
-        if isinstance(task, Answers):
+        if task.answers is not None:
             # If one process cannot read its rows, all raise the error.
             longest = sorted_batches(lengths, compute.batch_size)[0]
             head, first = distributed.together(partial(read_head, model, dataset, longest, collate, task))
@@ -117,7 +106,7 @@ def forward_pass(
         def measure(indices: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
             names = indices if rows.ids is None else np.asarray(rows.ids)[indices]
-            usable = partial(require_usable, task, labels=labels, rows=names, kind=kind)
+            usable = partial(require_usable, task.answers, labels=labels, rows=names, kind=kind)
             columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
@@ -137,22 +126,19 @@ def _columns(
 ) -> dict[str, Tensor]:
     """Measure a batch; `usable` checks its labels for the logits."""
     layers = [] if head is None else [layer for layer in (head.linear, head.dense) if layer is not None]
-    middle = isinstance(task, Generation)
-    with recorded(layers) as calls, hidden_states(model if mean else None, middle=middle) as states:
-        logits = model_logits(model, inputs, task)
+    writes = task.writer is not None
+    with recorded(layers) as calls, hidden_states(model if mean else None, middle=writes) as states:
+        logits = task.reading.logits(model, inputs)
     usable(logits)
-    loss = sample_losses(task, logits, labels)
-    if not isinstance(task, Answers | Preference):
-        targets = task.targets(labels) if isinstance(task, Generation) else labels
-        columns = {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
-        state = mean_state(states, labels.ne(IGNORED)) if middle else None
-    else:
-        columns = {"labels": labels, "loss": loss, "logits": logits}
-        state = mean_state(states, inputs.get("attention_mask"))
-        if head is not None:
-            columns["features"] = pooled(calls[head.linear][0], model, inputs)
-            if head.dense is not None:
-                columns["dense"] = calls[head.dense][0]
+    columns = {"labels": labels, "logits": logits}
+    if logits.dim() == 3:  # of tokens, whose targets are counted
+        columns = {"labels": labels[:, int(task.reading.causal) :].ne(IGNORED).sum(1)}
+    columns["loss"] = sample_losses(task, logits, labels)
+    state = mean_state(states, labels.ne(IGNORED) if writes else inputs.get("attention_mask"))
+    if head is not None:
+        columns["features"] = pooled(calls[head.linear][0], model, inputs)
+        if head.dense is not None:
+            columns["dense"] = calls[head.dense][0]
     # Too large hidden states are infinite in float16.
     return columns if state is None else {**columns, "mean": state.clamp(-HALF, HALF)}
 
@@ -182,7 +168,7 @@ def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> Hea
         if isinstance(module, nn.Linear) and module.weight.requires_grad and module not in lora
     }
     with torch.no_grad(), recorded(linears.values()) as calls:
-        logits = model_logits(model, inputs, task)
+        logits = task.reading.logits(model, inputs)
     for name, linear in linears.items():
         if linear not in calls or linear.out_features != logits.shape[-1]:
             continue
@@ -283,7 +269,7 @@ def _dense_before(calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
+class WithReference:
     """Rows with the log-ratio of the reference model, as `reference`."""
 
     rows: Dataset
@@ -305,10 +291,10 @@ class Pairs:
 def with_reference(model: nn.Module, request: LookRequest) -> LookRequest:
     """Take the model as it stands for the reference, and measure its log-ratios of all rows in a forward pass."""
 
-    def measured(dataset: Dataset, **options: Any) -> Pairs:
+    def measured(dataset: Dataset, **options: Any) -> WithReference:
         forward, _ = forward_pass(model, dataset, request.collate, task=request.task, **options)
         assert forward.logits is not None
-        return Pairs(dataset, forward.logits[:, 0], forward.labels)
+        return WithReference(dataset, forward.logits[:, 0], forward.labels)
 
     compute, trusted = request.compute, request.trusted
     pool = measured(request.dataset, compute=compute, rows=request.rows)

@@ -29,8 +29,8 @@ from tsqlora.quality.reference import (
 from tsqlora.quality.rows import lengths_of, reference_rows
 from tsqlora.quality.rule import LookRequest, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, precision, split_labels
+from tsqlora.tasks import Batch, Task
+from tsqlora.tasks.forward import precision, split_labels
 
 
 def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

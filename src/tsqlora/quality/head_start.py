@@ -15,21 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Bool, Float, Shaped
+from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, Pairs, forward_pass
-from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, WithReference, forward_pass
+from tsqlora.quality.linear_head import FOLDS, HeadFit, LinearHead, fit_head, row_losses
 from tsqlora.quality.passes import Columns, empty, run_pass
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.quality.rule import Compute, LookRequest, needs_probe
-from tsqlora.quality.tag_features import TagFeatures, tag_features
+from tsqlora.quality.units import Units, token_units
 from tsqlora.seeds import stream
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import Batch, Collate, model_logits, require_labels, split_labels
-from tsqlora.tasks.multi_label import MultiLabel
-from tsqlora.tasks.tokens import TokenClassification
+from tsqlora.tasks import Answers, Batch, Collate, Task
+from tsqlora.tasks.forward import require_labels, split_labels
+from tsqlora.tasks.task import Link
 
 MARGIN = 2.0
 """Standard errors by which the model's mean loss must beat a constant guess."""
@@ -92,10 +90,10 @@ def require_finite(losses: Float[Tensor, " n"]) -> None:
         )
 
 
-def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> LearnedTest:
+def against_chance(answers: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> LearnedTest:
     """Test a model's losses against those of the best constant guess on the same rows."""
-    constant = task.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
-    return learned(task.loss(logits, labels), task.loss(constant, labels))
+    constant = answers.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
+    return learned(answers.loss(logits, labels), answers.loss(constant, labels))
 
 
 def is_ready(
@@ -115,17 +113,17 @@ def is_ready(
     def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
         require_labels(task, labels)
-        logits = model_logits(model, inputs, task)
-        return {"logits": logits.numpy(force=True), "labels": labels.numpy(force=True)} if answers else {}
+        logits = task.reading.logits(model, inputs)
+        return {} if answers is None else {"logits": logits.numpy(force=True), "labels": labels.numpy(force=True)}
 
-    answers, rows = isinstance(task, Answers), list(rows)
-    some = rows if answers else rows[:batch_size]
+    answers, rows = task.answers, list(rows)
+    some = rows[:batch_size] if answers is None else rows
     with torch.no_grad():
         columns = run_pass(model, measure, some, collate, Compute(batch_size, autocast))
-    if not isinstance(task, Answers):
+    if answers is None:
         return True
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
-    return len(labels) > 1 and against_chance(task, logits, labels).passed
+    return len(labels) > 1 and against_chance(answers, logits, labels).passed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,22 +189,22 @@ class Started:
 
         Those of a fitted head are out of fold.
         """
-        pool, head = self.pool, self.head
-        if pool.logits is None or not isinstance(task, Answers) or len(pool.labels) < 2:
+        pool, head, answers = self.pool, self.head, task.answers
+        if pool.logits is None or answers is None or len(pool.labels) < 2:
             return None
         labels, logits = torch.from_numpy(pool.labels), self.logits
         assert logits is not None
         test: LearnedTest
         if head is not None and head.replaces and not head.trusted:
-            constant = np.tile(task.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
-            chance = row_losses(constant.astype(np.float64), head.fit.targets, head_kind(task))
+            constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
+            chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
             test = learned(torch.from_numpy(head.fit.losses), torch.from_numpy(chance))
         else:
-            test = against_chance(task, torch.from_numpy(logits), labels)
-            if not test.passed and isinstance(task, Classification):
+            test = against_chance(answers, torch.from_numpy(logits), labels)
+            if not test.passed and task.reading.stratified:
                 # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
                 logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
-                test = against_chance(task, torch.from_numpy(logits), labels)
+                test = against_chance(answers, torch.from_numpy(logits), labels)
         return None if test.passed else test.message
 
 
@@ -220,85 +218,70 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
     mean = mean or needs_probe(rule.measured())
     run = partial(forward_pass, model, collate=request.collate, task=task, mean=mean)
-    if isinstance(request.dataset, Pairs):
-        few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, Pairs) else None
+    every, of_trusted = partial(run, request.dataset, compute=compute, rows=request.rows), None
+    if isinstance(request.dataset, WithReference):
+        few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, WithReference) else None
         return Started(None, None, request.dataset.forward(), few)
-    if isinstance(task, TokenClassification) and rule.head_start:
-        return _start_tags(model, request, run)
-    pool, layer = run(request.dataset, compute=compute, rows=request.rows)
-    of_trusted = None
-    if trusted is not None:
-        of_trusted, _ = run(trusted.rows, compute=replace(compute, parts=None, progress=None), kind="trusted row")
-    own = ~request.twins
-    if layer is None or not isinstance(task, Answers) or own.sum() < FOLDS or not rule.head_start:
-        return Started(None, layer, pool, of_trusted)
-    head = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed, own))
-    undo = install(layer, head) if head.replaces else lambda: None
-    return Started(head, layer, pool, of_trusted, undo)
-
-
-def _start_tags(model: nn.Module, request: LookRequest, run: Callable[..., tuple[Forward, Head | None]]) -> Started:
-    """Fit the head on tagged tokens before the pass over all rows, which a small table does not need."""
-    layer, head, whole = _fit_tags(model, request)
+    if rule.head_start and task.reading.by_token:
+        # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
+        layer, units, head = _of_tokens(model, request)
+        pool = None
+    else:
+        (pool, layer), units = every(), None
+        if trusted is not None:
+            of_trusted, _ = run(trusted.rows, compute=replace(compute, parts=None, progress=None), kind="trusted row")
+        head, own = None, ~request.twins
+        if layer is not None and task.answers is not None and own.sum() >= FOLDS and rule.head_start:
+            head = distributed.once(partial(_fit, pool, of_trusted, task.answers, layer, rule.seed, own))
     chosen = head if head is not None and head.replaces else None
     undo = install(layer, chosen) if layer is not None and chosen is not None else lambda: None
     try:
-        if whole is None:
-            pool, _ = run(request.dataset, compute=request.compute, rows=request.rows)
-        else:
-            pool = whole.forward(None if chosen is None else chosen.installed.logits(whole.features))
+        if pool is None and units is not None and units.count == len(request.dataset):
+            pool = units.forward(None if chosen is None else chosen.installed.logits(units.features))
+        return Started(head, layer, every()[0] if pool is None else pool, of_trusted, undo)
     except BaseException:
         undo()
         raise
-    return Started(head, layer, pool, None, undo)
 
 
-def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None, TagFeatures | None]:
-    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows.
-
-    Also return the tokens, if they are those of all rows.
-    """
+def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Units | None, HeadStart | None]:
+    """Fit the head on tagged tokens, with folds by row; None without a last layer, or for few rows."""
     dataset, rule = request.dataset, request.rule
     rows = np.sort(stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS])
-    result = tag_features(model, dataset, rows, request.collate, request.task, request.compute)
-    if result is None:
+    found = token_units(model, dataset, rows, request.collate, task=request.task, compute=request.compute)
+    if found is None:
         return None, None, None
-    layer, tokens = result
-    require_finite(torch.from_numpy(tokens.losses))
-    whole = tokens if len(rows) == len(dataset) else None
-    own = ~request.twins[rows[tokens.rows]]
-    if len(np.unique(tokens.rows[own])) < FOLDS:
-        return layer, None, whole
-    linear = layer.linear
-
-    def fitted() -> HeadStart:
-        fit = fit_head(
-            tokens.features[own],
-            tokens.tags[own],
-            kind="classes",
-            width=linear.out_features,
-            intercept=linear.bias is not None,
-            groups=tokens.rows[own],
-            rng=stream("head folds", rule.seed),
-        )
-        present = tokens.losses[own][fit.rows].astype(np.float64)
-        return HeadStart(fit, float(present.mean()), fit.better_than(present))
-
-    return layer, distributed.once(fitted), whole
+    (layer, units), own = found, ~request.twins[rows[found[1].rows]]
+    assert units.losses is not None
+    require_finite(torch.from_numpy(units.losses))
+    if len(np.unique(units.rows[own])) < FOLDS:
+        return layer, units, None
+    fit = partial(
+        fit_start,
+        units.features[own],
+        units.labels[own],
+        units.losses[own].astype(np.float64),
+        link="softmax",
+        width=units.width,
+        intercept=layer.linear.bias is not None,
+        groups=units.rows[own],
+        rng=lambda: stream("head folds", rule.seed),
+    )
+    return layer, units, distributed.once(fit)
 
 
 def _fit(
-    pool: Forward, trusted: Forward | None, task: Task, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
+    pool: Forward, trusted: Forward | None, answers: Answers, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
 ) -> HeadStart:
     assert pool.features is not None
     assert pool.logits is not None
     for forward in (pool, trusted):
         if forward is not None:
             require_finite(torch.from_numpy(forward.loss))
-    weights = task.class_weights if isinstance(task, Classification) else None
+    weights = answers.class_weights
     chosen = np.sort(stream("head start", seed).permutation(np.flatnonzero(own))[:ROWS_TO_FIT])
     options: dict[str, Any] = {
-        "kind": head_kind(task),
+        "link": answers.link,
         "width": layer.linear.out_features,
         "intercept": layer.linear.bias is not None,
         "class_weights": None if weights is None else weights.numpy(force=True),
@@ -308,7 +291,7 @@ def _fit(
         pool.features[chosen].astype(np.float32),
         pool.labels[chosen],
         # Plain, as the fit's: training's own loss may be smoothed or weighted.
-        row_losses(pool.logits[chosen].astype(np.float64), pool.labels[chosen], options["kind"]),
+        row_losses(pool.logits[chosen].astype(np.float64), pool.labels[chosen], answers.link),
         dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
         activation=layer.activation,
         **options,
@@ -324,10 +307,11 @@ def fit_start(
     targets: Shaped[np.ndarray, "n *k"],
     losses: Float[np.ndarray, " n"],
     *,
-    kind: Kind,
+    link: Link,
     width: int,
     intercept: bool,
     class_weights: Float[np.ndarray, " k"] | None = None,
+    groups: Int[np.ndarray, " n"] | None = None,
     dense_inputs: Float[np.ndarray, "n i"] | None = None,
     activation: str = "identity",
     rng: Callable[[], np.random.Generator],
@@ -336,8 +320,8 @@ def fit_start(
 
     With `dense_inputs`, the inputs of a new dense layer, a whitened layer is tried in place of the random one.
     """
-    options = {"kind": kind, "width": width, "intercept": intercept, "class_weights": class_weights}
-    fit, dense = fit_head(features, targets, **options, rng=rng()), None
+    options = {"link": link, "width": width, "intercept": intercept, "class_weights": class_weights}
+    fit, dense = fit_head(features, targets, **options, groups=groups, rng=rng()), None
     if dense_inputs is not None:
         whitening = whiten(dense_inputs, features.shape[1])
         outputs = torch.from_numpy(whitening.logits(dense_inputs))
@@ -345,32 +329,25 @@ def fit_start(
         if other.loss < fit.loss:
             fit, dense = other, whitening
     present = losses[fit.rows]
-    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, scale=scale_of(kind, intercept))
+    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, scale=scale_of(link, intercept))
 
 
 def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
     """Fit a head on trusted rows alone; it replaces `start`'s if it predicts them better by 2 standard errors."""
-    kind: Kind = options["kind"]
+    link: Link = options["link"]
     present = start.fit.head.logits(features) if start.replaces else trusted.logits
     assert present is not None
     rng = options.pop("rng")
     fit = fit_head(features, trusted.labels, **options, rng=rng())
-    losses = row_losses(present.astype(np.float64), trusted.labels, kind)[fit.rows]
+    losses = row_losses(present.astype(np.float64), trusted.labels, link)[fit.rows]
     dense = start.dense if start.replaces else None  # as for the features
-    scale = scale_of(kind, options["intercept"])
+    scale = scale_of(link, options["intercept"])
     return HeadStart(fit, float(losses.mean()), fit.better_than(losses), dense, trusted=True, scale=scale)
 
 
-def scale_of(kind: Kind, intercept: bool) -> float:
+def scale_of(link: Link, intercept: bool) -> float:
     """Return the factor on a fitted head."""
-    return SCALE if intercept or kind != "numbers" else 1.0
-
-
-def head_kind(task: Task) -> Kind:
-    """Return the kind of targets that the task's head is fitted on."""
-    if isinstance(task, MultiLabel):
-        return "labels"
-    return "classes" if isinstance(task, Classification) else "numbers"
+    return SCALE if intercept or link != "identity" else 1.0
 
 
 def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.ndarray, "n d"]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from scipy.special import log_softmax
@@ -15,17 +14,17 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
-from tsqlora.compat.shapes import Float, Int, Shaped
+from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.quality.ridge import fit_ridge
-
-Kind = Literal["classes", "labels", "numbers"]
-"""The targets: one of k classes per row, any of k labels as n × k of 0 and 1, or one number."""
+from tsqlora.tasks.task import Link
 
 STRENGTHS = np.geomspace(1e-2, 1e5, 8)
 """Candidates for sklearn's C, on features of mean square norm 1; weaker penalties as long as the loss falls."""
 ENOUGH = 0.99
 """Try a weaker penalty only while the out-of-fold loss falls by more than 1 %."""
 FOLDS = 3
+LEAST_P = 1e-3
+"""Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 ROWS_TO_CHOOSE = 5_000
 """Choose the strength of a head on at most this many rows."""
 OUTPUTS_TO_FIT = 750_000
@@ -78,7 +77,7 @@ def fit_head(
     features: Float[np.ndarray, "n d"],
     targets: Shaped[np.ndarray, "n *k"],
     *,
-    kind: Kind,
+    link: Link,
     width: int,
     intercept: bool = True,
     class_weights: Float[np.ndarray, " k"] | None = None,
@@ -92,17 +91,17 @@ def fit_head(
     """
     features, centre, unit = _normalised(features, centred=intercept)
     some, middle = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE]), 0.0
-    if kind == "numbers":
+    if link == "identity":
         ridge = fit_ridge(features, targets[:, None], intercept=intercept)
-        losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], kind)
+        losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
         head, strength = LinearHead(ridge.weight, ridge.bias), ridge.strength
         middle = float(targets.mean())
     else:
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
-        if kind == "labels":
+        if link == "sigmoid":
             fit = partial(_sigmoids, intercept=intercept)
         own = None if groups is None else groups[some]
-        losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
+        losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], link, own, rng)
         head = fit(features, targets, strength, start=_mean(heads))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
     return HeadFit(head, strength, some, targets[some], losses, middle)
@@ -130,7 +129,7 @@ def out_of_fold_logits(
     some = np.flatnonzero(np.isin(keys, order[:several]))
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
     own = None if groups is None else keys[some]
-    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "classes", own, rng)
+    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "softmax", own, rng)
     logits = _mean(heads).logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
         logits[some[test]] = head.logits(features[some[test]])
@@ -151,27 +150,41 @@ def _normalised(
 
 
 def row_losses(
-    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], kind: Kind
+    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], link: Link
 ) -> Float[np.ndarray, " n"]:
     """Return cross-entropy, the mean binary cross-entropy of the labels, or squared error per row."""
-    if kind == "numbers":
+    if link == "identity":
         return np.square(logits[:, 0] - targets)
-    if kind == "labels":
+    if link == "sigmoid":
         return np.logaddexp(0, np.where(targets > 0.5, -logits, logits)).mean(axis=1)
     return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
+
+
+def unseen_logits(
+    features: Float[np.ndarray, "n d"], targets: Shaped[np.ndarray, "n *k"], own: Bool[np.ndarray, " n"], link: Link
+) -> Float[np.ndarray, "n k"]:
+    """Predict numbers, or logits of labels, by least squares on the rows `own`, of these without the row itself."""
+    targets = targets.reshape(len(targets), -1).astype(np.float64)
+    ridge = fit_ridge(features[own], targets[own])
+    predicted = ridge.predict(features).astype(np.float32)
+    predicted[own] = ridge.left_out
+    if link == "identity":
+        return predicted
+    p = predicted.clip(LEAST_P, 1 - LEAST_P)
+    return np.log(p / (1 - p))
 
 
 def _out_of_fold(
     fit: Callable[..., LinearHead],
     features: Float[np.ndarray, "m d"],
     labels: Shaped[np.ndarray, "m *k"],
-    kind: Kind,
+    link: Link,
     groups: Int[np.ndarray, " m"] | None,
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " m"], float, list[LinearHead], list[tuple[np.ndarray, np.ndarray]]]:
     """Return out-of-fold losses, the strength of least loss, its fits, and the folds: rows to fit and to predict."""
     best: tuple[Float[np.ndarray, " m"], float, list[LinearHead]] | None = None
-    stratified = kind == "classes" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
+    stratified = link == "softmax" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
     splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
     folds = list(splitter.split(labels, labels) if groups is None else GroupKFold(FOLDS).split(labels, None, groups))
     heads: list[LinearHead] = []
@@ -179,7 +192,7 @@ def _out_of_fold(
         losses, starts = np.empty(len(labels)), heads or [None] * FOLDS
         heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
         for head, (_, test) in zip(heads, folds, strict=True):
-            losses[test] = row_losses(head.logits(features[test]), labels[test], kind)
+            losses[test] = row_losses(head.logits(features[test]), labels[test], link)
         if best is not None and losses.mean() > ENOUGH * best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
         best = losses, strength, heads

@@ -28,9 +28,8 @@ from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
 from tsqlora.quality.gradient_pass import columns_of, gradient_pass
 from tsqlora.quality.head_start import Started, features_with, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
-from tsqlora.quality.linear_head import FOLDS
+from tsqlora.quality.linear_head import FOLDS, unseen_logits
 from tsqlora.quality.reference import sample_losses
-from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rows import Dataset, require_reference
 from tsqlora.quality.rule import (
     PAPER_TERMS,
@@ -50,23 +49,9 @@ from tsqlora.quality.subset import equals
 from tsqlora.quality.terms import Measured
 from tsqlora.quality.trusted import STEPS, Trusted, left_out, trusted_model
 from tsqlora.seeds import stream
-from tsqlora.tasks import Answers, Task, require_answers
-from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import (
-    Collate,
-    each_its_row,
-    model_logits,
-    precision,
-    require_usable,
-    split_labels,
-    task_of,
-)
-from tsqlora.tasks.multi_label import MultiLabel
-from tsqlora.tasks.preference import Preference
-from tsqlora.tasks.regression import Regression
+from tsqlora.tasks import Answers, Collate, Task, task_of
+from tsqlora.tasks.forward import each_its_row, precision, require_usable, split_labels
 
-LEAST_P = 1e-3
-"""Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 NOTHING_BEYOND = "trusted rows teach nothing beyond what the model knows"
 
 
@@ -92,7 +77,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     """
     begin = time.perf_counter()
     model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
-    if isinstance(request.task, Preference):
+    if request.task.reading.has_reference:
         request = with_reference(model, request)
     task, trusted = request.task, request.trusted
     rule = request.rule.trusting(task, trusted is not None)
@@ -101,7 +86,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     if trusted is not None and isinstance(rule.reference, int):
         rule = replace(rule, reference=trusted.rows)
     request = replace(request, rule=rule)
-    judges = request.first is None and rule.judge and rule.select and isinstance(task, Classification)
+    judges = request.first is None and rule.judge and rule.select and task.reading.stratified
     started = start_head(model, request, mean=judges)
     try:
         why_not = distributed.once(lambda: started.why_not(task))
@@ -212,7 +197,7 @@ def _scores(
     scores = from_terms(
         _terms(columns, pool, logits, trusted_loss, rule, task),
         labels=pool.labels,
-        stratified=isinstance(task, Answers) and task.strata(pool.labels) is not None,
+        stratified=task.reading.stratified,
         weights=rule.q,
         even=rule.even,
         temperature=rule.temperature,
@@ -227,7 +212,7 @@ def _scores(
         },
         hashes=rows.hashes,
         ids=rows.ids,
-        predictions={} if predicting is None else predictions(predicting, pool.labels, task),
+        predictions={} if predicting is None else predictions(predicting, pool.labels, task.answers),
     )
     if request.first is not None:
         return scores.judged_as(request.first)
@@ -257,20 +242,17 @@ def _scores(
 
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:
     """Predict numbers, or logits of several labels a row, by a fit without the row; None for other tasks."""
-    pool = started.pool
-    if pool.features is None or started.layer is None or own.sum() < FOLDS:
-        return None
-    if not isinstance(task, Regression | MultiLabel):
+    pool, answers = started.pool, task.answers
+    if (
+        answers is None
+        or task.reading.stratified
+        or pool.features is None
+        or started.layer is None
+        or own.sum() < FOLDS
+    ):
         return None
     features = pool.features if started.head is None else features_with(started.head, pool, started.layer)
-    targets = pool.labels.reshape(len(pool.labels), -1).astype(np.float64)
-    ridge = fit_ridge(features[own], targets[own])
-    predicted = ridge.predict(features).astype(np.float32)
-    predicted[own] = ridge.left_out
-    if isinstance(task, Regression):
-        return predicted
-    p = predicted.clip(LEAST_P, 1 - LEAST_P)
-    return np.log(p / (1 - p))
+    return unseen_logits(features, pool.labels, own, answers.link)
 
 
 def _terms(
@@ -301,10 +283,11 @@ def _terms(
     return terms if trusted_loss is None else {**terms, "trusted_loss": trusted_loss}
 
 
-def predictions(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, np.ndarray]:
+def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None) -> dict[str, np.ndarray]:
     """Return the columns of PREDICTIONS that the logits of each row's class, labels or number give."""
+    assert answers is not None
     z: Tensor = upcast(torch.from_numpy(logits))
-    predicted = np.asarray(require_answers(task, "a prediction").predictions(z.numpy()))
+    predicted = np.asarray(answers.predictions(z.numpy()))
     if z.shape[1] == 1:
         return {"predicted": predicted}
     if labels.ndim == 2:
@@ -381,7 +364,7 @@ def score(
     )
     result = look(model, request)
     result.undo()
-    if isinstance(task, Preference) and result.scores.even:
+    if task.reading.has_reference and result.scores.even:
         even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
         gate = result.scores.record.gate
         warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
@@ -424,8 +407,8 @@ def require_scorable(
                 require_own_loss(model, batch, task)
             inputs, labels = split_labels(batch, model)
             with torch.no_grad():
-                logits = model_logits(model, inputs, task)
-                require_usable(task, logits, labels, range(size))
+                logits = task.reading.logits(model, inputs)
+                require_usable(task.answers, logits, labels, range(size))
                 losses = sample_losses(task, logits, labels)
             answers = logits if logits.dim() == 2 else None
             columns_of(free, Measured(logits=answers, labels=labels, loss=losses))

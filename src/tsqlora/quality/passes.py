@@ -28,7 +28,8 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks.forward import Batch, Collate, precision
+from tsqlora.tasks import Batch, Collate
+from tsqlora.tasks.forward import precision
 
 IN_MEMORY = 1 << 28
 """Bytes above which a matrix is memory-mapped, in half precision."""

@@ -22,8 +22,8 @@ from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradien
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels
+from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks.forward import split_labels
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than fused attention."""
@@ -50,17 +50,17 @@ def calibrate(
     model: nn.Module, rows: Sequence[Any], collate: Collate, task: Task, compute: Compute
 ) -> Float[Tensor, " k"] | None:
     """Return constants to add to the logits while scoring, from a pass without gradients; None for text and tags."""
-    if not isinstance(task, Answers):
+    if task.answers is None:
         return None
 
     def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
-        return {"logits": model_logits(model, inputs, task).numpy(force=True), "labels": labels.numpy(force=True)}
+        return {"logits": task.reading.logits(model, inputs).numpy(force=True), "labels": labels.numpy(force=True)}
 
     with torch.no_grad():
         columns = run_pass(model, measure, rows, collate, compute)
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
-    return task.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
+    return task.answers.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
 
 
 def measure_reference(
@@ -127,7 +127,7 @@ def backward(
 
 def calibrated(model: nn.Module, inputs: Batch, task: Task, offsets: Float[Tensor, " k"] | None) -> Tensor:
     """Return the model's logits plus the calibration."""
-    logits = model_logits(model, inputs, task)
+    logits = task.reading.logits(model, inputs)
     return logits if offsets is None else logits + offsets
 
 

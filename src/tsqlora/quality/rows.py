@@ -5,10 +5,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.table import ArrowSamples, Samples, length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
-from tsqlora.tasks.generation import IGNORED
 
 REFERENCE_ROWS = 512
 

@@ -18,15 +18,11 @@ from tsqlora.quality.sampling import require_temperature
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.terms import REDUCIBLE_LOSS, Term, TermSpec, get_terms
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, Collate, require_labels
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.preference import Preference
+from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks.forward import require_labels
 
 EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
 """Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
-TEXT_WEIGHTS: Mapping[str, float] = {"density_ratio": 4.0}
-"""Q of text with trusted rows. The weight makes the draw choosy: few rows that miss the point do harm."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Always measured where available, since they cost nothing more."""
@@ -90,15 +86,14 @@ class ScoringRule:
         return _with_free_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """Return the rule for a task: with trusted rows, text is drawn by its density ratio unless weights are given.
+        """Return the rule for a task: with trusted rows and without weights, the task's own draw the rows.
 
-        Preference pairs are drawn by the reducible loss, and the trusted model drops those that look swapped.
+        Where there is a reference model, the trusted model drops the pairs that look swapped, whatever the weights.
         """
-        if not (trusted and self.select and isinstance(task, Generation | Preference)):
+        if not (trusted and self.select and task.reading.trusted_weights):
             return self
-        if isinstance(task, Generation):
-            return replace(self, weights=TEXT_WEIGHTS) if self.weights is None else self
-        return replace(self, weights=self.weights or {"reducible_loss": 1.0}, terms=[REDUCIBLE_LOSS, *self.terms])
+        terms = [REDUCIBLE_LOSS, *self.terms] if task.reading.has_reference else self.terms
+        return replace(self, weights=self.weights or task.reading.trusted_weights, terms=terms)
 
     def without_probe(self) -> "ScoringRule":
         """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
@@ -110,7 +105,7 @@ class ScoringRule:
 
     def decides(self, task: Task, trusted: bool) -> bool:
         """Whether a look changes the draw: text has no head to fit, and without Q all its rows are equal."""
-        idle = isinstance(task, Generation) and self.trusting(task, trusted).even and not self.terms
+        idle = task.writer is not None and self.trusting(task, trusted).even and not self.terms
         return self.select and not idle
 
     def require_trusted(self, trusted: bool) -> None:
@@ -123,7 +118,7 @@ class ScoringRule:
 
     def require_texts(self, task: Task) -> None:
         """Raise UnsupportedError for a term of hidden states of texts where the task has no texts to write."""
-        if needs_probe(self.measured()) and not isinstance(task, Generation):
+        if needs_probe(self.measured()) and task.writer is None:
             raise UnsupportedError(
                 f"quality term 'density_ratio' compares hidden states of texts, but the task is {task.name}; remove it"
             )
@@ -195,7 +190,7 @@ def terms_of_batch(rule: ScoringRule, task: Task, batch: Batch) -> dict[str, Ter
 
 
 def _terms_of_task(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    if isinstance(task, Answers):
+    if task.answers is not None:
         return dict(terms)
     if weighted := [name for name, term in terms.items() if term.answers and weights.get(name)]:
         raise SettingsError(

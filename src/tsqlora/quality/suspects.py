@@ -12,6 +12,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
+from tsqlora.data.labels import OUTSIDE
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
 from tsqlora.quality.duplicates import Contradiction, contradictions
 from tsqlora.quality.forward_pass import forward_pass
@@ -20,10 +21,9 @@ from tsqlora.quality.label_noise import Labels, Logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
-from tsqlora.quality.tag_features import TagFeatures, tag_features
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, each_its_row, task_of
-from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
+from tsqlora.quality.units import Units, token_units, units_of
+from tsqlora.tasks import Collate, task_of
+from tsqlora.tasks.forward import each_its_row
 
 CANDIDATES = 4
 """Classes to list for each row, likeliest first."""
@@ -124,53 +124,27 @@ def audit(
     require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
     if len(dataset) < 3:
         raise DataError(f"{len(dataset)} rows are too few for an audit; give at least 3")
-    task = task_of(model)
-    if isinstance(task, TokenClassification):
-        return distributed.once(lambda: _audit_tags(model, dataset, collate, task, classes, rows, compute))
-    if task.answer not in ("class", "labels"):
+    task, ids = task_of(model), np.arange(len(dataset)) if rows.ids is None else rows.ids
+    if task.reading.label is None:
         raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
-    forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
+    by_token = task.reading.label.by_token
+    how = {"task": task, "compute": compute}
+    forward = None if by_token else forward_pass(model, dataset, collate, rows=rows, mean=True, **how)[0]
 
     def result() -> Audit:
-        parts = [part for part in (forward.features, forward.mean) if part is not None]
-        if not parts:
-            raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
-        features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
-        return audit_of(features, forward.labels, classes=classes, ids=rows.ids)
+        if forward is None:
+            # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
+            outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
+            every = np.arange(len(dataset))
+            found = token_units(model, dataset, every, collate, early=True, without=outside, **how)
+            if found is not None:
+                return audit_of_units(found[1], classes=classes, ids=ids)
+        elif parts := [part for part in (forward.features, forward.mean) if part is not None]:
+            features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
+            return audit_of(features, forward.labels, classes=classes, ids=ids)
+        raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
 
     return distributed.once(result)
-
-
-def _audit_tags(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    task: Task,
-    classes: Sequence[str | int] | None,
-    rows: RowNames,
-    compute: Compute,
-) -> Audit:
-    # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
-    outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
-    every = np.arange(len(dataset))
-    result = tag_features(model, dataset, every, collate, task, compute, early=True, without=outside)
-    if result is None:
-        raise UnsupportedError("an audit of tags needs a model with a last linear layer; use another one")
-    layer, tokens = result
-    ids = every if rows.ids is None else rows.ids
-    return audit_of_tags(tokens, width=layer.linear.out_features, classes=classes, ids=ids)
-
-
-def audit_of_tags(
-    tokens: TagFeatures, *, width: int, classes: Sequence[str | int] | None = None, ids: Int[np.ndarray, " m"]
-) -> Audit:
-    """Audit the tags of tokens by frozen features; `ids` are those of the rows.
-
-    Fits on other rows judge them, since the other tokens of its row give a tag away.
-    """
-    judgement = judge(tokens.features, tokens.tags, width, groups=tokens.rows)
-    result = audit_of_judgement(judgement, tokens.tags, classes=classes)
-    return replace(result, ids=ids[tokens.rows[result.ids]], tokens=tokens.numbers[result.ids])
 
 
 def audit_of(
@@ -180,20 +154,24 @@ def audit_of(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """Audit labels, classes or n × k of 0 and 1, by frozen features."""
+    """Audit labels, classes or n × k of 0 and 1, by frozen features; compare the rows for near-duplicates, too."""
     ids = np.arange(len(labels)) if ids is None else ids
-    if labels.ndim == 2:
-        rows, own = np.nonzero(labels > 0.5)
-        others = labels[rows] > 0.5
-        others[np.arange(len(own)), own] = False
-        judgement = judge(features[rows], own, labels.shape[1], groups=rows, excluded=others)
-        result = audit_of_judgement(judgement, own, classes=classes, ids=ids[rows], excluded=others)
-        labels = np.unique(labels, axis=0, return_inverse=True)[1]
-    else:
-        width = int(labels.max()) + 1 if classes is None else len(classes)
-        result = audit_of_judgement(judge(features, labels, width), labels, classes=classes, ids=ids)
-    duplicates, uncompared = contradictions(features, labels, ids)
-    return replace(result, duplicates=duplicates, uncompared=uncompared)
+    units = units_of(features, labels, None if classes is None else len(classes))
+    sets = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1]
+    duplicates, uncompared = contradictions(features, sets, ids)
+    return replace(audit_of_units(units, classes=classes, ids=ids), duplicates=duplicates, uncompared=uncompared)
+
+
+def audit_of_units(units: Units, *, classes: Sequence[str | int] | None = None, ids: Int[np.ndarray, " m"]) -> Audit:
+    """Audit units by their features; `ids` are those of the rows.
+
+    Fits on other rows judge them, since the other units of its row give one away.
+    """
+    judgement = judge(units.features, units.labels, units.width, groups=units.groups, excluded=units.excluded)
+    result = audit_of_judgement(judgement, units.labels, classes=classes, excluded=units.excluded)
+    order = result.ids
+    numbers = None if units.numbers is None else units.numbers[order]
+    return replace(result, ids=ids[units.rows[order]], tokens=numbers)
 
 
 def audit_of_judgement(

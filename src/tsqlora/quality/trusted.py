@@ -18,8 +18,8 @@ from tsqlora.compat.shapes import Bool, Float
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
+from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks.forward import precision, split_labels
 
 STEPS = 24
 RATES = (2.0, 1.0, 0.5)
@@ -176,7 +176,7 @@ class _Training:
         """Losses and labels of some trusted rows."""
         inputs, labels = self._batch(rows)
         with precision(labels.device, self.autocast):
-            return self.task.loss(model_logits(self.model, inputs, self.task), labels), labels
+            return self.task.loss(self.task.reading.logits(self.model, inputs), labels), labels
 
 
 def left_out(margin: Float[np.ndarray, " n"], least: int) -> Bool[np.ndarray, " n"]:

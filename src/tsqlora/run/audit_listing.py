@@ -115,7 +115,7 @@ class _Lister:
 
     @property
     def _several(self) -> bool:
-        return self.table.classes is not None and self.table.classes.answer == "labels"
+        return self.table.classes is not None and self.table.classes.kind.joint
 
     def _labels(self, row: int) -> list[str]:
         return list(map(str, split_labels(self.rows[row][self.table.columns.label or ""])))

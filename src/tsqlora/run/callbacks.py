@@ -12,7 +12,7 @@ from tsqlora.quality.subset import QualitySubset, equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job
-from tsqlora.tasks.classification import Classification
+from tsqlora.tasks import has_own_loss
 from tsqlora.training.fit import Method
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -75,7 +75,7 @@ def quality_callback(
     rule = rule or scoring_rule(job.config)
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
-        if isinstance(job.task, Classification):
+        if job.task.reading.stratified:
             stratum_sizes(np.unique(job.train.samples.labels, return_counts=True)[1], len(data))
     return QualityCallback(
         data,
@@ -84,6 +84,7 @@ def quality_callback(
         scores_path=scores_path,
         progress=progress,
         collate=job.collate,
+        task=job.task if has_own_loss(job.task, job.pretrained.model) else None,
     )
 
 

@@ -13,32 +13,13 @@ from tsqlora.data.readers import SUFFIXES
 from tsqlora.errors import printable
 from tsqlora.files import write_text
 from tsqlora.run.config import Config, load_config
+from tsqlora.tasks import get_task
 from tsqlora.training.record import RunRecord, look_sentences
 from tsqlora.training.run_dir import CONFIG_FILE
 
 FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _WHAT = {"merged": "A plain model: base with merged adapter.", "gguf": "A LoRA file for llama.cpp."}
-_PIPELINES = {
-    "sequence-classification": "text-classification",
-    "multi-label-classification": "text-classification",
-    "token-classification": "token-classification",
-    "regression": "text-classification",
-    "causal-lm": "text-generation",
-    "image-classification": "image-classification",
-    "audio-classification": "audio-classification",
-}
-_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "multi-label-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-    "audio-classification": "AutoModelForAudioClassification",
-}
-"""By task: the Hub's pipeline, and the class of transformers that loads the model."""
 
 
 def write_card(run: Path, folder: Path, *, format: str = "peft", cut: bool = False) -> None:
@@ -65,7 +46,7 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
         format=format,
         what=_WHAT.get(format, "A LoRA adapter in the format of PEFT."),
         cut=cut,
-        kind=_CLASSES.get(record.task, "AutoModel"),
+        kind=get_task(record.task).reading.auto,
         arguments=_arguments(config, record),
         results=[[s, name, f"{value:.4f}"] for s, values in record.metrics.items() for name, value in values.items()],
         rows=", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items()),
@@ -82,7 +63,7 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
     on_hub = _may_be_hub_id(data, source.id)
     results = [
         EvalResult(
-            task_type=_PIPELINES.get(record.task, record.task),
+            task_type=get_task(record.task).reading.pipeline or record.task,
             dataset_type=source.id if on_hub else _name(data),
             dataset_name=_name(data),
             dataset_config=source.configuration if on_hub else None,
@@ -99,7 +80,7 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
         library_name="transformers" if format == "merged" else "peft",
         metrics=sorted({metric for metrics in record.metrics.values() for metric in metrics}),
         model_name=_name(base),
-        pipeline_tag=_PIPELINES.get(record.task),
+        pipeline_tag=get_task(record.task).reading.pipeline,
         tags=["tsqlora", *([] if format == "merged" else ["lora"])],
         eval_results=results or None,
     )
@@ -108,10 +89,11 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
 def _arguments(config: Config, record: RunRecord) -> str:
     """The arguments of `from_pretrained` for the base, as Python."""
     arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
-    if "Classification" in _CLASSES.get(record.task, ""):
+    task = get_task(record.task)
+    if not task.reading.whole:
         arguments += f", num_labels={len(record.labels or [None])}"
-    if record.task == "multi-label-classification":
-        arguments += ', problem_type="multi_label_classification"'
+    if task.reading.label is not None and task.reading.label.joint:  # others follow from the number of labels
+        arguments += f', problem_type="{task.reading.problem_type}"'
     if config.model.revision is not None:
         arguments += f", revision={json.dumps(config.model.revision)}"
     return arguments

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import encoder, prepare
+from tsqlora.data.prepare import prepare
 from tsqlora.data.rows import Columns
 from tsqlora.data.splits import complete
 from tsqlora.data.table import Samples, Table
@@ -22,7 +22,7 @@ from tsqlora.interop.files import read_adapter
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
 from tsqlora.run.job import Job, load_model, require_of_task, trained_task
-from tsqlora.tasks import get_task
+from tsqlora.tasks import Task, get_task
 from tsqlora.training.load import Pretrained
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
@@ -46,6 +46,11 @@ class FinishedRun:
         return _labels_of(self.record)
 
     @property
+    def task(self) -> Task:
+        """The task, with training's loss."""
+        return trained_task(self.config, self.labels)
+
+    @property
     def columns(self) -> Columns:
         """The columns of training."""
         return Columns(**self.record.data["columns"])
@@ -67,7 +72,7 @@ class FinishedRun:
     def predictor(self) -> Predictor:
         return Predictor(
             self.model,
-            trained_task(self.config, self.labels),
+            self.task,
             self.pretrained.tokenizer,
             self.max_length,
             batch_size=self.config.training.further_arguments().get("per_device_eval_batch_size", EVAL_BATCH),
@@ -84,30 +89,29 @@ class FinishedRun:
         """The complete rows of a file, as in training.  Raises DataError if it lacks a column of the run."""
         table = self.using(table)
         self.require_columns(table, labelled=True)
-        tags = self.labels is not None and self.labels.answer == "tags"
+        tags = self.labels is not None and self.labels.kind.by_token
         return complete(table, self.config.data.max_bad_rows, tags=tags)
 
     def job(self, tables: Mapping[str, Table], folder: Path | None = None) -> Job:
         """Tokenise tables for the run's model; `folder` as in `load`."""
         own = {name: self.using(table) for name, table in tables.items()}
-        tokenizer, seq2seq = self.pretrained.tokenizer, self.config.task.type == "seq2seq"
-        data = prepare(own, tokenizer, max_length=self.max_length, seq2seq=seq2seq, folder=folder)
+        task, tokenizer = self.task, self.pretrained.tokenizer
+        data = prepare(own, tokenizer, max_length=self.max_length, encode=task.reading.encode, folder=folder)
         for note in (note for table in data.values() for note in left_out(table.samples)):
             warnings.warn(note, stacklevel=2)
-        return Job(self.config, trained_task(self.config, self.labels), self.pretrained, data, self.max_length)
+        return Job(self.config, task, self.pretrained, data, self.max_length)
 
     def labelled(self, name: str, table: Table) -> Table:
         """Labelled rows as a split with samples; warnings tell about rows cut and left out."""
         data = self.job({name: table}).data[name]
-        what = "texts" if self.format is None or self.format.name == "text" else "prompts"
-        warn_of_cuts(data.samples, table.name, what, self.max_length)
+        warn_of_cuts(data.samples, table.name, self.task.reading.noun(self.format), self.max_length)
         return data
 
     def unlabelled(self, table: Table) -> Samples:
         """Rows as samples without labels, with a warning about cuts."""
-        encode = encoder(self.columns, by_word=self.config.task.type == "token-classification")
-        samples = encode(list(table), self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
-        warn_of_cuts(samples, table.name, "texts", self.max_length)
+        reading, tokenizer = self.task.reading, self.pretrained.tokenizer
+        samples = reading.encode(list(table), table.columns, tokenizer, max_length=self.max_length, labels=None)
+        warn_of_cuts(samples, table.name, reading.noun(self.format), self.max_length)
         return samples
 
     def require_columns(self, table: Table, *, labelled: bool) -> None:
@@ -143,7 +147,8 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> FinishedRun:
 
 
 def _labels_of(record: RunRecord) -> LabelMap | None:
-    return None if record.labels is None else LabelMap(tuple(record.labels), get_task(record.task).answer)
+    kind = get_task(record.task).reading.label
+    return None if record.labels is None or kind is None else LabelMap(tuple(record.labels), kind)
 
 
 def require_finished(run: Path) -> RunRecord:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
-from tsqlora.data.generation import least_prompt, references, tokenise_generation
+from tsqlora.data.generation import least_prompt, references
 from tsqlora.data.splits import MEASURED
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.progress import Progress
@@ -21,15 +22,12 @@ from tsqlora.run.config import Config
 from tsqlora.run.job import Job
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.run.start import start_notes
-from tsqlora.tasks import GENERATION, MEDIA, Task, require_answers
-from tsqlora.tasks.forward import Collate
-from tsqlora.tasks.generation import Generation
+from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
-from tsqlora.tasks.tokens import TokenClassification
 from tsqlora.text.before import worst_findings
 from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
-from tsqlora.training.load import collate_of, positions_of
+from tsqlora.training.load import positions_of
 from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CHECKPOINT_DIR
@@ -45,13 +43,13 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
 
     `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches.
     """
-    settings = config.training
+    settings, task = config.training, get_task(config.task.type)
     # Validation during training drops the logits of texts: they have a vocabulary for every token.
     further: dict[str, Any] = {
         "per_device_eval_batch_size": EVAL_BATCH,
-        **({"prediction_loss_only": True} if config.task.type in GENERATION else {}),
+        **({"prediction_loss_only": True} if task.writer is not None else {}),
         # The model takes none of a file's columns; the collator decodes them.
-        **({"remove_unused_columns": False} if config.task.type in MEDIA else {}),
+        **({"remove_unused_columns": False} if task.reading.media is not None else {}),
         **settings.further_arguments(),
     }
     if further.get("save_strategy") == "best":
@@ -95,18 +93,17 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     record.notes += start_notes(config, record.labels)
     for name, table in job.data.items():
         if table.samples.truncated:
-            has_prompts = texts.get("format", "text") != "text"
-            what = "prompts" if has_prompts else "recordings" if train.columns.media else "texts"
-            record.notes.append(_cuts(table.samples, f"{name} {what}", job.max_length))
+            what = f"{name} {job.task.reading.noun(train.format)}"
+            record.notes.append(_cuts(table.samples, what, job.max_length))
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
-    written = isinstance(job.task, Generation) and job.task.causal and job.pretrained.tokenizer.is_fast
+    written = job.task.writer is not None and job.task.reading.causal and job.pretrained.tokenizer.is_fast
     if train.format is not None and written:
         about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
-        found = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
-        record.notes += found
-        for finding in found if distributed.is_first() else ():
+        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        record.notes += worst
+        for finding in worst if distributed.is_first() else ():
             warnings.warn(finding, stacklevel=2)
     further = config.training.further_arguments()
     if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
@@ -117,12 +114,11 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
 
 def _require_measurable(job: Job) -> None:
     """Raises SettingsError if the texts that a model will write on test rows could not be measured."""
-    if not isinstance(job.task, Generation) or "test" not in job.data:
-        return
-    if job.train.format is not None and job.train.format.name == "text":
+    format, causal = job.train.format, job.task.reading.causal
+    if job.task.writer is None or "test" not in job.data or (format is not None and format.name == "text"):
         return
     require_text_metrics()
-    shortest = least_prompt(job.pretrained.tokenizer) if job.task.causal else 1
+    shortest = least_prompt(job.pretrained.tokenizer) if causal else 1
     require_room(job.pretrained.positions, job.config.task.max_new_tokens, longest=shortest)
 
 
@@ -143,7 +139,7 @@ class Predictor:
     def prompt_length(self) -> int:
         """Most tokens of a prompt: the positions of a causal model must also hold the text that it writes."""
         positions = positions_of(self.model)
-        if positions is None or not (isinstance(self.task, Generation) and self.task.causal):
+        if positions is None or not (self.task.writer is not None and self.task.reading.causal):
             return self.max_length
         require_room(positions, self.max_new_tokens, longest=least_prompt(self.tokenizer))
         return min(self.max_length, positions - self.max_new_tokens)
@@ -162,38 +158,26 @@ class Predictor:
 
     def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None) -> dict[str, float]:
         """The task's metrics on labelled samples; for generation those of the rows' targets."""
-        if isinstance(self.task, Generation):
+        if self.task.writer is not None:
             compute = Compute(**self._batching, progress=progress)
             return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
         logits = self.logits(samples, phase=phase, progress=progress)
-        labels = [sample["labels"] for sample in samples]
-        if isinstance(self.task, TokenClassification):
-            return self.task.metrics(logits, padded_labels(labels, logits.shape[1]))
-        return require_answers(self.task, "this metric").metrics(logits, padded_labels(labels))
+        labels = padded_labels([sample["labels"] for sample in samples], logits.shape[1] if logits.ndim == 3 else None)
+        return self.task.metrics(logits, labels)
 
     def prompts(self, table: Table, *, measured: bool = False) -> Samples:
         """The prompt of each row; `measured` as in `tokenise_generation`."""
-        assert isinstance(self.task, Generation)
-        assert table.format is not None
-        return tokenise_generation(
-            list(table),
-            table.format,
-            self.tokenizer,
-            max_length=self.prompt_length,
-            seq2seq=not self.task.causal,
-            with_targets=False,
-            measured=measured,
-        )
+        rows, how = list(table), {"with_targets": False, "measured": measured}
+        return self.task.reading.encode(rows, table.format, self.tokenizer, max_length=self.prompt_length, **how)
 
     def texts(self, prompts: Samples, *, phase: str, progress: Progress | None) -> list[str]:
         """Generate a text for each prompt."""
-        assert isinstance(self.task, Generation)
         return write_texts(
             self.model,
             prompts,
-            self.collate(left=self.task.causal),
+            self.collate(left=self.task.reading.causal),
             self.tokenizer,
-            self.task,
+            continues=self.task.reading.causal,
             max_new_tokens=self.max_new_tokens,
             beams=self.beams,
             phase=phase,
@@ -211,9 +195,9 @@ class Predictor:
         written = self.texts(prompts, phase="writing", progress=progress)
         return text_metrics(written, references(table, table.format))
 
-    def collate(self, *, left: bool = False) -> Collate:
+    def collate(self, **how: Any) -> Collate:
         """A collator; with `left` for prompts to continue."""
-        return collate_of(self.task, self.model, self.tokenizer, max_length=self.max_length, left=left)
+        return self.task.reading.collate(self.model, self.tokenizer, max_length=self.max_length, **how)
 
     @property
     def _batching(self) -> dict[str, Any]:

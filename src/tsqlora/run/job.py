@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import prepare, require_embedded, resolve_max_length
+from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.readers import Hints
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
@@ -18,24 +18,9 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
 from tsqlora.run.start import start_of
-from tsqlora.tasks import MEDIA, Task, get_task
-from tsqlora.tasks.forward import Collate
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.preference import CAUSAL, Preference
+from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, collate_of, embeddings_of, load_pretrained
-
-_OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
-"""Settings for classes and numbers alone, with those for texts in their place."""
-_OF_TEXTS: dict[str, str | None] = {
-    "data.format": None,
-    "data.prompt": "data.text",
-    "data.target": "data.label",
-    "data.messages": "data.text",
-    "task.max_new_tokens": None,
-    "task.beams": None,
-}
-"""Settings for texts alone, with those for classes and numbers in their place."""
+from tsqlora.training.load import Pretrained, load_pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +40,8 @@ class Job:
 
     @property
     def collate(self) -> Collate:
-        return collate_of(self.task, self.pretrained.model, self.pretrained.tokenizer, max_length=self.max_length)
+        pretrained = self.pretrained
+        return self.task.reading.collate(pretrained.model, pretrained.tokenizer, max_length=self.max_length)
 
     @property
     def inputs(self) -> Inputs:
@@ -65,12 +51,13 @@ class Job:
     @property
     def scored_rows(self) -> dict[str, Any]:
         """Describe the rows in the scores' record: their file and columns, and the names of class ids."""
-        table, by_word = self.train, self.task.answer == "tags"
+        table = self.train
+        by_token = table.classes is not None and table.classes.kind.by_token
         return {
             "data": self.config.data.train,
             "columns": asdict(table.columns),
-            "classes": None if table.classes is None or by_word else list(table.classes.names),
-            "format": "tokens" if by_word else None if table.format is None else table.format.name,
+            "classes": None if table.classes is None or by_token else list(table.classes.names),
+            "format": "tokens" if by_token else None if table.format is None else table.format.name,
             "hints": asdict(hints_of(self.config)),
         }
 
@@ -82,45 +69,37 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     unless for `scoring`.
     """
     require_of_task(config)
-    if config.task.type == Preference.name and not scoring:
+    task = trained_task(config)
+    if task.reading.has_reference and not scoring:
         raise UnsupportedError(
-            f"task.type {Preference.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
+            f"task.type {task.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
             "and `tsqlora select`), and train on them with TRL's DPOTrainer"
         )
     tables = read(config, folder)
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes)
-    length = max_length_of(config, pretrained)
-    data = prepare(tables, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
-    if config.task.type not in MEDIA:
-        require_embedded(data, pretrained.tokenizer, embeddings_of(pretrained.model))
+    length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
+    data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
+    if task.reading.media is None:
+        require_embedded(data, pretrained.tokenizer, pretrained.model)
     return Job(config, task, pretrained, data, length)
-
-
-def max_length_of(config: Config, pretrained: Pretrained) -> int:
-    """Most tokens of a sample; of a recording its most steps, 0 for all, as for images."""
-    if config.task.type in MEDIA:
-        return config.data.max_length or 0
-    limit = pretrained.tokenizer.model_max_length
-    return resolve_max_length(config.data.max_length, tokenizer_limit=limit, positions=pretrained.positions)
 
 
 def read(config: Config, folder: Path | None = None) -> dict[str, Table]:
     """Read the rows of every split; `folder` as in `load`."""
-    data, answer = config.data, get_task(config.task.type).answer
-    names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
-    names = () if answer == "pair" else names
-    media = {"media": MEDIA[config.task.type]} if config.task.type in MEDIA else {}
+    data, task = config.data, get_task(config.task.type)
     return read_data(
         data.train,
         data.validation,
         data.test,
-        answer=answer,
-        columns={name: getattr(data, name) for name in names} | media,
+        find=task.reading.find,
+        columns={name: getattr(data, name) for name in task.reading.settings},
+        label=task.reading.label,
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
         trusted=data.trusted,
+        holds_out=not task.reading.has_reference,
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
         folder=folder,
@@ -133,30 +112,21 @@ def hints_of(config: Config) -> Hints:
 
 
 def trained_task(config: Config, labels: LabelMap | None = None) -> Task:
-    """The task, with training's loss, and for metrics of tags their names."""
+    """The task, with training's loss, and for metrics the names of the classes."""
     smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
-    tags = {"tags": labels.names} if labels is not None and labels.answer == "tags" else {}
-    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}), **tags)
+    names = () if labels is None else labels.names
+    return get_task(config.task.type, classes=names, **({"label_smoothing": smoothing} if smoothing else {}))
 
 
 def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
     """Raises SettingsError for a setting that the task does not read, unless at its default; of `keys` if given."""
     task = get_task(config.task.type)
-    foreign = dict(_OF_ANSWERS if task.answer == "text" else _OF_TEXTS)
-    if task.answer == "pair":  # its columns have fixed names
-        foreign = dict.fromkeys((*foreign, *_OF_ANSWERS, "data.text"))
-    if task.answer in ("number", "labels") and config.training.further_arguments().get("label_smoothing_factor"):
-        raise SettingsError(
-            f"training.label_smoothing_factor smooths classes and tokens, and task.type is {task.name}; remove it"
-        )
-    if task.answer == "tags" or task.name in MEDIA:
-        foreign["data.text_pair"] = None
-    if task.name == "image-classification":
-        foreign["data.max_length"] = None
-    for key, own in foreign.items():
+    for key, own in task.reading.foreign.items():
         section, name = key.split(".")
         settings = getattr(config, section)
-        if (keys is None or key in keys) and getattr(settings, name) != type(settings).model_fields[name].default:
+        field, value = type(settings).model_fields.get(name), getattr(settings, name, None)
+        changed = value and (field is None or value != field.default)  # None: a field of TrainingArguments
+        if changed and (keys is None or key in keys):
             cure = "remove it" if own is None else f"set {own}, or remove it"
             raise SettingsError(f"{key} has no effect for {task.name}; {cure}")
 
@@ -174,9 +144,8 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
     set_seed(config.training.seed)
     return load_pretrained(
         base.path,
+        task,
         labels=labels,
-        generation=CAUSAL if isinstance(task, Preference) else task if isinstance(task, Generation) else None,
-        media=MEDIA.get(task.name),
         revision=base.revision,
         dtype=base.dtype,
         quantization=base.quantization,

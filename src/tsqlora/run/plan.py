@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.table import Samples, Table
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.passes import IN_MEMORY
@@ -18,9 +19,7 @@ from tsqlora.quality.trusted import RATES, STEPS
 from tsqlora.ranks.allocate import used
 from tsqlora.ranks.moves import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.tasks import Task
 from tsqlora.training.fit import Method
 
 _SHOWN_CHARACTERS = 600
@@ -89,7 +88,7 @@ def _changed(section: Section, names: Iterable[str]) -> list[str]:
 
 def _classes(task: Task, model: Any, rows: Samples) -> dict[str, int] | None:
     """Rows of each class by name; None for other tasks."""
-    if not isinstance(task, Classification):
+    if not task.reading.stratified:
         return None
     counts = Counter(rows.labels.tolist())
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
@@ -106,7 +105,7 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
         if needs_trusted(rule.measured()):
             cost = trusted_cost(n, steps=len(RATES) * STEPS, batch_size=min(trusted, batch))  # at most
             phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
-    elif quality is not None and not quality.rule.select and not isinstance(task, Generation):
+    elif quality is not None and not quality.rule.select and task.writer is None:
         phases["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
         phases["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
@@ -119,7 +118,7 @@ def _both(rows: int) -> dict[str, int]:
 
 def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str, int]:
     """Rows forward and backward in one look."""
-    terms = [term for term in rule.measured().values() if not term.answers or isinstance(task, Answers)]
+    terms = [term for term in rule.measured().values() if not term.answers or task.answers is not None]
     reference = trusted or min(REFERENCE_ROWS, rows)
     cost = look_cost(terms, rows=rows, reference=reference, trusted=trusted)
     return {"forward": cost.forward, "backward": cost.backward}
@@ -136,7 +135,7 @@ def memory(task: Task, model: Any, tables: Mapping[str, Table], args: TrainingAr
     weights += weights // 2 * halves  # their copies for the backward pass
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     features = 1.3 * (2 if halves else 4) * sum(layer.in_features + 2 * layer.out_features for layer in layers)
-    vocabulary = int(model.config.get_text_config().vocab_size) if isinstance(task, Generation) else 0
+    vocabulary = int(model.config.get_text_config().vocab_size) if task.writer is not None else 0
     largest = [
         min(rows, len(table)) * (max(table.samples.lengths) or patches_of(model)) * size
         for table, rows, size in (

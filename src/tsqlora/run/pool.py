@@ -8,15 +8,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from tsqlora.data.formats import find_format, pair_format
-from tsqlora.data.labels import LabelMap, split_labels
+from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import as_paths
-from tsqlora.data.prepare import prepare, require_embedded, resolve_max_length
-from tsqlora.data.rows import MissingError, find_columns
+from tsqlora.data.prepare import prepare, require_embedded
+from tsqlora.data.rows import MissingError
 from tsqlora.data.sources import of_dataset
 from tsqlora.data.splits import complete, require_columns
 from tsqlora.data.table import Table, notes_of
-from tsqlora.errors import DataError, SettingsError, UnsupportedError, of_loaded_model
+from tsqlora.errors import DataError, SettingsError, of_loaded_model
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.look import score
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
@@ -24,11 +23,8 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config.settings import DataSettings
-from tsqlora.tasks import MEDIA, Task, get_task
-from tsqlora.tasks.forward import task_of
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.preference import Preference
-from tsqlora.training.load import collate_of, embeddings_of, positions_of
+from tsqlora.tasks import Task, task_of
+from tsqlora.training.load import positions_of
 
 
 @of_loaded_model
@@ -67,12 +63,14 @@ def select(
     """
     pool = _as_dataset(dataset, "dataset")
     few = None if trusted is None else _as_dataset(trusted, "trusted")
+    task = task_of(model, columns=pool.column_names)
     with tempfile.TemporaryDirectory() as folder:
         scores = score_pool(
             model,
-            _with_paths(pool, model, f"{folder}/pool"),
-            None if few is None else _with_paths(few, model, f"{folder}/trusted"),
+            _with_paths(pool, task, f"{folder}/pool"),
+            None if few is None else _with_paths(few, task, f"{folder}/trusted"),
             processing_class,
+            task=task,
             fraction=fraction,
             rule=rule or ScoringRule(seed=seed),
             learning_rate=learning_rate,
@@ -80,7 +78,7 @@ def select(
             max_length=max_length,
         )
     why = (scores.record.gate or {}).get("why_not", "")
-    if scores.even and (why or scores.kept.all()) and not {"chosen", "rejected"} <= {*pool.column_names}:
+    if scores.even and (why or scores.kept.all()) and not task.reading.has_reference:  # of pairs `score` warns
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
         warnings.warn(str(why or even), stacklevel=3)
     return pool.select(scores.row_ids[sample(scores, fraction, seed)])
@@ -92,6 +90,7 @@ def score_pool(
     trusted: Any,
     tokenizer: Any,
     *,
+    task: Task,
     fraction: float,
     rule: ScoringRule,
     learning_rate: float,
@@ -100,30 +99,20 @@ def score_pool(
 ) -> Scores:
     """Score the rows of a `datasets.Dataset`; their ids are the positions in it."""
     rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})
-    task = task_of(model)
-    if isinstance(task, Generation) and {"chosen", "rejected"} <= {*pool.column_names}:
-        if not task.causal:
-            raise UnsupportedError(f"preference rows need a causal model, but the task is {task.name}; give another")
-        task = get_task(Preference.name)
-    if task.name in MEDIA:
-        limit = max_length or 0
-    else:
-        most = min(tokenizer.model_max_length, 1024)
-        limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
-    seq2seq = isinstance(task, Generation) and not task.causal
+    limit = task.reading.limit(max_length, tokenizer, positions_of(model), most=1024)
     tables = _tables(rows, model, task)
-    if isinstance(task, Generation | Preference):
+    if tables["train"].format is not None:
         most = DataSettings.model_fields["max_bad_rows"].default
         tables = {name: complete(table, most, tags=False) for name, table in tables.items()}
     warned = notes_of(tables)
     try:
-        data = prepare(tables, tokenizer, max_length=limit, seq2seq=seq2seq)
+        data = prepare(tables, tokenizer, max_length=limit, encode=task.reading.encode)
     except MissingError as error:
         for table in tables.values():
             require_columns(table, [error.what])
         raise
-    if task.name not in MEDIA:
-        require_embedded(data, tokenizer, embeddings_of(model))
+    if task.reading.media is None:
+        require_embedded(data, tokenizer, model)
     for note in notes_of(data):
         if note not in warned:
             warnings.warn(note, stacklevel=4)
@@ -134,7 +123,7 @@ def score_pool(
     return score(
         model,
         samples,
-        collate_of(task, model, tokenizer, max_length=limit),
+        task.reading.collate(model, tokenizer, max_length=limit),
         rule=rule,
         task=task,
         rows=RowNames(samples.ids, samples.hashes, samples.lengths),
@@ -157,31 +146,25 @@ def _as_dataset(rows: Any, name: str) -> Any:
     )
 
 
-def _with_paths(rows: Any, model: nn.Module, folder: str) -> Any:
+def _with_paths(rows: Any, task: Task, folder: str) -> Any:
     """The rows with paths in place of images or recordings, if the model reads these."""
-    media = MEDIA.get(task_of(model).name)
-    if media is None:
+    if task.reading.media is None:
         return rows
     os.mkdir(folder)
-    return as_paths(rows, media, folder)
+    return as_paths(rows, task.reading.media, folder)
 
 
 def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, Table]:
     """The pool and the trusted rows as tables, with the format or the columns of the pool."""
     pool = rows["train"]
     tables = {split: of_dataset(part, "dataset" if split == "train" else split) for split, part in rows.items()}
-    names, classes, format = list(pool.column_names), None, None
-    if isinstance(task, Generation | Preference):
-        format = (pair_format if isinstance(task, Preference) else find_format)(names, source="dataset")
-        columns = format.columns
-    else:
-        media = MEDIA.get(task.name)
-        columns = find_columns(names, text=None, text_pair=None, label=None, source="dataset", media=media)
-        if columns.label is None:
-            raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
-    if task.answer in ("class", "labels"):
+    names, classes = list(pool.column_names), None
+    columns, format = task.reading.find(names, source="dataset")
+    if columns.label is None and format is None:
+        raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
+    if task.reading.label is not None:
         heads = cast(Any, model).config.id2label
-        first = split_labels(next((cell for cell in pool[columns.label] if cell), 0))
+        first = task.reading.label.parts(next((cell for cell in pool[columns.label] if cell), 0))
         texts = isinstance(first[0], str)
-        classes = LabelMap(tuple(str(heads[j]) if texts else j for j in range(len(heads))), task.answer)
+        classes = LabelMap(tuple(str(heads[j]) if texts else j for j in range(len(heads))), task.reading.label)
     return {split: table.using(columns, classes, format) for split, table in tables.items()}

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, softmax
 
-from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import require_separable
 from tsqlora.data.readers import TABLES
-from tsqlora.data.rows import tokens_at
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import lacks_of, listed
 from tsqlora.data.table import Table
@@ -23,8 +20,7 @@ from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.fit import warn_of_cuts
 from tsqlora.run.job import hints_of, read
-from tsqlora.tasks import GENERATION, require_answers
-from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
+from tsqlora.tasks import get_task
 
 
 def evaluate_run(
@@ -35,7 +31,7 @@ def evaluate_run(
     Texts are generated to measure them.
     """
     record = require_finished(run)
-    generates = record.task in GENERATION
+    generates = get_task(record.task).writer is not None
     if data is None and not overrides and ("test" in record.metrics or not generates):
         return record.metrics["test" if "test" in record.metrics else "validation"]
     finished = open_run(run, overrides)
@@ -78,14 +74,14 @@ def predict_run(
         table = finished.using(open_table(data, split="test", hints=hints_of(finished.config)))
     finished.require_columns(table, labelled=False)
     is_table = out.suffix.lower() in TABLES
-    if is_table and finished.labels is not None and finished.labels.answer != "class":
+    if is_table and finished.labels is not None and not finished.labels.kind.single:
         require_separable(finished.labels.names, cure="write .jsonl or .parquet")
     parquet = table.path is not None and {table.path.suffix.lower(), out.suffix.lower()} == {".parquet"}
     original = table.path if parquet else None
     own = [dict[str, Any]()] * len(table) if parquet else [row.cells for row in table]
     try_rows(out, own, original=original)
     complete = _with_input(finished, table)
-    answers = _texts if finished.format is not None else _answers
+    answers = _texts if finished.task.writer is not None else _answers
     added = dict(zip(complete.ids.tolist(), answers(finished, complete, progress), strict=True))
     empty = dict.fromkeys(added[int(complete.ids[0])])
     predictions = [added.get(i, empty) for i in range(len(table))]
@@ -109,7 +105,7 @@ def predict_run(
 
 def _with_input(finished: FinishedRun, table: Table) -> Table:
     """The rows that have an input; a warning names the others."""
-    tags = finished.config.task.type == TokenClassification.name
+    tags = finished.labels is not None and finished.labels.kind.by_token
     lacks = lacks_of(finished.columns, finished.format, answers=False, tags=tags)
     bad, complete = dict[str, list[int | str]](), list[int]()
     for row in table:
@@ -135,38 +131,4 @@ def _texts(finished: FinishedRun, table: Table, progress: Progress | None) -> li
 def _answers(finished: FinishedRun, table: Table, progress: Progress | None) -> list[dict[str, Any]]:
     samples, predictor = finished.unlabelled(table), finished.predictor
     logits = predictor.logits(samples, phase="prediction", progress=progress)
-    if isinstance(predictor.task, TokenClassification):
-        return _tags(finished, table, samples, logits)
-    predicted = require_answers(predictor.task, "a prediction").predictions(logits)
-    if finished.labels is None:
-        return [{"prediction": float(value)} for value in predicted]
-    names = finished.labels.names
-    if finished.labels.answer == "labels":
-        sets = [np.flatnonzero(row) for row in predicted]
-        p = expit(logits.astype(np.float64))
-        return [
-            {"prediction": [names[k] for k in own], "probability": p[i, own].tolist()} for i, own in enumerate(sets)
-        ]
-    best = softmax(logits.astype(np.float64), axis=1).max(axis=1)
-    return [
-        {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
-    ]
-
-
-def _tags(
-    finished: FinishedRun, table: Table, samples: Sequence[dict[str, Any]], logits: np.ndarray
-) -> list[dict[str, Any]]:
-    """A tag and its probability for each token; "O" and none for a token that the model did not read."""
-    assert finished.labels is not None
-    names, p = finished.labels.names, softmax(logits.astype(np.float64), axis=2)
-    unread = OUTSIDE if OUTSIDE in names else None
-    answers = list[dict[str, Any]]()
-    for i, (row, sample) in enumerate(zip(table, samples, strict=True)):
-        count = len(tokens_at(row, finished.columns.text))
-        tags: list[Any] = [unread] * count
-        probabilities: list[float | None] = [None] * count
-        for place, word in enumerate(sample["labels"]):
-            if word != IGNORED:
-                tags[word], probabilities[word] = names[int(p[i, place].argmax())], float(p[i, place].max())
-        answers.append({"prediction": tags, "probability": probabilities})
-    return answers
+    return predictor.task.shown(logits, table, samples)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.yaml import YamlProblem, load_yaml
-from tsqlora.data.labels import join_labels, split_labels
+from tsqlora.data.labels import CLASS, KINDS, join_labels, split_labels
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, Row, is_missing
 from tsqlora.data.sources import open_table
@@ -52,9 +52,9 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     label that is not a class and a row that the file lacks; and if the file has changed since the audit.
     """
     about, folder = _about(table, out)
-    several = about.get("answer") == "labels"
+    kind = KINDS[about.get("answer", CLASS.name)]
     filled = open_table(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
-    reviewed, unread = _read(filled, about["classes"], several=several, tags=about.get("answer") == "tags")
+    reviewed, unread = _read(filled, about["classes"], several=kind.joint, tags=kind.by_token)
     source = open_table(about["source"], split="train", hints=Hints(**about["hints"]))
     before = about["sha256"]
     if before is not None and source_digest(source.name, about["columns"].get("media")) != before:

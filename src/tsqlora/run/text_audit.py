@@ -27,6 +27,7 @@ from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.text_answers import Sequences, answers_of, summary_of
+from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.findings import Finding, findings_of
@@ -39,7 +40,6 @@ from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
-TEXT_TASKS = ("causal-lm", "preference")
 BATCH = 8
 """Rows of a batch, where nothing says how many there are."""
 MOST_PADDING = 0.3
@@ -56,7 +56,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
     named = is_yaml or any(one.startswith("task.type=") for one in overrides)
-    return config if not named or config.task.type in TEXT_TASKS else None
+    return config if not named or get_task(config.task.type).reading.causal else None
 
 
 def _holds_text(source: str) -> bool:

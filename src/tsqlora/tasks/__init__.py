@@ -1,88 +1,39 @@
-"""Tasks: the loss per sample; for classes, labels and numbers also chance level, calibration and metrics."""
+"""Tasks: everything that depends on what a model learns, one file each; nobody else asks which one it is."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, cast
 
-import numpy as np
-from torch import Tensor
+from torch import nn
+from transformers import GenerationMixin
 
-from tsqlora.compat.shapes import Float, Int, Shaped
+from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import base_model
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.preference import Preference
+from tsqlora.tasks.reading import files
 from tsqlora.tasks.regression import Regression
+from tsqlora.tasks.task import Answers, Batch, Collate, Reading, Task, Writer
 from tsqlora.tasks.tokens import TokenClassification
 
-
-@runtime_checkable  # for beartype, which checks annotations while tests run
-class Task(Protocol):
-    """The part of a task that training and gradient scores use."""
-
-    @property
-    def name(self) -> str: ...
-
-    answer: ClassVar[str]
-    """The kind of a row's label: "class", "labels" (any of several classes), "tags" (of tokens), "number", "text",
-    or "pair" (of texts, of which one is preferred)."""
-
-    headline: ClassVar[str]
-    """The metric that compares runs by default; more is better."""
-
-    measured: ClassVar[tuple[str, ...]]
-    """Every metric of the task, except those of generated text (`texts.TEXT_METRICS`)."""
-
-    def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
-        """Return the loss of each sample, not reduced."""
-        ...
-
-    def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, ""]:
-        """Reduce sample losses as training does: the mean over samples, or over tokens."""
-        ...
-
-
-@runtime_checkable
-class Answers(Task, Protocol):
-    """A task with one answer per sample: a class, a number, or a set of labels as n × k of 0 and 1."""
-
-    def chance(self, labels: Shaped[Tensor, "n *k"], width: int) -> Float[Tensor, " k"]:
-        """Return the logits of the constant predictor with the least mean loss on these labels."""
-        ...
-
-    def offsets(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> Float[Tensor, " k"]:
-        """Return constants that remove the bias of the logits towards a class or side on these rows."""
-        ...
-
-    def strata(self, labels: Shaped[np.ndarray, "n *k"]) -> Int[np.ndarray, " n"] | None:
-        """Return the stratum of each sample; None where sampling is not stratified."""
-        ...
-
-    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Shaped[np.ndarray, "n *k"]) -> dict[str, float]:
-        """Return the task's metrics by their plain names, and the mean loss."""
-        ...
-
-    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Shaped[np.ndarray, "n *k"]:
-        """Return the predicted class ids, numbers, or whether each label is predicted."""
-        ...
-
-
-GENERATION = ("causal-lm", "seq2seq")
-"""Tasks whose answer is text."""
-
-MEDIA = {"image-classification": "image", "audio-classification": "audio"}
-"""Tasks whose rows are files, and the kind of file."""
+__all__ = ["TASKS", "Answers", "Batch", "Collate", "Reading", "Task", "Writer", "get_task", "has_own_loss", "task_of"]
 
 TASKS: dict[str, Callable[..., Any]] = {
     "sequence-classification": Classification,
-    **{name: partial(Classification, name=name) for name in MEDIA},
+    **{
+        f"{media}-classification": partial(Classification, name=f"{media}-classification", reading=files(media))
+        for media in ("image", "audio")
+    },
     MultiLabel.name: MultiLabel,
     Regression.name: Regression,
     TokenClassification.name: TokenClassification,
     Preference.name: Preference,
-    **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
+    "causal-lm": partial(Generation, "causal-lm", causal=True),
+    "seq2seq": partial(Generation, "seq2seq", causal=False),
 }
 
 NOT_BUILT = (
@@ -91,22 +42,55 @@ NOT_BUILT = (
 )
 
 
-def get_task(name: str, **options: Any) -> Task:
-    """Build the task of this name with its options (label_smoothing, class_weights, tags).
+def get_task(name: str, *, classes: Collection[Any] = (), **options: Any) -> Task:
+    """Build the task of this name with its options, such as label_smoothing and class_weights.
 
-    Raises UnsupportedError for a task that is not supported, SettingsError for an unknown name or option.
+    A task whose metrics need the names of `classes` takes them as `tags`. Raises UnsupportedError for a task that is
+    not supported, SettingsError for an unknown name or option.
     """
     if name.replace("_", "-").replace(" ", "-") in NOT_BUILT:
         raise UnsupportedError(f"task.type {name} is not built; choose one of {', '.join(sorted(TASKS))}")
     if name not in TASKS:
         raise SettingsError(f"unknown task.type '{name}'; {nearest(name, TASKS)}")
-    if foreign := options.keys() - inspect.signature(TASKS[name]).parameters.keys():
+    takes = inspect.signature(TASKS[name]).parameters
+    if foreign := options.keys() - takes.keys():
         raise SettingsError(f"{name} has no option {min(foreign)}; remove it")
-    return TASKS[name](**options)
+    return TASKS[name](**options, **({"tags": classes} if classes and "tags" in takes else {}))
 
 
-def require_answers(task: Task, what: str) -> Answers:
-    """Return the task if its samples have one answer each; raise UnsupportedError for text generation."""
-    if isinstance(task, Answers):
-        return task
-    raise UnsupportedError(f"{what} works for classification and regression, but the task is {task.name}; remove it")
+def task_of(model: nn.Module, *, columns: Collection[str] = (), label_smoothing: float = 0.0) -> Task:
+    """Infer the task from the model: generation, else by its problem_type, else regression for one label.
+
+    A causal model whose rows have the `columns` chosen and rejected prefers one of two answers. Raises UnsupportedError
+    naming any other task that the model is made for.
+    """
+    options: dict[str, Any] = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    config, inner = getattr(model, "config", None), base_model(model)
+    if isinstance(inner, GenerationMixin):
+        name = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
+        if not {"chosen", "rejected"} <= {*columns}:
+            return get_task(name, **options)
+        if name == "seq2seq":
+            raise UnsupportedError(f"preference rows need a causal model, but the task is {name}; give another")
+        return get_task(Preference.name)
+    classes = {cls.__name__ for cls in type(inner).__mro__}
+    for name, mapping in CLASSES_OF.items():
+        if classes & set(mapping.values()):
+            return get_task(name, classes=tuple(cast(Any, config).id2label.values()), **options)
+    kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
+    if kind == "multi_label_classification":
+        return get_task("multi-label-classification", **options)
+    regression = kind == "regression" or (kind is None and labels == 1)
+    media = (name for name, mapping in MEDIA_CLASSES.items() if classes & {*_flat(mapping.values())})
+    return get_task("regression" if regression else next(media, "sequence-classification"), **options)
+
+
+def has_own_loss(task: Task, model: nn.Module) -> bool:
+    """Whether the loss of a task is not the one that the model computes itself."""
+    return type(task) is not type(task_of(model))
+
+
+def _flat(names: Iterable[Any]) -> Iterator[str]:
+    """Class names, some of which are in tuples."""
+    for name in names:
+        yield from (name if isinstance(name, tuple) else (name,))

@@ -1,7 +1,8 @@
 """Classification of texts, images or recordings: one of k classes per sample, cross-entropy."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from tsqlora.compat.shapes import Float, Int
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import double
+from tsqlora.data.table import Table
 from tsqlora.errors import TsqLoraError
+from tsqlora.tasks.reading import TEXTS
+from tsqlora.tasks.task import Answers, Link, Reading
 
 FLOOR = 1e-12
 """Added to frequencies before the logarithm, so that an absent class has a finite logit."""
@@ -31,13 +35,19 @@ class Classification:
     a sample's loss must not depend on its batch.
     """
 
-    answer: ClassVar[str] = "class"
-    headline: ClassVar[str] = "accuracy"
-    measured: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
+    headline = "accuracy"
+    measured = ("accuracy", "macro_f1", "matthews", "loss")
+    writer = None
+    link: ClassVar[Link] = "softmax"
 
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
     name: str = "sequence-classification"
+    reading: Reading = field(default=TEXTS, repr=False)
+
+    @property
+    def answers(self) -> Answers:
+        return self
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return w[y]·ce per sample; without weights its mean is torch's cross_entropy."""
@@ -71,10 +81,6 @@ class Classification:
         offsets[present] = match_frequencies(double(logits[:, present]), target, weights)
         return offsets.to(logits.dtype).to(logits.device)
 
-    def strata(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Return the labels: sampling preserves class shares."""
-        return labels
-
     def metrics(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
         """Return accuracy, macro_f1 over the classes in labels or predictions, matthews and mean loss.
 
@@ -92,6 +98,17 @@ class Classification:
     def predictions(self, logits: Float[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
         """Return the class with the largest logit."""
         return logits.argmax(axis=1)
+
+    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the likeliest class and its probability."""
+        assert table.classes is not None
+        best, names = softmax(logits.astype(np.float64), axis=1).max(axis=1), table.classes.names
+        chosen = zip(self.predictions(logits), best, strict=True)
+        return [{"prediction": names[int(value)], "probability": float(p)} for value, p in chosen]
+
+    def unusable(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> tuple[Bool[Tensor, " n"], str]:
+        k = logits.shape[1]
+        return (labels < 0) | (labels >= k), f"the model has classes 0 to {k - 1}"
 
     def _weights_of(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return each sample's share of the mean loss; the shares sum to 1."""

@@ -1,10 +1,10 @@
-"""Batch to model: inputs, labels, logits, and the task that a model is made for."""
+"""Batch to model: inputs, labels, logits."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from tsqlora.compat.torch import upcast
-from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.errors import DataError, UnsupportedError
-from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.multi_label import MultiLabel
-from tsqlora.tasks.preference import CAUSAL, Preference
-from tsqlora.tasks.regression import Regression
-from tsqlora.tasks.tokens import TokenClassification
-
-Batch = Mapping[str, Any]
-Collate = Callable[[list[Any]], Batch]
+from tsqlora.tasks.task import Answers, Batch, Collate, Task
 
 SELECT_BEFORE = (
     "select rows before you build the trainer: dataset = tsqlora.select(model, dataset, processing_class=tokenizer, "
@@ -84,18 +74,16 @@ def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = 
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
 
 
-def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:
-    """Return the logits, at least in float32: n × k, or n × t × k for tags; for generation in the model's own dtype.
-
-    Those of preference pairs are n × 1: the log-ratio of the two answers minus that of the reference model.
-    """
-    if isinstance(task, Preference):
-        texts = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
-        logits = model_logits(model, texts, CAUSAL)
-        return task.margins(logits, inputs["targets"].flatten(0, 1)) - inputs["reference"]
-    generates = isinstance(task, Generation)
-    dimensions = 3 if generates or isinstance(task, TokenClassification) else 2
-    output = model(**placed(model, inputs, task))
+def model_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    dimensions: int = 2,
+    causal: bool = False,
+    own_dtype: bool = False,
+) -> Tensor:
+    """Return the logits, at least in float32 unless in their `own_dtype`: n × k, or n × t × k with 3 `dimensions`."""
+    output = model(**placed(model, inputs, causal=causal))
     logits = output_part(output, "logits")
     if logits is None:
         raise UnsupportedError(
@@ -104,7 +92,7 @@ def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | No
     if logits.dim() != dimensions or logits.shape[0] != next(iter(inputs.values())).shape[0]:
         expected = "(samples, tokens, vocabulary or tags)" if dimensions == 3 else "(samples, classes)"
         raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; return {expected}")
-    return logits if generates else upcast(logits)
+    return logits if own_dtype else upcast(logits)
 
 
 def output_part(output: Any, name: str) -> Tensor | None:
@@ -117,34 +105,35 @@ def output_part(output: Any, name: str) -> Tensor | None:
 
 def require_labels(task: Task, labels: Tensor) -> None:
     """Raise UnsupportedError for labels of another task: one class per sample, or n × k of 0 and 1."""
-    if isinstance(task, Classification) and labels.dim() > 1:
-        raise UnsupportedError(
-            f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; for several labels per row set "
-            'model.config.problem_type to "multi_label_classification", for tags use AutoModelForTokenClassification'
-        )
-    if isinstance(task, MultiLabel) and labels.dim() != 2:
-        raise UnsupportedError(
-            f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; give 0.0 or 1.0 for each label"
-        )
-
-
-def require_usable(task: Task, logits: Tensor, labels: Tensor, rows: Iterable[Any], kind: str = "row") -> None:
-    """Raise DataError naming the first of these rows whose label the loss cannot use: no class, or not finite."""
-    if not isinstance(task, Classification | Regression | MultiLabel):
+    kind = task.reading.label
+    if kind is None or kind.by_token or labels.dim() == (2 if kind.joint else 1):
         return
-    classes = isinstance(task, Classification)
-    wrong = (labels < 0) | (labels >= logits.shape[1]) if classes else ~labels.isfinite().view(len(labels), -1).all(1)
+    cure = "give 0.0 or 1.0 for each label"
+    if kind.single:
+        cure = (
+            'for several labels per row set model.config.problem_type to "multi_label_classification", for tags use '
+            "AutoModelForTokenClassification"
+        )
+    raise UnsupportedError(f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; {cure}")
+
+
+def require_usable(
+    answers: Answers | None, logits: Tensor, labels: Tensor, rows: Iterable[Any], kind: str = "row"
+) -> None:
+    """Raise DataError naming the first of these rows whose label the loss cannot use: no class, or not finite."""
+    if answers is None:
+        return
+    wrong, expected = answers.unusable(logits, labels)
     if not wrong.any():
         return
     first = int(wrong.int().argmax())
-    expected = f"the model has classes 0 to {logits.shape[1] - 1}" if classes else "it must be a finite number"
     raise DataError(
         f"{kind} {[*rows][first]} has the label {labels[first].tolist()}, and {expected}; correct it or remove the row"
     )
 
 
-def placed(model: nn.Module, inputs: Mapping[str, Any], task: Task | None) -> Mapping[str, Any]:
-    """Add position ids for a causal model, so that left and right padding give the same result; build no KV cache.
+def placed(model: nn.Module, inputs: Mapping[str, Any], *, causal: bool) -> Mapping[str, Any]:
+    """Build no KV cache; with `causal` add position ids, so that left and right padding give the same result.
 
     A position embedding with a padding_idx, as RoBERTa's, numbers the tokens itself, from another number on.
     """
@@ -154,7 +143,6 @@ def placed(model: nn.Module, inputs: Mapping[str, Any], task: Task | None) -> Ma
     if "use_cache" in parameters or ("use_cache" in of_body and "kwargs" in parameters):
         inputs = {"use_cache": False, **inputs}
     mask = inputs.get("attention_mask")
-    causal = isinstance(task, Generation) and task.causal
     if not causal or mask is None or mask.dim() != 2 or "position_ids" in inputs:
         return inputs
     if "position_ids" not in parameters or any(
@@ -168,31 +156,3 @@ def placed(model: nn.Module, inputs: Mapping[str, Any], task: Task | None) -> Ma
 def base_model(model: nn.Module) -> nn.Module:
     """Return the model that PEFT wraps, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
-    """Infer the task from the model: generation, else by its problem_type, else regression for one label.
-
-    Raises UnsupportedError naming any other task that the model is made for.
-    """
-    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    config, inner = getattr(model, "config", None), base_model(model)
-    if isinstance(inner, GenerationMixin):
-        return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm", **options)
-    classes = {cls.__name__ for cls in type(inner).__mro__}
-    for name, mapping in CLASSES_OF.items():
-        if classes & set(mapping.values()):
-            tags = {"tags": tuple(cast(Any, config).id2label.values())} if name == TokenClassification.name else {}
-            return get_task(name, **tags, **options)
-    kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
-    if kind == "multi_label_classification":
-        return get_task("multi-label-classification", **options)
-    regression = kind == "regression" or (kind is None and labels == 1)
-    media = (name for name, mapping in MEDIA_CLASSES.items() if classes & {*_flat(mapping.values())})
-    return get_task("regression" if regression else next(media, "sequence-classification"), **options)
-
-
-def _flat(names: Iterable[Any]) -> Iterator[str]:
-    """Class names, some of which are in tuples."""
-    for name in names:
-        yield from (name if isinstance(name, tuple) else (name,))

@@ -1,30 +1,87 @@
 """Text generation: mean cross-entropy over the target tokens of each sample."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.compat.torch import upcast
+from tsqlora.compat.torch import double, upcast
+from tsqlora.data.batches import IGNORED, MULTIPLE, GenerationCollator, generation_collator
+from tsqlora.data.formats import Format, find_format
+from tsqlora.data.generation import tokenise_generation
+from tsqlora.data.rows import Columns
+from tsqlora.tasks.forward import base_model, model_logits
+from tsqlora.tasks.task import Batch, Collate, Reading, Writer
 
-IGNORED = -100
-"""The label of a token that is not a target."""
 CHUNK = 2**22
 """Logits that are in float32 at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenCounts:
-    """Token-level results of teacher forcing for n samples."""
+def find_texts(names: Sequence[str], *, source: str, **settings: Any) -> tuple[Columns, Format | None]:
+    """Choose the columns of rows of text, as `find_format`."""
+    format = find_format(names, source=source, **settings)
+    return format.columns, format
 
-    loss: Float[Tensor, " n"]
-    """Summed over tokens, so that batches add up."""
-    right: Int[Tensor, " n"]
-    """Tokens that have the largest logit."""
-    tokens: Int[Tensor, " n"]
+
+def pad_texts(
+    model: nn.Module, tokenizer: Any, *, max_length: int, seq2seq: bool = False, left: bool = False
+) -> Collate:
+    """Pad to a multiple of 8 tokens where the model has so many positions; on the `left` for prompts to continue.
+
+    What a decoder behind an encoder reads is the target, one token late.
+    """
+    longest, positions = -(-max_length // MULTIPLE) * MULTIPLE, getattr(model.config, "max_position_embeddings", None)
+    multiple = MULTIPLE if positions is None or longest <= positions else 1
+    padded = generation_collator(tokenizer, seq2seq=seq2seq, multiple=multiple, left=left)
+    return WithDecoderInputs(padded, base_model(model)) if seq2seq else padded
+
+
+@dataclass(frozen=True, slots=True)
+class WithDecoderInputs:
+    """Batches of a model behind an encoder: what its decoder reads is the target, one token late.
+
+    The model makes them itself of labels, which scoring keeps for itself.
+    """
+
+    padded: GenerationCollator
+    model: Any
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        batch = self.padded(samples)
+        if "labels" not in batch:
+            return batch
+        return {**batch, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+
+CAUSAL_TEXTS = Reading(
+    auto="AutoModelForCausalLM",
+    pipeline="text-generation",
+    find=find_texts,
+    encode=partial(tokenise_generation, seq2seq=False),
+    collate=pad_texts,
+    logits=partial(model_logits, dimensions=3, causal=True, own_dtype=True),
+    settings=("format", "prompt", "target", "messages", "text"),
+    foreign={"data.label": "data.target", "data.text_pair": "data.prompt"},
+    whole=True,
+    causal=True,
+    trusted_weights={"density_ratio": 4.0},  # choosy: few rows that miss the point do harm
+)
+"""A prompt, and the text to write after it."""
+SEQ2SEQ = replace(
+    CAUSAL_TEXTS,
+    auto="AutoModelForSeq2SeqLM",
+    pipeline=None,
+    encode=partial(tokenise_generation, seq2seq=True),
+    collate=partial(pad_texts, seq2seq=True),
+    logits=partial(model_logits, dimensions=3, own_dtype=True),
+    causal=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +96,17 @@ class Generation:
     name: str
     causal: bool
     label_smoothing: float = 0.0
-    answer: ClassVar[str] = "text"
-    headline: ClassVar[str] = "token_accuracy"
-    measured: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    headline = "token_accuracy"
+    measured = ("loss", "perplexity", "token_accuracy")
+    answers = None
+
+    @property
+    def reading(self) -> Reading:
+        return CAUSAL_TEXTS if self.causal else SEQ2SEQ
+
+    @property
+    def writer(self) -> Writer:
+        return self
 
     def loss(self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> Float[Tensor, " n"]:
         """Return the mean over target tokens per sample; 0 for a sample without targets.
@@ -62,8 +127,8 @@ class Generation:
         return (losses * tokens).sum() / tokens.sum().clamp_min(1)
 
     @torch.no_grad()
-    def count(self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> TokenCounts:
-        """Return each sample's summed loss, correct tokens and tokens."""
+    def count(self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> dict[str, Tensor]:
+        """Return each sample's summed `loss`, `right` tokens, which have the largest logit, and `tokens`."""
         targets = self.targets(labels)
         flat, target = logits.flatten(0, 1), targets.flatten()
         losses, right = upcast(flat.new_zeros(len(target))), torch.zeros_like(target)
@@ -71,8 +136,20 @@ class Generation:
             z = upcast(flat[rows])
             losses[rows] = F.cross_entropy(z, target[rows], reduction="none")
             right[rows] = (z.argmax(1) == target[rows]).long()
-        tokens = (targets != IGNORED).sum(1)
-        return TokenCounts(losses.view_as(targets).sum(1), right.view_as(targets).sum(1), tokens)
+        loss = double(losses.view_as(targets).sum(1))
+        return {"loss": loss, "right": right.view_as(targets).sum(1), "tokens": (targets != IGNORED).sum(1)}
+
+    def of_counts(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return loss (mean over all target tokens), perplexity (its exponential) and token_accuracy."""
+        tokens = max(sums["tokens"], 1)
+        loss = sums["loss"] / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": sums["right"] / tokens}
+
+    def metrics(self, *_: Any) -> dict[str, float]:
+        return {}  # `count` sees the logits of a batch
+
+    def shown(self, *_: Any) -> list[dict[str, Any]]:
+        return []
 
 
 class _TokenLosses(torch.autograd.Function):

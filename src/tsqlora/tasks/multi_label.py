@@ -1,16 +1,22 @@
 """Multi-label classification: any of k labels per sample, binary cross-entropy of each."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import Tensor
 
 from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import double
+from tsqlora.data.labels import SET
+from tsqlora.data.table import Table
 from tsqlora.tasks.classification import FLOOR
+from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
+from tsqlora.tasks.task import Answers, Link
 
 BISECTIONS = 60
 """Halvings of the interval that holds an offset, which leave rounding alone."""
@@ -20,10 +26,17 @@ BISECTIONS = 60
 class MultiLabel:
     """The mean of k binary cross-entropies; labels are n × k of 0 and 1."""
 
-    name: ClassVar[str] = "multi-label-classification"
-    answer: ClassVar[str] = "labels"
-    headline: ClassVar[str] = "micro_f1"
-    measured: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "accuracy", "loss")
+    name = "multi-label-classification"
+    headline = "micro_f1"
+    measured = ("micro_f1", "macro_f1", "accuracy", "loss")
+    reading = replace(TEXTS, label=SET, problem_type="multi_label_classification", foreign=WITHOUT_SMOOTHING)
+    writer = None
+    link: ClassVar[Link] = "sigmoid"
+    class_weights = None
+
+    @property
+    def answers(self) -> Answers:
+        return self
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
         """Return each sample's mean over the labels; the mean over samples is transformers' loss."""
@@ -54,10 +67,6 @@ class MultiLabel:
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return torch.where(inner, (low + high) / 2, 0.0).to(logits)
 
-    def strata(self, labels: Float[np.ndarray, "n k"]) -> None:
-        """Return None: a sample may have several labels."""
-        return None
-
     def metrics(self, logits: Float[np.ndarray, "n k"], labels: Float[np.ndarray, "n k"]) -> dict[str, float]:
         """Return micro_f1, macro_f1 over labels that occur or are predicted, accuracy of whole sets, and mean loss."""
         predicted, true = self.predictions(logits), labels > 0.5
@@ -73,3 +82,15 @@ class MultiLabel:
     def predictions(self, logits: Float[np.ndarray, "n k"]) -> Bool[np.ndarray, "n k"]:
         """Return the labels with a probability above a half."""
         return logits > 0
+
+    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the predicted labels and the probability of each."""
+        assert table.classes is not None
+        names, p = table.classes.names, expit(logits.astype(np.float64))
+        sets = [np.flatnonzero(row) for row in self.predictions(logits)]
+        return [
+            {"prediction": [names[k] for k in own], "probability": p[i, own].tolist()} for i, own in enumerate(sets)
+        ]
+
+    def unusable(self, logits: Float[Tensor, "n k"], labels: Tensor) -> tuple[Bool[Tensor, " n"], str]:
+        return ~labels.isfinite().all(1), "it must be a finite number"

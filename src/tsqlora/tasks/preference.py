@@ -1,16 +1,61 @@
 """Preferences: the DPO loss of a chosen and a rejected answer, as TRL's DPOTrainer has it (Rafailov et al., 2023)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsqlora.compat.shapes import Float, Int
-from tsqlora.tasks.generation import Generation
+from tsqlora.data.batches import GenerationCollator, PairCollator
+from tsqlora.data.formats import Format, pair_format
+from tsqlora.data.generation import tokenise_pairs
+from tsqlora.data.rows import Columns
+from tsqlora.tasks.generation import Generation, pad_texts
+from tsqlora.tasks.reading import OF_TEXTS
+from tsqlora.tasks.task import Collate
 
 CAUSAL = Generation("causal-lm", causal=True)
 """The task of writing an answer."""
+
+
+def find_pairs(names: Sequence[str], *, source: str) -> tuple[Columns, Format | None]:
+    """Choose the columns of rows with a chosen and a rejected answer, which have fixed names."""
+    format = pair_format(names, source=source)
+    return format.columns, format
+
+
+def pad_pairs(model: nn.Module, tokenizer: Any, *, max_length: int) -> Collate:
+    """Pad both answers alike."""
+    return PairCollator(cast(GenerationCollator, pad_texts(model, tokenizer, max_length=max_length)))
+
+
+def log_ratios(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "n 1"]:
+    """Return log p(chosen) − log p(rejected), minus that of the reference model."""
+    texts = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+    return log_ratio(CAUSAL.reading.logits(model, texts), inputs["targets"].flatten(0, 1)) - inputs["reference"]
+
+
+def log_ratio(logits: Float[Tensor, "m t v"], targets: Int[Tensor, "m t"]) -> Float[Tensor, "n 1"]:
+    """Return log p(chosen) − log p(rejected) of n = m/2 pairs, whose answers are neighbouring rows."""
+    tokens = (CAUSAL.targets(targets) >= 0).sum(1)
+    losses = (CAUSAL.loss(logits, targets) * tokens).unflatten(0, (-1, 2))
+    return losses[:, 1:] - losses[:, :1]
+
+
+PAIRS = replace(
+    CAUSAL.reading,
+    pipeline=None,
+    find=find_pairs,
+    encode=tokenise_pairs,
+    collate=pad_pairs,
+    logits=log_ratios,
+    settings=(),
+    foreign=dict.fromkeys((*OF_TEXTS, "data.label", "data.text_pair", "data.text")),
+    has_reference=True,
+    trusted_weights={"reducible_loss": 1.0},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +65,14 @@ class Preference:
     The reference is the model as it stands before training. There m is 0, and every loss is ln 2.
     """
 
-    name: ClassVar[str] = "preference"
-    answer: ClassVar[str] = "pair"
-    headline: ClassVar[str] = "loss"
-    measured: ClassVar[tuple[str, ...]] = ("loss",)
+    name = "preference"
+    headline = "loss"
+    measured = ("loss",)
+    reading = PAIRS
+    answers = None
+    writer = None
 
     beta: float = 0.1
-
-    def margins(self, logits: Float[Tensor, "m t v"], targets: Int[Tensor, "m t"]) -> Float[Tensor, "n 1"]:
-        """Return log p(chosen) − log p(rejected) of n = m/2 pairs, whose answers are neighbouring rows."""
-        tokens = (CAUSAL.targets(targets) >= 0).sum(1)
-        losses = (CAUSAL.loss(logits, targets) * tokens).unflatten(0, (-1, 2))
-        return losses[:, 1:] - losses[:, :1]
 
     def loss(self, logits: Float[Tensor, "n 1"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return each pair's loss; the logits are m, and the labels count target tokens."""
@@ -40,3 +81,9 @@ class Preference:
     def batch_loss(self, losses: Float[Tensor, " n"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the mean over pairs."""
         return losses.mean()
+
+    def metrics(self, *_: Any) -> dict[str, float]:
+        return {}  # pairs are only scored
+
+    def shown(self, *_: Any) -> list[dict[str, Any]]:
+        return []

@@ -1,25 +1,35 @@
 """Regression: one number per sample, squared error."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from tsqlora.compat.shapes import Float
+from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import double
+from tsqlora.data.table import Table
+from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
+from tsqlora.tasks.task import Answers, Link
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Regression:
     """The squared-error task on logits of width 1."""
 
-    name: ClassVar[str] = "regression"
-    answer: ClassVar[str] = "number"
-    headline: ClassVar[str] = "spearman"
-    measured: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse", "loss")
+    name = "regression"
+    headline = "spearman"
+    measured = ("pearson", "spearman", "mse", "loss")
+    reading = replace(TEXTS, label=None, problem_type="regression", foreign=WITHOUT_SMOOTHING)
+    writer = None
+    link: ClassVar[Link] = "identity"
+    class_weights = None
+
+    @property
+    def answers(self) -> Answers:
+        return self
 
     def loss(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return (logit - label)² per sample."""
@@ -42,10 +52,6 @@ class Regression:
         residuals = double(labels) - double(logits.squeeze(-1))
         return residuals.mean().reshape(1).to(logits.dtype).to(logits.device)
 
-    def strata(self, labels: Float[np.ndarray, " n"]) -> None:
-        """Return None: there are no classes."""
-        return None
-
     def metrics(self, logits: Float[np.ndarray, "n 1"], labels: Float[np.ndarray, " n"]) -> dict[str, float]:
         """Return pearson, spearman, mse and loss, which equals mse.
 
@@ -63,6 +69,13 @@ class Regression:
     def predictions(self, logits: Float[np.ndarray, "n 1"]) -> Float[np.ndarray, " n"]:
         """Return the logits themselves."""
         return logits[:, 0]
+
+    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the predicted number."""
+        return [{"prediction": float(value)} for value in self.predictions(logits)]
+
+    def unusable(self, logits: Float[Tensor, "n 1"], labels: Tensor) -> tuple[Bool[Tensor, " n"], str]:
+        return ~labels.isfinite().view(len(labels), -1).all(1), "it must be a finite number"
 
 
 def _correlation(measure: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:

@@ -1,28 +1,50 @@
 """Token classification: a tag for each word, cross-entropy at the word's first piece; spans by their BIO tags."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import Tensor
 
 from tsqlora.compat.shapes import Float, Int
-from tsqlora.tasks.generation import IGNORED
+from tsqlora.data.batches import IGNORED
+from tsqlora.data.labels import OUTSIDE, TAGS
+from tsqlora.data.prepare import tokenise_words
+from tsqlora.data.rows import tokens_at
+from tsqlora.data.table import Table
+from tsqlora.tasks.forward import model_logits
+from tsqlora.tasks.reading import OF_TEXTS, TEXTS, find_labelled, pad
 
-OUTSIDE = "O"
+WORDS = replace(
+    TEXTS,
+    auto="AutoModelForTokenClassification",
+    pipeline="token-classification",
+    find=partial(find_labelled, tokens=True),
+    encode=tokenise_words,
+    collate=partial(pad, tags=True),
+    logits=partial(model_logits, dimensions=3),
+    label=TAGS,
+    problem_type=None,
+    foreign={**OF_TEXTS, "data.text_pair": None},
+)
+"""A list of tokens, with a tag for each."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenClassification:
     """The mean cross-entropy of a row's tagged tokens; labels are n × t, and -100 where a token has no tag."""
 
-    name: ClassVar[str] = "token-classification"
-    answer: ClassVar[str] = "tags"
-    headline: ClassVar[str] = "span_f1"
-    measured: ClassVar[tuple[str, ...]] = ("span_f1", "accuracy", "loss")
+    name = "token-classification"
+    headline = "span_f1"
+    measured = ("span_f1", "accuracy", "loss")
+    reading = WORDS
+    answers = None
+    writer = None
 
     label_smoothing: float = 0.0
     tags: Sequence[Any] = ()
@@ -62,6 +84,24 @@ class TokenClassification:
     def predictions(self, logits: Float[np.ndarray, "n t k"]) -> Int[np.ndarray, "n t"]:
         """Return the tag with the largest logit, also where a token has no tag."""
         return logits.argmax(axis=2)
+
+    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return a tag and its probability for each token; "O" and none for a token that the model did not read.
+
+        Without labels, the first piece of each token has the token's number.
+        """
+        assert table.classes is not None
+        names, p = table.classes.names, softmax(logits.astype(np.float64), axis=2)
+        unread, result = OUTSIDE if OUTSIDE in names else None, list[dict[str, Any]]()
+        for i, (row, sample) in enumerate(zip(table, samples, strict=True)):
+            count = len(tokens_at(row, table.columns.text))
+            tags: list[Any] = [unread] * count
+            probabilities: list[float | None] = [None] * count
+            for place, word in enumerate(sample["labels"]):
+                if word != IGNORED:
+                    tags[word], probabilities[word] = names[int(p[i, place].argmax())], float(p[i, place].max())
+            result.append({"prediction": tags, "probability": probabilities})
+        return result
 
 
 def span_f1(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> float:

@@ -15,7 +15,8 @@ from tsqlora.compat.torch import upcast
 from tsqlora.data.batches import MULTIPLE
 from tsqlora.quality.passes import parts_of, run_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks.forward import Batch, base_model
+from tsqlora.tasks import Batch
+from tsqlora.tasks.forward import base_model
 from tsqlora.text.conversations import ANSWER, Conversation
 from tsqlora.text.ledger import locate
 from tsqlora.text.prepared import Trained

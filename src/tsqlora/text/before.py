@@ -41,11 +41,11 @@ def worst_findings(
     ]
     worst = findings_of(lines, errors={"untrained_tokens"} if vocabulary.untrained else ())
     worst = [finding for finding in worst if finding.severity != NOTE][:SHOWN]
-    said = list[str]()
+    shown = list[str]()
     for finding in worst:
         few = ", ".join(map(str, finding.places[:3])) + (", …" if len(finding.places) > 3 else "")
         of = "all" if len(lines) == len(samples) else f"the {len(lines):,} looked at"
-        said.append(
+        shown.append(
             f"{finding.severity} {finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); "
             "see `tsqlora audit`"
         )
@@ -54,4 +54,4 @@ def worst_findings(
             raise DataError(
                 f"{finding.name} in all rows of {table.name}: {finding.cause}{cure}; `tsqlora audit` shows them"
             )
-    return said
+    return shown

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsqlora.tasks.generation import IGNORED
+from tsqlora.data.batches import IGNORED
 from tsqlora.text.conversations import ANSWER, Conversation, Message
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary

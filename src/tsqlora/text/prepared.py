@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.shapes import Int
+from tsqlora.data.batches import IGNORED
 from tsqlora.errors import DataError
-from tsqlora.tasks.generation import IGNORED
 
 IDS = ("input_ids", "prompt_ids")
 """Columns by which a set is known as prepared."""

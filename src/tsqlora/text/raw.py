@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.examples import Chat, Example, Manner
 from tsqlora.data.formats import PREFERENCE, Format
 from tsqlora.data.generation import Piece, causal_sample, pieces_of, tokens_of
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.prepared import Trained
 
 

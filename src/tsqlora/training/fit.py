@@ -11,16 +11,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
+from tsqlora.compat.torch import upcast
+from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss, set_loss_scaling, summed_batches
 from tsqlora.data.table import Samples
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Collate
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.tokens import TokenClassification
+from tsqlora.tasks import Collate, Task, has_own_loss
+from tsqlora.tasks.forward import output_part
 from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -83,7 +82,7 @@ def fit(
     live = [] if progress is None else [TellProgress(data, method.ranks, progress)]
 
     def measure(result: Any) -> dict[str, float]:
-        return cast(Any, task).metrics(result.predictions, result.label_ids)
+        return task.metrics(result.predictions, result.label_ids)
 
     trainer = Trainer(
         model,
@@ -94,7 +93,7 @@ def fit(
         data_collator=cast(Any, inputs.collate),
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
-        compute_metrics=measure if isinstance(task, Answers | TokenClassification) else None,
+        compute_metrics=measure if task.writer is None else None,
         callbacks=[*method.callbacks, *also, guard, *live],
     )
     # Both print logs to stdout, which is for a command's result only.
@@ -102,13 +101,21 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     if args.report_to:
         trainer.add_callback(ReportCallback(trainer))
-    divides = isinstance(task, Generation) and _divides_by_window(model, inputs.collate([data.dataset[0]]))
+    divides = task.writer is not None and _divides_by_window(model, inputs.collate([data.dataset[0]]))
     set_loss_scaling(trainer, divides_by_window=divides)
+    if has_own_loss(task, model):
+        set_loss(trainer, lambda outputs, labels: task.batch_loss(task.loss(_logits(outputs), labels), labels))
     for callback in also:
         if isinstance(callback, AddsToLoss):
             callback.set_summed(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    logits = output_part(outputs, "logits")
+    assert logits is not None
+    return upcast(logits)
 
 
 @torch.no_grad()

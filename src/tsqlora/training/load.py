@@ -1,23 +1,18 @@
 """A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
-    AutoModelForAudioClassification,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -28,14 +23,9 @@ from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import require_model, why_not_loaded
 from tsqlora.compat.transformers import require_no_adapter, without_named_files
-from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.media import MediaCollator
 from tsqlora.errors import SettingsError
-from tsqlora.tasks import MEDIA, Task
-from tsqlora.tasks.forward import Batch, Collate, base_model
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.preference import Preference
+from tsqlora.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +61,17 @@ def positions_of(model: Any) -> int | None:
     return positions - max(paddings, default=-1) - 1
 
 
-def embeddings_of(model: Any) -> int:
-    """How many tokens a model has embeddings for."""
-    return model.get_input_embeddings().weight.shape[0]
-
-
 def load_pretrained(
     path: str,
+    task: Task,
     *,
-    labels: LabelMap | None,
-    generation: Generation | None = None,
-    media: str | None = None,
+    labels: LabelMap | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
-    """The model with one output a class, or a single one for regression (`labels` None); or one that generates text.
-
-    `media` is "image" or "audio" for a model that reads files.
+    """The model with one output a class, or a single one for numbers (`labels` None); or one that generates text.
 
     A head of another size, such as that of a checkpoint trained on other classes, is replaced by a new one.
     `quantization` is "4bit" or "8bit": the body's linear layers are packed by bitsandbytes, and compute in `dtype`.
@@ -97,20 +79,19 @@ def load_pretrained(
     what writes text, or would have new layers packed; and where bitsandbytes is not installed.
     """
     require_model(path)
-    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _named_failures(path):
         require_no_adapter(path, common["revision"])
-        config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
-        by_word = labels is not None and labels.answer == "tags"
-        if media is not None:
-            tokenizer = _PROCESSORS[media].from_pretrained(path, **common)
+        config = AutoConfig.from_pretrained(path, **common, **({} if reading.whole else _head(task, labels)))
+        if reading.media is not None:
+            tokenizer = _PROCESSORS[reading.media].from_pretrained(path, **common)
         else:
-            tokenizer = _tokenizer(path, config, by_word=by_word, generates=generation is not None, **common)
-        if generation is not None:
-            _require_kind(generation, config, path)
-        weights = getattr(torch, dtype)
+            by_token = task.reading.by_token
+            tokenizer = _tokenizer(path, config, by_word=by_token, generates=reading.whole, **common)
+        if reading.whole:
+            _require_kind(task, config, path)
+        weights, kind = getattr(torch, dtype), getattr(transformers, reading.auto)
         require_supported_packing(config)
-        kind = AutoModelForTokenClassification if by_word else _auto_class(generation, media)
         packed = _packing(quantization, weights, kind, config, trust_remote_code) if quantization else {}
         model, info = kind.from_pretrained(
             path,
@@ -118,12 +99,12 @@ def load_pretrained(
             config=config,
             **packed,
             dtype=weights,
-            ignore_mismatched_sizes=generation is None,
+            ignore_mismatched_sizes=not reading.whole,
             output_loading_info=True,
         )
-    if media is None:
+    if reading.media is None:
         _require_vocabulary(tokenizer, path)
-    if generation is not None:
+    if reading.whole:
         _require_weights(info["missing_keys"], path)
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
     # Masks of speech models' pretraining: training draws them, and no prediction reads them.
@@ -199,20 +180,12 @@ def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: s
             )
 
 
-def _auto_class(generation: Generation | None, media: str | None) -> Any:
-    if media is not None:
-        return {"image": AutoModelForImageClassification, "audio": AutoModelForAudioClassification}[media]
-    if generation is None:
-        return AutoModelForSequenceClassification
-    return AutoModelForCausalLM if generation.causal else AutoModelForSeq2SeqLM
-
-
-def _require_kind(generation: Generation, config: Any, path: str) -> None:
+def _require_kind(task: Task, config: Any, path: str) -> None:
     behind_encoder = bool(getattr(config, "is_encoder_decoder", False))
-    if behind_encoder == generation.causal:
+    if behind_encoder == task.reading.causal:
         other = "seq2seq" if behind_encoder else "causal-lm"
         kind = "has an encoder and a decoder" if behind_encoder else "is a decoder alone"
-        raise SettingsError(f"model.path {path!r} {kind}, and task.type is {generation.name}; set it to {other}")
+        raise SettingsError(f"model.path {path!r} {kind}, and task.type is {task.name}; set it to {other}")
 
 
 def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -232,52 +205,10 @@ def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(outermost(sorted({key.rpartition(".")[0] for key in missing_keys})))
 
 
-_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
-"""transformers' problem_type, by which a model chooses its own loss."""
-
-
-def _head(labels: LabelMap | None) -> dict[str, Any]:
-    if labels is None:
-        return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
-    names = [str(name) for name in labels.names]
+def _head(task: Task, labels: LabelMap | None) -> dict[str, Any]:
+    names = ["LABEL_0"] if labels is None else [str(name) for name in labels.names]
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": _PROBLEMS.get(labels.answer),
+        "problem_type": task.reading.problem_type,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class WithDecoderInputs:
-    """Batches of a model behind an encoder: what its decoder reads is the target, one token late.
-
-    The model makes them itself of labels, which scoring keeps for itself.
-    """
-
-    padded: GenerationCollator
-    model: Any
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        batch = self.padded(samples)
-        if "labels" not in batch:
-            return batch
-        return {**batch, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
-
-
-def collate_of(task: Task, model: nn.Module, tokenizer: Any, *, max_length: int, left: bool = False) -> Collate:
-    """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from.
-
-    Of images and recordings, decodes the files of a batch; `tokenizer` is their processor.
-    """
-    if task.name in MEDIA:
-        gray = getattr(model.config, "num_channels", 3) == 1
-        return MediaCollator(tokenizer, MEDIA[task.name], max_length, gray)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(task, Generation | Preference):
-        return collator(tokenizer, max_length=max_length, positions=positions, tags=task.answer == "tags")
-    longest = -(-max_length // MULTIPLE) * MULTIPLE
-    multiple = MULTIPLE if positions is None or longest <= positions else 1
-    if isinstance(task, Preference):
-        return PairCollator(generation_collator(tokenizer, seq2seq=False, multiple=multiple))
-    padded = generation_collator(tokenizer, seq2seq=not task.causal, multiple=multiple, left=left)
-    return padded if task.causal else WithDecoderInputs(padded, base_model(model))

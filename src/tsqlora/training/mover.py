@@ -32,8 +32,7 @@ from tsqlora.ranks.moves import (
     moves_allowed,
     require_policy,
 )
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks import Collate, Task
 from tsqlora.training.checkpoints import require_options
 from tsqlora.training.optimizer import StepOrder, gradient_norm, take_over
 

@@ -9,15 +9,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tsqlora.compat.torch import double
 from tsqlora.data.table import length_of
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.progress import Progress
 from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, Collate, base_model, model_logits, split_labels
-from tsqlora.tasks.generation import Generation
+from tsqlora.tasks import Batch, Collate, Task, Writer
+from tsqlora.tasks.forward import base_model, split_labels
 from tsqlora.training.load import positions_of
 
 
@@ -26,8 +24,8 @@ def predict_logits(
     samples: Sequence[dict[str, Any]],
     collate: Collate,
     *,
+    task: Task,
     batch_size: int,
-    task: Task | None = None,
     autocast: torch.dtype | None = None,
     phase: str = "evaluation",
     progress: Progress | None = None,
@@ -40,7 +38,7 @@ def predict_logits(
 
     def measure(rows: np.ndarray, batch: Batch) -> Columns:
         nonlocal out
-        logits = model_logits(model, batch, task).numpy(force=True)
+        logits = task.reading.logits(model, batch).numpy(force=True)
         # The first batch has the longest samples.
         out = np.zeros((len(samples), *logits.shape[1:]), logits.dtype) if out is None else out
         out[rows, : logits.shape[1]] = logits
@@ -76,32 +74,32 @@ def token_metrics(
     model: nn.Module,
     samples: Samples,
     collate: Collate,
-    task: Generation,
+    task: Task,
     *,
     phase: str,
     compute: Compute,
 ) -> dict[str, float]:
-    """loss (mean over all target tokens), perplexity (its exponential) and token_accuracy, with the targets shown.
+    """The task's metrics of target tokens, with the targets shown.
 
     Raises TsqLoraError where the loss is not finite.
     """
 
-    def measure(_: np.ndarray, batch: Batch) -> Columns:
-        inputs, labels = split_labels(batch, model)
-        counts = task.count(model_logits(model, inputs, task), labels)
-        columns = {"loss": double(counts.loss), "right": counts.right, "tokens": counts.tokens}
-        return {name: values.numpy(force=True) for name, values in columns.items()}
+    writer, lengths = task.writer, [len(sample["input_ids"]) for sample in samples]
+    assert writer is not None
 
-    lengths = [len(sample["input_ids"]) for sample in samples]
+    def measure(_: np.ndarray, batch: Batch, writer: Writer = writer) -> Columns:
+        inputs, labels = split_labels(batch, model)
+        counts = writer.count(task.reading.logits(model, inputs), labels)
+        return {name: values.numpy(force=True) for name, values in counts.items()}
+
     with torch.inference_mode():
         columns = run_pass(model, measure, samples, collate, compute, lengths=lengths, phase=phase)
-    loss, right, tokens = (float(columns[name].sum()) for name in ("loss", "right", "tokens"))
-    loss /= max(tokens, 1)
-    if not math.isfinite(loss):
+    metrics = writer.of_counts({name: float(column.sum()) for name, column in columns.items()})
+    if not math.isfinite(metrics["loss"]):
         raise TsqLoraError(
-            f"the loss on {len(samples)} rows is {loss}; lower training.learning_rate or use another dtype"
+            f"the loss on {len(samples)} rows is {metrics['loss']}; lower training.learning_rate or use another dtype"
         )
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": right / max(tokens, 1)}
+    return metrics
 
 
 def write_texts(
@@ -109,8 +107,8 @@ def write_texts(
     prompts: Samples,
     collate: Collate,
     tokenizer: PreTrainedTokenizerBase,
-    task: Generation,
     *,
+    continues: bool,
     max_new_tokens: int,
     beams: int,
     phase: str,
@@ -118,6 +116,7 @@ def write_texts(
 ) -> list[str]:
     """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
 
+    Where it `continues` them, its output begins with the prompt.
     Nothing of the base's generation_config counts but its special tokens: no least length, no penalty.
 
     `collate` must pad a causal model's prompts on the left: it goes on from their last token.
@@ -125,7 +124,7 @@ def write_texts(
     """
     inner: Any = base_model(model)
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
-    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if task.causal else 0)
+    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if continues else 0)
     how = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=beams,
@@ -141,7 +140,7 @@ def write_texts(
     def write(rows: np.ndarray, batch: Batch) -> Columns:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
-        new = written[:, inputs["input_ids"].shape[1] :] if task.causal else written
+        new = written[:, inputs["input_ids"].shape[1] :] if continues else written
         for j, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[int(j)] = text.strip()
         return {}

@@ -27,9 +27,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import worst_findings
 from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
@@ -115,10 +113,12 @@ class QualityCallback(PartCallback):
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         self.schedule = Schedule.of(data, args, state, len(loader))
+        self._path = self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
         saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
-        looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
+        task = self._task(args, model)
+        looks = self.rule.decides(task, len(data.trusted) > 0)
         if saved is not None:
             require_options(saved["draws"], self._draws())
         elif looks:  # check on two rows, before the look, what can be checked
@@ -134,19 +134,19 @@ class QualityCallback(PartCallback):
             _read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved["looks"]) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
-        last = ends_trusted and self._trusted_last(self._task(args, model), model, loader.collate_fn)
+        last = ends_trusted and self._trusted_last(task, model, loader.collate_fn)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
-        tokenizer, task = kwargs.get("processing_class"), self._task(args, model)
-        written = isinstance(task, Generation) and task.causal and getattr(tokenizer, "is_fast", False)
+        tokenizer = kwargs.get("processing_class")
+        written = task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False)
         if written and self.into is None:  # `tsqlora train` has looked itself
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
             for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
                 self._note(finding)
         if saved is not None:
-            self._resume(saved, self._path(args))
+            self._resume(saved)
             if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
                 state.epoch = state.global_step / self.schedule.epoch_steps
         elif looks:
@@ -157,14 +157,12 @@ class QualityCallback(PartCallback):
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
                 cure = "give QualitySubset(trusted=rows), or a fraction of 1"
                 warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
-        elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
-            # The head only, without a look: for the control.
+        elif self.rule.head_start and task.writer is None:  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
             head = None if started.head is None else started.head.summary()
             self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
-            rows = len(data.dataset) + len(data.trusted)
-            self._spent["look"] = PhaseCost(time.perf_counter() - start, rows)
+            self._spent["look"] = PhaseCost(time.perf_counter() - start, len(data.dataset) + len(data.trusted))
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
@@ -289,17 +287,14 @@ class QualityCallback(PartCallback):
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
         """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
-        if isinstance(task, Generation):
+        if task.writer is not None:
             return False
-        if task.answer not in ("class", "labels", "tags"):
+        if task.reading.label is None:
             return True
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
             parts = [(self.collate or collate)([row])["labels"] for row in rows]
-        if task.answer == "labels":
-            present = int(torch.cat(parts).gt(0.5).any(dim=0).sum())
-        else:
-            present = len({label for part in parts for label in part.flatten().tolist()} - {IGNORED})
+        present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
         classes = getattr(getattr(model, "config", None), "num_labels", present)
         return 2 * present >= classes
 
@@ -313,18 +308,18 @@ class QualityCallback(PartCallback):
         decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
-    def _resume(self, saved: Mapping[str, Any], scores_path: Path) -> None:
+    def _resume(self, saved: Mapping[str, Any]) -> None:
         self.looks, self._digest = saved["looks"], saved["scores_sha256"]
         self._spent = {phase: PhaseCost(**cost) for phase, cost in saved["spent"].items()}
         self.notes, self._jumped = saved.get("notes", []), saved.get("jumped", False)
         if self._digest is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
-        paths = [path for path in (scores_path, first_scores(scores_path)) if path.exists()]
+        paths = [path for path in (self._path, first_scores(self._path)) if path.exists()]
         path = distributed.once(lambda: next((p for p in paths if digest(p) == self._digest), None))
         if path is None:
             what = "holds other scores than the run's" if paths else "is missing"
-            raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
+            raise DataError(f"cannot resume: {self._path} {what}; put it back, or start again")
         self._first = Scores.load(path)
         if saved["scored_epoch"] is not None:
             self.data.plan = self.data.plan.scored(self._first, saved["scored_epoch"], by=self.name)
@@ -382,7 +377,7 @@ class QualityCallback(PartCallback):
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
         self.looks.append({**summary, "not_ready": result.why_not, **counts})
         if result.why_not is None or self.data.scores is None:
-            path = self._path(args)
+            path = self._path
             if distributed.is_first():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if self.data.scores is not None:
@@ -397,9 +392,6 @@ class QualityCallback(PartCallback):
             self.data.plan = plan.unscored(awaits_scores=first, by=self.name)
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
-
-    def _path(self, args: TrainingArguments) -> Path:
-        return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
 
 
 def _read_in_order(loader: Any, data: QualitySubset) -> None:

@@ -23,7 +23,7 @@ from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.moves import RankEvent, RankSchedule, require_policy
-from tsqlora.tasks.forward import Collate, task_of
+from tsqlora.tasks import Collate, task_of
 from tsqlora.training.checkpoints import read_state, write_state
 from tsqlora.training.mover import RankLoop
 from tsqlora.training.session import PartCallback

@@ -27,7 +27,8 @@ from tsqlora.compat.transformers import carried, knows_lengths, saved_note
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks.forward import base_model, task_of
+from tsqlora.tasks import task_of
+from tsqlora.tasks.forward import base_model
 from tsqlora.training.checkpoints import (
     NOTE,
     checkpoint_folder,

@@ -13,7 +13,7 @@ from tsqlora.data.batches import padded_labels
 from tsqlora.quality import head_start
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute, LookRequest, ScoringRule
-from tsqlora.quality.tag_features import tag_features
+from tsqlora.quality.units import token_units
 from tsqlora.tasks import get_task
 
 TASK, COMPUTE = get_task("token-classification"), Compute(7)
@@ -43,16 +43,16 @@ def test_tokens_are_numbered_and_batches_split_where_memory_is_short() -> None:
         return padded(batch)
 
     every = np.arange(20)
-    whole = tag_features(model, rows, every, padded, TASK, COMPUTE)
-    split = tag_features(model, rows, every, short, TASK, COMPUTE, without=1)
+    whole = token_units(model, rows, every, padded, task=TASK, compute=COMPUTE)
+    split = token_units(model, rows, every, short, task=TASK, compute=COMPUTE, without=1)
     assert whole is not None
     assert split is not None
-    some = whole[1].tags != 1
-    for name in ("tags", "rows", "numbers"):
+    some = whole[1].labels != 1
+    for name in ("labels", "rows", "numbers"):
         np.testing.assert_array_equal(getattr(split[1], name), getattr(whole[1], name)[some])
     np.testing.assert_allclose(split[1].features, whole[1].features[some], atol=1e-5)
     tags = [rows[j]["labels"][number + 1] for j, number in zip(whole[1].rows, whole[1].numbers, strict=True)]
-    assert tags == whole[1].tags.tolist()
+    assert tags == whole[1].labels.tolist()
     assert max(tried[-10:]) <= 2, "a size that did not fit is not tried again"
 
 
