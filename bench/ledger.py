@@ -23,16 +23,11 @@ from typing import Any
 
 import numpy as np
 from origin import ROOT, commit, machine, parser_of, write
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 sys.path.append(str(ROOT / "tests"))
 
-from families import FAMILIES, tokenizer_of
+from families import FAMILIES, tokenizer_of, trained_tokenizer
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
@@ -231,13 +226,7 @@ def timed(count: int) -> dict[str, Any]:
     documents = (ROOT / ".." / "shared" / "data" / "xsum" / "train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["document"] for line in documents] + [row["output"] for row in alpaca()]
     sentences, family = [part for text in texts for part in text.split(". ")], FAMILIES["qwen 2.5"]
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteDecoder()  # type: ignore[assignment]
-    made: dict[str, Any] = {"vocab_size": 16_000, "initial_alphabet": ByteLevel.alphabet()}
-    trainer = BpeTrainer(special_tokens=list(family.specials), show_progress=False, **made)
-    inner.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=family.specials[0])
-    tokenizer.chat_template = family.template
+    tokenizer = trained_tokenizer(family, texts, 16_000)
     rng = np.random.default_rng(46)
     with tempfile.TemporaryDirectory() as folder:
         source, model = Path(folder) / "chats.jsonl", Path(folder) / "model"

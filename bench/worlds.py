@@ -15,10 +15,12 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,6 +34,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from tsqlora.quality.epochs import EpochPlan, trusted_steps
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
@@ -40,6 +43,7 @@ from tsqlora.run.finished import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
 from tsqlora.tasks import get_task
+from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
@@ -276,11 +280,14 @@ class Way:
     """`cleanlab`, `jtt` or `knn`."""
     dfr: bool = False
     """Fits a new head on the trusted rows at the end."""
+    mixed: bool = False
+    """Trusted rows are mixed into every epoch, as often as they would else come last."""
 
 
 EVEN = {"enabled": False}
 METHODS: dict[str, Way] = {
     "default": Way(),
+    "mixed": Way(mixed=True),
     "even": Way(EVEN),
     "trusted": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True),
     "alone": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True, stops=True),
@@ -294,7 +301,8 @@ METHODS: dict[str, Way] = {
     "knn": Way(EVEN, trusted=False, before="knn"),
     "dfr": Way(EVEN, trusted=False, dfr=True),
 }
-"""`even` has the trusted rows in every epoch, `trusted` and `alone` them alone, `lora` is plain LoRA on all rows."""
+"""`mixed` has the trusted rows in every epoch, `even` each of them once an epoch, `trusted` and `alone` them alone;
+`lora` is plain LoRA on all rows."""
 
 
 def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], training: Mapping[str, Any]) -> Config:
@@ -311,6 +319,15 @@ def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], tr
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def mixed_in(trusted: int) -> Iterator[None]:
+    """Mix trusted rows into every epoch, as many as the rule has for the last steps."""
+    share = trusted_steps(STEPS, trusted, 16) / STEPS
+    never = patch.object(QualityCallback, "_trusted_last", lambda *_: False)
+    with never, patch.object(EpochPlan, "_trusted_of", lambda plan, _: round(plan.size * share)):
+        yield
 
 
 def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
@@ -337,7 +354,8 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
             evaluations = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 20, "save_steps": 20}
             training |= evaluations | {"load_best_model_at_end": True, "save_total_limit": 2}
         write_rows(folder / "train.jsonl", pool)
-        record = train(config_of(folder, names, quality, training), folder / "run")
+        with mixed_in(trusted) if way.mixed else nullcontext():
+            record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun
         labels, loss = predictions(folder / "run", folder / "test.jsonl", folder / "predicted.jsonl"), None
         if way.dfr:
@@ -371,9 +389,8 @@ def predictions(run: Path, file: Path, out: Path) -> list[Any]:
 
 def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     way = METHODS[method]
-    decides = json.dumps(
-        [dict(way.quality), way.before + "dfr" * way.dfr + "stops" * way.stops, STEPS, RATE, RULE], sort_keys=True
-    )
+    how = way.before + "dfr" * way.dfr + "stops" * way.stops + "mixed" * way.mixed
+    decides = json.dumps([dict(way.quality), how, STEPS, RATE, RULE], sort_keys=True)
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}{MARK}.{method}.{trusted}.{seed}.{mark}.json"
     result = stored(path, lambda: run(world, method, seed, trusted))

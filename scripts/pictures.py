@@ -30,11 +30,12 @@ LARGEST = 300_000
 sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
 
 from browser import Page, browser  # noqa: E402
+from families import FAMILIES, trained_tokenizer  # noqa: E402
 from tsqlora.cli import console  # noqa: E402
 from tsqlora.cli.commands import app  # noqa: E402
 from tsqlora.cli.progress_bars import Display  # noqa: E402
 from tsqlora.progress import Pulse  # noqa: E402
-from tsqlora.run.demo import run_demo  # noqa: E402
+from tsqlora.run.demo import bbc_news, run_demo  # noqa: E402
 
 
 def recorder(width: int = 100) -> Console:
@@ -122,6 +123,31 @@ def pages(folder: Path) -> None:
         screenshot(page, "audit")
 
 
+def chats(folder: Path) -> None:
+    """The page of an audit of chats about news, of which some are too long, copies, or without an answer."""
+    news = [text for text, _ in bbc_news()][:60]
+    tokenizer = trained_tokenizer(FAMILIES["qwen 2.5"], news, 6_000)
+    tokenizer.save_pretrained(folder / "model")
+    ends = tokenizer.eos_token_id
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=ends)
+    config.save_pretrained(folder / "model")
+    rows = list[tuple[str, str]]()
+    for j, text in enumerate(news):
+        first, *others = re.split(r"(?<=[.!?])\s+", text)
+        rows.append((f"Sum this up in a few sentences: {text[:400]}", " ".join([first, *others[: 12 * (j % 9 == 4)]])))
+    rows += [*rows[3:5], (rows[7][0], "")]
+    turns = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in rows]
+    (folder / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": one}) + "\n" for one in turns), encoding="utf-8"
+    )
+    call = ["audit", "chats.jsonl", "--model", "model", "--max-length", "300", "--out", "chats"]
+    with contextlib.chdir(folder):
+        typer.main.get_command(app)(call, standalone_mode=False)
+    with browser() as page:
+        page.open(folder / "chats" / "audit.html", width=1200)
+        screenshot(page, "chats")
+
+
 def forest(_: Path) -> None:
     """What each way to train gains over even draws, world by world, from bench/results/worlds."""
     from differences import plot
@@ -129,7 +155,7 @@ def forest(_: Path) -> None:
     write("worlds.svg", plot())
 
 
-MAKERS: dict[str, Callable[[Path], Any]] = {"forest": forest, "doctor": doctor, "pages": pages}
+MAKERS: dict[str, Callable[[Path], Any]] = {"forest": forest, "doctor": doctor, "pages": pages, "chats": chats}
 
 
 def main() -> None:

@@ -1,7 +1,15 @@
 """Tokenizers like those of well-known models: turn markers, end tokens and chat templates, one token a byte."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizers import byte_tokenizer
 
@@ -54,6 +62,30 @@ FAMILIES = {
         "<bos>",
         system=False,
     ),
+    "gemma 3": Family(
+        "{{ bos_token }}{% set first = '' %}{% set rest = messages %}{% if messages[0].role == 'system' %}"
+        "{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% endif %}"
+        "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+        "{{ (first if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        ("<eos>", "<end_of_turn>", "<start_of_turn>", "<bos>"),
+        ("<eos>", "<end_of_turn>"),
+        "<bos>",
+    ),
+    "qwen 2.5, tools": Family(
+        "<|im_start|>system\n{{ messages[0].content if messages[0].role == 'system' else 'You are helpful.' }}"
+        "{% if tools %}\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>{% endif %}"
+        "<|im_end|>\n"
+        "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content or '' }}{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n"
+        "</tool_call>{% endfor %}<|im_end|>\n{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n"
+        "{{ m.content }}\n</tool_response><|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+        ("<|im_end|>", "<|endoftext|>"),
+    ),
     "mistral": Family(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
         "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
@@ -93,5 +125,17 @@ def tokenizer_of(family: Family) -> Any:
     tokenizer.eos_token = family.specials[0]
     tokenizer.pad_token = family.specials[0]
     tokenizer.bos_token = family.bos
+    tokenizer.chat_template = family.template
+    return tokenizer
+
+
+def trained_tokenizer(family: Family, texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the family with words of these texts, in place of bytes."""
+    inner, made = Tokenizer(BPE()), {"vocab_size": size, "initial_alphabet": ByteLevel.alphabet()}
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = ByteDecoder()
+    options: dict[str, Any] = {**made, "special_tokens": list(family.specials), "show_progress": False}
+    inner.train_from_iterator(texts, BpeTrainer(**options))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=family.specials[0])
     tokenizer.chat_template = family.template
     return tokenizer

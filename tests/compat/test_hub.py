@@ -4,6 +4,7 @@ import pytest
 
 from tsqlora.compat.hub import is_hub_id, is_revision
 from tsqlora.errors import SettingsError
+from tsqlora.tasks import get_task
 from tsqlora.training.load import load_pretrained
 
 

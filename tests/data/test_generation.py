@@ -192,11 +192,11 @@ def test_a_start_token_that_marks_turns_is_not_doubled_where_a_prompt_is_cut() -
     assert tokenizer.decode(prompt["input_ids"]) == "cd<s>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_the_last_prompt_is_refused() -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     message = error(DataError, rows, byte_tokenizer(chat_template=template))
-    assert "train.jsonl:7: the chat template rewrites the text before turn 2" in message
+    assert "train.jsonl:7: the chat template rewrites the prompt of the last answer" in message
 
 
 # As Qwen3 does: only the last answer has its thoughts, so that each further turn rewrites what stands before.
@@ -213,6 +213,16 @@ def test_what_is_asked_stands_there_once_though_the_template_rewrites_what_stand
     prompts = make(rows_of({"messages": chat}), tokenizer, with_targets=False)[0]
     rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     assert prompts["input_ids"] == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_where_the_template_rewrites_earlier_answers_the_last_one_alone_is_learned() -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKS)
+    chat = [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]
+    sample = make(rows_of({"messages": chat}), tokenizer)[0]
+    prompt = make(rows_of({"messages": chat[:3]}), tokenizer, with_targets=False)[0]["input_ids"]
+    assert sample["input_ids"][: len(prompt)] == prompt
+    assert sample["labels"] == [-100] * len(prompt) + sample["input_ids"][len(prompt) :]
+    assert tokenizer.decode(sample["input_ids"][len(prompt) :]) == "()d"
 
 
 def test_of_an_answer_that_begins_a_chat_the_templates_header_is_not_trained_on() -> None:

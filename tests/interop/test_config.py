@@ -22,6 +22,7 @@ from tsqlora.interop.config import SETTINGS
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.run.export import export
+from tsqlora.tasks import get_task
 from tsqlora.training.load import load_pretrained
 from words import tokenizer
 

@@ -120,14 +120,14 @@ def test_tokens_that_the_model_never_trained_are_an_error(place: Path, tsqlora: 
     rows = write_jsonl(place / "right.jsonl", right(8))
     for model_of, severity in ((folder, "error"), (place / "model", None)):
         code, shown, _ = tsqlora("audit", rows, "--model", model_of, "--out", place / f"of {model_of.name}", "--json")
-        found = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
-        assert (code, found.get("untrained_tokens")) == (0, severity)
+        severities = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+        assert (code, severities.get("untrained_tokens")) == (0, severity)
     template = place / "chatml.jinja"
     template.write_text("{% for m in messages %}<|eot_id|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
     options = ("--chat-template", template, "--out", place / "fall apart", "--json")
     code, shown, _ = tsqlora("audit", rows, "--model", place / "model", *options)
-    found = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
-    assert found == {"untrained_tokens": "warning"}
+    severities = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+    assert severities == {"untrained_tokens": "warning"}
 
 
 def test_rows_of_very_different_length_are_much_padding(place: Path, tsqlora: Run) -> None:

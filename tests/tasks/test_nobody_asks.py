@@ -18,13 +18,13 @@ def questions(code: str) -> Iterator[str]:
     """Tests on the class, name, answer or type of a task or of its kind of label."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-            asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            named = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
         elif isinstance(node, ast.MatchClass):
-            asked = {name.id for name in ast.walk(node.cls) if isinstance(name, ast.Name)}
+            named = {name.id for name in ast.walk(node.cls) if isinstance(name, ast.Name)}
         else:
-            asked = set[str]()
+            named = set[str]()
         compares = isinstance(node, ast.Compare) and any(map(names_a_task, ast.walk(node)))
-        if asked & CLASSES or compares or (isinstance(node, ast.Attribute) and answer_of_a_task(node)):
+        if named & CLASSES or compares or (isinstance(node, ast.Attribute) and answer_of_a_task(node)):
             yield ast.unparse(node)
 
 
@@ -61,4 +61,4 @@ def test_a_question_is_seen(code: str) -> None:
 def test_nobody_outside_of_tasks_asks_which_task_it_has() -> None:
     files = [path for path in SOURCE.rglob("*.py") if path.parent.name != "tasks"]
     assert len(files) > 100
-    assert {str(path): asked for path in files if (asked := [*questions(path.read_text())])} == {}
+    assert {str(path): named for path in files if (named := [*questions(path.read_text())])} == {}

@@ -1,4 +1,4 @@
-"""Added tokens whose rows were made by resizing are told from trained ones, without a model."""
+"""Added tokens whose rows were made by resizing differ from trained ones, without a model."""
 
 from pathlib import Path
 from typing import Any

@@ -106,6 +106,17 @@ def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary
     assert "content_lost" in line_of(row, [without], vocabulary).findings
 
 
+def test_a_prompt_that_lacks_its_end_before_an_answer_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row, text = chat(QUESTION, ANSWER), QUESTION.encode()
+    whole = trained(tokenizer, row)
+    end = vocabulary.text(whole.ids.tolist()).index(text) + len(text)
+    last = np.searchsorted(vocabulary.ends(whole.ids), end)
+    ids, targets = (np.delete(one, slice(last - 7, last + 1)) for one in (whole.ids, whole.targets))
+    part = Trained(ids, targets, row.row)
+    assert vocabulary.text(part.ids.tolist()).count(text[:-8]) == 1
+    assert "content_lost" in line_of(row, [part], vocabulary, limit=1000).findings
+
+
 @pytest.mark.parametrize(
     ("contents", "name"),
     [
@@ -114,11 +125,29 @@ def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary
         ((QUESTION, f"{ANSWER}<|im_end|>"), "template_twice"),
         ((QUESTION, f"{ANSWER}\n### Instruction: more"), "broken_characters"),
         ((QUESTION, "It is a cafÃ© in Paris"), "broken_characters"),
+        ((QUESTION, f"<p>{ANSWER}</p>"), "html"),
         ((QUESTION,), "roles"),
     ],
 )
 def test_contents_show_it(tokenizer: Any, vocabulary: Vocabulary, contents: Sequence[str], name: str) -> None:
     assert name in line(tokenizer, vocabulary, chat(*contents)).findings
+
+
+@pytest.mark.parametrize(
+    "answer", ["Write `<b>` for bold, and <3 for a heart.", "```html\n<p>Paris</p>\n```", "a < b > c"]
+)
+def test_html_in_code_is_no_finding(tokenizer: Any, vocabulary: Vocabulary, answer: str) -> None:
+    assert line(tokenizer, vocabulary, chat(QUESTION, answer)).findings == []
+
+
+def test_reasoning_of_earlier_answers_may_be_left_out(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    reasoning = "<think>\nFrance is in Europe.\n</think>\n\n"
+    source = chat(QUESTION, reasoning + ANSWER, "And of Spain?", f"{reasoning}Madrid.")
+    rendered = trained(tokenizer, chat(QUESTION, ANSWER, "And of Spain?", f"{reasoning}Madrid."))
+    result = line_of(source, [rendered], vocabulary)
+    assert (result.findings, result.fate, result.lost_tokens) == (["reasoning_stripped"], "trained", 0)
+    rendered = trained(tokenizer, chat(QUESTION, "no", "And of Spain?", f"{reasoning}Madrid."))
+    assert "content_lost" in line_of(source, [rendered], vocabulary).findings
 
 
 def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:

@@ -48,11 +48,40 @@ def test_right_chats_have_no_finding(name: str) -> None:
         assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True), (name, line)
 
 
+def test_right_tool_calls_have_no_finding() -> None:
+    tool = {"type": "function", "function": {"name": "capital", "parameters": {"country": {"type": "string"}}}}
+    call = {"type": "function", "function": {"name": "capital", "arguments": {"country": "France"}}}
+    chat = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "Paris"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    (line,) = lines([{"messages": chat, "tools": [tool]}], vocabulary(FAMILIES["qwen 2.5, tools"]))
+    assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True), line
+    (line,) = lines([{"messages": chat[:2] + chat[3:], "tools": [tool]}], vocabulary(FAMILIES["qwen 2.5, tools"]))
+    assert line.findings == ["roles"]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_answer_that_does_not_fit_is_cut_or_left_out(name: str) -> None:
     (line,) = lines([turns(QUESTION, ANSWER * 20)], vocabulary(FAMILIES[name]), limit=200)
     assert line.findings == ["answer_cut"]
     assert line.lost_tokens
+
+
+def test_a_template_that_rewrites_earlier_answers_trains_the_last_one_alone() -> None:
+    reasoning = "<think>\nFrance.\n</think>\n\n"
+    family = vocabulary(FAMILIES["qwen 3, thinking"])
+    plain, thinks, fits = lines(
+        [turns(QUESTION, a, "And of Spain?", b) for a, b in ((ANSWER, "Madrid."), (reasoning + ANSWER, "Madrid."))]
+        + [turns(QUESTION, ANSWER)],
+        family,
+    )
+    assert plain.findings == ["prompt_not_prefix"]
+    assert thinks.findings == ["reasoning_stripped", "prompt_not_prefix"]
+    assert {(line.fate, line.stop_trained) for line in (plain, thinks, fits)} == {("trained", True)}
+    assert fits.findings == []
 
 
 def test_completions_of_a_base_model_have_no_finding() -> None:

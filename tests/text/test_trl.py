@@ -1,4 +1,4 @@
-"""What the ledger says of sets that TRL's trainers have prepared is what they train on."""
+"""The ledger of sets that TRL's trainers have prepared is what they train on."""
 
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ pytestmark = [
 ]
 
 TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])
+# `assistant_only_loss` trains what these marks enclose; nothing else reads them.
+TOKENIZER.chat_template = TOKENIZER.chat_template.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
 CHATS = [
     [
         {"role": "user", "content": f"What is the number {j} plus one, in words please?"},
@@ -78,6 +84,7 @@ def audited(rows: list[dict[str, Any]], folder: Path, *, source: bool = True, **
     [
         (MESSAGES, {}, ["prompt_trained"]),
         (COMPLETIONS, {}, []),
+        (MESSAGES, {"assistant_only_loss": True}, []),
         (MESSAGES, {"padding_free": True, "max_length": None}, ["prompt_trained"]),
     ],
 )
@@ -119,13 +126,13 @@ def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:
     result, trainer = audited(MESSAGES, tmp_path, max_length=140)
     vocabulary = vocabulary_of(TOKENIZER)
     for line, row, chat in zip(result.lines, trainer.train_dataset, CHATS, strict=True):
-        kept = (
+        answer_left = (
             vocabulary.text(row["input_ids"])
             .partition(b"assistant\n")[2]
             .removesuffix(b"\n")
             .removesuffix(b"<|im_end|>")
         )
-        lost = len(chat[1]["content"].encode()) - len(kept)
+        lost = len(chat[1]["content"].encode()) - len(answer_left)
         assert line.lost_tokens == lost
         assert ("answer_cut" in line.findings) == (lost > 0)
 
@@ -151,8 +158,8 @@ def test_a_trainer_that_was_built_is_audited_as_the_command_audits(kind: str, tm
             processing_class=TOKENIZER,
         )
     result = tsq.audit(trainer, data=rows, out=tmp_path / "audit")
-    found = {finding["name"]: finding["rows"] for finding in result["findings"] if finding["severity"] != "note"}
-    assert found == ({"stop_not_trained": 24} if kind == "Trainer" else {})
+    counts = {finding["name"]: finding["rows"] for finding in result["findings"] if finding["severity"] != "note"}
+    assert counts == ({"stop_not_trained": 24} if kind == "Trainer" else {})
     assert result["fates"] == {"trained": 24}
     assert {line["match"] for line in pq.read_table(tmp_path / "audit" / "ledger.parquet").to_pylist()} == {"exact"}
     assert (tmp_path / "audit" / "audit.html").exists()

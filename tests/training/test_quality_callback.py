@@ -49,37 +49,25 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def train_a_step(data: Any, callback: Any, folder: Path, **options: Any) -> None:
+    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
+    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", **common)
+    Trainer(llama(), args, train_dataset=data, callbacks=[callback], **options).train()
+
+
 def test_text_without_trusted_rows_is_said_to_be_drawn_evenly(tmp_path: Path) -> None:
     data = tsq.QualitySubset([{"input_ids": [5, 6, 7 + j], "labels": [5, 6, 7 + j]} for j in range(8)], 0.5)
-    args = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        max_steps=1,
-        train_sampling_strategy="sequential",
-    )
-    trainer = Trainer(llama(), args, train_dataset=data, callbacks=[tsq.QualityCallback(data)])
     with pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"):
-        trainer.train()
+        train_a_step(data, tsq.QualityCallback(data), tmp_path)
 
 
 def test_rows_without_a_token_to_learn_are_said(tmp_path: Path) -> None:
     data = tsq.QualitySubset(
         [{"input_ids": [5, 6, 7 + j], "labels": [-100, -100, -100 if j < 6 else 7 + j]} for j in range(8)]
     )
-    args = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        max_steps=1,
-        train_sampling_strategy="sequential",
-    )
     callback = tsq.QualityCallback(data, rule=tsq.ScoringRule(select=False))
-    trainer = Trainer(llama(), args, train_dataset=data, callbacks=[callback], processing_class=tokenizer())
     with pytest.warns(UserWarning, match=r"warning nothing_trained: .* \(75% of all rows: 0, 1, 2, …\)"):
-        trainer.train()
+        train_a_step(data, callback, tmp_path, processing_class=tokenizer())
 
 
 UNLEARNED = pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning")

@@ -226,7 +226,7 @@ def new_config(
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved.
 
-    So do linear layers beside it that the checkpoint lacked, such as a pooler: they have random weights.
+    So do other linear layers that the checkpoint lacked, such as a pooler: they have random weights.
     """
     own = heads(model)
     whole = [*modules_to_save, *own]

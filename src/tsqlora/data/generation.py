@@ -87,13 +87,13 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
         if not (prompt.startswith(seen) and whole.startswith(prompt)):
             if final is not None:
                 return [Piece(final, False)]
-            raise DataError(
-                f"{place}: the chat template rewrites the text before turn {i + 1}, so the turn's tokens are unclear; "
-                "write one assistant turn a row"
-            )
-        target, end = whole[len(prompt) :], tokenizer.eos_token
-        if isinstance(end, str) and target.rstrip().endswith(end):
-            target = target.rstrip()
+            prompt, whole = rendered(len(turns) - 1, prompt=True), rendered(len(turns), prompt=False)
+            if not whole.startswith(prompt):
+                raise DataError(
+                    f"{place}: the chat template rewrites the prompt of the last answer, so its tokens are unclear"
+                )
+            return [Piece(prompt, False), Piece(_target(whole[len(prompt) :], tokenizer), True)]
+        target = _target(whole[len(prompt) :], tokenizer)
         pieces += [Piece(prompt[len(seen) :], False), Piece(target, i >= chat.context)]
         seen = prompt + target
     if final is not None:
@@ -101,6 +101,11 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
             return [Piece(final, False)]
         pieces.append(Piece(final[len(seen) :], False))
     return [piece for piece in pieces if piece.text]
+
+
+def _target(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokenizer.eos_token
+    return text.rstrip() if isinstance(end, str) and text.rstrip().endswith(end) else text
 
 
 def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:

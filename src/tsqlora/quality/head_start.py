@@ -248,10 +248,11 @@ def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Uni
     """Fit the head on tagged tokens, with folds by row; None without a last layer, or for few rows."""
     dataset, rule = request.dataset, request.rule
     rows = np.sort(stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS])
-    found = token_units(model, dataset, rows, request.collate, task=request.task, compute=request.compute)
-    if found is None:
+    result = token_units(model, dataset, rows, request.collate, task=request.task, compute=request.compute)
+    if result is None:
         return None, None, None
-    (layer, units), own = found, ~request.twins[rows[found[1].rows]]
+    layer, units = result
+    own = ~request.twins[rows[units.rows]]
     assert units.losses is not None
     require_finite(torch.from_numpy(units.losses))
     if len(np.unique(units.rows[own])) < FOLDS:

@@ -136,9 +136,9 @@ def audit(
             # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
             outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
             every = np.arange(len(dataset))
-            found = token_units(model, dataset, every, collate, early=True, without=outside, **how)
-            if found is not None:
-                return audit_of_units(found[1], classes=classes, ids=ids)
+            tokens = token_units(model, dataset, every, collate, early=True, without=outside, **how)
+            if tokens is not None:
+                return audit_of_units(tokens[1], classes=classes, ids=ids)
         elif parts := [part for part in (forward.features, forward.mean) if part is not None]:
             features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
             return audit_of(features, forward.labels, classes=classes, ids=ids)

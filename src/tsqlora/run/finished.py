@@ -110,7 +110,7 @@ class FinishedRun:
     def unlabelled(self, table: Table) -> Samples:
         """Rows as samples without labels, with a warning about cuts."""
         reading, tokenizer = self.task.reading, self.pretrained.tokenizer
-        samples = reading.encode(list(table), table.columns, tokenizer, max_length=self.max_length, labels=None)
+        samples = reading.encode(list(table), self.columns, tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(samples, table.name, reading.noun(self.format), self.max_length)
         return samples
 

@@ -4,11 +4,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
@@ -114,7 +115,7 @@ def audit_text(
             progress("ledger", len(lines), len(table))
 
     def sequences(places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
-        chosen = [row for chunk in table.chunks() for row in chunk if row.id in places and not lacks_template]
+        chosen = [] if lacks_template else list(replace(table, ids=np.array(sorted(places), np.int64)))
         made = prepared_rows(chosen, format, tokenizer, max_length=limit)
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 
@@ -310,6 +311,8 @@ def audited(
             line.detail, line.lost_tokens = prepared.reason, prepared.lost
         else:
             line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
+            if prepared.last_alone:
+                line.findings = [*(name for name in line.findings if name != "only_last_answer"), "prompt_not_prefix"]
         lines.append(line)
     return lines
 

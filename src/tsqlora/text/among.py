@@ -4,6 +4,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -101,8 +102,9 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
     return [row.row for row in rows if leaks(_contents(row))]
 
 
-_NUMBERS = dict[str, int]()
-"""A number for each word that was read."""
+@lru_cache(1 << 18)  # the same words come again and again
+def _number(word: str) -> int:
+    return zlib.crc32(word.encode())
 
 
 def _shingles(text: str) -> np.ndarray | None:
@@ -110,8 +112,7 @@ def _shingles(text: str) -> np.ndarray | None:
     words = words_of(text)
     if len(words) < 2 * WIDTH:
         return None
-    _NUMBERS.update((word, zlib.crc32(word.encode())) for word in {*words}.difference(_NUMBERS))
-    numbers = np.array([_NUMBERS[word] for word in words], np.uint64)
+    numbers = np.array([*map(_number, words)], np.uint64)
     with np.errstate(over="ignore"):
         sums = np.zeros(len(words) - WIDTH + 1, np.uint64)
         for k in range(WIDTH):

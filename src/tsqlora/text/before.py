@@ -1,5 +1,6 @@
 """The worst findings of rows before they are trained on, from some of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def worst_findings(
     rows = {j: Conversation(j, ()) for j in places}
     if table is not None and table.format is not None:
         ids = dict(zip(table.samples.ids[places].tolist(), places, strict=True))
-        chosen = (row for row in table if row.id in ids)
+        chosen = replace(table, ids=np.sort(table.samples.ids[places]))
         rows = {ids[row.id]: conversation(row.cells, table.format, row.id) for row in chosen}
     lines = [
         line_of(rows[j], [Trained(one.ids, one.targets, j)], vocabulary, cut=True)  # by the settings, if it is
@@ -44,7 +45,7 @@ def worst_findings(
     shown = list[str]()
     for finding in worst:
         few = ", ".join(map(str, finding.places[:3])) + (", …" if len(finding.places) > 3 else "")
-        of = "all" if len(lines) == len(samples) else f"the {len(lines):,} looked at"
+        of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
         shown.append(
             f"{finding.severity} {finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); "
             "see `tsqlora audit`"
@@ -52,6 +53,6 @@ def worst_findings(
         if table is not None and finding.severity == ERROR and len(finding.places) == len(lines):
             cure = f"; for instance {finding.cure['TRL']}" if finding.cure else ""
             raise DataError(
-                f"{finding.name} in all rows of {table.name}: {finding.cause}{cure}; `tsqlora audit` shows them"
+                f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; `tsqlora audit` shows them"
             )
     return shown

@@ -1,12 +1,12 @@
 """Which added tokens a model has never trained, by their embedding rows: slices of a file, or a model's own."""
 
-import json
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from safetensors import safe_open
 
 from tsqlora.compat.hub import cached_model
 from tsqlora.compat.shapes import Float
@@ -29,26 +29,24 @@ def untrained_tokens(model: Any, added: Collection[int]) -> frozenset[int]:
     `model` is a directory or hub id, of which single rows are read if its weights are on this machine; or a model,
     whose adapter may train rows.
     """
-    if isinstance(model, nn.Module):
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(model, str | Path):
+        embedding = model.get_input_embeddings()
         if any(p.requires_grad for p in embedding.parameters()):
             return frozenset()
         weight = embedding.weight
         return looks_untrained(lambda ids: weight[list(ids)].detach().float().cpu().numpy(), len(weight), added)
-    folder = Path(model) if Path(model).is_dir() else Path(cached_model(model, "main") or "")
-    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    names = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-    if name := next((name for name in names if name.endswith(NAMES)), None):
-        file = folder / names[name]
-    if not file.is_file():
-        return frozenset()
-    from safetensors import safe_open
+    folder = model if Path(model).is_dir() else cached_model(str(model), "main")
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with safe_open(path, framework="pt") as tensors:
+            if name := next(filter(lambda name: name.endswith(NAMES), tensors.keys()), None):
+                part = tensors.get_slice(name)
+                read = partial(_rows_of, part)
+                return looks_untrained(read, part.get_shape()[0], added)
+    return frozenset()
 
-    with safe_open(str(file), framework="pt") as tensors:
-        if (name := next((name for name in tensors.keys() if name.endswith(NAMES)), None)) is None:  # noqa: SIM118
-            return frozenset()
-        rows = tensors.get_slice(name)
-        return looks_untrained(lambda ids: np.stack([rows[j].float().numpy() for j in ids]), rows.get_shape()[0], added)
+
+def _rows_of(part: Any, ids: Sequence[int]) -> Float[np.ndarray, "n d"]:
+    return np.stack([part[j].float().numpy() for j in ids])
 
 
 def looks_untrained(read: Read, size: int, added: Collection[int]) -> frozenset[int]:

@@ -87,7 +87,14 @@ FINDINGS: dict[str, Kind] = {
         _cures("SFTConfig(chat_template_path=…)", "chat_template: chatml", "template: chatml"),
     ),
     "content_lost": Kind(ERROR, "the preparation leaves out content of a message"),
-    "prompt_not_prefix": Kind(WARNING, "the prompt rendered alone is no prefix of the whole conversation"),
+    "reasoning_stripped": Kind(
+        NOTE, "the template leaves out the reasoning of earlier answers, as it does when the model is served"
+    ),
+    "prompt_not_prefix": Kind(
+        WARNING,
+        "the template rewrites earlier answers, so the last one alone is trained; write one answer a row to train all",
+        _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
+    ),
     "empty_answer": Kind(WARNING, "an answer is empty"),
     "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
     "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
@@ -109,6 +116,7 @@ FINDINGS: dict[str, Kind] = {
     "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
     "one_answer": Kind(NOTE, "many prompts have this one answer"),
     "broken_characters": Kind(WARNING, "mojibake, control characters, or role markers written as text"),
+    "html": Kind(NOTE, "a text has HTML tags outside code"),
     "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),
     "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
     "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),

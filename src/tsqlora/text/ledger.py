@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from ftfy.badness import is_bad
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.text.conversations import ANSWER, Conversation, Message
@@ -27,7 +28,11 @@ MARKER = re.compile(
     rb"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|<(?:start|end)_of_turn>"
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
-MOJIBAKE = re.compile(r"Ã[\x80-\xbf¡-¿]|â€[™œ\x9d“”˜¦]|Â[ -¿]|ï»¿")
+HTML = re.compile(
+    r"</?(a|b|body|br|div|em|font|h[1-6]|html|i|img|li|ol|p|span|strong|table|t[dhr]|ul)(\s[^<>]*)?/?>", re.IGNORECASE
+)
+CODE = re.compile(r"```.*?(```|\Z)|`[^`\n]*`", re.DOTALL)
+REASONING_ENDS = "</think>"
 
 
 class Span(NamedTuple):
@@ -37,6 +42,8 @@ class Span(NamedTuple):
     end: int
     before: int = 0
     behind: int = 0
+    stripped: bool = False
+    """Whether the template left out the reasoning that an earlier answer begins with."""
 
     @property
     def cut(self) -> bool:
@@ -82,15 +89,21 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         first = int(np.searchsorted(ends, begin, side="right"))
         return Span(first, int(np.searchsorted(ends, end, side="left")) + 1, before, behind)
 
+    def find(content: bytes, place: int) -> int:
+        at = plain.find(content, place) if content else -1
+        return vocabulary.text(ids).find(content, place) if content and at < 0 else at
+
     for message in messages:
         content = message.content.strip().encode()
-        at = plain.find(content, place) if content else -1
-        if at < 0 and content:
-            at = vocabulary.text(ids).find(content, place)
+        at = find(content, place)
+        if stripped := at < 0 and message.role == ANSWER and REASONING_ENDS in message.content:
+            rest = message.content.rpartition(REASONING_ENDS)[2].strip().encode()
+            at = find(rest, place)
+            content = rest if at >= 0 else content
         if not content:
             spans.append(None)
         elif at >= 0:
-            spans.append(span(at, at + len(content)))
+            spans.append(span(at, at + len(content))._replace(stripped=stripped))
             place = at + len(content)
         elif (part := _beginning(content, plain, place)) is not None:
             spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
@@ -190,8 +203,12 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
     answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
     lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
-    if lacks and not (cut and at_ends_alone(spans, messages)):  # what nobody answers is one of `roles`
+    there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
+    ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
+    if ends_early or (lacks and not (cut and at_ends_alone(spans, messages))):  # what nobody answers is one of `roles`
         line.findings.append("content_lost")
+    if any(span.stripped for span in answers):
+        line.findings.append("reasoning_stripped")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
     trained = [has_loss[span.start : span.end].any() for span in answers]
@@ -262,8 +279,10 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list
         findings.append("template_twice")
     elif any(ROLE_MARKERS.search(content) for content in contents):
         findings.append("broken_characters")
-    if any(CONTROL.search(content) or MOJIBAKE.search(content) for content in contents):
+    if any(CONTROL.search(content) or (not content.isascii() and is_bad(content)) for content in contents):
         findings.append("broken_characters")
+    if any(HTML.search(content) and HTML.search(CODE.sub("", content)) for content in contents):
+        findings.append("html")
     prompt = conversation.question[-1].content.strip() if conversation.question else ""
     answer = conversation.answer.strip()
     if len(prompt) >= LEAST_KNOWN and answer.startswith(prompt):

@@ -26,6 +26,8 @@ class Prepared:
     finding: str = ""
     """The finding that says why there are no sequences; "" if there are."""
     reason: str = ""
+    last_alone: bool = False
+    """Whether the template rewrites earlier answers, so that the last one alone is trained."""
 
 
 def prepared_rows(
@@ -39,7 +41,12 @@ def prepared_rows(
         failed = next((one for one in both if one.finding), None)
         lost = sum(one.lost for one in both)
         whole.append(
-            Prepared(tuple(s for one in both for s in one.sequences), lost, any(one.cut for one in both))
+            replace(
+                both[0],
+                sequences=tuple(s for one in both for s in one.sequences),
+                lost=lost,
+                cut=any(one.cut for one in both),
+            )
             if failed is None
             else replace(failed, lost=lost)
         )
@@ -59,11 +66,11 @@ def _side(
         except DataError as error:
             reason = str(error).removeprefix(f"{row.place}: ")
             name = "dropped" if example is None else "template_error"
-            if "rewrites the text" in reason:
+            if "rewrites the prompt" in reason:
                 name = "prompt_not_prefix"
             failed[row.id] = Prepared((), 0, finding=name, reason=reason)
     made = dict[int, Prepared]()
-    for (row, example, _), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
+    for (row, example, pieces), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
         targets = sum(len(run.ids) for run in runs if run.trained)
         one = causal_sample(example, runs, tokenizer, max_length, row.place)
         if one.needs > max_length:
@@ -75,5 +82,11 @@ def _side(
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
         with_loss = int((labels != IGNORED).sum())
         lost = max(0, targets - with_loss) if one.cut else 0
-        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), lost, one.cut)
+        last_alone = isinstance(example, Chat) and answers_of(example) > sum(piece.trained for piece in pieces) == 1
+        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), lost, one.cut, last_alone=last_alone)
     return [failed.get(row.id) or made[row.id] for row in rows]
+
+
+def answers_of(chat: Chat) -> int:
+    """Count the answers that a template may make targets of."""
+    return sum(turn.role == "assistant" for turn in chat.turns[chat.context :])
