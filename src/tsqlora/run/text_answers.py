@@ -12,7 +12,6 @@ from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import turns_of
 from tsqlora.text.conversations import Conversation
-from tsqlora.text.faults import LEVELS
 from tsqlora.text.look import SAMPLE, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
@@ -49,39 +48,3 @@ def answers_of(
     net = net.to(device)
     compute = Compute(BATCH, torch.bfloat16, parts=parts, progress=progress)
     return look_at_answers(net, turns, vocabulary, compute, seed=seed)
-
-
-def summary_of(look: AnswerLook) -> dict[str, Any]:
-    """The look in findings.json and in the terminal."""
-    faults = {
-        name: {
-            "planted": one.planted,
-            "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
-            "rate": one.rate if one.usable else None,
-            "high": one.high,
-            "evident": one.evident,
-            "listed": len(look.rows(name)),
-        }
-        for name, one in look.detections.items()
-    }
-    about = {"turns": len(look.turns), "tokens": look.tokens, "faults": faults, "shifts": look.shifts}
-    return {**about, "notes": look.notes, "says": _sentences(look)}
-
-
-def _sentences(look: AnswerLook) -> list[str]:
-    """Say first what can be power, then what was."""
-    texts = list[str]()
-    for name, one in look.detections.items():
-        power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
-        if not one.usable:
-            texts.append(f"{power}; rows do not differ enough from these to call any wrong")
-        elif not one.evident:
-            texts.append(f"{power}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
-        else:
-            rows = len(look.rows(name))
-            texts.append(
-                f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
-            )
-    for first, last, step in look.shifts:
-        texts.append(f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them")
-    return [*texts, *look.notes]

@@ -27,7 +27,7 @@ from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.text_answers import Sequences, answers_of, summary_of
+from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
@@ -286,7 +286,7 @@ def finish(
         "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
         "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
-        "answers": None if look is None else summary_of(answers),
+        "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
     }
     if out is None:

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,25 +56,69 @@ def turns_of(row: Conversation, sequences: Iterable[Trained], vocabulary: Vocabu
             if message.role != ANSWER:
                 question = message.content
             elif span is not None and span.before == 0 and (one.targets[span.start : span.end] >= 0).any():
-                header = one.ids[before : span.start]
-                stops = np.flatnonzero(np.isin(header, [*vocabulary.stops]))
-                header = header[stops[-1] + 1 :] if len(stops) else header
-                while len(header) and not vocabulary.text(header[:1].tolist()).strip():
-                    header = header[1:]
-                first = one.ids[:1] if vocabulary.bos is not None and before else one.ids[:0]
-                opens = len(first) and first[0] == vocabulary.bos and header[:1].tolist() != first.tolist()
                 behind = one.ids[span.end : span.end + 2].tolist()
                 yield Turn(
                     row.row,
                     one.side,
                     one.ids[: span.start],
-                    np.concatenate([first, header]) if opens else header,
+                    _opening(one.ids, before, span.start, vocabulary),
                     one.ids[span.start : span.end],
                     not span.cut and bool({*behind} & vocabulary.stops),
                     question,
                     message.content,
                 )
             before = before if span is None else span.end
+
+
+def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]:
+    """Return the trained stretches of sequences as answers, where the texts are not known.
+
+    What all prompts end with, such as the template's header, opens an answer.
+    """
+    turns = list[Turn]()
+    for one in sequences:
+        trained, before = one.trained, 0
+        for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
+            start, end = (int(stretch[0]), int(stretch[-1]) + 1) if len(stretch) else (0, 0)
+            ends = any(j in vocabulary.stops for j in one.ids[start:end].tolist())
+            while end > start and _empty(int(one.ids[end - 1]), vocabulary):
+                end -= 1
+            if end > start:
+                texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
+                question, text = (part.replace(b"\0", b"").decode(errors="replace") for part in texts)
+                turns.append(
+                    Turn(one.row, one.side, one.ids[:start], one.ids[:0], one.ids[start:end], ends, question, text)
+                )
+            before = end
+    suffix, first = _common_end([turn.prompt for turn in turns]), np.array([vocabulary.bos])
+    opens = [len(turn.prompt) and turn.prompt[0] == vocabulary.bos and len(suffix) < len(turn.prompt) for turn in turns]
+    return [
+        replace(turn, opening=np.concatenate([first, suffix]) if begins else suffix)
+        for turn, begins in zip(turns, opens, strict=True)
+    ]
+
+
+def _empty(token: int, vocabulary: Vocabulary) -> bool:
+    return token in vocabulary.stops or not vocabulary.text([token]).strip()
+
+
+def _common_end(prompts: Sequence[Int[np.ndarray, " p"]]) -> Int[np.ndarray, " s"]:
+    size = min(map(len, prompts), default=0)
+    ends = np.array([prompt[len(prompt) - size :] for prompt in prompts]).reshape(len(prompts), size)
+    differ = np.flatnonzero((ends != ends[:1]).any(0))
+    return ends[0, differ[-1] + 1 if len(differ) else 0 :] if len(prompts) else np.empty(0, np.int64)
+
+
+def _opening(ids: Int[np.ndarray, " t"], before: int, start: int, vocabulary: Vocabulary) -> Int[np.ndarray, " o"]:
+    """Return BOS and the header of the turn that begins at `start`, where the one before it ends at `before`."""
+    header = ids[before:start]
+    stops = np.flatnonzero(np.isin(header, [*vocabulary.stops]))
+    header = header[stops[-1] + 1 :] if len(stops) else header
+    while len(header) and not vocabulary.text(header[:1].tolist()).strip():
+        header = header[1:]
+    first = ids[:1] if vocabulary.bos is not None and before else ids[:0]
+    opens = len(first) and first[0] == vocabulary.bos and header[:1].tolist() != first.tolist()
+    return np.concatenate([first, header]) if opens else header
 
 
 @dataclass(frozen=True, slots=True)

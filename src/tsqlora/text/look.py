@@ -6,6 +6,7 @@ Nobody says which rows are bad. Faults planted in copies of the rows teach it, a
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -17,6 +18,7 @@ from tsqlora.text.answers import MOST_ANSWER, Sample, Turn, behind, features_of,
 from tsqlora.text.faults import (
     FAULTS,
     FOLDS,
+    LEVELS,
     PLANTED,
     Detection,
     cross_fitted,
@@ -66,6 +68,42 @@ class AnswerLook:
             row = self.turns[turn].row
             rows[row] = max(rows.get(row, 0.0), float(self.detections[fault].probability[turn]))
         return rows
+
+    def summary(self) -> dict[str, Any]:
+        """The look in findings.json, in the scores' record and in the terminal."""
+        faults = {
+            name: {
+                "planted": one.planted,
+                "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
+                "rate": one.rate if one.usable else None,
+                "high": one.high,
+                "evident": one.evident,
+                "listed": len(self.rows(name)),
+            }
+            for name, one in self.detections.items()
+        }
+        about = {"turns": len(self.turns), "tokens": self.tokens, "faults": faults, "shifts": self.shifts}
+        return {**about, "notes": self.notes, "says": self.sentences()}
+
+    def sentences(self) -> list[str]:
+        """Say first what can be found, then what was."""
+        texts = list[str]()
+        for name, one in self.detections.items():
+            power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
+            if not one.usable:
+                texts.append(f"{power}; rows do not differ enough from these to call any wrong")
+            elif not one.evident:
+                texts.append(f"{power}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
+            else:
+                rows = len(self.rows(name))
+                texts.append(
+                    f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
+                )
+        for first, last, step in self.shifts:
+            texts.append(
+                f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them"
+            )
+        return [*texts, *self.notes]
 
 
 def look_at_answers(
