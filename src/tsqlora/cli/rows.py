@@ -269,14 +269,15 @@ def _audit_text(
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:
+        options |= {"progress": display.progress, "tell": display.say}
         if config is None:
             assert prepared is not None
-            result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **options)
+            result = audit_prepared(prepared, model=model, out=folder, **options)
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
             options["batch"] = config.training.batch_size
-            result = audit_text(source, model=model, named=named, out=folder, progress=display.progress, **options)
+            result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):
         raise typer.Exit(4)

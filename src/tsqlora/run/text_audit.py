@@ -87,6 +87,7 @@ def audit_text(
     every: bool = False,
     out: Path,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Reconcile every row of a file with what `tsqlora train` would make of it; write ledger, findings and page.
 
@@ -128,7 +129,7 @@ def audit_text(
         "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
     }
     about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
-    read = partial(answers_of, model, rows, sequences, vocabulary, every=every, progress=progress)
+    read = partial(answers_of, model, rows, sequences, vocabulary, every=every, progress=progress, tell=tell)
     look = read if answers else None
     result = finish(out, about, rows, lines, conversations_of(evaluation), sequences, vocabulary, look)
     return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
@@ -145,6 +146,7 @@ def audit_prepared(
     every: bool = False,
     out: Path,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Reconcile a set that a trainer has prepared with the rows that it was made of.
 
@@ -169,7 +171,7 @@ def audit_prepared(
         "unmatched": result.unmatched,
         "lengths": lengths_of(result.lengths, BATCH, result.longest),
     }
-    read = partial(answers_of, model, result.rows, result.of, vocabulary, every=every, progress=progress)
+    read = partial(answers_of, model, result.rows, result.of, vocabulary, every=every, progress=progress, tell=tell)
     look = read if answers else None
     written = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary, look)
     return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
