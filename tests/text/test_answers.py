@@ -38,10 +38,13 @@ def slow_twin(model: nn.Module, one: Sample) -> dict[str, Any]:
     logp = model(ids).logits[0].log_softmax(-1)
     b, a = len(one.before), len(one.answer)
     places = [b + k for k in range(a) if b + k > 0]
+    each = np.zeros(module.MOST_ANSWER)
+    each[[k - b for k in places]] = [-float(logp[k - 1, ids[0, k]]) for k in places]
     entropies = [-(logp[k - 1].exp() * logp[k - 1]).sum() for k in places]
     stop = [float(logp[max(b + k - 1, 0), list(STOPS)].logsumexp(0)) for k in one.places]
     return {
-        "loss": -sum(float(logp[k - 1, ids[0, k]]) for k in places),
+        "each": each,
+        "loss": each.sum(),
         "tokens": len(places),
         "entropy": float(torch.stack(entropies).mean()),
         "stop": stop,

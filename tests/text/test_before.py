@@ -1,5 +1,6 @@
 """Answers that belong to other prompts are left out before training, where the rows' own faults show how."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def test_a_selection_for_another_trainer_leaves_them_out() -> None:
         rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
     plain = tokenizer()
     plain.chat_template = None
-    with pytest.warns(UserWarning) as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
     assert any("foreign_answer" in str(one.message) and "listed" in str(one.message) for one in said)
     left_out = {*range(ROWS)} - {*chosen["number"]}

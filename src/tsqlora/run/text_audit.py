@@ -34,7 +34,7 @@ from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.lengths import lengths_of
-from tsqlora.text.look import AnswerLook
+from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
@@ -277,6 +277,9 @@ def finish(
         pq.write_table(pa.table(columns), out / LEDGER_FILE)
     answers = AnswerLook([]) if look is None else look()
     suspects = {name: answers.rows(name) for name in answers.detections}
+    for turn, owner in answers.owners.items():
+        line = lines[answers.turns[turn].row]
+        line.detail = line.detail or f"its answer fits the prompt of row {owner} best"
     further |= {name: sorted(places) for name, places in suspects.items()}
     if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
@@ -294,7 +297,7 @@ def finish(
     if out is None:
         return {**about, "ledger": pa.table(columns)}
     shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
-    _write(out, about, rows, lines, findings, sequences(shown), vocabulary, suspects)
+    _write(out, about, rows, lines, findings, sequences(shown), vocabulary, suspects, answers.by_token())
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
 
@@ -356,6 +359,7 @@ def _write(
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
     suspects: Mapping[str, Mapping[int, float]],
+    losses: Losses,
 ) -> None:
     names = ("rows", "source", "sha256", "model", "lengths", "answers", "findings")
     write_json(out / FINDINGS_FILE, {name: about[name] for name in names})
@@ -373,4 +377,4 @@ def _write(
     ]
     none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
     write_rows(out / SUSPECTS_FILE, without_formulas(cells or [none])[0])
-    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary))
+    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary, losses))

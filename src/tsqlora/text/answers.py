@@ -143,7 +143,7 @@ def read_answers(
 ) -> dict[str, np.ndarray]:
     """Return how likely each answer is, whatever the batches.
 
-    `loss` (n) is the sum of −log p over the answer's tokens, and `tokens` (n) their number: without the first token
+    `each` (n × MOST_ANSWER) is −log p of each of the answer's tokens, 0 behind its end. `loss` (n) is the sum of −log p over the answer's tokens, and `tokens` (n) their number: without the first token
     where nothing precedes it. `entropy` (n) is the mean entropy of these predictions in nats. `stop` (n × k) is the
     log-probability of any stop at each of the k places.
     """
@@ -177,7 +177,10 @@ def read_answers(
             entropy.view(-1)[chunk] = scale - ((z - scale[:, None]).exp() * z).sum(1)
         predicts = read & (at < width - 1)
         count = predicts.sum(1)
+        each = torch.arange(MOST_ANSWER, device=device)
+        place = (start + each).clamp(0, width - 1)
         columns = {
+            "each": (loss * predicts).gather(1, place) * (each < answers[:, None]),
             "loss": (loss * predicts).sum(1),
             "tokens": count,
             "entropy": (entropy * predicts).sum(1) / count.clamp_min(1),

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import nn
 
-from tsqlora.compat.shapes import Bool, Int
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import MOST_ANSWER, Sample, Turn, behind, features_of, read_answers
 from tsqlora.text.faults import (
@@ -40,6 +40,8 @@ SUSPECTS, DECOYS = 0.15, 8
 """Share of the answers that are read behind other prompts, and how many."""
 LEAST_SUSPECTS = 5
 OWNERS, LEAST_SHIFTED = 200, 5
+Losses = Mapping[tuple[int, str], Mapping[int, float]]
+"""By row and side of a pair: −log p of a token, by its place in the sequence."""
 Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
 
 
@@ -55,6 +57,8 @@ class AnswerLook:
     """Share of answers from near prompts that is found at 1 % false alarms."""
     owners: dict[int, int] = field(default_factory=dict)
     """By turn: the row whose prompt its answer fits best."""
+    losses: dict[int, Float[np.ndarray, " t"]] = field(default_factory=dict)
+    """By turn that is called wrong: −log p of each of its answer's tokens that were read."""
     shifts: list[tuple[int, int, int]] = field(default_factory=list)
     """First row, last row, and by how many rows their answers are shifted."""
     tokens: dict[str, int] = field(default_factory=dict)
@@ -68,6 +72,14 @@ class AnswerLook:
             row = self.turns[turn].row
             rows[row] = max(rows.get(row, 0.0), float(self.detections[fault].probability[turn]))
         return rows
+
+    def by_token(self) -> Losses:
+        """The losses of answers that are called wrong, by row and place."""
+        losses = dict[tuple[int, str], dict[int, float]]()
+        for j, each in self.losses.items():
+            turn = self.turns[j]
+            losses.setdefault((turn.row, turn.side), {}).update(enumerate(each.tolist(), start=len(turn.prompt)))
+        return losses
 
     def summary(self) -> dict[str, Any]:
         """The look in findings.json, in the scores' record and in the terminal."""
@@ -146,6 +158,8 @@ def look_at_answers(
     _find_foreign(look, own, alone, folds, planted, rng, read)
     for name, fault in (FAULTS if faults is None else faults).items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
+    for turn in {int(j) for chosen in look.listed.values() for j in chosen}:
+        look.losses[turn] = prompted["each"][turn, : len(turns[turn].answer)]
     return look
 
 
