@@ -22,11 +22,18 @@ def chosen() -> dict[str, dict[str, dict[int, Curve]]]:
     cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     runs = pd.DataFrame([{**cell["settings"], "curve": cell["curve"], "headline": cell["headline"]} for cell in cells])
     curves: dict[str, dict[str, dict[int, Curve]]] = {}
-    for (table, method), of in runs.groupby(["table", "method"]):
+    for (table, method), of in runs[~runs.method.str.contains(":")].groupby(["table", "method"]):
         first = of[of.seed == of.seed.min()]
         rate = first.loc[first.headline.idxmax(), "rate"]
         curves.setdefault(str(table), {})[str(method)] = of[of.rate == rate].set_index("seed").curve.to_dict()
     return curves
+
+
+def scales() -> pd.DataFrame:
+    """By table, scale of the fitted head and seed: the curve at one rate."""
+    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*lora+head:*.json"))]
+    runs = pd.DataFrame([{**cell["settings"], "curve": cell["curve"]} for cell in cells])
+    return runs.assign(scale=runs.method.str.partition(":")[2].astype(float))
 
 
 def reached(curve: Curve, goal: Point) -> tuple[float, float] | None:

@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the fi
 several tables, a hyphen and the table's own name.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -346,6 +347,27 @@ def headstart(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def headstart_scale(_: Results) -> Rows:
+    """The head's scale: accuracy before the first step, over the curve and at its end, and test loss."""
+    rows = []
+    for (table, scale), of in (
+        curves.scales().sort_values("scale", ascending=False).groupby(["table", "scale"], sort=False)
+    ):
+        runs = [[point["accuracy"] for point in curve] for curve in of.curve]
+        rows.append(
+            {
+                "table": str(table),
+                "scale": f"{scale:g}",
+                "seeds": str(len(of)),
+                "before the first step": _mean([100 * run[0] for run in runs]),
+                "mean over the curve": _mean([100 * sum(run) / len(run) for run in runs]),
+                "at its end": _mean([100 * run[-1] for run in runs]),
+                "test loss": _mean([curve[-1]["loss"] for curve in of.curve], 3),
+            }
+        )
+    return sorted(rows, key=lambda row: row["table"])
+
+
 def headstart_short(_: Results) -> pd.DataFrame:
     """Plain LoRA and tsqlora side by side, a row for each table."""
     both = headstart(_).set_index(["table", "way to train"]).unstack("way to train")
@@ -376,56 +398,68 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
     return mean if len(present) == len(values) else f"{mean} ({len(present)} of {len(values)} seeds)"
 
 
-SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
-    "default": "tsqlora, {trusted} trusted",
-    "last": "{trusted} always last",
-    "even": "even draws, {trusted} mixed in",
-    "trusted": "{trusted} trusted alone",
-    "default-untrusted": "tsqlora",
-    "even-untrusted": "even draws",
-    "lora": "plain LoRA",
+WORLD_TABLES = {
+    "shortcut": (("shortcut",), (128,)),
+    "both": (("both",), (128,)),
+    "weak": (("weak",), (128,)),
+    "clean": (("clean",), (128,)),
+    "few": (("shortcut", "weak", "clean", "shortcut-bbc"), (32,)),
+    "other": (("overlap", "intents-wrong40", "intents-one10"), (128,)),
 }
-"""Short names of ways to train in the worlds."""
-
-
-WORLD_TABLES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
-    **{
-        world: lambda cells, world=world: (cells.world == world) & (cells.trusted != 16)
-        for world in ("shortcut", "shortcut-mpnet", "overlap", "both", "weak", "wrong20", "clean")
-    },
-    "intents": lambda cells: cells.world.str.startswith("intents"),
-    "few": lambda cells: (cells.world == "shortcut") & (cells.trusted == 16),
-    "careless": lambda cells: cells.world.str.endswith("-careless"),
-}
-"""Which cells of fresh seeds each table of the worlds shows."""
+"""Worlds and numbers of trusted rows of each table."""
 
 
 def worlds(name: str, _: Results) -> pd.DataFrame:
-    cells = differences.screen() if name == "screen" else differences.cells()
-    table = _worlds(cells if name == "screen" else cells[WORLD_TABLES[name](cells)])
-    return table if table.world.nunique() > 1 else table.drop(columns="world")
-
-
-def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy on average and in the worst group, the gain over even draws, test loss; means over seeds."""
-    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
-    rows = []
-    ordered = cells.sort_values(["world", "trusted"], ascending=[True, False], kind="stable")
-    for (world, trusted, method), of in ordered.groupby(["world", "trusted", "method"], sort=False):
-        key = (world, trusted, method)
-        gain = gains.loc[key] if key in gains.index else None
+    """Accuracy on average and in the worst group, the gains over even draws, and test loss; means over seeds."""
+    (names, trusted), cells = WORLD_TABLES[name], differences.cells()
+    gains, rows = differences.against_even(cells).set_index(["world", "trusted", "method"]), []
+    for world, number, method in itertools.product(names, trusted, differences.WAYS):
+        of = cells[(cells.world == world) & (cells.trusted == number) & (cells.method == method)]
+        if not len(of):
+            continue
+        gain = gains.loc[world, number, method] if method != "even" else None
         rows.append(
             {
                 "world": differences.WORLDS[world],
-                "": SHORT[method].format(trusted=trusted),
+                "": differences.WAYS[method][0].format(trusted=number),
                 "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
-                "gain": "" if gain is None else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
-                "test loss": f"{of.loss.mean():.2f}",
+                "gain": "" if gain is None else _difference(gain, "accuracy"),
+                "gain in the worst group": "" if gain is None else _difference(gain, "worst"),
+                "test loss": f"{of['loss'].mean():.2f}",
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
+
+
+def worlds_cost(_: Results) -> Rows:
+    """Processor seconds of tsqlora and of even draws, by those of plain LoRA with the same seeds."""
+    cells = differences.cells()
+    rows = []
+    for world in differences.WORLDS:
+        of = cells[(cells.world == world) & (cells.trusted == (32 if world == "shortcut-bbc" else 128))]
+        seconds = of.pivot_table(index="seed", columns="method", values="processor_seconds").dropna(
+            subset=[name for name in ("default", "even", "lora") if name in set(of.method)]
+        )
+        if {"default", "even", "lora"} <= {*seconds.columns} and len(seconds):
+            ratios = {name: f"{(seconds[name] / seconds['lora']).mean():.2f}" for name in ("default", "even")}
+            rows.append(
+                {
+                    "world": differences.WORLDS[world],
+                    "seeds": str(len(seconds)),
+                    "tsqlora": ratios["default"],
+                    "even draws from the fitted head": ratios["even"],
+                }
+            )
+    return rows
+
+
+def _difference(gain: pd.Series, name: str) -> str:
+    """Points with their interval; of one seed without."""
+    low, high = gain[f"{name}_low"], gain[f"{name}_high"]
+    return f"{gain[name]:+.1f}" + ("" if pd.isna(low) else f" ({low:+.1f}, {high:+.1f})")
 
 
 WRONG = {
@@ -516,8 +550,8 @@ def problems(_: Results) -> Rows:
     start = headstart(_).set_index(["table", "way to train"])
     ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
     cells = differences.cells()
-    with_128 = 100 * cells[cells.trusted == 128].groupby(["world", "method"]).accuracy.mean()
-    world, weak = with_128["shortcut"], with_128["weak"]
+    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
+    worlds = {name: _world_claim(cells, gains, name) for name in ("shortcut", "weak")}
     served = json.loads((RESULTS / "servers.json").read_text())["servers"]
     newest = {name.split()[0]: (name, kinds) for name, kinds in served.items()}
     verdicts = {name: Counter(kind["verdict"] for kind in kinds.values()) for name, kinds in newest.values()}
@@ -539,14 +573,12 @@ def problems(_: Results) -> Rows:
         _problem(
             "The rows have a shortcut; 128 rows are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
-            f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{world['even']:.1f}, the checked rows alone {world['trusted']:.1f}",
+            f"SST-2 with a shortcut: {worlds['shortcut']}",
         ),
         _problem(
             "Labels come from rules or a weak model; 128 are checked",
             "tsqlora train … --set data.trusted=trusted.jsonl",
-            f"SST-2 labelled by a lexicon: {weak['default']:.1f} % accuracy; the same rows mixed into the table "
-            f"{weak['even']:.1f}, the checked rows alone {weak['trusted']:.1f}",
+            f"SST-2 labelled by a lexicon: {worlds['weak']}",
         ),
         _problem(
             "A server gives other answers than PEFT",
@@ -569,6 +601,16 @@ def problems(_: Results) -> Rows:
             "GLUE's tables, clean or with 20 % random wrong labels: level, not better",
         ),
     ]
+
+
+def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
+    """Accuracy with 128 trusted rows, and the lower bound of the gain over the same rows mixed in."""
+    of, gain = cells[(cells.world == world) & (cells.trusted == 128)], gains.loc[world, 128, "default"]
+    accuracy, alone = (100 * of[of.method == name].accuracy.mean() for name in ("default", "alone"))
+    return (
+        f"{accuracy:.1f} % accuracy, at least {gain.accuracy_low:.1f} points more than with the same rows mixed in "
+        f"({gain.seeds:.0f} seeds, t interval); the checked rows alone {alone:.1f}"
+    )
 
 
 def rules(_: Results) -> Rows:
@@ -607,11 +649,13 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
+    "headstart-scale": headstart_scale,
     "headstart-short": headstart_short,
     "scoring": scoring,
     "scoring-goals": scoring_goals,
     "servers": servers,
-    **{f"worlds-{name}": partial(worlds, name) for name in (*WORLD_TABLES, "screen")},
+    "worlds-cost": worlds_cost,
+    **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
 }
 
 

@@ -5,8 +5,7 @@
 
 Each world is a function that returns training, trusted and test rows, and the group of each test row. A training takes
 440 steps of 16 rows (trusted rows alone: 220) at rank 8 and draws half of the pool an epoch, a fifth of CLINC150. Each
-cell runs on one core and is a file in bench/results/worlds_rule2; a finished cell is not run again. Those in
-bench/results/worlds are of the older rule.
+cell runs on one core and is a file in bench/results/worlds; a finished cell is not run again.
 """
 
 import hashlib
@@ -47,11 +46,11 @@ from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
-RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds_rule2"))
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))
 MODEL, MARK = encoder()
 STEPS, RATE, TEST_ROWS = 440, 5e-4, 1821
 RULE = 2
-"""Part of each cell's mark, so that cells of an older rule are no result of this one; 2 is the rule of issue 44."""
+"""Part of each cell's mark, so that cells of an older rule are no result of this one."""
 TOKENS, PAIR_TOKENS = 64, 96
 TOKEN = "(verified) "
 TOPICS = ("sports", "business")

@@ -43,7 +43,7 @@ def test_integers_in_a_csv_are_integer_labels() -> None:
     assert encode_labels(rows, "label", made) == [2, 1, 0]
 
 
-@pytest.mark.parametrize("other", ["a", "01", "+1", "1.0", "²"])
+@pytest.mark.parametrize("other", ["a", "01", "+1", "1.5", "²"])
 def test_one_label_in_a_csv_that_is_no_integer_makes_all_text(other: str) -> None:
     assert read_labels("10", other, typed=False) == ["10", other]
 
@@ -56,13 +56,25 @@ def test_a_csv_fits_a_map_made_of_json_integers() -> None:
     assert encode_labels(labelled("3", "1"), "label", LabelMap((1, 3))) == [1, 0]
 
 
+def test_whole_numbers_are_classes_however_a_file_writes_them() -> None:
+    """pandas writes integers as 1.0 where a cell is empty."""
+    assert read_labels("1.0", "0", "1", typed=False) == [1, 0, 1]
+    assert read_labels(1.0, 0.0, 1) == [1, 0, 1]
+    assert encode_labels(labelled("1.0", 0.0, "1", 1), "label", LabelMap((0, 1))) == [1, 0, 1, 1]
+
+
+def test_true_and_false_are_classes() -> None:
+    assert read_labels(True, False) == ["True", "False"]
+    assert encode_labels(labelled(True, "False"), "label", LabelMap(("False", "True"))) == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         *((missing, "no label in column 'label'") for missing in (None, "", "  ", math.nan)),
         ("bad", "label 'bad' is not among the training data's classes: 'neg', 'pos'"),
         (["a", "b"], "column 'label' holds the list ['a', 'b']"),
-        (True, "column 'label' holds the bool True"),
+        (True, "label 'True' is not among the training data's classes"),
         (0.5, "column 'label' holds the float 0.5"),
     ],
 )

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tables import cells_of
 from tsqlora.data import table as table_module
-from tsqlora.data.readers import SUFFIXES
+from tsqlora.data.readers import COMPRESSED, SUFFIXES, Hints
 from tsqlora.data.sources import open_table, open_tables
 from tsqlora.data.table import Table
+from tsqlora.data.write import copy_rows, write_corrected
 from tsqlora.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -40,7 +41,7 @@ def write_delimited(path: Path, rows: list[dict[str, str]], delimiter: str) -> P
 
 def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
     match path.suffix:
-        case ".jsonl":
+        case ".jsonl" | ".ndjson":
             return write(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
         case ".json":
             return write(path, json.dumps(rows, ensure_ascii=False, indent=1))
@@ -61,14 +62,14 @@ def error(source: str | Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*a quote joins:UserWarning")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @given(rows=TABLES)
 @ON_FILES
 def test_what_was_written_is_read_back_whatever_the_format(
     suffix: str, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    assert list(cells_of(write_as(tmp_path / f"t{suffix}", rows))) == rows
+    table = open_table(write_as(tmp_path / f"t{suffix}", rows), hints=Hints(quoting="quoted"))
+    assert [row.cells for row in table] == rows
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -159,9 +160,9 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.json", '[{"text": {"x": 1, "x": 2}}]', "'x' twice"),
         ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields"),
         ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields"),
-        ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
-        ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
-        ("t.tsv", 'text\tto\tlabel\n"a\tb"\tx\nc\td\tx\n', "t.tsv:2: a quote hides a separator; if it belongs"),
+        ("t.csv", 'text,label\na,0\n"b,1\nc\n', "t.csv:3: broken record"),
+        ("t.tsv", 'text\tlabel\n"a" b\t0\nc\td\t1\n', "t.tsv:2: broken record"),
+        ("t.tsv", 'text\tto\tlabel\n"a\tb"\tx\nc\td\tx\n', "t.tsv:2: a quote hides a separator; set data.quoting"),
         ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
         ("t.csv", "text,label,,\na,0,,\nb,1,x,\n", "t.csv:3: a value in one of 2 columns without a name"),
         ("t.txt", "a", ", ".join(SUFFIXES)),
@@ -176,10 +177,84 @@ def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path:
 def test_a_quote_that_may_have_joined_rows_is_named(name: str, separator: str, tmp_path: Path) -> None:
     rows = [["text", "label"], ['"a', "x"], ['b"', "y"], ["c", "x"]]
     path = write(tmp_path / name, "".join(f"{separator.join(row)}\n" for row in rows))
-    with pytest.warns(UserWarning, match=rf"{name}:2: a quote joins 2 lines that could each be a row"):
-        assert len(open_table(path)) == 2
+    message = f"{name}:2: a quote joins 2 lines that could each be a row; set data.quoting"
+    if separator == "\t":
+        assert message in error(path)
+    else:
+        with pytest.warns(UserWarning, match=message):
+            assert len(open_table(path)) == 2
+    assert len(open_table(path, hints=Hints(quoting="quoted"))) == 2
+    assert [row.cells["text"] for row in open_table(path, hints=Hints(quoting="literal"))] == ['"a', 'b"', "c"]
     harmless = write(tmp_path / name, f'text{separator}label\n"a\nb"{separator}x\n')
     assert len(open_table(harmless)) == 1
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_quotes_that_enclose_nothing_belong_to_the_text(name: str, separator: str, tmp_path: Path) -> None:
+    """As in GLUE's own files."""
+    texts = ['he said "no', '"so" they said', 'five" wide', "plain"]
+    path = write(tmp_path / name, "".join(f"{a}{separator}{b}\n" for a, b in [("text", "label"), *zip(texts, "abab")]))  # noqa: B905
+    table = open_table(path)
+    assert [row.cells["text"] for row in table] == texts
+    copy_rows(path, tmp_path / f"copy{path.suffix}", np.array([1, 3]), table.dialect)
+    write_corrected(table, tmp_path / f"corrected{path.suffix}", "label", {1: "z"})
+    assert (tmp_path / f"copy{path.suffix}").read_text().splitlines()[1:] == [
+        f'"so" they said{separator}b',
+        f"plain{separator}b",
+    ]
+    assert (tmp_path / f"corrected{path.suffix}").read_text().splitlines()[2] == f'"so" they said{separator}z'
+
+
+def test_excel_may_name_the_separator_in_the_first_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", "sep=;\r\ntext;label\r\na, b;x\r\nc;d;y\r\n")
+    assert "t.csv:4: 3 fields" in error(path)
+    path = write(tmp_path / "t.csv", "sep=;\r\ntext;label\r\na, b;x\r\nc;y\r\n")
+    table = open_table(path)
+    assert [row.cells for row in table] == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
+    copy_rows(path, tmp_path / "copy.csv", np.array([1]), table.dialect)
+    assert [row.cells for row in open_table(tmp_path / "copy.csv")] == [{"text": "c", "label": "y"}]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
+def test_a_compressed_file_is_read_as_what_it_holds(ending: str, tmp_path: Path) -> None:
+    for name, text in (("t.jsonl", '{"text": "a"}\n{"text": 1,}\n'), ("u.csv", "text,label\na,x\n")):
+        with pa.output_stream(tmp_path / f"{name}{ending}", compression=COMPRESSED[ending]) as stream:
+            stream.write(text.encode())
+    assert f"t.jsonl{ending}:2: not JSON" in error(tmp_path / f"t.jsonl{ending}")
+    (row,) = open_table(tmp_path / f"u.csv{ending}")
+    assert (row.cells, row.place) == ({"text": "a", "label": "x"}, f"{tmp_path}/u.csv{ending}:2")
+    assert "cannot unpack" in error(write(tmp_path / f"v.csv{ending}", "text,label\n"))
+
+
+@pytest.mark.parametrize("inner", ["", "data"])
+def test_shards_as_the_hub_has_them_are_one_split(inner: str, tmp_path: Path) -> None:
+    (tmp_path / inner).mkdir(exist_ok=True)
+    for k in range(2):
+        rows = pa.Table.from_pylist([{"text": f"{k}{j}", "label": j} for j in range(3)])
+        pq.write_table(rows, tmp_path / inner / f"train-{k:05}-of-00002.parquet")
+        write(tmp_path / inner / f"test-{k:05}-of-00002.jsonl", f'{{"text": "test {k}"}}\n')
+    tables = open_tables(str(tmp_path), None, None)
+    assert [row.cells["text"] for row in tables["train"]] == ["00", "01", "02", "10", "11", "12"]
+    assert [row.cells["text"] for row in tables["test"]] == ["test 0", "test 1"]
+    assert [row.place.endswith(f"test-0000{k}-of-00002.jsonl:1") for k, row in enumerate(tables["test"])] == [True] * 2
+    pattern = tmp_path / inner / "train-*.parquet"
+    assert len(open_table(str(pattern))) == 6
+    assert "several kinds" in error(str(tmp_path / inner / "t*"))
+
+
+def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"text": [name], "label": [1]}) for name in ("train", "validation")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    tables = open_tables(str(tmp_path / "both"), None, None)
+    assert [[row.cells["text"] for row in tables[name]] for name in splits] == [["train"], ["validation"]]
+    splits["train"].save_to_disk(tmp_path / "one")
+    assert len(open_table(tmp_path / "one", split="train")) == 1
+    datasets.Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}).save_to_disk(tmp_path / "prepared")
+    assert "tsqlora audit --prepared" in error(tmp_path / "prepared", split="train")
+
+
+def test_a_spreadsheet_is_to_be_saved_as_csv(tmp_path: Path) -> None:
+    assert "save it as CSV UTF-8 there" in error(write(tmp_path / "t.xlsx", "PK"))
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
@@ -274,7 +349,7 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_no_reader_reads_is_no_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "train.log", "test.png")
     assert first_texts(open_tables(folder, None, None)) == {"train": "train.jsonl"}
-    with pytest.raises(DataError, match=r"validation\.xlsx.*'\.xlsx' is unknown"):
+    with pytest.raises(DataError, match=r"validation\.xlsx is a spreadsheet"):
         open_tables(directory(tmp_path, "validation.xlsx"), None, None)
 
 

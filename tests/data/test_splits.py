@@ -1,5 +1,6 @@
 """Files become splits: classes come from training rows, a share is held out, incomplete rows are left out."""
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ def test_classes_keep_their_shares_and_stay_in_training(groups: np.ndarray, frac
     assert taken
     if all(count * (1 - fraction) >= 2 for count in counts.values()):
         assert all(abs(taken[group] - count * fraction) < 1 for group, count in counts.items())
+
+
+def test_a_share_of_many_classes_is_held_out_in_no_time() -> None:
+    groups = np.arange(60_000) // 3
+    start = time.process_time()
+    assert held_out(groups, fraction=0.1, seed=0, source="").sum() == 6_000
+    assert time.process_time() - start < 5
+
+
+def test_a_column_with_nearly_a_value_a_row_holds_no_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"row {j}", "label": j % 30} for j in range(50)]
+    message = error(write_jsonl(tmp_path / "train.jsonl", rows))
+    assert (
+        "column 'label' has 30 different values in 50 rows, so it holds no classes (numbers: set task.type" in message
+    )
+    assert "set data.label to another column" in message
 
 
 def test_the_largest_remainder_gets_the_rest() -> None:

@@ -17,7 +17,6 @@ ROWS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*a quote joins:UserWarning")
 @pytest.mark.parametrize("extension", sorted(WRITERS))
 def test_rows_read_back_as_they_were_written(extension: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"rows{extension}"

@@ -130,8 +130,11 @@ def distinct_labels(
         return numbers[labels[0]] if kind.single else 0
 
     groups = np.fromiter(map(number_of, rows), dtype=np.int32)
-    integers = not typed and all(_is_integer(str(value)) for value in numbers)
-    return [int(value) if integers else value for value in numbers], groups
+    if typed or not all(_is_integer(str(value)) for value in numbers):
+        return list(numbers), groups
+    values = dict[int, int]()  # "1" is "1.0"
+    places = [values.setdefault(_integer(str(value)), len(values)) for value in numbers]
+    return list(values), np.array(places, dtype=np.int32)[groups]
 
 
 def classes_of(labels: Iterable[str | int], source: str, column: str, kind: LabelKind = CLASS) -> LabelMap:
@@ -157,7 +160,7 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
     for row in rows:
         ids = list[int]()
         for label in labels_at(row, column, label_map.kind):
-            label = int(label) if integers and isinstance(label, str) and _is_integer(label) else label
+            label = _integer(label) if integers and isinstance(label, str) and _is_integer(label) else label
             if label not in numbers:
                 raise DataError(
                     f"{row.place}: label {reprlib.repr(label)} is not among the training data's classes: "
@@ -223,9 +226,9 @@ def labels_at(row: Row, column: str, kind: LabelKind) -> list[str | int]:
     value = row.cells.get(column)
     if is_missing(value):
         raise MissingError(row.place, f"no label in column '{column}'")
-    values = kind.parts(value)
+    values = [plain_label(label) for label in kind.parts(value)]
     for label in values:
-        if isinstance(label, bool) or not isinstance(label, str | int):
+        if not isinstance(label, str | int):
             raise DataError(
                 f"{row.place}: column '{column}' holds the {type(label).__name__} {reprlib.repr(label)} as a "
                 f"label; {kind.cure}"
@@ -235,9 +238,24 @@ def labels_at(row: Row, column: str, kind: LabelKind) -> list[str | int]:
     return values
 
 
+def plain_label(label: Any) -> Any:
+    """True and False as text, as in CSV files, and whole numbers as integers, since a gap makes pandas write 1.0.
+
+    >>> plain_label(True), plain_label(1.0), plain_label(0.5), plain_label("a")
+    ('True', 1, 0.5, 'a')
+    """
+    if isinstance(label, bool):
+        return str(label)
+    return int(label) if isinstance(label, float) and label.is_integer() else label
+
+
 def _is_integer(text: str) -> bool:
-    # The canonical form alone: no plus, no leading zero.
-    return re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) is not None
+    # The canonical form alone, or that with a zero behind the point: no plus, no leading zero.
+    return re.fullmatch(r"(0|-?[1-9][0-9]{0,17})(\.0+)?", text) is not None
+
+
+def _integer(text: str) -> int:
+    return int(text.partition(".")[0])
 
 
 def _listed(names: Sequence[str | int]) -> str:

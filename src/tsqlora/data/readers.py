@@ -4,6 +4,9 @@ import codecs
 import csv
 import io
 import json
+import re
+import shutil
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError
@@ -42,6 +46,8 @@ class Hints:
 
     delimiter: str | None = None
     encoding: str | None = None
+    quoting: str | None = None
+    """"quoted" if quotes enclose fields, "literal" if they belong to the text."""
 
 
 SNIFF = Hints()
@@ -56,6 +62,8 @@ class Dialect:
         delimiter: None if the file has no columns.
         guessed: whether nothing proves the encoding.
         unused: the encoding of the hints, if the file is UTF-8 all the same.
+        quoting: that of the hints; None if quotes enclose fields, as far as one can tell.
+        skipped: lines before the header, such as Excel's "sep=;".
     """
 
     encoding: str = "utf-8"
@@ -63,6 +71,8 @@ class Dialect:
     delimiter: str | None = None
     guessed: bool = False
     unused: str | None = None
+    quoting: str | None = None
+    skipped: int = 0
 
     def __str__(self) -> str:
         between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
@@ -124,7 +134,24 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     dialect = Dialect(encoding, len(mark), guessed=guessed, unused=unused)
     if path.suffix.lower() not in TABLES:
         return dialect
+    dialect = replace(dialect, quoting=hints.quoting)
+    first = next((line for line, _ in _lines_if_decoded(path, dialect)), "")
+    if named := SEPARATOR.fullmatch(first):
+        size = len(first.encode(encoding))
+        return replace(dialect, delimiter=named[1], mark=dialect.mark + size, skipped=1)
     return replace(dialect, delimiter=_delimiter(path, dialect, hints))
+
+
+SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
+"""Excel's own first line."""
+
+
+def _lines_if_decoded(path: Path, dialect: Dialect) -> Iterator[tuple[str, int]]:
+    """The lines until one does not decode: reading the rows raises it, with its number."""
+    try:
+        yield from dialect.lines(path, newline="")
+    except DataError:
+        return
 
 
 @contextmanager
@@ -155,10 +182,7 @@ def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
         return "\t"
     if hints.delimiter is not None:
         return hints.delimiter
-    try:
-        start = [line for line, _ in islice(dialect.lines(path, newline=""), _SNIFFED_LINES)]
-    except DataError:  # reading the rows raises it again, with the line
-        return ","
+    start = [line for line, _ in islice(_lines_if_decoded(path, dialect), _SNIFFED_LINES)]
 
     def agreeing(delimiter: str) -> int:
         """How many records have as many fields as the first one."""
@@ -279,39 +303,63 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
 def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
     """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes.
 
-    Raises DataError for broken quotes. A warning names the first lines that a quote joins, though each could be a
-    row.
+    Raises BrokenQuotesError for quotes that enclose no field, and for those in a TSV file that join lines of which each
+    could be a row, unless the dialect says what quotes are; in a CSV file a warning names the first of these.
     """
-    line, start, end, width, doubted = 1, 0, 0, None, False
+    line, start, end, width, doubled, doubted = 1 + dialect.skipped, 0, 0, None, False, False
     delimiter, separators = dialect.delimiter or ",", list[int]()
 
     def lines() -> Iterator[str]:
-        nonlocal end
+        nonlocal end, doubled
         for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
             separators.append(text.count(delimiter))
+            doubled |= '""' in text  # as only a writer that encloses fields in quotes has it
             yield text
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    literal = dialect.quoting == "literal"
+    reader = csv.reader(
+        lines(), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
+    )
     try:
         with _fields_of_any_length():
             for fields in reader:
                 if fields:
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
-                    if joined and not doubted and width and set(separators) == {width}:
+                    if joined and dialect.quoting is None and not doubled and width and set(separators) == {width}:
                         # The separators alone would give other fields.
-                        further, doubted = reader.line_num - line, True
+                        further = len(separators) - 1
                         does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
-                        cure = "if it belongs to the text, double it and put its field in quotes"
-                        if not further:
-                            raise DataError(f"{path}:{line}: a quote {does}; {cure}")
-                        warnings.warn(f"{path}:{line}: a quote {does}; {cure}", stacklevel=2)
+                        doubt = (
+                            f"{path}:{line}: a quote {does}; set data.quoting to literal if quotes belong to the text, "
+                            "or to quoted if they enclose it"
+                        )
+                        if delimiter == "\t" or not further:  # texts have commas, and hardly tabs
+                            raise BrokenQuotesError(doubt)
+                        if not doubted:
+                            warnings.warn(doubt, stacklevel=2)
+                        doubted = True
                     yield line, fields, start, end
-                line, start = reader.line_num + 1, end
+                line, start = reader.line_num + 1 + dialect.skipped, end
                 separators.clear()
+                doubled = False
     except csv.Error as exc:
         cure = 'put fields in "..." and double the quotes inside'
-        raise DataError(f"{path}:{line}: broken record ({exc}); {cure}") from exc
+        raise BrokenQuotesError(f"{path}:{line}: broken record ({exc}); {cure}", broken=True) from exc
+
+
+class BrokenQuotesError(DataError):
+    """Quotes that do not enclose fields; `broken` if the file cannot be read with them, else they are in doubt."""
+
+    def __init__(self, message: str, *, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+def fits_literally(path: Path, dialect: Dialect) -> bool:
+    """Whether every line has the header's fields if quotes are part of the text, as in GLUE's own files."""
+    counts = {line.count(dialect.delimiter or ",") for line, _ in dialect.lines(path, newline="") if line.strip()}
+    return len(counts) == 1 and counts != {0}
 
 
 @contextmanager
@@ -332,9 +380,34 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
 
 READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
 }
 """Readers of text files; `parquet_file` is that of Parquet."""
 SUFFIXES = (*READERS, ".parquet")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+
+def suffix_of(path: Path) -> str:
+    """The extension of a file of rows, in small letters; of a compressed one that of what it holds."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
+
+
+@contextmanager
+def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A compressed file's content as a temporary file in `folder`.  Raises DataError, which names the file itself."""
+    with tempfile.NamedTemporaryFile(suffix=suffix_of(path), dir=folder) as file:
+        reading(path)
+        try:
+            with pa.input_stream(path, compression=COMPRESSED[path.suffix.lower()]) as stream:
+                shutil.copyfileobj(stream, file)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
+        file.flush()
+        try:
+            yield Path(file.name)
+        except DataError as error:
+            raise DataError(str(error).replace(file.name, str(path))) from error

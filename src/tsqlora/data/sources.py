@@ -4,16 +4,34 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tsqlora.compat.datasets import file_kinds, list_names
 from tsqlora.compat.hub import DatasetName, is_hub_id
-from tsqlora.data.readers import READERS, SNIFF, SUFFIXES, TABLES, Hints, parquet_file, sniff
+from tsqlora.data.readers import (
+    COMPRESSED,
+    READERS,
+    SNIFF,
+    SUFFIXES,
+    TABLES,
+    BrokenQuotesError,
+    Hints,
+    fits_literally,
+    parquet_file,
+    sniff,
+    suffix_of,
+    unpacked,
+)
 from tsqlora.data.rows import ENDINGS, Row
 from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
 from tsqlora.errors import DataError
@@ -80,20 +98,34 @@ def open_tables(
 def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
     """Read those of the requested splits that the source has; a file, or one hub split, is the first of them.
 
-    A directory has a file for each split, or a folder of images or recordings, or is such a folder itself. A train.log
-    beside train.csv does not count.
+    A directory has a file for each split, or shards of it, as on the hub; or `save_to_disk` wrote it; or it has a
+    folder of images or recordings for each split, or is such a folder itself. A train.log beside train.csv does not
+    count.
     """
     path = Path(os.path.expanduser(source))
     # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
     if os.path.isfile(path):
         return {next(iter(requested)): _of_file(path, hints, folder)}
+    if matching := _matching(source):
+        return {next(iter(requested)): _of_files(str(source), matching, hints, folder)}
     if os.path.isdir(path):
+        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+            return _of_splits(_saved(path), str(source), requested, folder)
         listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
-        read = {file.stem for file in listed if file.suffix.lower() in SUFFIXES}
-        files = {f.name: f for f in listed if f.stem not in read or f.suffix.lower() in SUFFIXES}
-        names = _match_splits({name: file.stem for name, file in files.items()}, requested, source)
+        listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES] if not listed else []
+        read = {_split_of(file) for file in listed if suffix_of(file) in SUFFIXES}
+        files = defaultdict[str, list[Path]](list)
+        for file in listed:
+            if suffix_of(file) in SUFFIXES or _split_of(file) not in read:
+                files[SHARD.sub("", file.name)].append(file)
+        names = _match_splits({name: _split_of(some[0]) for name, some in files.items()}, requested, source)
         if names:
-            return {split: _of_file(files[name], hints, folder) for split, name in names.items()}
+            return {
+                split: _of_file(some[0], hints, folder)
+                if len(some := files[name]) == 1
+                else _of_files(f"{path}/{name}", some, hints, folder)
+                for split, name in names.items()
+            }
         folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
         own = {name: name for name in folders}
         names = _match_splits(own, requested, source)
@@ -102,9 +134,45 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
         tables = {split: _of_folder(folders[name], hints, folder) for split, name in names.items()}
         return {split: table for split, table in tables.items() if table is not None}
     require_source(source)
-    data = _load_hub(DatasetName.of(str(source)))
+    return _of_splits(_load_hub(DatasetName.of(str(source))), str(source), requested, folder)
+
+
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.|$)")
+"""What the hub appends to the name of a split's file."""
+
+
+def _split_of(file: Path) -> str:
+    return SHARD.sub("", file.name).partition(".")[0] if suffix_of(file) in SUFFIXES else file.stem
+
+
+def _matching(source: str | Path) -> list[Path]:
+    """The files that a pattern such as data/train-*.parquet matches; none for other names."""
+    pattern = os.path.expanduser(str(source))
+    return sorted(map(Path, glob(pattern))) if has_magic(pattern) and not os.path.exists(pattern) else []
+
+
+def _saved(path: Path) -> Any:
+    """A data set that `save_to_disk` wrote.  Raises DataError for one with token ids."""
+    from datasets import load_from_disk  # seconds to import
+
+    try:
+        data: Any = load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as a saved data set ({next(iter(str(error).splitlines()), '')})"
+        ) from error
+    for part in data.values() if isinstance(data, dict) else [data]:
+        if "input_ids" in part.column_names:
+            raise DataError(
+                f"{path} holds token ids, not texts: a trainer prepared it; tsqlora audit --prepared {path}"
+            )
+    return data
+
+
+def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path | None) -> dict[str, Table]:
+    """Those of the requested splits that a data set has; one without splits is the first of them."""
     if not isinstance(data, dict):
-        return {next(iter(requested)): of_dataset(data, str(source), named=True, folder=folder)}
+        return {next(iter(requested)): of_dataset(data, source, named=True, folder=folder)}
     names = _match_splits({name: name for name in data}, requested, source)
     return {
         split: of_dataset(data[name], f"{source}[{name}]", named=True, folder=folder) for split, name in names.items()
@@ -126,7 +194,7 @@ def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
 def require_source(source: str | Path) -> None:
     """Raise DataError unless `source` is a file, a directory or a hub id. This opens nothing, and needs no torch."""
     path = Path(os.path.expanduser(source))
-    if os.path.isfile(path) or os.path.isdir(path):
+    if os.path.isfile(path) or os.path.isdir(path) or _matching(source):
         return
     if path.suffix.lower() in SUFFIXES or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
@@ -157,8 +225,13 @@ def _of_folder(path: Path, hints: Hints, folder: Path | None) -> Table | None:
 
 def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     suffix = path.suffix.lower()
+    if suffix in COMPRESSED and suffix_of(path) in SUFFIXES:
+        with unpacked(path, folder) as plain:
+            return replace(_of_file(plain, hints, folder), name=str(path), path=None)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(SUFFIXES)}")
+        if suffix in (".xlsx", ".xls", ".ods"):
+            raise DataError(f"{path} is a spreadsheet; save it as CSV UTF-8 there, and name that file")
+        raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(SUFFIXES)}, or one of them .gz")
     reading(path)
     if suffix == ".parquet":
         with parquet_file(path) as file:
@@ -169,12 +242,40 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
         warnings.warn(note, stacklevel=4)
         notes = (note,)
     about = {"typed": suffix not in TABLES, "path": path, "dialect": dialect, "notes": notes}
+    try:
+        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
+    except BrokenQuotesError as error:
+        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
+            raise
+    about["dialect"] = dialect = replace(dialect, quoting="literal")
     return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
+
+
+def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | None) -> Table:
+    """Several files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
+    kinds = {suffix_of(path) for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name those of one")
+    tables = [_of_file(path, hints, folder) for path in paths]
+    if kinds == {".parquet"}:
+        return table_of_arrow(name, (batch for path in paths for batch in _batches(path)), folder=folder)
+    rows = (
+        (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
+    )
+    notes = tuple(note for table in tables for note in table.notes)
+    return table_of(name, rows, folder=folder, typed=tables[0].typed, notes=notes)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with parquet_file(path) as file:
+        yield from file.iter_batches(CHUNK)
 
 
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
     except OSError as exc:
         raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
 

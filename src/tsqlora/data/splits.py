@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ Find = Callable[..., tuple[Columns, Format | None]]
 """Takes the names of a file's columns, and its own as `source`."""
 Lacks = Callable[[Row], str | None]
 """What a row lacks, in words; None for nothing."""
+MANY_CLASSES = 20
+"""So many different labels may be classes however few the rows."""
 _SHOWN = 5
 """Rows that a note lists for each reason."""
 
@@ -202,6 +205,12 @@ def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np
             encode_targets(table, column)
         return None, np.zeros(len(table), dtype=np.int32)
     values, groups = distinct_labels(table, column, label, typed=table.typed)
+    if label.single and len(values) > max(MANY_CLASSES, len(table) / 2):
+        numbers = " (numbers: set task.type to regression)" if all(isinstance(value, int) for value in values) else ""
+        raise DataError(
+            f"{name}: column '{column}' has {len(values):,} different values in {len(table):,} rows, so it holds no "
+            f"classes{numbers}; set data.label to another column: {quoted(table.names)}"
+        )
     classes = classes_of(values, name, column, label)
     notes = list[str]()
     if are_measures(classes.names):
@@ -241,12 +250,17 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
         raise DataError(f"{source} has too few rows to hold out validation rows; set data.validation")
     shares = [size * fraction for size in sizes]
     quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
+    below = [(quotas[j] - shares[j], j) for j in range(len(sizes)) if quotas[j] < most[j]]
+    heapify(below)
     for _ in range(min(max(1, round(sum(shares))), sum(most)) - sum(quotas)):
-        below = [j for j in range(len(sizes)) if quotas[j] < most[j]]
-        quotas[max(below, key=lambda j: shares[j] - quotas[j])] += 1
+        _, j = heappop(below)
+        quotas[j] += 1
+        if quotas[j] < most[j]:
+            heappush(below, (quotas[j] - shares[j], j))
     # Not a stream of `seeds`: other draws would move validation rows of older runs into training.
     rng = np.random.default_rng(seed)
     out = np.zeros(len(groups), dtype=np.bool_)
-    for group, count in enumerate(quotas):
-        out[rng.permutation(np.flatnonzero(groups == group))[:count]] = True
+    by_class = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    for rows, count in zip(by_class, quotas, strict=True):
+        out[rng.permutation(rows)[:count]] = True
     return out

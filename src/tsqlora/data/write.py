@@ -286,6 +286,8 @@ def _relabelled(raw: bytes, cells: list[str], header: list[str], dialect: Dialec
         # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
         return (row + ending).encode(dialect.encoding, errors="backslashreplace")
     cells[header.index(column)] = str(label)
+    if dialect.quoting == "literal":
+        return ((dialect.delimiter or ",").join(cells) + ending).encode(dialect.encoding)
     line = io.StringIO()
     quoting = csv_quoting(cells)
     # Python before 3.13 quotes the line feed of a field only if lines end in one.

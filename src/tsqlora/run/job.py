@@ -108,7 +108,7 @@ def read(config: Config, folder: Path | None = None) -> dict[str, Table]:
 
 def hints_of(config: Config) -> Hints:
     """The settings about text files."""
-    return Hints(config.data.delimiter, config.data.encoding)
+    return Hints(config.data.delimiter, config.data.encoding, config.data.quoting)
 
 
 def trained_task(config: Config, labels: LabelMap | None = None) -> Task:

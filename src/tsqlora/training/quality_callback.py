@@ -50,8 +50,8 @@ class QualityCallback(PartCallback):
 
     A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
     errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; the rule says how the
-    others are drawn. With trusted rows the run trains on the pool first, and on them last; texts, and rows of fewer
-    than half of the classes, are mixed in. A run of several epochs measures Q again after a third of its steps.
+    others are drawn. With trusted rows the run trains on the pool first, and on them last; texts, and rows that
+    lack a class, are mixed in. A run of several epochs measures Q again after a third of its steps.
 
     Args:
         data: the Trainer's train_dataset.
@@ -295,7 +295,7 @@ class QualityCallback(PartCallback):
         return self.looks[-1]["not_ready"] if self.looks else None
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
-        """Whether trusted rows come last: not texts, and not rows of fewer than half of the classes."""
+        """Whether trusted rows come last: not texts, and not rows that lack a class, which would be forgotten."""
         if task.writer is not None:
             return False
         if task.reading.label is None:
@@ -305,7 +305,7 @@ class QualityCallback(PartCallback):
             parts = [(self.collate or collate)([row])["labels"] for row in rows]
         present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
         classes = getattr(getattr(model, "config", None), "num_labels", present)
-        return 2 * present >= classes
+        return present >= classes
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan

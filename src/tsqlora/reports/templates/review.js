@@ -10,7 +10,8 @@ const make = (tag, properties = {}, ...children) => {
 const harmless = (text) => (/^\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]/.test(text) && !(text.trim() !== "" && Number.isFinite(Number(text))) ? `'${text}` : text);
 const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
 const save = (table) => {
-  const link = make("a", { href: URL.createObjectURL(new Blob([table], { type: "text/csv" })), download: "reviewed.csv" });
+  // Excel reads UTF-8 only behind a byte order mark.
+  const link = make("a", { href: URL.createObjectURL(new Blob(["\ufeff", table], { type: "text/csv" })), download: "reviewed.csv" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };

@@ -100,6 +100,9 @@ class DataSettings(Section):
         None, "Character between the columns of CSV files; null detects it.", min_length=1, max_length=1
     )
     encoding: str | None = setting(None, "Encoding of text files, such as cp1252; null detects it.")
+    quoting: Literal["quoted", "literal"] | None = setting(
+        None, "Whether quotes in CSV files enclose fields or belong to the text; null detects it."
+    )
     validation_fraction: float = setting(
         0.1, "Share of the training rows to hold out if there are no validation rows.", gt=0, lt=1
     )
