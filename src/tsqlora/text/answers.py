@@ -143,9 +143,9 @@ def read_answers(
 ) -> dict[str, np.ndarray]:
     """Return how likely each answer is, whatever the batches.
 
-    `each` (n × MOST_ANSWER) is −log p of each of the answer's tokens, 0 behind its end. `loss` (n) is the sum of −log p over the answer's tokens, and `tokens` (n) their number: without the first token
-    where nothing precedes it. `entropy` (n) is the mean entropy of these predictions in nats. `stop` (n × k) is the
-    log-probability of any stop at each of the k places.
+    `each` (n × MOST_ANSWER) is −log p of each of the answer's tokens, 0 behind its end. `loss` (n) is their sum, and
+    `tokens` (n) their number: without the first token where nothing precedes it. `entropy` (n) is the mean entropy of
+    these predictions in nats. `stop` (n × k) is the log-probability of any stop at each of the k places.
     """
     takes = inspect.signature(base_model(model).forward).parameters
     ends = torch.tensor(sorted(stops))
