@@ -205,7 +205,7 @@ def _find_foreign(
         ]
         losses = read("decoys", decoys)["loss"].reshape(-1, DECOYS)
         fits[suspects] = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1) < losses.min(1)
-        evident = len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
+        evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
     detection = replace(detection, evident=evident)
     _add(look, FOREIGN, np.arange(len(turns)), detection, fits)
     if len(look.listed[FOREIGN]):
