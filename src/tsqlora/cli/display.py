@@ -265,6 +265,8 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
     if "changes" in result:
         changes = [f"{one['name']} {one['before']:,} → {one['now']:,}" for one in result["changes"]]
         say(console, [f"rows by finding, since the baseline: {', '.join(changes) or 'no change'}"])
+    if result["answers"] is not None:
+        say(console, result["answers"]["says"])
     review = f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
     say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 

@@ -155,6 +155,10 @@ def audit(
     drop_findings: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Of text: put the rows of these findings into quarantine.jsonl.")
     ] = None,
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Of text: read no answers with the model, only the tokens.")
+    ] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Of text: read every answer, not those of 2,000 rows.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Of text: exit with 4 on a finding that is an error.")
     ] = False,
@@ -205,8 +209,8 @@ def audit(
     from tsqlora.run.text_audit import text_config
 
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
-    of_text = {"--eval": eval_, "--strict": strict, "--baseline": baseline}
-    both = {"evaluation": eval_, "baseline": baseline}
+    of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
+    both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
     of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
         _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")
@@ -265,14 +269,15 @@ def _audit_text(
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:
+        options |= {"progress": display.progress, "tell": display.say}
         if config is None:
             assert prepared is not None
-            result = audit_prepared(prepared, model=model, out=folder, progress=display.progress, **options)
+            result = audit_prepared(prepared, model=model, out=folder, **options)
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
             options["batch"] = config.training.batch_size
-            result = audit_text(source, model=model, named=named, out=folder, progress=display.progress, **options)
+            result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):
         raise typer.Exit(4)

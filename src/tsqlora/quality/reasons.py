@@ -24,6 +24,9 @@ WHY = {
     "gated": "the trusted model disagrees with its label",
     "trusted row": "same input as a trusted row, which is trained on instead",
     "swapped pair": "the trusted model prefers the rejected answer",
+    "foreign answer": "the answer belongs to another prompt",
+    "cut answer": "the answer stops in the middle",
+    "unfit answer": "the answer looks like those with a planted fault",
 }
 """Each of REASONS in plain words; all but the first explain why a row is dropped."""
 

@@ -20,7 +20,10 @@ _ROW_GROUP = 1 << 15
 _NOT_TERMS = ("id", "hash", "label", "quality", "probability", "reason")
 JSON = Mapping[str, Any]
 
-REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair")
+REASONS = (
+    *("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair"),
+    *("foreign answer", "cut answer", "unfit answer"),
+)
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits", "wrong_probability")
 """Predicted class, labels (k of 0 and 1) or number; for classes its probability and the label's; for classes and labels
@@ -62,6 +65,8 @@ class ScoreRecord:
     noise: JSON | None = None
     """Wrong labels: their rate, and whether they are evident."""
     gate: JSON | None = None
+    answers: JSON | None = None
+    """Of texts: which faults can be found in their answers, how many are, and which are evident."""
 
     data: str | None = None
     """File or hub id of the rows."""

@@ -13,6 +13,7 @@ from tsqlora.reports.page import POLICY, environment
 from tsqlora.text.conversations import ANSWER, Conversation
 from tsqlora.text.findings import Finding
 from tsqlora.text.ledger import Line
+from tsqlora.text.look import Losses
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -20,7 +21,9 @@ ON_PAGE = 200
 """Rows of a finding that the page shows; findings.json has all."""
 MOST_TOKENS = 1_500
 """Tokens of a row that the page shows."""
-PROMPT, TRAINED, STOP, LOST = "p", "t", "s", "l"
+PROMPT, TRAINED, UNEXPECTED, STOP, LOST = "p", "t", "u", "s", "l"
+UNEXPECTED_LOSS = 5.0
+"""−log p in nats of a token that the model does not expect at all."""
 
 
 def text_page(
@@ -31,12 +34,13 @@ def text_page(
     findings: Sequence[Finding],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
+    losses: Losses,
 ) -> str:
     """Render the page.  `tokens` has the sequences of the rows that it shows."""
     shown = sorted({place for finding in findings for place in finding.places[:ON_PAGE]})
     data = {
         "findings": [{"name": f.name, "places": list(f.places[:ON_PAGE])} for f in findings],
-        "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary) for place in shown},
+        "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary, losses) for place in shown},
         "key": json.dumps([about["source"], about["rows"]]),
     }
     return (
@@ -49,14 +53,17 @@ def text_page(
             findings=findings,
             on_page=ON_PAGE,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
+            unexpected=bool(losses),
             data=htmlsafe_json_dumps(data, dumps=json.dumps),
         )
     )
 
 
-def _row(row: Conversation, line: Line, sequences: Sequence[Trained], vocabulary: Vocabulary) -> dict[str, Any]:
+def _row(
+    row: Conversation, line: Line, sequences: Sequence[Trained], vocabulary: Vocabulary, losses: Losses
+) -> dict[str, Any]:
     """A row for the page's script: its tokens, and the kind of each as a letter."""
-    parts = [_tokens(one, vocabulary) for one in sequences] or [_untrained(row)]
+    parts = [_tokens(one, vocabulary, losses.get((row.row, one.side), {})) for one in sequences] or [_untrained(row)]
     return {
         "fate": line.fate,
         "detail": line.detail,
@@ -67,10 +74,11 @@ def _row(row: Conversation, line: Line, sequences: Sequence[Trained], vocabulary
     }
 
 
-def _tokens(one: Trained, vocabulary: Vocabulary) -> tuple[str, list[str], str]:
+def _tokens(one: Trained, vocabulary: Vocabulary, losses: Mapping[int, float]) -> tuple[str, list[str], str]:
     """Side, texts and kinds; tokens that share a character are one."""
     texts, kinds, held = list[str](), list[str](), b""
-    for token, target in zip(one.ids[:MOST_TOKENS].tolist(), one.targets[:MOST_TOKENS].tolist(), strict=True):
+    both = zip(one.ids[:MOST_TOKENS].tolist(), one.targets[:MOST_TOKENS].tolist(), strict=True)
+    for place, (token, target) in enumerate(both):
         held += vocabulary.tokens[token] if 0 <= token < len(vocabulary.tokens) else b""
         try:
             text = held.decode()
@@ -80,7 +88,8 @@ def _tokens(one: Trained, vocabulary: Vocabulary) -> tuple[str, list[str], str]:
             text = held.decode(errors="replace")
         held = b""
         texts.append(text)
-        kinds.append(PROMPT if target == IGNORED else STOP if target in vocabulary.stops else TRAINED)
+        trained = UNEXPECTED if losses.get(place, 0) > UNEXPECTED_LOSS else TRAINED
+        kinds.append(PROMPT if target == IGNORED else STOP if target in vocabulary.stops else trained)
     return one.side, texts, "".join(kinds)
 
 

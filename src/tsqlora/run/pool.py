@@ -4,7 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import Task, task_of
+from tsqlora.text.before import look_before, without_unfit
+from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.load import positions_of
 
 
@@ -40,6 +42,7 @@ def select(
     learning_rate: float = 5e-4,
     batch_size: int = 8,
     max_length: int | None = None,
+    drop: Literal["evident"] | None = None,
 ) -> Any:
     """The share of a pool that teaches a model what trusted rows show, as a `datasets.Dataset` with the same columns.
 
@@ -58,6 +61,8 @@ def select(
         learning_rate, batch_size: of the later training; the trusted model starts at twice that rate.
         max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of
             20 ms; by default all.
+        drop: "evident" leaves out texts whose answer belongs to another prompt, or is cut or in disorder, where there
+            is evidence of such a fault, and says so. A fraction of 1 keeps all others.
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
@@ -76,12 +81,14 @@ def select(
             learning_rate=learning_rate,
             batch_size=batch_size,
             max_length=max_length,
+            drop=drop == "evident",
         )
     why = (scores.record.gate or {}).get("why_not", "")
     if scores.even and (why or scores.kept.all()) and not task.reading.has_reference:  # of pairs `score` warns
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
         warnings.warn(str(why or even), stacklevel=3)
-    return pool.select(scores.row_ids[sample(scores, fraction, seed)])
+    share = min(fraction, float(scores.kept.mean())) if drop else fraction
+    return pool.select(scores.row_ids[sample(scores, share, seed)])
 
 
 def score_pool(
@@ -96,6 +103,7 @@ def score_pool(
     learning_rate: float,
     batch_size: int,
     max_length: int | None,
+    drop: bool = False,
 ) -> Scores:
     """Score the rows of a `datasets.Dataset`; their ids are the positions in it."""
     rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})
@@ -120,7 +128,7 @@ def score_pool(
     if "trusted" in data:
         own = data["trusted"].samples
         reference = Trusted(own, learning_rate, batch_size, twins=equals(samples, own))
-    return score(
+    scores = score(
         model,
         samples,
         task.reading.collate(model, tokenizer, max_length=limit),
@@ -131,6 +139,15 @@ def score_pool(
         trusted=reference,
         fraction=fraction,
     )
+    if not drop:
+        return scores
+    if task.writer is None or not task.reading.causal or task.reading.has_reference:
+        raise SettingsError(f"drop='evident' judges answers that a causal model writes; the task is {task.name}")
+    about = (tokenizer, cast(Any, model).config, cast(Any, model).generation_config)
+    look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), Compute(batch_size), seed=rule.seed)
+    for sentence in look.sentences():
+        warnings.warn(sentence, stacklevel=4)
+    return without_unfit(scores, look)
 
 
 def _as_dataset(rows: Any, name: str) -> Any:

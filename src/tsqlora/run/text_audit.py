@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +27,14 @@ from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation, format_of
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.lengths import lengths_of
+from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
@@ -80,15 +83,18 @@ def audit_text(
     chat_template: Path | None = None,
     batch: int = BATCH,
     baseline: Path | None = None,
+    answers: bool = True,
+    every: bool = False,
     out: Path,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Reconcile every row of a file with what `tsqlora train` would make of it; write ledger, findings and page.
 
     `named` are columns by the names of their settings: format, prompt, target, messages, text. `batch` is the rows of
-    a training batch, and `baseline` an earlier findings.json to compare with. No weights are read but for embeddings
-    of added tokens. Raises DataError for a file without texts, SettingsError for a model without a tokenizer, and if
-    `out` holds an audit already.
+    a training batch, and `baseline` an earlier findings.json to compare with. With `answers` the model reads a sample
+    of the rows, or `every` row; else no weights are read but for embeddings of added tokens. Raises DataError for a
+    file without texts, SettingsError for a model without a tokenizer, and if `out` holds an audit already.
     """
     start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
@@ -123,7 +129,9 @@ def audit_text(
         "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
     }
     about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
-    result = finish(out, about, rows, lines, conversations_of(evaluation), sequences, vocabulary)
+    read = partial(answers_of, model, rows, sequences, vocabulary, every=every, progress=progress, tell=tell)
+    look = read if answers else None
+    result = finish(out, about, rows, lines, conversations_of(evaluation), sequences, vocabulary, look)
     return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
 
 
@@ -134,8 +142,11 @@ def audit_prepared(
     data: str | None = None,
     evaluation: str | None = None,
     baseline: Path | None = None,
+    answers: bool = True,
+    every: bool = False,
     out: Path,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Reconcile a set that a trainer has prepared with the rows that it was made of.
 
@@ -160,7 +171,9 @@ def audit_prepared(
         "unmatched": result.unmatched,
         "lengths": lengths_of(result.lengths, BATCH, result.longest),
     }
-    written = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary)
+    read = partial(answers_of, model, result.rows, result.of, vocabulary, every=every, progress=progress, tell=tell)
+    look = read if answers else None
+    written = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary, look)
     return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
 
 
@@ -249,11 +262,25 @@ def finish(
     rows: Sequence[Conversation],
     lines: Sequence[Line],
     evaluation: Sequence[Conversation] | None,
-    sequences: Callable[[Collection[int]], Mapping[int, Sequence[Trained]]],
+    sequences: Sequences,
     vocabulary: Vocabulary,
+    look: Callable[[], AnswerLook] | None = None,
 ) -> dict[str, Any]:
-    """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger."""
+    """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger.
+
+    The ledger is written before `look` reads the answers.
+    """
     further = among_rows(rows, lines, evaluation)
+    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), out / LEDGER_FILE)
+    answers = AnswerLook([]) if look is None else look()
+    suspects = {name: answers.rows(name) for name in answers.detections}
+    for turn, owner in answers.owners.items():
+        line = lines[answers.turns[turn].row]
+        line.detail = line.detail or f"its answer fits the prompt of row {owner} best"
+    further |= {name: sorted(places) for name, places in suspects.items()}
     if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
     errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
@@ -264,15 +291,13 @@ def finish(
         "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
         "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
+        "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
     }
-    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
     if out is None:
         return {**about, "ledger": pa.table(columns)}
     shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), out / LEDGER_FILE)
-    _write(out, about, rows, lines, findings, sequences(shown), vocabulary)
+    _write(out, about, rows, lines, findings, sequences(shown), vocabulary, suspects, answers.by_token())
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
 
@@ -333,14 +358,16 @@ def _write(
     findings: Sequence[Finding],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
+    suspects: Mapping[str, Mapping[int, float]],
+    losses: Losses,
 ) -> None:
-    names = ("rows", "source", "sha256", "model", "lengths", "findings")
+    names = ("rows", "source", "sha256", "model", "lengths", "answers", "findings")
     write_json(out / FINDINGS_FILE, {name: about[name] for name in names})
     cells = [
         {
             "row": place,
             "finding": finding.name,
-            "probability": "",
+            "probability": round(suspects[finding.name][place], 3) if finding.name in suspects else "",
             "prompt": "\n".join(message.content for message in rows[place].question),
             "answer": rows[place].answer,
             "reviewed": "",
@@ -350,4 +377,4 @@ def _write(
     ]
     none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
     write_rows(out / SUSPECTS_FILE, without_formulas(cells or [none])[0])
-    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary))
+    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary, losses))

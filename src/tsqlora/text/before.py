@@ -1,21 +1,28 @@
-"""The worst findings of rows before they are trained on, from some of them."""
+"""What is seen of texts before they are trained on: the worst findings, and which answers do not fit."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
+from tsqlora.quality.rule import Compute
+from tsqlora.quality.scores import Scores
+from tsqlora.text.answers import turns_in
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
+from tsqlora.text.look import CUT, FOREIGN, SAMPLE, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Collate, Trained, sequences_of
 from tsqlora.text.vocabulary import Vocabulary
 
 ROWS = 500
 """Rows to look at, evenly spaced."""
 SHOWN = 3
+UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer"}, "unfit answer"
+"""Reasons for which rows are left out, by fault."""
 
 
 def worst_findings(
@@ -56,3 +63,38 @@ def worst_findings(
                 f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; `tsqlora audit` shows them"
             )
     return shown
+
+
+def look_before(
+    model: nn.Module,
+    samples: Any,
+    vocabulary: Vocabulary,
+    compute: Compute,
+    *,
+    collate: Collate | None = None,
+    seed: int = 0,
+) -> AnswerLook:
+    """Look at the answers of SAMPLE prepared samples, and of all where a fault is evident among these."""
+    order, look = np.random.default_rng([seed, 45]).permutation(len(samples)), AnswerLook([])
+    for some in (order[:SAMPLE], order):
+        places = np.sort(some).tolist()
+        sequences = (replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate))
+        look = look_at_answers(model, turns_in(sequences, vocabulary), vocabulary, compute, seed=seed)
+        if len(places) == len(samples) or not any(map(len, look.listed.values())):
+            break
+    return look
+
+
+def without_unfit(scores: Scores, look: AnswerLook) -> Scores:
+    """Return the scores without the rows that a look calls wrong, at most half of all, the likeliest first."""
+    unfit = [(p, row, fault) for fault in look.detections for row, p in look.rows(fault).items()]
+    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))[: len(scores) // 2]
+    p_wrong = np.zeros(len(scores))
+    for p, row, _ in chosen:
+        p_wrong[row] = max(p_wrong[row], p)
+    for fault in dict.fromkeys(fault for *_, fault in chosen):
+        mask = np.zeros(len(scores), np.bool_)
+        mask[[row for _, row, other in chosen if other == fault]] = True
+        scores = scores.drop(mask, UNFIT.get(fault, OTHER))
+    predictions = {**scores.predictions, "wrong_probability": p_wrong} if chosen else scores.predictions
+    return replace(scores, predictions=predictions).noted(answers=look.summary())

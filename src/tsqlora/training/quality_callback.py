@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
@@ -23,13 +24,15 @@ from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look, require_scorable
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.scores import Scores
+from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import worst_findings
-from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.text.before import look_before, without_unfit, worst_findings
+from tsqlora.text.look import AnswerLook
+from tsqlora.text.prepared import sequences_of
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
 from tsqlora.training.record import trusted_order
 from tsqlora.training.run_dir import SCORES_FILE
@@ -101,6 +104,7 @@ class QualityCallback(PartCallback):
         self._spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
         self._first: Scores | None = None
+        self._answers: AnswerLook | None = None
         self._jumped = False
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
@@ -138,13 +142,16 @@ class QualityCallback(PartCallback):
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
-        tokenizer = kwargs.get("processing_class")
-        written = task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False)
-        if written and self.into is None:  # `tsqlora train` has looked itself
+        tokenizer, vocabulary = kwargs.get("processing_class"), None
+        if task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False):
             about = (tokenizer, model.config, model.generation_config)
             vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
-            for finding in worst_findings(data.dataset, vocabulary, collate=loader.collate_fn):
+            # `tsqlora train` has looked itself
+            findings = [] if self.into else worst_findings(data.dataset, vocabulary, collate=loader.collate_fn)
+            for finding in findings:
                 self._note(finding)
+        if saved is None and self.rule.select and vocabulary is not None and not task.reading.has_reference:
+            self._answers = self._look_at_answers(args, model, loader.collate_fn, vocabulary)
         if saved is not None:
             self._resume(saved)
             if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
@@ -152,6 +159,8 @@ class QualityCallback(PartCallback):
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
+            if self._answers is not None and any(map(len, self._answers.listed.values())):
+                self._draw_fitting(self._answers, loader.collate_fn)
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
             if self.into is None:  # `tsqlora train` shows notes at its end
                 share = f"{data.plan.fraction:.0%} of the rows an epoch"
@@ -372,18 +381,14 @@ class QualityCallback(PartCallback):
             if cost.forward:
                 self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
         scores, first, plan = result.scores, not self.looks, self.data.plan
+        if first and self._answers is not None:
+            scores = without_unfit(scores, self._answers)
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
         self.looks.append({**summary, "not_ready": result.why_not, **counts})
         if result.why_not is None or self.data.scores is None:
-            path = self._path
-            if distributed.is_first():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if self.data.scores is not None:
-                    self.data.scores.save(first_scores(path))
-                scores.save(path)
-                self._digest = digest(path, sync=True)
+            self._save(scores)
         if result.why_not is None:
             self.data.plan = plan.scored(scores, epoch, by=self.name)
             return
@@ -392,6 +397,50 @@ class QualityCallback(PartCallback):
             self.data.plan = plan.unscored(awaits_scores=first, by=self.name)
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
+
+    def _save(self, scores: Scores) -> None:
+        if distributed.is_first():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self.data.scores is not None:
+                self.data.scores.save(first_scores(self._path))
+            scores.save(self._path)
+            self._digest = digest(self._path, sync=True)
+
+    def _look_at_answers(
+        self, args: TrainingArguments, model: nn.Module, collate: Collate, vocabulary: Vocabulary
+    ) -> AnswerLook:
+        """Find answers that do not fit, with the model as it is."""
+        start, data = time.perf_counter(), self.data
+        compute = self._request(args, model, collate, {}).compute
+        unwrapped, seed = distributed.unwrapped(model), data.plan.seed
+        look = look_before(unwrapped, data.dataset, vocabulary, compute, collate=self.collate or collate, seed=seed)
+        cost = PhaseCost(time.perf_counter() - start, tokens=sum(look.tokens.values()))
+        self._spent.setdefault("look", PhaseCost()).add(**asdict(cost))
+        self.notes += look.sentences()
+        return look
+
+    def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
+        """Draw evenly from all rows whose answers fit."""
+        data, rows = self.data, self.rows
+        trained = np.zeros(len(data.dataset), np.int64)
+        for one in sequences_of(data.dataset, self.collate or collate):  # pyright: ignore[reportArgumentType]
+            trained[one.row] += len(one.trained)
+        scores = from_terms(
+            {},
+            labels=trained,
+            stratified=False,
+            weights={},
+            temperature=1.0,
+            even=True,
+            record={"seed": self.rule.seed, "step": 0, "epoch": 0, "look": 1, **rows.about},
+            hashes=rows.hashes,
+            ids=rows.ids,
+        )
+        scores = without_unfit(scores, answers)
+        summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
+        self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
+        self._save(scores)
+        self.data.plan = data.plan.scored(scores, 0, by=self.name)
 
 
 def _read_in_order(loader: Any, data: QualitySubset) -> None:

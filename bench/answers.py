@@ -1,0 +1,235 @@
+"""Which answers do not fit: what a look with a language model detects, and when it must detect nothing.
+
+    python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
+    python bench/answers.py coverage
+
+`features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
+faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
+row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
+bench/results/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
+writes the look's results: bench/results/answers.json.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from origin import ROOT, commit, machine, parser_of, stored, write
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import average_precision_score
+from transformers import AutoModelForCausalLM
+
+from tsqlora.data.rows import Row as FileRow
+from tsqlora.quality.rule import Compute
+from tsqlora.run.text_audit import load_vocabulary
+from tsqlora.text import answers
+from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
+from tsqlora.text.conversations import conversation, format_of
+from tsqlora.text.faults import cross_fitted, cut_places, detect, donors_of, folds_of, listed
+from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS
+from tsqlora.text.raw import prepared_rows
+
+DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
+SHARES, DRAWS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40
+answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
+Row = dict[str, Any]
+
+
+def chat(*contents: str) -> Row:
+    return {"messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(contents)]}
+
+
+def lines(name: str) -> list[Row]:
+    return [json.loads(line) for line in (DATA / name / "train.jsonl").read_text().splitlines()]
+
+
+def prompt_of(row: Row) -> str:
+    return f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+
+
+def summaries(name: str) -> list[Row]:
+    return [chat(f"Summarise in one sentence.\n\n{row['document']}", row["summary"]) for row in lines(name)]
+
+
+def alpaca() -> list[Row]:
+    return [chat(prompt_of(row), row["output"]) for row in lines("alpaca")]
+
+
+def chats() -> list[Row]:
+    rows = lines("alpaca")
+    return [
+        chat(prompt_of(a), a["output"], prompt_of(b), b["output"]) for a, b in zip(rows[::2], rows[1::2], strict=False)
+    ]
+
+
+TABLES: dict[str, Callable[[], list[Row]]] = {
+    "alpaca": alpaca,
+    "scitldr": partial(summaries, "scitldr"),
+    "xsum": partial(summaries, "xsum"),
+    "chats": chats,
+}
+
+
+def turns_of_table(name: str, rows: int, vocabulary: Any) -> list[Turn]:
+    table = TABLES[name]()
+    chosen = [table[j] for j in np.random.default_rng(3).permutation(len(table))[:rows]]
+    format, turns = format_of(["messages"], name), list[Turn]()
+    read = [FileRow(row, name, j + 1, j) for j, row in enumerate(chosen)]
+    made = prepared_rows(read, format, vocabulary.tokenizer, max_length=4096)
+    for row, one in zip(read, made, strict=True):
+        turns += turns_of(conversation(row.cells, format, row.id), one.sequences, vocabulary)
+    return turns
+
+
+def nearest(turns: Sequence[Turn]) -> np.ndarray:
+    """The turn with the nearest prompt."""
+    prompts = TfidfVectorizer(sublinear_tf=True).fit_transform([turn.question for turn in turns])
+    alike = (prompts @ prompts.T).toarray()
+    np.fill_diagonal(alike, -1)
+    return alike.argmax(1)
+
+
+def features(name: str, rows: int, model: str) -> dict[str, Any]:
+    vocabulary, _ = load_vocabulary(model, None)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
+    n, folds = len(turns), folds_of(turns, 0)
+    tokens = [[vocabulary.tokens[j] for j in one.answer[: answers.MOST_ANSWER]] for one in turns]
+    cuts = [cut_places(one, some, rng) for one, some in zip(turns, tokens, strict=True)]
+    places = [(len(some), *cut, max(1, len(some) // 2)) for some, cut in zip(tokens, cuts, strict=True)]
+    order = {
+        "next": np.arange(1, n + 1) % n,
+        "near": nearest(turns),
+        "planted": donors_of(turns, folds, np.arange(n), rng),
+    }
+    samples = {
+        "prompted": [behind(one.prompt, one.answer, some) for one, some in zip(turns, places, strict=True)],
+        "alone": [behind(one.opening, one.answer) for one in turns],
+        **{
+            key: [behind(a.prompt, turns[j].answer) for a, j in zip(turns, js, strict=True)]
+            for key, js in order.items()
+        },
+    }
+    for k in range(DECOYS):
+        others = rng.permutation(n)
+        samples[f"decoy{k}"] = [behind(turns[j].prompt, one.answer) for one, j in zip(turns, others, strict=True)]
+    columns = {
+        key: read_answers(net, some, vocabulary.stops, Compute(16, torch.bfloat16), phase=key)
+        for key, some in samples.items()
+    }
+    return {
+        "settings": {"table": name, "rows": rows, "model": Path(model).name, "prompt": 160, "answer": 96},
+        "columns": {
+            f"{a}.{b}": np.round(value, 5).tolist() for a, some in columns.items() for b, value in some.items()
+        },
+        "orders": {key: js.tolist() for key, js in order.items()},
+        "folds": folds.tolist(),
+        "row": [one.row for one in turns],
+        "whole": [len(one.answer) <= answers.MOST_ANSWER for one in turns],
+        "cuts": [list(cut) for cut in cuts],
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
+    """The look's result where a share of the answers is another row's."""
+
+    def part(key: str) -> dict[str, np.ndarray]:
+        return {name: np.array(cell["columns"][f"{key}.{name}"]) for name in ("loss", "tokens", "entropy")}
+
+    prompted, alone, other, planted = part("prompted"), part("alone"), part(order), part("planted")
+    rng, n, folds = np.random.default_rng([seed, 1]), len(cell["folds"]), np.array(cell["folds"])
+    faulty = np.zeros(n, np.bool_)
+    faulty[rng.permutation(n)[: round(share * n)]] = True
+    owner = np.where(faulty, cell["orders"][order], np.arange(n))
+    donors = np.array(cell["orders"]["planted"])
+    usable = np.flatnonzero(donors >= 0)
+    own = np.where(faulty[:, None], features_of(other, alone, owner), features_of(prompted, alone))
+    bad = features_of({name: value[usable] for name, value in planted.items()}, alone, donors[usable])
+    scores, planted_scores = cross_fitted(own, bad, folds, folds[usable])
+    detection = detect(scores, planted_scores)
+    loss = np.where(faulty, other["loss"], prompted["loss"])
+    decoys = np.stack([cell["columns"][f"decoy{k}.loss"] for k in range(DECOYS)], 1)[owner].min(1)
+    suspects = np.argsort(-scores)[: round(SUSPECTS * n)]
+    suspects = suspects[detection.probability[suspects] > 0.5] if detection.usable else suspects[:0]
+    fits = np.ones(n, np.bool_)
+    fits[suspects] = loss[suspects] < decoys[suspects]
+    evident = len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
+    return judged(detection, evident, fits, faulty)
+
+
+def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
+    """The look's result where a share of the answers ends in its middle."""
+    stops, cuts = np.array(cell["columns"]["prompted.stop"]), np.array(cell["cuts"])
+    whole = np.array(cell["whole"])
+    rng, folds = np.random.default_rng([seed, 2]), np.array(cell["folds"])[whole]
+    stops, cuts = stops[whole], cuts[whole]
+    faulty = np.zeros(len(stops), np.bool_)
+    faulty[rng.permutation(len(stops))[: round(share * len(stops))]] = True
+    own = np.where(faulty, stops[:, 4], stops[:, 0])[:, None]
+    turn, kind = np.nonzero(cuts[:, :2])
+    scores, planted = cross_fitted(own, stops[turn, kind + 1][:, None], folds, folds[turn])
+    detection = detect(scores, planted)
+    return judged(detection, detection.evident, np.zeros(len(stops), np.bool_), faulty)
+
+
+def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) -> dict[str, Any]:
+    chosen = listed(replace(detection, evident=bool(evident)), fits)
+    return {
+        "share": float(faulty.mean()),
+        "rate": detection.rate,
+        "high": detection.high,
+        "recall": detection.recall[0.01],
+        "usable": detection.usable,
+        "evident": bool(evident),
+        "listed": len(chosen),
+        "right": int(faulty[chosen].sum()),
+        "average_precision": float(average_precision_score(faulty, detection.score)) if faulty.any() else None,
+    }
+
+
+def coverage() -> dict[str, Any]:
+    results = dict[str, Any]()
+    for path in sorted((RESULTS / "answers").glob("*.json")):
+        cell = json.loads(path.read_text())
+        for share in SHARES:
+            draws = {
+                f"foreign, {order}": [foreign_draw(cell, share, order, k) for k in range(DRAWS)]
+                for order in ("next", "near")
+            }
+            draws["cut"] = [cut_draw(cell, share, k) for k in range(DRAWS)]
+            for kind, some in draws.items():
+                key = f"{cell['settings']['table']}, {kind}, {share:g}"
+                results[key] = {
+                    name: float(np.mean([one[name] for one in some if one[name] is not None] or [np.nan]))
+                    for name in some[0]
+                } | {"under_high": float(np.mean([one["share"] <= one["high"] for one in some]))}
+                print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
+    return {"draws": DRAWS, "results": results, "machine": machine(), "commit": commit()}
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=("features", "coverage"))
+    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--model", default="")
+    request = parser.parse_args()
+    torch.set_num_threads(1)
+    if request.what == "coverage":
+        write(RESULTS / "answers.json", coverage())
+        return
+    for name in request.tables.split(","):
+        path = RESULTS / "answers" / f"{name}.{Path(request.model).name}.json"
+        stored(path, partial(features, name, request.rows, request.model))
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The audit's look at answers: a causal model reads a sample of the rows, and says which answers do not fit."""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from tsqlora.compat.hub import cached_model
+from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
+from tsqlora.text.answers import Turn, behind, read_answers, turns_of
+from tsqlora.text.conversations import Conversation
+from tsqlora.text.look import SAMPLE, AnswerLook, look_at_answers
+from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import Vocabulary
+
+BATCH = 16
+TIMED, PASSES = 8, 2.8
+"""Answers that are timed, and the passes over all answers that a look takes at most, besides the planted ones."""
+MARGIN = 1.3
+"""Memory that a model needs, for each byte of its weights."""
+Sequences = Callable[[Collection[int]], Mapping[int, Sequence[Trained]]]
+"""The sequences of some rows, by row."""
+
+
+def answers_of(
+    model: str,
+    rows: Sequence[Conversation],
+    sequences: Sequences,
+    vocabulary: Vocabulary,
+    *,
+    every: bool = False,
+    parts: Path | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    seed: int = 0,
+) -> AnswerLook:
+    """Look at a sample of the rows, or at all; a model that cannot be read here leaves only a note.
+
+    `tell` gets the estimate of the time before the first batch.
+    """
+    if why := no_judge(model):
+        return AnswerLook([], notes=[f"answers were not looked at: {why}"])
+    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    readable = np.array([row.row for row in rows if row.problem is None], np.int64)
+    chosen = np.sort(np.random.default_rng([seed, 45]).permutation(readable)[: None if every else SAMPLE])
+    made = sequences({*chosen.tolist()})
+    by_row = {row.row: row for row in rows}
+    turns = [turn for row in chosen.tolist() for turn in turns_of(by_row[row], made.get(row, ()), vocabulary)]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    net = net.to(device)
+    compute = Compute(BATCH, torch.bfloat16, parts=parts, progress=progress)
+    if turns:
+        tell(f"reads {len(turns):,} answers of {len(chosen):,} rows{about_time(net, turns, compute, vocabulary)}")
+    return look_at_answers(net, turns, vocabulary, compute, seed=seed)
+
+
+def no_judge(model: str) -> str:
+    """Say why a model cannot read answers here; "" if it can."""
+    folder = model if Path(model).is_dir() else cached_model(model, "main")
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("pytorch_model*.bin")] if folder else []
+    if not files:
+        return f"the weights of {model} are not on this machine"
+    size = MARGIN * sum(path.stat().st_size for path in files)
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if size > free:
+        return (
+            f"{model} needs {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "
+            "give --model a smaller one with the same tokenizer"
+        )
+    return ""
+
+
+def about_time(model: Any, turns: Sequence[Turn], compute: Compute, vocabulary: Vocabulary) -> str:
+    """Estimate the time of a look from one small batch of its answers."""
+    few = [behind(turn.prompt, turn.answer) for turn in turns[:: max(1, len(turns) // TIMED)][:TIMED]]
+    start = time.perf_counter()
+    read_answers(model, few, vocabulary.stops, replace(compute, progress=None, parts=None), phase="timing")
+    tokens = sum(len(one.before) + len(one.answer) for one in few)
+    whole = PASSES * len(turns) * tokens / len(few)
+    minutes = whole / tokens * (time.perf_counter() - start) / 60
+    return f", for about {minutes:.0f} minutes; --no-model leaves this out" if minutes >= 1 else ""

@@ -1,0 +1,226 @@
+"""How a language model reads answers: behind their prompts, alone, and whether it would stop where they end."""
+
+import hashlib
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora.compat.shapes import Float, Int
+from tsqlora.compat.torch import upcast
+from tsqlora.data.batches import MULTIPLE
+from tsqlora.quality.passes import parts_of, run_pass
+from tsqlora.quality.rule import Compute
+from tsqlora.tasks import Batch
+from tsqlora.tasks.forward import base_model
+from tsqlora.text.conversations import ANSWER, Conversation
+from tsqlora.text.ledger import locate
+from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import Vocabulary
+
+MOST_PROMPT, MOST_ANSWER = 512, 256
+"""Tokens that are read: of a longer prompt both ends, of a longer answer the beginning."""
+CHUNK = 2**23
+"""Logits that are in float32 at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An answer and what precedes it, as tokens that a trainer made."""
+
+    row: int
+    side: str
+    """"chosen" or "rejected" of a pair."""
+    prompt: Int[np.ndarray, " p"]
+    opening: Int[np.ndarray, " o"]
+    """What precedes an answer whatever the prompt: BOS and the template's header."""
+    answer: Int[np.ndarray, " a"]
+    ends: bool
+    """Whether the answer is whole and a stop follows it."""
+    question: str
+    text: str
+
+
+def turns_of(row: Conversation, sequences: Iterable[Trained], vocabulary: Vocabulary) -> Iterator[Turn]:
+    """Yield the trained answers of a row; of a pair those of both sides."""
+    for one in sequences:
+        messages = row.messages
+        if one.side == "rejected" and row.rejected is not None:
+            messages = (*(row.prompt or row.question), *row.rejected)
+        before, question = 0, ""
+        for message, span in zip(messages, locate(messages, one.ids, vocabulary), strict=True):
+            if message.role != ANSWER:
+                question = message.content
+            elif span is not None and span.before == 0 and (one.targets[span.start : span.end] >= 0).any():
+                behind = one.ids[span.end : span.end + 2].tolist()
+                yield Turn(
+                    row.row,
+                    one.side,
+                    one.ids[: span.start],
+                    _opening(one.ids, before, span.start, vocabulary),
+                    one.ids[span.start : span.end],
+                    not span.cut and bool({*behind} & vocabulary.stops),
+                    question,
+                    message.content,
+                )
+            before = before if span is None else span.end
+
+
+def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]:
+    """Return the trained stretches of sequences as answers, where the texts are not known.
+
+    What all prompts end with, such as the template's header, opens an answer.
+    """
+    turns = list[Turn]()
+    for one in sequences:
+        trained, before = one.trained, 0
+        for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
+            start, end = (int(stretch[0]), int(stretch[-1]) + 1) if len(stretch) else (0, 0)
+            ends = any(j in vocabulary.stops for j in one.ids[start:end].tolist())
+            while end > start and _empty(int(one.ids[end - 1]), vocabulary):
+                end -= 1
+            if end > start:
+                texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
+                question, text = (part.replace(b"\0", b"").decode(errors="replace") for part in texts)
+                turns.append(
+                    Turn(one.row, one.side, one.ids[:start], one.ids[:0], one.ids[start:end], ends, question, text)
+                )
+            before = end
+    suffix, first = _common_end([turn.prompt for turn in turns]), np.array([vocabulary.bos])
+    opens = [len(turn.prompt) and turn.prompt[0] == vocabulary.bos and len(suffix) < len(turn.prompt) for turn in turns]
+    return [
+        replace(turn, opening=np.concatenate([first, suffix]) if begins else suffix)
+        for turn, begins in zip(turns, opens, strict=True)
+    ]
+
+
+def _empty(token: int, vocabulary: Vocabulary) -> bool:
+    return token in vocabulary.stops or not vocabulary.text([token]).strip()
+
+
+def _common_end(prompts: Sequence[Int[np.ndarray, " p"]]) -> Int[np.ndarray, " s"]:
+    size = min(map(len, prompts), default=0)
+    ends = np.array([prompt[len(prompt) - size :] for prompt in prompts]).reshape(len(prompts), size)
+    differ = np.flatnonzero((ends != ends[:1]).any(0))
+    return ends[0, differ[-1] + 1 if len(differ) else 0 :] if len(prompts) else np.empty(0, np.int64)
+
+
+def _opening(ids: Int[np.ndarray, " t"], before: int, start: int, vocabulary: Vocabulary) -> Int[np.ndarray, " o"]:
+    """Return BOS and the header of the turn that begins at `start`, where the one before it ends at `before`."""
+    header = ids[before:start]
+    stops = np.flatnonzero(np.isin(header, [*vocabulary.stops]))
+    header = header[stops[-1] + 1 :] if len(stops) else header
+    while len(header) and not vocabulary.text(header[:1].tolist()).strip():
+        header = header[1:]
+    first = ids[:1] if vocabulary.bos is not None and before else ids[:0]
+    opens = len(first) and first[0] == vocabulary.bos and header[:1].tolist() != first.tolist()
+    return np.concatenate([first, header]) if opens else header
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one forward pass reads: an answer behind some tokens."""
+
+    before: Int[np.ndarray, " p"]
+    answer: Int[np.ndarray, " a"]
+    places: tuple[int, ...] = ()
+    """Numbers of answer tokens after which the probability of a stop is measured."""
+
+
+def behind(prompt: Int[np.ndarray, " p"], answer: Int[np.ndarray, " a"], places: Sequence[int] = ()) -> Sample:
+    """Return an answer behind a prompt; of long ones what is read."""
+    half = MOST_PROMPT // 2
+    prompt = prompt if len(prompt) <= MOST_PROMPT else np.concatenate([prompt[:half], prompt[-half:]])
+    return Sample(prompt, answer[:MOST_ANSWER], tuple(min(place, MOST_ANSWER) for place in places))
+
+
+def read_answers(
+    model: nn.Module, samples: Sequence[Sample], stops: Collection[int], compute: Compute, *, phase: str
+) -> dict[str, np.ndarray]:
+    """Return how likely each answer is, whatever the batches.
+
+    `each` (n × MOST_ANSWER) is −log p of each of the answer's tokens, 0 behind its end. `loss` (n) is their sum, and
+    `tokens` (n) their number: without the first token where nothing precedes it. `entropy` (n) is the mean entropy of
+    these predictions in nats. `stop` (n × k) is the log-probability of any stop at each of the k places.
+    """
+    takes = inspect.signature(base_model(model).forward).parameters
+    ends = torch.tensor(sorted(stops))
+    digest = hashlib.sha256()
+    for one in samples:
+        digest.update(repr((one.places, len(one.before))).encode() + one.before.tobytes() + one.answer.tobytes())
+
+    def measure(_: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
+        device = next(model.parameters()).device
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids")}
+        answers, places = batch["answers"].to(device), batch["places"].to(device)
+        width = int(answers.max()) + 1
+        if "position_ids" not in takes:
+            del inputs["position_ids"]
+        keep = {"logits_to_keep": width} if "logits_to_keep" in takes else {}
+        logits = model(**inputs, use_cache=False, **keep).logits[:, -width:]
+        targets = inputs["input_ids"][:, -width:].roll(-1, 1)
+        # The logits at `width - 1 - a + k` predict what follows k tokens of an answer of a.
+        start = width - 1 - answers[:, None]
+        at = torch.arange(width, device=device)
+        read = inputs["attention_mask"][:, -width:].bool() & (at >= start)
+        loss, entropy, stop = (upcast(logits.new_zeros(logits.shape[:2])) for _ in range(3))
+        spots = read.flatten().nonzero().squeeze(1)
+        for chunk in spots.split(max(1, CHUNK // logits.shape[-1])):
+            z = upcast(logits.flatten(0, 1)[chunk])
+            scale = z.logsumexp(1)
+            loss.view(-1)[chunk] = scale - z.gather(1, targets.flatten()[chunk, None])[:, 0]
+            stop.view(-1)[chunk] = z[:, ends.to(device)].logsumexp(1) - scale
+            entropy.view(-1)[chunk] = scale - ((z - scale[:, None]).exp() * z).sum(1)
+        predicts = read & (at < width - 1)
+        count = predicts.sum(1)
+        each = torch.arange(MOST_ANSWER, device=device)
+        place = (start + each).clamp(0, width - 1)
+        columns = {
+            "each": (loss * predicts).gather(1, place) * (each < answers[:, None]),
+            "loss": (loss * predicts).sum(1),
+            "tokens": count,
+            "entropy": (entropy * predicts).sum(1) / count.clamp_min(1),
+            "stop": stop.gather(1, (start + places).clamp_min(0)),
+        }
+        return {name: value.cpu().numpy() for name, value in columns.items()}
+
+    parts = parts_of(model, compute, phase, digest.hexdigest())
+    lengths = [len(one.before) + len(one.answer) for one in samples]
+    with torch.no_grad():
+        return run_pass(
+            model, measure, samples, _padded, compute, lengths=lengths, phase=phase, parts=parts, shared=True
+        )
+
+
+def _padded(samples: Sequence[Any]) -> dict[str, Tensor]:
+    """Pad on the left, so that all answers end together and logits are made for them alone."""
+    width = -(-max(len(one.before) + len(one.answer) for one in samples) // MULTIPLE) * MULTIPLE
+    ids, mask = (np.zeros((len(samples), width), np.int64) for _ in range(2))
+    for j, one in enumerate(samples):
+        row = np.concatenate([one.before, one.answer])
+        ids[j, width - len(row) :] = row
+        mask[j, width - len(row) :] = 1
+    most = max(len(one.places) for one in samples)
+    places = np.array([[*one.places, *[0] * (most - len(one.places))] for one in samples], np.int64)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "position_ids": torch.from_numpy((mask.cumsum(1) - 1).clip(0)),
+        "answers": torch.tensor([len(one.answer) for one in samples]),
+        "places": torch.from_numpy(places.reshape(len(samples), most)),
+    }
+
+
+def features_of(
+    prompted: dict[str, np.ndarray], alone: dict[str, np.ndarray], donors: Int[np.ndarray, " n"] | None = None
+) -> Float[np.ndarray, "n 7"]:
+    """Return c, u, u − c, c/u, n(u − c), log n and entropy of answers; `donors` are their rows in `alone`."""
+    rows = np.arange(len(prompted["loss"])) if donors is None else donors
+    n = np.maximum(prompted["tokens"], 1).astype(np.float64)
+    c = prompted["loss"] / n
+    u = alone["loss"][rows] / np.maximum(alone["tokens"][rows], 1)
+    return np.stack([c, u, u - c, c / np.maximum(u, 1e-3), n * (u - c), np.log(n), prompted["entropy"]], 1)

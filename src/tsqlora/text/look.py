@@ -1,0 +1,278 @@
+"""The look at answers: which ones do not fit their prompts, stop in the middle, or are in disorder.
+
+Nobody says which rows are bad. Faults planted in copies of the rows teach it, and measure what can be found.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import nn
+
+from tsqlora.compat.shapes import Bool, Float, Int
+from tsqlora.quality.rule import Compute
+from tsqlora.text.answers import MOST_ANSWER, Sample, Turn, behind, features_of, read_answers
+from tsqlora.text.faults import (
+    FAULTS,
+    FOLDS,
+    LEVELS,
+    PLANTED,
+    Detection,
+    cross_fitted,
+    cut_places,
+    detect,
+    donors_of,
+    few_answers,
+    folds_of,
+    listed,
+)
+from tsqlora.text.vocabulary import Vocabulary
+
+FOREIGN, CUT = "foreign_answer", "cut_answer"
+SAMPLE = 2_000
+"""Rows that are looked at by default."""
+LEAST_TURNS = 50
+"""With fewer answers nothing is judged."""
+SUSPECTS, DECOYS = 0.15, 8
+"""Share of the answers that are read behind other prompts, and how many."""
+LEAST_SUSPECTS = 5
+OWNERS, LEAST_SHIFTED = 200, 5
+Losses = Mapping[tuple[int, str], Mapping[int, float]]
+"""By row and side of a pair: −log p of a token, by its place in the sequence."""
+Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
+
+
+@dataclass(slots=True)
+class AnswerLook:
+    """The results for each turn, by the name of the fault."""
+
+    turns: list[Turn]
+    detections: dict[str, Detection] = field(default_factory=dict)
+    listed: dict[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
+    """Turns that are called wrong, worst first."""
+    near_recall: float | None = None
+    """Share of answers from near prompts that is found at 1 % false alarms."""
+    owners: dict[int, int] = field(default_factory=dict)
+    """By turn: the row whose prompt its answer fits best."""
+    losses: dict[int, Float[np.ndarray, " t"]] = field(default_factory=dict)
+    """By turn that is called wrong: −log p of each of its answer's tokens that were read."""
+    shifts: list[tuple[int, int, int]] = field(default_factory=list)
+    """First row, last row, and by how many rows their answers are shifted."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens that the model read, by pass."""
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, fault: str) -> dict[int, float]:
+        """Rows that are called wrong, and the probability of the worst turn of each."""
+        rows = dict[int, float]()
+        for turn in self.listed.get(fault, ()):
+            row = self.turns[turn].row
+            rows[row] = max(rows.get(row, 0.0), float(self.detections[fault].probability[turn]))
+        return rows
+
+    def by_token(self) -> Losses:
+        """The losses of answers that are called wrong, by row and place."""
+        losses = dict[tuple[int, str], dict[int, float]]()
+        for j, each in self.losses.items():
+            turn = self.turns[j]
+            losses.setdefault((turn.row, turn.side), {}).update(enumerate(each.tolist(), start=len(turn.prompt)))
+        return losses
+
+    def summary(self) -> dict[str, Any]:
+        """The look in findings.json, in the scores' record and in the terminal."""
+        faults = {
+            name: {
+                "planted": one.planted,
+                "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
+                "rate": one.rate if one.usable else None,
+                "high": one.high,
+                "evident": one.evident,
+                "listed": len(self.rows(name)),
+            }
+            for name, one in self.detections.items()
+        }
+        about = {"turns": len(self.turns), "tokens": self.tokens, "faults": faults, "shifts": self.shifts}
+        return {**about, "notes": self.notes, "says": self.sentences()}
+
+    def sentences(self) -> list[str]:
+        """Say first what can be found, then what was."""
+        texts = list[str]()
+        for name, one in self.detections.items():
+            power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
+            if not one.usable:
+                texts.append(f"{power}; rows do not differ enough from these to call any wrong")
+            elif not one.evident:
+                texts.append(f"{power}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
+            else:
+                rows = len(self.rows(name))
+                texts.append(
+                    f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
+                )
+        for first, last, step in self.shifts:
+            texts.append(
+                f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them"
+            )
+        return [*texts, *self.notes]
+
+
+def look_at_answers(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    vocabulary: Vocabulary,
+    compute: Compute,
+    *,
+    faults: Mapping[str, Callable[[str, str, np.random.Generator], str]] | None = None,
+    seed: int = 0,
+) -> AnswerLook:
+    """Read the answers with a causal model, and judge them by faults planted in their copies.
+
+    The model reads each answer behind its prompt and alone, at most PLANTED copies with each fault, and the suspects
+    behind DECOYS other prompts. `faults` are functions (prompt, answer, rng) → answer by name, by default FAULTS.
+    """
+    look, rng = AnswerLook(list(turns)), np.random.default_rng([seed, 46])
+    if len(turns) < LEAST_TURNS:
+        look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
+        return look
+    if few_answers([turn.text for turn in turns]):
+        look.notes.append("the answers are few and repeat, as labels do: audit them as labels (a column of classes)")
+        return look
+
+    def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        look.tokens[phase] = sum(len(one.before) + len(one.answer) for one in samples)
+        return read_answers(model, samples, vocabulary.stops, compute, phase=phase)
+
+    folds = folds_of(turns, seed)
+    planted = np.sort(rng.permutation(len(turns))[:PLANTED])
+    cuts = np.array([cut_places(one, [vocabulary.tokens[j] for j in one.answer[:MOST_ANSWER]], rng) for one in turns])
+    ends = np.array([len(one.answer) for one in turns])
+    prompted = read(
+        "prompted",
+        [behind(one.prompt, one.answer, (end, *cut)) for one, end, cut in zip(turns, ends, cuts, strict=True)],
+    )
+    alone = read("alone", [behind(one.opening, one.answer) for one in turns])
+    own = features_of(prompted, alone)
+    _find_cut(look, prompted["stop"], ends, cuts, folds, rng)
+    _find_foreign(look, own, alone, folds, planted, rng, read)
+    for name, fault in (FAULTS if faults is None else faults).items():
+        _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
+    for turn in {int(j) for chosen in look.listed.values() for j in chosen}:
+        look.losses[turn] = prompted["each"][turn, : len(turns[turn].answer)]
+    return look
+
+
+def _find_cut(
+    look: AnswerLook, stops: np.ndarray, ends: np.ndarray, cuts: np.ndarray, folds: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Cut in the middle: the model expects no stop there. Only answers that were read whole are judged."""
+    judged = np.array([one.ends for one in look.turns]) & (ends <= MOST_ANSWER)
+    kinds = [(j, k) for j in np.flatnonzero(judged) for k in (1, 2) if cuts[j, k - 1]]
+    if judged.sum() < LEAST_TURNS or len(kinds) < LEAST_TURNS:
+        look.notes.append("too few answers are whole and long enough to judge cuts")
+        return
+    turn, kind = np.array([kinds[j] for j in np.sort(rng.permutation(len(kinds))[:PLANTED])]).T
+    scores, planted = cross_fitted(stops[judged, :1], stops[turn, kind][:, None], folds[judged], folds[turn])
+    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted))
+
+
+def _find_foreign(
+    look: AnswerLook,
+    own: np.ndarray,
+    alone: dict[str, np.ndarray],
+    folds: np.ndarray,
+    planted: np.ndarray,
+    rng: np.random.Generator,
+    read: Read,
+) -> None:
+    """Another row's answer, whose own prompt is one of many equals."""
+    turns, donors = look.turns, donors_of(look.turns, folds, planted, rng)
+    planted, donors = planted[donors >= 0], donors[donors >= 0]
+    if len(planted) < LEAST_TURNS:
+        look.notes.append("too few answers differ enough to tell whose they are")
+        return
+    copies = [behind(turns[row].prompt, turns[donor].answer) for row, donor in zip(planted, donors, strict=True)]
+    scores, bad = cross_fitted(own, features_of(read("foreign", copies), alone, donors), folds, folds[planted])
+    detection = detect(scores, bad)
+    order = np.argsort(-scores, kind="stable")[: round(SUSPECTS * len(turns))]
+    suspects = order[detection.probability[order] > 0.5] if detection.usable else order[:0]
+    fits, evident = np.ones(len(turns), np.bool_), False
+    if len(suspects):
+        others = [rng.choice(np.delete(np.arange(len(turns)), j), DECOYS, replace=False) for j in suspects]
+        decoys = [
+            behind(turns[k].prompt, turns[j].answer) for j, some in zip(suspects, others, strict=True) for k in some
+        ]
+        losses = read("decoys", decoys)["loss"].reshape(-1, DECOYS)
+        fits[suspects] = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1) < losses.min(1)
+        evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
+    detection = replace(detection, evident=evident)
+    _add(look, FOREIGN, np.arange(len(turns)), detection, fits)
+    if len(look.listed[FOREIGN]):
+        _find_owners(look, read)
+
+
+def _find_planted(
+    look: AnswerLook,
+    name: str,
+    fault: Callable[[str, str, np.random.Generator], str],
+    own: np.ndarray,
+    folds: np.ndarray,
+    planted: np.ndarray,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+    read: Read,
+) -> None:
+    """A fault that a function makes of prompt and answer."""
+    turns = look.turns
+    texts = [(j, fault(turns[j].question, turns[j].text, rng)) for j in planted.tolist()]
+    changed = [(j, text) for j, text in texts if text != turns[j].text]
+    if len(changed) < LEAST_TURNS:
+        look.notes.append(f"{name}: too few answers can have it")
+        return
+    rows = np.array([j for j, _ in changed])
+    ids = vocabulary.tokenizer([text for _, text in changed], add_special_tokens=False)["input_ids"]
+    answers = [np.asarray(one, np.int64) for one in ids]  # pyright: ignore[reportGeneralTypeIssues]
+    prompted = read(name, [behind(turns[j].prompt, one) for j, one in zip(rows, answers, strict=True)])
+    alone = read(f"{name} alone", [behind(turns[j].opening, one) for j, one in zip(rows, answers, strict=True)])
+    scores, bad = cross_fitted(own, features_of(prompted, alone), folds, folds[rows])
+    _add(look, name, np.arange(len(turns)), detect(scores, bad))
+
+
+def _add(
+    look: AnswerLook,
+    fault: str,
+    judged: Int[np.ndarray, " k"],
+    detection: Detection,
+    fits: Bool[np.ndarray, " k"] | None = None,
+) -> None:
+    """Add the result of the judged turns."""
+    chosen = listed(detection, np.zeros(len(judged), np.bool_) if fits is None else fits)
+    look.listed[fault] = judged[chosen]
+    look.detections[fault] = detection.over(judged, len(look.turns))
+
+
+def _find_owners(look: AnswerLook, read: Read) -> None:
+    """Whose answers the foreign ones are: the neighbours' of their rows, or of the rows whose prompts are near."""
+    turns, wrong = look.turns, look.listed[FOREIGN][:OWNERS].tolist()
+    by_row = {turn.row: j for j, turn in reversed([*enumerate(turns)])}
+    words = TfidfVectorizer(sublinear_tf=True)
+    prompts = words.fit_transform([turn.question for turn in turns])
+    nearest = np.argsort(-(words.transform([turns[j].text for j in wrong]) @ prompts.T).toarray(), axis=1)[:, :3]
+    candidates = [
+        (j, k)
+        for j, near in zip(wrong, nearest.tolist(), strict=True)
+        for k in {*near, by_row.get(turns[j].row - 1, j), by_row.get(turns[j].row + 1, j), j}
+    ]
+    losses = read("owners", [behind(turns[k].prompt, turns[j].answer) for j, k in candidates])["loss"]
+    best = defaultdict[int, list[tuple[float, int]]](list)
+    for (j, k), loss in zip(candidates, losses.tolist(), strict=True):
+        best[j].append((loss, k))
+    look.owners = {j: turns[min(some)[1]].row for j, some in best.items() if min(some)[1] != j}
+    shifted = defaultdict[int, list[int]](list)
+    for j, owner in look.owners.items():
+        shifted[owner - turns[j].row].append(turns[j].row)
+    for step in (-1, 1):
+        rows = sorted(shifted[step])
+        groups = np.split(rows, np.flatnonzero(np.diff(rows) > 2 * FOLDS) + 1)
+        look.shifts += [(int(g[0]), int(g[-1]), step) for g in groups if len(g) >= LEAST_SHIFTED]

@@ -1,0 +1,120 @@
+"""How likely answers are, against one answer at a time; and the turns of a row."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from models import generating, tiny_llama_classifier
+from text.test_ledger import ANSWER, QUESTION, chat, tokenizer, trained, vocabulary
+from tsqlora.quality.rule import Compute
+from tsqlora.text import answers as module
+from tsqlora.text.answers import Sample, behind, read_answers, turns_of
+from tsqlora.text.vocabulary import Vocabulary
+
+__all__ = ["tokenizer", "vocabulary"]
+STOPS = (2, 7)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return generating(LlamaForCausalLM, tiny_llama_classifier()).eval()
+
+
+@pytest.fixture(scope="module")
+def samples(model: LlamaForCausalLM) -> list[Sample]:
+    rng, size = np.random.default_rng(0), model.config.vocab_size
+    lengths = [(5, 3, (3, 1)), (1, 9, (9, 4)), (12, 1, (1, 0)), (0, 4, (4, 2)), (7, 6, (6, 5))]
+    return [Sample(rng.integers(size, size=b), rng.integers(size, size=a), places) for b, a, places in lengths]
+
+
+def slow_twin(model: nn.Module, one: Sample) -> dict[str, Any]:
+    """One answer, one token at a time."""
+    ids = torch.tensor([[*one.before, *one.answer]])
+    logp = model(ids).logits[0].log_softmax(-1)
+    b, a = len(one.before), len(one.answer)
+    places = [b + k for k in range(a) if b + k > 0]
+    each = np.zeros(module.MOST_ANSWER)
+    each[[k - b for k in places]] = [-float(logp[k - 1, ids[0, k]]) for k in places]
+    entropies = [-(logp[k - 1].exp() * logp[k - 1]).sum() for k in places]
+    stop = [float(logp[max(b + k - 1, 0), list(STOPS)].logsumexp(0)) for k in one.places]
+    return {
+        "each": each,
+        "loss": each.sum(),
+        "tokens": len(places),
+        "entropy": float(torch.stack(entropies).mean()),
+        "stop": stop,
+    }
+
+
+def read(model: nn.Module, samples: list[Sample], batch: int = 3) -> dict[str, np.ndarray]:
+    return read_answers(model, samples, STOPS, Compute(batch_size=batch), phase="x")
+
+
+@torch.no_grad()
+def test_a_batch_says_what_one_answer_at_a_time_says(model: LlamaForCausalLM, samples: list[Sample]) -> None:
+    columns = read(model, samples)
+    for j, one in enumerate(samples):
+        twin = slow_twin(model, one)
+        for name, value in twin.items():
+            same = slice(1, None) if name == "stop" and not len(one.before) else slice(None)
+            np.testing.assert_allclose(np.atleast_1d(columns[name][j])[same], np.atleast_1d(value)[same], rtol=1e-6)
+
+
+def test_neither_batches_nor_order_change_what_is_said(model: LlamaForCausalLM, samples: list[Sample]) -> None:
+    columns, order = read(model, samples), [3, 0, 4, 2, 1]
+    for other in (read(model, [samples[j] for j in order], 1), read(model, [samples[j] for j in order], 5)):
+        for name, values in columns.items():
+            np.testing.assert_allclose(other[name], values[order], rtol=1e-6)
+
+
+def test_small_chunks_of_logits_and_models_that_return_all_say_the_same(
+    model: LlamaForCausalLM, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
+            out = self.model(input_ids, attention_mask, position_ids, use_cache=use_cache)
+            return SimpleNamespace(logits=out.logits)
+
+    columns = read(model, samples)
+    monkeypatch.setattr(module, "CHUNK", 1)
+    for other in (read(model, samples), read(Whole(), samples)):
+        for name, values in columns.items():
+            np.testing.assert_allclose(other[name], values, rtol=1e-6)
+
+
+def test_a_long_prompt_keeps_both_ends_and_a_long_answer_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PROMPT", 4)
+    monkeypatch.setattr(module, "MOST_ANSWER", 3)
+    one = behind(np.arange(10), np.arange(20, 30))
+    assert one.before.tolist() == [0, 1, 8, 9]
+    assert one.answer.tolist() == [20, 21, 22]
+
+
+def test_each_trained_answer_is_a_turn_behind_all_that_precedes_it(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(QUESTION, ANSWER, "And of Spain?", "It is Madrid.", row=4)
+    one = trained(tokenizer, row)
+    first, second = turns_of(row, [one], vocabulary)
+    assert (first.row, first.question, first.text) == (4, QUESTION, ANSWER)
+    assert vocabulary.text(first.answer) == ANSWER.encode()
+    assert vocabulary.text(second.prompt).endswith(b"And of Spain?<|im_end|>\n<|im_start|>assistant\n")
+    assert vocabulary.text(second.opening) == b"<|im_start|>assistant\n"
+    assert first.ends
+    assert second.ends
+
+
+def test_a_cut_answer_does_not_end(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(QUESTION, ANSWER)
+    whole = trained(tokenizer, row)
+    (cut,) = turns_of(row, [trained(tokenizer, row, keep=slice(len(whole.ids) - 12))], vocabulary)
+    (unended,) = turns_of(row, [trained(tokenizer, row, stop=False)], vocabulary)
+    assert not cut.ends
+    assert unended.ends  # the stop follows, though it has no loss

@@ -1,0 +1,105 @@
+"""Answers that belong to other prompts are left out before training, where the rows' own faults show how."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+import tsqlora as tsq
+from tsqlora.quality.rule import Compute
+from tsqlora.quality.scores import Scores
+from tsqlora.text.answers import turns_in
+from tsqlora.text.before import look_before
+from tsqlora.text.look import FOREIGN
+from tsqlora.text.prepared import sequences_of
+from tsqlora.text.vocabulary import vocabulary_of
+from words import llama, tokenizer
+
+ROWS, WORDS, END, USER, ASSISTANT = 240, range(5, 45), 1, 3, 4
+FOREIGN_ROWS = tuple(range(10, 34))
+"""Each has the answer of the row after it."""
+
+
+class Repeats(LlamaForCausalLM):
+    """Expects words that it has read before, as a trained model expects those of the prompt."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, logits_to_keep: int = 0, **kwargs: Any) -> Any:
+        own: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "logits_to_keep": logits_to_keep}
+        output, kept = super().forward(**own, **kwargs), logits_to_keep
+        seen = torch.nn.functional.one_hot(input_ids, self.config.vocab_size).cumsum(1).clamp_max(1)
+        output.logits = output.logits + 4.0 * (seen[:, -kept:] if kept else seen)
+        return output
+
+
+def samples(foreign: tuple[int, ...] = FOREIGN_ROWS) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    words = [rng.permutation(list(WORDS))[:6].tolist() for _ in range(ROWS)]
+    rows = []
+    for j, own in enumerate(words):
+        answer = words[(j + 1) % ROWS] if j in foreign else own
+        prompt = [USER, *own, ASSISTANT]
+        answer = [*rng.permutation(answer).tolist(), END]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return rows
+
+
+def model() -> LlamaForCausalLM:
+    return Repeats(llama().config).eval()
+
+
+def test_stretches_with_loss_are_answers() -> None:
+    first = samples()[0]
+    (turn,) = turns_in(sequences_of([first]), vocabulary_of(tokenizer()))
+    assert turn.prompt.tolist() == first["input_ids"][:8]
+    assert (turn.answer.tolist(), turn.ends) == (first["input_ids"][8:-1], True)
+    two = turns_in(sequences_of(samples()[:2]), vocabulary_of(tokenizer()))
+    assert [turn.opening.tolist() for turn in two] == [[ASSISTANT]] * 2
+
+
+def test_answers_of_other_prompts_are_found() -> None:
+    look = look_before(model(), samples(), vocabulary_of(tokenizer()), Compute(16))
+    assert look.detections[FOREIGN].evident
+    assert set(look.rows(FOREIGN)) <= set(FOREIGN_ROWS)
+    assert len(look.rows(FOREIGN)) >= 0.8 * len(FOREIGN_ROWS)
+
+
+def test_where_all_answers_fit_none_is_called_wrong() -> None:
+    look = look_before(model(), samples(()), vocabulary_of(tokenizer()), Compute(16))
+    assert not look.detections[FOREIGN].evident
+    assert not look.rows(FOREIGN)
+
+
+@pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
+def test_a_training_leaves_them_out(tmp_path: Path) -> None:
+    data = tsq.QualitySubset(samples(), 0.5)
+    callback = tsq.QualityCallback(data)
+    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, **common)
+    Trainer(model(), args, train_dataset=data, callbacks=[callback], processing_class=tokenizer()).train()
+    scores = Scores.load(tmp_path / "scores.parquet")
+    left_out = scores.left_out_as("foreign answer")
+    assert set(scores.row_ids[left_out].tolist()) <= set(FOREIGN_ROWS)
+    assert left_out.sum() >= 0.8 * len(FOREIGN_ROWS)
+    assert scores.predictions["wrong_probability"][left_out].min() > 0.5
+    assert any("foreign_answer" in note for note in callback.notes)
+
+
+def test_a_selection_for_another_trainer_leaves_them_out() -> None:
+    rng, rows = np.random.default_rng(0), []
+    words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
+    for j, own in enumerate(words):
+        answer = rng.permutation(words[(j + 1) % ROWS] if j in FOREIGN_ROWS else own)
+        rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
+    plain = tokenizer()
+    plain.chat_template = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
+    assert any("foreign_answer" in str(one.message) and "listed" in str(one.message) for one in said)
+    left_out = {*range(ROWS)} - {*chosen["number"]}
+    assert left_out <= {*FOREIGN_ROWS}
+    assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)

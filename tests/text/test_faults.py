@@ -1,0 +1,182 @@
+"""Planted faults: where they come from, and what is concluded from how a model reads them."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from byte_tokenizers import byte_tokenizer
+from text.test_ledger import TEMPLATE, chat, trained
+from tsqlora.quality.rule import Compute
+from tsqlora.text.answers import Turn, turns_of
+from tsqlora.text.faults import (
+    ALIKE,
+    cut_places,
+    detect,
+    disordered,
+    donors_of,
+    few_answers,
+    folds_of,
+    listed,
+    p_of,
+)
+from tsqlora.text.look import CUT, FOREIGN, AnswerLook, look_at_answers
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
+
+NONE = np.empty(0, np.int64)
+WORDS = (
+    "river mountain kitchen garden winter harbour violin engine forest market planet bridge castle desert quiet golden "
+    "broken distant narrow ancient bright hidden frozen gentle heavy hollow silver crooked"
+)
+SUBJECTS = WORDS.split()
+
+
+def turn(row: int, question: str, text: str) -> Turn:
+    return Turn(row, "", NONE, NONE, NONE, True, question, text)
+
+
+def scores(rng: np.random.Generator, n: int, share: float, apart: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of n rows, of which a share is faulty, and of 400 planted ones."""
+    faulty = np.arange(n) < round(share * n)
+    return np.where(faulty, rng.normal(apart, 1, n), rng.normal(0, 1, n)), rng.normal(apart, 1, 400)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.4])
+def test_the_share_of_faults_lies_under_the_upper_bound_in_95_of_100_draws(share: float) -> None:
+    below = [detect(*scores(np.random.default_rng([7, k]), 800, share, 3.0)).high >= share for k in range(40)]
+    assert np.mean(below) >= 0.95
+
+
+def test_rates_of_separable_faults_are_right() -> None:
+    for share in (0.0, 0.1, 0.3):
+        result = detect(*scores(np.random.default_rng(1), 1000, share, 6.0))
+        assert result.rate == pytest.approx(share, abs=0.05)
+        assert result.evident == (share > 0)
+        assert result.recall[0.01] > 0.95
+
+
+@pytest.mark.parametrize("apart", [0.3, 1.0, 2.0, 4.0])
+def test_a_table_without_faults_lists_none(apart: float) -> None:
+    for k in range(10):
+        result = detect(*scores(np.random.default_rng([9, k]), 600, 0.0, apart))
+        assert not len(listed(result, np.zeros(600, np.bool_))), (apart, result.low, result.recall)
+
+
+def test_without_power_rows_are_ordered_and_none_is_called_wrong() -> None:
+    result = detect(*scores(np.random.default_rng(2), 1000, 0.3, 0.8))
+    assert not result.usable
+    assert not len(listed(result, np.zeros(1000, np.bool_)))
+
+
+def test_recall_does_not_count_the_users_own_faults_as_false_alarms() -> None:
+    result = detect(*scores(np.random.default_rng(3), 1000, 0.2, 6.0))
+    assert result.recall[0.01] > 0.9
+
+
+def test_planted_rows_have_a_uniform_p() -> None:
+    planted = np.random.default_rng(4).normal(size=500)
+    assert p_of(planted, planted).mean() == pytest.approx(0.5)
+
+
+def test_turns_of_a_row_and_of_equal_prompts_share_a_fold() -> None:
+    turns = [
+        turn(0, "How?", "a"),
+        turn(0, "Why?", "b"),
+        turn(1, "why", "c"),
+        *(turn(k, f"Q{k}", "d") for k in range(2, 60)),
+    ]
+    folds = folds_of(turns, seed=0)
+    assert folds[0] == folds[1] == folds[2]
+    assert {*folds.tolist()} == set(range(5))
+
+
+def test_donors_are_of_the_fold_and_fit_neither_in_prompt_nor_in_answer() -> None:
+    texts = [f"{SUBJECTS[k % 14]} {SUBJECTS[14 + k // 14]}" for k in range(100)]
+    turns = [turn(k, f"Tell me of the {text}", f"{text} is what you asked for") for k, text in enumerate(texts)]
+    folds = folds_of(turns, seed=0)
+    donors = donors_of(turns, folds, np.arange(100), np.random.default_rng(0))
+    assert (folds[donors[donors >= 0]] == folds[donors >= 0]).all()
+    for row in np.flatnonzero(donors >= 0):
+        for a, b in ((turns[row].question, turns[donors[row]].question), (turns[row].text, turns[donors[row]].text)):
+            one, other = {*a.lower().split()}, {*b.lower().split()}
+            assert len(one & other) / len(one | other) <= ALIKE
+
+
+def test_cuts_lie_in_a_word_behind_one_and_behind_a_sentence() -> None:
+    texts = [b"One", b" sen", b"tence", b" is", b" he", b"re", b".", b" Ano", b"ther", b" fol", b"lows", b" it", b"."]
+    word, space, sentence = cut_places(turn(0, "", ""), texts, np.random.default_rng(0))
+    assert texts[word][:1].isalpha()
+    assert texts[space][:1] == b" "
+    assert sentence == 7
+
+
+def test_disorder_keeps_the_sentences() -> None:
+    rng = np.random.default_rng(0)
+    assert sorted(disordered("", "One. Two. Three.", rng).split()) == ["One.", "Three.", "Two."]
+    assert disordered("", "One. Two. Three.", rng) != "One. Two. Three."
+    assert disordered("", "One. Two.", rng) == "One. One. Two."
+    assert disordered("", "One alone.", rng) == "One alone."
+
+
+def test_labels_are_no_answers() -> None:
+    assert few_answers(["yes", "no"] * 200)
+    assert not few_answers([f"answer {k}" for k in range(200)])
+
+
+class Copies(nn.Module):
+    """A language model that writes words of its context again: bigrams that it has read are likely."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.size = nn.Parameter(torch.zeros(1)), size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        n, t = input_ids.shape
+        triples = torch.stack([input_ids.roll(2, 1), input_ids.roll(1, 1), input_ids], 2)
+        logits = torch.zeros(n, t, self.size)
+        for k in range(2, t):
+            same = (triples[:, 2:k, 0] == input_ids[:, k - 1, None]) & (triples[:, 2:k, 1] == input_ids[:, k, None])
+            same &= attention_mask[:, : k - 2].bool()
+            logits[:, k].scatter_add_(1, triples[:, 2:k, 2], 6.0 * same)
+        return SimpleNamespace(logits=logits.clamp_max(6.0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    tokenizer = byte_tokenizer(opens=False, closes=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def look(tokenizer: Any, vocabulary: Vocabulary, wrong: Sequence[int] = (), size: int = 140) -> AnswerLook:
+    """Look at rows whose answers repeat words of their prompts; `wrong` rows have the next row's answer."""
+    rng = np.random.default_rng(5)
+    words = [" ".join(rng.choice(SUBJECTS, 4, replace=False)) for _ in range(size)]
+    rows = [
+        chat(f"Write on {words[k]}", f"{words[(k + 1) % size if k in wrong else k]}, so it is.", row=k)
+        for k in range(size)
+    ]
+    turns = [one for row in rows for one in turns_of(row, [trained(tokenizer, row)], vocabulary)]
+    return look_at_answers(Copies(len(tokenizer)), turns, vocabulary, Compute(batch_size=32), faults={})
+
+
+def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: Any) -> None:
+    wrong = set(range(40, 58))
+    result = look(tokenizer, vocabulary_of(tokenizer), [*wrong])
+    rows = set(result.rows(FOREIGN))
+    assert len(rows & wrong) >= 16
+    assert len(rows - wrong) <= 1
+    assert result.shifts == [(40, 57, 1)] or result.shifts[0][2] == 1
+    assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
+
+
+def test_good_answers_are_left_alone(tokenizer: Any) -> None:
+    result = look(tokenizer, vocabulary_of(tokenizer))
+    assert not result.rows(FOREIGN)
+    assert not result.rows(CUT)
