@@ -1,6 +1,7 @@
 """Answers that belong to other prompts are left out before training, where the rows' own faults show how."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.text.answers import turns_in
 from tsqlora.text.before import look_before
-from tsqlora.text.look import FOREIGN
+from tsqlora.text.look import FOREIGN, look_at_answers
 from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import vocabulary_of
 from words import llama, tokenizer
@@ -65,6 +66,13 @@ def test_answers_of_other_prompts_are_found() -> None:
     assert look.detections[FOREIGN].evident
     assert set(look.rows(FOREIGN)) <= set(FOREIGN_ROWS)
     assert len(look.rows(FOREIGN)) >= 0.8 * len(FOREIGN_ROWS)
+
+
+def test_answers_of_pairs_are_not_judged() -> None:
+    turns = [replace(one, side="chosen") for one in turns_in(sequences_of(samples()), vocabulary_of(tokenizer()))]
+    look = look_at_answers(model(), turns, vocabulary_of(tokenizer()), Compute(16))
+    assert look.detections == {}
+    assert "may be bad on purpose" in look.notes[0]
 
 
 def test_where_all_answers_fit_none_is_called_wrong() -> None:

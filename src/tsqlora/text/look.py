@@ -136,6 +136,9 @@ def look_at_answers(
     if len(turns) < LEAST_TURNS:
         look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
         return look
+    if any(turn.side for turn in turns):
+        look.notes.append("answers of preference pairs are not judged: a rejected one may be bad on purpose")
+        return look
     if few_answers([turn.text for turn in turns]):
         look.notes.append("the answers are few and repeat, as labels do: audit them as labels (a column of classes)")
         return look
