@@ -193,7 +193,10 @@ def test_a_quote_that_may_have_joined_rows_is_named(name: str, separator: str, t
 def test_quotes_that_enclose_nothing_belong_to_the_text(name: str, separator: str, tmp_path: Path) -> None:
     """As in GLUE's own files."""
     texts = ['he said "no', '"so" they said', 'five" wide', "plain"]
-    path = write(tmp_path / name, "".join(f"{a}{separator}{b}\n" for a, b in [("text", "label"), *zip(texts, "abab")]))  # noqa: B905
+    path = write(
+        tmp_path / name,
+        "".join(f"{a}{separator}{b}\n" for a, b in [("text", "label"), *zip(texts, "abab", strict=True)]),
+    )
     table = open_table(path)
     assert [row.cells["text"] for row in table] == texts
     copy_rows(path, tmp_path / f"copy{path.suffix}", np.array([1, 3]), table.dialect)

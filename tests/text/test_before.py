@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import tsqlora as tsq
+from tsqlora.errors import SettingsError
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.text.answers import turns_in
@@ -82,6 +83,7 @@ def test_where_all_answers_fit_none_is_called_wrong() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
+@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
 def test_a_training_leaves_them_out(tmp_path: Path) -> None:
     data = tsq.QualitySubset(samples(), 0.5)
     callback = tsq.QualityCallback(data)
@@ -94,6 +96,12 @@ def test_a_training_leaves_them_out(tmp_path: Path) -> None:
     assert left_out.sum() >= 0.8 * len(FOREIGN_ROWS)
     assert scores.predictions["wrong_probability"][left_out].min() > 0.5
     assert any("foreign_answer" in note for note in callback.notes)
+    assert any(f"{left_out.sum()} as 'foreign answer'" in note for note in callback.notes)
+
+
+def test_what_to_drop_is_named_exactly() -> None:
+    with pytest.raises(SettingsError, match="drop is 'evidnt'; give 'evident'"):
+        tsq.select(model(), [{"text": "a"}], processing_class=tokenizer(), drop="evidnt")  # type: ignore[arg-type]
 
 
 def test_a_selection_for_another_trainer_leaves_them_out() -> None:

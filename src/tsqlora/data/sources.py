@@ -157,7 +157,7 @@ def _saved(path: Path) -> Any:
 
     try:
         data: Any = load_from_disk(str(path))
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as a saved data set ({next(iter(str(error).splitlines()), '')})"
         ) from error

@@ -66,6 +66,8 @@ def select(
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
+    if drop not in (None, "evident"):
+        raise SettingsError(f"drop is {drop!r}; give 'evident', or leave it out")
     pool = _as_dataset(dataset, "dataset")
     few = None if trusted is None else _as_dataset(trusted, "trusted")
     task = task_of(model, columns=pool.column_names)

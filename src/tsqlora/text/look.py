@@ -53,8 +53,6 @@ class AnswerLook:
     detections: dict[str, Detection] = field(default_factory=dict)
     listed: dict[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
     """Turns that are called wrong, worst first."""
-    near_recall: float | None = None
-    """Share of answers from near prompts that is found at 1 % false alarms."""
     owners: dict[int, int] = field(default_factory=dict)
     """By turn: the row whose prompt its answer fits best."""
     losses: dict[int, Float[np.ndarray, " t"]] = field(default_factory=dict)

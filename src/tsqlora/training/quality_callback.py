@@ -437,6 +437,8 @@ class QualityCallback(PartCallback):
             ids=rows.ids,
         )
         scores = without_unfit(scores, answers)
+        why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items())
+        self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
