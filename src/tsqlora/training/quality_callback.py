@@ -142,16 +142,9 @@ class QualityCallback(PartCallback):
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
-        tokenizer, vocabulary = kwargs.get("processing_class"), None
+        tokenizer = kwargs.get("processing_class")
         if task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False):
-            about = (tokenizer, model.config, model.generation_config)
-            vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
-            # `tsqlora train` has looked itself
-            findings = [] if self.into else worst_findings(data.dataset, vocabulary, collate=loader.collate_fn)
-            for finding in findings:
-                self._note(finding)
-        if saved is None and self.rule.select and vocabulary is not None and not task.reading.has_reference:
-            self._answers = self._look_at_answers(args, model, loader.collate_fn, vocabulary)
+            self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=saved is None)
         if saved is not None:
             self._resume(saved)
             if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
@@ -405,6 +398,19 @@ class QualityCallback(PartCallback):
                 self.data.scores.save(first_scores(self._path))
             scores.save(self._path)
             self._digest = digest(self._path, sync=True)
+
+    def _look_at_texts(
+        self, args: TrainingArguments, task: Task, model: nn.Module, collate: Any, tokenizer: Any, *, answers: bool
+    ) -> None:
+        """Say what tokens and labels show, and look at the answers."""
+        own: Any = model
+        about = (tokenizer, own.config, own.generation_config)
+        vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
+        if self.into is None:  # `tsqlora train` has looked itself
+            for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
+                self._note(finding)
+        if answers and self.rule.select and not task.reading.has_reference:
+            self._answers = self._look_at_answers(args, model, collate, vocabulary)
 
     def _look_at_answers(
         self, args: TrainingArguments, model: nn.Module, collate: Collate, vocabulary: Vocabulary
