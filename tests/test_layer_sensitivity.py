@@ -226,6 +226,25 @@ def test_directions_add_up_over_batches_and_repeat_with_the_seed() -> None:
         assert not torch.allclose(sketch, other[name])
 
 
+def test_a_batch_for_which_memory_is_short_comes_in_parts() -> None:
+    """It had measured the upper layers already."""
+    lowest = next(iter(lora_layers(MODEL)))
+    refused = list[int]()
+
+    def scarce(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        if layer is lora_layers(MODEL)[lowest] and len(a) > 2:
+            refused.append(len(a))
+            raise torch.OutOfMemoryError
+        return b.square().sum()
+
+    whole = probe_pass(MODEL, ROWS, collate, estimator=lambda a, b, _: b.square().sum(), seed=3)
+    parts = probe_pass(MODEL, ROWS, collate, estimator=scarce, seed=3)
+    assert refused
+    assert parts.sensitivity().values == pytest.approx(whole.sensitivity().values)
+    for name, sketch in whole.directions().items():
+        torch.testing.assert_close(sketch, parts.directions()[name])
+
+
 def test_a_training_steps_own_backward_serves_up_to_a_factor() -> None:
     """The mean loss of a batch has 1/n of each sample's gradient: only ratios count."""
     model = wrapped()

@@ -19,12 +19,13 @@ from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.compat.torch import double, upcast
 from tsqlora.errors import SettingsError, UnsupportedError, nearest, of_loaded_model
 from tsqlora.gradients.capture import Capture, capture
-from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import effective_weight, lora_layers, target_site
+from tsqlora.quality.passes import Columns, run_pass
+from tsqlora.quality.rule import Compute
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.seeds import stream
-from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.tasks.forward import precision, split_labels
+from tsqlora.tasks import Batch, Collate, Task, task_of
+from tsqlora.tasks.forward import split_labels
 
 Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
 """(a: n × t × i, or for an Embedding indices n × t, b: n × t × o, layer) -> the layer's value, summed over samples."""
@@ -209,15 +210,21 @@ def probe_pass(
         raise SettingsError("there are no rows to measure sensitivity on")
     task = task or task_of(model)
     probe = Probe(layers, estimator, seed)
-    device = next(model.parameters()).device
-    with eval_mode(model), torch.enable_grad(), probe.watch(model) as tap:
-        for start in range(0, len(dataset), batch_size):
-            rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
-            inputs, labels = split_labels(collate(rows), model)
-            with precision(device, autocast):
-                losses = task.loss(task.reading.logits(model, inputs), labels)
+
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
+        inputs, labels = split_labels(batch, model)
+        before = dict(probe.samples), dict(probe.totals), dict(probe.sketches)
+        try:
+            losses = task.loss(task.reading.logits(model, inputs), labels)
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
+        except Exception:  # memory was short: the batch comes again in parts
+            probe.samples, probe.totals, probe.sketches = before
+            raise
+        return {}
+
+    with torch.enable_grad(), probe.watch(model) as tap:
+        run_pass(model, measure, dataset, collate, Compute(batch_size, autocast))
     return probe
 
 
