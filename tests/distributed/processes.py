@@ -32,13 +32,21 @@ from models import GENERATORS, collate, lora, samples, text_collator, texts, tin
 from scoring import quality_by, score_by, teach
 from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
+from text.test_before import model as repeats
+from text.test_before import samples as foreign_samples
 from tsqlora import distributed
 from tsqlora.adapter.change import Importance, change_ranks, drop_slots, grow_slot, moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe
 from tsqlora.quality import passes
+from tsqlora.quality.rule import Compute
+from tsqlora.text.answers import turns_in
+from tsqlora.text.look import look_at_answers
+from tsqlora.text.prepared import sequences_of
+from tsqlora.text.vocabulary import vocabulary_of
 from tsqlora.training.fit import training_arguments
+from words import tokenizer
 
 ROWS = samples(8, 3)
 MOODS = moods(96)
@@ -202,6 +210,13 @@ def scored(rank: int, world: int, folder: Path) -> Any:
     return files
 
 
+def answers() -> Any:
+    """What a look at answers finds, every process with its share of each pass."""
+    rows = turns_in(sequences_of(foreign_samples()), vocabulary_of(tokenizer()))
+    look = look_at_answers(repeats().double(), rows, vocabulary_of(tokenizer()), Compute(16))
+    return {name: (one.score, one.rate, look.rows(name)) for name, one in look.detections.items()}
+
+
 def refused(rank: int, world: int) -> Any:
     """The error in each process for rows that one cannot read."""
     model = lora(tiny_bert(layers=1))
@@ -335,6 +350,7 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "moved": moved(rank, world),
         "looped": looped(rank, world, folder),
         "scored": scored(rank, world, folder),
+        "answers": answers(),
         "refused": refused(rank, world) if world > 1 else {},
         "trainer": in_trainer(rank, world, folder / f"trainer-{world}"),
         "trusted": trusted_last(rank, world, folder / f"trusted-{world}"),

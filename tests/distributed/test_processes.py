@@ -136,6 +136,15 @@ def test_the_score_file_is_the_same_for_one_two_and_three_processes(
         assert [rows for _, rows in files] == [12, 14, 26, 8, 10, 8]
 
 
+def test_two_processes_that_look_at_answers_are_one(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["answers"] for of in reports)
+    assert alone["foreign_answer"][2]
+    for name, (score, rate, rows) in alone.items():
+        for other in (first, second):
+            np.testing.assert_allclose(other[name][0], score, rtol=1e-6)
+            assert other[name][1:] == (rate, rows)
+
+
 def test_an_error_of_one_process_is_told_in_all(reports: list[dict[str, Any]]) -> None:
     first, second = (of["refused"] for of in reports[:2])
     for name in ("reference", "pass"):

@@ -1,5 +1,6 @@
 """How likely answers are, against one answer at a time; and the turns of a row."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from models import generating, tiny_llama_classifier
 from text.test_ledger import ANSWER, QUESTION, chat, tokenizer, trained, vocabulary
+from tsqlora.quality import passes
 from tsqlora.quality.rule import Compute
 from tsqlora.text import answers as module
 from tsqlora.text.answers import Sample, behind, read_answers, turns_of
@@ -89,6 +91,28 @@ def test_small_chunks_of_logits_and_models_that_return_all_say_the_same(
     for other in (read(model, samples), read(Whole(), samples)):
         for name, values in columns.items():
             np.testing.assert_allclose(other[name], values, rtol=1e-6)
+
+
+def test_a_look_that_was_cut_off_goes_on_where_it_was(
+    model: LlamaForCausalLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "FLUSH_SECONDS", 0.0)
+    forward, calls, last = model.forward, list[int](), 3
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    compute = Compute(batch_size=1, parts=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        read_answers(model, samples, STOPS, compute, phase="x")
+    again, last = read_answers(model, samples, STOPS, compute, phase="x"), 0
+    assert len(calls) == 3 + len(samples) - 2
+    for name, values in read(model, samples, 1).items():
+        np.testing.assert_array_equal(again[name], values)
 
 
 def test_a_long_prompt_keeps_both_ends_and_a_long_answer_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Answers that belong to other prompts are left out before training, where the rows' own faults show how."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import tsqlora as tsq
 from tsqlora.errors import SettingsError
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
-from tsqlora.text.answers import turns_in
+from tsqlora.text.answers import Turn, turns_in
 from tsqlora.text.before import look_before
-from tsqlora.text.look import FOREIGN, look_at_answers
+from tsqlora.text.look import FOREIGN, SWAPPED, look_at_answers
 from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import vocabulary_of
 from words import llama, tokenizer
@@ -69,11 +70,30 @@ def test_answers_of_other_prompts_are_found() -> None:
     assert len(look.rows(FOREIGN)) >= 0.8 * len(FOREIGN_ROWS)
 
 
-def test_answers_of_pairs_are_not_judged() -> None:
-    turns = [replace(one, side="chosen") for one in turns_in(sequences_of(samples()), vocabulary_of(tokenizer()))]
-    look = look_at_answers(model(), turns, vocabulary_of(tokenizer()), Compute(16))
-    assert look.detections == {}
-    assert "may be bad on purpose" in look.notes[0]
+def pairs(swapped: Sequence[int], *, alike: bool = False) -> list[Turn]:
+    """The rejected answer is that of another row, or one in the same manner; swapped pairs prefer it."""
+    own = turns_in(sequences_of(samples(())), vocabulary_of(tokenizer()))
+    other = own if alike else turns_in(sequences_of(samples(tuple(range(ROWS)))), vocabulary_of(tokenizer()))
+    sides = ("chosen", "rejected")
+    return [
+        replace(one, side=sides[(side + (one.row in swapped)) % 2])
+        for two in zip(own, other, strict=True)
+        for side, one in enumerate(two)
+    ]
+
+
+@pytest.mark.parametrize("swapped", [(), FOREIGN_ROWS])
+def test_swapped_pairs_are_found_by_the_majority(swapped: tuple[int, ...]) -> None:
+    look = look_at_answers(model(), pairs(swapped), vocabulary_of(tokenizer()), Compute(16))
+    assert {*look.rows(SWAPPED)} <= {*swapped}
+    assert len(look.rows(SWAPPED)) >= 0.8 * len(swapped)
+    assert look.detections[SWAPPED].evident == bool(swapped)
+
+
+def test_where_the_sides_do_not_differ_no_pair_is_called_swapped() -> None:
+    look = look_at_answers(model(), pairs(FOREIGN_ROWS, alike=True), vocabulary_of(tokenizer()), Compute(16))
+    assert not look.rows(SWAPPED)
+    assert any("rows do not differ enough" in text for text in look.sentences())
 
 
 def test_where_all_answers_fit_none_is_called_wrong() -> None:

@@ -14,14 +14,14 @@ from tsqlora.text.answers import turns_in
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
-from tsqlora.text.look import CUT, FOREIGN, SAMPLE, AnswerLook, look_at_answers
+from tsqlora.text.look import CUT, FOREIGN, SAMPLE, SWAPPED, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Collate, Trained, sequences_of
 from tsqlora.text.vocabulary import Vocabulary
 
 ROWS = 500
 """Rows to look at, evenly spaced."""
 SHOWN = 3
-UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer"}, "unfit answer"
+UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
 """Reasons for which rows are left out, by fault."""
 
 

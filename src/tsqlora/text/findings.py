@@ -110,6 +110,7 @@ FINDINGS: dict[str, Kind] = {
     "foreign_answer": Kind(WARNING, "the answer fits other prompts as well as its own; see how the rows were joined"),
     "cut_answer": Kind(WARNING, "the answer ends in the middle, as generation stopped at a limit"),
     "disordered_answer": Kind(WARNING, "the answer's sentences are out of order, or repeated"),
+    "swapped_pair": Kind(WARNING, "the sides of the pair differ as those of most others do, the other way round"),
     "roles": Kind(WARNING, "two user turns in a row, no answer to the last one, or a tool call without a result"),
     "duplicate": Kind(WARNING, "the row is a copy of an earlier one"),
     "eval_leak": Kind(WARNING, "the row is in the evaluation file, too"),

@@ -31,7 +31,7 @@ from tsqlora.text.faults import (
 )
 from tsqlora.text.vocabulary import Vocabulary
 
-FOREIGN, CUT = "foreign_answer", "cut_answer"
+FOREIGN, CUT, SWAPPED = "foreign_answer", "cut_answer", "swapped_pair"
 SAMPLE = 2_000
 """Rows that are looked at by default."""
 LEAST_TURNS = 50
@@ -39,6 +39,7 @@ LEAST_TURNS = 50
 SUSPECTS, DECOYS = 0.15, 8
 """Share of the answers that are read behind other prompts, and how many."""
 LEAST_SUSPECTS = 5
+SIDES = ("chosen", "rejected")
 OWNERS, LEAST_SHIFTED = 200, 5
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
@@ -128,14 +129,12 @@ def look_at_answers(
     """Read the answers with a causal model, and judge them by faults planted in their copies.
 
     The model reads each answer behind its prompt and alone, at most PLANTED copies with each fault, and the suspects
-    behind DECOYS other prompts. `faults` are functions (prompt, answer, rng) → answer by name, by default FAULTS.
+    behind DECOYS other prompts. `faults` are functions (prompt, answer, rng) → answer by name, by default FAULTS. Pairs
+    are judged for swapped sides alone: a rejected answer may have any fault.
     """
     look, rng = AnswerLook(list(turns)), np.random.default_rng([seed, 46])
     if len(turns) < LEAST_TURNS:
         look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
-        return look
-    if any(turn.side for turn in turns):
-        look.notes.append("answers of preference pairs are not judged: a rejected one may be bad on purpose")
         return look
     if few_answers([turn.text for turn in turns]):
         look.notes.append("the answers are few and repeat, as labels do: audit them as labels (a column of classes)")
@@ -144,6 +143,10 @@ def look_at_answers(
     def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         look.tokens[phase] = sum(len(one.before) + len(one.answer) for one in samples)
         return read_answers(model, samples, vocabulary.stops, compute, phase=phase)
+
+    if any(turn.side for turn in turns):
+        _find_swapped(look, seed, read)
+        return look
 
     folds = folds_of(turns, seed)
     planted = np.sort(rng.permutation(len(turns))[:PLANTED])
@@ -162,6 +165,23 @@ def look_at_answers(
     for turn in {int(j) for chosen in look.listed.values() for j in chosen}:
         look.losses[turn] = prompted["each"][turn, : len(turns[turn].answer)]
     return look
+
+
+def _find_swapped(look: AnswerLook, seed: int, read: Read) -> None:
+    """Pairs whose sides differ as those of most pairs do, the other way round."""
+    last = {(turn.row, turn.side): turn for turn in look.turns}
+    look.turns = [last[row, SIDES[0]] for row, side in last if side == SIDES[0] and (row, SIDES[1]) in last]
+    if len(look.turns) < LEAST_TURNS:
+        look.notes.append(f"{len(look.turns)} pairs are too few to judge; {LEAST_TURNS} are needed")
+        return
+    both = [last[turn.row, side] for side in SIDES for turn in look.turns]
+    prompted = read("prompted", [behind(one.prompt, one.answer, (len(one.answer),)) for one in both])
+    alone = read("alone", [behind(one.opening, one.answer) for one in both])
+    chosen, rejected = np.split(np.hstack([features_of(prompted, alone), prompted["stop"]]), 2)
+    folds = folds_of(look.turns, seed)
+    # A pair that is swapped has the difference of its sides with the other sign.
+    scores, planted = cross_fitted(chosen - rejected, rejected - chosen, folds, folds)
+    _add(look, SWAPPED, np.arange(len(look.turns)), detect(scores, planted))
 
 
 def _find_cut(
