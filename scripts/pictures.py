@@ -123,6 +123,16 @@ def pages(folder: Path) -> None:
         screenshot(page, "audit")
 
 
+def labels(folder: Path) -> None:
+    """The review page of an audit of CLINC150's training rows as they are published."""
+    rows = ROOT / ".." / "shared" / "data" / "clinc150" / "train.jsonl"
+    call = ["audit", str(rows), "--review", "20", "--out", str(folder / "labels")]
+    typer.main.get_command(app)(call, standalone_mode=False)
+    with browser() as page:
+        page.open(folder / "labels" / "audit.html", width=1200)
+        screenshot(page, "labels", height=890)
+
+
 def chats(folder: Path) -> None:
     """The page of an audit of chats about news, of which some are too long, copies, or without an answer."""
     news = [text for text, _ in bbc_news()][:60]
@@ -155,7 +165,13 @@ def forest(_: Path) -> None:
     write("worlds.svg", plot())
 
 
-MAKERS: dict[str, Callable[[Path], Any]] = {"forest": forest, "doctor": doctor, "pages": pages, "chats": chats}
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "forest": forest,
+    "doctor": doctor,
+    "pages": pages,
+    "labels": labels,
+    "chats": chats,
+}
 
 
 def main() -> None:
