@@ -125,9 +125,9 @@ def pages(folder: Path) -> None:
 
 def labels(folder: Path) -> None:
     """The review page of an audit of CLINC150's training rows as they are published."""
-    rows = ROOT / ".." / "shared" / "data" / "clinc150" / "train.jsonl"
-    call = ["audit", str(rows), "--review", "20", "--out", str(folder / "labels")]
-    typer.main.get_command(app)(call, standalone_mode=False)
+    rows = (ROOT / ".." / "shared" / "data" / "clinc150" / "train.jsonl").resolve()
+    with contextlib.chdir(folder):
+        typer.main.get_command(app)(["audit", str(rows), "--out", "labels"], standalone_mode=False)
     with browser() as page:
         page.open(folder / "labels" / "audit.html", width=1200)
         screenshot(page, "labels", height=890)

@@ -81,9 +81,30 @@ SKIPPED = [block for block in ALL if block.skipped]
 SETTINGS = [block for block in ALL if block.language == "yaml" and re.search(r"^model:", block.code, re.MULTILINE)]
 
 
+SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In place of SmolLM2, which tests cannot download."""
+    from families import FAMILIES, trained_tokenizer
+    from tsqlora.run.demo import bbc_news
+    from words import llama
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = trained_tokenizer(FAMILIES["qwen 2.5"], [text for text, _ in bbc_news()[:100]], 2_000)
+    config = llama().config
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 2_048
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    type(llama())(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_blocks_run(document: Path, tmp_path: Path) -> None:
-    done = run(blocks_of(document), tmp_path)
+def test_blocks_run(document: Path, tmp_path: Path, tiny_chat_model: Path) -> None:
+    blocks = [block._replace(code=block.code.replace(SMOLLM, str(tiny_chat_model))) for block in blocks_of(document)]
+    done = run(blocks, tmp_path)
     assert done.returncode == 0, done.stdout
 
 
