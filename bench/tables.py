@@ -588,16 +588,17 @@ def claims_data(_: Results) -> Rows:
 
 def claims_train(_: Results) -> Rows:
     """What a training gains, for README: MiniLM, rank 8."""
-    start = headstart(_).set_index(["table", "way to train"])
-    ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
+    lora, third, head, ours = headstart_controls(_)
+    steps, seeds = ours["steps"], min(int(row["seeds"]) for row in (lora, third, head, ours))
     cells = differences.cells()
     gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
     worlds = {name: _world_claim(cells, gains, name) for name in ("shortcut", "weak", "clean")}
     return [
         _claim(
             "many classes (CLINC150)",
-            f"{ours['before the first step']} % accuracy before the first step (LoRA {lora['before the first step']} "
-            f"%); LoRA's final accuracy in {ours['of its seconds']} of its seconds",
+            f"{ours['before the first step']} % accuracy before the first step; {ours['at its end']} % after {steps} "
+            f"steps, LoRA from the same head {head['at its end']} %, plain LoRA {third['at its end']} % (three times "
+            f"the steps: {lora['at its end']} %; seeds: {seeds})",
         ),
         _claim("a shortcut in the rows (SST-2), and 128 that you have checked", worlds["shortcut"]),
         _claim("labels by a lexicon (SST-2), and 128 that you have checked", worlds["weak"]),

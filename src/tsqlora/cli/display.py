@@ -241,6 +241,7 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(ranks_table(runs[-1]["ranks"]))
     say(console, [f"\n{result['verdict']}", *([f"report: {result['report']}"] if result["out"] else [])])
+    say(console, ["your own table, with columns text and label: tsqlora audit TABLE.csv --out audit"])
 
 
 def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
