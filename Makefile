@@ -1,4 +1,4 @@
-# What there is to run: demo, test, test-all, slow, check, docs, pictures, bench, bench-llamacpp, constraints, clean.
+# What there is to run: demo, test, test-all, slow, check, release, docs, pictures, bench, bench-llamacpp, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 PYTEST := $(BIN)/pytest -n logical --dist loadfile
 
-.PHONY: demo test test-all slow check docs pictures bench bench-llamacpp constraints clean
+.PHONY: demo test test-all slow check release docs pictures bench bench-llamacpp constraints clean
 
 # Its runs are kept, with the report of the last one, until it is called again.
 demo: .venv/.installed-demo
@@ -35,7 +35,12 @@ check: .venv/.installed-dev
 	$(BIN)/python scripts/reference_pages.py --check
 	$(BIN)/python scripts/plain_english.py
 	$(BIN)/python .ci/audit.py
+	$(BIN)/python bench/stale.py
 	$(BIN)/pytest -n logical -m docs
+
+# Before a release: every result is of the code that decides it.
+release: check
+	$(BIN)/python bench/stale.py --strict
 
 # Builds the site in site/, then serves it on localhost until Ctrl-C.
 docs: .venv/.installed-dev

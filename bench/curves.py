@@ -12,7 +12,11 @@ RESULTS = ROOT / "bench" / "results" / "headstart"
 PLOT = ROOT / "docs" / "plots" / "headstart.svg"
 EPOCHS = 3
 """Of plain LoRA, whose seconds are the measure."""
-COLOURS = {"lora": "#000000", "lora+head": "#e69f00", "tsqlora": "#0072b2"}
+WAYS = {
+    "lora": ("plain LoRA, three epochs", "#000000"),
+    "lora+head": ("LoRA from the fitted head", "#e69f00"),
+    "tsqlora": ("tsqlora", "#0072b2"),
+}
 Point = Mapping[str, float]
 Curve = Sequence[Point]
 
@@ -64,16 +68,19 @@ def plot() -> None:
     figure, axes = pyplot.subplots(rows, 3, figsize=(9.0, 2.6 * rows), layout="constrained", squeeze=False)
     for panel, (table, of_table) in zip(axes.flat, tables.items(), strict=False):
         unit = np.mean([curve[-1]["seconds"] for curve in of_table["lora"].values()])
-        for method, colour in COLOURS.items():
+        for method, (name, colour) in WAYS.items():
             if curves := list(of_table.get(method, {}).values()):
                 x, y = (
-                    np.mean([[p[name] for p in curve] for curve in curves], axis=0) for name in ("seconds", "accuracy")
+                    np.mean([[p[key] for p in curve] for curve in curves], axis=0) for key in ("seconds", "accuracy")
                 )
-                panel.plot(x / unit, 100 * y, color=colour, marker=".", markersize=4, linewidth=1.2, label=method)
+                panel.plot(x / unit, 100 * y, color=colour, marker=".", markersize=4, linewidth=1.2, label=name)
         panel.set(title=table, xlim=(0, 1.6))
     for panel in list(axes.flat)[len(tables) :]:
         panel.axis("off")
-    axes.flat[0].legend(fontsize=8)
+    handles = {
+        label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside upper center", ncols=3)
     figure.supxlabel("share of plain LoRA's processor seconds for three epochs; the look included", fontsize=9)
     figure.supylabel("test accuracy, %", fontsize=9)
     PLOT.parent.mkdir(exist_ok=True)
