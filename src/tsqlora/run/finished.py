@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
-from tsqlora.data.labels import LabelMap
+from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare
 from tsqlora.data.rows import Columns
 from tsqlora.data.splits import complete
@@ -83,6 +83,8 @@ class FinishedRun:
 
     def using(self, table: Table) -> Table:
         """A table with the run's columns, classes and format."""
+        if self.format is None and are_numbers(self.record.labels):
+            table = table.numbered()
         return table.using(self.columns, self.labels, self.format)
 
     def complete(self, table: Table) -> Table:

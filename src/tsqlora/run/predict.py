@@ -36,7 +36,7 @@ def evaluate_run(
         return record.metrics["test" if "test" in record.metrics else "validation"]
     finished = open_run(run, overrides)
     if data is None:
-        tables = read(finished.config)
+        tables = read(finished.config, labels=record.labels)
         name = "test" if "test" in tables else "validation"
         table = tables[name]
     else:
