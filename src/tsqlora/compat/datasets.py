@@ -20,15 +20,15 @@ def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     >>> class_names({"label": {"names": ["bad", "good"], "_type": "ClassLabel"}, "text": {"_type": "Value"}})
     {'label': ('bad', 'good')}
     """
-    found = dict[str, tuple[str, ...]]()
+    columns = dict[str, tuple[str, ...]]()
     for column, kind in features.items():
         part = kind[0] if isinstance(kind, list) and kind else kind  # lists before datasets 4
         while isinstance(part, Mapping) and "feature" in part:
             part = part["feature"]
         names = part.get("names") if isinstance(part, Mapping) and part.get("_type") == "ClassLabel" else None
         if isinstance(names, list) and names != [str(number) for number in range(len(names))]:
-            found[column] = tuple(map(str, names))
-    return found
+            columns[column] = tuple(map(str, names))
+    return columns
 
 
 def class_names_of_parquet(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:

@@ -214,6 +214,9 @@ def row_text(cells: Mapping[str, Any], columns: Columns) -> str:
 
     >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, Columns("q", "chat", None))
     'Why?\\nuser: Hi.'
+    >>> parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "."}]
+    >>> row_text({"chat": [{"role": "user", "content": parts}]}, Columns("chat", None, None))
+    'user: Hi.'
     """
     names = (columns.system, columns.text, columns.text_pair)
     used = (cells.get(name) for name in names if name is not None)
@@ -224,8 +227,16 @@ def _cell_text(cell: Any) -> str:
     if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
         return " ".join(cell)
     if isinstance(cell, list):
-        return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
+        return "\n".join(
+            ": ".join(map(_part_text, item.values())) if isinstance(item, dict) else str(item) for item in cell
+        )
     return str(cell)
+
+
+def _part_text(value: Any) -> str:
+    """The texts of a message's parts; other values as they are."""
+    parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    return "".join(str(part.get("text", part)) for part in value) if parts else str(value)
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:
