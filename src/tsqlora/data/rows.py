@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from tsqlora.errors import DataError, nearest
+from tsqlora.errors import DataError, nearest, printable
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -160,8 +160,11 @@ class MissingError(DataError):
     """A row without a required value; `what` names the value without the row's place."""
 
     def __init__(self, place: str, what: str) -> None:
-        super().__init__(f"{place}: {what}; fill it in or remove the row")
+        super().__init__(place, what)  # what an error between processes is made of again
         self.what = what
+
+    def __str__(self) -> str:
+        return printable(f"{self.args[0]}: {self.what}; fill it in or remove the row")
 
 
 def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
