@@ -298,3 +298,14 @@ def test_a_run_of_before_class_numbers_had_names_goes_on_with_numbers(
     )
     assert train(load_config(path), tmp_path / "run", resume=True).labels == [0, 1]
     assert train(load_config(path), tmp_path / "again").labels == ["no", "yes"]
+
+
+def test_columns_in_other_case_are_those_of_training(run: Path, tmp_path: Path) -> None:
+    rows = [{" Text": row["text"], "LABEL": row["label"]} for row in make_rows(20, seed=20, labels=NAMES)]
+    path = write_jsonl(tmp_path / "test.jsonl", rows)
+    predict_run(run, path, tmp_path / "predicted.jsonl")
+    predict_run(run, data_of(run), tmp_path / "expected.jsonl")
+    predicted, expected = (cells_of(tmp_path / f"{name}.jsonl") for name in ("predicted", "expected"))
+    assert [row["prediction"] for row in predicted] == [row["prediction"] for row in expected]
+    assert [*predicted[0]] == [" Text", "LABEL", "prediction", "probability"]
+    assert evaluate_run(run, path) == evaluate_run(run, data_of(run))

@@ -50,6 +50,22 @@ class Columns:
     media: str | None = field(default=None, repr=False)
     system: str | None = field(default=None, repr=False)
 
+    def spelled(self, names: Collection[str]) -> "Columns":
+        """The columns as a file spells them, where one of its own differs in case or in blanks alone.
+
+        >>> Columns("text", None, "label").spelled([" Text", "label"])
+        Columns(text=' Text', text_pair=None, label='label')
+        """
+        pair, label, system = (
+            None if name is None else _spelled(name, names) for name in (self.text_pair, self.label, self.system)
+        )
+        return Columns(_spelled(self.text, names), pair, label, self.media, system)
+
+
+def _spelled(name: str, names: Collection[str]) -> str:
+    alike = [column for column in names if column.strip().lower() == name.strip().lower()]
+    return name if name in names or len(alike) != 1 else alike[0]
+
 
 def find_columns(
     names: Sequence[str],
@@ -102,8 +118,7 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
     for key, name in settings.items():
         if name is None:
             continue
-        alike = [column for column in names if column.strip().lower() == name.strip().lower()]
-        column = name if name in names or len(alike) != 1 else alike[0]
+        column = _spelled(name, names)
         if column not in names:
             raise DataError(f"{source} has no column '{name}', which {key} names; {nearest(name, names)}")
         other = next((other for other, taken in used.items() if taken == column), None)

@@ -191,10 +191,13 @@ class Table:
         return replace(self, class_names={})
 
     def using(self, columns: Columns, classes: LabelMap | None = None, format: Format | None = None) -> "Table":
-        """The table with these columns.
+        """The table with these columns, as it spells them.
 
         The rows of a folder get their names; a table of files gets absolute paths, which count from it.
         """
+        if not columns.media:
+            columns = columns.spelled(self.names)
+            format = format and replace(format, columns=format.columns.spelled(self.names))
         table, kind, column, before = self, self.kind or "", columns.text, self.view
 
         def renamed(row: Row) -> Row:

@@ -112,13 +112,13 @@ class FinishedRun:
     def unlabelled(self, table: Table) -> Samples:
         """Rows as samples without labels, with a warning about cuts."""
         reading, tokenizer = self.task.reading, self.pretrained.tokenizer
-        samples = reading.encode(list(table), self.columns, tokenizer, max_length=self.max_length, labels=None)
+        samples = reading.encode(list(table), table.columns, tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(samples, table.name, reading.noun(self.format), self.max_length)
         return samples
 
     def require_columns(self, table: Table, *, labelled: bool) -> None:
         """Raises DataError if a file lacks a column of training."""
-        columns, names = self.columns, table.names
+        columns, names = table.columns, table.names
         # The second part of a prompt is optional.
         second = columns.text_pair if self.format is None else None
         for column in (columns.text, second, columns.label if labelled else None):

@@ -106,7 +106,7 @@ def predict_run(
 def _with_input(finished: FinishedRun, table: Table) -> Table:
     """The rows that have an input; a warning names the others."""
     tags = finished.labels is not None and finished.labels.kind.by_token
-    lacks = lacks_of(finished.columns, finished.format, answers=False, tags=tags)
+    lacks = lacks_of(table.columns, table.format, answers=False, tags=tags)
     bad, complete = dict[str, list[int | str]](), list[int]()
     for row in table:
         if (reason := lacks(row)) is None:
