@@ -30,8 +30,8 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        patch.setattr(console, "stdout", Console(width=200))
-        patch.setattr(console, "stderr", Console(width=200, stderr=True))
+        patch.setattr(console, "stdout", Console(width=200, markup=False))
+        patch.setattr(console, "stderr", Console(width=200, stderr=True, markup=False))
         with pytest.raises(SystemExit) as stopped:
             commands.main()
     return (int(stopped.value.code or 0), *capsys.readouterr())

@@ -1,10 +1,14 @@
 """An error's message has a line or two, and no control characters for the terminal."""
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora.errors import DataError, SettingsError, UnsupportedError, printable
+from tsqlora.data.readers import BrokenQuotesError
+from tsqlora.data.rows import MissingError
+from tsqlora.errors import DataError, SettingsError, StoppedError, TsqLoraError, UnsupportedError, printable
 
 
 @given(st.text(), st.integers(10, 100))
@@ -27,3 +31,19 @@ def test_plain_messages_stay_as_they_are() -> None:
         str(DataError("rows.jsonl:3: no text in column 'Ünïcode'; ‖ΔW‖"))
         == "rows.jsonl:3: no text in column 'Ünïcode'; ‖ΔW‖"
     )
+
+
+def _errors() -> list[TsqLoraError]:
+    made: list[TsqLoraError] = [
+        StoppedError("stopped", 15),
+        MissingError("a.csv:3", "no text"),
+        BrokenQuotesError("b", broken=True),
+    ]
+    return [*made, *(kind("why") for kind in (TsqLoraError, SettingsError, DataError, UnsupportedError))]
+
+
+@pytest.mark.parametrize("error", _errors(), ids=lambda error: type(error).__name__)
+def test_every_error_passes_between_processes(error: TsqLoraError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.exit_code) == (type(error), str(error), error.exit_code)
+    assert vars(again) == vars(error)

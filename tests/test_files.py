@@ -1,5 +1,6 @@
 """Files are replaced whole, also behind a link."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -32,3 +33,23 @@ def test_a_link_into_a_directory_that_is_not_there_is_replaced(tmp_path: Path) -
 def test_a_device_is_no_file_to_write() -> None:
     with pytest.raises(SettingsError, match="device"):
         require_place(Path(os.devnull))
+
+
+@pytest.mark.parametrize("refuses", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_takes_files_all_the_same(
+    refuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, handles = {"open": os.open, "fsync": os.fsync}, list[int]()
+
+    def refuse(at: int | str | Path, *more: int) -> int | None:
+        if os.path.isdir(at):
+            handles.extend([at] if isinstance(at, int) else [])
+            raise OSError(errno.EINVAL, "refused")
+        return real[refuses](at, *more)  # type: ignore[operator, arg-type]
+
+    monkeypatch.setattr(os, refuses, refuse)
+    write_text(tmp_path / "x.txt", "new")
+    assert (tmp_path / "x.txt").read_text() == "new"
+    for handle in handles:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(handle)

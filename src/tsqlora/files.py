@@ -101,10 +101,12 @@ def plain_value(value: Any) -> Any:
 
 def _sync_folder(folder: Path) -> None:
     """Make new names in a folder outlast a loss of power."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    with suppress(OSError):  # some file systems, and Windows, refuse it, and the file is there all the same
         handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -66,3 +66,13 @@ def test_the_shell_completes_commands_and_options(typed: str, completed: str) ->
     script = "import sys; sys.argv = ['tsqlora']; from tsqlora.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True)
     assert done.stdout.split() == [completed]
+
+
+def test_a_reader_that_closes_the_pipe_sees_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "from tsqlora.cli import main; main()", "init"], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert done.stderr == b""

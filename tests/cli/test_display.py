@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from tsqlora.cli import console
 from tsqlora.cli.display import (
     layer_places,
     ranks_table,
@@ -330,3 +331,15 @@ def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     ):
         text = shown(show, result)
         assert all(command in text for command in commands), text
+
+
+def test_square_brackets_of_names_and_texts_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.stdout.print("[/tmp/foo] [bold]")
+    with Display(console.stderr) as display:
+        display.say("[/tmp/foo] [bold]")
+        display.progress("[/tmp/foo] [bold]", 1, 2)
+    console.note("[/tmp/foo] [bold]", "[bold red]error:[/] ")
+    out, err = capsys.readouterr()
+    assert out.count("[/tmp/foo] [bold]") == 1
+    assert err.count("[/tmp/foo] [bold]") == 3
+    assert "error: [/tmp/foo]" in err

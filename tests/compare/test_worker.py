@@ -80,3 +80,9 @@ def _is_of_python(process: psutil.Process) -> bool:
         return "multiprocessing" in " ".join(process.cmdline())
     except psutil.Error:
         return False
+
+
+def test_an_error_that_does_not_pass_between_processes_is_handed_on_as_text() -> None:
+    work = partial(exec, "class OddError(Exception): pass\nraise OddError('this')")
+    with pytest.raises(TsqLoraError, match="OddError: this"):
+        in_own_process("failing", work)

@@ -8,6 +8,7 @@ from tables import rows_of
 from tsqlora.data.examples import Chat, Example, Manner, Turn
 from tsqlora.data.formats import find_format
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
+from tsqlora.text.conversations import conversation
 
 CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)
 CHAT, PROMPT = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True, targets=False)
@@ -116,6 +117,35 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
     assert read({"conversations": turns}) == Chat((Turn("system", "s"), Turn("user", "hi"), Turn("assistant", "ho")))
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER | {"content": parts("h", "i")}, ANSWER | {"content": parts("ho")}]},
+        {"conversations": [USER, ANSWER]},
+        {"conversation": [USER, ANSWER]},
+        {"conversations": [USER | {"from": None, "value": None}, ANSWER | {"from": None, "value": None}]},
+        {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    ],
+)
+def test_chats_may_be_written_in_several_ways(row: dict[str, Any]) -> None:
+    chat = Chat((Turn("user", "hi"), Turn("assistant", "ho")))
+    assert read(row) == chat
+    format = find_format(list(row), source="train.jsonl")
+    assert [(m.role, m.content) for m in conversation(row, format, 0).messages] == [("user", "hi"), ("assistant", "ho")]
+
+
+@pytest.mark.parametrize("answer", [[ANSWER], [ANSWER | {"content": parts("h", "o")}], "ho"])
+def test_a_prompt_of_messages_has_a_completion_of_messages_or_text(answer: Any) -> None:
+    row = {"prompt": [USER | {"content": parts("hi")}], "completion": answer}
+    assert read(row) == Chat((Turn("user", "hi"), Turn("assistant", "ho")), context=1)
+    format = find_format(list(row), source="train.jsonl")
+    assert [(m.role, m.content) for m in conversation(row, format, 0).messages] == [("user", "hi"), ("assistant", "ho")]
+
+
 @pytest.mark.parametrize(
     ("row", "names"),
     [
@@ -127,7 +157,7 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
         ({"messages": []}, ["no messages", "'messages'"]),
         ({"messages": [USER, "ho"]}, ["message 2", "str 'ho'"]),
         ({"messages": [{"role": "user"}, ANSWER]}, ["message 1", "'content'"]),
-        ({"messages": [{"from": "human", "value": "hi"}]}, ["message 1", "'role'", "data.format to sharegpt"]),
+        ({"messages": [{"from": "human"}]}, ["message 1", "'value'", "from and value"]),
         ({"messages": [{"role": "asistant", "content": "hi"}]}, ["message 1", "'asistant'", "mean 'assistant'"]),
         ({"messages": [{"role": 3, "content": "hi"}]}, ["message 1", "role, 3"]),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, ["message without text", "'messages'"]),
@@ -140,7 +170,7 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, ["'functions'"]),
         ({"messages": [USER, ANSWER], "documents": [{"title": "f"}]}, ["'documents'"]),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, ["message 1", "from, 'bot'"]),
-        ({"conversations": [USER]}, ["message 1", "'from'", "data.format to messages"]),
+        ({"conversations": [{"text": "hi"}]}, ["message 1", "'role'"]),
     ],
 )
 def test_bad_rows_are_named(row: dict[str, Any], names: list[str]) -> None:

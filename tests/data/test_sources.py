@@ -400,15 +400,47 @@ def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", [datasets.Sequence, datasets.List, datasets.LargeList])
-def test_lists_of_classes_of_a_hub_data_set_are_named(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", ["hub", "parquet", "shards", "saved"])
+def test_class_numbers_have_the_names_of_their_data_set(
+    kind: Any, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = datasets.ClassLabel(names=["O", "B-person"])
-    features = datasets.Features({"ner_tags": kind(names), "label": names, "ids": kind(datasets.Value("int64"))})
-    rows = [{"ner_tags": tags, "label": 1, "ids": [0]} for tags in ([1, 0], [], None)]
-    data = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-    result = cells_of("owner/name")
-    assert [row["ner_tags"] for row in result] == [["B-person", "O"], [], None]
-    assert [(row["label"], row["ids"]) for row in result] == [(1, [0])] * 3
+    features = datasets.Features(
+        {"ner_tags": kind(names), "label": names, "ids": kind(datasets.Value("int64")), "k": datasets.ClassLabel(2)}
+    )
+    rows = [{"ner_tags": tags, "label": 1, "ids": [0], "k": 1} for tags in ([1, 0], [], None)]
+    data = datasets.Dataset.from_list([*rows, {"label": -1}], features=features)
+    source = str(tmp_path)
+    if stored == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": data}))
+        source = "owner/name"
+    elif stored == "saved":
+        data.save_to_disk(tmp_path)
+    else:
+        data.to_parquet(tmp_path / f"train{'-00000-of-00001' if stored == 'shards' else ''}.parquet")
+    result = cells_of(source)
+    assert [row["ner_tags"] for row in result[:3]] == [["B-person", "O"], [], None]
+    assert [(row["label"], row["ids"], row["k"]) for row in result[:3]] == [("B-person", [0], 1)] * 3
+    assert result[3]["label"] is None, "-1 means no class"
+    assert [row.cells["label"] for row in open_table(source).numbered()] == [1, 1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    "metadata", ["{", "[]", '{"info": 1}', '{"info": {"features": {"label": 3, "tags": [], "k": null}}}', "[" * 9999]
+)
+def test_parquet_with_other_metadata_is_read_all_the_same(metadata: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "label": [0]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert cells_of(tmp_path / "t.parquet") == ({"text": "a", "label": 0},)
+
+
+def test_a_corrected_label_is_written_as_the_number_of_its_name(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    path = tmp_path / "t.parquet"
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 0]}, features=features).to_parquet(path)
+    write_corrected(open_table(path), tmp_path / "out.parquet", "label", {1: "yes"})
+    assert pq.read_table(tmp_path / "out.parquet")["label"].to_pylist() == [0, 1]
+    assert [row["label"] for row in cells_of(tmp_path / "out.parquet")] == ["no", "yes"]
 
 
 def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -249,3 +250,20 @@ def test_a_class_that_may_stand_for_no_label_is_warned_of(others: tuple[int, ...
         read(tmp_path / "t.jsonl")
     write_jsonl(tmp_path / "two.jsonl", [{**row, "label": (-1, 1)[j % 2]} for j, row in enumerate(rows)])
     read(tmp_path / "two.jsonl")
+
+
+# Names of class numbers
+
+
+def test_class_numbers_are_named_in_every_split_and_stay_numbers_as_targets(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": ["a", "b"] * 4, "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    other = write_jsonl(tmp_path / "v.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "no"}])
+    result = read(tmp_path / "train.parquet", validation=str(other))
+    assert result["train"].classes == LabelMap(("no", "yes"))
+    assert [row.cells["label"] for row in result["validation"]] == ["yes", "no"]
+    numbered = read(tmp_path / "train.parquet", numbers=True)
+    assert numbered["train"].classes == LabelMap((0, 1))
+    targets = read(tmp_path / "train.parquet", answer="number")
+    assert {row.cells["label"] for row in targets["train"]} == {0, 1}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import torch
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tables import cells_of
+from tsqlora.data import sources
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
@@ -21,6 +23,7 @@ from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.quality.scores import Scores
 from tsqlora.run.allocate import allocate_ranks
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.explain import explain_source
 from tsqlora.run.finished import device_of, open_run
 from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.run.score import score_rows
@@ -268,3 +271,41 @@ def test_models_are_put_on_the_accelerator_unless_told_not_to(
         assert device_of(config).type == expected
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert device_of(config).type == "cpu"
+
+
+def test_a_run_of_before_class_numbers_had_names_goes_on_with_numbers(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(NAMES))})
+    rows = [{**row, "label": NAMES.index(row["label"])} for row in make_rows(60, seed=60, labels=NAMES)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    plain = {"quality": {"enabled": True, "fraction": 1.0}, "ranks": {"policy": "fixed", "mean": 2.0}}
+    path = write_config(tmp_path / "c.yaml", run.parent / "model", tmp_path / "train.parquet", **plain)
+    with monkeypatch.context() as before:
+        before.setattr(sources, "class_names_of_parquet", lambda _: {})
+        record = train(load_config(path), tmp_path / "run")
+    assert record.labels == [0, 1]
+    assert evaluate_run(tmp_path / "run", tmp_path / "train.parquet")["accuracy"] > 0.4
+    assert evaluate_run(tmp_path / "run", overrides=["data.max_bad_rows=0.1"]) == record.metrics["validation"]
+    predict_run(tmp_path / "run", tmp_path / "train.parquet", tmp_path / "predicted.jsonl")
+    assert {row["prediction"] for row in cells_of(tmp_path / "predicted.jsonl")} <= {0, 1}
+    assert explain_source(tmp_path / "run", 3)["text"] == rows[3]["text"]
+    assert len(score_rows(tmp_path / "run", tmp_path / "scores.parquet")) == record.plan["rows"]["train"]
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda at: int(at.name.rpartition("-")[2])))
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps(json.loads((tmp_path / "run" / "run.json").read_text()) | {"status": "running"})
+    )
+    assert train(load_config(path), tmp_path / "run", resume=True).labels == [0, 1]
+    assert train(load_config(path), tmp_path / "again").labels == ["no", "yes"]
+
+
+def test_columns_in_other_case_are_those_of_training(run: Path, tmp_path: Path) -> None:
+    rows = [{" Text": row["text"], "LABEL": row["label"]} for row in make_rows(20, seed=20, labels=NAMES)]
+    path = write_jsonl(tmp_path / "test.jsonl", rows)
+    predict_run(run, path, tmp_path / "predicted.jsonl")
+    predict_run(run, data_of(run), tmp_path / "expected.jsonl")
+    predicted, expected = (cells_of(tmp_path / f"{name}.jsonl") for name in ("predicted", "expected"))
+    assert [row["prediction"] for row in predicted] == [row["prediction"] for row in expected]
+    assert [*predicted[0]] == [" Text", "LABEL", "prediction", "probability"]
+    assert evaluate_run(run, path) == evaluate_run(run, data_of(run))

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from tsqlora.compat.quieten import quieten
 from tsqlora.errors import printable
 
-stdout, stderr = Console(), Console(stderr=True)
+# Square brackets in names and texts are not markup.
+stdout, stderr = Console(markup=False), Console(stderr=True, markup=False)
 _warned: set[str] = set()
 """Warnings that this process has printed."""
 
@@ -50,8 +51,7 @@ def harmless(value: Any) -> Any:
 
 def note(text: str, mark: str = "") -> None:
     """Print a remark to stderr, behind a mark in rich's markup."""
-    # Square brackets in the text are not markup.
-    stderr.print(f"{mark}{escape(harmless(text))}", soft_wrap=True, highlight=False)
+    stderr.print(Text.from_markup(mark).append(harmless(text)), soft_wrap=True, highlight=False)
 
 
 def error(problem: str, *, debug: bool = False) -> None:

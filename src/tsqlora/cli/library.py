@@ -82,6 +82,6 @@ def train(
     mapping, path = (config, None) if isinstance(config, Mapping) else ({}, config)
     settings = load_config(path, sections=merged(mapping, sections))
     run = Path(out) if out is not None else dated(settings.data.train if path is None else str(path), resume=resume)
-    with Display(Console(stderr=True)) as display:
+    with Display(Console(stderr=True, markup=False)) as display:
         pipeline.train(settings, run, resume=resume, progress=display.progress)
     return run

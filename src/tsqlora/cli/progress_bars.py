@@ -25,7 +25,7 @@ class Display:
     def __init__(self, console: Console, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.every, self.clock = console, every, clock
         self.bars = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -77,11 +77,11 @@ class Display:
         self.last_line[phase] = now
         begun, first = self.start.setdefault(phase, (now, done))
         if before is None:
-            self.console.print(f"{phase}: {total:,} {unit}", soft_wrap=True, highlight=False, markup=False)
+            self.console.print(f"{phase}: {total:,} {unit}", soft_wrap=True, highlight=False)
             return
         left = [f"{duration((total - done) * (now - begun) / (done - first))} left"] if done > first else []
         parts = [f"{done:,}/{total:,} {unit}", *left, *([] if pulse is None else _state(pulse))]
-        self.console.print(f"{phase}: {', '.join(parts)}", soft_wrap=True, highlight=False, markup=False)
+        self.console.print(f"{phase}: {', '.join(parts)}", soft_wrap=True, highlight=False)
 
 
 def _state(pulse: Pulse) -> list[str]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -62,7 +63,16 @@ def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
         options = {"progress": lambda *at: parent.send(("progress", at))} if watched else {}
         parent.send(("result", work(**options)))
     except Exception as error:
-        parent.send(("error", error))
+        parent.send(("error", _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it does not pass between processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return TsqLoraError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _die_with(parent: Connection) -> None:

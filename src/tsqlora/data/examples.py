@@ -81,16 +81,21 @@ SHAREGPT = Keys(
 )
 
 
-def read_chat(row: Row, columns: Columns, manner: Manner, *, keys: Keys = MESSAGES) -> Chat:
+def keys_of(message: Mapping[str, Any]) -> Keys:
+    """The keys of a message, whatever the name of its column; Arrow gives all messages in a column the keys of all."""
+    return SHAREGPT if is_missing(message.get("role")) and not is_missing(message.get("from")) else MESSAGES
+
+
+def read_chat(row: Row, columns: Columns, manner: Manner) -> Chat:
     """The turns of a row up to the last answer, after its system prompt; without targets, all but a final answer.
 
-    A chat is a list of {"role": …, "content": …}; with SHAREGPT, of {"from": …, "value": …}, where gpt is assistant.
+    A chat is a list of {"role": …, "content": …}, or of {"from": …, "value": …}, where gpt is assistant.
 
     Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
     contents, parts that are no text, weights, two system prompts, and a chat without a turn to write or to answer.
     """
     column, place = columns.text, row.place
-    turns, tools = _turns(row, columns, manner, keys), _tools(row)
+    turns, tools = _turns(row, columns, manner), _tools(row)
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
         raise MissingError(place, f"no assistant's turn in column '{column}'")
@@ -102,7 +107,7 @@ def read_chat(row: Row, columns: Columns, manner: Manner, *, keys: Keys = MESSAG
     return Chat(before, tools)
 
 
-def _turns(row: Row, columns: Columns, manner: Manner, keys: Keys) -> tuple[Turn, ...]:
+def _turns(row: Row, columns: Columns, manner: Manner) -> tuple[Turn, ...]:
     """The messages in the column of texts, after the row's system prompt."""
     column, place, messages = columns.text, row.place, row.cells.get(columns.text)
     if manner.seq2seq:
@@ -113,9 +118,9 @@ def _turns(row: Row, columns: Columns, manner: Manner, keys: Keys) -> tuple[Turn
     if is_missing(messages) or messages == []:
         raise MissingError(place, f"no messages in column '{column}'")
     if not isinstance(messages, list):
-        cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
+        cure = 'write a list of {"role": …, "content": …}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
-    turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
+    turns = tuple(_turn(message, number, place, column) for number, message in enumerate(messages, start=1))
     system = Turn("system", text_or_empty(row, columns.system))
     if system.content and turns[0] != system:
         if turns[0].role == "system":
@@ -144,16 +149,16 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
+def _turn(message: Any, number: int, place: str, column: str) -> Turn:
     where = f"message {number} in column '{column}'"
     if not isinstance(message, dict):
-        raise DataError(f"{place}: {where} is {_shown(message)}; write an object with {keys.role} and {keys.content}")
+        raise DataError(f"{place}: {where} is {_shown(message)}; write an object with role and content")
+    keys = keys_of(message)
     further = {key: _without_none(message[key]) for key in FURTHER if message.get(key)}
     calls = any(key in further for key in CALLS)
     for key in (keys.role, keys.content):
         if key not in message and not (calls and key == keys.content):
-            other = "sharegpt (from, value)" if keys is MESSAGES else "messages (role, content)"
-            raise DataError(f"{place}: {where} has no '{key}'; write it, or set data.format to {other}")
+            raise DataError(f"{place}: {where} has no '{key}'; write role and content, or from and value")
     role, content = message[keys.role], message.get(keys.content)
     if not isinstance(role, str) or role not in keys.roles:
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
@@ -238,7 +243,7 @@ def read_prompt(row: Row, columns: Columns, manner: Manner) -> Example | Chat:
     has a completion of messages, or of text; as in TRL only the completion is a target.
     """
     if isinstance(row.cells.get(columns.text), list):
-        prompt, label = _turns(row, columns, manner, MESSAGES), columns.label or ""
+        prompt, label = _turns(row, columns, manner), columns.label or ""
         if not manner.targets:
             return Chat(prompt, _tools(row))
         if not isinstance(row.cells.get(label), list):

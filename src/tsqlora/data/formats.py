@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from tsqlora.data.examples import (
@@ -49,9 +48,7 @@ class Kind:
 # In order of detection: a file of chats may also have their text in one piece.
 FORMATS: dict[str, Kind] = {
     "messages": Kind(read_chat, (("messages", None),), setting="data.messages"),
-    "sharegpt": Kind(
-        partial(read_chat, keys=SHAREGPT), (("conversations", None), ("conversation", None)), setting="data.messages"
-    ),
+    "sharegpt": Kind(read_chat, (("conversations", None), ("conversation", None)), setting="data.messages"),
     "alpaca": Kind(read_alpaca, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
     "prompt": Kind(
         read_prompt,
@@ -129,7 +126,7 @@ class Format:
         cell = row.cells.get(self.columns.text)
         if self.name not in ("messages", "sharegpt") or not isinstance(cell, list):
             return False
-        roles = [turn.get("role", turn.get("from")) for turn in cell if isinstance(turn, Mapping)]
+        roles = [turn.get("role") or turn.get("from") for turn in cell if isinstance(turn, Mapping)]
         answers = [SHAREGPT.roles.get(str(role)) == "assistant" for role in roles]
         return any(answers) and not answers[-1]
 

@@ -205,6 +205,15 @@ def are_measures(names: Sequence[str | int]) -> bool:
     return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
 
 
+def are_numbers(classes: Sequence[str | int] | None) -> bool:
+    """Whether labels are read as numbers where a data set has names for them: of targets, and of a run's integers.
+
+    >>> are_numbers(None), are_numbers((0, 1)), are_numbers(("bad", "good"))
+    (True, True, False)
+    """
+    return classes is None or isinstance(next(iter(classes), None), int)
+
+
 def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
     """Groups of classes that differ in case and white space alone.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from tsqlora.errors import DataError, nearest
+from tsqlora.errors import DataError, nearest, printable
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -49,6 +49,22 @@ class Columns:
     label: str | None
     media: str | None = field(default=None, repr=False)
     system: str | None = field(default=None, repr=False)
+
+    def spelled(self, names: Collection[str]) -> "Columns":
+        """The columns as a file spells them, where one of its own differs in case or in blanks alone.
+
+        >>> Columns("text", None, "label").spelled([" Text", "label"])
+        Columns(text=' Text', text_pair=None, label='label')
+        """
+        pair, label, system = (
+            None if name is None else _spelled(name, names) for name in (self.text_pair, self.label, self.system)
+        )
+        return Columns(_spelled(self.text, names), pair, label, self.media, system)
+
+
+def _spelled(name: str, names: Collection[str]) -> str:
+    alike = [column for column in names if column.strip().lower() == name.strip().lower()]
+    return name if name in names or len(alike) != 1 else alike[0]
 
 
 def find_columns(
@@ -102,8 +118,7 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
     for key, name in settings.items():
         if name is None:
             continue
-        alike = [column for column in names if column.strip().lower() == name.strip().lower()]
-        column = name if name in names or len(alike) != 1 else alike[0]
+        column = _spelled(name, names)
         if column not in names:
             raise DataError(f"{source} has no column '{name}', which {key} names; {nearest(name, names)}")
         other = next((other for other, taken in used.items() if taken == column), None)
@@ -160,8 +175,11 @@ class MissingError(DataError):
     """A row without a required value; `what` names the value without the row's place."""
 
     def __init__(self, place: str, what: str) -> None:
-        super().__init__(f"{place}: {what}; fill it in or remove the row")
+        super().__init__(place, what)  # what an error between processes is made of again
         self.what = what
+
+    def __str__(self) -> str:
+        return printable(f"{self.args[0]}: {self.what}; fill it in or remove the row")
 
 
 def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
@@ -214,6 +232,9 @@ def row_text(cells: Mapping[str, Any], columns: Columns) -> str:
 
     >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, Columns("q", "chat", None))
     'Why?\\nuser: Hi.'
+    >>> parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "."}]
+    >>> row_text({"chat": [{"role": "user", "content": parts}]}, Columns("chat", None, None))
+    'user: Hi.'
     """
     names = (columns.system, columns.text, columns.text_pair)
     used = (cells.get(name) for name in names if name is not None)
@@ -224,8 +245,16 @@ def _cell_text(cell: Any) -> str:
     if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
         return " ".join(cell)
     if isinstance(cell, list):
-        return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
+        return "\n".join(
+            ": ".join(map(_part_text, item.values())) if isinstance(item, dict) else str(item) for item in cell
+        )
     return str(cell)
+
+
+def _part_text(value: Any) -> str:
+    """The texts of a message's parts; other values as they are."""
+    parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    return "".join(str(part.get("text", part)) for part in value) if parts else str(value)
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tsqlora.compat.datasets import file_kinds, list_names
+from tsqlora.compat.datasets import class_names, class_names_of_parquet, file_kinds
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.readers import (
     COMPRESSED,
@@ -32,7 +32,7 @@ from tsqlora.data.readers import (
     suffix_of,
     unpacked,
 )
-from tsqlora.data.rows import ENDINGS, Row
+from tsqlora.data.rows import ENDINGS
 from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
 from tsqlora.errors import DataError
 from tsqlora.files import reading
@@ -172,11 +172,9 @@ def _saved(path: Path) -> Any:
 def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path | None) -> dict[str, Table]:
     """Those of the requested splits that a data set has; one without splits is the first of them."""
     if not isinstance(data, dict):
-        return {next(iter(requested)): of_dataset(data, source, named=True, folder=folder)}
+        return {next(iter(requested)): of_dataset(data, source, folder=folder)}
     names = _match_splits({name: name for name in data}, requested, source)
-    return {
-        split: of_dataset(data[name], f"{source}[{name}]", named=True, folder=folder) for split, name in names.items()
-    }
+    return {split: of_dataset(data[name], f"{source}[{name}]", folder=folder) for split, name in names.items()}
 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
@@ -235,7 +233,8 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     reading(path)
     if suffix == ".parquet":
         with parquet_file(path) as file:
-            return table_of_arrow(str(path), file.iter_batches(CHUNK), folder=folder, path=path)
+            names = class_names_of_parquet(file.schema_arrow.metadata)
+            return table_of_arrow(str(path), file.iter_batches(CHUNK), folder=folder, path=path, class_names=names)
     dialect = sniff(path, hints)
     notes = ()
     if note := dialect.note(str(path)):
@@ -258,7 +257,8 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
         raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name those of one")
     tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
-        return table_of_arrow(name, (batch for path in paths for batch in _batches(path)), folder=folder)
+        batches = (batch for path in paths for batch in _batches(path))
+        return table_of_arrow(name, batches, folder=folder, class_names=tables[0].class_names)
     rows = (
         (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
     )
@@ -303,20 +303,10 @@ def _load_hub(name: DatasetName) -> Any:
         ) from exc
 
 
-def of_dataset(data: Any, name: str, *, named: bool = False, folder: Path | None = None) -> Table:
-    """A `datasets.Dataset` as a table.
-
-    If `named`, lists of class numbers, such as tags, become lists of the names that the data set has for them; else
-    they stay, since a model that is already made may name its classes otherwise.
-    """
-    lists = list_names(data.features) if named else {}
-
-    def with_names(row: Row) -> Row:
-        named = {c: row.cells[c] and [names.get(n, n) for n in row.cells[c]] for c, names in lists.items()}
-        return replace(row, cells={**row.cells, **named})
-
-    parts = data.with_format("arrow").iter(CHUNK)
-    return table_of_arrow(name, parts, folder=folder, **({"view": with_names} if lists else {}))
+def of_dataset(data: Any, name: str, *, folder: Path | None = None) -> Table:
+    """A `datasets.Dataset` as a table."""
+    parts, names = data.with_format("arrow").iter(CHUNK), class_names(data.features.to_dict())
+    return table_of_arrow(name, parts, folder=folder, class_names=names)
 
 
 MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)

@@ -56,14 +56,16 @@ def read_data(
     max_bad_rows: float = 0.0,
     hints: Hints = SNIFF,
     folder: Path | None = None,
+    numbers: bool = False,
 ) -> dict[str, Table]:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
     `find` chooses the columns and, of text, the format, by the settings in `columns`; `label` says what a cell holds of
     the classes, and None means numbers or texts. Every label is checked. Rows without a text or a label are left out,
     with a warning, up to the share `max_bad_rows` of a split. A test split beside the training rows that has no labels
-    is left out, with a warning: benchmarks keep theirs secret. Without `holds_out` all rows train. Raises DataError
-    with file and row.
+    is left out, with a warning: benchmarks keep theirs secret. Without `holds_out` all rows train. With
+    `numbers` class numbers do not get the names that a data set has for them; else those of the training rows serve
+    for splits that have none. Raises DataError with file and row.
     """
     tables = open_tables(train, validation, test, trusted, hints, folder)
     first, tags = tables["train"], label is not None and label.by_token
@@ -78,7 +80,11 @@ def read_data(
         if not holds_out or not {"chosen", "rejected"} <= {*first.names}:
             raise
         raise DataError(f"{error}; of rows with chosen and rejected answers, set task.type to preference") from error
-    tables = {name: table.using(used, format=format) for name, table in tables.items()}
+    named = {} if numbers or (label is None and format is None) else first.class_names
+    tables = {
+        name: replace(table.using(used, format=format), class_names=named and (table.class_names or named))
+        for name, table in tables.items()
+    }
     if test is None and "test" in tables and used.label is not None:
         cells = (row.cells.get(used.label) for row in tables["test"])
         if all(is_missing(cell) or cell in (-1, "-1") for cell in cells):

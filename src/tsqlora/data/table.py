@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
@@ -138,6 +138,7 @@ class Table:
         typed: False if the format has no types (CSV), so that "3" may be the number 3.
         path: the file; None for a hub data set or a folder of files.
         kind: "image" or "audio" of a folder of files, whose rows have columns of this name and "label".
+        class_names: of each column of class numbers its names, which take their place as rows are read.
         view: changes each row as it is read.
         columns, classes, format: those in use; `classes` is None for numbers and texts, `format` for all but texts.
         notes: rows that were left out, and an encoding that is a guess.
@@ -152,6 +153,7 @@ class Table:
     path: Path | None = None
     dialect: Dialect = PLAIN
     kind: str | None = None
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     view: Callable[[Row], Row] = lambda row: row
     columns: Columns = NO_COLUMNS
     classes: LabelMap | None = None
@@ -179,15 +181,23 @@ class Table:
                         f"{self.name} has a value that cannot be read ({error}); export it again"
                     ) from error
                 cells = map(json.loads, cells) if pa.types.is_string(batch.schema.field("cells").type) else cells
+                cells = (with_names(row, self.class_names) for row in cells) if self.class_names else cells
                 made = zip(cells, numbers, ids.tolist(), strict=True)
                 yield [self.view(Row(cells, self.name, number, id)) for cells, number, id in made]
             start += len(batch)
 
+    def numbered(self) -> "Table":
+        """The table with class numbers in place of their names."""
+        return replace(self, class_names={})
+
     def using(self, columns: Columns, classes: LabelMap | None = None, format: Format | None = None) -> "Table":
-        """The table with these columns.
+        """The table with these columns, as it spells them.
 
         The rows of a folder get their names; a table of files gets absolute paths, which count from it.
         """
+        if not columns.media:
+            columns = columns.spelled(self.names)
+            format = format and replace(format, columns=format.columns.spelled(self.names))
         table, kind, column, before = self, self.kind or "", columns.text, self.view
 
         def renamed(row: Row) -> Row:
@@ -206,6 +216,24 @@ class Table:
         elif columns.media:
             table = replace(self, view=absolute, path=None)
         return replace(table, columns=columns, classes=classes, format=format)
+
+
+def with_names(cells: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The cells with names in place of class numbers, also in lists; -1, which means no class, is None.
+
+    >>> with_names({"label": 1, "tags": [0, 1]}, {"label": ["bad", "good"], "tags": ["O", "B"]})
+    {'label': 'good', 'tags': ['O', 'B']}
+    """
+
+    def named(number: Any, own: Sequence[str]) -> Any:
+        return own[number] if type(number) is int and 0 <= number < len(own) else number
+
+    def cell(value: Any, own: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [named(number, own) for number in value]
+        return None if value == -1 else named(value, own)
+
+    return {**cells, **{column: cell(cells[column], own) for column, own in names.items() if column in cells}}
 
 
 def table_of(

@@ -237,7 +237,7 @@ def write_corrected(source: Table, out: Path, column: str, labels: Labels) -> No
         return
     with replacing(out) as unfinished:
         if path.suffix.lower() == ".parquet":
-            _correct_parquet(path, unfinished, column, labels)
+            _correct_parquet(path, unfinished, column, _numbers(source.class_names.get(column), labels))
         elif is_array(path, source.dialect):
             _correct_array(path, unfinished, source.dialect, column, labels)
         else:
@@ -314,6 +314,16 @@ def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
             if len(here):
                 copy.write_table(file.read_row_group(group).take(here))
             before += rows
+
+
+def _numbers(names: Sequence[str] | None, labels: Labels) -> Labels:
+    """The labels as the file has them, where they are names of class numbers."""
+    numbers = {name: number for number, name in enumerate(names or ())}
+
+    def number(label: Any) -> Any:
+        return [number(one) for one in label] if isinstance(label, list) else numbers.get(label, label)
+
+    return {place: number(label) for place, label in labels.items()}
 
 
 def _correct_parquet(path: Path, out: Path, column: str, labels: Labels) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.data.formats import PREFERENCE
+from tsqlora.data.labels import are_numbers
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, row_hash, row_text
 from tsqlora.data.sources import open_table
@@ -141,6 +142,12 @@ def hints_of(scores: Scores) -> Hints:
     return Hints(**scores.record.hints)
 
 
+def table_of(scores: Scores, source: str | Path) -> Table:
+    """Read rows as those that were scored."""
+    table = open_table(source, split="train", hints=hints_of(scores))
+    return table.numbered() if scores.record.format is None and are_numbers(scores.record.classes) else table
+
+
 def texts_or_why(
     scores: Scores, rows: Iterable[int], data: Path | None = None, *, remote: bool = False
 ) -> tuple[dict[int, str], str | None]:
@@ -151,7 +158,7 @@ def texts_or_why(
     if not remote and not Path(source).exists():
         return {}, f"{source} is not on this machine"
     try:
-        texts = _find_texts(scores, rows, open_table(source, split="train", hints=hints_of(scores)))
+        texts = _find_texts(scores, rows, table_of(scores, source))
     except (DataError, OSError, UnicodeError) as error:
         return {}, f"{source} cannot be read ({error})"
     if missing := len(rows) - len(texts):

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from tsqlora.data.rows import Columns, row_hash
-from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
 from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.reasons import hints_of
+from tsqlora.quality.reasons import table_of
 from tsqlora.quality.scores import Scores
 
 
@@ -27,7 +26,7 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     with writing(out):
         scores = Scores.load(scores_path)
         reading(scores.record.data or "")
-        table = None if data is None else open_table(data, split="train", hints=hints_of(scores))
+        table = None if data is None else table_of(scores, data)
     chosen = sample(scores, fraction, seed)
     if table is None:
         columns = {"id": scores.row_ids, "quality": scores.quality, "probability": scores.probability}

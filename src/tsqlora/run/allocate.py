@@ -47,7 +47,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     Raises DataError if the scores belong to other rows.
     """
     r, model = run.config.ranks, run.model
-    job = run.job(read(run.config))
+    job = run.job(read(run.config, labels=run.record.labels))
     samples = job.train.samples
     rows = np.arange(len(samples))
     if scores_path.exists():

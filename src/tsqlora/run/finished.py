@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
-from tsqlora.data.labels import LabelMap
+from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare
 from tsqlora.data.rows import Columns
 from tsqlora.data.splits import complete
@@ -83,6 +83,8 @@ class FinishedRun:
 
     def using(self, table: Table) -> Table:
         """A table with the run's columns, classes and format."""
+        if self.format is None and are_numbers(self.record.labels):
+            table = table.numbered()
         return table.using(self.columns, self.labels, self.format)
 
     def complete(self, table: Table) -> Table:
@@ -110,13 +112,13 @@ class FinishedRun:
     def unlabelled(self, table: Table) -> Samples:
         """Rows as samples without labels, with a warning about cuts."""
         reading, tokenizer = self.task.reading, self.pretrained.tokenizer
-        samples = reading.encode(list(table), self.columns, tokenizer, max_length=self.max_length, labels=None)
+        samples = reading.encode(list(table), table.columns, tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(samples, table.name, reading.noun(self.format), self.max_length)
         return samples
 
     def require_columns(self, table: Table, *, labelled: bool) -> None:
         """Raises DataError if a file lacks a column of training."""
-        columns, names = self.columns, table.names
+        columns, names = table.columns, table.names
         # The second part of a prompt is optional.
         second = columns.text_pair if self.format is None else None
         for column in (columns.text, second, columns.label if labelled else None):

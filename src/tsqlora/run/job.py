@@ -1,6 +1,6 @@
 """Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
-from tsqlora.data.labels import LabelMap
+from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.readers import Hints
 from tsqlora.data.splits import read_data
@@ -17,7 +17,7 @@ from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
-from tsqlora.run.start import start_of
+from tsqlora.run.start import start_labels, start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
 from tsqlora.training.load import Pretrained, load_pretrained
@@ -62,11 +62,13 @@ class Job:
         }
 
 
-def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -> Job:
+def load(
+    config: Config, *, folder: Path | None = None, scoring: bool = False, labels: Sequence[str | int] | None = None
+) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
-    `folder` holds rows and samples on disk; None is a temporary one. Raises UnsupportedError for preference rows,
-    unless for `scoring`.
+    `folder` holds rows and samples on disk; None is a temporary one. `labels` are the classes of a run that goes on.
+    Raises UnsupportedError for preference rows, unless for `scoring`.
     """
     require_of_task(config)
     task = trained_task(config)
@@ -75,7 +77,7 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
             f"task.type {task.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
             "and `tsqlora select`), and train on them with TRL's DPOTrainer"
         )
-    tables = read(config, folder)
+    tables = read(config, folder, labels)
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes)
@@ -86,9 +88,9 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     return Job(config, task, pretrained, data, length)
 
 
-def read(config: Config, folder: Path | None = None) -> dict[str, Table]:
-    """Read the rows of every split; `folder` as in `load`."""
-    data, task = config.data, get_task(config.task.type)
+def read(config: Config, folder: Path | None = None, labels: Sequence[str | int] | None = None) -> dict[str, Table]:
+    """Read the rows of every split; `folder` and `labels` as in `load`."""
+    data, task, labels = config.data, get_task(config.task.type), labels or start_labels(config)
     return read_data(
         data.train,
         data.validation,
@@ -103,6 +105,7 @@ def read(config: Config, folder: Path | None = None) -> dict[str, Table]:
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
         folder=folder,
+        numbers=labels is not None and are_numbers(labels),
     )
 
 

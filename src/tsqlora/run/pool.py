@@ -176,7 +176,10 @@ def _with_paths(rows: Any, task: Task, folder: str) -> Any:
 def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, Table]:
     """The pool and the trusted rows as tables, with the format or the columns of the pool."""
     pool = rows["train"]
-    tables = {split: of_dataset(part, "dataset" if split == "train" else split) for split, part in rows.items()}
+    # A model's own classes have numbers, and other names.
+    tables = {
+        split: of_dataset(part, "dataset" if split == "train" else split).numbered() for split, part in rows.items()
+    }
     names, classes = list(pool.column_names), None
     columns, format = task.reading.find(names, source="dataset")
     if columns.label is None and format is None:

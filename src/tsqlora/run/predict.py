@@ -36,7 +36,7 @@ def evaluate_run(
         return record.metrics["test" if "test" in record.metrics else "validation"]
     finished = open_run(run, overrides)
     if data is None:
-        tables = read(finished.config)
+        tables = read(finished.config, labels=record.labels)
         name = "test" if "test" in tables else "validation"
         table = tables[name]
     else:
@@ -106,7 +106,7 @@ def predict_run(
 def _with_input(finished: FinishedRun, table: Table) -> Table:
     """The rows that have an input; a warning names the others."""
     tags = finished.labels is not None and finished.labels.kind.by_token
-    lacks = lacks_of(finished.columns, finished.format, answers=False, tags=tags)
+    lacks = lacks_of(table.columns, table.format, answers=False, tags=tags)
     bad, complete = dict[str, list[int | str]](), list[int]()
     for row in table:
         if (reason := lacks(row)) is None:

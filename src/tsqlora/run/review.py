@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.yaml import YamlProblem, load_yaml
-from tsqlora.data.labels import CLASS, KINDS, join_labels, split_labels
+from tsqlora.data.labels import CLASS, KINDS, are_numbers, join_labels, split_labels
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, Row, is_missing
 from tsqlora.data.sources import open_table
@@ -59,7 +59,7 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     before = about["sha256"]
     if before is not None and source_digest(source.name, about["columns"].get("media")) != before:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
-    source = source.using(Columns(**about["columns"]))
+    source = (source.numbered() if are_numbers(about["classes"]) else source).using(Columns(**about["columns"]))
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column, _names(about["classes"]))
     cells = dict[int, Any]()

@@ -89,5 +89,5 @@ def _tables(source: Path, run: FinishedRun, folder: Path) -> dict[str, Table]:
     """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
-        return read(run.config, folder)
+        return read(run.config, folder, run.record.labels)
     return {"train": run.complete(open_table(path, split="train", hints=hints_of(run.config), folder=folder))}

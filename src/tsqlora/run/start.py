@@ -44,6 +44,12 @@ def start_of(config: Config) -> LoraAdapter | None:
     return None if path is None else read_start(adapter_folder(Path(path)))
 
 
+def start_labels(config: Config) -> list[str | int] | None:
+    """The classes of the run that adapter.init_from names, if any."""
+    path = config.adapter.init_from
+    return RunRecord.load(Path(path)).labels if path is not None and is_run(Path(path)) else None
+
+
 def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
     """Notes about the start, for a run's record.
 

@@ -78,7 +78,7 @@ def _train(
 ) -> RunRecord:
     """Train from the last complete checkpoint, or from the start; a device takes `rows` rows at once."""
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
-    job = load(config)
+    job = load(config, labels=None if before is None else before.labels)
     if before is not None and before.data["hash"] != data_hash(job.data):
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"

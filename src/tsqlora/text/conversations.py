@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tsqlora.data.examples import FURTHER, MESSAGES, SHAREGPT
+from tsqlora.data.examples import FURTHER, keys_of
 from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format, find_format, pair_format
 from tsqlora.data.rows import is_missing
 
@@ -114,11 +114,11 @@ def _messages(cell: Any, column: str) -> list[Message]:
         raise _UnreadableError(f"no messages in column '{column}'")
     if not isinstance(cell, list) or not all(isinstance(message, Mapping) for message in cell):
         raise _UnreadableError(f"column '{column}' holds no list of messages")
-    keys = SHAREGPT if "from" in cell[0] else MESSAGES
-    return [_message(message, keys, number, column) for number, message in enumerate(cell, start=1)]
+    return [_message(message, number, column) for number, message in enumerate(cell, start=1)]
 
 
-def _message(message: Mapping[str, Any], keys: Any, number: int, column: str) -> Message:
+def _message(message: Mapping[str, Any], number: int, column: str) -> Message:
+    keys = keys_of(message)
     role, content = message.get(keys.role), message.get(keys.content)
     if not isinstance(role, str):
         raise _UnreadableError(f"message {number} in column '{column}' has no {keys.role}")
