@@ -46,7 +46,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     universal = report["universal_parameters"]
     lines = [
         f"adapter      {report['adapter']}",
-        f"base         {report['base'] or 'not named'}",
+        f"base         {report['base'] or 'not named'}" + (f", {report['base_class']}" if report["base_class"] else ""),
         f"layers       {len(ranks)}, rank {_range(ranks)}, scale {_range(scales)}",
         f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters"
         + (f"; {universal:,} in the universal form" if universal else ""),
@@ -63,6 +63,8 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         verdict = Text(server["verdict"], style=_STYLES[server["verdict"]])
         table.add_row(name, verdict, Text("\n".join(_reasons(server))), Text(server["mend"] or ""))
     console.print(table)
+    right = [server for server, verdict in report["servers"].items() if verdict == "right"]
+    say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
     _show_health(console, report["health"])
     say(console, [f"note: {note}" for note in report["notes"]])
 

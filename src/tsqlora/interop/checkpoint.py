@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,38 @@ def base_config(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
+
+
+_SUFFIXES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "FEATURE_EXTRACTION": "Model",
+}
+"""The end of a class's name in transformers for each task_type of PEFT."""
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "mpnet": "MPNet", "deberta": "DebertaV2"}
+"""The family of a model by the attribute that holds its body: the first part of an adapter's names."""
+
+
+def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
+    """transformers' class of the model that the adapter was made on, as far as its files say; else empty.
+
+    Args:
+        config: the base's config.json, or empty.
+    """
+    if mapping := adapter.config.get("auto_mapping"):
+        return str(mapping.get("base_model_class") or "")
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else ""
+    own = named if isinstance(named, str) else ""
+    suffix = _SUFFIXES.get(adapter.config.get("task_type") or "", "")
+    # A model that reads images as well has a class of its own for the task of writing.
+    if not suffix or (own and suffix in ("ForCausalLM", "ForConditionalGeneration")):
+        return own
+    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|PreTrainedModel|Model)$", "", own)
+    return (family or _FAMILIES.get(next(iter(adapter.targets)).partition(".")[0], "")) + suffix
 
 
 def base_weights(folder: str, targets: Collection[str], kind: str = "weight") -> dict[str, tuple[int, ...]] | None:
