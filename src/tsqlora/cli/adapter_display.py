@@ -54,6 +54,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     ]
     if more := [*report["heads"], *report["variants"]]:
         lines.append(f"besides LoRA {', '.join(more)}")
+    lines += [f"{fault['name']}: {fault['cure']}{_listed(fault['layers'])}" for fault in report["faults"]]
     say(console, lines)
     table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("server", "verdict", "reason, and factor by layer", "fix: --format"):
@@ -74,6 +75,10 @@ def _reasons(server: Mapping[str, Any]) -> list[str]:
     worst = sorted(factors.items(), key=lambda item: -abs(item[1] - 1))[:_SHOWN]
     more = [f"and {len(factors) - _SHOWN} more"] if len(factors) > _SHOWN else []
     return [*server["reasons"], *(f"× {factor:.3g}  {name}" for name, factor in worst), *more]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''})" if names else ""
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:

@@ -89,15 +89,7 @@ def base_weights(folder: str, targets: Collection[str], kind: str = "weight") ->
     A checkpoint of a body may lack the prefix that the body has below a head, or have one too many: names are returned
     as the adapter's targets have them. None if files or modules are missing.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118  (not a mapping)
-                    module, _, leaf = key.rpartition(".")
-                    if leaf == kind:
-                        shapes[module] = tuple(file.get_slice(key).get_shape())
-    except (OSError, SafetensorError):
+    if not (shapes := weight_shapes(folder, kind)):
         return None
     first = next(iter(targets)).partition(".")[0]
     for renamed in (
@@ -108,3 +100,18 @@ def base_weights(folder: str, targets: Collection[str], kind: str = "weight") ->
         if all(name in renamed for name in targets):
             return renamed
     return None
+
+
+def weight_shapes(folder: str, kind: str = "weight") -> dict[str, tuple[int, ...]]:
+    """The same by the checkpoint's own names; empty if files are missing or broken."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    module, _, leaf = key.rpartition(".")
+                    if leaf == kind:
+                        shapes[module] = tuple(file.get_slice(key).get_shape())
+    except (OSError, SafetensorError):
+        return {}
+    return shapes

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora.compat.hub import cached_model
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
-from tsqlora.interop.checkpoint import base_class, base_config, base_path, base_weights, revision_of
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError, nearest
+from tsqlora.interop.checkpoint import base_class, base_config, base_path, base_weights, revision_of, weight_shapes
 from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
-from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
+from tsqlora.interop.health import Fault, faults, layer_health, nonfinite, vllm_rank
 from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
 from tsqlora.interop.servers import CONSUMERS, BaseFacts, Consumer, judge
@@ -75,6 +75,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
         "servers": {server: consumer["verdict"] for server, consumer in _newest(consumers).items()},
         "consumers": consumers,
+        "faults": [asdict(fault) for fault in faults_of(adapter)],
         "health": _health(adapter),
         "notes": _notes(folder, adapter, has_base=of_base is not None) + notes,
     }
@@ -228,6 +229,21 @@ def _facts(adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None
     # Where config.json leaves it out, transformers ties.
     tied = bool(config) and config.get("tie_word_embeddings", True)
     return BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config))
+
+
+def faults_in(folder: Path) -> list[str]:
+    """The faults of an adapter that was just written, a sentence each."""
+    try:
+        return [f"{fault.name}: {fault.cure}" for fault in faults_of(read_adapter(folder))]
+    except DataError as error:
+        return [str(error)]
+
+
+def faults_of(adapter: LoraAdapter) -> list[Fault]:
+    """Why the adapter does nothing, or does not fit its base, if that is on this machine."""
+    folder = _base(adapter)
+    packed = folder is None or "quantization_config" in base_config(folder)  # its weights have other shapes
+    return faults(adapter, {} if folder is None or packed else weight_shapes(folder))
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:
