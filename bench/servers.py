@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
+import transformers
 from origin import parser_of, write
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,6 +34,7 @@ from transformers import LlamaConfig
 
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 
+CLASSIFIER = "ForSequenceClassification"
 Applied = dict[str, Tensor]
 """By layer, what a server adds to W; an empty tensor for a module that it takes whole."""
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
@@ -138,8 +140,9 @@ def vllm(folder: Path) -> Applied:
 
 def sglang(folder: Path) -> Applied:
     """SGLang's lora_manager._load_lora_adapter and what its memory pool then takes."""
+    base = base_of(folder)
     config = importlib.import_module("sglang.srt.lora.lora_config").LoRAConfig(
-        str(folder), base_vocab_size=base_of(folder).vocab_size
+        str(folder), base_vocab_size=base.vocab_size
     )
     if config.use_dora:  # lora_manager.validate_new_adapter
         raise ValueError("LoRA serving currently doesn't support DoRA adapters")
@@ -205,12 +208,53 @@ def judged(load: Callable[[Path], Applied], folder: Path) -> dict[str, Any]:
     return {"verdict": "wrong" if factors or beyond else "right", "factors": factors, "not_read": beyond}
 
 
+KINDS_OF_TEXT = ("ForCausalLM", "LMHeadModel", CLASSIFIER, "ForTokenClassification", "ForMaskedLM", "Model")
+
+
+def bases_without_lora(wheel: Path) -> list[str]:
+    """transformers' text models that this vLLM has, but without SupportsLoRA, which enabling LoRA refuses.
+
+    A causal model that is loaded as a classifier of texts (adapters.py, as_seq_cls_model) has what it had.
+    """
+    parents, registered = dict[str, set[str]](), dict[str, str]()
+    with zipfile.ZipFile(wheel) as files:
+        for name in (name for name in files.namelist() if re.match(r"vllm/(model_executor/)?models/.*\.py$", name)):
+            for node in ast.walk(ast.parse(files.read(name))):
+                if isinstance(node, ast.ClassDef):
+                    # Before the brackets of a generic, behind the dots of a module.
+                    named = {re.sub(r"\[.*|.*\.", "", ast.unparse(base)) for base in node.bases}
+                    # Two files may each have a class of this name; the registry names the file.
+                    for key in (node.name, f"{Path(name).stem}.{node.name}"):
+                        parents.setdefault(key, set()).update(named)
+        for pair in ast.walk(ast.parse(files.read("vllm/model_executor/models/registry.py"))):
+            if isinstance(pair, ast.Dict):
+                registered |= {
+                    key.value: ".".join(ast.literal_eval(value))
+                    for key, value in zip(pair.keys, pair.values, strict=True)
+                    if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple) and len(value.elts) == 2
+                    if all(isinstance(part, ast.Constant) for part in value.elts)
+                }
+
+    def takes(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        above = parents.get(name) or parents.get(name.rpartition(".")[2], set())
+        return name == "SupportsLoRA" or any(takes(parent, seen | {name}) for parent in above - seen - {name})
+
+    for name in [name for name in dir(transformers) if name.endswith(CLASSIFIER) and name not in registered]:
+        for causal in ("ForCausalLM", "LMHeadModel"):
+            if its := registered.get(name.removesuffix(CLASSIFIER) + causal):
+                registered[name] = its
+    texts = [name for name in registered if hasattr(transformers, name) and name.endswith(KINDS_OF_TEXT)]
+    assert all(registered[name].rpartition(".")[2] in parents for name in texts)
+    return sorted(name for name in texts if not takes(registered[name]))
+
+
 def main() -> None:
     parser = parser_of(__doc__, "servers")
     parser.add_argument("wheels", type=Path)
     parser.add_argument("adapters", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {}
+    bases = {f"vllm {wheel.name.split('-')[1]}": bases_without_lora(wheel) for wheel in args.wheels.glob("vllm-*.whl")}
     for wheel in sorted(args.wheels.glob("*.whl")):
         package, version, *_ = wheel.name.split("-")
         load, real = SERVERS[package]
@@ -218,7 +262,7 @@ def main() -> None:
             kinds = {file.parent.name: judged(load, file.parent) for file in sorted(args.adapters.glob(f"*/{CONFIG}"))}
         result[f"{package} {version}"] = kinds
         print(package, version, json.dumps({kind: seen["verdict"] for kind, seen in kinds.items()}))
-    write(args.out, {"servers": result})
+    write(args.out, {"servers": result, "bases": bases})
 
 
 if __name__ == "__main__":

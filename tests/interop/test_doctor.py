@@ -11,22 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from kinds import KINDS, Q0, Q1, damaged, saved
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.interop.checkpoint import base_weights
-from tsqlora.interop.doctor import examine, rule_for
+from tsqlora.interop.doctor import examine, format_for, rule_for, served
 from tsqlora.interop.files import CONFIG
 from tsqlora.interop.health import layer_health
 from tsqlora.interop.lora import Target
 from tsqlora.interop.servers import CONSUMERS
 from tsqlora.run.export import export
 
-RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS), "right")
+RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS if not consumer.only), "right")
 OLD_VLLM = ("vLLM to 0.31", "vLLM to 0.30")
-VLLM = ("vLLM", *OLD_VLLM)
+NEW_VLLM = ("vLLM", "vLLM to 0.32")
+VLLM = (*NEW_VLLM, *OLD_VLLM)
 SGLANG = ("SGLang", "SGLang to 0.5.23")
 OLD_MLX = "MLX to 0.31"
 SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM")
@@ -51,16 +53,17 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "up alone": of_all(SGLANG, "refused -> universal"),
     "mlp": {},
     "rank 0": of_all(("PEFT", "diffusers"), "refused -> peft")
-    | of_all(("vLLM", *SGLANG, "MLX"), "refused -> universal"),
+    | of_all((*NEW_VLLM, *SGLANG, "MLX"), "refused -> universal"),
     "dora": of_all((*VLLM, *SGLANG, "llama.cpp", "MLX"), "refused -> merged")
     | of_all(("TGI", OLD_MLX), "wrong -> merged"),
     "embedding": of_all(("TGI", "TensorRT-LLM"), "wrong -> merged"),
     "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp", "MLX"), "refused -> merged"),
-    "classifier": of_all(SERVERS, "wrong -> merged")
-    | of_all(("vLLM", "vLLM to 0.31"), "right")
-    | of_all(("vLLM to 0.30", "llama.cpp", "MLX", "TensorRT-LLM"), "refused -> merged"),
+    "classifier": of_all((*NEW_VLLM, "vLLM to 0.31"), "right")
+    | of_all(SGLANG, "wrong -> merged")
+    | {"vLLM to 0.30": "refused -> merged", "text-embeddings-inference": "refused -> merged"}
+    | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused"),
     "damaged": {},
-    "pissa": of_all(SERVERS, "wrong -> merged") | {"vLLM": "refused -> merged"},
+    "pissa": of_all(SERVERS, "wrong -> merged") | of_all(NEW_VLLM, "refused -> merged"),
     "small rank": {"TGI": "wrong -> universal"},
     "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "wrong -> merged")
     | of_all(VLLM, "refused -> merged"),
@@ -93,6 +96,13 @@ def test_the_doctor_says_what_vllm_and_sglang_were_seen_to_do(kind: str, tmp_pat
         assert result["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
 
 
+def test_the_bases_on_which_vllm_takes_no_lora_are_those_of_its_registry() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
+    for server, bases in json.loads(results.read_text())["bases"].items():
+        (rule,), _ = rule_for(server.replace(" ", "=="))
+        assert list(rule.bases) == bases, server
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "universal" in str(EXPECTED[kind])])
 def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_path: Path) -> None:
     save_base(tmp_path / "base", tiny_llama())
@@ -117,6 +127,7 @@ def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         ("vLLM==0.33.0", "vLLM", False),
         ("vllm==0.40", "vLLM", True),
         ("vllm==main", "vLLM", True),
+        ("vllm==0.32.0", "vLLM to 0.32", False),
         ("vllm==v0.31.2rc1", "vLLM to 0.31", True),
         ("vllm==0.6.3", "vLLM to 0.30", True),
         ("sglang==0.5.23", "SGLang to 0.5.23", False),
@@ -135,6 +146,57 @@ def test_a_version_finds_its_rule_and_is_named_where_it_was_not_read(server: str
 def test_a_server_or_version_that_is_none_is_named(server: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=named):
         examine(tmp_path, server=server)
+
+
+def bert_classifier(folder: Path, *, named: bool = True) -> Path:
+    """An adapter with its head on a tiny BERT, which it names."""
+    save_base(folder / "base", tiny_bert().float())
+    config = lora_config(task_type="SEQ_CLS", target_modules=["query", "key", "value"])
+    source = save_lora(folder / "a", tiny_bert().float(), config)
+    edit(source, base_model_name_or_path=str(folder / "base") if named else "org/elsewhere")
+    return source
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_rules_know_the_class_of_the_base(named: bool, tmp_path: Path) -> None:
+    report = examine(bert_classifier(tmp_path, named=named))
+    assert report["base_class"] == "BertForSequenceClassification"
+    assert verdicts(report) == of_all(("PEFT", "diffusers", "vLLM"), "right") | of_all(
+        ("vLLM to 0.32", *OLD_VLLM, *SGLANG, "text-embeddings-inference"), "refused -> merged"
+    ) | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused")
+    assert "takes no LoRA on BertForSequenceClassification" in of(report, "vLLM to 0.32")["reasons"]
+    assert "takes no LoRA on layers named key, query, value" in of(report, "SGLang")["reasons"]
+
+
+def test_a_head_of_two_layers_is_served_merged(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=64))
+    source = save_lora(tmp_path / "a", base, lora_config(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    report = examine(source)
+    assert report["base_class"] == "RobertaForSequenceClassification", "by the names of its layers"
+    assert {verdicts(report)[name] for name in ("vLLM", "text-embeddings-inference")} == {"refused -> merged"}
+
+
+def test_verdicts_are_counted_by_server_not_by_rule(tmp_path: Path) -> None:
+    servers = examine(bert_classifier(tmp_path))["servers"]
+    assert list(servers) == list(dict.fromkeys(consumer.server for consumer in CONSUMERS))
+    assert servers["vLLM"] == "right", "its newest rule's"
+
+
+def test_a_line_says_who_serves_a_classifier_and_how(tmp_path: Path) -> None:
+    line = served(bert_classifier(tmp_path))
+    assert line == (
+        "for a classifier, PEFT, vLLM, diffusers: the adapter; SGLang, text-embeddings-inference: the merged model; "
+        "llama.cpp, TGI, MLX, TensorRT-LLM: neither"
+    )
+    assert served(KINDS["uniform"](tmp_path / "b")) is None
+
+
+def test_no_export_is_offered_for_a_server_without_such_classifiers(tmp_path: Path) -> None:
+    source = bert_classifier(tmp_path)
+    assert format_for(source, "sglang") == "merged"
+    with pytest.raises(UnsupportedError, match="BertForSequenceClassification"):
+        format_for(source, "tgi")
 
 
 def test_factors_by_hand(tmp_path: Path) -> None:

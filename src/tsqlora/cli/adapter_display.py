@@ -46,7 +46,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     universal = report["universal_parameters"]
     lines = [
         f"adapter      {report['adapter']}",
-        f"base         {report['base'] or 'not named'}",
+        f"base         {report['base'] or 'not named'}" + (f", {report['base_class']}" if report["base_class"] else ""),
         f"layers       {len(ranks)}, rank {_range(ranks)}, scale {_range(scales)}",
         f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters"
         + (f"; {universal:,} in the universal form" if universal else ""),
@@ -54,6 +54,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     ]
     if more := [*report["heads"], *report["variants"]]:
         lines.append(f"besides LoRA {', '.join(more)}")
+    lines += [f"{fault['name']}: {fault['cure']}{_listed(fault['layers'])}" for fault in report["faults"]]
     say(console, lines)
     table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("server", "verdict", "reason, and factor by layer", "fix: --format"):
@@ -63,6 +64,8 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         verdict = Text(server["verdict"], style=_STYLES[server["verdict"]])
         table.add_row(name, verdict, Text("\n".join(_reasons(server))), Text(server["mend"] or ""))
     console.print(table)
+    right = [server for server, verdict in report["servers"].items() if verdict == "right"]
+    say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
     _show_health(console, report["health"])
     say(console, [f"note: {note}" for note in report["notes"]])
 
@@ -72,6 +75,10 @@ def _reasons(server: Mapping[str, Any]) -> list[str]:
     worst = sorted(factors.items(), key=lambda item: -abs(item[1] - 1))[:_SHOWN]
     more = [f"and {len(factors) - _SHOWN} more"] if len(factors) > _SHOWN else []
     return [*server["reasons"], *(f"× {factor:.3g}  {name}" for name, factor in worst), *more]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''})" if names else ""
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:

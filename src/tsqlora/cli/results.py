@@ -124,11 +124,12 @@ def export(
 ) -> None:
     """Write an adapter, ours or any PEFT LoRA, in the format of its server, and compare it with its source.
 
-    peft: the smallest. universal: one rank and alpha for all layers, correct in
-    every server. compressed: fewer parameters, by --mean-rank or --max-rank.
-    gguf: for llama.cpp. merged: base and adapter as one plain transformers model,
-    with head and tokenizer. A difference beyond rounding is an error, and nothing
-    is written.
+    peft: the smallest. universal: one rank and alpha for all layers, which every
+    server that takes adapters on this base reads. compressed: fewer parameters, by
+    --mean-rank or --max-rank. gguf: for llama.cpp. merged: base and adapter as one
+    plain transformers model, with head and tokenizer. Of a classifier it says first
+    which servers serve it. A difference beyond rounding is an error, and nothing is
+    written.
 
     Example: tsqlora export run --format universal --out adapter-for-vllm
 
@@ -138,11 +139,13 @@ def export(
     """
     if (format is None) == (server is None):
         raise SettingsError("an export needs either --format or --server; set one of them")
-    source = _local(source)
-    if server is not None:
-        from tsqlora.interop.doctor import format_for
-        from tsqlora.training.run_dir import adapter_folder
+    from tsqlora.interop.doctor import format_for, served
+    from tsqlora.training.run_dir import adapter_folder
 
+    source = _local(source)
+    if who := served(adapter_folder(source)):
+        console.note(who)
+    if server is not None:
         format = format_for(adapter_folder(source), server)
     assert format is not None
     from tsqlora.run.export import export as write

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -50,21 +51,45 @@ def base_config(folder: str) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
+_SUFFIXES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "FEATURE_EXTRACTION": "Model",
+}
+"""The end of a class's name in transformers for each task_type of PEFT."""
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "mpnet": "MPNet", "deberta": "DebertaV2"}
+"""The family of a model by the attribute that holds its body: the first part of an adapter's names."""
+
+
+def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
+    """transformers' class of the model that the adapter was made on, as far as its files say; else empty.
+
+    Args:
+        config: the base's config.json, or empty.
+    """
+    if mapping := adapter.config.get("auto_mapping"):
+        return str(mapping.get("base_model_class") or "")
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else ""
+    own = named if isinstance(named, str) else ""
+    suffix = _SUFFIXES.get(adapter.config.get("task_type") or "", "")
+    # A model that reads images as well has a class of its own for the task of writing.
+    if not suffix or (own and suffix in ("ForCausalLM", "ForConditionalGeneration")):
+        return own
+    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|PreTrainedModel|Model)$", "", own)
+    return (family or _FAMILIES.get(next(iter(adapter.targets)).partition(".")[0], "")) + suffix
+
+
 def base_weights(folder: str, targets: Collection[str], kind: str = "weight") -> dict[str, tuple[int, ...]] | None:
     """Each module's shape of its weight, or its bias, from the headers of the base's safetensors files.
 
     A checkpoint of a body may lack the prefix that the body has below a head, or have one too many: names are returned
     as the adapter's targets have them. None if files or modules are missing.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118  (not a mapping)
-                    module, _, leaf = key.rpartition(".")
-                    if leaf == kind:
-                        shapes[module] = tuple(file.get_slice(key).get_shape())
-    except (OSError, SafetensorError):
+    if not (shapes := weight_shapes(folder, kind)):
         return None
     first = next(iter(targets)).partition(".")[0]
     for renamed in (
@@ -75,3 +100,18 @@ def base_weights(folder: str, targets: Collection[str], kind: str = "weight") ->
         if all(name in renamed for name in targets):
             return renamed
     return None
+
+
+def weight_shapes(folder: str, kind: str = "weight") -> dict[str, tuple[int, ...]]:
+    """The same by the checkpoint's own names; empty if files are missing or broken."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    module, _, leaf = key.rpartition(".")
+                    if leaf == kind:
+                        shapes[module] = tuple(file.get_slice(key).get_shape())
+    except (OSError, SafetensorError):
+        return {}
+    return shapes

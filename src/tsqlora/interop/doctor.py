@@ -5,17 +5,17 @@ Only numpy and safetensors read the files: no torch, no base model in memory.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tsqlora.compat.hub import cached_model
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
-from tsqlora.interop.checkpoint import base_config, base_path, base_weights, revision_of
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError, nearest
+from tsqlora.interop.checkpoint import base_class, base_config, base_path, base_weights, revision_of, weight_shapes
 from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
-from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
+from tsqlora.interop.health import Fault, faults, layer_health, nonfinite, vllm_rank
 from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
 from tsqlora.interop.servers import CONSUMERS, BaseFacts, Consumer, judge
@@ -40,10 +40,13 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     of_base, base, mended = _context(adapter)
     consumers = []
     for consumer in rules:
+        if server is None and consumer.only and not base.is_one_of(consumer.only):
+            continue
         judgement = judge(consumer, adapter, base)
         consumers.append(
             {
                 "name": consumer.name,
+                "server": consumer.server,
                 "version": consumer.version,
                 "date": str(consumer.date),
                 "source": consumer.source,
@@ -59,6 +62,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     return {
         "adapter": str(folder),
         "base": adapter.base,
+        "base_class": base.name,
         "base_found": of_base is not None,
         "rank": adapter.rank,
         "ranks": ranks,
@@ -69,7 +73,9 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "universal_parameters": None if mended is None else mended.parameters,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
+        "servers": {server: consumer["verdict"] for server, consumer in _newest(consumers).items()},
         "consumers": consumers,
+        "faults": [asdict(fault) for fault in faults_of(adapter)],
         "health": _health(adapter),
         "notes": _notes(folder, adapter, has_base=of_base is not None) + notes,
     }
@@ -84,8 +90,29 @@ def format_for(folder: Path, server: str) -> str:
     adapter = read_adapter(folder)
     _, base, mended = _context(adapter)
     if (format := mend(rule, adapter, mended, base)) is None:
-        raise UnsupportedError(f"no export of {', '.join(adapter.variants())} suits {server}; serve it with PEFT")
+        what = ", ".join(adapter.variants()) or base.name
+        raise UnsupportedError(f"no export of {what} suits {server}; serve it with PEFT")
     return format
+
+
+def _newest(consumers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What the newest rule of each server says."""
+    newest: dict[str, Mapping[str, Any]] = {}
+    for consumer in consumers:
+        newest.setdefault(consumer["server"], consumer)
+    return newest
+
+
+def served(folder: Path) -> str | None:
+    """Which servers serve a classifier, as the adapter or merged, in a line; None for an adapter of another kind."""
+    report = examine(folder)
+    if not report["base_class"].endswith("Classification"):
+        return None
+    how: dict[str, list[str]] = {"the adapter": [], "the merged model": [], "neither": []}
+    for server, consumer in _newest(report["consumers"]).items():
+        merged = "the merged model" if consumer["mend"] else "neither"
+        how["the adapter" if consumer["verdict"] == "right" else merged].append(server)
+    return "for a classifier, " + "; ".join(f"{', '.join(of)}: {what}" for what, of in how.items() if of)
 
 
 def _context(adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, LoraAdapter | None]:
@@ -128,7 +155,7 @@ def _numbers(version: str) -> list[int]:
 def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, base: BaseFacts) -> str | None:
     """The export format that this server reads correctly: an adapter if there is one, else the merged model.
 
-    None if PEFT cannot merge the adapter either.
+    None if PEFT cannot merge the adapter either, or if the server serves no such classifier.
     """
     plain = not (adapter.variants() or adapter.further)
     if consumer.server in _BY_PEFT and plain:
@@ -139,6 +166,8 @@ def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, b
             return "gguf"
     elif padded is not None and judge(consumer, padded, base).verdict == "right":
         return "universal"
+    if base.is_classifier and not base.is_one_of(consumer.serves, perhaps=True):
+        return None
     unmergeable = UNMERGEABLE if base.biased else (*UNMERGEABLE, "lora_bias")
     return None if any(adapter.config.get(option) for option in unmergeable) else "merged"
 
@@ -198,7 +227,23 @@ def _facts(adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None
             kinds[layer_kind(name)].append(name)
     config = {} if folder is None else base_config(folder)
     # Where config.json leaves it out, transformers ties.
-    return BaseFacts(kinds, config.get("model_type"), tied=bool(config) and config.get("tie_word_embeddings", True))
+    tied = bool(config) and config.get("tie_word_embeddings", True)
+    return BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config))
+
+
+def faults_in(folder: Path) -> list[str]:
+    """The faults of an adapter that was just written, a sentence each."""
+    try:
+        return [f"{fault.name}: {fault.cure}" for fault in faults_of(read_adapter(folder))]
+    except DataError as error:
+        return [str(error)]
+
+
+def faults_of(adapter: LoraAdapter) -> list[Fault]:
+    """Why the adapter does nothing, or does not fit its base, if that is on this machine."""
+    folder = _base(adapter)
+    packed = folder is None or "quantization_config" in base_config(folder)  # its weights have other shapes
+    return faults(adapter, {} if folder is None or packed else weight_shapes(folder))
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:

@@ -32,6 +32,8 @@ _MATRICES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
+_NAMED = re.compile(r"\.lora_[AB]\.[\w-]+\.weight$", re.ASCII)
+"""PEFT adds the name of the adapter when it loads a file, and has none in it."""
 _LONGEST_NAME = 500
 _FURTHER = re.compile(r"\.(lora_\w+|token_adapter|trainable_tokens_\w+)(\.|$)")
 
@@ -59,6 +61,11 @@ def read_adapter(folder: Path) -> LoraAdapter:
             base_layers[name] = tensor
         else:
             saved[name] = tensor
+    if not pairs and (named := next((key for key in tensors if _NAMED.search(key)), None)):
+        raise DataError(
+            f"{folder / WEIGHTS}: no key matches the base in PEFT: {named} has an adapter's name in it, as in a "
+            "state_dict; save the adapter with the PEFT model's save_pretrained, or cut the name out of the keys"
+        )
     if not pairs:
         raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B, so it is no LoRA adapter")
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
@@ -78,6 +85,11 @@ def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
     if set(pair) != set(matrices):
         raise DataError(f"{name} has only {' and '.join(sorted(pair))}; save the adapter again")
     a, b = (pair[matrix] for matrix in matrices)
+    if (0,) in (a.shape, b.shape):
+        raise DataError(
+            f"empty tensors: {name} has no numbers in its file, as DeepSpeed's ZeRO-3 leaves them; train with its "
+            "stage3_gather_16bit_weights_on_model_save, or save the adapter from a checkpoint that zero_to_fp32 made"
+        )
     rank, scale = scale_of(name, config)
     fit = (
         {a.dtype, b.dtype} <= PRECISIONS.keys()
@@ -110,7 +122,10 @@ def _tensors(folder: Path) -> dict[str, Stored]:
         raise DataError(f"{path} cannot be read ({reason}); save the adapter again") from None
     for key in tensors:
         if len(key) > _LONGEST_NAME or not _KEY.fullmatch(key):
-            raise DataError(f"{path}: the tensor {key!r} is not {PREFIX!r} and the name of a module")
+            raise DataError(
+                f"{path}: no key matches the base in PEFT: the tensor {key!r} is not {PREFIX!r} and the name of a "
+                "module; save the adapter with the PEFT model's save_pretrained"
+            )
     return tensors
 
 

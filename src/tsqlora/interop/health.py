@@ -1,5 +1,6 @@
-"""Check an adapter's numbers: NaN, slots without effect, effective rank."""
+"""Check an adapter's numbers: NaN, slots without effect, effective rank, and whether it does anything at all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from tsqlora.errors import DataError
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.rewrite import decompose
-from tsqlora.interop.tensors import Array
+from tsqlora.interop.tensors import Array, Stored
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank (vllm/config/lora.py, 0.30 to 0.33; 1 is one too)."""
@@ -58,6 +59,74 @@ def nonfinite(adapter: LoraAdapter) -> dict[str, int]:
 
 def _nonfinite(numbers: Array) -> int:
     return int((~np.isfinite(numbers)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an adapter that can be read does nothing, or breaks its base.
+
+    Attributes:
+        layers: that have it, with the numbers; empty for all.
+    """
+
+    name: str
+    cure: str
+    layers: tuple[str, ...] = ()
+
+
+def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fault]:
+    """What keeps an adapter from doing what was trained.
+
+    Args:
+        base: the shape of each weight of the base, by its module's name in the checkpoint; may be empty.
+    """
+    result = []
+    if counts := nonfinite(adapter):
+        cure = "training diverged: take an earlier checkpoint, or train at a lower learning rate"
+        result.append(Fault("not finite", cure, tuple(counts)))
+    elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
+        cure = "nothing was trained, or it was saved before; check that lora_B gets a gradient and a learning rate"
+        result.append(Fault("every update is zero", cure))
+    # transformers renames what stands before the blocks of some checkpoints.
+    shapes = {_in_block(name): shape for name, shape in base.items()}
+    if shapes and not any(_in_block(name) in shapes for name in adapter.targets):
+        cure = "it was trained on another model; name that one as the base"
+        return [*result, Fault("no key matches the base", cure)]
+    sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
+    sizes |= {
+        module: tensor.shape for module, tensor in _weights(adapter).items() if "embed" in module or "lm_head" in module
+    }
+    different = [
+        f"{name} is {_times(size)}, the base's {_times(its)}"
+        for name, size in sizes.items()
+        if len(its := shapes.get(_in_block(name), ())) == 2 and sorted(its) != sorted(size)
+    ]
+    if different:
+        cure = (
+            "it was trained on a base of another size; if the vocabulary was enlarged before training "
+            "(resize_token_embeddings), save that base and name it"
+        )
+        result.append(Fault("shapes differ from the base", cure, tuple(different)))
+    return result
+
+
+def _in_block(name: str) -> str:
+    """The name of a layer from the number of its block on; without a number its last part.
+
+    >>> _in_block("model.language_model.layers.3.mlp.up_proj"), _in_block("lm_head")
+    ('3.mlp.up_proj', 'lm_head')
+    """
+    parts = name.split(".")
+    return ".".join(parts[next((j for j, part in enumerate(parts) if part.isdigit()), -1) :])
+
+
+def _weights(adapter: LoraAdapter) -> dict[str, Stored]:
+    """The weights of modules that were saved in full, by the modules' names."""
+    return {name.removesuffix(".weight"): t for name, t in adapter.saved.items() if name.endswith(".weight")}
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def require_finite(adapter: LoraAdapter) -> None:

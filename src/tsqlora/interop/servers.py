@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any, Literal
 
@@ -23,12 +24,24 @@ class BaseFacts:
         model_type: from its config; None without one.
         tied: its head shares the weight of its embedding.
         biased: the adapter's layers have biases in it; True without its weights.
+        name: transformers' class of it with the adapter's task; without a config the family may be missing, as in
+            "ForSequenceClassification".
     """
 
     layers: Mapping[str, Sequence[str]]
     model_type: str | None = None
     tied: bool = False
     biased: bool = True
+    name: str = ""
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.name.endswith("Classification")
+
+    def is_one_of(self, patterns: Sequence[str], *, perhaps: bool = False) -> bool:
+        """Whether its class matches one of the patterns; `perhaps`: also if only its family is unknown."""
+        unknown = perhaps and self.name.startswith("For")
+        return any(fnmatchcase(self.name, p) or (unknown and p.endswith(self.name)) for p in patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,10 @@ class Consumer:
     reads: Sequence[str] = ()
     file: str = ""
     until: str = ""
+    bases: Sequence[str] = ()
+    layers: Sequence[str] = ()
+    serves: Sequence[str] = ()
+    only: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -100,7 +117,8 @@ def judge(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Judgemen
 
 
 def _problems(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> list[Problem]:
-    checks = [CHECKS[name](adapter, base) for name in consumer.checks]
+    checks = [_base_class(consumer, base), _layers(consumer, adapter)]
+    checks += [CHECKS[name](adapter, base) for name in consumer.checks]
     variants = {variant: variant.split("=")[0] for variant in adapter.variants()}
     refused = [variant for variant, option in variants.items() if option in consumer.refuses]
     checks.append(Problem("refused", f"does not take {', '.join(refused)}") if refused else None)
@@ -111,6 +129,20 @@ def _problems(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> list
         ignored = [v for v, option in variants.items() if option not in (*consumer.refuses, *consumer.reads)]
         checks.append(Problem("wrong", f"ignores {', '.join(ignored)}") if ignored else None)
     return [problem for problem in checks if problem]
+
+
+def _base_class(consumer: Consumer, base: BaseFacts) -> Problem | None:
+    if not base.is_one_of(consumer.bases):
+        return None
+    return Problem("refused", f"takes no LoRA on {base.name if base.name[:3] != 'For' else f'a model {base.name}'}")
+
+
+def _layers(consumer: Consumer, adapter: LoraAdapter) -> Problem | None:
+    names = [name for name in adapter.targets if layer_kind(name) != name]
+    if not consumer.layers or all(name.rpartition(".")[2] in consumer.layers for name in names):
+        return None
+    other = sorted({last for name in names if (last := name.rpartition(".")[2]) not in consumer.layers})
+    return Problem("refused", f"takes no LoRA on layers named {', '.join(other)}")
 
 
 def _heads(rule: str, heads: Sequence[str]) -> Problem | None:

@@ -15,6 +15,7 @@ from tsqlora.data.readers import PLAIN
 from tsqlora.data.table import data_hash
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_text
+from tsqlora.interop.doctor import faults_in
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.run.callbacks import build_callbacks
@@ -96,6 +97,10 @@ def _train(
     also = [WriteStart(run, config, record), stop]
     fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
     model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+    if distributed.is_first():
+        for fault in faults_in(run / ADAPTER_DIR):
+            warnings.warn(f"the saved adapter has a fault: {fault}", stacklevel=2)
+            record.notes.append(fault)
     measure(job, model, record, args, progress)
     if distributed.is_first():
         record.save(run)

@@ -1,0 +1,115 @@
+"""Adapters that load and do nothing, or break the model: each is named, with a cure, from the files alone."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kinds import saved
+from loras import save_base, tiny_gpt2_lm, tiny_llama
+from tsqlora.errors import DataError
+from tsqlora.interop.doctor import examine, faults_in
+from tsqlora.interop.files import CONFIG, WEIGHTS
+
+Change = Callable[[str, Tensor], tuple[str, Tensor]]
+
+
+def adapter(folder: Path, change: Change = lambda key, tensor: (key, tensor), **options: Any) -> Path:
+    """An adapter of a tiny Llama, which names its base beside it, with each tensor and its key changed."""
+    save_base(folder / "base", tiny_llama())
+    source = saved(**options)(folder / "a")
+    tensors = load_file(source / WEIGHTS)
+    save_file(dict(change(key, tensor) for key, tensor in tensors.items()), source / WEIGHTS)
+    return named(source, folder / "base")
+
+
+def without_b(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return key, tensor * 0 if "lora_B" in key else tensor
+
+
+def named(source: Path, base: Path) -> Path:
+    config = json.loads((source / CONFIG).read_text())
+    (source / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return source
+
+
+def faults(source: Path) -> dict[str, str]:
+    return {fault["name"]: fault["cure"] for fault in examine(source)["faults"]}
+
+
+def test_a_trained_adapter_has_no_fault(tmp_path: Path) -> None:
+    assert faults(adapter(tmp_path)) == {}
+
+
+def test_an_adapter_whose_b_is_zero_everywhere_does_nothing(tmp_path: Path) -> None:
+    assert list(faults(adapter(tmp_path, without_b))) == ["every update is zero"]
+
+
+def test_a_head_that_was_trained_alone_is_no_fault(tmp_path: Path) -> None:
+    assert faults(adapter(tmp_path, without_b, modules_to_save=["lm_head"])) == {}
+
+
+def test_numbers_that_are_not_finite_are_a_fault(tmp_path: Path) -> None:
+    broken = adapter(tmp_path, lambda key, tensor: (key, tensor * (math.nan if "0.self_attn.q" in key else 1)))
+    assert list(faults(broken)) == ["not finite"]
+
+
+@pytest.mark.parametrize("part", ["lora_", "lora_B"])
+def test_empty_tensors_are_those_of_zero_3(part: str, tmp_path: Path) -> None:
+    source = adapter(tmp_path, lambda key, tensor: (key, torch.empty(0) if part in key else tensor))
+    with pytest.raises(DataError, match=r"empty tensors.*ZeRO-3.*stage3_gather"):
+        examine(source)
+
+
+def test_an_adapter_of_another_family_matches_no_key_of_the_base(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "llama")
+    save_base(tmp_path / "gpt2", tiny_gpt2_lm())
+    assert list(faults(named(source, tmp_path / "gpt2"))) == ["no key matches the base"]
+
+
+def test_another_prefix_alone_is_no_fault_since_transformers_renames_checkpoints(tmp_path: Path) -> None:
+    assert (
+        faults(adapter(tmp_path, lambda key, t: (key.replace("model.layers", "model.language_model.layers"), t))) == {}
+    )
+
+
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_keys_with_an_adapters_name_match_nothing_in_peft(name: str, tmp_path: Path) -> None:
+    source = adapter(tmp_path, lambda key, tensor: (key.replace(".weight", f".{name}.weight"), tensor))
+    with pytest.raises(DataError, match=r"no key matches.*save_pretrained"):
+        examine(source)
+
+
+def test_keys_without_pefts_prefix_match_nothing_in_peft(tmp_path: Path) -> None:
+    source = adapter(tmp_path, lambda key, tensor: (key.removeprefix("base_model.model."), tensor))
+    with pytest.raises(DataError, match="no key matches"):
+        examine(source)
+
+
+def test_a_base_of_another_size_is_a_fault(tmp_path: Path) -> None:
+    wide = "0.self_attn.q_proj.lora_A.weight"
+    source = adapter(tmp_path, lambda key, tensor: (key, torch.ones(8, 24) if key.endswith(wide) else tensor))
+    (fault,) = examine(source)["faults"]
+    assert fault["name"] == "shapes differ from the base"
+    assert list(fault["layers"]) == ["model.layers.0.self_attn.q_proj is 16 × 24, the base's 16 × 16"]
+
+
+def test_a_resized_vocabulary_is_a_fault_with_its_cure(tmp_path: Path) -> None:
+    def grown(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return key, torch.cat([tensor, tensor[:4]]) if "lm_head" in key else tensor
+
+    source = adapter(tmp_path, grown, modules_to_save=["lm_head"])
+    assert "resize_token_embeddings" in faults(source)["shapes differ from the base"]
+
+
+def test_a_run_says_so_if_what_it_saved_does_nothing(tmp_path: Path) -> None:
+    source = adapter(tmp_path, without_b)
+    assert [fault.partition(":")[0] for fault in faults_in(source)] == ["every update is zero"]
+    (source / WEIGHTS).write_bytes(b"")
+    assert "cannot be read" in faults_in(source)[0]
