@@ -42,6 +42,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
+    require_look(config)
     args = arguments(config, run)
     if resume and (record := _started(run, config)) is not None and record.status == "finished":
         return record  # nothing is written, not even a lock
@@ -71,6 +72,18 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             if checkpoint is not None and (least := micro_batch_size(checkpoint)) in sizes:
                 sizes = sizes[sizes.index(least) :]
             return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
+
+
+def require_look(config: Config) -> None:
+    """Raises SettingsError if the launcher shards the model, and no look was taken before."""
+    engine = distributed.sharding(config.training.further_arguments())
+    q = config.quality
+    if engine is None or q.look is not None or not (q.enabled or q.head_start):
+        return
+    raise SettingsError(
+        f"{engine} shards the model, and a look needs a whole one; type: tsqlora look CONFIG --out LOOK\n"
+        "and then this command with --look LOOK (or with quality.enabled and quality.head_start false)"
+    )
 
 
 def _train(
