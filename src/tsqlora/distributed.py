@@ -1,6 +1,7 @@
 """Communication between processes.  With one process every function is the identity."""
 
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,8 +165,19 @@ def sharding(arguments: Mapping[str, Any]) -> str | None:
     """The engine that shards the model, by the launcher or these fields of TrainingArguments; None without one."""
     engines = ("FSDP", "DeepSpeed")
     on = (os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true") for name in engines)
-    given = (bool(arguments.get(name.lower())) for name in engines)
-    return next((name for name, *ways in zip(engines, on, given, strict=True) if any(ways)), None)
+    configured = (bool(arguments.get(name.lower())) for name in engines)
+    return next((name for name, *ways in zip(engines, on, configured, strict=True) if any(ways)), None)
+
+
+def warn_of_one_process() -> None:
+    """Warn where accelerate's launcher was told to use several processes on CPU, and started one."""
+    names = os.environ
+    if "MASTER_ADDR" in names and "WORLD_SIZE" not in names and names.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        warnings.warn(
+            "accelerate launch --cpu started one process, whatever --num_processes says; for several on CPU type: "
+            "torchrun --nproc_per_node 2 -m tsqlora.cli train CONFIG",
+            stacklevel=3,
+        )
 
 
 def refuse_copies(n_gpu: int) -> None:

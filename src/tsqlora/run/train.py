@@ -43,6 +43,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     """
     config = with_start(config)
     require_look(config)
+    distributed.warn_of_one_process()
     args = arguments(config, run)
     if resume and (record := _started(run, config)) is not None and record.status == "finished":
         return record  # nothing is written, not even a lock
@@ -81,8 +82,8 @@ def require_look(config: Config) -> None:
     if engine is None or q.look is not None or not (q.enabled or q.head_start):
         return
     raise SettingsError(
-        f"{engine} shards the model, and a look needs a whole one; type: tsqlora look CONFIG --out LOOK\n"
-        "and then this command with --look LOOK (or with quality.enabled and quality.head_start false)"
+        f"{engine} shards the model, and a look needs a whole one; type `tsqlora look CONFIG --out LOOK`, and then this "
+        "command with `--look LOOK` (or set quality.enabled and quality.head_start to false)"
     )
 
 
