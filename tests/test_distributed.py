@@ -62,3 +62,30 @@ def test_an_exchange_without_its_other_end_is_told_with_advice(
     )
     with pytest.raises(TsqLoraError if message else RuntimeError, match=words), distributed.explain_lost_peer("go on"):
         raise RuntimeError(output)
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, True),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True", "WORLD_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "127.0.0.1"}, False),
+        ({}, False),
+    ],
+)
+def test_accelerates_launcher_on_cpu_that_starts_one_process_is_warned_of(
+    names: dict[str, str], warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name in ("MASTER_ADDR", "ACCELERATE_USE_CPU", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    distributed.warn_of_one_process()
+    assert ["torchrun" in str(each.message) for each in recwarn] == [True] * warned
+
+
+def test_the_engine_that_shards_is_the_launchers_or_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.sharding({}) is None
+    assert distributed.sharding({"deepspeed": "zero3.json"}) == "DeepSpeed"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert distributed.sharding({}) == "FSDP"

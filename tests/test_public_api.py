@@ -29,6 +29,7 @@ CALLS = {
     "GuardCallback": [{}],
     "ReportCallback": [{"trainer": 0}],
     "score": [{"model": 0, "dataset": [], "collate": 0}],
+    "look": [{"model": 0, "dataset": [], "collate": 0, "out": "LOOK"}],
     "sample": [{"scores": 0, "fraction": 0.5, "seed": 0}],
     "sensitivity": [{"model": 0, "dataset": [], "collate": 0}],
     "allocate": [{"sensitivity": 0, "mean_rank": 8, "min_rank": 1, "max_rank": 16}],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.moves import RankEvent, RankSchedule
     from tsqlora.reports.write import Report, report
+    from tsqlora.run.look import look
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.mover import RankLoop
@@ -55,6 +56,7 @@ __all__ = [
     "audit",
     "finalize",
     "last_checkpoint",
+    "look",
     "report",
     "sample",
     "score",
@@ -79,6 +81,7 @@ _HOMES = {
     "ranks.moves": ("RankEvent", "RankSchedule"),
     "reports.write": ("Report", "report"),
     "layer_sensitivity": ("sensitivity",),
+    "run.look": ("look",),
     "run.pool": ("select",),
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),

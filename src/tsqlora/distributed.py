@@ -1,8 +1,9 @@
 """Communication between processes.  With one process every function is the identity."""
 
 import os
+import warnings
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tsqlora.compat.accelerate import is_compiled
+from tsqlora.compat.deepspeed import is_partitioned
 from tsqlora.compat.torch import inside_compiled
 from tsqlora.errors import TsqLoraError, UnsupportedError
 
@@ -159,6 +161,25 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharding(arguments: Mapping[str, Any]) -> str | None:
+    """The engine that shards the model, by the launcher or these fields of TrainingArguments; None without one."""
+    engines = ("FSDP", "DeepSpeed")
+    on = (os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true") for name in engines)
+    configured = (bool(arguments.get(name.lower())) for name in engines)
+    return next((name for name, *ways in zip(engines, on, configured, strict=True) if any(ways)), None)
+
+
+def warn_of_one_process() -> None:
+    """Warn where accelerate's launcher was told to use several processes on CPU, and started one."""
+    names = os.environ
+    if "MASTER_ADDR" in names and "WORLD_SIZE" not in names and names.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        warnings.warn(
+            "accelerate launch --cpu started one process, whatever --num_processes says; for several on CPU type: "
+            "torchrun --nproc_per_node 2 -m tsqlora.cli train CONFIG",
+            stacklevel=3,
+        )
+
+
 def refuse_copies(n_gpu: int) -> None:
     """Raises UnsupportedError where a Trainer would take its batches apart among GPUs, by DataParallel."""
     if n_gpu > 1:
@@ -169,12 +190,40 @@ def refuse_copies(n_gpu: int) -> None:
 
 
 def refuse_deepspeed(plugin: Any) -> None:
-    """Raises UnsupportedError where training has a plugin of DeepSpeed."""
+    """Raises UnsupportedError where ranks would move in a training with a plugin of DeepSpeed."""
     if plugin is not None:
         raise UnsupportedError(
-            "DeepSpeed keeps gradients and moments, and with ZeRO-3 weights, where ranks and scores cannot reach "
-            "them; use accelerate launch without DeepSpeed (DDP)"
+            "DeepSpeed keeps gradients and moments where ranks that move cannot reach them; set ranks.policy: fixed "
+            "(leave RankCallback out), or use accelerate launch without DeepSpeed (DDP or FSDP2)"
         )
+
+
+LOOK_FIRST = (
+    "take the look first: tsqlora look CONFIG --out LOOK, and train with --look LOOK; in Python "
+    "tsqlora.look(model, dataset, collate, out='LOOK'), and QualityCallback(data, look='LOOK')"
+)
+
+
+def parts_of(parameter: Any) -> str | None:
+    """How a parameter is not whole in this process; None if it is."""
+    if is_partitioned(parameter):
+        return "partitioned by DeepSpeed ZeRO-3 (it has a ds_id)"
+    if is_sharded(parameter):
+        return "sharded by FSDP2 (a DTensor)"
+    return "without data (on the meta device)" if parameter.is_meta else None
+
+
+def require_whole(model: nn.Module, plugin: Any = None) -> None:
+    """Raises UnsupportedError naming a parameter that no look can read or write here, or the plugin of DeepSpeed."""
+    if plugin is not None:
+        raise UnsupportedError(
+            f"DeepSpeed has its own copy of the weights, so a head that is fitted now is lost; {LOOK_FIRST}"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UnsupportedError(f"FSDP1 has flattened the weights; use --fsdp_version 2, and {LOOK_FIRST}")
+    for name, parameter in model.named_parameters():
+        if (parts := parts_of(parameter)) is not None:
+            raise UnsupportedError(f"{name} is {parts}, so no look can be taken; {LOOK_FIRST}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -394,9 +394,7 @@ def scored(trained: Path) -> Path:
 
 def check_scores(path: Path, rows: int, train: Path) -> None:
     table = pq.read_table(path)
-    assert {"id", "hash", "gradient_norm", "loss_reduction", "convergence", "quality", "probability"} <= set(
-        table.column_names
-    )
+    assert {"id", "hash", "loss", "el2n", "quality", "probability"} <= set(table.column_names)
     assert {"predicted", "predicted_probability", "label_probability", "reason"} <= set(table.column_names)
     assert len(table) == rows
     file = cells_of(train)

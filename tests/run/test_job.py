@@ -50,6 +50,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.temperature": 3.0,
     "quality.head_start": False,
     "quality.look_again": False,
+    "quality.look": "another/look",
     "quality.resample": False,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,

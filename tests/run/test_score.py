@@ -26,7 +26,7 @@ Killer = Callable[[pytest.MonkeyPatch], Any]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return set_up(tmp_path_factory.mktemp("scoring"))
+    return set_up(tmp_path_factory.mktemp("scoring"), quality={"preset": "paper"})
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +229,13 @@ def test_several_processes_are_refused_before_anything_is_written(
     with pytest.raises(SettingsError, match="2; start one"):
         score_rows(place / "c.yaml", tmp_path / "scores.parquet")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("weights", "measured"), [({}, set()), ({"gradient_norm": 1.0}, {"gradient_norm", "cosine"})])
+def test_only_the_terms_that_the_rule_weighs_are_measured(
+    weights: dict[str, float], measured: set[str], tmp_path: Path
+) -> None:
+    place, phases = set_up(tmp_path, quality={"weights": weights}), list[str]()
+    scores = score_rows(place / "c.yaml", tmp_path / "s.parquet", progress=lambda name, *_: phases.append(name))
+    assert scores.terms.keys() == {"loss", "el2n"} | measured
+    assert set(phases) == {"look"} | ({"scoring"} if measured else set())

@@ -21,6 +21,7 @@ for command in (
     runs.demo,
     runs.init,
     rows.audit,
+    runs.look,
     runs.train,
     rows.score,
     rows.explain,

@@ -76,6 +76,7 @@ def train(
     init_from: Annotated[
         str | None, typer.Option(metavar="RUN|ADAPTER", help="adapter.init_from: continue this adapter.")
     ] = None,
+    look: Annotated[str | None, typer.Option(metavar="LOOK", help="quality.look: a folder of `tsqlora look`.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run; start if there is none.")
     ] = False,
@@ -97,7 +98,7 @@ def train(
     if config is not None and data is None and config.suffix.lower() in {*SUFFIXES} - {".json"}:
         console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)
-    named = {"model.path": model, "data.train": data, "adapter.init_from": init_from}
+    named = {"model.path": model, "data.train": data, "adapter.init_from": init_from, "quality.look": look}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     overrides += set_ or []
     if config is None and not overrides:
@@ -120,6 +121,40 @@ def train(
     with Display(console.stderr) as display:
         record = pipeline.train(settings, run, resume=resume, progress=display.progress)
     console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
+
+
+def look(
+    source: Annotated[str, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or rows.")],
+    out: Annotated[Path, typer.Option(metavar="LOOK", help="Directory to write.")],
+    model: Annotated[str | None, typer.Option(metavar="M", help="model.path: a directory or hub id.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Look at all rows, and keep scores and head in a folder, for a training that shards the model.
+
+    Start it as one process, or with torchrun as several. The model may be the one of the training, in
+    4 bits (--set model.quantization=4bit), or a smaller one with the same tokenizer (--model), whose
+    head is left out.
+
+    Example: tsqlora look tsq.yaml --out LOOK
+
+    Example: tsqlora look rows.csv --model sentence-transformers/all-MiniLM-L6-v2 --out LOOK
+    """
+    from tsqlora.run.config import load_config
+
+    is_config = Path(source).suffix.lower() in (".yaml", ".yml")
+    named = {"model.path": model} if is_config else {"model.path": model, "data.train": source}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
+    settings = load_config(source if is_config else None, overrides + (set_ or []))
+    require_inputs(settings)
+    from tsqlora.run.look import look_at  # after this check, since torch takes seconds to import
+
+    with Display(console.stderr) as display:
+        saved = look_at(settings, out, progress=display.progress)
+    result = {"look": str(out), **saved.summary}
+    console.show({**result, "head": sorted(saved.head), "model": saved.about["model"]}, as_json, show_numbers)
+    if not as_json:
+        console.note(f"tsqlora train {quote(source)} --look {quote(str(out))} trains with it, under any launcher")
 
 
 def require_inputs(settings: "Config") -> None:

@@ -10,6 +10,7 @@ Three kinds of layers. Linear (nn.Linear, and transformers' Conv1D, whose weight
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeGuard, cast
@@ -153,6 +154,15 @@ def inner_name(name: str) -> str:
     """Return a module's name in the base model, as PEFT's patterns and targets use it."""
     # rpartition, since the PeftModel may itself be part of another module.
     return name.rpartition("base_model.model.")[2]
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name in the base model, also of a module that PEFT trains a copy of.
+
+    >>> plain_name("base_model.model.classifier.modules_to_save.default.weight")
+    'classifier.weight'
+    """
+    return re.sub(r"\.modules_to_save\.[^.]+", "", inner_name(name))
 
 
 def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"]:

@@ -364,19 +364,25 @@ def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.n
     return features
 
 
-@torch.no_grad()
-def install(head: Head, start: HeadStart) -> Callable[[], None]:
-    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
+def fitted_parameters(head: Head, start: HeadStart) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters of the head's layers, each with its fitted value."""
     parts: list[tuple[nn.Linear | None, LinearHead]] = [(head.linear, start.installed)]
     if start.dense is not None:
         parts.append((head.dense, start.dense))
-    before: list[tuple[Tensor, Tensor]] = []
+    both = list[tuple[Tensor | None, np.ndarray]]()
     for layer, fitted in parts:
         assert layer is not None
-        for parameter, value in ((layer.weight, fitted.weight), (layer.bias, fitted.bias)):
-            if parameter is not None:
-                before.append((parameter, parameter.detach().clone()))
-                parameter.copy_(torch.from_numpy(value))
+        both += [(layer.weight, fitted.weight), (layer.bias, fitted.bias)]
+    return [(parameter, torch.from_numpy(value)) for parameter, value in both if parameter is not None]
+
+
+@torch.no_grad()
+def install(head: Head, start: HeadStart) -> Callable[[], None]:
+    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
+    before: list[tuple[Tensor, Tensor]] = []
+    for parameter, value in fitted_parameters(head, start):
+        before.append((parameter, parameter.detach().clone()))
+        parameter.copy_(value)
 
     @torch.no_grad()
     def undo() -> None:

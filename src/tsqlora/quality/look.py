@@ -6,8 +6,8 @@ model of preference pairs one more.
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,14 @@ from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import upcast
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import batch_coupled, find_sites
+from tsqlora.gradients.sites import batch_coupled, find_sites, plain_name
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
 from tsqlora.quality.gradient_pass import columns_of, gradient_pass
-from tsqlora.quality.head_start import Started, features_with, start_head
+from tsqlora.quality.head_start import Started, features_with, fitted_parameters, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, judge
 from tsqlora.quality.linear_head import FOLDS, unseen_logits
 from tsqlora.quality.reference import sample_losses
@@ -67,6 +67,8 @@ class Look:
     """Cost of the trusted model, which `cost` does not include."""
     undo: Callable[[], None] = lambda: None
     """Restores the model's own head."""
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    """The fitted head, by the names that its parameters have in the base model; empty if the model's own stays."""
 
 
 def look(model: nn.Module, request: LookRequest) -> Look:
@@ -77,6 +79,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     """
     begin = time.perf_counter()
     model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
+    distributed.require_whole(model)
     if request.task.reading.has_reference:
         request = with_reference(model, request)
     task, trusted = request.task, request.trusted
@@ -117,7 +120,15 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     cost = look_cost(terms, rows=n, reference=record.get("reference_rows", 0), trusted=request.trusted_rows)
     tokens = 0 if lengths is None else cost.forward // n * sum(lengths)  # without the few of the reference
     cost.add(seconds=time.perf_counter() - begin - cost_of_trusted.seconds, tokens=tokens)
-    return Look(shared, why_not, cost, cost_of_trusted, started.undo)
+    return Look(shared, why_not, cost, cost_of_trusted, started.undo, _head(model, started))
+
+
+def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
+    if started.head is None or started.layer is None or not started.head.replaces:
+        return {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    fitted = fitted_parameters(started.layer, started.head)
+    return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
 
 
 def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | None, PhaseCost]:
@@ -301,6 +312,52 @@ def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None)
     }
 
 
+def scoring_request(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    rule: ScoringRule,
+    task: Task | None,
+    rows: RowNames,
+    compute: Compute,
+    trusted: Trusted | Dataset | None,
+    fraction: float,
+) -> LookRequest:
+    """Check what `score` was given, and return it as a request; the task follows from the model if it is None."""
+    model = distributed.unwrapped(model)
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to score")
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    _require_separable(model)
+    require_precision(rule.measured(), compute.autocast)
+    if not isinstance(rule.reference, int):
+        require_reference(rule.reference, dataset)
+    if compute.parts is not None and rows.hashes is None:
+        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
+    if task is None:  # that of the model's config, whose loss is the model's own
+        own_task, safe = task_of(model), each_its_row(collate)
+
+        def check(size: int) -> None:
+            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
+
+        with eval_mode(model):
+            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+        task = own_task
+    if trusted is not None and not isinstance(trusted, Trusted):
+        trusted = Trusted(trusted, twins=equals(dataset, trusted))
+    return LookRequest(
+        dataset=dataset,
+        collate=collate,
+        task=task,
+        rule=rule,
+        rows=rows,
+        compute=compute,
+        trusted=trusted,
+        fraction=fraction,
+    )
+
+
 @of_loaded_model
 def score(
     model: nn.Module,
@@ -330,41 +387,20 @@ def score(
     If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
     Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
     """
-    rule, rows, compute = rule or ScoringRule(terms=PAPER_TERMS), rows or RowNames(), compute or Compute()
-    model = distributed.unwrapped(model)
-    if len(dataset) == 0:
-        raise SettingsError("there are no rows to score")
-    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
-    _require_separable(model)
-    require_precision(rule.measured(), compute.autocast)
-    if not isinstance(rule.reference, int):
-        require_reference(rule.reference, dataset)
-    if compute.parts is not None and rows.hashes is None:
-        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
-    if task is None:  # that of the model's config, whose loss is the model's own
-        own_task, safe = task_of(model), each_its_row(collate)
-
-        def check(size: int) -> None:
-            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
-
-        with eval_mode(model):
-            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
-        task = own_task
-    if trusted is not None and not isinstance(trusted, Trusted):
-        trusted = Trusted(trusted, twins=equals(dataset, trusted))
-    request = LookRequest(
-        dataset=dataset,
-        collate=collate,
+    request = scoring_request(
+        model,
+        dataset,
+        collate,
+        rule=rule or ScoringRule(terms=PAPER_TERMS),
         task=task,
-        rule=rule,
-        rows=rows,
-        compute=compute,
+        rows=rows or RowNames(),
+        compute=compute or Compute(),
         trusted=trusted,
         fraction=fraction,
     )
     result = look(model, request)
     result.undo()
-    if task.reading.has_reference and result.scores.even:
+    if request.task.reading.has_reference and result.scores.even:
         even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
         gate = result.scores.record.gate
         warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
@@ -420,8 +456,7 @@ def require_scorable(
 
 def _require_separable(model: nn.Module) -> None:
     """Raise UnsupportedError for a model that is sharded, or that couples the samples of a batch."""
-    if any(map(distributed.is_sharded, model.parameters())):
-        raise UnsupportedError("the model's weights are sharded over processes (FSDP); score before fully_shard")
+    distributed.require_whole(model)
     if coupled := batch_coupled(model):
         raise UnsupportedError(
             f"{coupled[0]} couples the samples of a batch, so that no sample has its own loss; replace it"

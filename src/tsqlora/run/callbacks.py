@@ -84,6 +84,7 @@ def quality_callback(
         scores_path=scores_path,
         progress=progress,
         collate=job.collate,
+        look=job.config.quality.look,
         task=job.task if has_own_loss(job.task, job.pretrained.model) else None,
     )
 

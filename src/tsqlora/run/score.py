@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from tsqlora import distributed
@@ -15,7 +14,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
 from tsqlora.quality.look import score
-from tsqlora.quality.rule import PAPER_TERMS, Compute
+from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
@@ -32,7 +31,7 @@ def score_rows(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Scores:
-    """All terms of every training row, with the initial model of a config or the weights of a run.
+    """The terms of every training row that the rule weighs, with the initial model of a config or the weights of a run.
 
     Without data.validation, the validation rows that training would hold out are left out here too (`held_out` in the
     scores' record); for a run and another file in data.train every row is scored.
@@ -59,7 +58,7 @@ def score_rows(
             model,
             job.train.samples,
             job.collate,
-            rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
+            rule=scoring_rule(job.config),
             task=job.task,
             rows=row_names(job, held_out=held_out_rows(job.data)),
             compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.data.readers import PLAIN
 from tsqlora.data.table import data_hash
-from tsqlora.errors import DataError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text
 from tsqlora.interop.doctor import faults_in
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
@@ -26,7 +26,7 @@ from tsqlora.run.job import load, with_adapter
 from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
-from tsqlora.training.fit import fit
+from tsqlora.training.fit import fit, save_adapter
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -43,6 +43,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
+    require_look(config)
+    distributed.warn_of_one_process()
     args = arguments(config, run)
     if resume and (record := _started(run, config)) is not None and record.status == "finished":
         return record  # nothing is written, not even a lock
@@ -74,6 +76,18 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
+def require_look(config: Config) -> None:
+    """Raises SettingsError if the launcher shards the model, and no look was taken before."""
+    engine = distributed.sharding(config.training.further_arguments())
+    q = config.quality
+    if engine is None or q.look is not None or not (q.enabled or q.head_start):
+        return
+    raise SettingsError(
+        f"{engine} shards the model, and a look needs a whole one; type `tsqlora look CONFIG --out LOOK`, then "
+        "this command with `--look LOOK` (or set quality.enabled and quality.head_start to false)"
+    )
+
+
 def _train(
     config: Config, run: Path, before: RunRecord | None, stop: StopCallback, progress: Progress | None, rows: int
 ) -> RunRecord:
@@ -87,6 +101,14 @@ def _train(
     method, model = build_callbacks(job, run / SCORES_FILE, progress), with_adapter(config, job.pretrained)
     record = begin(job, args, method, model)
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
+    if (
+        checkpoint is not None
+        and method.ranks is not None
+        and distributed.sharding(config.training.further_arguments())
+    ):
+        raise UnsupportedError(
+            f"ranks that move cannot resume from {checkpoint} under FSDP; start again, or set ranks.policy: fixed"
+        )
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
     record.notes += passed_over
@@ -95,8 +117,8 @@ def _train(
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
     also = [WriteStart(run, config, record), stop]
-    fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
-    model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+    how = {"also": also, "resume_from": checkpoint, "progress": progress, "run": run}
+    save_adapter(fit(model, args, method, job.inputs, record, **how), run / ADAPTER_DIR)
     if distributed.is_first():
         for fault in faults_in(run / ADAPTER_DIR):
             warnings.warn(f"the saved adapter has a fault: {fault}", stacklevel=2)

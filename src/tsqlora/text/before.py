@@ -8,8 +8,8 @@ from torch import nn
 
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
-from tsqlora.quality.rule import Compute
-from tsqlora.quality.scores import Scores
+from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.text.answers import turns_in
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import ERROR, NOTE, findings_of
@@ -83,6 +83,25 @@ def look_before(
         if len(places) == len(samples) or not any(map(len, look.listed.values())):
             break
     return look
+
+
+def even_scores(samples: Any, collate: Collate | None, rows: RowNames, answers: AnswerLook, *, seed: int) -> Scores:
+    """Draw evenly from all rows whose answers fit."""
+    trained = np.zeros(len(samples), np.int64)
+    for one in sequences_of(samples, collate):
+        trained[one.row] += len(one.trained)
+    scores = from_terms(
+        {},
+        labels=trained,
+        stratified=False,
+        weights={},
+        temperature=1.0,
+        even=True,
+        record={"seed": seed, "step": 0, "epoch": 0, "look": 1, **rows.about},
+        hashes=rows.hashes,
+        ids=rows.ids,
+    )
+    return without_unfit(scores, answers)
 
 
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:

@@ -11,11 +11,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from tsqlora import distributed
 from tsqlora.compat.torch import upcast
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss, set_loss_scaling, summed_batches
 from tsqlora.data.table import Samples
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.health import require_finite
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, Task, has_own_loss
@@ -110,6 +113,18 @@ def fit(
             callback.set_summed(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
+
+
+def save_adapter(trainer: Trainer, folder: Path) -> None:
+    """Write what `trainer.save_model` writes, which gathers sharded weights, without its pickle; and read it again."""
+    model = cast(Any, trainer.model)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        model.save_pretrained(str(folder), is_main_process=distributed.is_first())
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # in all processes, for the first one
+    if distributed.is_first():
+        model.save_pretrained(str(folder), state_dict=state)
+        require_finite(read_adapter(folder))
 
 
 def _logits(outputs: Any) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
@@ -17,21 +17,21 @@ from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
 from tsqlora.compat.accelerate import inner_batch_sampler
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look, require_scorable
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.saved_look import SavedLook
+from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import look_before, without_unfit, worst_findings
+from tsqlora.text.before import even_scores, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
-from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
 from tsqlora.training.record import trusted_order
@@ -61,6 +61,8 @@ class QualityCallback(PartCallback):
         scores_path: where scores are written; by default scores.parquet in the output_dir.
         progress: called with (phase, rows done, rows in all); by default a bar where the Trainer shows bars.
         collate: makes the batches to score; by default the Trainer's collator; each row of a batch is a sample.
+        look: a folder of `tsqlora look` or `tsqlora.look`, in place of a look: under FSDP2 and DeepSpeed too. Its head
+            is written before anything is sharded, and no second look follows.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
     is a small difference, and needs float32.
@@ -82,10 +84,16 @@ class QualityCallback(PartCallback):
         scores_path: str | Path | None = None,
         progress: Progress | None = None,
         collate: Collate | None = None,
+        look: str | Path | None = None,
     ) -> None:
         require_subset(data, self.name)
         self.data = data
-        self.rule = rule or ScoringRule()
+        self.saved = None if look is None else SavedLook.load(look)
+        self.rule = rule or (ScoringRule() if self.saved is None else self.saved.rule)
+        if self.saved is not None and self.rule.select:
+            self.saved.require_rule(self.rule)
+        self._left_out: str | None = None
+        self._written: weakref.ref[nn.Module] | None = None
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
@@ -107,8 +115,20 @@ class QualityCallback(PartCallback):
         self._answers: AnswerLook | None = None
         self._jumped = False
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.saved is not None:
+            self.write_head(kwargs["model"])
+
+    def write_head(self, model: nn.Module) -> None:
+        """Write the head of the look into the model, before a Trainer shards it.
+
+        The Trainer's own callbacks do so by themselves; one that is added later needs the call.
+        """
+        assert self.saved is not None
+        self._left_out = self.saved.write_head(model)
+        self._written = weakref.ref(distributed.unwrapped(model))
+
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
-        distributed.refuse_deepspeed(args.deepspeed_plugin)
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:
             raise SettingsError(
@@ -122,7 +142,14 @@ class QualityCallback(PartCallback):
             self._rows_hash = hash_of_some(data.dataset)
         saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
         task = self._task(args, model)
-        looks = self.rule.decides(task, len(data.trusted) > 0)
+        looks = self.rule.decides(task, len(data.trusted) > 0) and self.saved is None
+        if self.saved is None:
+            if looks or self.rule.select or self.rule.head_start:
+                distributed.require_whole(model, args.deepspeed_plugin)
+        else:
+            self.saved.require_rows(data.dataset, data.trusted, self.rows)
+            if saved is None and (self._written is None or self._written() is not distributed.unwrapped(model)):
+                self._write_late(args, model)
         if saved is not None:
             require_options(saved["draws"], self._draws())
         elif looks:  # check on two rows, before the look, what can be checked
@@ -144,11 +171,14 @@ class QualityCallback(PartCallback):
         self._forget()
         tokenizer = kwargs.get("processing_class")
         if task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False):
-            self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=saved is None)
+            answers = saved is None and self.saved is None
+            self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=answers)
         if saved is not None:
             self._resume(saved)
             if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
                 state.epoch = state.global_step / self.schedule.epoch_steps
+        elif self.saved is not None:
+            self._use(self.saved)
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
@@ -170,7 +200,7 @@ class QualityCallback(PartCallback):
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        if not (at_start and epoch == self.schedule.second_look and len(self.looks) == 1):
+        if self.saved is not None or not (at_start and epoch == self.schedule.second_look and len(self.looks) == 1):
             return
         # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
         scores = self.data.scores
@@ -308,6 +338,7 @@ class QualityCallback(PartCallback):
         if self._rows_hash is not None:
             about[ROWS_HASH] = self._rows_hash
         decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
+        decides["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
@@ -391,6 +422,34 @@ class QualityCallback(PartCallback):
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
 
+    def _write_late(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Write the head after the Trainer was made, where nothing holds another copy of the weights."""
+        assert self.saved is not None
+        if args.deepspeed_plugin is not None or any(map(distributed.parts_of, model.parameters())):
+            raise UnsupportedError(
+                "the engine has taken the model's weights, so a head that is written now is lost; give "
+                "QualityCallback(data, look=...) to Trainer(callbacks=[...]), or write before trainer.train(): "
+                "callback.write_head(trainer.model)"
+            )
+        self.write_head(model)
+
+    def _use(self, saved: SavedLook) -> None:
+        """Draw by a look in a folder; the control takes its head alone."""
+        by = f"{saved.about['model'] or 'the model'}{f' in {bits} bits' if (bits := saved.about['bits']) else ''}"
+        self.notes.append(f"the look comes from {saved.path}, taken by {by}; no second look follows")
+        if self._left_out is not None:
+            self._note(self._left_out)
+        if not self.rule.select:
+            self.looks.append({"step": 0, "epoch": 0, "head_start": saved.summary["head_start"], "not_ready": None})
+            return
+        self.looks.append(saved.summary)
+        self._first = saved.scores
+        self._save(saved.scores)
+        if self.why_not is None:
+            self.data.plan = self.data.plan.scored(saved.scores, 0, by=self.name)
+        else:
+            self._note(f"rows are drawn evenly to the end: {self.why_not}")
+
     def _save(self, scores: Scores) -> None:
         if distributed.is_first():
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,22 +486,8 @@ class QualityCallback(PartCallback):
 
     def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
         """Draw evenly from all rows whose answers fit."""
-        data, rows = self.data, self.rows
-        trained = np.zeros(len(data.dataset), np.int64)
-        for one in sequences_of(data.dataset, self.collate or collate):  # pyright: ignore[reportArgumentType]
-            trained[one.row] += len(one.trained)
-        scores = from_terms(
-            {},
-            labels=trained,
-            stratified=False,
-            weights={},
-            temperature=1.0,
-            even=True,
-            record={"seed": self.rule.seed, "step": 0, "epoch": 0, "look": 1, **rows.about},
-            hashes=rows.hashes,
-            ids=rows.ids,
-        )
-        scores = without_unfit(scores, answers)
+        data = self.data
+        scores = even_scores(data.dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)  # pyright: ignore[reportArgumentType]
         why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items())
         self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}

@@ -1,5 +1,6 @@
 """Ranks that follow sensitivity, in a stock Trainer: a callback that drives a `RankLoop`."""
 
+import os
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -139,6 +140,7 @@ class RankCallback(PartCallback):
         }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        distributed.refuse_deepspeed(args.deepspeed_plugin)
         model, self._why_not = distributed.unwrapped(kwargs["model"]), None
         if has_slots(model):
             if self.max_rank is not None:
@@ -164,6 +166,10 @@ class RankCallback(PartCallback):
         if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
             return
+        if any(map(distributed.is_sharded, model.parameters())):
+            _refuse_efficient_loading(args)
+            if args.save_strategy != "no" and not args.save_only_model:
+                self._note("ranks that move cannot resume under FSDP: for checkpoints that can set ranks.policy: fixed")
         saved = None
         if resumed is not None:
             saved = {**read_state(resumed / RANKS_FILE), "importance": load_file(resumed / IMPORTANCE_FILE)}
@@ -233,8 +239,12 @@ class RankCallback(PartCallback):
         write_state(folder / RANKS_FILE, values)
 
     def end(self, state: TrainerState) -> None:
-        if self.loop is not None:
-            self.loop.finish(finalize_model=self.finalize)
+        if self.loop is None:
+            return
+        stays = self.finalize and any(map(distributed.is_sharded, self.loop.model.parameters()))
+        self.loop.finish(finalize_model=self.finalize and not stays)
+        if stays:
+            self._note("the weights are sharded, so the model keeps its slots; trainer.save_model writes plain PEFT")
 
     def _start(
         self,
@@ -267,3 +277,14 @@ class RankCallback(PartCallback):
         loop.start(rows, collate, **options)
         if looked and data.lengths is not None:
             loop.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
+
+
+def _refuse_efficient_loading(args: TrainingArguments) -> None:
+    """Raise UnsupportedError where FSDP gives the weights to one process, since ranks move in all."""
+    config: Any = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    loads = config.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", ""))
+    if str(loads).lower() in ("1", "true"):
+        raise UnsupportedError(
+            "cpu_ram_efficient_loading gives the weights to one process, and ranks move in all; set it to false, or "
+            "ranks.policy: fixed (leave RankCallback out)"
+        )

@@ -142,7 +142,10 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
         reading(path)
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
     adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
-    return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
+    quality = config.quality.model_copy(update={"look": _locate(config.quality.look, beside)})
+    return config.model_copy(
+        update={"model": model, "quality": quality, "adapter": adapter, "data": data.model_copy(update=files)}
+    )
 
 
 def _with_task(config: Config) -> Config:

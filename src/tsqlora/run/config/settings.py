@@ -131,6 +131,7 @@ class QualitySettings(Section):
     temperature: float | None = setting(None, "Temperature of the softmax over Q, small is choosy; null is 1.", gt=0)
     head_start: bool = setting(True, "Fit a new head before the first step.")
     look_again: bool = setting(True, "Measure Q again after a third of the steps.")
+    look: str | None = setting(None, "Folder of `tsqlora look`, in place of a look; a sharded model needs one.")
     resample: bool = setting(True, "Sample fresh rows each epoch; false repeats the first draw.")
 
     def resolved_weights(self) -> dict[str, float] | None:

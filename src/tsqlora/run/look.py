@@ -1,0 +1,115 @@
+"""Take a look and put it into a folder: of the settings of a run, or of a model in Python."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.data.write import require_place
+from tsqlora.errors import of_loaded_model
+from tsqlora.progress import Progress
+from tsqlora.quality.look import look as take
+from tsqlora.quality.look import scoring_request
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+from tsqlora.quality.saved_look import SavedLook, require_free, save_look
+from tsqlora.quality.trusted import Trusted
+from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
+from tsqlora.run.config import Config
+from tsqlora.run.finished import device_of
+from tsqlora.run.fit import arguments
+from tsqlora.run.job import load, with_adapter
+from tsqlora.run.start import with_start
+from tsqlora.tasks import Collate, Task
+from tsqlora.text.before import even_scores, look_before, without_unfit
+from tsqlora.text.look import AnswerLook
+from tsqlora.text.vocabulary import vocabulary_of_model
+
+
+@of_loaded_model
+def look(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    out: str | Path,
+    rule: ScoringRule | None = None,
+    task: Task | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
+    trusted: Trusted | Dataset | None = None,
+    processing_class: Any = None,
+) -> SavedLook:
+    """Take the look that `QualityCallback` takes, and put it into a folder, for `QualityCallback(data, look=out)`.
+
+    The folder has the scores, the fitted head and what they were made of; the model is left unchanged. It may be the
+    model before it is sharded, the same one in 4 bits, or a smaller one with the same tokenizer, whose head is then
+    left out.
+
+    Args:
+        dataset: the rows that a QualitySubset draws from, in its order.
+        out: the folder to write.
+        processing_class: the tokenizer; with it the answers of a causal model are looked at, too.
+        trusted: the trusted rows of the QualitySubset.
+        rule, task, rows, compute: as in `tsqlora.score`; by default the rule of QualityCallback.
+
+    Raises UnsupportedError for a model that is sharded already; SettingsError for a folder that is not empty.
+    """
+    out = Path(out)
+    require_free(out)
+    require_place(out / "look.json")
+    names = rows or RowNames()
+    request = scoring_request(
+        model,
+        dataset,
+        collate,
+        rule=rule or ScoringRule(),
+        task=task,
+        rows=names,
+        compute=compute or Compute(),
+        trusted=trusted,
+        fraction=1.0,
+    )
+    answers, result, reading = AnswerLook([]), None, request.task.reading
+    writes = request.task.writer is not None and reading.causal and not reading.has_reference
+    if writes and getattr(processing_class, "is_fast", False):
+        inner = cast(Any, distributed.unwrapped(model))
+        vocabulary = vocabulary_of_model(processing_class, inner.config, inner.generation_config, size_of=inner)
+        options = {"collate": collate, "seed": request.rule.seed}
+        answers = look_before(inner, dataset, vocabulary, request.compute, **options)
+    if request.rule.decides(request.task, trusted is not None):
+        result = take(model, request)
+        result.undo()
+        scores = without_unfit(result.scores, answers) if answers.turns else result.scores
+    else:
+        scores = even_scores(dataset, collate, names, answers, seed=request.rule.seed)
+    return save_look(out, model, request, scores, result)
+
+
+def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> SavedLook:
+    """Take the look of a run with these settings, as `tsqlora look` does."""
+    require_free(out)
+    require_place(out / "look.json")
+    config = with_start(config)
+    args, rule = arguments(config, out), replace(scoring_rule(config), select=True)
+    lookahead = any(term.lookahead for term in rule.measured().values())
+    half = None if lookahead else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    job = load(config)
+    model = with_adapter(config, job.pretrained)
+    if config.model.quantization is None:
+        model.to(device_of(config))
+    return look(
+        model,
+        job.train.samples,
+        job.collate,
+        out=out,
+        rule=rule,
+        task=job.task,
+        rows=row_names(job),
+        compute=Compute(args.per_device_eval_batch_size, half, progress=progress),
+        trusted=trusted_of(job),
+        processing_class=job.pretrained.tokenizer,
+    )

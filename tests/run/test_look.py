@@ -1,0 +1,84 @@
+"""`tsqlora look`, and `train --look` with what it wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runs import run_cli, set_up
+from tsqlora.errors import SettingsError
+from tsqlora.quality.saved_look import SavedLook
+from tsqlora.run import train as pipeline
+from tsqlora.run.config import load_config
+from tsqlora.run.look import look_at
+
+TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("look")
+    return set_up(folder, training=TRAINING, quality={"look_again": False})
+
+
+@pytest.fixture(scope="module")
+def look(place: Path) -> Path:
+    look_at(load_config(place / "c.yaml"), place / "LOOK")
+    return place / "LOOK"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_training_with_a_look_is_training_that_looks(
+    place: Path, look: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.train(load_config(place / "c.yaml"), tmp_path / "inline")
+    code, out, err = run_cli(capsys, "train", place / "c.yaml", "--look", look, "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    assert any(str(look) in note for note in json.loads(out)["notes"])
+    one, other = weights(tmp_path / "inline"), weights(tmp_path / "run")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    again = load_config(tmp_path / "run" / "config.yaml")
+    assert again.quality.look == str(look)
+
+
+def test_the_command_says_what_to_type_next(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_cli(capsys, "look", place / "c.yaml", "--out", tmp_path / "LOOK")
+    assert code == 0, err
+    assert "--look" in err
+    code, out, _ = run_cli(
+        capsys, "look", place / "train.jsonl", "--model", place / "model", "--out", tmp_path / "OTHER", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["head"] == ["classifier.bias", "classifier.weight"]
+    assert SavedLook.load(tmp_path / "OTHER").about["rows"] == SavedLook.load(tmp_path / "LOOK").about["rows"]
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_a_launcher_that_shards_ends_before_it_begins(
+    engine: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(SettingsError, match=rf"^{engine} .*tsqlora look .*--look LOOK"):
+        pipeline.train(load_config(place / "c.yaml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_look_that_does_not_exist_is_refused_before_anything_is_loaded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_cli(capsys, "train", place / "c.yaml", "--look", tmp_path / "none", "--out", tmp_path / "run")
+    assert code == 3
+    assert "tsqlora look" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_look_at_other_rows_is_refused(place: Path, look: Path, tmp_path: Path) -> None:
+    config = load_config(place / "c.yaml", [f"quality.look={look}", "training.seed=3"])  # holds out other rows
+    with pytest.raises(Exception, match="rows differ"):
+        pipeline.train(config, tmp_path / "run")
