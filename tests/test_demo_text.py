@@ -34,4 +34,4 @@ def test_the_demo_moves_answers_and_says_how_many_it_listed(
     assert "0 listed, 0 of the 12 planted ones" in said
     assert "Your own file: tsqlora audit" in said
     chats = [json.loads(line) for line in (tmp_path / "out" / "chats.jsonl").read_text().splitlines()]
-    assert [chat["messages"][1] == row["messages"][1] for chat, row in zip(chats, rows, strict=True)].count(False) == 14
+    assert [chat["messages"][1] == row["messages"][1] for chat, row in zip(chats, rows, strict=True)].count(False) == 20
