@@ -34,8 +34,8 @@ def newest(result: Path) -> str:
     """The commit of the latest file of a result: its own, else the one that added it."""
     files = sorted(result.glob("*.json")) if result.is_dir() else [result]
     named = {match for file in files for match in re.findall(r'"commit": "([0-9a-f]{7,40})', file.read_text())}
-    known = [line for line in git("log", "--format=%H").split() if any(line.startswith(name) for name in named)]
-    return known[0] if known else git("log", "-1", "--format=%H", "--", str(result)).strip()
+    dated = [line for line in git("log", "--format=%H").split() if any(line.startswith(name) for name in named)]
+    return dated[0] if dated else git("log", "-1", "--format=%H", "--", str(result)).strip()
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Writes the tables of README and docs/ from bench/results/*.json: python bench/tables.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the file of results, and where a file makes
-several tables, a hyphen and the table's own name.
+several tables, a hyphen and the table's own name. A sentence stands between `<!-- claim: NAME -->` and `<!-- end -->`.
 """
 
 import itertools
@@ -27,6 +27,7 @@ from tsqlora.interop.servers import CONSUMERS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CLAIMED = re.compile(r"(<!-- claim: (?P<name>[\w-]+) -->).*?(<!-- end -->)")
 
 Results = Mapping[str, Any]
 Rows = list[dict[str, str]]
@@ -573,17 +574,15 @@ def _mean_and_least(values: pd.Series) -> str | None:
     return f"{values.mean():.2f}, {values.min():.2f}" if values.notna().any() else None
 
 
-def claims_data(_: Results) -> Rows:
+def claim_labels() -> str:
     """What the audit of labels finds, for README."""
     judged = dict(_judged(json.loads((RESULTS / "judge.json").read_text())))["uniform", "clinc150", "even-0.1"]
-    low, high = differences.interval(100 * judged.precision.to_numpy(float))
-    return [
-        _claim(
-            "CLINC150, 10 % of the labels wrong",
-            f"calls {100 * judged.left_out.mean():.1f} % of the rows wrong; {100 * judged.precision.mean():.0f} % of "
-            f"these are ({low:.0f} to {high:.0f} %, {len(judged)} draws, t interval)",
-        ),
-    ]
+    right = 100 * judged.precision.to_numpy(float)
+    low, high = differences.interval(right)
+    return (
+        f"With 10 % of CLINC150's labels set wrong it calls {100 * judged.left_out.mean():.1f} % of the rows wrong, "
+        f"and {right.mean():.1f} % of these are ({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
+    )
 
 
 def claims_train(_: Results) -> Rows:
@@ -606,21 +605,16 @@ def claims_train(_: Results) -> Rows:
     ]
 
 
-def claims_adapter(_: Results) -> Rows:
+def claim_servers() -> str:
     """What servers do with adapters, for README."""
     served = json.loads((RESULTS / "servers.json").read_text())["servers"]
     newest = {name.split()[0]: (name, kinds) for name, kinds in served.items()}
     verdicts = {name: Counter(kind["verdict"] for kind in kinds.values()) for name, kinds in newest.values()}
     kinds = len(next(iter(served.values())))
-    return [
-        _claim(
-            f"{kinds} kinds of adapters, read by each server's own code",
-            ", ".join(
-                f"{name} misreads {kinds - count['right'] - count['refused']} and refuses {count['refused']}"
-                for name, count in verdicts.items()
-            ),
-        )
-    ]
+    return f"Of {kinds} kinds of adapters " + ", ".join(
+        f"{name} misreads {kinds - count['right'] - count['refused']} and refuses {count['refused']}"
+        for name, count in verdicts.items()
+    )
 
 
 def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
@@ -661,8 +655,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "llamacpp": llamacpp,
     "judge": judge,
     "judge-coverage": judge_coverage,
-    "claims-adapter": claims_adapter,
-    "claims-data": claims_data,
     "claims-train": claims_train,
     "rank_cost": rank_cost,
     "rules": rules,
@@ -682,8 +674,11 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
 }
 
 
+CLAIMS: dict[str, Callable[[], str]] = {"labels": claim_labels, "servers": claim_servers}
+
+
 def rendered(text: str) -> str:
-    """The text with every marked table replaced by the table of today's results."""
+    """The text with every marked table and claim replaced by that of today's results."""
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
@@ -691,7 +686,7 @@ def rendered(text: str) -> str:
         results = json.loads(path.read_text()) if path.exists() else {}  # glue has a folder of files
         return f"{match[1]}\n{markdown(TABLES[name](results))}\n{match[3]}"
 
-    return MARKED.sub(table, text)
+    return CLAIMED.sub(lambda match: f"{match[1]}{CLAIMS[match['name']]()}{match[3]}", MARKED.sub(table, text))
 
 
 def main() -> None:

