@@ -1,4 +1,4 @@
-"""What the look before the first step buys: accuracy against steps and processor seconds, beside plain LoRA.
+"""What the look before the first step buys: accuracy against steps and processor seconds, compared with plain LoRA.
 
     python bench/headstart.py [--tables clinc150,sst2-500] [--seeds 0,1,2] [--rates 5e-4,1e-3,2e-3]
 

@@ -1,4 +1,4 @@
-"""What moving ranks costs a run, beside plain PEFT LoRA of the same mean rank: seconds and peak memory.
+"""What moving ranks costs a run, compared with plain PEFT LoRA of the same mean rank: seconds and peak memory.
 
     python bench/rank_cost.py [--models minilm,smollm] [--precisions bfloat16] [--out FILE]
 

@@ -134,7 +134,7 @@ def over(cells: Any, entry: str, reference: str, what: str = "gain") -> tuple[Me
 
 
 def differing(cells: Any) -> dict[str, Mean]:
-    """Each entry beside LoRA on all rows, where seeds have both."""
+    """Each entry compared with LoRA on all rows, where seeds have both."""
     differences = {entry: over(cells, entry, LORA)[0] for entry in entries_of(cells)}
     return {entry: difference for entry, difference in differences.items() if difference}
 

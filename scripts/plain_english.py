@@ -1,7 +1,8 @@
-"""Finds the old voice in src/, tests/ and bench/: python scripts/plain_english.py [--list] [PATH ...]
+"""Finds the old voice in src/, tests/, bench/, README and docs/: python scripts/plain_english.py [--list] [PATH ...]
 
 The rule is that of CONVENTIONS: plain English in docstrings, comments, messages and names. `told`, `known`, `given` and
-the like are verbs, not nouns or names. scripts/plain_english.json has how many each package may still have; a
+the like are verbs, not nouns or names. Pages are checked outside of their code, research notes not at all.
+scripts/plain_english.json has how many each package may still have; a
 count may fall and not grow, and `--list` shows each place.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-CHECKED = (ROOT / "src" / "tsqlora", ROOT / "tests", ROOT / "bench")
+CHECKED = (ROOT / "src" / "tsqlora", ROOT / "tests", ROOT / "bench", ROOT / "README.md", ROOT / "docs")
 ALLOWED = Path(__file__).with_suffix(".json")
 
 NAMES = re.compile(r"_*(told|known|found|asked|wanted|said|kept|given|anew)s?_*")
@@ -28,8 +29,14 @@ WORDS = re.compile(
     r"|\b(?:the|what|which|that|those|all|is|are|was|were|not|as|if|where|be) (?:is |are |was |were |be )?"
     r"(?:asked|wanted|said)(?: for)?\b|\b(?:the|what is|what was) (?:known|found|kept|given|asked|wanted|said|told)\b"
     r"|\b(?:asks?|knows|know|says?) (?:nothing|no|of)\b"
+    r"|\bbeside (?:plain )?(?:LoRA|PEFT|cleanlab|Soup)\b"
+    r"|\b(?:is|are|was|were|be|about|least|ends?|ended|stays?) level\b"
+    r"|\bto be had\b|\b[Mm]eanwhile\b|\bsignal is an error\b|\bin the manner of\b"
 )
 """The same words where they stand for a noun, and phrases of the old voice."""
+
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+"""Code in a page."""
 
 
 class Finding(NamedTuple):
@@ -41,6 +48,10 @@ class Finding(NamedTuple):
 def findings(path: Path, text: str) -> Iterator[Finding]:
     """Every place of one file: names, and words in docstrings, comments and messages."""
     where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    if path.suffix == ".md":
+        for number, line in enumerate(CODE.sub(lambda code: "\n" * code[0].count("\n"), text).splitlines(), start=1):
+            yield from (Finding(where, number, f"'{match[0]}' in: {line[:80]}") for match in WORDS.finditer(line))
+        return
     for node in ast.walk(ast.parse(text)):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
@@ -66,9 +77,14 @@ def package(path: str) -> str:
     return rest[1] if folder == "src" and len(rest) > 2 else folder if rest and folder != "src" else "."
 
 
+def _files(name: Path) -> list[Path]:
+    """A file, or the modules and pages of a folder."""
+    return [name] if name.is_file() else sorted([*name.rglob("*.py"), *name.glob("*.md")])
+
+
 def main() -> None:
     names = [Path(name) for name in sys.argv[1:] if not name.startswith("--")] or [*CHECKED]
-    files = [file for name in names for file in (sorted(name.rglob("*.py")) if name.is_dir() else [name])]
+    files = [file for name in names for file in _files(name)]
     everything = [finding for file in files for finding in findings(file.resolve(), file.read_text(encoding="utf-8"))]
     if "--list" in sys.argv:
         print(*(f"{f.path}:{f.line}: {f.what}" for f in everything), sep="\n")

@@ -69,7 +69,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def head(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained beside LoRA."""
+    """What is trained in addition to LoRA."""
     return {name: p for name, p in trainable(model).items() if "lora_" not in name}
 
 

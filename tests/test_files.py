@@ -4,11 +4,13 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tsqlora.data.write import require_place
+from tsqlora.data.readers import PLAIN
+from tsqlora.data.write import copy_rows, require_place, write_rows
 from tsqlora.errors import SettingsError
-from tsqlora.files import write_text
+from tsqlora.files import replacing, write_text
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -53,3 +55,20 @@ def test_a_folder_that_cannot_be_synced_takes_files_all_the_same(
     for handle in handles:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(handle)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_rows_and_pages_are_readable_by_their_owner_alone_unless_the_file_was_open_before(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        write_rows(tmp_path / name, [{"text": "secret"}])
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+        (tmp_path / name).chmod(0o644)
+        write_rows(tmp_path / name, [{"text": "secret"}])
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+    copy_rows(tmp_path / "a.jsonl", tmp_path / "b.jsonl", np.array([0]), PLAIN)
+    write_text(tmp_path / "page.html", "secret", private=True)
+    with replacing(tmp_path / "c.txt", private=True) as unfinished:
+        assert unfinished.stat().st_mode & 0o777 == 0o600, "also while it is written"
+    assert {path.stat().st_mode & 0o777 for path in map(tmp_path.joinpath, ("b.jsonl", "page.html", "c.txt"))} == {
+        0o600
+    }

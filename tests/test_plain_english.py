@@ -25,6 +25,9 @@ spec.loader.exec_module(plain_english)
         "def asked() -> None: ...",
         "def f(given: int) -> None: ...",
         "for known in range(3): ...",
+        "# It is level with LoRA.",
+        "# Python 3.14 was not to be had.",
+        '"""What ranks cost beside plain LoRA."""',
     ],
 )
 def test_the_old_voice_is_seen(planted: str) -> None:
@@ -56,3 +59,10 @@ def test_a_count_that_grows_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
     file.write_text("found = asked = 1\n")
     with pytest.raises(SystemExit, match="old voice"):
         plain_english.main()
+
+
+def test_pages_are_checked_outside_of_their_code() -> None:
+    page = (
+        "# Title\n\n```bash\necho meanwhile\n```\n\nA run ends level, `meanwhile` it does not.\nA signal is an error.\n"
+    )
+    assert [finding.line for finding in plain_english.findings(Path("page.md"), page)] == [7, 8]

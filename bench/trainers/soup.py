@@ -1,4 +1,4 @@
-"""The ledger beside Soup's `data doctor` and `data lint`, on the same files with the same faults.
+"""The ledger compared with Soup's `data doctor` and `data lint`, on the same files with the same faults.
 
     python bench/trainers/soup.py [--env DIR]
 

@@ -36,18 +36,23 @@ def reading(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`: the file or directory that you write there replaces `path`.
 
     A file is synced to disk before it is renamed. After an error nothing remains, and `path` is unchanged. If `path` is
-    a link, the file that it points to is replaced.
+    a link, the file that it points to is replaced. A `private` file, which holds users' texts, is for its owner alone,
+    or has the permissions of the file that it replaces.
     """
     target = Path(os.path.realpath(path))
     path = target if target.parent.is_dir() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)  # left by a killed process with this number
     try:
+        if private:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
+        if private and path.is_file():
+            temporary.chmod(path.stat().st_mode & 0o777)
         if temporary.is_file():
             with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
@@ -71,9 +76,9 @@ def parents_of(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a text file in UTF-8, as `replacing`."""
-    with replacing(path) as temporary:
+    with replacing(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -134,7 +134,10 @@ def test_json_is_one_object_and_nothing_noisy_is_on_stderr(trained: Path) -> Non
     printed = json.loads((trained.parent / "stdout").read_text())
     assert printed.pop("run") == str(trained)
     assert printed == record_of(trained)
-    lines = (trained.parent / "stderr").read_text().splitlines()
+    first, *lines = (trained.parent / "stderr").read_text().splitlines()
+    rows = record_of(trained)["plan"]["rows"]
+    assert f"train.jsonl: {rows['train']} train, {rows['validation']} validation rows; columns 'text', 'label'" in first
+    assert first.endswith("2 classes (0, 1); task sequence-classification")
     assert all(line.endswith((" steps", " rows")) for line in lines if line.strip()), lines
 
 
@@ -263,8 +266,9 @@ def contents(run: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_resuming_a_finished_run_changes_nothing(trained: Path, place: Path, tsqlora: Run) -> None:
     before = contents(trained)
-    code, out, _ = tsqlora("train", place / "c.yaml", "--out", trained, "--resume", "--json")
+    code, out, err = tsqlora("train", place / "c.yaml", "--out", trained, "--resume", "--json")
     assert code == 0
+    assert "is finished" in err
     assert json.loads(out)["metrics"] == record_of(trained)["metrics"]
     assert contents(trained) == before
 

@@ -19,6 +19,7 @@ from tsqlora.cli.display import (
     show_explained,
     show_numbers,
     show_plan,
+    show_ranks,
     show_record,
     show_row,
     show_scores,
@@ -343,3 +344,10 @@ def test_square_brackets_of_names_and_texts_are_no_markup(capsys: pytest.Capture
     assert out.count("[/tmp/foo] [bold]") == 1
     assert err.count("[/tmp/foo] [bold]") == 3
     assert "error: [/tmp/foo]" in err
+
+
+def test_ranks_that_are_all_alike_are_one_line() -> None:
+    ranks = {f"layer.{j}.query": 8 for j in range(24)}
+    assert shown(show_ranks, ranks).split() == ["ranks", "8", "in", "each", "of", "24", "layers"]
+    assert "rank in block" in shown(show_ranks, ranks | {"layer.3.query": 9})
+    assert shown(show_ranks, {}) == ""

@@ -75,7 +75,7 @@ def test_it_ends_with_its_parent_and_so_do_its_workers(how: signal.Signals) -> N
 
 
 def _is_of_python(process: psutil.Process) -> bool:
-    """Whether `multiprocessing` made it: the server asks git for the commit meanwhile."""
+    """Whether `multiprocessing` made it: at the same time the server asks git for the commit."""
     try:
         return "multiprocessing" in " ".join(process.cmdline())
     except psutil.Error:

@@ -69,7 +69,7 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     for phase, cost in record["cost"].items():
         table.add_row(phase, f"{cost['seconds']:.1f}", f"{cost['forward']:,}", f"{cost['backward']:,}")
     console.print(table)
-    console.print(ranks_table(record["ranks"]))
+    show_ranks(console, record["ranks"])
     for split, metrics in record["metrics"].items():
         console.print(f"{split:<11} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     say(console, [f"note: {note}" for note in record["notes"]])
@@ -80,7 +80,15 @@ def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
     """LoraConfig's arguments, as ranks."""
     show_numbers(console, {name: arguments[name] for name in ("out", "r", "lora_alpha")})
     ranks = {name: arguments["rank_pattern"].get(name, arguments["r"]) for name in arguments["target_modules"]}
-    console.print(ranks_table(ranks))
+    show_ranks(console, ranks)
+
+
+def show_ranks(console: Console, ranks: Mapping[str, int]) -> None:
+    """Ranks that differ as tables; one line otherwise."""
+    if len(set(ranks.values())) > 1:
+        console.print(ranks_table(ranks))
+    elif ranks:
+        say(console, [f"ranks       {next(iter(ranks.values()))} in each of {len(ranks)} layers"])
 
 
 def ranks_table(ranks: Mapping[str, int]) -> Group:
@@ -239,7 +247,7 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     table.add_row("trainable parameters", *(f"{run['trainable']:,}" for run in runs))
     table.add_row("ranks moved", *(f"{run['moved']:,}" for run in runs))
     console.print(table)
-    console.print(ranks_table(runs[-1]["ranks"]))
+    show_ranks(console, runs[-1]["ranks"])
     say(console, [f"\n{result['verdict']}", *([f"report: {result['report']}"] if result["out"] else [])])
     say(console, ["your own table, with columns text and label: tsqlora audit TABLE.csv --out audit"])
 

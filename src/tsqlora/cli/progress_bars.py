@@ -55,7 +55,7 @@ class Display:
             self.bars.remove_task(task)
         self.phases, self.last_line, self.start = {}, {}, {}
         self.pulse.plain = ""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def progress(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
         """The Progress that the library reports to."""

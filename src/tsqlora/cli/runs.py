@@ -119,7 +119,7 @@ def train(
             console.note("this is the plan of the whole run; --resume does the rest of it")
         return
     with Display(console.stderr) as display:
-        record = pipeline.train(settings, run, resume=resume, progress=display.progress)
+        record = pipeline.train(settings, run, resume=resume, progress=display.progress, say=display.say)
     console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
 
 

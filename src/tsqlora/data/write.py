@@ -36,7 +36,7 @@ def write_rows(path: Path, rows: Sequence[Row], *, original: Path | None = None)
     is not writable, DataError for values that the format cannot hold.
     """
     require_writable(path)
-    with _fitting(path), parents_of(path), replacing(path) as unfinished:
+    with _fitting(path), parents_of(path), replacing(path, private=True) as unfinished:
         _write(unfinished, path.suffix, rows, original)
 
 
@@ -213,7 +213,7 @@ def copy_rows(source: Path, out: Path, places: np.ndarray, dialect: Dialect) -> 
 
     Encoding, delimiter, header, byte order mark, quoting and line ends stay; blank lines go. Parquet keeps its schema.
     """
-    with parents_of(out), replacing(out) as unfinished:
+    with parents_of(out), replacing(out, private=True) as unfinished:
         if source.suffix.lower() == ".parquet":
             _copy_parquet(source, unfinished, places)
         else:
@@ -235,7 +235,7 @@ def write_corrected(source: Table, out: Path, column: str, labels: Labels) -> No
         rows = [{**row.cells, column: labels[row.id]} if row.id in labels else row.cells for row in source]
         write_rows(out, rows)
         return
-    with replacing(out) as unfinished:
+    with replacing(out, private=True) as unfinished:
         if path.suffix.lower() == ".parquet":
             _correct_parquet(path, unfinished, column, _numbers(source.class_names.get(column), labels))
         elif is_array(path, source.dialect):

@@ -83,7 +83,7 @@ def write_report(
             page = run_page(run, script, reload=reload)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, page)
+    write_text(place, page, private=True)
     return place
 
 

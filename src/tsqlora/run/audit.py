@@ -224,7 +224,7 @@ def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
     cells, _ = without_formulas([_cells(row) for row in listing.rows])
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / SUSPECTS_FILE, cells)
-    write_text(folder / PAGE_FILE, page)
+    write_text(folder / PAGE_FILE, page, private=True)
     write_json(folder / AUDIT_FILE, about)
 
 

@@ -1,6 +1,6 @@
 """Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.readers import Hints
+from tsqlora.data.rows import quoted
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError, UnsupportedError, printable
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
 from tsqlora.run.start import start_labels, start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
 from tsqlora.training.load import Pretrained, load_pretrained
+
+_SHOWN = 6
+"""Classes in the line about the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,18 @@ class Job:
 
 
 def load(
-    config: Config, *, folder: Path | None = None, scoring: bool = False, labels: Sequence[str | int] | None = None
+    config: Config,
+    *,
+    folder: Path | None = None,
+    scoring: bool = False,
+    labels: Sequence[str | int] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
     `folder` holds rows and samples on disk; None is a temporary one. `labels` are the classes of a run that goes on.
-    Raises UnsupportedError for preference rows, unless for `scoring`.
+    `say` gets a line about the rows before the model loads. Raises UnsupportedError for preference rows, unless for
+    `scoring`.
     """
     require_of_task(config)
     task = trained_task(config)
@@ -78,6 +88,7 @@ def load(
             "and `tsqlora select`), and train on them with TRL's DPOTrainer"
         )
     tables = read(config, folder, labels)
+    say(described(tables, task))
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes)
@@ -107,6 +118,21 @@ def read(config: Config, folder: Path | None = None, labels: Sequence[str | int]
         folder=folder,
         numbers=labels is not None and are_numbers(labels),
     )
+
+
+def described(tables: Mapping[str, Table], task: Task) -> str:
+    """The rows of every split, their columns, classes and task, in one line."""
+    train = tables["train"]
+    rows = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
+    used = train.columns if train.format is None else train.format.columns
+    names = dict.fromkeys(name for name in (used.system, used.text, used.text_pair, used.label) if name in train.names)
+    parts = [f"{train.name}: {rows} rows", f"columns {quoted(names)}"]
+    if train.classes is not None:
+        classes = train.classes.names
+        shown = ", ".join(printable(str(name), 30) for name in classes[:_SHOWN])
+        parts.append(f"{len(classes)} classes ({shown}{', …' if len(classes) > _SHOWN else ''})")
+    kind = "" if train.format is None else f" of {train.format.name} rows"
+    return "; ".join([*parts, f"task {task.name}{kind}"])
 
 
 def hints_of(config: Config) -> Hints:

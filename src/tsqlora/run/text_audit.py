@@ -22,7 +22,7 @@ from tsqlora.data.rows import Row, find_columns
 from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.files import reading, write_json, write_text
+from tsqlora.files import reading, replacing, write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
@@ -274,7 +274,8 @@ def finish(
     columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), out / LEDGER_FILE)
+        with replacing(out / LEDGER_FILE, private=True) as unfinished:
+            pq.write_table(pa.table(columns), unfinished)
     answers = AnswerLook([]) if look is None else look()
     suspects = {name: answers.rows(name) for name in answers.detections}
     for turn, owner in answers.owners.items():
@@ -377,4 +378,5 @@ def _write(
     ]
     none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
     write_rows(out / SUSPECTS_FILE, without_formulas(cells or [none])[0])
-    write_text(out / PAGE_FILE, text_page(out, about, rows, lines, findings, tokens, vocabulary, losses))
+    page = text_page(out, about, rows, lines, findings, tokens, vocabulary, losses)
+    write_text(out / PAGE_FILE, page, private=True)

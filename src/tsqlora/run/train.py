@@ -1,7 +1,7 @@
 """Train a run from settings to adapter and record."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -36,10 +36,18 @@ SHOWN = 2
 HOW_TO_RESUME = "the same command with --resume continues from the last complete checkpoint"
 
 
-def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
+def train(
+    config: Config,
+    run: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunRecord:
     """Train into a run directory, and return the record in its run.json.
 
     With `resume` an unfinished run continues from its last complete checkpoint, and a finished one stays as it is.
+    `say` gets a line about the rows, or that the run is finished.
     Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
@@ -47,6 +55,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     distributed.warn_of_one_process()
     args = arguments(config, run)
     if resume and (record := _started(run, config)) is not None and record.status == "finished":
+        say(f"the run in {run} is finished, so nothing is trained; another --out trains again")
         return record  # nothing is written, not even a lock
     with locked(run, resume=resume) if distributed.is_first() else nullcontext():
         before = _started(run, config) if resume else None
@@ -58,7 +67,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             distributed.explain_lost_peer(HOW_TO_RESUME),
             nullcontext() if args.save_only_model else stop,
         ):
-            work, batch = partial(_train, config, run, before, stop, progress), config.training.batch_size
+            work, batch = partial(_train, config, run, before, stop, progress, say), config.training.batch_size
             if (processes := distributed.launched()) > 1:
                 try:
                     return work(batch)
@@ -89,11 +98,17 @@ def require_look(config: Config) -> None:
 
 
 def _train(
-    config: Config, run: Path, before: RunRecord | None, stop: StopCallback, progress: Progress | None, rows: int
+    config: Config,
+    run: Path,
+    before: RunRecord | None,
+    stop: StopCallback,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    rows: int,
 ) -> RunRecord:
     """Train from the last complete checkpoint, or from the start; a device takes `rows` rows at once."""
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
-    job = load(config, labels=None if before is None else before.labels)
+    job = load(config, labels=None if before is None else before.labels, say=say)
     if before is not None and before.data["hash"] != data_hash(job.data):
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
