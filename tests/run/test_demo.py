@@ -61,8 +61,8 @@ def test_flipping_changes_exactly_the_share(share: float) -> None:
         (0.80, 0.95, "TsqLoRA is 15.0% above plain LoRA", "beyond two"),
         (0.95, 0.80, "TsqLoRA is 15.0% below plain LoRA", "beyond two"),
         (0.90, 0.91, "TsqLoRA is 1.0% above plain LoRA", "within two"),
-        (0.90, 0.90, "TsqLoRA is level with plain LoRA", "within two"),
-        (1.00, 1.00, "TsqLoRA is level with plain LoRA", "within two"),
+        (0.90, 0.90, "TsqLoRA is as good as plain LoRA", "within two"),
+        (1.00, 1.00, "TsqLoRA is as good as plain LoRA", "within two"),
     ],
 )
 def test_the_verdict_says_who_won_and_whether_it_is_noise(

@@ -212,6 +212,6 @@ def verdict(plain: float, ours: float) -> str:
     """Compare the accuracies, given the noise of a test set of this size."""
     error = ((ours * (1 - ours) + plain * (1 - plain)) / TEST_ROWS) ** 0.5
     gain = ours - plain
-    word = f"{gain:.1%} above" if gain > 0 else f"{-gain:.1%} below" if gain < 0 else "level with"
+    word = f"{gain:.1%} above" if gain > 0 else f"{-gain:.1%} below" if gain < 0 else "as good as"
     within = "within" if abs(gain) <= 2 * error else "beyond"
     return f"TsqLoRA is {word} plain LoRA, {within} two standard errors ({2 * error:.1%}) of one run."
