@@ -120,7 +120,9 @@ def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
     if retained:
         assert Path(result["report"]) == tmp_path / "runs" / "tsqlora" / "report.html"
         assert "<h1>tsqlora</h1>" in Path(result["report"]).read_text()
-        assert console.file.getvalue().rstrip().endswith(result["report"])  # type: ignore[attr-defined]
+        screen = console.file.getvalue()  # type: ignore[attr-defined]
+        assert f"report: {result['report']}\n" in screen
+        assert screen.endswith("tsqlora audit TABLE.csv --out audit\n")
         assert load_config("runs/tsqlora/config.yaml").data.train == str(tmp_path / "runs" / "data")
         with pytest.raises(SettingsError, match=r"runs is not empty \(data\); name another --out"):
             demo.run_demo(Path("runs"), seed=0, progress=None, say=output.append)
