@@ -32,7 +32,8 @@ SETTINGS = """# Settings
 `tsqlora init` writes all of these with their defaults. Two are required, `model.path` and `data.train`; leave out what
 you do not change. A misspelled name is an error that suggests the nearest one. A setting that the others leave
 without effect (`ranks.interval` where `ranks.policy` is `fixed`) is reported by `--dry-run`, in run.json and in the
-report. Numbers are YAML 1.2's: `5e-4` is a number, and `no` is text.
+report.
+Numbers are YAML 1.2's: `5e-4` is a number, and `no` is text.
 
 The learning rate matters most, for LoRA and for tsqlora: try three values on validation rows before anything else
 (`tsqlora compare tsq.yaml --lr-sweep 2.5e-4,5e-4,1e-3`). The last column says when to change a default.
