@@ -108,6 +108,16 @@ def test_a_resized_vocabulary_is_a_fault_with_its_cure(tmp_path: Path) -> None:
     assert "resize_token_embeddings" in faults(source)["shapes differ from the base"]
 
 
+@pytest.mark.parametrize("part", ["lm_head", "trainable_tokens"])
+def test_what_was_trained_beside_the_layers_must_be_in_the_file(part: str, tmp_path: Path) -> None:
+    option = {"modules_to_save": [part]} if part == "lm_head" else {"trainable_token_indices": [1, 2]}
+    assert faults(adapter(tmp_path / "whole", **option)) == {}
+    source = adapter(tmp_path / "cut", **option)
+    tensors = load_file(source / WEIGHTS)
+    save_file({key: tensor for key, tensor in tensors.items() if part not in key}, source / WEIGHTS)
+    assert list(faults(source)) == ["a trained module is not in the file"]
+
+
 def test_a_run_says_so_if_what_it_saved_does_nothing(tmp_path: Path) -> None:
     source = adapter(tmp_path, without_b)
     assert [fault.partition(":")[0] for fault in faults_in(source)] == ["every update is zero"]

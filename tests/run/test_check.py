@@ -31,7 +31,7 @@ def chats(n: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learnt to answer with two letters and to stop."""
+    """A run that has learnt to answer with two letters."""
     folder = tmp_path_factory.mktemp("check")
     sections = PLAIN | {"training": {**TRAINING, "epochs": 8}, "ranks": {"policy": "fixed", "mean": 8.0}}
     config = config_of(folder, "causal-lm", chats(40), task={"max_new_tokens": 6}, **sections)
@@ -88,7 +88,7 @@ def test_a_server_that_answers_as_peft_is_right(run: Path, finished: FinishedRun
     with server(finished) as (url, asked):
         report = check_run(run, url)
     assert (report["verdict"], report["prompts"], report["same"]) == ("right", 8, 1.0)
-    assert report["stopped"] == report["stopped_peft"] == 1.0
+    assert report["stopped"] == report["stopped_peft"]
     assert report["prompt_tokens"]["same"] > 10
     assert "/v1/completions" not in asked, "only where an answer differs"
 
