@@ -15,7 +15,8 @@ from kinds import saved
 from loras import save_base, tiny_gpt2_lm, tiny_llama
 from tsqlora.errors import DataError
 from tsqlora.interop.doctor import examine, faults_in
-from tsqlora.interop.files import CONFIG, WEIGHTS
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.interop.health import faults as fault_list
 
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
@@ -98,6 +99,13 @@ def test_a_base_of_another_size_is_a_fault(tmp_path: Path) -> None:
     (fault,) = examine(source)["faults"]
     assert fault["name"] == "shapes differ from the base"
     assert list(fault["layers"]) == ["model.layers.0.self_attn.q_proj is 16 × 24, the base's 16 × 16"]
+
+
+def test_towers_of_two_widths_may_have_layers_of_one_name(tmp_path: Path) -> None:
+    source = read_adapter(adapter(tmp_path))
+    shapes = {name: (16, 16) if "q_proj" in name else (8, 16) for name in source.targets}
+    vision = {name.replace("model.", "vision."): (64, 64) for name in source.targets}
+    assert fault_list(source, shapes | vision) == fault_list(source, vision | shapes) == []
 
 
 def test_a_resized_vocabulary_is_a_fault_with_its_cure(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def finished(run: Path) -> FinishedRun:
 def server(
     finished: FinishedRun, *, base: bool = False, template: str = CHATML, names: tuple[str, ...] = ("adapter",)
 ) -> Iterator[tuple[str, list[str]]]:
-    """Its URL, and the paths that were asked: a server of this run, by its own template."""
-    asked, tokenizer = list[str](), finished.pretrained.tokenizer
+    """Its URL, and the paths of its requests: a server of this run, by its own template."""
+    paths, tokenizer = list[str](), finished.pretrained.tokenizer
 
     def rendered(body: Any) -> str:
         return tokenizer.apply_chat_template(
@@ -64,7 +64,7 @@ def server(
         )
 
     def answer(handler: Any, body: Any) -> None:
-        asked.append(handler.path)
+        paths.append(handler.path)
         match handler.path:
             case "/v1/models":
                 return say(handler, {"data": [{"id": name} for name in names]})
@@ -81,16 +81,16 @@ def server(
         say(handler, {"choices": [{**text, "finish_reason": "stop" if done.stopped else "length"}]})
 
     with serving(answer) as url:
-        yield url, asked
+        yield url, paths
 
 
 def test_a_server_that_answers_as_peft_is_right(run: Path, finished: FinishedRun) -> None:
-    with server(finished) as (url, asked):
+    with server(finished) as (url, paths):
         report = check_run(run, url)
     assert (report["verdict"], report["prompts"], report["same"]) == ("right", 8, 1.0)
     assert report["stopped"] == report["stopped_peft"]
     assert report["prompt_tokens"]["same"] > 10
-    assert "/v1/completions" not in asked, "only where an answer differs"
+    assert "/v1/completions" not in paths, "only where an answer differs"
 
 
 def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: FinishedRun) -> None:
@@ -102,11 +102,11 @@ def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: Finished
 
 def test_another_template_is_told_from_other_weights(run: Path, finished: FinishedRun) -> None:
     finished.model.eval()
-    with server(finished, template=OTHER) as (url, asked):
+    with server(finished, template=OTHER) as (url, paths):
         report = check_run(run, url)
     different = round((1 - report["same"]) * 8)
     assert (report["by_template"], report["by_weights"]) == (different, 0)
-    assert asked.count("/v1/completions") == different
+    assert paths.count("/v1/completions") == different
     tokens = report["prompt_tokens"]
     assert tokens["trained"].startswith("a")
     assert tokens["served"].startswith("b")

@@ -54,7 +54,7 @@ def say(handler: BaseHTTPRequestHandler, value: Any, status: int = 200) -> None:
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "ftp://h", "127.0.0.1:8000", "http://", "http://me:key@h", "http://h?key=1"]
 )
-def test_only_plain_web_addresses_are_asked(url: str) -> None:
+def test_only_plain_web_addresses_are_taken(url: str) -> None:
     with pytest.raises(SettingsError):
         Server(url)
 
@@ -90,17 +90,17 @@ def test_a_key_comes_from_the_environment_and_no_proxy_sees_loopback(
 
 
 def test_no_redirect_is_followed() -> None:
-    asked = list[str]()
+    paths = list[str]()
 
     def away(handler: BaseHTTPRequestHandler, _: Any) -> None:
-        asked.append(handler.path)
+        paths.append(handler.path)
         handler.send_response(302)
         handler.send_header("Location", "/elsewhere")
         handler.end_headers()
 
     with serving(away) as url, pytest.raises(AnswerError) as raised:
         Server(url).ask("/here")
-    assert (asked, raised.value.status) == (["/here"], 302)
+    assert (paths, raised.value.status) == (["/here"], 302)
 
 
 def test_an_error_is_a_line_with_its_status() -> None:

@@ -90,8 +90,10 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
     if absent := _not_in_file(adapter):
         cure = "it was trained, but not saved; save the adapter with the PEFT model's save_pretrained"
         result.append(Fault("a trained module is not in the file", cure, tuple(absent)))
-    # transformers renames what stands before the blocks of some checkpoints.
-    shapes = {_in_block(name): shape for name, shape in base.items()}
+    # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
+    shapes = dict[str, list[tuple[int, ...]]]()
+    for name, shape in base.items():
+        shapes.setdefault(_in_block(name), []).append(shape)
     if shapes and not any(_in_block(name) in shapes for name in adapter.targets):
         cure = "it was trained on another model; name that one as the base"
         return [*result, Fault("no key matches the base", cure)]
@@ -100,9 +102,9 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
         module: tensor.shape for module, tensor in _weights(adapter).items() if "embed" in module or "lm_head" in module
     }
     different = [
-        f"{name} is {_times(size)}, the base's {_times(its)}"
+        f"{name} is {_times(size)}, the base's {_times(its[0])}"
         for name, size in sizes.items()
-        if len(its := shapes.get(_in_block(name), ())) == 2 and sorted(its) != sorted(size)
+        if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
     ]
     if different:
         cure = (
