@@ -30,6 +30,7 @@ OPTIONS = {
     "compare": "--methods --seeds --out --equal --lr-sweep --lr --metric --set",
     "export": "--format --out --base --dtype --max-rank --mean-rank",
     "doctor": "--server",
+    "check": "--server-url --served-name --yes",
     "report": "--out --control --watch",
 }
 """Every command with its options, beside --json."""

@@ -199,6 +199,23 @@ def test_no_export_is_offered_for_a_server_without_such_classifiers(tmp_path: Pa
         format_for(source, "tgi")
 
 
+def test_sglang_refuses_tokens_that_the_adapter_adds(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    source = saved()(tmp_path / "a")
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    (source / "added_tokens.json").write_text(json.dumps({"<old>": 59}))
+    assert verdicts(examine(source))["SGLang"] == "right", "the base has it"
+    (source / "added_tokens.json").write_text(json.dumps({"<old>": 59, "<new>": 60}))
+    assert of(examine(source), "SGLang")["reasons"] == ["takes no added tokens: <new>"]
+
+
+def test_trained_tokens_are_refused_by_vllm_and_left_out_by_sglang(tmp_path: Path) -> None:
+    report = examine(saved(trainable_token_indices=[1, 2])(tmp_path / "a"))
+    assert {of(report, name)["verdict"] for name in VLLM} == {"refused"}
+    assert {of(report, name)["verdict"] for name in SGLANG} == {"wrong"}
+    assert of(report, "PEFT")["verdict"] == "right"
+
+
 def test_factors_by_hand(tmp_path: Path) -> None:
     # s is 16/32 = 0.5 in q and 16/8 = 2 elsewhere; vLLM takes 16/8 for all.
     report = examine(saved(rank_pattern={"q_proj": 32})(tmp_path / "a"))

@@ -15,7 +15,8 @@ from kinds import saved
 from loras import save_base, tiny_gpt2_lm, tiny_llama
 from tsqlora.errors import DataError
 from tsqlora.interop.doctor import examine, faults_in
-from tsqlora.interop.files import CONFIG, WEIGHTS
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.interop.health import faults as fault_list
 
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
@@ -100,12 +101,29 @@ def test_a_base_of_another_size_is_a_fault(tmp_path: Path) -> None:
     assert list(fault["layers"]) == ["model.layers.0.self_attn.q_proj is 16 × 24, the base's 16 × 16"]
 
 
+def test_towers_of_two_widths_may_have_layers_of_one_name(tmp_path: Path) -> None:
+    source = read_adapter(adapter(tmp_path))
+    shapes = {name: (16, 16) if "q_proj" in name else (8, 16) for name in source.targets}
+    vision = {name.replace("model.", "vision."): (64, 64) for name in source.targets}
+    assert fault_list(source, shapes | vision) == fault_list(source, vision | shapes) == []
+
+
 def test_a_resized_vocabulary_is_a_fault_with_its_cure(tmp_path: Path) -> None:
     def grown(key: str, tensor: Tensor) -> tuple[str, Tensor]:
         return key, torch.cat([tensor, tensor[:4]]) if "lm_head" in key else tensor
 
     source = adapter(tmp_path, grown, modules_to_save=["lm_head"])
     assert "resize_token_embeddings" in faults(source)["shapes differ from the base"]
+
+
+@pytest.mark.parametrize("part", ["lm_head", "trainable_tokens"])
+def test_what_was_trained_beside_the_layers_must_be_in_the_file(part: str, tmp_path: Path) -> None:
+    option = {"modules_to_save": [part]} if part == "lm_head" else {"trainable_token_indices": [1, 2]}
+    assert faults(adapter(tmp_path / "whole", **option)) == {}
+    source = adapter(tmp_path / "cut", **option)
+    tensors = load_file(source / WEIGHTS)
+    save_file({key: tensor for key, tensor in tensors.items() if part not in key}, source / WEIGHTS)
+    assert list(faults(source)) == ["a trained module is not in the file"]
 
 
 def test_a_run_says_so_if_what_it_saved_does_nothing(tmp_path: Path) -> None:

@@ -116,9 +116,9 @@ class CountWaits(TrainerCallback):
 
 
 def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
-    folder, said = fixed(tmp_path, epochs=1), f"{tmp_path / 'run' / 'adapter'}: not finite"
+    folder, note = fixed(tmp_path, epochs=1), f"{tmp_path / 'run' / 'adapter'}: not finite"
     with (
         patch.object(pipeline, "faults_in", side_effect=lambda path: [f"{path}: not finite"]),
         pytest.warns(UserWarning, match="has a fault"),
     ):
-        assert said in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes
+        assert note in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes

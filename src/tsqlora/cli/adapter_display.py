@@ -40,6 +40,26 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     say(console, lines)
 
 
+def show_check(console: Console, report: Mapping[str, Any]) -> None:
+    """What a server answered, compared with PEFT."""
+    lines = [
+        f"{report['verdict']}: {report['model']} on {report['server']}, {report['prompts']} prompts",
+        f"same         {report['same']:.0%} of the answers in their first 16 tokens",
+        f"stopped      {report['stopped']:.0%} by themselves; with PEFT {report['stopped_peft']:.0%}",
+    ]
+    if report["same"] < 1:
+        lines.append(f"differ       {report['by_template']} by the prompt, {report['by_weights']} by the weights")
+    if report["base_answered"]:
+        lines.append("the base answered, not the adapter: name the adapter with --served-name")
+    if (tokens := report["prompt_tokens"]) and "at" in tokens:
+        lines.append(
+            f"prompt       differs at token {tokens['at']}: {tokens['trained']!r}, served {tokens['served']!r}"
+        )
+    if example := report["example"]:
+        lines += [f"served       {example['served'][:200]!r}", f"PEFT         {example['peft'][:200]!r}"]
+    say(console, lines)
+
+
 def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     """The servers that read the adapter correctly, and its numerical health."""
     ranks, scales = sorted(report["ranks"].values()), sorted(set(report["scales"].values()))

@@ -33,6 +33,7 @@ for command in (
     results.compare,
     results.export,
     results.doctor,
+    results.check,
 ):
     app.command()(command)
 MOVED = {

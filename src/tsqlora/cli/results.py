@@ -1,4 +1,4 @@
-"""Commands that compare methods, report on runs, and export or examine adapters: compare, report, export, doctor."""
+"""Commands about results and adapters: compare, report, export, doctor, check."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.adapter_display import show_doctor, show_export
-from tsqlora.cli.console import Json, Set
+from tsqlora.cli.adapter_display import show_check, show_doctor, show_export
+from tsqlora.cli.console import Json, Run, Set
 from tsqlora.cli.display import show_numbers
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
@@ -155,7 +155,7 @@ def export(
 
 
 MISREAD = 4
-"""The exit code of `doctor --server` if the server misreads or refuses the adapter."""
+"""The exit code of `doctor --server` and `check` if the server misreads or refuses the adapter."""
 
 
 def doctor(
@@ -189,6 +189,32 @@ def doctor(
             else "no export helps; serve it with PEFT"
         )
         console.note(f"for {judged['name']}: {command}")
+        raise typer.Exit(MISREAD)
+
+
+def check(
+    run: Run,
+    server_url: Annotated[str, typer.Option(metavar="URL", help="The running server, as http://HOST:PORT.")],
+    served_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The adapter's name there, if the server lists several.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Send the prompts to another machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare what a running server answers with what PEFT writes, on 32 held-out prompts.
+
+    Messages go to /v1/chat/completions at temperature 0. Where an answer differs,
+    the prompt's tokens go to /v1/completions, which tells the server's template
+    from its weights. The exit code is 4 if the base answered, or if fewer than
+    90 % of the answers start or stop as PEFT's. A key is read from TSQLORA_SERVER_KEY.
+
+    Example: tsqlora check run --server-url http://127.0.0.1:8000 --served-name adapter
+    """
+    from tsqlora.run.check import check_run
+
+    report = check_run(run, server_url, served_name=served_name, yes=yes, say=console.note)
+    console.show(report, as_json, show_check)
+    if report["verdict"] != "right":
         raise typer.Exit(MISREAD)
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from tsqlora.compat.hub import is_hub_id, is_revision
 from tsqlora.errors import SettingsError
+from tsqlora.interop.files import is_own
 from tsqlora.interop.lora import LoraAdapter
 
 _MOST_CONFIG_BYTES = 1 << 24
@@ -43,12 +44,23 @@ def revision_of(path: str, adapter: LoraAdapter) -> str:
 
 def base_config(folder: str) -> dict[str, Any]:
     """The base's config.json; empty if it cannot be read."""
-    path = Path(folder, "config.json")
+    return read_json(Path(folder, "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file; empty if it cannot be read."""
     try:
         read = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MOST_CONFIG_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
+
+
+def added_tokens(folder: Path, vocabulary: int | None) -> tuple[str, ...]:
+    """The tokens of added_tokens.json that the base's vocabulary has not; all of them if its size is unknown."""
+    path = folder / "added_tokens.json"
+    ids = read_json(path) if is_own(path, folder) else {}
+    return tuple(str(token) for token, number in ids.items() if isinstance(number, int) and number >= (vocabulary or 0))
 
 
 _SUFFIXES = {

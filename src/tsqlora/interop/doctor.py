@@ -12,7 +12,15 @@ from typing import Any
 
 from tsqlora.compat.hub import cached_model
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError, nearest
-from tsqlora.interop.checkpoint import base_class, base_config, base_path, base_weights, revision_of, weight_shapes
+from tsqlora.interop.checkpoint import (
+    added_tokens,
+    base_class,
+    base_config,
+    base_path,
+    base_weights,
+    revision_of,
+    weight_shapes,
+)
 from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
 from tsqlora.interop.health import Fault, faults, layer_health, nonfinite, vllm_rank
@@ -37,7 +45,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     """
     rules, notes = (CONSUMERS, []) if server is None else rule_for(server)
     adapter = read_adapter(folder)
-    of_base, base, mended = _context(adapter)
+    of_base, base, mended = _context(folder, adapter)
     consumers = []
     for consumer in rules:
         if server is None and consumer.only and not base.is_one_of(consumer.only):
@@ -88,7 +96,7 @@ def format_for(folder: Path, server: str) -> str:
     """
     (rule,), _ = rule_for(server)
     adapter = read_adapter(folder)
-    _, base, mended = _context(adapter)
+    _, base, mended = _context(folder, adapter)
     if (format := mend(rule, adapter, mended, base)) is None:
         what = ", ".join(adapter.variants()) or base.name
         raise UnsupportedError(f"no export of {what} suits {server}; serve it with PEFT")
@@ -115,12 +123,12 @@ def served(folder: Path) -> str | None:
     return "for a classifier, " + "; ".join(f"{', '.join(of)}: {what}" for what, of in how.items() if of)
 
 
-def _context(adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, LoraAdapter | None]:
+def _context(source: Path, adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, LoraAdapter | None]:
     """The base's shapes if it is on this machine, the facts about it, and the adapter in the universal form."""
     folder = _base(adapter)
     of_base = _shapes(adapter, folder)
     shapes = _implied(adapter) if of_base is None else of_base
-    facts = _facts(adapter, shapes, folder)
+    facts = _facts(source, adapter, shapes, folder)
     if folder is not None and of_base is not None:
         facts = replace(facts, biased=base_weights(folder, adapter.targets, "bias") is not None)
     return of_base, facts, _universal(adapter, shapes)
@@ -220,7 +228,7 @@ def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
     return beside | shapes
 
 
-def _facts(adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None) -> BaseFacts:
+def _facts(source: Path, adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None) -> BaseFacts:
     kinds: dict[str, list[str]] = {layer_kind(name): [] for name in adapter.targets}
     for name in shapes:
         if layer_kind(name) in kinds:
@@ -228,7 +236,9 @@ def _facts(adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None
     config = {} if folder is None else base_config(folder)
     # Where config.json leaves it out, transformers ties.
     tied = bool(config) and config.get("tie_word_embeddings", True)
-    return BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config))
+    size = config.get("vocab_size")
+    added = added_tokens(source, size if isinstance(size, int) else None)
+    return BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config), added=added)
 
 
 def faults_in(folder: Path) -> list[str]:

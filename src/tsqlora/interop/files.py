@@ -153,11 +153,16 @@ def require_inside(folder: Path) -> None:
 
 
 def _require_own(path: Path, folder: Path) -> None:
+    if not is_own(path, folder):
+        raise DataError(f"{path} links to {path.resolve()}, outside its directory; copy the file into it")
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the directory: no link leads out of it."""
     real, home = path.resolve(), folder.resolve()
     # A hub cache's snapshots/REVISION/ holds links into its blobs/.
     allowed = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not real.is_file() or real.parent not in (home, allowed):
-        raise DataError(f"{path} links to {real}, outside its directory; copy the file into it")
+    return real.is_file() and real.parent in (home, allowed)
 
 
 def _shown(tensor: Stored) -> str:

@@ -87,8 +87,13 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
     elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
         cure = "nothing was trained, or it was saved before; check that lora_B gets a gradient and a learning rate"
         result.append(Fault("every update is zero", cure))
-    # transformers renames what stands before the blocks of some checkpoints.
-    shapes = {_in_block(name): shape for name, shape in base.items()}
+    if absent := _not_in_file(adapter):
+        cure = "it was trained, but not saved; save the adapter with the PEFT model's save_pretrained"
+        result.append(Fault("a trained module is not in the file", cure, tuple(absent)))
+    # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
+    shapes = dict[str, list[tuple[int, ...]]]()
+    for name, shape in base.items():
+        shapes.setdefault(_in_block(name), []).append(shape)
     if shapes and not any(_in_block(name) in shapes for name in adapter.targets):
         cure = "it was trained on another model; name that one as the base"
         return [*result, Fault("no key matches the base", cure)]
@@ -97,9 +102,9 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
         module: tensor.shape for module, tensor in _weights(adapter).items() if "embed" in module or "lm_head" in module
     }
     different = [
-        f"{name} is {_times(size)}, the base's {_times(its)}"
+        f"{name} is {_times(size)}, the base's {_times(its[0])}"
         for name, size in sizes.items()
-        if len(its := shapes.get(_in_block(name), ())) == 2 and sorted(its) != sorted(size)
+        if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
     ]
     if different:
         cure = (
@@ -108,6 +113,20 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
         )
         result.append(Fault("shapes differ from the base", cure, tuple(different)))
     return result
+
+
+def _not_in_file(adapter: LoraAdapter) -> list[str]:
+    """What the config says was trained beside the layers, but has no tensor."""
+    whole = adapter.config.get("modules_to_save") or []
+    names = {name for name in whole if any(f".{name}." in f".{key}" for key in adapter.saved)}
+    # PEFT names both heads of a classifier, of which a model has one.
+    absent = [name for name in whole if name not in names and not (name in _HEADS and names & {*_HEADS})]
+    if adapter.config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in adapter.further):
+        absent.append("trainable_token_indices")
+    return absent
+
+
+_HEADS = ("classifier", "score")
 
 
 def _in_block(name: str) -> str:

@@ -26,6 +26,7 @@ class BaseFacts:
         biased: the adapter's layers have biases in it; True without its weights.
         name: transformers' class of it with the adapter's task; without a config the family may be missing, as in
             "ForSequenceClassification".
+        added: tokens of the adapter's added_tokens.json beyond the base's vocabulary.
     """
 
     layers: Mapping[str, Sequence[str]]
@@ -33,6 +34,7 @@ class BaseFacts:
     tied: bool = False
     biased: bool = True
     name: str = ""
+    added: Sequence[str] = ()
 
     @property
     def is_classifier(self) -> bool:
@@ -212,6 +214,10 @@ def _other_tensors(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     return Problem("refused", f"stops at a tensor other than A and B: {names[0]}") if names else None
 
 
+def _added_tokens(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    return Problem("refused", f"takes no added tokens: {', '.join(base.added[:3])}") if base.added else None
+
+
 def _rank_r(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     rank = adapter.config["r"]
     for name, target in adapter.targets.items():
@@ -281,6 +287,7 @@ def _padded_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
 
 
 CHECKS: Mapping[str, Callable[[LoraAdapter, BaseFacts], Problem | None]] = {
+    "added tokens": _added_tokens,
     "rank 0": _rank_zero,
     "rank r": _rank_r,
     "one rank": _one_rank,

@@ -125,16 +125,7 @@ def write_texts(
     inner: Any = base_model(model)
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
     require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if continues else 0)
-    how = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=_ends(inner, tokenizer),
-        bos_token_id=inner.generation_config.bos_token_id,
-        decoder_start_token_id=_start(inner),
-        **_PLAIN,
-    )
+    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, beams=beams)
     texts = [""] * len(prompts)
 
     def write(rows: np.ndarray, batch: Batch) -> Columns:
@@ -148,6 +139,20 @@ def write_texts(
     with torch.inference_mode():
         run_pass(model, write, prompts, _without_labels(model, collate), compute, lengths=lengths, phase=phase)
     return texts
+
+
+def writing(model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, beams: int = 1) -> GenerationConfig:
+    """Greedy search, or beams, with the model's own special tokens and nothing else of its generation_config."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
+        bos_token_id=model.generation_config.bos_token_id,
+        decoder_start_token_id=_start(model),
+        **_PLAIN,
+    )
 
 
 _PLAIN: dict[str, Any] = {
