@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
+    from tsqlora.quality.apply import apply
     from tsqlora.quality.epochs import sample
     from tsqlora.quality.look import score
     from tsqlora.quality.rule import Compute, RowNames, ScoringRule
@@ -53,6 +54,7 @@ __all__ = [
     "active_parameters",
     "active_ranks",
     "allocate",
+    "apply",
     "audit",
     "finalize",
     "last_checkpoint",
@@ -71,6 +73,7 @@ _HOMES = {
     "adapter.wrap": ("wrap",),
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
+    "quality.apply": ("apply",),
     "quality.epochs": ("sample",),
     "quality.look": ("score",),
     "quality.rule": ("Compute", "RowNames", "ScoringRule"),
