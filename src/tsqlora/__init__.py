@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tsqlora.reports.write import Report, report
     from tsqlora.run.look import look
     from tsqlora.run.pool import select
+    from tsqlora.training.attach import attach
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.mover import RankLoop
     from tsqlora.training.nonfinite import GuardCallback
@@ -55,6 +56,7 @@ __all__ = [
     "active_ranks",
     "allocate",
     "apply",
+    "attach",
     "audit",
     "finalize",
     "last_checkpoint",
@@ -86,6 +88,7 @@ _HOMES = {
     "layer_sensitivity": ("sensitivity",),
     "run.look": ("look",),
     "run.pool": ("select",),
+    "training.attach": ("attach",),
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
