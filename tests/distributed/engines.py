@@ -137,7 +137,7 @@ def error_of(work: Callable[[], Any]) -> Any:
 
 
 def work(engine: str, folder: Path) -> dict[str, Any]:
-    """What is trained and what is refused under the engine, each in a folder of its own."""
+    """What is trained and what is refused under the engine, each in another folder."""
 
     def run(name: str, **options: Any) -> Any:
         return error_of(lambda: trained(engine, folder, f"{engine}-{options.pop('into', name)}", **options))

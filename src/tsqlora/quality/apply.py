@@ -98,7 +98,7 @@ def _logits(look: SavedLook, forward: Forward, head: Head | None) -> np.ndarray:
 
 
 def _with_own(columns: dict[str, np.ndarray], scores: Scores, hashes: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """Replace the columns of rows that the look has seen by those of its own, from fits without these rows."""
+    """Replace the columns of rows that the look has seen by those of the look, from fits without these rows."""
     if hashes is None or scores.hashes is None:
         return columns
     places = {name: j for j, name in enumerate(scores.hashes)}

@@ -47,7 +47,7 @@ def attach(
         )
     if getattr(trainer.args, "packing", False):
         raise UnsupportedError(
-            "packing has put several samples into a row, so rows have no quality of their own; set packing=False, or "
+            "packing has put several samples into a row, so a row has no quality; set packing=False, or "
             "choose the rows before: dataset = tsqlora.select(model, dataset, processing_class=tokenizer)"
         )
     if trusted is not None and len(trusted) and {*rows[0]} != {*trusted[0]}:
