@@ -28,17 +28,20 @@ def main() -> None:
         data |= {"field_messages": "messages", "message_property_mappings": {"role": "role", "content": "content"}}
         config = {"base_model": str(place / "model"), "datasets": [data], "chat_template": "tokenizer_default"}
         config |= {"sequence_len": LIMIT, "dataset_prepared_path": str(place / "prepared"), "val_set_size": 0}
+        config |= {"excess_length_strategy": "truncate"}  # cut answers have no stop token
         config |= {"output_dir": str(place / "out"), "micro_batch_size": 1, "max_steps": 3, "learning_rate": 1e-4}
         config |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "bf16": False}
         config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "num_epochs": 1, "tf32": False}
-        config |= {"plugins": ["tsqlora.plugins.axolotl.Plugin"], "tsqlora": {"drop": ["empty_answer"]}}
+        config |= {"plugins": ["tsqlora.plugins.axolotl.Plugin"], "tsqlora": {"drop": ["stop_not_trained"]}}
         YAML().dump(config, place / "axolotl.yaml")
         quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
         command = [request.env / "bin" / "python", "-m", f"axolotl.cli.{request.command}", place / "axolotl.yaml"]
         subprocess.run(command, check=True, env={**os.environ, **quiet, "PYTHONPATH": str(ROOT / "src")}, cwd=place)
         (audit,) = (place / "out").glob("tsqlora*")
         findings = json.loads((audit / "findings.json").read_text())["findings"]
-        print({one["name"]: one["rows"] for one in findings}, sorted(path.name for path in (place / "out").iterdir()))
+        (cut,) = (one["rows"] for one in findings if one["name"] == "stop_not_trained")
+        assert 0 < cut < 30
+        print(f"{request.command} left out {cut} cut rows; {sorted(path.name for path in (place / 'out').iterdir())}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.gradients.sites import plain_name
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.quality.judge import DOUBT
 from tsqlora.quality.look import predictions
@@ -83,18 +85,16 @@ def _logits(look: SavedLook, forward: Forward, head: Head | None) -> np.ndarray:
         return forward.logits.astype(np.float32)
     assert head is not None
     assert forward.features is not None
-    features, fitted = torch.from_numpy(forward.features).float(), dict(look.head)
-    first = {
-        name.rpartition(".")[2]: value for name, value in fitted.items() if value.shape[0] == head.linear.out_features
-    }
-    other = {
-        name.rpartition(".")[2]: value for name, value in fitted.items() if value.shape[0] != head.linear.out_features
-    }
-    if other:
-        assert forward.dense is not None
-        dense = torch.nn.functional.linear(torch.from_numpy(forward.dense).float(), other["weight"], other.get("bias"))
-        features = ACTIVATIONS[head.activation](dense)
-    return torch.nn.functional.linear(features, first["weight"], first.get("bias")).numpy()
+    features, last = torch.from_numpy(forward.features).float(), plain_name(head.name)
+    layers = {name.rpartition(".")[0] for name in look.head}
+    for layer in sorted(layers, key=lambda layer: layer == last):  # the dense layer first
+        inputs = features
+        if layer != last:
+            assert forward.dense is not None
+            inputs = torch.from_numpy(forward.dense).float()
+        outputs = linear(inputs, look.head[f"{layer}.weight"], look.head.get(f"{layer}.bias"))
+        features = outputs if layer == last else ACTIVATIONS[head.activation](outputs)
+    return features.numpy()
 
 
 def _with_own(columns: dict[str, np.ndarray], scores: Scores, hashes: Sequence[str] | None) -> dict[str, np.ndarray]:
@@ -102,8 +102,8 @@ def _with_own(columns: dict[str, np.ndarray], scores: Scores, hashes: Sequence[s
     if hashes is None or scores.hashes is None:
         return columns
     places = {name: j for j, name in enumerate(scores.hashes)}
-    here = np.array([j for j, name in enumerate(hashes) if name in places], dtype=np.int64)
-    there = np.array([places[hashes[j]] for j in here], dtype=np.int64)
+    both = [(j, places[name]) for j, name in enumerate(hashes) if name in places]
+    here, there = np.array(both, dtype=np.int64).reshape(-1, 2).T
     own: Mapping[str, np.ndarray] = {"loss": scores.terms["loss"], **scores.predictions}
     for name in columns.keys() & own.keys() & {"loss", *PREDICTIONS}:
         columns[name][here] = own[name][there]

@@ -129,7 +129,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
 def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
     if started.head is None or started.layer is None or not started.head.replaces:
         return {}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     fitted = fitted_parameters(started.layer, started.head)
     return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
 

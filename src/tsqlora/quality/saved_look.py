@@ -182,8 +182,9 @@ def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores
 
 def _verdict(path: Path) -> Verdict:
     arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
-    single = ("temperature", "scale", "otherwise", "evident")
-    return Verdict(**{name: x[0].item() if name in single else x for name, x in arrays.items()})
+    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "otherwise", "evident")}
+    values: dict[str, Any] = {**arrays, **single}
+    return Verdict(**values)
 
 
 def require_free(path: Path) -> None:

@@ -155,7 +155,7 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
         job = Job(config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, **how), length)
         if config.model.quantization is None:
-            pretrained.model.to(device_of(config))
+            pretrained.model.to(device_of(config))  # pyright: ignore[reportArgumentType]
         rows = row_names(job)
         compute = Compute(config.training.batch_size, progress=progress)
         args = (pretrained.model, saved, job.train.samples, job.collate)
