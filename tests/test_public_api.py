@@ -29,6 +29,8 @@ CALLS = {
     "GuardCallback": [{}],
     "ReportCallback": [{"trainer": 0}],
     "score": [{"model": 0, "dataset": [], "collate": 0}],
+    "attach": [{"trainer": 0, "fraction": 0.5, "trusted": []}],
+    "apply": [{"model": 0, "look": "LOOK", "batch": {}}],
     "look": [{"model": 0, "dataset": [], "collate": 0, "out": "LOOK"}],
     "sample": [{"scores": 0, "fraction": 0.5, "seed": 0}],
     "sensitivity": [{"model": 0, "dataset": [], "collate": 0}],

@@ -170,7 +170,7 @@ def sharding(arguments: Mapping[str, Any]) -> str | None:
 
 
 def warn_of_one_process() -> None:
-    """Warn where accelerate's launcher should use several processes on CPU, and started one."""
+    """Warn where accelerate's launcher on CPU has started one process, although it takes their number."""
     names = os.environ
     if "MASTER_ADDR" in names and "WORLD_SIZE" not in names and names.get("ACCELERATE_USE_CPU", "").lower() == "true":
         warnings.warn(

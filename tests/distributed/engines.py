@@ -1,4 +1,4 @@
-"""Two processes on CPU under an engine that shards: `torchrun … engines.py ENGINE FOLDER`, by test_engines.py."""
+"""Two processes on CPU under an engine that shards: `torchrun … engines.py ENGINE FOLDER WHAT`."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ def error_of(work: Callable[[], Any]) -> Any:
 
 
 def work(engine: str, folder: Path) -> dict[str, Any]:
-    """What is trained and what is refused under the engine, each in its folder."""
+    """What is trained and what is refused under the engine, each in another folder."""
 
     def run(name: str, **options: Any) -> Any:
         return error_of(lambda: trained(engine, folder, f"{engine}-{options.pop('into', name)}", **options))
@@ -154,14 +154,10 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def by_command(engine: str, folder: Path) -> Any:
-    """`tsqlora train` with the settings in folder/c.yaml, and a look from folder/SETTINGS."""
-    training = (
-        {"fsdp": True, "fsdp_config": arguments_of(engine)["fsdp_config"]} if engine == "fsdp" else arguments_of(engine)
-    )
-    run = tsq.train(
-        folder / "c.yaml", out=folder / f"{engine}-run", quality={"look": str(folder / "SETTINGS")}, training=training
-    )
+def by_command(engine: str, folder: Path) -> str:
+    """Train by the settings in folder/c.yaml, with a look from folder/SETTINGS; return the run."""
+    settings: dict[str, Any] = {"ranks": {"policy": "fixed"}, "quality": {"look": str(folder / "SETTINGS")}}
+    run = tsq.train(folder / "c.yaml", out=folder / f"{engine}-run", training=arguments_of(engine), **settings)
     return str(run)
 
 

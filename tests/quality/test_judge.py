@@ -152,7 +152,21 @@ def test_out_of_fold_logits_are_those_of_other_rows() -> None:
     labels = true.copy()
     labels[0] = (true[0] + 1) % 4
     first, other = (
-        out_of_fold_logits(features, y, 4, groups=np.arange(300), rng=np.random.default_rng(0)) for y in (true, labels)
+        out_of_fold_logits(features, y, 4, groups=np.arange(300), rng=np.random.default_rng(0))[0]
+        for y in (true, labels)
     )
     np.testing.assert_allclose(first[0], other[0], atol=1e-5)
     assert np.abs(first - other).max() > 1e-3
+
+
+def test_the_fitted_judge_finds_wrong_labels_of_rows_that_it_has_not_seen() -> None:
+    features, true, rng = table(0, 6, 4_000)
+    labels, seen = moved(true, 0.105, rng), slice(0, 2_500)
+    fitted, together = judge(features[seen], labels[seen], 6), judge(features, labels, 6)
+    new, wrong = slice(2_500, None), (labels != true)[2_500:]
+    logits, p_wrong = fitted.verdict.of(features[new], labels[new])
+    listed = p_wrong > DOUBT
+    assert wrong[listed].mean() >= 0.65
+    assert listed[wrong].mean() >= 0.6
+    assert (listed == together.left_out[new]).mean() > 0.98
+    assert logits.shape == (1_500, 6)

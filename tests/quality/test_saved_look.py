@@ -34,7 +34,12 @@ def head_of(model: nn.Module) -> Tensor:
 
 
 def test_the_folder_holds_scores_head_and_origin(saved: SavedLook) -> None:
-    assert sorted(path.name for path in saved.path.iterdir()) == ["head.safetensors", "look.json", "scores.parquet"]
+    assert sorted(path.name for path in saved.path.iterdir()) == [
+        "head.safetensors",
+        "judge.safetensors",
+        "look.json",
+        "scores.parquet",
+    ]
     again = SavedLook.load(saved.path)
     assert np.array_equal(again.scores.quality, saved.scores.quality)
     assert set(again.head) == {"classifier.weight", "classifier.bias"}

@@ -1,5 +1,6 @@
 """The drawn rows are found again in the file, whatever its order, its format or its doubles."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from runs import Row, make_rows
 from tables import cells_of
 from tsqlora.data.formats import find_format
-from tsqlora.data.rows import row_hash, sample_hash
+from tsqlora.data.rows import Columns, row_hash, sample_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
@@ -148,3 +149,34 @@ def test_rows_of_generation_are_found_too(kind: str, name: str, tmp_path: Path) 
     chosen = sample(scores, 0.5)
     assert selected(tmp_path, rows, name=name) == [rows[j] for j in chosen]
     assert selected(tmp_path, rows[::-1], name=name) == [rows[j] for j in chosen[::-1]]
+
+
+def test_a_draw_from_parts_is_the_draw_from_the_whole(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"row {j}", "label": j % 2} for j in range(60)]
+    drop = rng.random(60) < 0.2
+
+    def scores(own: slice, data: Path) -> Scores:
+        labels = np.array([row["label"] for row in rows[own]])
+        names = [row_hash(row, Columns("text", None, "label")) for row in rows[own]]
+        about = {"data": str(data), "columns": {"text": "text", "text_pair": None, "label": "label"}}
+        how = {"labels": labels, "stratified": True, "weights": {"loss": -1.0}, "temperature": 1.0, "even": True}
+        made = from_terms({"loss": np.zeros(len(labels))}, **how, record=about, hashes=names)
+        return made.drop(drop[own], "confident negative")
+
+    for name, own in (("0", slice(0, 25)), ("1", slice(25, 60)), ("whole", slice(0, 60))):
+        data = tmp_path / "data" / f"{name}.jsonl"
+        data.parent.mkdir(exist_ok=True)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[own]))
+        place = tmp_path / ("parts" if name != "whole" else ".") / f"{name}.parquet"
+        place.parent.mkdir(exist_ok=True)
+        scores(own, data).save(place)
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    select_rows(tmp_path / "whole.parquet", whole, fraction=0.5, seed=3, data=tmp_path / "data" / "whole.jsonl")
+    for pattern in ("parts", "parts/*.parquet"):
+        assert select_rows(tmp_path / pattern, parts, fraction=0.5, seed=3, data=tmp_path / "data") == 30
+        assert parts.read_text() == whole.read_text()
+    assert select_rows(tmp_path / "parts", parts, fraction=0.5, seed=3) == 30
+    assert {json.loads(line)["part"] for line in parts.read_text().splitlines()} == {"0.parquet", "1.parquet"}
+    with pytest.raises(DataError, match="no part"):
+        select_rows(tmp_path / "data", parts, fraction=0.5)

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import run_cli, set_up
+from runs import make_rows, run_cli, set_up, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.quality.saved_look import SavedLook
+from tsqlora.quality.scores import Scores
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
-from tsqlora.run.look import look_at
+from tsqlora.run.look import look_at, score_by_look
 
 TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learning_rate": 0.01}
 
@@ -82,3 +84,33 @@ def test_a_look_at_other_rows_is_refused(place: Path, look: Path, tmp_path: Path
     config = load_config(place / "c.yaml", [f"quality.look={look}", "training.seed=3"])  # holds out other rows
     with pytest.raises(Exception, match="rows differ"):
         pipeline.train(config, tmp_path / "run")
+
+
+def test_a_look_scores_the_rows_of_another_file(look: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = make_rows(60, seed=3)
+    rows[5]["label"] = 1 - rows[5]["label"]
+    for name, some in (("a", rows[:30]), ("b", rows[30:])):
+        part = write_jsonl(tmp_path / f"{name}.jsonl", some)
+        code, out, err = run_cli(
+            capsys, "score", part, "--look", look, "--out", tmp_path / "parts" / f"{name}.parquet", "--json"
+        )
+        assert code == 0, err
+        assert "leaks" in json.loads(out)["missing"]
+    scores = Scores.load(tmp_path / "parts" / "a.parquet")
+    assert len(scores) == 30
+    wrong = scores.predictions["label_probability"]
+    assert int(np.argmin(wrong)) == 5
+    whole = write_jsonl(tmp_path / "whole.jsonl", rows)
+    run_cli(capsys, "score", whole, "--look", look, "--out", tmp_path / "whole.parquet")
+    together = Scores.load(tmp_path / "whole.parquet")
+    np.testing.assert_allclose(together.predictions["label_probability"][:30], wrong, rtol=1e-4, atol=1e-5)
+
+
+def test_seen_rows_get_the_columns_of_the_look(place: Path, look: Path, tmp_path: Path) -> None:
+    ours = SavedLook.load(look).scores
+    scores = score_by_look(str(place / "train.jsonl"), look, tmp_path / "s.parquet")
+    assert ours.hashes is not None
+    assert scores.hashes is not None
+    places = [scores.hashes.index(name) for name in ours.hashes]
+    for name, values in ours.predictions.items():
+        np.testing.assert_array_equal(scores.predictions[name][places], values, err_msg=name)

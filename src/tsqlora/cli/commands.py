@@ -29,6 +29,7 @@ for command in (
     rows.allocate,
     runs.evaluate,
     runs.predict,
+    runs.llamafactory,
     results.report,
     results.compare,
     results.export,

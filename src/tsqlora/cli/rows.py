@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 def score(
     source: Source,
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    look: Annotated[
+        Path | None, typer.Option(metavar="LOOK", help="Apply a folder of `tsqlora look` to the rows of SOURCE.")
+    ] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -42,9 +45,29 @@ def score(
     Rows are read in chunks. OUT.partial has the progress until the end, and the
     same command resumes an interrupted scoring.
 
+    With --look, SOURCE is a file of rows, and each is scored alone, by the head and the judge of the
+    look: loss, prediction, and the probability that its label is wrong. Parts of a large table can be
+    scored anywhere; `tsqlora select` draws from all of them.
+
     Example: tsqlora score tsq.yaml --out scores.parquet
+
+    Example: tsqlora score part-007.jsonl --look LOOK --out parts/007.parquet
     """
     from tsqlora.run.config import load_config
+
+    if look is not None:
+        from tsqlora.data.sources import require_source
+
+        require_source(str(source))
+        if set_:
+            raise SettingsError("--set cannot be used with --look, which has the settings of the look; leave it out")
+        from tsqlora.run.look import score_by_look
+
+        with Display(console.stderr) as display:
+            scores = score_by_look(str(source), look, out, progress=display.progress)
+        result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum()), "dropped": scores.dropped}
+        console.show({**result, "missing": scores.record.about["missing"]}, as_json, show_numbers)
+        return
 
     if source.suffix == ".parquet" and source.is_file():
         raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {quote(str(source))}` shows scores")
@@ -85,11 +108,15 @@ def explain(
 
 
 def select(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="Output of `tsqlora score`.")],
+    scores: Annotated[
+        Path, typer.Argument(metavar="SCORES", help="Output of `tsqlora score`; or a folder or a pattern of parts.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
     fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 0,
-    data: Annotated[Path | None, typer.Option(help="The scored file, whose rows are written.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The scored file, whose rows are written; of parts the folder of their files.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw a quality sample by scores and write its rows, for any trainer.

@@ -1,5 +1,6 @@
 """Parameters that deepspeed.zero.Init has partitioned; deepspeed itself is imported only where it made them."""
 
+import importlib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,6 @@ def gathered(parameters: Iterable[Tensor]) -> Generator[bool]:
     if not any(map(is_partitioned, parts)):
         yield True
         return
-    from deepspeed import comm, zero  # pyright: ignore[reportMissingImports]
-
-    with zero.GatheredParameters(parts, modifier_rank=0):
-        yield comm.get_rank() == 0
+    deepspeed: Any = importlib.import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0):
+        yield deepspeed.comm.get_rank() == 0

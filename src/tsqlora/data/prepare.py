@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.compat.deepspeed import whole_shape
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.generation import (
     input_of,
@@ -137,7 +138,7 @@ def prepare(
 
 def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Raises DataError naming the first row with a token that the model has no embedding for."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) <= embeddings:
         return
     for table in tables.values():

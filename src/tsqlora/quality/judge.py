@@ -14,12 +14,13 @@ from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_array
+from scipy.special import softmax
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import DataError
 from tsqlora.quality.duplicates import labels_of_nearest
 from tsqlora.quality.label_noise import GAIN, LabelNoise, Labels, Logits, label_noise
-from tsqlora.quality.linear_head import FOLDS, out_of_fold_logits
+from tsqlora.quality.linear_head import FOLDS, LinearHead, out_of_fold_logits
 from tsqlora.quality.ridge import fit_temperature
 from tsqlora.seeds import stream
 
@@ -51,6 +52,32 @@ Transitions = Float[np.ndarray, "k k"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """The fitted judge, for labels of rows that it has not seen."""
+
+    temperature: float
+    scale: float
+    offsets: Float[np.ndarray, " k"]
+    transitions: Transitions
+    judged: Bool[np.ndarray, " k"]
+    """Classes with FEWEST rows or more."""
+    otherwise: float
+    """Probability that a label is wrong in the other classes."""
+    evident: bool
+    weight: Float[np.ndarray, "k d"]
+    """Of the mean of the fits in folds, empty where the logits come from elsewhere."""
+    bias: Float[np.ndarray, " k"]
+
+    def of(self, features: Float[np.ndarray, "n d"], labels: Labels) -> tuple[Logits, Float[np.ndarray, " n"]]:
+        """Return calibrated logits, and the probability that each label is wrong."""
+        logits = LinearHead(self.weight, self.bias).logits(features).astype(np.float32) / np.float32(self.temperature)
+        p = softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
+        p_true = true_class(p, labels, self.transitions)
+        p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
+        return logits, np.where(self.judged[labels], p_wrong, self.otherwise)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
     """What the judge says of each label.
 
@@ -73,6 +100,7 @@ class Judgement:
     low: float
     high: float
     """Each bound holds for 95 of 100 tables. 0 and 1, which are none, where labels are not evidently drawn blindly."""
+    verdict: Verdict
 
     @property
     def left_out(self) -> Bool[np.ndarray, " n"]:
@@ -106,10 +134,11 @@ def judge(
     order = np.argsort(features @ rng.normal(size=features.shape[1]).astype(np.float32))
     own = None if groups is None else groups[order]
     logits = np.empty((len(labels), width), dtype=np.float32)
-    logits[order] = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
+    logits[order], head = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
     if excluded is not None:
         logits = np.where(excluded, logits.min(axis=1, keepdims=True), logits)
-    return judge_logits(logits, labels, features=features, groups=groups)
+    judgement = judge_logits(logits, labels, features=features, groups=groups)
+    return replace(judgement, verdict=replace(judgement.verdict, weight=head.weight, bias=head.bias))
 
 
 def judge_logits(
@@ -123,8 +152,8 @@ def judge_logits(
 
     With `features` evidence also needs SHARED.
     """
-    logits = logits / np.float32(fit_temperature(logits, labels))
-    judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
+    temperature, enough = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1]) >= FEWEST
+    logits, judged = logits / np.float32(temperature), enough[labels]
     if judged.sum() < 2:
         raise DataError(f"no class has {FEWEST} rows, from which the class is learned; give more rows")
     places = np.flatnonzero(judged)
@@ -140,7 +169,7 @@ def judge_logits(
         p_true[part] = true_class(p_true[part], labels[part], matrix)
     p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
     rate = noise.rate if fitted is None else float(p_wrong[judged].mean())
-    p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
+    otherwise = p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
     why_not = None
     if not noise.evident and fitted is None:
         why_not = "rows contradict their labels no more surely than hard rows do"
@@ -151,7 +180,9 @@ def judge_logits(
     evident, low, high = why_not is None, 0.0, 1.0
     if evident and fitted is None:
         low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
-    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high)
+    parts = (temperature, model.scale, model.offsets, matrix, enough, otherwise, evident)
+    verdict = Verdict(*parts, np.empty((len(enough), 0)), np.zeros(len(enough)))
+    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high, verdict)
 
 
 def _shared(

@@ -114,13 +114,13 @@ def out_of_fold_logits(
     *,
     groups: Int[np.ndarray, " n"] | None = None,
     rng: np.random.Generator,
-) -> Float[np.ndarray, "n k"]:
+) -> tuple[Float[np.ndarray, "n k"], LinearHead]:
     """Predict each row by logistic regressions that have not seen it, nor another row of its group.
 
     These are fitted in folds on at most OUTPUTS_TO_FIT outputs, of whole groups; other rows get the mean of their
-    logits.
+    logits, as the head does that is returned too.
     """
-    features, _, _ = _normalised(features, centred=True)
+    features, centre, unit = _normalised(features, centred=True)
     keys = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = rng.permutation(int(keys.max()) + 1)
     sizes = np.bincount(keys)[order].cumsum()
@@ -130,10 +130,11 @@ def out_of_fold_logits(
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
     own = None if groups is None else keys[some]
     _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "softmax", own, rng)
-    logits = _mean(heads).logits(features).astype(np.float32)
+    mean = _mean(heads)
+    logits = mean.logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
         logits[some[test]] = head.logits(features[some[test]])
-    return logits
+    return logits, LinearHead(mean.weight / unit, mean.bias - mean.weight @ centre / unit)
 
 
 def _normalised(

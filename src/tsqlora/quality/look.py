@@ -27,7 +27,7 @@ from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
 from tsqlora.quality.gradient_pass import columns_of, gradient_pass
 from tsqlora.quality.head_start import Started, features_with, fitted_parameters, start_head
-from tsqlora.quality.judge import FEWEST, Judgement, judge
+from tsqlora.quality.judge import FEWEST, Judgement, Verdict, judge
 from tsqlora.quality.linear_head import FOLDS, unseen_logits
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, require_reference
@@ -69,6 +69,8 @@ class Look:
     """Restores the model's own head."""
     head: Mapping[str, Tensor] = field(default_factory=dict)
     """The fitted head, by the names that its parameters have in the base model; empty if the model's own stays."""
+    verdict: Verdict | None = None
+    """The judge of labels; None where there is none."""
 
 
 def look(model: nn.Module, request: LookRequest) -> Look:
@@ -107,12 +109,13 @@ def look(model: nn.Module, request: LookRequest) -> Look:
         if ratio is not None:
             columns["density_ratio"] = ratio
 
-        def scores() -> Scores:
+        def scores() -> tuple[Scores, Verdict | None]:
             judgement = _judged(request, started) if judges else None
-            return _scores(request, rule, started, judgement, trusted_loss, columns, record, why_not, why_even)
+            verdict = None if judgement is None else judgement.verdict
+            return _scores(request, rule, started, judgement, trusted_loss, columns, record, why_not, why_even), verdict
 
         # In one process: a draw must not depend on which process makes it.
-        shared = distributed.once(scores)
+        shared, verdict = distributed.once(scores)
     except BaseException:
         started.undo()
         raise
@@ -120,13 +123,13 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     cost = look_cost(terms, rows=n, reference=record.get("reference_rows", 0), trusted=request.trusted_rows)
     tokens = 0 if lengths is None else cost.forward // n * sum(lengths)  # without the few of the reference
     cost.add(seconds=time.perf_counter() - begin - cost_of_trusted.seconds, tokens=tokens)
-    return Look(shared, why_not, cost, cost_of_trusted, started.undo, _head(model, started))
+    return Look(shared, why_not, cost, cost_of_trusted, started.undo, _head(model, started), verdict)
 
 
 def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
     if started.head is None or started.layer is None or not started.head.replaces:
         return {}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     fitted = fitted_parameters(started.layer, started.head)
     return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
 

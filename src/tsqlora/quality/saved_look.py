@@ -1,4 +1,4 @@
-"""A look in a folder: scores.parquet, head.safetensors and look.json, for a model that will be sharded."""
+"""A look in a folder, for a model that will be sharded: scores, head, judge, and what they were made of."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,13 +19,14 @@ from tsqlora.compat.deepspeed import gathered, whole_shape
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, replacing, write_json, write_tensors
 from tsqlora.gradients.sites import plain_name
+from tsqlora.quality.judge import Verdict
 from tsqlora.quality.look import Look
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import LookRequest, RowNames, ScoringRule
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import hash_of, hash_of_some
 
-SCORES, HEAD, ABOUT = "scores.parquet", "head.safetensors", "look.json"
+SCORES, HEAD, JUDGE, ABOUT = "scores.parquet", "head.safetensors", "judge.safetensors", "look.json"
 DECIDES = ("weights", "temperature", "judge")
 """Fields of a rule that decide a look's scores."""
 
@@ -39,6 +41,8 @@ class SavedLook:
     """The fitted head, by the names that its parameters have in the base model; empty if the model's own stays."""
     about: Mapping[str, Any]
     """What the look was made of, and its summary."""
+    verdict: Verdict | None = None
+    """The judge of labels, for `tsqlora.apply`."""
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedLook":
@@ -49,9 +53,10 @@ class SavedLook:
         try:
             about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
             head = load_file(path / HEAD)
+            verdict = _verdict(path / JUDGE) if (path / JUDGE).is_file() else None
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); take the look again") from None
-        return cls(path, Scores.load(path / SCORES), head, about)
+        return cls(path, Scores.load(path / SCORES), head, about, verdict)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -158,17 +163,28 @@ def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores
         },
         "cost": {} if look is None else {"look": asdict(look.cost), "trusted model": asdict(look.trusted_cost)},
     }
-    saved = SavedLook(path, scores, {} if look is None else look.head, about)
+    verdict = None if look is None else look.verdict
+    saved = SavedLook(path, scores, {} if look is None else look.head, about, verdict)
 
     def write() -> None:
         with parents_of(path), replacing(path) as folder:
             folder.mkdir()
             scores.save(folder / SCORES)
             write_tensors(folder / HEAD, saved.head)
+            if verdict is not None:
+                arrays = {name: np.asarray(value) for name, value in asdict(verdict).items()}
+                write_tensors(folder / JUDGE, {name: torch.from_numpy(np.atleast_1d(x)) for name, x in arrays.items()})
             write_json(folder / ABOUT, about)
 
     distributed.once(write)
     return saved
+
+
+def _verdict(path: Path) -> Verdict:
+    arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "otherwise", "evident")}
+    values: dict[str, Any] = {**arrays, **single}
+    return Verdict(**values)
 
 
 def require_free(path: Path) -> None:

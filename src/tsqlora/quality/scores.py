@@ -216,11 +216,15 @@ class Scores:
             pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Scores":
-        """Read a file that `save` wrote.  Raises DataError naming the file and the problem."""
+    def load(cls, path: str | Path, *, columns: Sequence[str] = ()) -> "Scores":
+        """Read a file that `save` wrote; of `columns`, if any, these and label, quality and probability alone.
+
+        Raises DataError naming the file and the problem.
+        """
         reading(path)
+        some = [*columns, "label", "quality", "probability"] if columns else None
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, columns=some)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; `tsqlora score` writes one") from None
         except pa.ArrowException as error:
@@ -233,18 +237,18 @@ class Scores:
             stratified, record = bool(record.pop("stratified")), ScoreRecord.of(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: the record of the scores is damaged ({error}); score again") from None
-        columns = {name: _numbers(table[name]) for name in table.column_names if name not in ("hash", "reason")}
+        values = {name: _numbers(table[name]) for name in table.column_names if name not in ("hash", "reason")}
         return cls(
-            terms={name: values for name, values in columns.items() if name not in (*_NOT_TERMS, *PREDICTIONS)},
-            labels=columns["label"],
-            quality=columns["quality"],
-            probability=columns["probability"],
+            terms={name: column for name, column in values.items() if name not in (*_NOT_TERMS, *PREDICTIONS)},
+            labels=values["label"],
+            quality=values["quality"],
+            probability=values["probability"],
             stratified=stratified,
             record=record,
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
-            ids=columns.get("id"),
+            ids=values.get("id"),
             reasons=_reasons(table, path) if "reason" in table.column_names else None,
-            predictions={name: columns[name] for name in PREDICTIONS if name in columns},
+            predictions={name: values[name] for name in PREDICTIONS if name in values},
         )
 
 

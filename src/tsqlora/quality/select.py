@@ -3,26 +3,30 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tsqlora.data.rows import Columns, row_hash
 from tsqlora.data.table import Table
 from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.reasons import table_of
-from tsqlora.quality.scores import Scores
+from tsqlora.quality.reasons import hints_of, table_of
+from tsqlora.quality.scores import ScoreRecord, Scores
 
 
 def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0, data: Path | None = None) -> int:
     """Draw a quality sample, write its rows, and return their number.
 
     Rows come from `data`, by hash, or by position if the scores have no hashes; they are copied verbatim if `out` has
-    the same format. Without `data`, write id, hash, quality and probability of each drawn row.
+    the same format. Without `data`, write id, hash, quality and probability of each drawn row. `scores_path` may be a
+    folder or a pattern of parts, and `data` then the folder of their files.
     """
     require_writable(out)
+    if scores_path.is_dir() or (not scores_path.exists() and any(sign in scores_path.name for sign in "*?[")):
+        return _select_of_parts(scores_path, out, fraction=fraction, seed=seed, data=data)
     with writing(out):
         scores = Scores.load(scores_path)
         reading(scores.record.data or "")
@@ -75,3 +79,49 @@ def _find_rows(scores: Scores, chosen: np.ndarray, table: Table) -> np.ndarray:
             f"scored (its columns {', '.join(c for key, c in columns.items() if c and key != 'media')} unchanged)"
         )
     return np.array(positions)
+
+
+def _select_of_parts(pattern: Path, out: Path, *, fraction: float, seed: int, data: Path | None) -> int:
+    """Draw from all parts as from one file: rows that are kept have the same chance, whatever their part."""
+    folder, name = (pattern, "*.parquet") if pattern.is_dir() else (pattern.parent, pattern.name)
+    if not (paths := sorted(folder.glob(name))):
+        raise DataError(f"{pattern} has no part; `tsqlora score --look` writes one")
+    parts = [_part(path) for path in paths]
+    sizes = [len(reasons) for _, reasons in parts]
+    record = replace(parts[0][0], weights={}, reference=None)
+    n = sum(sizes)
+    every = Scores(
+        {}, np.zeros(n, np.int8), np.zeros(n), np.ones(n), False, record, reasons=np.concatenate([r for _, r in parts])
+    )
+    chosen, ends = sample(every, fraction, seed), np.cumsum(sizes)
+    rows: list[dict[str, Any]] = []
+    for path, (about, _), end, size in zip(paths, parts, ends, sizes, strict=True):
+        own = chosen[(chosen >= end - size) & (chosen < end)] - (end - size)
+        rows += _rows_of_part(path, about, own, data)
+    with writing(out):
+        write_rows(out, rows)
+    return len(rows)
+
+
+def _part(path: Path) -> tuple[ScoreRecord, np.ndarray]:
+    """Return the record and the reasons of a part, the only column that an even draw needs."""
+    scores = Scores.load(path, columns=("reason",))
+    if not scores.even:
+        raise SettingsError(
+            f"{path} draws by Q, which is standardised within the part; score all rows together, or with a look that "
+            "has no quality.weights"
+        )
+    return scores.record, scores.reason_codes
+
+
+def _rows_of_part(path: Path, record: ScoreRecord, own: np.ndarray, data: Path | None) -> list[dict[str, Any]]:
+    if not len(own):
+        return []
+    scores = Scores.load(path)
+    if data is None:
+        names = scores.hashes or [None] * len(scores)
+        return [{"part": path.name, "id": int(scores.row_ids[j]), "hash": names[j]} for j in own]
+    table = open_table(data / Path(record.data or "").name, split="train", hints=hints_of(scores))
+    if record.columns is not None:
+        table = table.using(Columns(**record.columns))
+    return [row.cells for row in replace(table, ids=_find_rows(scores, own, table))]

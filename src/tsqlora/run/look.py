@@ -1,5 +1,7 @@
 """Take a look and put it into a folder: of the settings of a run, or of a model in Python."""
 
+import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -8,25 +10,34 @@ import torch
 from torch import nn
 
 from tsqlora import distributed
+from tsqlora.data.labels import LabelMap
+from tsqlora.data.prepare import prepare
+from tsqlora.data.rows import Columns
+from tsqlora.data.sources import open_table
+from tsqlora.data.splits import complete
 from tsqlora.data.write import require_place
-from tsqlora.errors import of_loaded_model
+from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
+from tsqlora.files import parents_of, write_text, writing
 from tsqlora.progress import Progress
+from tsqlora.quality.apply import columns_of_rows, scores_of_rows
 from tsqlora.quality.look import look as take
 from tsqlora.quality.look import scoring_request
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook, require_free, save_look
+from tsqlora.quality.scores import Scores
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
-from tsqlora.run.config import Config
+from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.finished import device_of
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import Job, hints_of, load, load_model, trained_task, with_adapter
 from tsqlora.run.start import with_start
 from tsqlora.tasks import Collate, Task
 from tsqlora.text.before import even_scores, look_before, without_unfit
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.training.run_dir import CONFIG_FILE
 
 
 @of_loaded_model
@@ -101,7 +112,7 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
     model = with_adapter(config, job.pretrained)
     if config.model.quantization is None:
         model.to(device_of(config))
-    return look(
+    taken = look(
         model,
         job.train.samples,
         job.collate,
@@ -113,3 +124,43 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
         trusted=trusted_of(job),
         processing_class=job.pretrained.tokenizer,
     )
+    if distributed.is_first():
+        write_text(out / CONFIG_FILE, dump_config(config))
+    return taken
+
+
+def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None = None) -> Scores:
+    """Score the rows of a file by a look, row by row; a row of the look gets its own columns.
+
+    Raises SettingsError for a look that was taken in Python, which has no settings, and for one that draws by Q.
+    """
+    require_place(out)
+    saved = SavedLook.load(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise SettingsError(f"the look in {path} was taken in Python and has no settings; use tsqlora.apply")
+    config = load_config(path / CONFIG_FILE, [f"data.train={json.dumps(data, ensure_ascii=False)}"])
+    record, kind = saved.scores.record, trained_task(config).reading.label
+    if record.columns is None or kind is None or record.classes is None:
+        raise UnsupportedError(
+            f"a look is applied to rows with a class each, and the task is {config.task.type}; score all rows "
+            "together: tsqlora score CONFIG"
+        )
+    labels = LabelMap(tuple(record.classes), kind)
+    task = trained_task(config, labels)
+    with writing(out), tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
+        table = complete(table.using(Columns(**record.columns), labels, None), config.data.max_bad_rows, tags=False)
+        pretrained = load_model(config, task, labels)
+        length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
+        how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
+        job = Job(config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, **how), length)
+        if config.model.quantization is None:
+            pretrained.model.to(device_of(config))  # pyright: ignore[reportArgumentType]
+        rows = row_names(job)
+        compute = Compute(config.training.batch_size, progress=progress)
+        args = (pretrained.model, saved, job.train.samples, job.collate)
+        columns = columns_of_rows(*args, task=task, rows=rows, compute=compute)
+        scores = scores_of_rows(columns, saved, rows, task=task)
+        with parents_of(out):
+            scores.save(out)
+    return scores

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from tsqlora.compat.deepspeed import is_partitioned
 from tsqlora.compat.hub import cached_model
 from tsqlora.compat.shapes import Float
 
@@ -31,7 +32,7 @@ def untrained_tokens(model: Any, added: Collection[int]) -> frozenset[int]:
     """
     if not isinstance(model, str | Path):
         embedding = model.get_input_embeddings()
-        if any(p.requires_grad for p in embedding.parameters()):
+        if any(p.requires_grad or is_partitioned(p) for p in embedding.parameters()):
             return frozenset()
         weight = embedding.weight
         return looks_untrained(lambda ids: weight[list(ids)].detach().float().cpu().numpy(), len(weight), added)

@@ -97,7 +97,11 @@ class GuardCallback(PartCallback):
             saved = read_state(resumed / GUARD_FILE)
         self.skipped, self.count = [SkippedStep(**step) for step in saved["skipped"]], saved["count"]
         self._recent = deque((SkippedStep(**step) for step in saved["recent"]), maxlen=self.limit)
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model, optimizer, self.notes = kwargs["model"], kwargs["optimizer"], []
+        if args.deepspeed_plugin is not None:
+            self.notes.append("DeepSpeed has its own steps: no step that is not finite is undone")
+            self._parameters = []
+            return
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
         # Compiled code runs no hook that came after it, and DataParallel runs it on parts of a batch, in threads;
@@ -114,6 +118,8 @@ class GuardCallback(PartCallback):
         self._rows = []
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        if not self._parameters:
+            return
         # The sum over processes is the same in all of them, and so is this.
         # A gradient scaler skips the step itself until its scale is low enough.
         scale = loss_scale(kwargs["optimizer"])

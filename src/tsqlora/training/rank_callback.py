@@ -166,10 +166,8 @@ class RankCallback(PartCallback):
         if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
             return
-        if any(map(distributed.is_sharded, model.parameters())):
+        if sharded := any(map(distributed.is_sharded, model.parameters())):
             _refuse_efficient_loading(args)
-            if args.save_strategy != "no" and not args.save_only_model:
-                self._note("ranks that move cannot resume under FSDP: for checkpoints that can set ranks.policy: fixed")
         saved = None
         if resumed is not None:
             saved = {**read_state(resumed / RANKS_FILE), "importance": load_file(resumed / IMPORTANCE_FILE)}
@@ -196,6 +194,8 @@ class RankCallback(PartCallback):
             options["policy"] = "fixed"
         loop = RankLoop(model, optimizer, state.max_steps, **options)
         self.notes = loop.notes
+        if sharded and args.save_strategy != "no" and not args.save_only_model:
+            self._note("ranks that move cannot resume under FSDP: for checkpoints that can set ranks.policy: fixed")
         if saved is not None:
             loop.load_state_dict({**saved, "step": state.global_step})
         if why_not is not None:

@@ -1,0 +1,1 @@
+"""Plugins of other trainers: thin, each against its interface."""

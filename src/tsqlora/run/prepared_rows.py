@@ -1,0 +1,42 @@
+"""Audit the set that a trainer has prepared, and leave out the rows of named findings."""
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tsqlora.errors import DataError, SettingsError, nearest
+from tsqlora.run.text_audit import audit_prepared
+from tsqlora.text.findings import FINDINGS
+
+MOST = 0.5
+"""Share of the rows that findings may leave out."""
+
+
+def require_findings(names: Collection[str]) -> None:
+    """Raise SettingsError for a name that no finding has."""
+    for name in names:
+        if name not in FINDINGS:
+            raise SettingsError(f"unknown finding '{name}'; {nearest(name, FINDINGS)}")
+
+
+def without_findings(
+    made: Any, *, model: str, out: Path, drop: Collection[str] = (), answers: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Write the audit of a prepared `datasets.Dataset` to `out`; return the set without the rows of `drop`.
+
+    With `answers` the model reads the answers, too. Raises DataError if more than half of the rows would be left out.
+    """
+    require_findings(drop)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_to_disk(folder)
+        result = audit_prepared(Path(folder), model=model, out=out, answers=answers)
+    dropped = {place for one in result["findings"] if one["name"] in drop for place in one["places"]}
+    if len(dropped) > MOST * len(made):
+        raise DataError(
+            f"{', '.join(drop)} would leave out {len(dropped)} of {len(made)} rows, more than half; see {out} and mend "
+            "what causes them"
+        )
+    left = [place for place in range(len(made)) if place not in dropped]
+    summary = {"rows": len(made), "left_out": len(dropped), "audit": str(out)}
+    return made.select(left) if dropped else made, summary

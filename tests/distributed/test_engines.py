@@ -1,0 +1,151 @@
+"""FSDP2 and DeepSpeed train as DDP does, with a look from a folder; what they cannot do is refused by its name.
+
+Two processes on CPU over gloo. FSDP2 is accelerate's, patched as engines.py says; DeepSpeed is tested where it is
+installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from runs import set_up
+from stock import base_bert
+from tsqlora.adapter.slots import has_slots
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.health import nonfinite
+from tsqlora.run.config import load_config
+from tsqlora.run.look import look_at
+from tsqlora.training.record import RunRecord
+
+SCRIPT = Path(__file__).with_name("engines.py")
+DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+SHARDED = ["fsdp", pytest.param("zero2", marks=DEEPSPEED), pytest.param("zero3", marks=DEEPSPEED)]
+ENGINES = ["fsdp-ram", *SHARDED]
+
+
+def launched(engine: str, folder: Path, what: str, *, ends: bool = True) -> None:
+    """Run engines.py in two processes, or in one for the look."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *(() if what == "look" else start), str(SCRIPT), engine, str(folder), what]
+    tests = f"{SCRIPT.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": tests}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert (done.returncode == 0) == ends, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("engines")
+    launched("look", place, "look")
+    launched("ddp", place, "all")
+    return place
+
+
+@pytest.fixture(scope="module")
+def of(folder: Path) -> Any:
+    """What an engine has done, started once."""
+
+    def result(engine: str, what: str = "all", rank: int = 0) -> Any:
+        path = folder / f"{engine}-{what}-{rank}.pt"
+        if not path.exists():
+            launched(engine, folder, what)
+        return torch.load(path, weights_only=False)
+
+    return result
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_are_those_of_ddp_and_weights_are_in_parts(engine: str, of: Any) -> None:
+    ours, ddp = of(engine)["train"], of("ddp")["train"]
+    np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-5, atol=1e-6)
+    assert ours["drawn"] == ddp["drawn"] == of(engine, rank=1)["train"]["drawn"]
+    assert ours["engine"] != ddp["engine"]
+    assert ours["parts"] or engine == "zero2"  # whose weights are whole
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_plain_peft_loads_what_is_saved_and_it_is_that_of_ddp(engine: str, of: Any, folder: Path) -> None:
+    of(engine)
+    ours, ddp = (load_file(folder / f"{e}-train-adapter" / "adapter_model.safetensors") for e in (engine, "ddp"))
+    assert ours.keys() == ddp.keys()
+    for name, tensor in ddp.items():
+        assert tensor.abs().max() > 0
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+    assert nonfinite(read_adapter(folder / f"{engine}-train-adapter")) == {}
+    PeftModel.from_pretrained(base_bert(), str(folder / f"{engine}-train-adapter"))
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_cut_off(engine: str, of: Any) -> None:
+    whole, resumed = of(engine)["train"]["losses"], of(engine)["resumed"]["losses"]
+    np.testing.assert_allclose(resumed, whole[len(whole) - len(resumed) :], rtol=1e-6)
+    assert 0 < len(resumed) < len(whole)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_trusted_rows_come_last(engine: str, of: Any) -> None:
+    ours, ddp = of(engine)["trusted"], of("ddp")["trusted"]
+    np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-5, atol=1e-6)
+    assert ours["drawn"] == ddp["drawn"]
+    assert max(ours["drawn"]) >= 96
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize(
+    ("what", "message"), [("no look", "tsqlora look CONFIG --out LOOK"), ("late", "callback.write_head(trainer.model)")]
+)
+def test_what_would_be_lost_is_refused_with_the_line_to_write(what: str, message: str, engine: str, of: Any) -> None:
+    for rank in (0, 1):
+        refusal = of(engine, rank=rank)[what]
+        assert refusal.startswith("UnsupportedError")
+        assert message in refusal
+
+
+def test_ranks_move_under_fsdp_as_under_ddp_and_slots_stay(of: Any, folder: Path) -> None:
+    ours, ddp = of("fsdp")["ranks"], of("ddp")["ranks"]
+    np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-4, atol=1e-5)
+    assert any("slots" in note for note in ours["notes"])
+    assert any("resume" in note for note in ours["notes"])
+    plain = PeftModel.from_pretrained(base_bert(), str(folder / "fsdp-ranks-adapter"))
+    assert not has_slots(plain)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("fsdp-ram", "cpu_ram_efficient_loading"),
+        pytest.param("zero2", "ranks.policy: fixed", marks=DEEPSPEED),
+        pytest.param("zero3", "ranks.policy: fixed", marks=DEEPSPEED),
+    ],
+)
+def test_ranks_that_cannot_move_are_refused_with_the_cure(engine: str, message: str, of: Any) -> None:
+    refusal = of(engine)["ranks"]
+    assert refusal.startswith("UnsupportedError")
+    assert message in refusal
+
+
+def test_a_killed_process_ends_all_and_the_rest_is_resumed(of: Any, folder: Path) -> None:
+    launched("fsdp", folder, "killed", ends=False)
+    whole, resumed = of("fsdp")["train"]["losses"], of("fsdp", "resumed")["losses"]
+    np.testing.assert_allclose(resumed, whole[-len(resumed) :], rtol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+def test_the_command_trains_saves_and_measures(engine: str, of: Any, folder: Path) -> None:
+    if not (folder / "SETTINGS").exists():
+        training = {"batch_size": 4, "epochs": 2, "bf16": False, "learning_rate": 0.01}
+        set_up(folder, training=training, quality={"look_again": False})
+        look_at(load_config(folder / "c.yaml"), folder / "SETTINGS")
+    ours, ddp = (RunRecord.load(Path(of(e, "command"))) for e in (engine, "ddp"))
+    assert ours.status == "finished"
+    assert ours.metrics["validation"]["loss"] == pytest.approx(ddp.metrics["validation"]["loss"], rel=1e-4)
+    assert ours.metrics["validation"]["accuracy"] == ddp.metrics["validation"]["accuracy"]
