@@ -32,6 +32,7 @@ def main() -> None:
         config |= {"output_dir": str(place / "out"), "micro_batch_size": 1, "max_steps": 3, "learning_rate": 1e-4}
         config |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "bf16": False}
         config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "num_epochs": 1, "tf32": False}
+        config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # they need triton
         config |= {"plugins": ["tsqlora.plugins.axolotl.Plugin"], "tsqlora": {"drop": ["stop_not_trained"]}}
         YAML().dump(config, place / "axolotl.yaml")
         quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
