@@ -164,6 +164,7 @@ def test_the_fitted_judge_finds_wrong_labels_of_rows_that_it_has_not_seen() -> N
     labels, seen = moved(true, 0.105, rng), slice(0, 2_500)
     fitted, together = judge(features[seen], labels[seen], 6), judge(features, labels, 6)
     new, wrong = slice(2_500, None), (labels != true)[2_500:]
+    assert fitted.verdict is not None
     logits, p_wrong = fitted.verdict.of(features[new], labels[new])
     listed = p_wrong > DOUBT
     assert wrong[listed].mean() >= 0.65

@@ -100,7 +100,8 @@ class Judgement:
     low: float
     high: float
     """Each bound holds for 95 of 100 tables. 0 and 1, which are none, where labels are not evidently drawn blindly."""
-    verdict: Verdict
+    verdict: Verdict | None = None
+    """The fitted judge, for other rows."""
 
     @property
     def left_out(self) -> Bool[np.ndarray, " n"]:
@@ -138,6 +139,7 @@ def judge(
     if excluded is not None:
         logits = np.where(excluded, logits.min(axis=1, keepdims=True), logits)
     judgement = judge_logits(logits, labels, features=features, groups=groups)
+    assert judgement.verdict is not None
     return replace(judgement, verdict=replace(judgement.verdict, weight=head.weight, bias=head.bias))
 
 

@@ -86,6 +86,7 @@ class GuardCallback(PartCallback):
         self._coming: deque[int] = deque()
         self._rows: list[int] | None = []
         self._parameters: list[nn.Parameter] = []
+        self.notes = list[str]()
         self._bad = False
         self._held = ExitStack()
         weakref.finalize(self, self._held.close)  # where training failed, at the latest on exit
@@ -135,14 +136,14 @@ class GuardCallback(PartCallback):
         self._held.close()
 
     def summary(self) -> dict[str, Any]:
-        """For the record: the number of skipped steps and the first of them; empty without any."""
+        """For the record: notes, and the number of skipped steps and the first of them, if there are any."""
         if not self.count:
-            return {}
+            return {"notes": list(self.notes)}
         named = "; ".join(f"step {step.step} ({step.in_words()})" for step in self.skipped[:LISTED])
         more = ", ..." if self.count > LISTED else ""
         return {
             "skipped": {"count": self.count, "steps": [asdict(step) for step in self.skipped]},
-            "notes": [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
+            "notes": [*self.notes, f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
         }
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
