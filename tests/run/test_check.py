@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from run.test_generation import PLAIN, TRAINING, config_of
 from run.test_server import say, serving
 from runs import write_jsonl
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.run import check
 from tsqlora.run import train as pipeline
 from tsqlora.run.check import Prompt, check_run, held_out, write
 from tsqlora.run.config import load_config
@@ -153,10 +155,7 @@ def test_a_script_gets_the_exit_code(run: Path, finished: FinishedRun, tsqlora: 
     assert (code, len(err.strip().splitlines())) == (1, 1)
 
 
-def test_classifiers_are_refused(tmp_path: Path) -> None:
-    from runs import set_up
-
-    folder = set_up(tmp_path, quality={"enabled": False}, ranks={"policy": "fixed"})
-    pipeline.train(load_config(folder / "c.yaml", ["training.max_steps=1"]), folder / "run")
+def test_classifiers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "require_finished", lambda run: SimpleNamespace(task="sequence-classification"))
     with pytest.raises(UnsupportedError):
-        check_run(folder / "run", "http://127.0.0.1:9")
+        check_run(tmp_path, "http://127.0.0.1:9")
