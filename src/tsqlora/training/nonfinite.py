@@ -143,7 +143,10 @@ class GuardCallback(PartCallback):
         more = ", ..." if self.count > LISTED else ""
         return {
             "skipped": {"count": self.count, "steps": [asdict(step) for step in self.skipped]},
-            "notes": [*self.notes, f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
+            "notes": [
+                *self.notes,
+                f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}",
+            ],
         }
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
