@@ -13,7 +13,7 @@ from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.reasons import hints_of, table_of
+from tsqlora.quality.reasons import table_of
 from tsqlora.quality.scores import ScoreRecord, Scores
 
 
@@ -121,7 +121,7 @@ def _rows_of_part(path: Path, record: ScoreRecord, own: np.ndarray, data: Path |
     if data is None:
         names = scores.hashes or [None] * len(scores)
         return [{"part": path.name, "id": int(scores.row_ids[j]), "hash": names[j]} for j in own]
-    table = open_table(data / Path(record.data or "").name, split="train", hints=hints_of(scores))
+    table = table_of(scores, data / Path(record.data or "").name)
     if record.columns is not None:
         table = table.using(Columns(**record.columns))
     return [row.cells for row in replace(table, ids=_find_rows(scores, own, table))]
