@@ -8,7 +8,8 @@ import importlib, pkgutil, sys
 sys.modules["jaxtyping"] = None
 import tsqlora
 for module in pkgutil.walk_packages(tsqlora.__path__, "tsqlora."):
-    if not module.name.endswith("__main__"):
+    # A plugin is imported by its trainer alone.
+    if not module.name.endswith("__main__") and not module.name.startswith("tsqlora.plugins."):
         importlib.import_module(module.name)
 """
 

@@ -58,7 +58,7 @@ def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
 
 def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
-    samples = trained.unlabelled(open_table(data_of(run)))
+    samples = trained.unlabelled(trained.using(open_table(data_of(run))))
     whole = trained.predictor.logits(samples, phase="prediction", progress=None)
     alone = [trained.predictor.logits([sample], phase="prediction", progress=None) for sample in samples]
     np.testing.assert_allclose(whole, np.concatenate(alone), atol=1e-5)

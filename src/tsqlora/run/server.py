@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from socket import SHUT_RDWR
+from socket import SHUT_RDWR, socket
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ class Server:
     url: str
     left: float = TOTAL_SECONDS
     _open: OpenerDirector = field(init=False, repr=False)
-    _connections: list[HTTPConnection] = field(init=False, repr=False, default_factory=list)
+    _sockets: list[socket] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -64,7 +64,7 @@ class Server:
             )
         self.url = self.url.rstrip("/").removesuffix("/v1")
         proxies = [ProxyHandler({})] if self.is_loopback else []
-        self._open = build_opener(*proxies, _NoRedirect, _Plain(self._connections), _Secure(self._connections))
+        self._open = build_opener(*proxies, _NoRedirect, _Plain(self._sockets), _Secure(self._sockets))
 
     @property
     def host(self) -> str:
@@ -120,12 +120,12 @@ class Server:
             yield
         finally:
             timer.cancel()
-            self._connections.clear()
+            self._sockets.clear()
 
     def _close(self) -> None:
-        for connection in self._connections:
-            with suppress(OSError, AttributeError):
-                connection.sock.shutdown(SHUT_RDWR)
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(SHUT_RDWR)
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -133,21 +133,21 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
-def _connecting(kind: type[HTTPConnection], opened: list[HTTPConnection]) -> Callable[..., HTTPConnection]:
+def _connecting(kind: type[HTTPConnection], opened: list[socket]) -> Callable[..., HTTPConnection]:
     """A connection that has less time to connect than to answer."""
 
     class Connection(kind):
         def connect(self) -> None:
-            opened.append(self)
             whole, self.timeout = self.timeout, min(CONNECT_SECONDS, self.timeout or CONNECT_SECONDS)
             super().connect()
             self.sock.settimeout(whole)
+            opened.append(self.sock)  # the connection lets go of it while an answer is read
 
     return Connection
 
 
 class _Plain(HTTPHandler):
-    def __init__(self, opened: list[HTTPConnection]) -> None:
+    def __init__(self, opened: list[socket]) -> None:
         super().__init__()
         self.opened = opened
 
@@ -156,7 +156,7 @@ class _Plain(HTTPHandler):
 
 
 class _Secure(HTTPSHandler):
-    def __init__(self, opened: list[HTTPConnection]) -> None:
+    def __init__(self, opened: list[socket]) -> None:
         super().__init__()
         self.opened = opened
 
