@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 LIST = Path(__file__).with_name("slow.txt")
-LIMIT = 1.5
-TOTAL = 3.0
+LIMIT = 1.2
+TOTAL = 2.2
 HEAD = "# The slow tests, measured by `make slow`: a file, or a test of it with all its parameters.\n"
 
 
