@@ -62,7 +62,7 @@ def test_our_own_runs_universal_adapter_says_the_same_in_plain_peft(run: Path, t
 def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsqlora: Run) -> None:
     code, out, err = tsqlora("export", run, "--format", "merged", "--out", tmp_path / "m", "--json")
     assert (code, json.loads(out)["format"]) == (0, "merged")
-    assert "for a classifier, PEFT, vLLM, diffusers: the adapter" in err
+    assert "for a classifier, PEFT, vLLM: the adapter" in err
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(logits_of(merged, run), logits_of(open_run(run).model, run), rtol=1e-4, atol=1e-4)
     assert merged.config.id2label == {0: "no", 1: "yes"}

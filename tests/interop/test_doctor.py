@@ -52,8 +52,7 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "q and v": {},
     "up alone": of_all(SGLANG, "refused -> universal"),
     "mlp": {},
-    "rank 0": of_all(("PEFT", "diffusers"), "refused -> peft")
-    | of_all((*NEW_VLLM, *SGLANG, "MLX"), "refused -> universal"),
+    "rank 0": of_all(("PEFT",), "refused -> peft") | of_all((*NEW_VLLM, *SGLANG, "MLX"), "refused -> universal"),
     "dora": of_all((*VLLM, *SGLANG, "llama.cpp", "MLX"), "refused -> merged")
     | of_all(("TGI", OLD_MLX), "wrong -> merged"),
     "embedding": of_all(("TGI", "TensorRT-LLM"), "wrong -> merged"),
@@ -161,7 +160,7 @@ def bert_classifier(folder: Path, *, named: bool = True) -> Path:
 def test_the_rules_know_the_class_of_the_base(named: bool, tmp_path: Path) -> None:
     report = examine(bert_classifier(tmp_path, named=named))
     assert report["base_class"] == "BertForSequenceClassification"
-    assert verdicts(report) == of_all(("PEFT", "diffusers", "vLLM"), "right") | of_all(
+    assert verdicts(report) == of_all(("PEFT", "vLLM"), "right") | of_all(
         ("vLLM to 0.32", *OLD_VLLM, *SGLANG, "text-embeddings-inference"), "refused -> merged"
     ) | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused")
     assert "takes no LoRA on BertForSequenceClassification" in of(report, "vLLM to 0.32")["reasons"]
@@ -179,14 +178,15 @@ def test_a_head_of_two_layers_is_served_merged(tmp_path: Path) -> None:
 
 def test_verdicts_are_counted_by_server_not_by_rule(tmp_path: Path) -> None:
     servers = examine(bert_classifier(tmp_path))["servers"]
-    assert list(servers) == list(dict.fromkeys(consumer.server for consumer in CONSUMERS))
+    others = (consumer.server for consumer in CONSUMERS if consumer.server != "diffusers")
+    assert list(servers) == list(dict.fromkeys(others)), "it serves no classifiers"
     assert servers["vLLM"] == "right", "its newest rule's"
 
 
 def test_a_line_says_who_serves_a_classifier_and_how(tmp_path: Path) -> None:
     line = served(bert_classifier(tmp_path))
     assert line == (
-        "for a classifier, PEFT, vLLM, diffusers: the adapter; SGLang, text-embeddings-inference: the merged model; "
+        "for a classifier, PEFT, vLLM: the adapter; SGLang, text-embeddings-inference: the merged model; "
         "llama.cpp, TGI, MLX, TensorRT-LLM: neither"
     )
     assert served(KINDS["uniform"](tmp_path / "b")) is None
