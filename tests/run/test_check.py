@@ -95,6 +95,13 @@ def test_a_server_that_answers_as_peft_is_right(run: Path, finished: FinishedRun
     assert "/v1/completions" not in paths, "only where an answer differs"
 
 
+def test_without_a_server_it_says_how_often_answers_stop(run: Path, tsqlora: Run) -> None:
+    report = check_run(run)
+    assert (report["verdict"], report["prompts"]) == (None, 8)
+    code, out, _ = tsqlora("check", run)
+    assert (code, out.split(" of ")[0]) == (0, f"{report['stopped_peft']:.0%}")
+
+
 def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: FinishedRun) -> None:
     with server(finished, base=True) as (url, _):
         report = check_run(run, url)

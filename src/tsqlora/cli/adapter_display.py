@@ -42,6 +42,10 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
 
 def show_check(console: Console, report: Mapping[str, Any]) -> None:
     """What a server answered, compared with PEFT."""
+    if report["server"] is None:
+        stopped = f"{report['stopped_peft']:.0%} of {report['prompts']} answers stop by themselves, as PEFT writes them"
+        say(console, [f"{stopped}; --server-url compares those of a server"])
+        return
     lines = [
         f"{report['verdict']}: {report['model']} on {report['server']}, {report['prompts']} prompts",
         f"same         {report['same']:.0%} of the answers in their first 16 tokens",

@@ -194,7 +194,9 @@ def doctor(
 
 def check(
     run: Run,
-    server_url: Annotated[str, typer.Option(metavar="URL", help="The running server, as http://HOST:PORT.")],
+    server_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The running server, as http://HOST:PORT.")
+    ] = None,
     served_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter's name there, if the server lists several.")
     ] = None,
@@ -207,6 +209,7 @@ def check(
     the prompt's tokens go to /v1/completions, which tells the server's template
     from its weights. The exit code is 4 if the base answered, or if fewer than
     90 % of the answers start or stop as PEFT's. A key is read from TSQLORA_SERVER_KEY.
+    Without --server-url: how often the model stops by itself.
 
     Example: tsqlora check run --server-url http://127.0.0.1:8000 --served-name adapter
     """
@@ -214,7 +217,7 @@ def check(
 
     report = check_run(run, server_url, served_name=served_name, yes=yes, say=console.note)
     console.show(report, as_json, show_check)
-    if report["verdict"] != "right":
+    if report["verdict"] == "wrong":
         raise typer.Exit(MISREAD)
 
 

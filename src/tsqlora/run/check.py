@@ -44,7 +44,7 @@ class Answer:
 
 def check_run(
     run: Path,
-    url: str,
+    url: str | None = None,
     *,
     served_name: str | None = None,
     yes: bool = False,
@@ -53,7 +53,7 @@ def check_run(
     """Send held-out prompts to a server at temperature 0, and compare its answers with PEFT's; a report for JSON.
 
     Where an answer differs, the server gets the prompt's tokens, which shows whether its template or its weights
-    differ, and the base alone answers too.
+    differ, and the base alone answers too. Without a URL nothing is sent: the report has how often PEFT's answers stop.
 
     Args:
         served_name: the adapter's name there; needed if the server lists several.
@@ -64,6 +64,13 @@ def check_run(
     task = get_task(require_finished(run).task)
     if task.writer is None or not task.reading.causal:
         raise UnsupportedError(f"{run} does not continue texts; check compares what causal models write")
+    if url is None:
+        if served_name is not None or yes:
+            raise SettingsError("--served-name and --yes are for a server; add --server-url, or leave them out")
+        finished = open_run(run)
+        written = [write(finished, prompt) for prompt in held_out(finished)]
+        stopped = sum(answer.stopped for answer in written) / len(written)
+        return {"server": None, "verdict": None, "prompts": len(written), "stopped_peft": stopped}
     server = Server(url)
     if not server.is_loopback:
         if not yes:
