@@ -30,7 +30,7 @@ OPTIONS = {
     "predict": "--data --out --max-new-tokens --beams",
     "compare": "--methods --seeds --out --equal --lr-sweep --lr --metric --set",
     "export": "--format --out --base --dtype --max-rank --mean-rank",
-    "doctor": "--server",
+    "doctor": "--server --template",
     "check": "--server-url --served-name --yes",
     "llamafactory": "--out --drop-findings --answers --no-train",
     "report": "--out --control --watch",

@@ -150,6 +150,21 @@ def test_held_out_prompts_are_those_of_training(finished: FinishedRun) -> None:
     assert finished.pretrained.tokenizer.decode(prompt.ids) == prompt.text
 
 
+def test_a_run_holds_the_prompts_of_its_template(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    contract = json.loads((run / "template.json").read_text(encoding="utf-8"))
+    assert len(contract["prompts"]) == 5
+    assert contract["prompts"][0]["text"].endswith("<|im_start|>assistant\n")
+    assert (contract["stop_tokens"], contract["stops_trained"]) == (["<|im_end|>"], 1.0)
+    assert (run / "template.json").stat().st_mode & 0o077 == 0
+    for name, template, expected in (("same", CHATML, 0), ("other", OTHER, 4)):
+        (tmp_path / name).write_text(template)
+        code, out, _ = tsqlora("doctor", run, "--template", tmp_path / name, "--json")
+        assert code == expected
+        assert (json.loads(out)["template"]["first"] is None) == (code == 0)
+    _, out, _ = tsqlora("doctor", run, "--template", tmp_path / "other")
+    assert "0 of 5 prompts are those of training" in out
+
+
 def test_a_script_gets_the_exit_code(run: Path, finished: FinishedRun, tsqlora: Run) -> None:
     with server(finished) as (url, _):
         code, out, _ = tsqlora("check", run, "--server-url", url, "--json")

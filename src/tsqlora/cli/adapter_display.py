@@ -90,6 +90,8 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     right = [server for server, verdict in report["servers"].items() if verdict == "right"]
     say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
+    if "template" in report:
+        _show_template(console, report["template"])
     _show_health(console, report["health"])
     say(console, [f"note: {note}" for note in report["notes"]])
 
@@ -103,6 +105,18 @@ def _reasons(server: Mapping[str, Any]) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     return f" ({', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''})" if names else ""
+
+
+def _show_template(console: Console, report: Mapping[str, Any]) -> None:
+    stops = ", ".join(report["stops"])
+    lines = [
+        f"template     {report['same']} of {report['prompts']} prompts are those of training",
+        f"stops        {stops}; behind {report['stops_trained']:.0%} of the trained answers",
+    ]
+    if first := report["first"]:
+        place = f"prompt {first['prompt']}, token {first['at']}"
+        lines.append(f"differs      {place}: {first['trained']!r}, this template {first['other']!r}")
+    say(console, lines)
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:

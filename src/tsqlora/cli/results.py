@@ -165,12 +165,16 @@ def doctor(
     server: Annotated[
         str | None, typer.Option(metavar="NAME[==VERSION]", help="Judge one server alone: its newest, or a version.")
     ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="A chat template: does it give the prompts that a run was trained on?")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check which servers read an adapter correctly, how to fix it for the others, and its numerical health.
 
     With --server the exit code is 0 if that server reads the adapter correctly,
-    and 4 if it misreads or refuses it.
+    and 4 if it misreads or refuses it. With --template it is 4 if that template
+    gives other prompts than those in the run's template.json.
 
     Example: tsqlora doctor adapter --json
 
@@ -179,7 +183,12 @@ def doctor(
     from tsqlora.interop.doctor import examine
     from tsqlora.training.run_dir import adapter_folder
 
-    result = examine(adapter_folder(_local(source)), server=server)
+    source = _local(source)
+    result = examine(adapter_folder(source), server=server)
+    if template is not None:
+        from tsqlora.interop.template import compare_template
+
+        result["template"] = compare_template(source, template)
     console.show(result, as_json, show_doctor)
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]
@@ -189,6 +198,8 @@ def doctor(
             else "no export helps; serve it with PEFT"
         )
         console.note(f"for {judged['name']}: {command}")
+        raise typer.Exit(MISREAD)
+    if template is not None and result["template"]["first"]:
         raise typer.Exit(MISREAD)
 
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 
-from tsqlora.data.examples import Chat, Manner
-from tsqlora.data.generation import pieces_of, plain_tokens
+from tsqlora.data.generation import plain_tokens
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.run.contract import Prompt, prompts_of
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.job import read
 from tsqlora.run.server import AnswerError, Server
@@ -23,15 +23,6 @@ FIRST = 16
 """Tokens of an answer that must be the same."""
 LEAST_SAME = 0.9
 """Share of answers that must be the same: rounding turns some that hardly prefer one token to another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A held-out row's prompt as training renders it; `chat` is what a server's own template renders."""
-
-    text: str
-    ids: list[int]
-    chat: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +91,13 @@ def _served(server: Server, name: str | None) -> str:
 def held_out(finished: FinishedRun) -> list[Prompt]:
     """The first prompts of the test rows, else of the validation rows, that are whole."""
     tables, tokenizer = read(finished.config), finished.pretrained.tokenizer
-    table, format = finished.using(tables["test" if "test" in tables else "validation"]), finished.format
-    assert format is not None
-    manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template), targets=False, measured=True)
-    how = {"max_length": finished.predictor.prompt_length, "with_targets": False, "measured": True}
-    prompts = []
-    for row in islice(table, PROMPTS):
-        sample = finished.task.reading.encode([row], format, tokenizer, **how)
-        if len(sample) == 1 and not sample.truncated:
-            example = format.read(row, manner)
-            text = "".join(piece.text for piece in pieces_of(example, tokenizer, row.place))
-            prompts.append(Prompt(text, list(sample[0]["input_ids"]), _messages(example)))
+    table = finished.using(tables["test" if "test" in tables else "validation"])
+    assert finished.format is not None
+    rows, reading = islice(table, PROMPTS), finished.task.reading
+    prompts = [*prompts_of(rows, finished.format, reading, tokenizer, max_length=finished.predictor.prompt_length)]
     if not prompts:
         raise TsqLoraError(f"no held-out prompt of {finished.config.data.train} fits into the model whole")
     return prompts
-
-
-def _messages(example: Any) -> dict[str, Any] | None:
-    if not isinstance(example, Chat):
-        return None
-    messages = [{"role": turn.role, "content": turn.content, **turn.further} for turn in example.turns]
-    return {"messages": messages} | ({"tools": list(example.tools)} if example.tools else {})
 
 
 def write(finished: FinishedRun, prompt: Prompt, *, base: bool = False) -> Answer:

@@ -21,6 +21,7 @@ from tsqlora.progress import Progress
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
+from tsqlora.run.contract import write_contract
 from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.plan import shown_samples
@@ -142,6 +143,7 @@ def _train(
     if distributed.is_first():
         record.save(run)
         write_card(run, run / ADAPTER_DIR)
+        write_contract(job, run)
     return record
 
 

@@ -1,0 +1,80 @@
+"""Prompts as training renders them: for template.json of a run, and for a server that is checked."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tsqlora.data.examples import Chat, Manner
+from tsqlora.data.formats import Format
+from tsqlora.data.generation import pieces_of
+from tsqlora.data.rows import Row
+from tsqlora.files import write_text
+from tsqlora.interop.template import CONTRACT_FILE
+from tsqlora.run.job import Job
+from tsqlora.tasks.task import Reading
+from tsqlora.text.vocabulary import vocabulary_of_model
+
+PROMPTS, SEEN = 5, 200
+"""Prompts of a contract, and training rows whose ends are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row's prompt as training renders it; `chat` is what a server's own template renders."""
+
+    text: str
+    ids: list[int]
+    chat: Mapping[str, Any] | None
+
+
+def prompts_of(
+    rows: Iterable[Row], format: Format, reading: Reading, tokenizer: Any, *, max_length: int | None
+) -> Iterator[Prompt]:
+    """Yield the prompts of rows that fit whole."""
+    manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template), targets=False, measured=True)
+    how = {"max_length": max_length, "with_targets": False, "measured": True}
+    for row in rows:
+        sample = reading.encode([row], format, tokenizer, **how)
+        if len(sample) == 1 and not sample.truncated:
+            example = format.read(row, manner)
+            text = "".join(piece.text for piece in pieces_of(example, tokenizer, row.place))
+            yield Prompt(text, list(sample[0]["input_ids"]), _messages(example))
+
+
+def _messages(example: Any) -> dict[str, Any] | None:
+    if not isinstance(example, Chat):
+        return None
+    messages = [{"role": turn.role, "content": turn.content, **turn.further} for turn in example.turns]
+    return {"messages": messages} | ({"tools": list(example.tools)} if example.tools else {})
+
+
+def write_contract(job: Job, run: Path) -> None:
+    """Write template.json: the template, prompts of held-out rows with their tokens, and which stops were trained."""
+    tokenizer: Any = job.pretrained.tokenizer
+    table = job.data["test" if "test" in job.data else "validation"]
+    if job.task.writer is None or not job.task.reading.causal or not tokenizer.chat_template or table.format is None:
+        return
+    rows = prompts_of(table, table.format, job.task.reading, tokenizer, max_length=job.max_length)
+    chats = [one for one in islice(rows, PROMPTS) if one.chat is not None]
+    if not chats:
+        return
+    model: Any = job.pretrained.model
+    vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
+    stops, samples = sorted(vocabulary.stops), job.train.samples
+    seen = [[k for k in samples[j]["labels"] if k >= 0] for j in range(min(SEEN, len(samples)))]
+    ends = [not stops or any(k in vocabulary.stops for k in labels) for labels in seen]
+    contract = {
+        "base": job.config.model.path,
+        "template": tokenizer.chat_template,
+        "sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token},
+        "stops": stops,
+        "stop_tokens": tokenizer.convert_ids_to_tokens(stops),
+        "stops_trained": sum(ends) / max(len(ends), 1),
+        "prompts": [{**one.chat, "text": one.text, "ids": one.ids} for one in chats if one.chat is not None],
+    }
+    write_text(run / CONTRACT_FILE, json.dumps(contract, indent=1, ensure_ascii=False) + "\n", private=True)
