@@ -624,7 +624,8 @@ def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
     more = f"{gain.accuracy:+.1f} points ({gain.accuracy_low:.1f} to {gain.accuracy_high:.1f}, {gain.seeds:.0f} seeds)"
     if gain.accuracy_low <= 0 <= gain.accuracy_high:
         more = f"no difference detected: {more}"
-    return f"{accuracy:.1f} % accuracy. Over the same rows mixed in: {more}; the 128 alone {alone:.1f} %"
+    ours = f"{accuracy:.1f} % accuracy. Over the same rows mixed in: {more}"
+    return f"{ours}; the 128 alone, at the same rate, {alone:.1f} %"
 
 
 def rules(_: Results) -> Rows:

@@ -12,7 +12,7 @@ import pytest
 
 from families import FAMILIES, tokenizer_of
 from tsqlora.errors import DataError
-from tsqlora.interop.template import compare_template, render
+from tsqlora.interop.template import compare_template, read_template, render
 
 CHATS = [
     [{"role": "user", "content": "How are you?"}],
@@ -87,6 +87,14 @@ def test_a_damaged_contract_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.jinja").write_text("")
     with pytest.raises(DataError, match=r"template\.json is damaged"):
         compare_template(tmp_path, tmp_path / "a.jinja")
+
+
+@pytest.mark.parametrize(("content", "why"), [(None, "No such file"), (b"\xff\xfe", "no UTF-8")])
+def test_a_template_that_is_no_text_is_named(content: bytes | None, why: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.jinja").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jinja cannot be read \({why}.*\); name a text file"):
+        read_template(tmp_path / "a.jinja")
 
 
 def test_no_torch_is_imported() -> None:

@@ -1,5 +1,6 @@
 """Commands about results and adapters: compare, report, export, doctor, check."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -180,6 +181,8 @@ def doctor(
 
     Example: tsqlora doctor adapter --server vllm==0.31.0
     """
+    # The matrices are small: more threads of OpenBLAS only wait for each other. numpy is not imported yet.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from tsqlora.interop.doctor import examine
     from tsqlora.training.run_dir import adapter_folder
 

@@ -81,6 +81,16 @@ def read_contract(source: Path) -> dict[str, Any]:
     raise DataError(f"{source} has no {CONTRACT_FILE}; `tsqlora train` writes it for models with a chat template")
 
 
+def read_template(file: Path) -> str:
+    """Read a chat template.  Raises DataError for a file that is no text."""
+    reading(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no UTF-8"
+        raise DataError(f"{file} cannot be read ({why}); name a text file with a chat template") from None
+
+
 def render(template: str, contract: Mapping[str, Any]) -> list[str]:
     """Render the contract's prompts with a template.  Raises DataError where it fails, or takes too long."""
     prompts = [{"messages": one["messages"], "tools": one.get("tools")} for one in contract["prompts"]]
@@ -104,8 +114,7 @@ def compare_template(source: Path, file: Path) -> dict[str, Any]:
     tokenizer.json is not on this machine; None if all are the same.
     """
     contract = read_contract(source)
-    reading(file)
-    texts = render(file.read_text(encoding="utf-8"), contract)
+    texts = render(read_template(file), contract)
     trained = [one["text"] for one in contract["prompts"]]
     differ = [j for j, (own, other) in enumerate(zip(trained, texts, strict=True)) if own != other]
     first = None

@@ -23,6 +23,7 @@ from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import reading, replacing, write_json, write_text
+from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
@@ -341,8 +342,7 @@ def load_vocabulary(model: str, chat_template: Path | None) -> tuple[Vocabulary,
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {model} cannot be read ({str(error).splitlines()[0]})") from error
     if chat_template is not None:
-        reading(chat_template)
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(chat_template)
     try:
         generation = GenerationConfig.from_pretrained(model)
     except (OSError, ValueError):

@@ -182,19 +182,23 @@ class QualityCallback(PartCallback):
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
-            if self._answers is not None and any(map(len, self._answers.listed.values())):
-                self._draw_fitting(self._answers, loader.collate_fn)
-            self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-            if self.into is None:  # `tsqlora train` shows notes at its end
-                share = f"{data.plan.fraction:.0%} of the rows an epoch"
-                cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-                warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=4)
+            self._draw_texts_evenly(loader.collate_fn)
         elif self.rule.head_start and task.writer is None:  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
             head = None if started.head is None else started.head.summary()
             self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
             self._spent["look"] = PhaseCost(time.perf_counter() - start, len(data.dataset) + len(data.trusted))
+
+    def _draw_texts_evenly(self, collate: Collate) -> None:
+        """Without trusted rows no text is preferred; answers that do not fit are left out."""
+        if self._answers is not None and any(map(len, self._answers.listed.values())):
+            self._draw_fitting(self._answers, collate)
+        self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
+        if self.into is None:  # `tsqlora train` shows notes at its end
+            share = f"{self.data.plan.fraction:.0%} of the rows an epoch"
+            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
+            warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=5)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
