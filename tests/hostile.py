@@ -25,7 +25,10 @@ from tsqlora.data.splits import read_data
 from tsqlora.data.write import WRITERS, write_rows
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.interop.template import compare_template
 from tsqlora.run.config import Config, Section, dump_config, load_config, template
+from tsqlora.run.text_audit import prepared_set
+from tsqlora.text.prepared import sequences_of
 from tsqlora.training.record import RECORD_FILE, RunRecord
 
 
@@ -480,6 +483,85 @@ def read_record(folder: Path, case: Case) -> None:
     RunRecord.load(folder)
 
 
+# ---------------------------------------------------------------- prepared sets and templates
+
+_ids = _mostly([1, 2, 3], st.one_of(st.lists(st.integers(-2, 9), max_size=4), values))
+_prepared_rows = st.lists(
+    st.fixed_dictionaries(
+        {"input_ids": _ids},
+        optional={
+            name: st.one_of(_ids, st.just([0, 1, 1]))
+            for name in ("labels", "attention_mask", "completion_mask", "position_ids", "seq_lengths")
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+_prepared_pairs = st.lists(
+    st.fixed_dictionaries({"prompt_ids": _ids, "chosen_ids": _ids}, optional={"rejected_ids": _ids}), min_size=1
+)
+
+
+def _arrow(rows: list[dict[str, Any]]) -> bytes:
+    try:
+        table = pa.Table.from_pylist(rows)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        table = pa.table({"input_ids": [[1, 2]]})
+    file = BytesIO()
+    with pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return file.getvalue()
+
+
+@st.composite
+def prepared_sets(draw: st.DrawFn) -> Case:
+    """What `save_to_disk` writes."""
+    rows = draw(st.one_of(_prepared_rows, _prepared_rows, _prepared_pairs))
+    state: dict[str, Any] = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "0", "_split": "train"}
+    state |= {"_format_type": None, "_format_columns": None, "_format_kwargs": {}, "_output_all_columns": False}
+    state |= draw(_mostly({}, _mapping(list(state), values)))
+    files = {
+        "data.arrow": draw(_mostly(_arrow(rows), damaged(st.just(_arrow(rows))))),
+        "state.json": json.dumps(state).encode(),
+        "dataset_info.json": json.dumps(draw(_mostly({}, values))).encode(),
+    }
+    return Case(files)
+
+
+def read_prepared_set(folder: Path, case: Case) -> None:
+    for one in sequences_of(prepared_set(folder)):
+        assert len(one.ids) == len(one.targets)
+
+
+_TEMPLATES = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}",
+    "{% generation %}{{ messages[0]['content'] | tojson }}{% endgeneration %}{{ strftime_now('%Y') }}",
+    "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}", "{% for a in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{",
+)  # fmt: skip
+_contract_parts = {
+    "base": "m", "template": "", "special_tokens": {"eos_token": "</s>"}, "stop_tokens": ["</s>"],
+    "stops_trained": True, "prompts": [{"messages": [{"role": "user", "content": "a"}], "text": "a", "ids": [1]}],
+}  # fmt: skip
+
+
+@st.composite
+def contracts(draw: st.DrawFn) -> Case:
+    contract = _contract_parts | draw(_mostly({}, _mapping(list(_contract_parts), values)))
+    content = json.dumps(contract).encode()
+    return Case(
+        {
+            "template.json": draw(_mostly(content, damaged(st.just(content)))),
+            "other.jinja": draw(st.one_of(st.sampled_from(_TEMPLATES), texts)).encode("utf-8", "surrogatepass"),
+        }
+    )
+
+
+def compare_with_contract(folder: Path, case: Case) -> None:
+    """As `tsqlora doctor RUN --template FILE` does."""
+    compare_template(folder, folder / "other.jinja")
+
+
 # ------------------------------------------------------------------------------ targets
 
 Target = tuple[st.SearchStrategy[Case], Callable[[Path, Case], None]]
@@ -496,4 +578,6 @@ TARGETS: Mapping[str, Target] = {
     "adapter": (adapters(), read_one_adapter),
     "doctor": (adapters(), ask_the_doctor),
     "record": (records(), read_record),
+    "prepared": (prepared_sets(), read_prepared_set),
+    "template": (contracts(), compare_with_contract),
 }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from byte_tokenizers import byte_tokenizer
+from tsqlora.errors import DataError
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.conversations import Conversation, Message
 from tsqlora.text.ledger import Line, line_of, locate
@@ -177,3 +178,16 @@ def test_packed_rows_are_unpacked_and_padding_is_left_out() -> None:
         assert [part.targets.tolist() for part in parts] == [[IGNORED, 6], [IGNORED, 8, 9]]
     (masked,) = sequences_of([{"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}])
     assert masked.targets.tolist() == [IGNORED, IGNORED, 3]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "2 labels for 3 tokens"),
+        ({"input_ids": ["a"]}, "invalid literal"),
+        ({"prompt_ids": [1], "chosen_ids": [2]}, "rejected_ids"),
+    ],
+)
+def test_a_damaged_prepared_row_is_named(row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError, match=f"row 1 of the prepared set is damaged .*{problem}"):
+        list(sequences_of([{"input_ids": [1]}, row]))

@@ -66,8 +66,12 @@ def is_revision(name: str) -> bool:
 def cached_model(name: str, revision: str) -> str | None:
     """The directory of a model in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # no name of the hub
+        return None
     return os.path.dirname(config) if isinstance(config, str) else None
 
 

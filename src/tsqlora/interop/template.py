@@ -73,10 +73,12 @@ def read_contract(source: Path) -> dict[str, Any]:
             try:
                 contract = json.loads(path.read_text(encoding="utf-8"))
                 needed = {"base", "template", "special_tokens", "stop_tokens", "stops_trained"}
-                if not needed <= contract.keys() or not all("text" in one for one in contract["prompts"]):
+                if not needed <= contract.keys() or not all(
+                    isinstance(one["text"], str) and "messages" in one for one in contract["prompts"]
+                ):
                     raise ValueError("a part is missing")
                 return contract
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(f"{path} is damaged ({error}); `tsqlora train` writes it") from None
     raise DataError(f"{source} has no {CONTRACT_FILE}; `tsqlora train` writes it for models with a chat template")
 

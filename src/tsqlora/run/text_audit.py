@@ -240,9 +240,11 @@ def prepared_set(folder: Path) -> Any:
         raise DataError(f"{folder} is no directory; give what the trainer prepared, such as dataset_prepared_path/HASH")
     try:
         made: Any = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no saved data set ({str(error).splitlines()[0]})") from None
-    made = made.get("train", next(iter(made.values()))) if isinstance(made, Mapping) else made
+        made = made.get("train", next(iter(made.values()))) if isinstance(made, Mapping) else made
+        made.data.table.validate(full=True)  # a damaged offset would end the process
+    except Exception as error:  # a damaged or hostile file can make datasets raise anything
+        why = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise DataError(f"{folder} holds no saved data set ({why})") from None
     if not {*made.column_names} & {*IDS}:
         raise DataError(
             f"{folder} is not prepared: it has no input_ids; its columns are {', '.join(made.column_names)}"

@@ -42,21 +42,30 @@ def sequences_of(rows: Sequence[Mapping[str, Any]], collate: Collate | None = No
     Labels are the set's own. Where it has none, `collate` makes them, row by row, as the trainer will; without it,
     tokens in its `completion_mask` and `assistant_masks` are trained, or all where it has neither.
 
-    Raises DataError naming the row for a set without token ids.
+    Raises DataError naming the row for a set without token ids, and for columns that do not fit each other.
     """
     for number in range(len(rows)):
         row = rows[number]
-        if "prompt_ids" in row:
-            yield from _pair(row, number, collate)
-            continue
-        if "input_ids" not in row:
+        if "prompt_ids" not in row and "input_ids" not in row:
             raise DataError(f"row {number} has no input_ids; this set is not prepared, give --data for rows of texts")
-        ids = np.asarray(row["input_ids"], np.int64).reshape(-1)
-        labels = _labels(row, ids, collate)
-        for part in _segments(row, len(ids)):
-            targets = labels[part].copy()
-            targets[:1] = IGNORED  # nothing predicts the first token
-            yield Trained(ids[part], targets, number)
+        made = _pair if "prompt_ids" in row else _sequences
+        try:
+            yield from list(made(row, number, collate))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+            raise DataError(
+                f"row {number} of the prepared set is damaged ({type(error).__name__}: {error}); prepare it again"
+            ) from error
+
+
+def _sequences(row: Mapping[str, Any], number: int, collate: Collate | None) -> Iterator[Trained]:
+    ids = np.asarray(row["input_ids"], np.int64).reshape(-1)
+    labels = _labels(row, ids, collate)
+    if len(labels) != len(ids):
+        raise ValueError(f"{len(labels)} labels for {len(ids)} tokens")
+    for part in _segments(row, len(ids)):
+        targets = labels[part].copy()
+        targets[:1] = IGNORED  # nothing predicts the first token
+        yield Trained(ids[part], targets, number)
 
 
 def _pair(row: Mapping[str, Any], number: int, collate: Collate | None) -> Iterator[Trained]:
