@@ -38,10 +38,29 @@ WAYS = {
 """What the ways to train are called, their colour and mark, in the order of the tables."""
 
 
+RATE, RATES_SEED = 5e-4, 19
+"""The rate of a way without a choice, and the seed whose cells choose; see bench/worlds.py."""
+
+
+def stored() -> pd.DataFrame:
+    """A row for each cell, at any rate."""
+    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return pd.DataFrame(
+        [{**cell, **cell["settings"], "rate": cell["settings"]["training"]["learning_rate"]} for cell in cells]
+    )
+
+
+def rates() -> pd.DataFrame:
+    """Accuracy on held-out training rows by world and way, a column a rate."""
+    cells = stored()
+    return cells[cells.seed == RATES_SEED].pivot_table(index=["world", "method"], columns="rate", values="accuracy")
+
+
 def cells() -> pd.DataFrame:
-    """A row for each cell."""
-    stored = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return pd.DataFrame([{**cell, **cell["settings"]} for cell in stored])
+    """A row for each cell at the rate that was chosen for its way and world."""
+    cells, chosen = stored(), {str(key): rate for key, rate in rates().idxmax(axis=1).items()}
+    rate = [chosen.get(str(key), RATE) for key in zip(cells.world, cells.method, strict=True)]
+    return cells[(cells.seed != RATES_SEED) & (cells.rate == rate)]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -464,6 +464,22 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
     return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
 
 
+def worlds_rates(_: Results) -> Rows:
+    """Accuracy on held-out training rows at each rate, the chosen one in bold."""
+    rows, found = list[dict[str, str]](), differences.rates()
+    for world, method in itertools.product(differences.WORLDS, differences.WAYS):
+        if (world, method) in found.index:
+            each = found.loc[(world, method)]
+            values = {
+                f"{rate:g}": f"**{100 * value:.1f}**" if rate == each.idxmax() else f"{100 * value:.1f}"
+                for rate, value in each.items()
+            }
+            rows.append(
+                {"world": differences.WORLDS[world], "": differences.WAYS[method][0].format(trusted=128)} | values
+            )
+    return rows
+
+
 def worlds_cost(_: Results) -> Rows:
     """Processor seconds of tsqlora and of even draws, by those of plain LoRA with the same seeds."""
     cells = differences.cells()
@@ -628,6 +644,31 @@ def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
     return f"{ours}; the 128 alone, at the same rate, {alone:.1f} %"
 
 
+SHAPES = {
+    "SmolLM2-135M": (30, 576, 192, 1536, 49152, 1),
+    "Qwen2.5-0.5B": (24, 896, 128, 4864, 151936, 1),
+    "Qwen2.5-1.5B": (28, 1536, 256, 8960, 151936, 1),
+    "Qwen2.5-7B": (28, 3584, 512, 18944, 152064, 2),
+    "Llama-3.1-8B": (32, 4096, 1024, 14336, 128256, 2),
+}
+"""Layers, width, width of keys, width of the feed-forward part, tokens of the vocabulary, and tables of embeddings."""
+
+
+def memory(_: Results) -> Rows:
+    """Memory of a QLoRA training step by model and length, of formulas: see docs/tutorial-text.md."""
+    rows, rank = list[dict[str, str]](), 16
+    for name, (depth, width, keys, inner, vocabulary, tables) in SHAPES.items():
+        matrices = [(width, width)] * 2 + [(width, keys)] * 2 + [(width, inner)] * 3
+        linear, lora = (depth * sum(part) for part in ([a * b for a, b in matrices], [a + b for a, b in matrices]))
+        fixed = 0.52 * linear + 2 * tables * vocabulary * width + 16 * rank * lora + 2 * width * inner
+        row = {"model": name, "weights and adapter, GB": f"{fixed / 1e9:.1f}"}
+        for tokens in (512, 2048, 8192):
+            activations = 2 * tokens * width * depth + 60 * tokens * width
+            row[f"with {tokens:,} tokens"] = f"{(fixed + activations + 12 * tokens * vocabulary) / 1e9:.1f}"
+        rows.append(row)
+    return rows
+
+
 def rules(_: Results) -> Rows:
     """The rules by which the doctor judges."""
     return [
@@ -658,6 +699,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "judge-coverage": judge_coverage,
     "claims-train": claims_train,
     "rank_cost": rank_cost,
+    "memory": memory,
     "rules": rules,
     "scale-model": scale_model,
     "scale-processes": scale_processes,
@@ -671,6 +713,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scoring-goals": scoring_goals,
     "servers": servers,
     "worlds-cost": worlds_cost,
+    "worlds-rates": worlds_rates,
     **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
 }
 
