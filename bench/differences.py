@@ -29,7 +29,7 @@ WORLDS = {
 WAYS = {
     "default": ("tsqlora, {trusted} trusted rows", "#0072b2", "o"),
     "last": ("tsqlora, {trusted} trusted rows last though they lack classes", "#cc79a7", "v"),
-    "mixed": ("tsqlora, mixed in as often", "#56b4e9", "D"),
+    "mixed": ("tsqlora, mixed in, read as often", "#56b4e9", "D"),
     "even": ("even draws, {trusted} mixed in", "#777777", "|"),
     "alone": ("{trusted} trusted alone, stopped early", "#e69f00", "s"),
     "lora+head": ("LoRA from the fitted head", "#d55e00", "^"),
