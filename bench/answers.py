@@ -6,7 +6,7 @@
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
-bench/results/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
+bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
 writes the look's results: bench/results/answers.json.
 """
 
@@ -35,6 +35,7 @@ from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS
 from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
+CACHE = ROOT / "bench" / ".cache" / "answers"
 SHARES, DRAWS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40
 answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
 Row = dict[str, Any]
@@ -195,9 +196,10 @@ def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) 
 
 
 def coverage() -> dict[str, Any]:
-    results = dict[str, Any]()
-    for path in sorted((RESULTS / "answers").glob("*.json")):
+    results, settings = dict[str, Any](), list[Any]()
+    for path in sorted(CACHE.glob("*.json")):
         cell = json.loads(path.read_text())
+        settings.append(cell["settings"])
         for share in SHARES:
             draws = {
                 f"foreign, {order}": [foreign_draw(cell, share, order, k) for k in range(DRAWS)]
@@ -211,7 +213,7 @@ def coverage() -> dict[str, Any]:
                     for name in some[0]
                 } | {"under_high": float(np.mean([one["share"] <= one["high"] for one in some]))}
                 print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
-    return {"draws": DRAWS, "results": results, "machine": machine(), "commit": commit()}
+    return {"settings": settings, "draws": DRAWS, "results": results, "machine": machine(), "commit": commit()}
 
 
 def main() -> None:
@@ -226,7 +228,7 @@ def main() -> None:
         write(RESULTS / "answers.json", coverage())
         return
     for name in request.tables.split(","):
-        path = RESULTS / "answers" / f"{name}.{Path(request.model).name}.json"
+        path = CACHE / f"{name}.{Path(request.model).name}.json"
         stored(path, partial(features, name, request.rows, request.model))
         print(name, flush=True)
 

@@ -644,6 +644,36 @@ def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
     return f"{ours}; the 128 alone, at the same rate, {alone:.1f} %"
 
 
+FAULTS_IN_TEXT = {
+    "foreign, next": "the answer of the next row",
+    "foreign, near": "the answer of the row with the nearest prompt",
+    "cut": "the first half of the answer",
+}
+
+
+def answers(results: Results) -> Rows:
+    """What the look at answers says, by the fault and how many rows have it; means over draws."""
+    rows = list[dict[str, str]]()
+    for key, found in results["results"].items():
+        table, fault = key.rpartition(", ")[0].split(", ", 1)
+        average = found["average_precision"]
+        rows.append(
+            {
+                "table": table,
+                "fault": FAULTS_IN_TEXT[fault],
+                "rows, %": f"{100 * found['share']:.0f}",
+                "average precision": "" if average != average else f"{average:.3f}",
+                "estimate, %": f"{100 * found['rate']:.1f}",
+                "upper bound, %": f"{100 * found['high']:.0f}",
+                "bound holds": f"{100 * found['under_high']:.0f} %",
+                "draws with evidence": f"{100 * found['evident']:.0f} %",
+                "rows listed": f"{found['listed']:.1f}",
+                "of them right": "" if not found["listed"] else f"{100 * found['right'] / found['listed']:.0f} %",
+            }
+        )
+    return rows
+
+
 SHAPES = {
     "SmolLM2-135M": (30, 576, 192, 1536, 49152, 1),
     "Qwen2.5-0.5B": (24, 896, 128, 4864, 151936, 1),
@@ -699,6 +729,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "judge-coverage": judge_coverage,
     "claims-train": claims_train,
     "rank_cost": rank_cost,
+    "answers": answers,
     "memory": memory,
     "rules": rules,
     "scale-model": scale_model,
