@@ -44,6 +44,20 @@ def test_labels_moved_into_one_class_are_left_out(classes: int, rows: int, share
     np.testing.assert_allclose(judgement.p_wrong, 1 - judgement.p_true[np.arange(rows), labels])
 
 
+def test_a_copy_defends_no_wrong_label_and_hides_no_evidence() -> None:
+    features, true, rng = table(0, 10, 1_000)
+    labels = moved(true, 0.08, rng)
+    once, twice = judge(features, labels, 10), np.repeat(np.arange(1_000), 2)
+    noise = 1 + 1e-6 * rng.normal(size=(2_000, features.shape[1])).astype(np.float32)  # of another batch
+    copied = judge(features[twice] * noise, labels[twice], 10)
+    assert copied.evident
+    assert (once.copies, copied.copies) == (0, 1_000)
+    np.testing.assert_array_equal(copied.left_out, once.left_out[twice])
+    # A copy with another label is another row.
+    other = judge(np.repeat(features, 2, axis=0), np.stack([labels, (labels + 1) % 10], axis=1).reshape(-1), 10)
+    assert other.copies == 0
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("minority", [0.5, 0.3, 0.1])
 def test_a_clean_table_that_no_line_separates_loses_nothing(minority: float, seed: int) -> None:

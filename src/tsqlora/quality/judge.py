@@ -43,6 +43,8 @@ PRIOR_ROWS = 30.0
 """Weight of the prior, labels drawn blindly, in rows per class."""
 LEAST_RATE = 0.03
 """Share of blind labels in the prior, at least: where each class loses labels to one other, none is drawn blindly."""
+COPY = 1e-3
+"""Distance of a copy's features, as a share of their norm: batches differ in their last digits."""
 SHARPER = (1.0, 2.0)
 """Factors on the scale of the logits."""
 
@@ -102,6 +104,8 @@ class Judgement:
     """Each bound holds for 95 of 100 tables. 0 and 1, which are none, where labels are not evidently drawn blindly."""
     verdict: Verdict | None = None
     """The fitted judge, for other rows."""
+    copies: int = 0
+    """Rows with the features and the label of an earlier one, which is judged for them."""
 
     @property
     def left_out(self) -> Bool[np.ndarray, " n"]:
@@ -124,15 +128,23 @@ def judge(
 ) -> Judgement:
     """Judge labels, numbers below `width`, by frozen features.
 
-    Fits on other groups judge the labels of a group, such as the tags of one row, which give each other away.
+    Fits on other groups judge the labels of a group, such as the tags of one row, which give each other away. Without
+    groups, rows that are there several times with one label are judged once: a copy would defend a wrong label.
     `excluded` classes of a row are as unlikely as its least likely class. Raises DataError for too few rows.
     """
     several = len(labels) if groups is None else len(np.unique(groups))
     if several < FOLDS:
         raise DataError(f"{several} rows with a label are too few to judge labels; give at least {FOLDS}")
     rng = stream("audit folds", 0)
+    along = features @ rng.normal(size=features.shape[1]).astype(np.float32)
+    if groups is None:
+        first, of = _distinct(features, labels, along)
+        if FOLDS <= len(first) < len(labels):
+            once = judge(features[first], labels[first], width, excluded=None if excluded is None else excluded[first])
+            each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "judged")}
+            return replace(once, **each, copies=len(labels) - len(first))
     # By their content: which rows share a fold must not depend on how a file is sorted.
-    order = np.argsort(features @ rng.normal(size=features.shape[1]).astype(np.float32))
+    order = np.argsort(along)
     own = None if groups is None else groups[order]
     logits = np.empty((len(labels), width), dtype=np.float32)
     logits[order], head = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
@@ -141,6 +153,22 @@ def judge(
     judgement = judge_logits(logits, labels, features=features, groups=groups)
     assert judgement.verdict is not None
     return replace(judgement, verdict=replace(judgement.verdict, weight=head.weight, bias=head.bias))
+
+
+def _distinct(
+    features: Float[np.ndarray, "n d"], labels: Labels, along: Float[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n"]]:
+    """Return the first row of each set of copies, and the set of each row; copies lie together `along`."""
+    order = np.lexsort((along, labels))
+    new = np.ones(len(labels), np.bool_)
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        some = features[order[start : start + ROWS_AT_ONCE + 1]]
+        apart = np.linalg.norm(np.diff(some, axis=0), axis=1)
+        new[start + 1 : start + len(some)] = apart > COPY * np.linalg.norm(some[1:], axis=1)
+    new[1:] |= np.diff(labels[order]) != 0
+    number = np.empty(len(labels), np.int64)
+    number[order] = np.cumsum(new) - 1
+    return np.unique(number, return_index=True)[1], number
 
 
 def judge_logits(

@@ -68,6 +68,8 @@ class Audit:
     """Why there is no evidence of wrong labels; None if there is."""
     unjudged: int
     """Labels of classes with too few rows to be judged."""
+    copies: int
+    """Rows that repeat an earlier one with its label; it is judged for them."""
     pairs: tuple[ClassPair, ...]
     """The most frequent first."""
     duplicates: tuple[Contradiction, ...] = ()
@@ -203,6 +205,7 @@ def audit_of_judgement(
         evident=judgement.evident,
         why_not=judgement.why_not,
         unjudged=int((~judgement.judged).sum()),
+        copies=judgement.copies,
         pairs=_pairs(labels, suggested, wrong, judgement.logits),
     )
 

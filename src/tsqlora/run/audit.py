@@ -146,6 +146,8 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
         result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
+    if result.copies:
+        notes.append(f"rows that repeat an earlier one with its label, and are judged with it: {result.copies}")
     if result.uncompared:
         notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
