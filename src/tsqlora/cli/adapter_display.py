@@ -32,6 +32,11 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
             f"compared     logits differ by {report['logits_difference']:.2g} at most, the largest is "
             f"{report['largest_logit']:.3g}"
         )
+    if half := report["bfloat16"]:
+        lines.append(
+            f"bfloat16     logits differ by {half['merged']:.2%} from PEFT's in float32; the base's own by "
+            f"{half['base']:.2%}"
+        )
     lines += [f"note: {note}" for note in report["notes"]]
     if cut := report["truncation"]:
         lines.append(f"truncated    {len(cut)} layers; the greatest losses:")

@@ -156,6 +156,11 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def tokenizer_among(processors: Sequence[Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's processors, or None."""
+    return next((one for one in processors if isinstance(one, PreTrainedTokenizerBase)), None)
+
+
 def load_processors(*places: tuple[str, str]) -> list[Any]:
     """Of each kind of processor the first in these places, which are a directory or a hub id and a revision."""
 

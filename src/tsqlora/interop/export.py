@@ -7,13 +7,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop import gguf
 from tsqlora.interop.attach import attach
-from tsqlora.interop.base import Base, module_shapes
+from tsqlora.interop.base import Base, module_shapes, tokenizer_among
 from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
@@ -25,7 +25,10 @@ from tsqlora.interop.verify import (
     compare_updates,
     compare_weights,
     logits,
+    logits_of,
     peft_logits,
+    relative_gap,
+    text_batches,
     why_not_compared,
 )
 
@@ -41,6 +44,8 @@ class Exported:
         rank, targets: of the written adapter; None for a merged model.
         truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank.
         notes: for the user.
+        bfloat16: of a merged model in bfloat16 how far its logits are from PEFT's in float32, and the base's from the
+            base's, relative.
     """
 
     difference: Difference
@@ -48,6 +53,7 @@ class Exported:
     targets: int | None = None
     truncation: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bfloat16: Mapping[str, float] | None = None
 
     def report(self, out: Path, format: str) -> dict[str, Any]:
         """A summary for JSON of the export in `out`."""
@@ -60,6 +66,7 @@ class Exported:
             "relative_difference": difference.relative if compared else None,
             "logits_difference": difference.logits,
             "largest_logit": difference.logits_size,
+            "bfloat16": self.bfloat16,
         }
         if self.rank is not None:
             report |= {"rank": self.rank, "targets": self.targets}
@@ -182,9 +189,12 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
 
 def _merged(job: Job) -> Exported:
     base = job.base
-    model = base.load(job.dtype)
+    model, processors = base.load(job.dtype), base.processors()
     _require_fit(job.adapter, model)
-    save_merged(merge_into(model, job.adapter, job.source), base.processors(), job.folder)
+    half = model.dtype == torch.bfloat16 and why_not_compared(model) is None
+    texts = text_batches(model, tokenizer_among(processors)) if half else []
+    rounded = logits_of(model, texts) if half else None
+    save_merged(merge_into(model, job.adapter, job.source), processors, job.folder)
     saved, dtype = reload(job.folder, model), NAMES[model.dtype]
     del model  # keep one base in memory at a time, beside the merged model
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
@@ -192,6 +202,8 @@ def _merged(job: Job) -> Exported:
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
+    if rounded is not None:
+        done = _in_bfloat16(job, done, rounded, saved, texts)
     # In float32, so that only the rounding of the weights differs.
     model = base.load(job.dtype).float()
     if reason := why_not_compared(model):
@@ -200,6 +212,28 @@ def _merged(job: Job) -> Exported:
     del model
     gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+
+
+def _in_bfloat16(
+    job: Job, done: Exported, rounded: Tensor, saved: PreTrainedModel, texts: Sequence[Mapping[str, Tensor]]
+) -> Exported:
+    """Compare the merged model with PEFT in float32 as the base in bfloat16 with the base in float32.
+
+    Twice the base's gap is named, since the weights were compared; where they were not, it is an error.
+    """
+    exact = job.base.load("float32")
+    own = relative_gap(rounded, logits_of(exact, texts))
+    gap = relative_gap(logits_of(saved, texts), logits_of(attach(exact, job.source), texts))
+    done = replace(done, bfloat16={"base": own, "merged": gap})
+    if gap <= 2 * own:
+        return done
+    what = (
+        f"in bfloat16 the merged model's logits differ from PEFT's in float32 by {gap:.2%}, {gap / own:.1f} times as "
+        "much as the base's own; serve the adapter, or merge with --dtype float32"
+    )
+    if done.difference.layer is None:
+        raise TsqLoraError(f"{what}; nothing was written")
+    return replace(done, notes=(*done.notes, what))
 
 
 def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
