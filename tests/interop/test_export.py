@@ -194,12 +194,14 @@ def renamed(place: Path, folder: Path, base: str | None) -> Path:
 def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
     report = exported(place, tmp_path / "out", "universal")
     assert report.pop("bytes") > 0
+    assert set(report.pop("serve")) == {"vLLM", "SGLang", "TGI"}
     assert report.pop("logits_difference") < 1e-4 < report.pop("largest_logit")
     assert report == {
         "out": str(tmp_path / "out"),
         "format": "universal",
         "update_difference": 0.0,
         "relative_difference": 0.0,
+        "bfloat16": None,
         "rank": 16,
         "targets": 8,
         "max_lora_rank": 16,

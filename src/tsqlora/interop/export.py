@@ -16,7 +16,7 @@ from tsqlora.interop.attach import attach
 from tsqlora.interop.base import Base, module_shapes, tokenizer_among
 from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
-from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.lora import LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
@@ -128,8 +128,19 @@ def export_adapter(
             source = Path(loadable)
             write_adapter(compact(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
+        if format != "merged":
+            _carry(base.processors(), folder, whole=format != "gguf")
     unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
     return replace(done, truncation=errors, notes=(*done.notes, *unknown))
+
+
+def _carry(processors: Sequence[Any], folder: Path, *, whole: bool) -> None:
+    """Save the processors beside an adapter; llama.cpp has the tokenizer in the base's file, so the template alone."""
+    for each in processors if whole else ():
+        each.save_pretrained(folder)
+    template = getattr(tokenizer_among(processors), "chat_template", None)
+    if isinstance(template, str) and not whole:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
@@ -265,7 +276,8 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
     bare = [name for name in adapter.targets if getattr(modules.get(name), "bias", None) is None]
     if adapter.config.get("lora_bias") and bare:
         raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
-    if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
+    alone = [head for head in adapter.heads() if head.endswith(("embed_tokens", "lm_head"))]
+    if tied_targets(adapter) or (alone and not adapter.config.get("ensure_weight_tying")):
         _untie(base)
     merged = attach(base, folder).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
