@@ -213,6 +213,8 @@ def test_no_export_is_offered_for_a_server_without_such_classifiers(tmp_path: Pa
     assert format_for(source, "sglang") == "merged"
     with pytest.raises(UnsupportedError, match="BertForSequenceClassification"):
         format_for(source, "tgi")
+    with pytest.raises(UnsupportedError, match="64 tokens, the base 60"):
+        format_for(KINDS["resized vocabulary"](tmp_path / "b"), "vllm")
 
 
 def test_sglang_refuses_tokens_that_the_adapter_adds(tmp_path: Path) -> None:

@@ -209,10 +209,9 @@ def doctor(
     console.show(result, as_json, show_doctor)
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]
+        instead = "mend the fault that the report names" if result["faults"] else "serve it with PEFT"
         command = (
-            f"tsqlora export {quote(str(source))} --format {mend} --out DIR"
-            if mend
-            else "no export helps; serve it with PEFT"
+            f"tsqlora export {quote(str(source))} --format {mend} --out DIR" if mend else f"no export helps; {instead}"
         )
         console.note(f"for {judged['name']}: {command}")
         raise typer.Exit(MISREAD)

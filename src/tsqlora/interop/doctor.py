@@ -111,6 +111,8 @@ def format_for(folder: Path, server: str) -> str:
     adapter = read_adapter(folder)
     _, base, mended = _context(folder, adapter)
     if (format := mend(rule, adapter, mended, base)) is None:
+        if base.resized:
+            raise UnsupportedError(f"{base.resized}; name the enlarged base in {CONFIG}")
         what = ", ".join(adapter.variants()) or base.name
         raise UnsupportedError(f"no export of {what} suits {server}; serve it with PEFT")
     return format
@@ -279,12 +281,12 @@ def faults_of(adapter: LoraAdapter) -> list[Fault]:
     config = {} if folder is None else base_config(folder)
     packed = folder is None or "quantization_config" in config  # its weights have other shapes
     tied = bool(config) and config.get("tie_word_embeddings", True)
-    found = faults(adapter, {} if folder is None or packed else weight_shapes(folder), tied=tied)
+    result = faults(adapter, {} if folder is None or packed else weight_shapes(folder), tied=tied)
     size = config.get("vocab_size")
     other = resized(adapter, size if isinstance(size, int) else None)
-    if other and not any(fault.name == DIFFERENT for fault in found):
-        found.append(Fault(DIFFERENT, RESIZED, tuple(f"{name} has {rows:,} tokens" for name, rows in other)))
-    return found
+    if other and not any(fault.name == DIFFERENT for fault in result):
+        result.append(Fault(DIFFERENT, RESIZED, tuple(f"{name} has {rows:,} tokens" for name, rows in other)))
+    return result
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:

@@ -15,7 +15,7 @@ NAME = "adapter"
 def serve_line(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts, folder: Path, *, kind: str) -> str | None:
     """The command for what lies in a folder; None if this server does not serve it.
 
-    Whether a command serves a base of this kind is not asked, but for classifiers: merged, where the server has them.
+    The server may lack the base; a classifier has a command for its merged model alone, where the server has such.
 
     Args:
         kind: "adapter", which was judged right; "gguf" or "merged".

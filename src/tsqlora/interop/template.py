@@ -135,8 +135,8 @@ def messages_in(text: str, template: str, special: Mapping[str, str]) -> tuple[l
 def _split(text: str, marks: Sequence[str]) -> list[str]:
     pieces = []
     for mark in marks:
-        piece, found, text = text.partition(mark)
-        if not found:
+        piece, there, text = text.partition(mark)
+        if not there:
             raise DataError("the template leaves a message out")
         pieces.append(piece)
     return [*pieces, text]
@@ -148,8 +148,8 @@ def _contents(text: str, pieces: Sequence[str]) -> list[str] | None:
         return None
     contents, rest = [], text[len(pieces[0]) :]
     for piece in pieces[1:]:
-        content, found, rest = rest.partition(piece)
-        if not found:
+        content, there, rest = rest.partition(piece) if piece else (rest, "end", "")
+        if not there:
             return None
         contents.append(content)
     return contents

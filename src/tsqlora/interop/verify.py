@@ -20,11 +20,11 @@ from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 _ROWS, _TOKENS = 4, 12
 _ABOUT = ("water", "a democracy", "music", "the moon", "a prime number", "Python", "bread", "an island")
 TEXTS = tuple(
-    f"{asked} {what}?"
-    for asked in ("What is", "Why do we need", "How would you describe", "Who first wrote about")
+    f"{start} {what}?"
+    for start in ("What is", "Why do we need", "How would you describe", "Who first wrote about")
     for what in _ABOUT
 )
-"""Texts on which a model in bfloat16 is compared; on random tokens models round in a way of their own."""
+"""Texts on which a model in bfloat16 is compared: on random tokens rounding is several times as large."""
 _TEXT_TOKENS = 16
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """safetensors' names of torch's dtypes."""

@@ -75,7 +75,7 @@ def write_contract(job: Job, run: Path) -> None:
 def contract_for(
     base: str, vocabulary: Vocabulary, template: str, ends: Sequence[bool], prompts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The content of template.json; `ends` says of each answer whether a stop was trained behind it."""
+    """The content of template.json; `ends`: whether a stop was trained behind each answer."""
     tokenizer: Any = vocabulary.tokenizer
     stops = sorted(vocabulary.stops)
     return {

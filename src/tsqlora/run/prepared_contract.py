@@ -39,14 +39,14 @@ def contract_of_prepared(adapter: Path, prepared: Path, file: Path) -> dict[str,
     for ids in questions:
         text = vocabulary.text(ids).decode(errors="replace")
         variants = [text, text.removeprefix(str(tokenizer.bos_token))]  # which a tokenizer may add to the template's
-        found = [
+        fitting = [
             (part, *read)
             for part in dict.fromkeys(variants)
             for template in dict.fromkeys(templates)
             if (read := messages_in(part, template, special))
         ]
-        if found:
-            part, messages, _ = max(found, key=lambda one: one[2])
+        if fitting:
+            part, messages, _ = max(fitting, key=lambda one: one[2])
             prompts.append({"messages": messages, "text": part, "ids": ids})
     if not prompts:
         why = f"the first one is {text!r:.200}" if questions else "all of their tokens were trained"
