@@ -35,8 +35,8 @@ def chat_model(folder: Path, *, named: bool = True) -> Path:
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_has_the_tokenizer_the_template_and_the_settings_of_its_base(format: str, tmp_path: Path) -> None:
     source, out = chat_model(tmp_path), tmp_path / "out"
-    cut = {"max_rank": 2} if format == "compressed" else {}
-    report = export(source, out, format=format, base=str(tmp_path / "base"), **cut)
+    cut = 2 if format == "compressed" else None
+    report = export(source, out, format=format, base=str(tmp_path / "base"), max_rank=cut)
     assert (out / "chat_template.jinja").read_text() == FAMILIES["qwen 2.5"].template
     if format != "gguf":  # llama.cpp has them in the base's file
         assert (out / "tokenizer.json").read_text() == (tmp_path / "base" / "tokenizer.json").read_text()

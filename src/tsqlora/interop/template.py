@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def render(template: str, contract: Mapping[str, Any]) -> list[str]:
     return answer["texts"]
 
 
-_SHAPES = [[*system, *("user", "assistant") * turns, "user"] for turns in (3, 2, 1, 0) for system in (("system",), ())]
+_SHAPES = [(*system, *("user", "assistant") * turns, "user") for turns in (3, 2, 1, 0) for system in (("system",), ())]
 """Roles of the prompts that can be read back, the longest first."""
 
 
@@ -121,25 +122,31 @@ def messages_in(text: str, template: str, special: Mapping[str, str]) -> tuple[l
     None where its markers are not there in any order of roles.
     """
     for roles in _SHAPES:
-        marks = [f"9f3aTurn{j}Probe" for j in range(len(roles))]
-        turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        contract = {"special_tokens": special, "prompts": [{"messages": turns}]}
-        with suppress(DataError):  # a template may have no system role
-            contents = _contents(text, _split(render(template, contract)[0], marks))
-            if contents is not None:
-                read = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-                return read, render(template, contract | {"prompts": [{"messages": read}]}) == [text]
+        pieces = _pieces_between(template, tuple(special.items()), roles)
+        if pieces and (contents := _contents(text, pieces)) is not None:
+            read = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+            with suppress(DataError):  # a template may refuse a content
+                again = render(template, {"special_tokens": special, "prompts": [{"messages": read}]})
+                return read, again == [text]
     return None
 
 
-def _split(text: str, marks: Sequence[str]) -> list[str]:
+@lru_cache(maxsize=64)
+def _pieces_between(template: str, special: tuple[tuple[str, str], ...], roles: tuple[str, ...]) -> tuple[str, ...]:
+    """What the template writes before, between and behind messages of these roles; empty if it takes no such ones."""
+    marks = [f"9f3aTurn{j}Probe" for j in range(len(roles))]
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     pieces = []
+    try:
+        (text,) = render(template, {"special_tokens": dict(special), "prompts": [{"messages": turns}]})
+    except DataError:  # a template may have no system role
+        return ()
     for mark in marks:
         piece, there, text = text.partition(mark)
         if not there:
-            raise DataError("the template leaves a message out")
+            return ()
         pieces.append(piece)
-    return [*pieces, text]
+    return (*pieces, text)
 
 
 def _contents(text: str, pieces: Sequence[str]) -> list[str] | None:

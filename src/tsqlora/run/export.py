@@ -44,7 +44,7 @@ def export(
     )
     if is_run(source):
         write_card(source, out, format=format, cut=bool(done.truncation))
-    report = done.report(out, format) | {"serve": serving(adapter_folder(source), out, format)}
+    report: dict[str, Any] = done.report(out, format) | {"serve": serving(adapter_folder(source), out, format)}
     quantization = load_config(source / CONFIG_FILE, trained=True).model.quantization if is_run(source) else None
     if format == "merged" and quantization is not None:
         report["notes"].append(f"trained on a {quantization} base, merged into the full one: outputs differ slightly")
