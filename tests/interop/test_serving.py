@@ -47,6 +47,7 @@ def test_an_export_has_the_tokenizer_the_template_and_the_settings_of_its_base(f
             "llama.cpp": f"llama-server -m BASE.gguf --lora {out}/adapter.gguf --jinja --chat-template-file {template}"
         }
     elif format == "merged":
+        assert set(lines) == {"vLLM", "SGLang", "TGI"}
         assert lines["vLLM"] == f"vllm serve {out} --chat-template {template}"
         assert lines["SGLang"] == f"python -m sglang.launch_server --model-path {out} --chat-template {template}"
     else:

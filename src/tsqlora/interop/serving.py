@@ -23,6 +23,8 @@ def serve_line(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts, folder
     command, rank = (consumer.merged if kind == "merged" else consumer.serve), vllm_rank(adapter.rank)
     if (kind == "adapter" and consumer.file) or (kind == "gguf" and not consumer.file) or not command:
         return None
+    if consumer.only and not base.is_one_of(consumer.only):
+        return None
     if base.is_classifier and not (kind == "merged" and base.is_one_of(consumer.serves, perhaps=True)):
         return None
     if (rank is None and "{rank}" in command) or not (base.is_classifier or _writes(adapter, base)):
