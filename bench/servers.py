@@ -8,7 +8,7 @@ The servers do not install without a GPU, but the files of theirs that read an a
 taken out of each wheel in WHEELS and run as they are; what they import beside torch and huggingface_hub (loggers,
 configs, models) is an empty stand-in. Of vLLM that is PEFTHelper, LoRAModel.from_local_checkpoint and optimize(), which
 give the B that is multiplied with A. Of SGLang it is LoRAConfig and LoRAAdapter; the memory pool's rules (every module
-in a buffer, every A of as many rows as the config's r) are restated in `sglang_pool`.
+in a buffer, every A of as many rows as the config's r, as many tokens as the base) are restated in `sglang_pool`.
 """
 
 import ast
@@ -32,7 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from tsqlora.errors import DataError
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.interop.servers import TOWER
 
 CLASSIFIER = "ForSequenceClassification"
 Applied = dict[str, Tensor]
@@ -121,7 +123,9 @@ def code_of(wheel: Path, package: str, real: set[str]) -> Iterator[None]:
 
 
 def base_of(adapter: Path) -> LlamaConfig:
-    return LlamaConfig.from_pretrained(adapter.parent / "base")
+    """The config that the adapter names, where there is one: the tiny Llama's with other settings."""
+    named = json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"] or ""
+    return LlamaConfig.from_pretrained(named if Path(named).is_dir() and named else adapter.parent / "base")
 
 
 def vllm(folder: Path) -> Applied:
@@ -131,9 +135,15 @@ def vllm(folder: Path) -> Applied:
     helper = helper_of.from_local_dir(str(folder), None)
     helper.validate_legal(types.SimpleNamespace(max_lora_rank=512))
     model = model_of.from_local_checkpoint(
-        str(folder), LLAMA, helper, device="cpu", dtype=torch.float32, model_vocab_size=base_of(folder).vocab_size
+        str(folder),
+        LLAMA | {"experts"},
+        helper,
+        device="cpu",
+        dtype=torch.float32,
+        model_vocab_size=base_of(folder).vocab_size,
     )
-    layers = {name: lora.optimize() for name, lora in model.loras.items()}
+    # model_manager.py wraps the modules of the language model alone, without --enable-tower-connector-lora.
+    layers = {name: lora.optimize() for name, lora in model.loras.items() if not TOWER.search(name)}
     heads = dict.fromkeys(getattr(model, "modules_to_save", ()), torch.empty(0))
     return heads | {name: lora.lora_b @ lora.lora_a for name, lora in layers.items()}
 
@@ -175,6 +185,8 @@ def sglang_pool(weights: Mapping[str, Tensor], rank: int, scaling: float, base: 
         if a.shape[0] != stacked[buffer] * rank:
             raise AssertionError(f"LoRA buffer of rank {rank} does not match weight shape {tuple(a.shape)} of {name}")
         b = weights[name.replace("_A", "_B")]
+        if buffer == "embed_tokens" and a.shape[1] != base.vocab_size:
+            raise AssertionError(f"LoRA buffer of {base.vocab_size} tokens does not match {tuple(a.shape)} of {name}")
         module = re.sub(r"\.lora_(A\.weight|embedding_A)$", "", name).removeprefix("base_model.model.")
         outputs = rows.get(buffer, [b.shape[0]])
         for part, mine, theirs in zip(parts.get(buffer, (buffer,)), a.split(rank), b.split(outputs), strict=True):
@@ -190,11 +202,14 @@ SERVERS: dict[str, tuple[Callable[[Path], Applied], set[str]]] = {
 
 def judged(load: Callable[[Path], Applied], folder: Path) -> dict[str, Any]:
     """Refused and why, or by what factor each layer's update is applied; nothing else is listed than what is not 1."""
-    adapter = read_adapter(folder)
     try:
         applied = load(folder)
     except Exception as error:
         return {"verdict": "refused", "why": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+    try:
+        adapter = read_adapter(folder)
+    except DataError:
+        return {"verdict": "wrong", "why": "loads what PEFT does not"}
     factors, beyond = {}, [*(head for head in adapter.heads() if head not in applied), *adapter.variants()]
     for name, target in adapter.targets.items():
         mine = torch.from_numpy(target.delta())

@@ -13,13 +13,12 @@ import pytest
 from huggingface_hub import constants
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from kinds import KINDS, Q0, Q1, damaged, saved
+from kinds import KINDS, Q0, Q1, UNREADABLE, bert_classifier, damaged, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.interop.checkpoint import base_weights
 from tsqlora.interop.doctor import examine, format_for, rule_for, served
-from tsqlora.interop.files import CONFIG
 from tsqlora.interop.health import layer_health
 from tsqlora.interop.lora import Target
 from tsqlora.interop.servers import CONSUMERS
@@ -31,6 +30,7 @@ NEW_VLLM = ("vLLM", "vLLM to 0.32")
 VLLM = (*NEW_VLLM, *OLD_VLLM)
 SGLANG = ("SGLang", "SGLang to 0.5.23")
 OLD_MLX = "MLX to 0.31"
+CONFIG_JSON = "config.json"
 SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM")
 
 
@@ -38,6 +38,7 @@ def of_all(names: Sequence[str], verdict: str) -> dict[str, str]:
     return dict.fromkeys(names, verdict)
 
 
+SAVED_WHOLE = of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp", "MLX"), "refused -> merged")
 EXPECTED: Mapping[str, Mapping[str, str]] = {
     "uniform": {},
     "ranks, one scale": of_all((*SGLANG, "MLX"), "refused -> universal")
@@ -56,7 +57,7 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "dora": of_all((*VLLM, *SGLANG, "llama.cpp", "MLX"), "refused -> merged")
     | of_all(("TGI", OLD_MLX), "wrong -> merged"),
     "embedding": of_all(("TGI", "TensorRT-LLM"), "wrong -> merged"),
-    "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp", "MLX"), "refused -> merged"),
+    "head": SAVED_WHOLE,
     "classifier": of_all((*NEW_VLLM, "vLLM to 0.31"), "right")
     | of_all(SGLANG, "wrong -> merged")
     | {"vLLM to 0.30": "refused -> merged", "text-embeddings-inference": "refused -> merged"}
@@ -66,6 +67,18 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "small rank": {"TGI": "wrong -> universal"},
     "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "wrong -> merged")
     | of_all(VLLM, "refused -> merged"),
+    "trained tokens": SAVED_WHOLE,
+    "resized vocabulary": of_all(("PEFT", *SERVERS), "refused") | of_all(("TGI", "TensorRT-LLM"), "wrong"),
+    "tied twice": SAVED_WHOLE,
+    "experts": of_all((*VLLM, "TGI", OLD_MLX), "wrong")
+    | of_all((*SGLANG, "llama.cpp", "MLX", "TensorRT-LLM"), "refused"),
+    "loftq": of_all(SERVERS, "wrong -> merged") | of_all(NEW_VLLM, "refused -> merged"),
+    "olora": of_all(SERVERS, "wrong -> merged") | of_all(NEW_VLLM, "refused -> merged"),
+    "LLaMA-Factory, PEFT 0.18": {},
+    "LLaMA-Factory, resize_vocab": SAVED_WHOLE,
+    "axolotl, PEFT 0.20": {},
+    "unsloth, texts": {},
+    "unsloth, images": of_all(SERVERS, "wrong -> merged") | of_all(SGLANG, "refused -> merged"),
 }
 """By kind of adapter, who does not read it right, and what mends it."""
 
@@ -95,6 +108,22 @@ def test_the_doctor_says_what_vllm_and_sglang_were_seen_to_do(kind: str, tmp_pat
         assert result["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
 
 
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_no_server_can_apply_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"empty tensors|cannot be read|no key matches"):
+        examine(UNREADABLE[kind](tmp_path / "a"))
+    results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
+    assert "right" not in {seen[kind]["verdict"] for seen in json.loads(results.read_text())["servers"].values()}
+
+
+def test_another_trainers_adapter_loads_in_peft_and_is_exported(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    for trainer in ("LLaMA-Factory, PEFT 0.18", "axolotl, PEFT 0.20", "unsloth, texts"):
+        source = KINDS[trainer](tmp_path / trainer)
+        report = export(source, tmp_path / f"{trainer} out", format="universal", base=str(tmp_path / "base"))
+        assert report["logits_difference"] < 1e-3 * report["largest_logit"]
+
+
 def test_the_bases_on_which_vllm_takes_no_lora_are_those_of_its_registry() -> None:
     results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
     for server, bases in json.loads(results.read_text())["bases"].items():
@@ -108,10 +137,6 @@ def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_pat
     source = KINDS[kind](tmp_path / "a")
     export(source, tmp_path / "out", format="universal", base=str(tmp_path / "base"))
     assert verdicts(examine(tmp_path / "out")) == RIGHT
-
-
-def edit(folder: Path, **changed: Any) -> None:
-    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changed))
 
 
 def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -145,15 +170,6 @@ def test_a_version_finds_its_rule_and_is_named_where_it_was_not_read(server: str
 def test_a_server_or_version_that_is_none_is_named(server: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=named):
         examine(tmp_path, server=server)
-
-
-def bert_classifier(folder: Path, *, named: bool = True) -> Path:
-    """An adapter with its head on a tiny BERT, which it names."""
-    save_base(folder / "base", tiny_bert().float())
-    config = lora_config(task_type="SEQ_CLS", target_modules=["query", "key", "value"])
-    source = save_lora(folder / "a", tiny_bert().float(), config)
-    edit(source, base_model_name_or_path=str(folder / "base") if named else "org/elsewhere")
-    return source
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -197,6 +213,8 @@ def test_no_export_is_offered_for_a_server_without_such_classifiers(tmp_path: Pa
     assert format_for(source, "sglang") == "merged"
     with pytest.raises(UnsupportedError, match="BertForSequenceClassification"):
         format_for(source, "tgi")
+    with pytest.raises(UnsupportedError, match="64 tokens, the base 60"):
+        format_for(KINDS["resized vocabulary"](tmp_path / "b"), "vllm")
 
 
 def test_sglang_refuses_tokens_that_the_adapter_adds(tmp_path: Path) -> None:
@@ -214,6 +232,30 @@ def test_trained_tokens_are_refused_by_vllm_and_left_out_by_sglang(tmp_path: Pat
     assert {of(report, name)["verdict"] for name in VLLM} == {"refused"}
     assert {of(report, name)["verdict"] for name in SGLANG} == {"wrong"}
     assert of(report, "PEFT")["verdict"] == "right"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_parameters_of_experts_are_judged_by_vllms_rule(dense: bool, tmp_path: Path) -> None:
+    """PEFT stacks the ranks of all experts, and saves gate_up_proj as `experts.base_layer`."""
+    source = with_experts(tmp_path / "a", target_modules=["q_proj"] if dense else [])
+    report = examine(source)
+    assert (report["rank"], report["variants"]) == (8 if dense else 0, ["target_parameters"])
+    assert (report["faults"], verdicts(report)["PEFT"]) == ([], "right")
+    assert {of(report, name)["verdict"] for name in ("llama.cpp", *SGLANG, "MLX", "TensorRT-LLM")} == {"refused"}
+    assert "as interleaved" in of(report, "vLLM")["reasons"][0]
+    (tmp_path / "base").mkdir()
+    base = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "tie_word_embeddings": False}
+    (tmp_path / "base" / CONFIG_JSON).write_text(json.dumps(base))
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    assert {of(examine(source), name)["verdict"] for name in VLLM} == {"right"}
+    assert {one["mend"] for one in report["consumers"]} == {None}
+    with pytest.raises(UnsupportedError, match="target_parameters"):
+        export(source, tmp_path / "out", format="peft")
+
+
+def test_vllm_needs_both_parameters_of_experts(tmp_path: Path) -> None:
+    source = with_experts(tmp_path / "a", target_parameters=["mlp.experts.down_proj"])
+    assert {of(examine(source), name)["verdict"] for name in VLLM} == {"refused"}
 
 
 def test_factors_by_hand(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,24 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from elsewhere import environment_without_us
+from families import FAMILIES, tokenizer_of
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from made_media import save_vit, save_wav2vec2
-from models import tiny_bert, tiny_llama_classifier
+from models import SIZES, tiny_bert, tiny_llama_classifier
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.interop import export as export_module
 from tsqlora.interop.base import module_shapes
@@ -47,7 +52,7 @@ from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import compact, served_rank, universal
 from tsqlora.interop.tensors import PRECISIONS
-from tsqlora.interop.verify import compare_updates, compare_weights, logits, probe_rows
+from tsqlora.interop.verify import TEXTS, compare_updates, compare_weights, logits, probe_rows
 from tsqlora.run.export import export
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "v0.1"
@@ -189,12 +194,14 @@ def renamed(place: Path, folder: Path, base: str | None) -> Path:
 def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
     report = exported(place, tmp_path / "out", "universal")
     assert report.pop("bytes") > 0
+    assert set(report.pop("serve")) == {"vLLM", "SGLang", "TGI"}
     assert report.pop("logits_difference") < 1e-4 < report.pop("largest_logit")
     assert report == {
         "out": str(tmp_path / "out"),
         "format": "universal",
         "update_difference": 0.0,
         "relative_difference": 0.0,
+        "bfloat16": None,
         "rank": 16,
         "targets": 8,
         "max_lora_rank": 16,
@@ -461,6 +468,52 @@ def test_numbers_that_float16_has_no_room_for_are_rounding(format: str, tmp_path
     export(folder, tmp_path / "out", format=format, base=str(tmp_path / "base"), dtype="float16")
 
 
+def half_base(folder: Path) -> str:
+    """A base in bfloat16, with a tokenizer."""
+    tokenizer_of(FAMILIES["zephyr"]).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 400}
+    return str(save_base(folder, LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1)).bfloat16()))
+
+
+def test_a_merged_bfloat16_model_is_as_near_to_peft_as_its_base_to_float32(tmp_path: Path) -> None:
+    base = half_base(tmp_path / "base")
+    load = partial(AutoModelForCausalLM.from_pretrained, base)
+    save_lora(tmp_path / "a", load(dtype=torch.float32), lora_config(lora_alpha=1))
+    report = export(tmp_path / "a", tmp_path / "out", format="merged", base=base)
+    tokenizer, exact = AutoTokenizer.from_pretrained(base), load(dtype=torch.float32).eval()
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"][:, :16] for text in TEXTS]
+
+    def gap(low: PreTrainedModel, exact: Any) -> float:
+        with torch.no_grad():
+            pairs = [(low.eval()(row).logits.float(), exact.eval()(row).logits) for row in rows]
+        own, other = (torch.cat([pair[k].flatten() for pair in pairs]) for k in (0, 1))
+        return float((own - other).norm() / other.norm())
+
+    of_base = gap(load(dtype=torch.bfloat16), exact)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    of_merged = gap(merged, PeftModel.from_pretrained(exact, str(tmp_path / "a")))
+    assert len(TEXTS) == 32
+    assert report["bfloat16"] == pytest.approx({"base": of_base, "merged": of_merged}, rel=1e-3)
+    assert 0 < of_merged < 2 * of_base
+    assert not report["notes"]
+
+
+def test_a_merged_bfloat16_model_beyond_its_bases_rounding_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large update is merged rightly beyond bfloat16's reach; DoRA's weights are not compared, so it is an error."""
+    base = half_base(tmp_path / "base")
+    for name, dora in (("large", False), ("dora", True)):
+        own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        save_lora(tmp_path / name, own, lora_config(use_dora=dora))
+    (note,) = export(tmp_path / "large", tmp_path / "out", format="merged", base=base)["notes"]
+    assert "--dtype float32" in note
+    monkeypatch.setattr(export_module, "save_merged", partial(wrong_merge, size=0.5))
+    with pytest.raises(TsqLoraError, match="--dtype float32"):
+        export(tmp_path / "dora", tmp_path / "other", format="merged", base=base)
+
+
 # ------------------------------------------------------------------------- what must not happen
 
 
@@ -469,9 +522,9 @@ def wrong_update(adapter: LoraAdapter, folder: Path) -> None:
     write_adapter(replace(adapter, targets=scaled), folder)
 
 
-def wrong_merge(model: PreTrainedModel, _: Any, folder: Path) -> None:
+def wrong_merge(model: PreTrainedModel, _: Any, folder: Path, size: float = 0.01) -> None:
     with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] += 0.01  # type: ignore[index,operator]
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] += size  # type: ignore[index,operator]
     model.save_pretrained(folder)
 
 

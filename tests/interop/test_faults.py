@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinds import saved
-from loras import save_base, tiny_gpt2_lm, tiny_llama
+from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from tsqlora.errors import DataError
 from tsqlora.interop.doctor import examine, faults_in
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.interop.health import faults as fault_list
+from tsqlora.run.export import export
 
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
@@ -114,6 +115,52 @@ def test_a_resized_vocabulary_is_a_fault_with_its_cure(tmp_path: Path) -> None:
 
     source = adapter(tmp_path, grown, modules_to_save=["lm_head"])
     assert "resize_token_embeddings" in faults(source)["shapes differ from the base"]
+
+
+def test_a_resized_vocabulary_is_seen_in_the_config_alone(tmp_path: Path) -> None:
+    def grown(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return key, torch.cat([tensor, tensor[:4]]) if "lm_head" in key else tensor
+
+    source = adapter(tmp_path, grown, modules_to_save=["lm_head"])
+    (tmp_path / "base" / "model.safetensors").unlink()
+    report = examine(source)
+    (fault,) = report["faults"]
+    assert (fault["name"], fault["layers"]) == ("shapes differ from the base", ("lm_head has 64 tokens",))
+    refused = [one for one in report["consumers"] if "enlarged" in " ".join(one["reasons"])]
+    assert {one["server"] for one in refused} == {"PEFT", "vLLM", "SGLang", "llama.cpp", "MLX"}
+    assert not any(one["mend"] for one in report["consumers"]), "no export fits the base that is named"
+
+
+TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's
+
+
+@TIED
+@pytest.mark.parametrize("apart", [False, True])
+def test_tied_weights_that_were_saved_twice_are_named_and_merged_as_two(apart: bool, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama(tied=True))
+    both = lora_config(modules_to_save=["embed_tokens", "lm_head"])
+    source = named(save_lora(tmp_path / "a", tiny_llama(tied=True), both), tmp_path / "base")
+    tensors = load_file(source / WEIGHTS)
+    head, embedding = (f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    tensors[head] = tensors[embedding] + (0.1 if apart else 0.0)
+    save_file(tensors, source / WEIGHTS)
+    cure = faults(source)["tied weights were saved twice"]
+    assert ("trained apart" in cure) == apart
+    export(source, tmp_path / "out", format="merged")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], tensors[head])
+    assert torch.equal(merged["model.embed_tokens.weight"], tensors[embedding])
+    save_base(tmp_path / "base", tiny_llama(tied=False))
+    assert faults(source) == {}
+
+
+@TIED
+def test_a_head_that_was_trained_on_a_tied_base_is_merged_as_its_own_weight(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama(tied=True))
+    source = save_lora(tmp_path / "a", tiny_llama(tied=True), lora_config(modules_to_save=["lm_head"]))
+    export(named(source, tmp_path / "base"), tmp_path / "out", format="merged")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], load_file(source / WEIGHTS)["base_model.model.lm_head.weight"])
 
 
 @pytest.mark.parametrize("part", ["lm_head", "trainable_tokens"])

@@ -12,7 +12,7 @@ import pytest
 
 from families import FAMILIES, tokenizer_of
 from tsqlora.errors import DataError
-from tsqlora.interop.template import compare_template, read_template, render
+from tsqlora.interop.template import compare_template, messages_in, read_template, render
 
 CHATS = [
     [{"role": "user", "content": "How are you?"}],
@@ -61,6 +61,18 @@ def test_the_first_token_that_differs_is_named(tmp_path: Path) -> None:
     assert (report["same"], report["prompts"]) == (0, 2)
     first = report["first"]
     assert (first["prompt"], first["trained"], first["other"]) == (0, "assist", "bot\n")
+
+
+@pytest.mark.parametrize("family", ["llama 3", "gemma 2", "zephyr"])
+def test_a_rendered_prompt_is_read_back(family: str, tmp_path: Path) -> None:
+    value = contract(family, tmp_path)
+    stripped = [[turn | {"content": turn["content"].strip()} for turn in chat] for chat in CHATS]  # as templates do
+    for one, chat in zip(value["prompts"], stripped, strict=True):
+        messages, same = messages_in(one["text"], value["template"], value["special_tokens"]) or ([], False)
+        assert [turn | {"content": turn["content"].strip()} for turn in messages] == chat
+        assert same
+    assert messages_in("[INST] Hi", value["template"], value["special_tokens"]) is None
+    assert messages_in("<Hi", "<{{ messages[0].content }}", {}) == ([{"role": "user", "content": "Hi"}], True)
 
 
 @pytest.mark.parametrize(

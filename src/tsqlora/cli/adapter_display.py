@@ -32,6 +32,12 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
             f"compared     logits differ by {report['logits_difference']:.2g} at most, the largest is "
             f"{report['largest_logit']:.3g}"
         )
+    if half := report["bfloat16"]:
+        lines.append(
+            f"bfloat16     logits differ by {half['merged']:.2%} from PEFT's in float32; the base's own by "
+            f"{half['base']:.2%}"
+        )
+    lines += _serving(report["serve"])
     lines += [f"note: {note}" for note in report["notes"]]
     if cut := report["truncation"]:
         lines.append(f"truncated    {len(cut)} layers; the greatest losses:")
@@ -90,10 +96,15 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     right = [server for server, verdict in report["servers"].items() if verdict == "right"]
     say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
+    say(console, _serving({server["name"]: server["serve"] for server in report["consumers"] if server["serve"]}))
     if "template" in report:
         _show_template(console, report["template"])
     _show_health(console, report["health"])
     say(console, [f"note: {note}" for note in report["notes"]])
+
+
+def _serving(commands: Mapping[str, str]) -> list[str]:
+    return [f"{server:<12} {command}" for server, command in commands.items()]
 
 
 def _reasons(server: Mapping[str, Any]) -> list[str]:
@@ -136,5 +147,7 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
 
 
 def _range(values: Sequence[float]) -> str:
+    if not values:
+        return "none"
     low, high = values[0], values[-1]
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -16,6 +16,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,7 +51,7 @@ class Base:
     Attributes:
         skeleton: its modules and config; weights may be absent.
         load: a fresh model, in a precision or, for None, its own.
-        processors: its tokenizer, image processor and feature extractor, those that there are.
+        processors: its tokenizer, image processor, feature extractor and generation_config, those that there are.
         compare: compare logits too, for which `load` is called.
     """
 
@@ -72,7 +73,10 @@ def base_of(folder: Path, path: str | None) -> Base:
 
     def processors() -> Sequence[Any]:
         require_inside(folder)
-        return load_processors((str(folder), "main"), (where(), revision_of(where(), adapter)))
+        places = [(str(folder), "main")]
+        with suppress(SettingsError):  # an adapter can be rewritten without its base
+            places.append((where(), revision_of(where(), adapter)))
+        return load_processors(*places)
 
     return Base(
         lambda: base_skeleton(where(), adapter),
@@ -156,15 +160,24 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def tokenizer_among(processors: Sequence[Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's processors, or None."""
+    return next((one for one in processors if isinstance(one, PreTrainedTokenizerBase)), None)
+
+
 def load_processors(*places: tuple[str, str]) -> list[Any]:
-    """Of each kind of processor the first in these places, which are a directory or a hub id and a revision."""
+    """Of each kind of processor, and of generation_config.json, the first in these places.
+
+    They are a directory or a hub id, and a revision.
+    """
 
     def load(kind: Any, path: str, revision: str) -> Any:
         with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
             return kind.from_pretrained(path, trust_remote_code=False, revision=revision)
         return None
 
-    loaders = (load_tokenizer, partial(load, AutoImageProcessor), partial(load, AutoFeatureExtractor))
+    kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
+    loaders = (load_tokenizer, *(partial(load, kind) for kind in kinds))
     firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
     return [one for one in firsts if one is not None]
 

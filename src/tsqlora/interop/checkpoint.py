@@ -92,7 +92,7 @@ def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
     if not suffix or (own and suffix in ("ForCausalLM", "ForConditionalGeneration")):
         return own
     family = re.sub(r"(For[A-Z]\w*|LMHeadModel|PreTrainedModel|Model)$", "", own)
-    return (family or _FAMILIES.get(next(iter(adapter.targets)).partition(".")[0], "")) + suffix
+    return (family or _FAMILIES.get(next(iter(adapter.targets), "").partition(".")[0], "")) + suffix
 
 
 def base_weights(folder: str, targets: Collection[str], kind: str = "weight") -> dict[str, tuple[int, ...]] | None:
@@ -103,7 +103,7 @@ def base_weights(folder: str, targets: Collection[str], kind: str = "weight") ->
     """
     if not (shapes := weight_shapes(folder, kind)):
         return None
-    first = next(iter(targets)).partition(".")[0]
+    first = next(iter(targets), "").partition(".")[0]
     for renamed in (
         shapes,
         {f"{first}.{name}": shape for name, shape in shapes.items()},

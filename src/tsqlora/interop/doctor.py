@@ -23,10 +23,20 @@ from tsqlora.interop.checkpoint import (
 )
 from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
-from tsqlora.interop.health import Fault, faults, layer_health, nonfinite, vllm_rank
+from tsqlora.interop.health import (
+    DIFFERENT,
+    RESIZED,
+    Fault,
+    faults,
+    layer_health,
+    nonfinite,
+    resized,
+    vllm_rank,
+)
 from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
-from tsqlora.interop.servers import CONSUMERS, BaseFacts, Consumer, judge
+from tsqlora.interop.servers import CONSUMERS, TOWER, BaseFacts, Consumer, judge
+from tsqlora.interop.serving import serve_line, serve_lines
 
 _BY_PEFT = ("PEFT", "diffusers")
 _MOST_BLOCKS = 1000
@@ -64,6 +74,9 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
                 "reasons": list(judgement.reasons),
                 "factors": dict(judgement.factors),
                 "mend": None if judgement.verdict == "right" else mend(consumer, adapter, mended, base),
+                "serve": serve_line(consumer, adapter, base, folder, kind="adapter")
+                if judgement.verdict == "right"
+                else None,
             }
         )
     ranks = {name: target.rank for name, target in adapter.targets.items()}
@@ -98,9 +111,18 @@ def format_for(folder: Path, server: str) -> str:
     adapter = read_adapter(folder)
     _, base, mended = _context(folder, adapter)
     if (format := mend(rule, adapter, mended, base)) is None:
+        if base.resized:
+            raise UnsupportedError(f"{base.resized}; name the enlarged base in {CONFIG}")
         what = ", ".join(adapter.variants()) or base.name
         raise UnsupportedError(f"no export of {what} suits {server}; serve it with PEFT")
     return format
+
+
+def serving(source: Path, out: Path, format: str) -> dict[str, str]:
+    """The command of each server for an export of the adapter in `source`."""
+    written = source if format in ("gguf", "merged") else out
+    adapter = read_adapter(written)
+    return serve_lines(adapter, _context(written, adapter)[1], out, format)
 
 
 def _newest(consumers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -165,16 +187,17 @@ def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, b
 
     None if PEFT cannot merge the adapter either, or if the server serves no such classifier.
     """
-    plain = not (adapter.variants() or adapter.further)
+    plain = not (adapter.variants() or adapter.further or base.resized)
     if consumer.server in _BY_PEFT and plain:
         return "peft"
     if consumer.server == "llama.cpp":
         readable = base.model_type in (None, *ARCHITECTURES) and not (base.tied and tied_targets(adapter))
+        readable = readable and not any(map(TOWER.search, adapter.targets))
         if plain and readable and not adapter.heads():
             return "gguf"
     elif padded is not None and judge(consumer, padded, base).verdict == "right":
         return "universal"
-    if base.is_classifier and not base.is_one_of(consumer.serves, perhaps=True):
+    if base.resized or (base.is_classifier and not base.is_one_of(consumer.serves, perhaps=True)):
         return None
     unmergeable = UNMERGEABLE if base.biased else (*UNMERGEABLE, "lora_bias")
     return None if any(adapter.config.get(option) for option in unmergeable) else "merged"
@@ -237,8 +260,11 @@ def _facts(source: Path, adapter: LoraAdapter, shapes: Mapping[str, Shape], fold
     # Where config.json leaves it out, transformers ties.
     tied = bool(config) and config.get("tie_word_embeddings", True)
     size = config.get("vocab_size")
-    added = added_tokens(source, size if isinstance(size, int) else None)
-    return BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config), added=added)
+    size = size if isinstance(size, int) else None
+    added, other = added_tokens(source, size), resized(adapter, size)
+    resize = f"{other[0][0]} has {other[0][1]:,} tokens, the base {size:,}" if other else ""
+    facts = BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config), added=added)
+    return replace(facts, resized=resize)
 
 
 def faults_in(folder: Path) -> list[str]:
@@ -252,8 +278,15 @@ def faults_in(folder: Path) -> list[str]:
 def faults_of(adapter: LoraAdapter) -> list[Fault]:
     """Why the adapter does nothing, or does not fit its base, if that is on this machine."""
     folder = _base(adapter)
-    packed = folder is None or "quantization_config" in base_config(folder)  # its weights have other shapes
-    return faults(adapter, {} if folder is None or packed else weight_shapes(folder))
+    config = {} if folder is None else base_config(folder)
+    packed = folder is None or "quantization_config" in config  # its weights have other shapes
+    tied = bool(config) and config.get("tie_word_embeddings", True)
+    result = faults(adapter, {} if folder is None or packed else weight_shapes(folder), tied=tied)
+    size = config.get("vocab_size")
+    other = resized(adapter, size if isinstance(size, int) else None)
+    if other and not any(fault.name == DIFFERENT for fault in result):
+        result.append(Fault(DIFFERENT, RESIZED, tuple(f"{name} has {rows:,} tokens" for name, rows in other)))
+    return result
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:

@@ -7,16 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop import gguf
 from tsqlora.interop.attach import attach
-from tsqlora.interop.base import Base, module_shapes
+from tsqlora.interop.base import Base, module_shapes, tokenizer_among
 from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
-from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.lora import LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
@@ -25,7 +25,10 @@ from tsqlora.interop.verify import (
     compare_updates,
     compare_weights,
     logits,
+    logits_of,
     peft_logits,
+    relative_gap,
+    text_batches,
     why_not_compared,
 )
 
@@ -41,6 +44,8 @@ class Exported:
         rank, targets: of the written adapter; None for a merged model.
         truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank.
         notes: for the user.
+        bfloat16: of a merged model in bfloat16 how far its logits are from PEFT's in float32, and the base's from the
+            base's, relative.
     """
 
     difference: Difference
@@ -48,6 +53,7 @@ class Exported:
     targets: int | None = None
     truncation: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bfloat16: Mapping[str, float] | None = None
 
     def report(self, out: Path, format: str) -> dict[str, Any]:
         """A summary for JSON of the export in `out`."""
@@ -60,6 +66,7 @@ class Exported:
             "relative_difference": difference.relative if compared else None,
             "logits_difference": difference.logits,
             "largest_logit": difference.logits_size,
+            "bfloat16": self.bfloat16,
         }
         if self.rank is not None:
             report |= {"rank": self.rank, "targets": self.targets}
@@ -121,8 +128,19 @@ def export_adapter(
             source = Path(loadable)
             write_adapter(compact(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
+        if format != "merged":
+            _carry(base.processors(), folder, whole=format != "gguf")
     unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
     return replace(done, truncation=errors, notes=(*done.notes, *unknown))
+
+
+def _carry(processors: Sequence[Any], folder: Path, *, whole: bool) -> None:
+    """Save the processors beside an adapter; llama.cpp has the tokenizer in the base's file, so the template alone."""
+    for each in processors if whole else ():
+        each.save_pretrained(folder)
+    template = getattr(tokenizer_among(processors), "chat_template", None)
+    if isinstance(template, str) and not whole:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
@@ -182,9 +200,12 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
 
 def _merged(job: Job) -> Exported:
     base = job.base
-    model = base.load(job.dtype)
+    model, processors = base.load(job.dtype), base.processors()
     _require_fit(job.adapter, model)
-    save_merged(merge_into(model, job.adapter, job.source), base.processors(), job.folder)
+    half = model.dtype == torch.bfloat16 and why_not_compared(model) is None
+    texts = text_batches(model, tokenizer_among(processors)) if half else []
+    rounded = logits_of(model, texts) if half else None
+    save_merged(merge_into(model, job.adapter, job.source), processors, job.folder)
     saved, dtype = reload(job.folder, model), NAMES[model.dtype]
     del model  # keep one base in memory at a time, beside the merged model
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
@@ -192,6 +213,8 @@ def _merged(job: Job) -> Exported:
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
+    if rounded is not None:
+        done = _in_bfloat16(job, done, rounded, saved, texts)
     # In float32, so that only the rounding of the weights differs.
     model = base.load(job.dtype).float()
     if reason := why_not_compared(model):
@@ -200,6 +223,28 @@ def _merged(job: Job) -> Exported:
     del model
     gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+
+
+def _in_bfloat16(
+    job: Job, done: Exported, rounded: Tensor, saved: PreTrainedModel, texts: Sequence[Mapping[str, Tensor]]
+) -> Exported:
+    """Compare the merged model with PEFT in float32 as the base in bfloat16 with the base in float32.
+
+    Twice the base's gap is named, since the weights were compared; where they were not, it is an error.
+    """
+    exact = job.base.load("float32")
+    own = relative_gap(rounded, logits_of(exact, texts))
+    gap = relative_gap(logits_of(saved, texts), logits_of(attach(exact, job.source), texts))
+    done = replace(done, bfloat16={"base": own, "merged": gap})
+    if gap <= 2 * own:
+        return done
+    what = (
+        f"in bfloat16 the merged model's logits differ from PEFT's in float32 by {gap:.2%}, {gap / own:.1f} times as "
+        "much as the base's own; serve the adapter, or merge with --dtype float32"
+    )
+    if done.difference.layer is None:
+        raise TsqLoraError(f"{what}; nothing was written")
+    return replace(done, notes=(*done.notes, what))
 
 
 def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
@@ -231,7 +276,8 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
     bare = [name for name in adapter.targets if getattr(modules.get(name), "bias", None) is None]
     if adapter.config.get("lora_bias") and bare:
         raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
-    if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
+    alone = [head for head in adapter.heads() if head.endswith(("embed_tokens", "lm_head"))]
+    if tied_targets(adapter) or (alone and not adapter.config.get("ensure_weight_tying")):
         _untie(base)
     merged = attach(base, folder).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)

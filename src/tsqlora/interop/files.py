@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, reading, replacing
 from tsqlora.interop.config import literal_config, read_config
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
@@ -70,6 +70,8 @@ def read_adapter(folder: Path) -> LoraAdapter:
         raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B, so it is no LoRA adapter")
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
+    for name in [name for name, pair in pairs.items() if _of_experts(pair, config)]:
+        further |= {f"{name}.{matrix}": tensor for matrix, tensor in pairs.pop(name).items()}
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
     return LoraAdapter(config, targets, saved, further, base_layers, ignored)
 
@@ -77,6 +79,15 @@ def read_adapter(folder: Path) -> LoraAdapter:
 def pickles(folder: Path) -> list[str]:
     """Names of the files that can run code when they are loaded."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+
+
+def _of_experts(pair: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+    """Whether A and B are those of all experts at once: PEFT stacks their ranks."""
+    shapes = [pair[matrix].shape for matrix in _MATRICES["linear"] if matrix in pair]
+    if not config.get("target_parameters") or len(shapes) < 2 or any(len(shape) != 2 for shape in shapes):
+        return False
+    (rank, _), (_, columns) = shapes
+    return rank == columns > config["r"]
 
 
 def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Target:
@@ -98,11 +109,6 @@ def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
         and a.shape[0] in (rank, 0)
         and all((*a.shape[1:], b.shape[0], *b.shape[2:]))
     )
-    if not fit and config.get("target_parameters"):
-        raise DataError(
-            f"{name}: the adapter changes parameters of experts (target_parameters in {CONFIG}), which tsqlora does "
-            "not read; merge it with PEFT's merge_and_unload, and serve the merged model"
-        )
     if not fit:
         raise DataError(
             f"{name}: lora_A is {_shown(a)}, lora_B {_shown(b)} and the rank of {CONFIG} {rank}, which do not fit each "
@@ -215,6 +221,14 @@ def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
 
 
 def config_for(adapter: LoraAdapter) -> dict[str, Any]:
-    """The adapter's config with the names, ranks and scales of its targets."""
+    """The adapter's config with the names, ranks and scales of its targets.
+
+    Raises UnsupportedError for an adapter of experts' parameters, which are no modules.
+    """
+    if adapter.experts():
+        raise UnsupportedError(
+            "the adapter changes parameters of experts (target_parameters), which tsqlora does not rewrite; merge it "
+            "with PEFT's merge_and_unload, and serve the merged model"
+        )
     ranks, scales = ({name: getattr(t, key) for name, t in adapter.targets.items()} for key in ("rank", "scale"))
     return literal_config(adapter.config, ranks, scales, adapter.saved)

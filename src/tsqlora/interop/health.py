@@ -74,11 +74,19 @@ class Fault:
     layers: tuple[str, ...] = ()
 
 
-def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fault]:
+DIFFERENT = "shapes differ from the base"
+RESIZED = (
+    "it was trained on a base of another size; if the vocabulary was enlarged before training "
+    "(resize_token_embeddings), save that base and name it"
+)
+
+
+def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> list[Fault]:
     """What keeps an adapter from doing what was trained.
 
     Args:
         base: the shape of each weight of the base, by its module's name in the checkpoint; may be empty.
+        tied: the base's head shares the weight of its embedding.
     """
     result = []
     if counts := nonfinite(adapter):
@@ -90,11 +98,13 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
     if absent := _not_in_file(adapter):
         cure = "it was trained, but not saved; save the adapter with the PEFT model's save_pretrained"
         result.append(Fault("a trained module is not in the file", cure, tuple(absent)))
+    if tied and (twice := _saved_twice(adapter)):
+        result.append(twice)
     # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
     shapes = dict[str, list[tuple[int, ...]]]()
     for name, shape in base.items():
         shapes.setdefault(_in_block(name), []).append(shape)
-    if shapes and not any(_in_block(name) in shapes for name in adapter.targets):
+    if shapes and adapter.targets and not any(_in_block(name) in shapes for name in adapter.targets):
         cure = "it was trained on another model; name that one as the base"
         return [*result, Fault("no key matches the base", cure)]
     sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
@@ -107,12 +117,34 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]]) -> list[Fa
         if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
     ]
     if different:
-        cure = (
-            "it was trained on a base of another size; if the vocabulary was enlarged before training "
-            "(resize_token_embeddings), save that base and name it"
-        )
-        result.append(Fault("shapes differ from the base", cure, tuple(different)))
+        result.append(Fault(DIFFERENT, RESIZED, tuple(different)))
     return result
+
+
+def _saved_twice(adapter: LoraAdapter) -> Fault | None:
+    """An embedding and a head that are one weight in the base, and both saved whole."""
+    pair = [(name, t) for name, t in _weights(adapter).items() if _in_block(name) in ("embed_tokens", "lm_head", "wte")]
+    if len(pair) != 2:
+        return None
+    (_, one), (_, other) = pair
+    same = one.dtype == other.dtype and np.array_equal(one.raw, other.raw)
+    cure = (
+        "the base has one weight for both, and the copies are the same: save one of them, or train with PEFT's "
+        "ensure_weight_tying"
+        if same
+        else "the base has one weight for both, and they were trained apart: `tsqlora export --format merged` keeps "
+        "both, or train with PEFT's ensure_weight_tying"
+    )
+    return Fault("tied weights were saved twice", cure, tuple(name for name, _ in pair))
+
+
+def resized(adapter: LoraAdapter, size: int | None) -> list[tuple[str, int]]:
+    """Embeddings and heads of the adapter with another number of tokens than `size`, and that number."""
+    rows = {name: t.shape[0] for name, t in _weights(adapter).items() if name.endswith(("embed_tokens", "lm_head"))}
+    rows |= {n: t.shape[0] for n, t in adapter.base_layers.items() if "embed_tokens" in n or "lm_head" in n}
+    rows |= {name: target.inputs for name, target in adapter.targets.items() if target.kind == "embedding"}
+    rows |= {name: target.outputs for name, target in adapter.targets.items() if name.endswith("lm_head")}
+    return [] if size is None else [(name, count) for name, count in rows.items() if count != size]
 
 
 def _not_in_file(adapter: LoraAdapter) -> list[str]:

@@ -64,10 +64,10 @@ class LoraAdapter:
 
     Attributes:
         config: the settings of adapter_config.json that are used, unchanged.
-        targets: by module name in the base model; at least one.
+        targets: by module name in the base model; none only where parameters of experts have all of the adapter.
         saved: tensors of modules that were saved in full (heads), by name in the base model.
         base_layers: base weights that PEFT copies beside the adapter of an embedding.
-        further: other tensors of a target, by the file's names: DoRA's magnitudes, biases of B.
+        further: other tensors of a target, by the file's names: DoRA's magnitudes, biases of B, A and B of experts.
         ignored: names of unknown settings that adapter_config.json sets.
     """
 
@@ -86,7 +86,7 @@ class LoraAdapter:
     @property
     def rank(self) -> int:
         """The largest rank of any target."""
-        return max(target.rank for target in self.targets.values())
+        return max((target.rank for target in self.targets.values()), default=0)
 
     @property
     def parameters(self) -> int:
@@ -101,6 +101,10 @@ class LoraAdapter:
         ['classifier']
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})
+
+    def experts(self) -> list[str]:
+        """The modules of experts whose parameters have A and B (target_parameters)."""
+        return sorted(name.removesuffix(".lora_A.weight") for name in self.further if name.endswith(".lora_A.weight"))
 
     def variants(self) -> list[str]:
         """PEFT's options that make the adapter more than s·BA on the base's own weights."""
@@ -140,8 +144,8 @@ VARIANTS = (
 )
 """Options of LoraConfig with which a layer is not W + s·BA."""
 
-UNMERGEABLE = ("alora_invocation_tokens", "layer_replication")
-"""Those of VARIANTS that PEFT cannot merge into the base."""
+UNMERGEABLE = ("alora_invocation_tokens", "layer_replication", "target_parameters")
+"""Those of VARIANTS that no export merges into the base."""
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 """Values of init_lora_weights with which PEFT changes the base's weights on loading."""

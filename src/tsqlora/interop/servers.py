@@ -1,6 +1,7 @@
 """Judge an adapter by the rules of servers.toml: what a server multiplies each update by, refuses or leaves out."""
 
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class BaseFacts:
         name: transformers' class of it with the adapter's task; without a config the family may be missing, as in
             "ForSequenceClassification".
         added: tokens of the adapter's added_tokens.json beyond the base's vocabulary.
+        resized: an embedding of the adapter with another number of tokens than the base has, in words; or empty.
     """
 
     layers: Mapping[str, Sequence[str]]
@@ -35,6 +37,7 @@ class BaseFacts:
     biased: bool = True
     name: str = ""
     added: Sequence[str] = ()
+    resized: str = ""
 
     @property
     def is_classifier(self) -> bool:
@@ -68,6 +71,10 @@ class Consumer:
     layers: Sequence[str] = ()
     serves: Sequence[str] = ()
     only: Sequence[str] = ()
+    experts: Sequence[str] = ()
+    serve: str = ""
+    merged: str = ""
+    template: str = ""
 
     @property
     def name(self) -> str:
@@ -121,6 +128,7 @@ def judge(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Judgemen
 def _problems(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> list[Problem]:
     checks = [_base_class(consumer, base), _layers(consumer, adapter)]
     checks += [CHECKS[name](adapter, base) for name in consumer.checks]
+    checks.append(_experts(consumer, adapter, base) if consumer.experts else None)
     variants = {variant: variant.split("=")[0] for variant in adapter.variants()}
     refused = [variant for variant, option in variants.items() if option in consumer.refuses]
     checks.append(Problem("refused", f"does not take {', '.join(refused)}") if refused else None)
@@ -145,6 +153,17 @@ def _layers(consumer: Consumer, adapter: LoraAdapter) -> Problem | None:
         return None
     other = sorted({last for name in names if (last := name.rpartition(".")[2]) not in consumer.layers})
     return Problem("refused", f"takes no LoRA on layers named {', '.join(other)}")
+
+
+def _experts(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    if not (names := adapter.experts()):
+        return None
+    for name in names:
+        if f"{name}.base_layer" not in names and not (name.endswith(".base_layer") and name[:-11] in names):
+            return Problem("refused", f"needs gate_up_proj and down_proj of {name}, but one of them has no adapter")
+    if base.is_one_of(consumer.experts):
+        return None
+    return Problem("wrong", f"takes gate and up of experts as interleaved, but for {', '.join(consumer.experts)}")
 
 
 def _heads(rule: str, heads: Sequence[str]) -> Problem | None:
@@ -210,12 +229,33 @@ def _patterns(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
 
 
 def _other_tensors(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
-    names = sorted(adapter.further)
+    names = sorted(name for name in adapter.further if not name.endswith((".lora_A.weight", ".lora_B.weight")))
     return Problem("refused", f"stops at a tensor other than A and B: {names[0]}") if names else None
+
+
+TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|image\w*|multi_modal_projector|embed_vision|embed_audio)\.")
+"""Parts of a model that reads more than texts: no layers of its language model."""
+
+
+def _towers(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    if not (names := tuple(name for name in adapter.targets if TOWER.search(name))):
+        return None
+    return Problem("wrong", f"puts adapters on the language model alone, so not on {names[0]}", names)
 
 
 def _added_tokens(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     return Problem("refused", f"takes no added tokens: {', '.join(base.added[:3])}") if base.added else None
+
+
+def _pattern_of_names(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    """A regular expression in place of a list, as unsloth writes for models that read images."""
+    if isinstance(named := adapter.config.get("target_modules"), str) and named not in ("all", "all-linear"):
+        return Problem("refused", "takes no pattern as target_modules")
+    return None
+
+
+def _vocabulary(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    return Problem("refused", f"{base.resized}; serve the enlarged base") if base.resized else None
 
 
 def _rank_r(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
@@ -235,7 +275,7 @@ def _partners(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
 
 def _one_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     ranks = {target.rank for target in adapter.targets.values()}
-    if len(ranks) == 1:
+    if len(ranks) < 2:
         return None
     return Problem("refused", f"needs one rank for all layers; they have {min(ranks)} to {max(ranks)}")
 
@@ -300,6 +340,9 @@ CHECKS: Mapping[str, Callable[[LoraAdapter, BaseFacts], Problem | None]] = {
     "outside blocks": _outside_blocks,
     "tied": _tied,
     "other tensors": _other_tensors,
+    "pattern of names": _pattern_of_names,
+    "vocabulary": _vocabulary,
+    "towers": _towers,
 }
 
 

@@ -1,7 +1,7 @@
 """Check an export against its source: the update of every layer, and a model's logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 
 _ROWS, _TOKENS = 4, 12
+_ABOUT = ("water", "a democracy", "music", "the moon", "a prime number", "Python", "bread", "an island")
+TEXTS = tuple(
+    f"{start} {what}?"
+    for start in ("What is", "Why do we need", "How would you describe", "Who first wrote about")
+    for what in _ABOUT
+)
+"""Texts on which a model in bfloat16 is compared: on random tokens rounding is several times as large."""
+_TEXT_TOKENS = 16
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """safetensors' names of torch's dtypes."""
 VALUES = 1 << 22
@@ -125,16 +133,26 @@ def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
     return logits(attach(model, folder))
 
 
-def logits(model: nn.Module) -> Tensor:
-    """The model's logits, or last hidden state, for a few rows of random tokens, in float32."""
+def logits(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The model's logits, or last hidden state, for a batch, else a few rows of random tokens, in float32."""
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():
-        outputs = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
+        outputs = model(**{name: value.to(device) for name, value in (batch or probe_rows(model)).items()})
     if "start_logits" in outputs:  # question answering
         return torch.stack([outputs.start_logits, outputs.end_logits]).float().cpu()
     values = outputs.logits if "logits" in outputs else outputs.last_hidden_state
     return values.float().cpu()
+
+
+def logits_of(model: nn.Module, texts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The logits for each text, in one line."""
+    return torch.cat([logits(model, text).flatten() for text in texts])
+
+
+def relative_gap(low: Tensor, exact: Tensor) -> float:
+    """‖low − exact‖ / ‖exact‖."""
+    return float((low - exact).norm() / exact.norm())
 
 
 def why_not_compared(model: PreTrainedModel) -> str | None:
@@ -160,10 +178,20 @@ def probe_rows(model: Any) -> dict[str, Tensor]:
     ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))]
     if ends := [token for token in _as_list(text.eos_token_id) if token < vocabulary]:
         ids[:, -1] = ends[0]
+    return _batch(ids, config)
+
+
+def _batch(ids: Tensor, config: Any) -> dict[str, Tensor]:
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder:
-        rows["decoder_input_ids"] = ids
-    return rows
+    return rows | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+def text_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """TEXTS as the model reads them; the rows of `probe_rows` without a tokenizer of its vocabulary."""
+    if tokenizer is None or len(tokenizer) > model.config.get_text_config().vocab_size:
+        return [probe_rows(model)]
+    rows = [torch.tensor([tokenizer(text)["input_ids"][:_TEXT_TOKENS]]) for text in TEXTS]
+    return [_batch(row, model.config) for row in rows]
 
 
 def _special(config: Any) -> Iterator[int]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tsqlora.errors import SettingsError
 from tsqlora.interop.base import Base, base_of
+from tsqlora.interop.doctor import serving
 from tsqlora.interop.export import export_adapter
 from tsqlora.run.card import write_card
 from tsqlora.run.config import load_config
@@ -43,7 +44,7 @@ def export(
     )
     if is_run(source):
         write_card(source, out, format=format, cut=bool(done.truncation))
-    report = done.report(out, format)
+    report: dict[str, Any] = done.report(out, format) | {"serve": serving(adapter_folder(source), out, format)}
     quantization = load_config(source / CONFIG_FILE, trained=True).model.quantization if is_run(source) else None
     if format == "merged" and quantization is not None:
         report["notes"].append(f"trained on a {quantization} base, merged into the full one: outputs differ slightly")
@@ -52,9 +53,18 @@ def export(
 
 def _base_of_run(run: Path) -> Base:
     """The run's base without quantisation: merging into quantised weights would round them again."""
+    beside: list[Any] = []
 
     def load(dtype: str | None) -> Any:
         opened = open_run(run, [UNQUANTIZED, *([] if dtype is None else [f"model.dtype={dtype}"])])
-        return opened.model.unload().cpu().eval()
+        model: Any = opened.model.unload().cpu().eval()
+        parts = (opened.pretrained.tokenizer, getattr(model, "generation_config", None))
+        beside[:] = [one for one in parts if one is not None]
+        return model
 
-    return Base(lambda: load(None), load, lambda: [open_run(run, [UNQUANTIZED]).pretrained.tokenizer])
+    def processors() -> list[Any]:
+        if not beside:
+            load(None)
+        return beside
+
+    return Base(lambda: load(None), load, processors)

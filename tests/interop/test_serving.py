@@ -1,0 +1,135 @@
+"""What is served beside the weights: tokenizer, chat template, generation_config, and the command of each server."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from families import FAMILIES, tokenizer_of
+from kinds import bert_classifier, classifier, edit, saved
+from loras import lora_config, save_base, save_lora
+from models import SIZES
+from tsqlora.interop.doctor import examine
+from tsqlora.run.export import export
+
+FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
+
+
+def chat_model(folder: Path, *, named: bool = True) -> Path:
+    """An adapter on a tiny chat model."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 400}, num_key_value_heads=1))
+    base.generation_config = GenerationConfig(eos_token_id=7, temperature=0.5, do_sample=True)
+    save_base(folder / "base", base)
+    tokenizer_of(FAMILIES["qwen 2.5"]).save_pretrained(folder / "base")
+    source = save_lora(folder / "a", base, lora_config())
+    edit(source, base_model_name_or_path=str(folder / "base") if named else "org/elsewhere")
+    return source
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_has_the_tokenizer_the_template_and_the_settings_of_its_base(format: str, tmp_path: Path) -> None:
+    source, out = chat_model(tmp_path), tmp_path / "out"
+    cut = 2 if format == "compressed" else None
+    report = export(source, out, format=format, base=str(tmp_path / "base"), max_rank=cut)
+    assert (out / "chat_template.jinja").read_text() == FAMILIES["qwen 2.5"].template
+    if format != "gguf":  # llama.cpp has them in the base's file
+        assert (out / "tokenizer.json").read_text() == (tmp_path / "base" / "tokenizer.json").read_text()
+        assert GenerationConfig.from_pretrained(out).temperature == 0.5
+    lines, template = report["serve"], f"{out}/chat_template.jinja"
+    if format == "gguf":
+        assert lines == {
+            "llama.cpp": f"llama-server -m BASE.gguf --lora {out}/adapter.gguf --jinja --chat-template-file {template}"
+        }
+    elif format == "merged":
+        assert set(lines) == {"vLLM", "SGLang", "TGI"}
+        assert lines["vLLM"] == f"vllm serve {out} --chat-template {template}"
+        assert lines["SGLang"] == f"python -m sglang.launch_server --model-path {out} --chat-template {template}"
+    else:
+        assert lines["vLLM"] == (
+            f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8 --lora-modules adapter={out} "
+            f"--chat-template {template}"
+        )
+        assert lines["SGLang"].startswith(f"python -m sglang.launch_server --model-path {tmp_path}/base --lora-paths ")
+
+
+def test_an_adapter_is_exported_without_its_base_and_so_without_a_tokenizer(tmp_path: Path) -> None:
+    source = chat_model(tmp_path, named=False)
+    edit(source, base_model_name_or_path=str(tmp_path / "gone"))
+    export(source, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_the_doctor_has_a_command_for_each_server_that_reads_the_adapter_as_it_is(tmp_path: Path) -> None:
+    lines = {
+        one["name"]: one["serve"] for one in examine(saved(rank_pattern={"k_proj": 3})(tmp_path / "a b"))["consumers"]
+    }
+    quoted = f"'adapter={tmp_path}/a b'"
+    assert lines["vLLM"] == f"vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules {quoted}"
+    assert {name for name, line in lines.items() if line} == {"vLLM"}, "the others need an export, or serve nothing"
+
+
+def test_a_classifier_has_commands_for_its_merged_model_alone(tmp_path: Path) -> None:
+    assert not any(one["serve"] for one in examine(classifier(tmp_path / "a"))["consumers"])
+    source = bert_classifier(tmp_path / "b")
+    lines = export(source, tmp_path / "out", format="merged")["serve"]
+    assert lines["text-embeddings-inference"] == f"text-embeddings-router --model-id {tmp_path}/out"
+    assert set(lines) == {"vLLM", "SGLang", "text-embeddings-inference"}
+
+
+def prepared(folder: Path, family: str, chats: Sequence[Sequence[Mapping[str, str]]], *, stop: bool = True) -> Path:
+    """A set as axolotl and LLaMA-Factory save it: tokens, and labels of the answer alone."""
+    tokenizer, rows = tokenizer_of(FAMILIES[family]), []
+    for chat in chats:
+        text = str(tokenizer.apply_chat_template([*chat], tokenize=False, add_generation_prompt=True))
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer = tokenizer("Yes." + tokenizer.eos_token * stop, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    Dataset.from_list(rows).save_to_disk(folder)
+    return folder
+
+
+USER, ANSWER, SYSTEM = ({"role": role, "content": f"A {role} says é."} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_prompts_of_another_trainer_are_compared_with_a_template(
+    carried: bool, tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]
+) -> None:
+    source = chat_model(tmp_path)
+    if carried:  # the trainer's own template, beside the adapter
+        (source / "chat_template.jinja").write_text(FAMILIES["zephyr"].template)
+    family = "zephyr" if carried else "qwen 2.5"
+    made = prepared(tmp_path / "made", family, [[USER], [SYSTEM, USER], [USER, ANSWER, USER]], stop=not carried)
+    if carried:
+        edit(source, base_model_name_or_path=str(tmp_path / "zephyr"))
+        (tmp_path / "base").rename(tmp_path / "zephyr")
+        tokenizer_of(FAMILIES["zephyr"]).save_pretrained(tmp_path / "zephyr")
+    template = FAMILIES[family].template
+    (tmp_path / "same.jinja").write_text(template)
+    (tmp_path / "other.jinja").write_text(template.replace("assistant", "bot"))
+    results = []
+    for name in ("same", "other"):
+        code, out, err = tsqlora(
+            "doctor", source, "--template", tmp_path / f"{name}.jinja", "--prepared", made, "--json"
+        )
+        assert out, err
+        results.append((code, json.loads(out)["template"]))
+    assert [(code, one["same"], one["prompts"]) for code, one in results] == [(0, 3, 3), (4, 0, 3)]
+    assert results[1][1]["first"]["other"].startswith("bot")
+    assert results[0][1]["stops_trained"] == (not carried)
+
+
+def test_prompts_that_no_template_here_makes_are_shown(tmp_path: Path, tsqlora: Callable[..., Any]) -> None:
+    made = prepared(tmp_path / "made", "qwen 2.5", [[USER]])
+    (tmp_path / "a.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    source = chat_model(tmp_path)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    code, _, err = tsqlora("doctor", source, "--template", tmp_path / "a.jinja", "--prepared", made)
+    assert (code, "im_start" in err) == (3, True), err
+    assert tsqlora("doctor", source, "--prepared", made)[0] == 2
