@@ -20,8 +20,8 @@ CLI = """# Command line
 <!-- Made by scripts/reference_pages.py from src/tsqlora/cli/. -->
 
 `tsqlora COMMAND --help` shows the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
-settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error has one or two lines: the thing, the value, the cure. `--debug`
-after any command shows the traceback.
+settings, 3 bad data, 4 a check that did not pass (`--strict`, `doctor`, `check`), 130 Ctrl-C, 143 SIGTERM. An error has
+one or two lines: the thing, the value, the cure. `--debug` after any command shows the traceback.
 
 """
 

@@ -16,7 +16,7 @@ from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import Turn, behind, read_answers, turns_of
 from tsqlora.text.conversations import Conversation
-from tsqlora.text.look import SAMPLE, AnswerLook, look_at_answers
+from tsqlora.text.look import LEAST_TURNS, SAMPLE, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -56,7 +56,7 @@ def answers_of(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     net = net.to(device)
     compute = Compute(BATCH, torch.bfloat16, parts=parts, progress=progress)
-    if turns:
+    if len(turns) >= LEAST_TURNS:
         tell(f"reads {len(turns):,} answers of {len(chosen):,} rows{about_time(net, turns, compute, vocabulary)}")
     return look_at_answers(net, turns, vocabulary, compute, seed=seed)
 

@@ -163,6 +163,9 @@ def findings_of(
     `errors` are names that are errors here, whatever their kind says.
     """
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
+    dropped = [line for line in lines if line.fate == "dropped"]
+    cut = sum("answer_cut" in line.findings for line in dropped)
+    details = [line.detail for line in dropped if not line.findings]
     for line in lines:
         for name in line.findings:
             rows.setdefault(name, []).append(line.row)
@@ -180,5 +183,11 @@ def findings_of(
             severity = kind.if_all
         if name in errors or (name == "eval_leak" and share > LEAKS):
             severity = ERROR
-        findings.append(Finding(name, severity, tuple(places), share, kind.cause, kind.cures))
+        cause, cures = kind.cause, kind.cures
+        if name == "answer_cut" and cut:
+            cause += f"; {cut} of these rows are left out whole"
+        if name == "dropped" and any(details):
+            cause += f": {next(filter(None, details))}"
+            cures = cures if not all(details) else {}  # a longer limit would not help
+        findings.append(Finding(name, severity, tuple(places), share, cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

@@ -94,6 +94,7 @@ class QualityCallback(PartCallback):
             self.saved.require_rule(self.rule)
         self._left_out: str | None = None
         self._written: weakref.ref[nn.Module] | None = None
+        self._lacking = 0
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
@@ -304,7 +305,12 @@ class QualityCallback(PartCallback):
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
         if len(data.trusted) and self.looks:
-            notes.append(trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix("."))
+            why = (
+                f": {self._lacking} classes have no trusted row; with one of each they come last"
+                if self._lacking
+                else ""
+            )
+            notes.append(trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix(".") + why)
             if twins is not None:
                 notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
         if scores is not None and noise is not None and noise["evident"]:
@@ -331,8 +337,8 @@ class QualityCallback(PartCallback):
             rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
             parts = [(self.collate or collate)([row])["labels"] for row in rows]
         present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
-        classes = getattr(getattr(model, "config", None), "num_labels", present)
-        return present >= classes
+        self._lacking = max(0, getattr(getattr(model, "config", None), "num_labels", present) - present)
+        return not self._lacking
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
