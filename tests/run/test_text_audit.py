@@ -58,6 +58,10 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(place: Path
     findings = {finding["name"]: finding for finding in json.loads((out / "findings.json").read_text())["findings"]}
     places = {name: finding["places"] for name, finding in findings.items()}
     assert places == {"empty_answer": [3], "answer_cut": [5], "dropped": [7], "duplicate": [20], "eval_leak": [1]}
+    # The reason stands with the finding; a longer limit is no cure for a row that cannot be read.
+    assert findings["dropped"]["cause"].startswith("the preparation left these rows out: ")
+    assert findings["dropped"]["cure"] == {}
+    assert findings["answer_cut"]["cure"]
     assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*findings["duplicate"]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
     assert [line["row"] for line in lines] == [*range(21)]

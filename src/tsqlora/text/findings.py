@@ -165,7 +165,7 @@ def findings_of(
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     dropped = [line for line in lines if line.fate == "dropped"]
     cut = sum("answer_cut" in line.findings for line in dropped)
-    details = [line.detail for line in dropped if not line.findings]
+    details = [line.detail for line in dropped if not line.findings or "dropped" in line.findings]
     for line in lines:
         for name in line.findings:
             rows.setdefault(name, []).append(line.row)

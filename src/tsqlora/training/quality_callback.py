@@ -305,12 +305,9 @@ class QualityCallback(PartCallback):
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
         if len(data.trusted) and self.looks:
-            why = (
-                f": {self._lacking} classes have no trusted row; with one of each they come last"
-                if self._lacking
-                else ""
-            )
-            notes.append(trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix(".") + why)
+            order = trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix(".")
+            why = f": classes without a trusted row: {self._lacking}; with a row of each they come last"
+            notes.append(order + why * bool(self._lacking))
             if twins is not None:
                 notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
         if scores is not None and noise is not None and noise["evident"]:
