@@ -23,6 +23,7 @@ ROWS = 500
 SHOWN = 3
 UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
 """Reasons for which rows are left out, by fault."""
+OF_ANSWERS = {*UNFIT.values(), OTHER}
 
 
 def worst_findings(
@@ -107,7 +108,8 @@ def even_scores(samples: Any, collate: Collate | None, rows: RowNames, answers: 
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:
     """Return the scores without the rows that a look calls wrong, at most half of all, the likeliest first."""
     unfit = [(p, row, fault) for fault in look.detections for row, p in look.rows(fault).items()]
-    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))[: len(scores) // 2]
+    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))
+    chosen = chosen[: max(0, len(scores) // 2 - int((~scores.kept).sum()))]
     p_wrong = np.zeros(len(scores))
     for p, row, _ in chosen:
         p_wrong[row] = max(p_wrong[row], p)

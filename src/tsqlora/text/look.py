@@ -29,6 +29,7 @@ from tsqlora.text.faults import (
     folds_of,
     listed,
 )
+from tsqlora.text.prepared import SIDES
 from tsqlora.text.vocabulary import Vocabulary
 
 FOREIGN, CUT, SWAPPED = "foreign_answer", "cut_answer", "swapped_pair"
@@ -39,7 +40,6 @@ LEAST_TURNS = 50
 SUSPECTS, DECOYS = 0.15, 8
 """Share of the answers that are read behind other prompts, and how many."""
 LEAST_SUSPECTS = 5
-SIDES = ("chosen", "rejected")
 OWNERS, LEAST_SHIFTED = 200, 5
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
@@ -99,6 +99,7 @@ class AnswerLook:
     def sentences(self) -> list[str]:
         """Say first what can be found, then what was."""
         texts = list[str]()
+        judged = "pairs" if SWAPPED in self.detections else "answers"
         for name, one in self.detections.items():
             power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
             if not one.usable:
@@ -108,7 +109,7 @@ class AnswerLook:
             else:
                 rows = len(self.rows(name))
                 texts.append(
-                    f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
+                    f"{power}; about {one.rate:.1%} of the {judged} have one, at most {one.high:.1%}; {rows} listed"
                 )
         for first, last, step in self.shifts:
             texts.append(

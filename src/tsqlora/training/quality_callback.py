@@ -30,7 +30,7 @@ from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import even_scores, look_before, without_unfit, worst_findings
+from tsqlora.text.before import OF_ANSWERS, even_scores, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
@@ -170,7 +170,7 @@ class QualityCallback(PartCallback):
         data.task = self.task
         self._forget()
         tokenizer = kwargs.get("processing_class")
-        if task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False):
+        if task.reading.causal and getattr(tokenizer, "is_fast", False):
             answers = saved is None and self.saved is None
             self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=answers)
         if saved is not None:
@@ -411,6 +411,7 @@ class QualityCallback(PartCallback):
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
+            self._say_left_out(scores)
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
@@ -469,10 +470,11 @@ class QualityCallback(PartCallback):
         own: Any = model
         about = (tokenizer, own.config, own.generation_config)
         vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
-        if self.into is None:  # `tsqlora train` has looked itself
+        if self.into is None and task.writer is not None:  # `tsqlora train` has looked itself
             for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
                 self._note(finding)
-        if answers and self.rule.select and not task.reading.has_reference:
+        decided = task.reading.has_reference and len(self.data.trusted)  # trusted pairs say which side is better
+        if answers and self.rule.select and not decided:
             self._answers = self._look_at_answers(args, model, collate, vocabulary)
 
     def _look_at_answers(
@@ -488,12 +490,16 @@ class QualityCallback(PartCallback):
         self.notes += look.sentences()
         return look
 
+    def _say_left_out(self, scores: Scores) -> None:
+        why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items() if reason in OF_ANSWERS)
+        if why:
+            self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
+
     def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
         """Draw evenly from all rows whose answers fit."""
         data = self.data
         scores = even_scores(data.dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)  # pyright: ignore[reportArgumentType]
-        why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items())
-        self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
+        self._say_left_out(scores)
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
