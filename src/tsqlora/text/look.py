@@ -44,7 +44,7 @@ SUSPECTS, DECOYS = 0.15, 8
 LEAST_SUSPECTS = 5
 OWNERS, LEAST_SHIFTED = 200, 5
 NEAR = 128
-"""Rows that get the answer of the nearest prompt, for its recall."""
+"""Rows that get the answer of the nearest prompt, for its recall: a quarter of the planted ones, at most."""
 CUTS = ("in a word", "after a word", "after a sentence")
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
@@ -226,7 +226,7 @@ def _find_foreign(
     if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers differ enough to tell whose they are")
         return
-    near = planted[np.linspace(0, len(planted) - 1, min(NEAR, len(planted))).astype(int)]
+    near = planted[np.linspace(0, len(planted) - 1, int(np.clip(len(planted) // 4, LEAST_TURNS, NEAR))).astype(int)]
     nearest = near_donors_of(turns, folds, near)
     near, nearest = near[nearest >= 0], nearest[nearest >= 0]
 
