@@ -102,11 +102,11 @@ class AnswerLook:
         about = {"turns": len(self.turns), "tokens": self.tokens, "faults": faults, "shifts": self.shifts}
         return {**about, "notes": self.notes, "says": self.sentences()}
 
-    def sentences(self) -> list[str]:
-        """Say first what can be found, then what was."""
+    def sentences(self, *, faults: bool = True) -> list[str]:
+        """Say first what can be found, then what was; without `faults` only what concerns all of them."""
         texts = list[str]()
         judged = "pairs" if SWAPPED in self.detections else "answers"
-        for name, one in self.detections.items():
+        for name, one in self.detections.items() if faults else ():
             power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
             if one.kinds:
                 power += f" ({', '.join(f'{recall:.0%} {kind}' for kind, recall in one.kinds.items())})"

@@ -30,7 +30,7 @@ from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import OF_ANSWERS, even_scores, look_before, without_unfit, worst_findings
+from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
@@ -192,13 +192,18 @@ class QualityCallback(PartCallback):
 
     def _draw_texts_evenly(self, collate: Collate) -> None:
         """Without trusted rows no text is preferred; answers that do not fit are left out."""
+        line = ""
         if self._answers is not None and any(map(len, self._answers.listed.values())):
             self._draw_fitting(self._answers, collate)
+        elif self._answers is not None:
+            line = in_one_line(self._answers, {}, len(self.data.dataset))
+            self.notes.append(line)
         self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         if self.into is None:  # `tsqlora train` shows notes at its end
             share = f"{self.data.plan.fraction:.0%} of the rows an epoch"
             cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-            warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=5)
+            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
+            warnings.warn(what, stacklevel=5)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
@@ -411,7 +416,7 @@ class QualityCallback(PartCallback):
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
-            self._say_left_out(scores)
+            self._note(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
@@ -487,19 +492,14 @@ class QualityCallback(PartCallback):
         look = look_before(unwrapped, data.dataset, vocabulary, compute, collate=self.collate or collate, seed=seed)
         cost = PhaseCost(time.perf_counter() - start, tokens=sum(look.tokens.values()))
         self._spent.setdefault("look", PhaseCost()).add(**asdict(cost))
-        self.notes += look.sentences()
+        self.notes += look.sentences(faults=False)
         return look
-
-    def _say_left_out(self, scores: Scores) -> None:
-        why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items() if reason in OF_ANSWERS)
-        if why:
-            self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
 
     def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
         """Draw evenly from all rows whose answers fit."""
         data = self.data
         scores = even_scores(data.dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)  # pyright: ignore[reportArgumentType]
-        self._say_left_out(scores)
+        self._note(f"{in_one_line(answers, scores.dropped, len(scores))}; {self._path} names them")
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
