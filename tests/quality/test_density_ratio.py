@@ -62,7 +62,7 @@ def test_texts_that_are_only_shorter_change_no_draw() -> None:
     (pool, pooled), (trusted, few) = texts(400, 0.0, 50, 13), texts(40, 0.0, 15, 14)
     ratio, _ = log_density_ratio(pool, trusted)
     assert ratio is not None
-    assert np.corrcoef(ratio, np.log(pooled))[0, 1] < -0.8
+    assert np.corrcoef(ratio, np.log(pooled))[0, 1] < -0.7
     ratio, why = log_density_ratio(pool, trusted, lengths=(pooled, few))
     assert ratio is None
     assert "do not tell" in why

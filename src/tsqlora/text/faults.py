@@ -95,7 +95,8 @@ def near_donors_of(
     turns: Sequence[Turn], folds: Int[np.ndarray, " n"], rows: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " m"]:
     """Return for each row the turn of its fold with the nearest other prompt and another answer; -1 for none."""
-    prompts = TfidfVectorizer(analyzer=words_of, sublinear_tf=True).fit_transform([turn.question for turn in turns])
+    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
+    prompts = words.fit_transform([turn.question for turn in turns])
     donors = np.full(len(rows), -1)
     for fold in range(FOLDS):
         within, judged = np.flatnonzero(folds == fold), np.flatnonzero(folds[rows] == fold)

@@ -298,7 +298,7 @@ def _find_owners(look: AnswerLook, read: Read) -> None:
     """Whose answers the foreign ones are: the neighbours' of their rows, or of the rows whose prompts are near."""
     turns, wrong = look.turns, look.listed[FOREIGN][:OWNERS].tolist()
     by_row = {turn.row: j for j, turn in reversed([*enumerate(turns)])}
-    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)
+    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
     prompts = words.fit_transform([turn.question for turn in turns])
     nearest = np.argsort(-(words.transform([turns[j].text for j in wrong]) @ prompts.T).toarray(), axis=1)[:, :3]
     candidates = [
