@@ -49,6 +49,42 @@ def test_there_is_none_for_rows_like_the_pool_or_for_too_few(count: int, shift: 
     assert why in reason
 
 
+def texts(n: int, topic: float, words: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states of texts of about so many words, which show the length in one direction, the topic in another."""
+    rng = np.random.default_rng(seed)
+    lengths = np.maximum(1, rng.lognormal(np.log(words), 0.4, n)).round()
+    states = rows(n, topic, seed)
+    states[:, 1] += 3 * np.log(lengths)
+    return states, lengths
+
+
+def test_texts_that_are_only_shorter_change_no_draw() -> None:
+    (pool, pooled), (trusted, few) = texts(400, 0.0, 50, 13), texts(40, 0.0, 15, 14)
+    ratio, _ = log_density_ratio(pool, trusted)
+    assert ratio is not None
+    assert np.corrcoef(ratio, np.log(pooled))[0, 1] < -0.7
+    ratio, why = log_density_ratio(pool, trusted, lengths=(pooled, few))
+    assert ratio is None
+    assert "do not tell" in why
+
+
+def test_shorter_texts_of_another_topic_prefer_the_topic_and_not_the_length() -> None:
+    (own, short), (other, long) = texts(80, 3.0, 50, 15), texts(320, 0.0, 50, 16)
+    trusted, few = texts(40, 3.0, 15, 17)
+    lengths = np.concatenate([short, long])
+    ratio, _ = log_density_ratio(np.concatenate([own, other]), trusted, lengths=(lengths, few))
+    assert ratio is not None
+    assert (np.argsort(-ratio)[:40] < 80).mean() > 0.8
+    assert abs(np.corrcoef(ratio, np.log(lengths))[0, 1]) < 0.15
+
+
+def test_texts_of_one_length_are_compared_as_they_are() -> None:
+    pool, trusted = rows(200, 0.0, 18), rows(30, 2.0, 19)
+    ratio, _ = log_density_ratio(pool, trusted)
+    same, _ = log_density_ratio(pool, trusted, lengths=(np.full(200, 7), np.full(30, 7)))
+    np.testing.assert_allclose(same, ratio, atol=1e-4)
+
+
 def test_copies_of_trusted_rows_are_no_part_of_the_pool() -> None:
     pool, trusted = rows(100, 0.0, 9), rows(20, 2.0, 10)
     alone, _ = log_density_ratio(pool, trusted)

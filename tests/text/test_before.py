@@ -12,9 +12,12 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import tsqlora as tsq
+from tsqlora.data.batches import GenerationCollator, PairCollator
 from tsqlora.errors import SettingsError
+from tsqlora.quality.reasons import explain_row
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
+from tsqlora.tasks import get_task
 from tsqlora.text.answers import Turn, turns_in
 from tsqlora.text.before import look_before
 from tsqlora.text.look import FOREIGN, SWAPPED, look_at_answers
@@ -139,3 +142,61 @@ def test_a_selection_for_another_trainer_leaves_them_out() -> None:
     left_out = {*range(ROWS)} - {*chosen["number"]}
     assert left_out <= {*FOREIGN_ROWS}
     assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)
+
+
+def pair_samples(swapped: Sequence[int]) -> list[dict[str, Any]]:
+    """Prepared pairs, as `tokenise_pairs` makes them: the rejected answer is that of the row after it."""
+    rows = []
+    for j, two in enumerate(zip(samples(()), samples(tuple(range(ROWS))), strict=True)):
+        one, other = two[::-1] if j in swapped else two
+        both = {name: [*one[name], *other[name]] for name in one}
+        rows.append({**both, "attention_mask": [1] * len(both["labels"]), "second": len(one["labels"])})
+    return rows
+
+
+class Prefers(Trainer):
+    """Trains on the DPO loss of our own pairs."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:  # type: ignore[override]
+        task = get_task("preference")
+        return task.loss(task.reading.logits(model, inputs), inputs["labels"]).mean()
+
+
+@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
+def test_a_training_leaves_swapped_pairs_out(tmp_path: Path) -> None:
+    data, collate = (
+        tsq.QualitySubset(pair_samples(FOREIGN_ROWS), 0.5),
+        PairCollator(GenerationCollator(0, False, 8, False)),
+    )
+    callback = tsq.QualityCallback(data, task=get_task("preference"))
+    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), max_steps=2, remove_unused_columns=False, **common)
+    options: dict[str, Any] = {"processing_class": tokenizer(), "data_collator": collate}
+    Prefers(model(), args, train_dataset=data, callbacks=[callback], **options).train()
+    scores = Scores.load(tmp_path / "scores.parquet")
+    left_out = scores.row_ids[scores.left_out_as("swapped pair")].tolist()
+    assert {*left_out} <= {*FOREIGN_ROWS}
+    assert len(left_out) >= 0.8 * len(FOREIGN_ROWS)
+    assert any("swapped_pair" in note for note in callback.notes)
+    assert any(f"{len(left_out)} as 'swapped pair'" in note for note in callback.notes)
+    assert "most pairs" in explain_row(scores, left_out[0])["why"]
+
+
+@pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2")
+@pytest.mark.parametrize("swapped", [(), FOREIGN_ROWS])
+def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple[int, ...]) -> None:
+    rng, rows = np.random.default_rng(0), []
+    words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
+    for j, own in enumerate(words):
+        sides = [" " + " ".join(rng.permutation(answer)) for answer in (own, words[(j + 1) % ROWS])]
+        chosen, rejected = sides[::-1] if j in swapped else sides
+        rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
+    plain = tokenizer()
+    plain.chat_template = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
+    assert any("swapped_pair" in str(one.message) and "planted" in str(one.message) for one in said)
+    left_out = {*range(ROWS)} - {*chosen["number"]}
+    assert left_out <= {*swapped}
+    assert len(left_out) >= 0.8 * len(swapped)

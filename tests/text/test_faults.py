@@ -15,6 +15,7 @@ from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import Turn, turns_of
 from tsqlora.text.faults import (
     ALIKE,
+    cross_fitted,
     cut_places,
     detect,
     disordered,
@@ -22,6 +23,7 @@ from tsqlora.text.faults import (
     few_answers,
     folds_of,
     listed,
+    near_donors_of,
     p_of,
 )
 from tsqlora.text.look import CUT, FOREIGN, AnswerLook, look_at_answers
@@ -106,6 +108,33 @@ def test_donors_are_of_the_fold_and_fit_neither_in_prompt_nor_in_answer() -> Non
             assert len(one & other) / len(one | other) <= ALIKE
 
 
+def test_near_donors_have_the_nearest_prompt_of_the_fold_and_another_answer() -> None:
+    texts = [f"{SUBJECTS[k % 14]} {SUBJECTS[14 + k // 14]}" for k in range(100)]
+    turns = [turn(k, f"Tell me of the {text}", SUBJECTS[k % 28]) for k, text in enumerate(texts)]
+    turns.append(turn(100, turns[0].question, "quite another one"))
+    folds = folds_of(turns, seed=0)
+    donors = near_donors_of(turns, folds, np.arange(100))
+    assert (donors >= 0).all()
+    assert (folds[donors] == folds[:100]).all()
+    for row, donor in enumerate(donors.tolist()):
+        own, other = ({*turns[j].question.split()} for j in (row, donor))
+        assert own != other, "equal prompts may have each other's answers"
+        assert turns[row].text != turns[donor].text
+    assert np.mean([len({*texts[j].split()} & {*texts[k].split()}) for j, k in enumerate(donors)]) > 0.9
+
+
+def test_further_rows_are_scored_and_do_not_teach() -> None:
+    rng, fold = np.random.default_rng(4), np.arange(200) % 5
+    own, planted, further = rng.normal(0, 1, (200, 2)), rng.normal(2, 1, (200, 2)), rng.normal(1, 1, (40, 2))
+    alone = cross_fitted(own, planted, fold, fold)
+    *both, scores = cross_fitted(own, planted, fold, fold, (further, fold[:40]))
+    for one, other in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert alone[0].mean() < scores.mean() < alone[1].mean()
+    again = cross_fitted(own, planted, fold, fold, (further[:1], fold[:1]))[2]
+    np.testing.assert_allclose(again, scores[:1])
+
+
 def test_cuts_lie_in_a_word_behind_one_and_behind_a_sentence() -> None:
     texts = [b"One", b" sen", b"tence", b" is", b" he", b"re", b".", b" Ano", b"ther", b" fol", b"lows", b" it", b"."]
     word, space, sentence = cut_places(turn(0, "", ""), texts, np.random.default_rng(0))
@@ -174,6 +203,8 @@ def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: 
     assert len(rows - wrong) <= 1
     assert result.shifts == [(40, 57, 1)] or result.shifts[0][2] == 1
     assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
+    assert {*result.summary()["faults"][FOREIGN]["kinds"]} == {"from the nearest prompt"}
+    assert any("from the nearest prompt" in text for text in result.sentences())
 
 
 def test_good_answers_are_left_alone(tokenizer: Any) -> None:

@@ -114,7 +114,7 @@ class PairCollator:
     padded: GenerationCollator
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = self.padded([answer for sample in samples for answer in _answers(sample)])
+        batch = self.padded([answer for sample in samples for answer in sides_of(sample)])
         pairs = {key: value.unflatten(0, (-1, 2)) for key, value in batch.items()}
         targets = pairs.pop("labels")
         reference = torch.tensor([[sample.get("reference", 0.0)] for sample in samples])
@@ -122,7 +122,8 @@ class PairCollator:
         return {**pairs, "targets": targets, "reference": reference, "labels": labels}
 
 
-def _answers(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def sides_of(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the chosen and the rejected answer of a pair, each behind its prompt."""
     for part in (slice(sample["second"]), slice(sample["second"], None)):
         yield {key: sample[key][part] for key in ("input_ids", "attention_mask", "labels")}
 

@@ -1,17 +1,18 @@
 """How much likelier a text is among trusted rows than in the pool: their density ratio.  Ours.
 
 After importance resampling (DSIR, Xie et al. 2023), except that it only ranks the rows: a ridge fit on hidden states
-tells trusted rows from the pool, and each row is judged by a fit without it.
+tells trusted rows from the pool, and each row is judged by a fit without it. First the part of the hidden states that
+follows the length of a text in the pool is subtracted: a set collected apart differs in length.
 """
 
 import numpy as np
 from scipy.stats import mannwhitneyu
 from sklearn.preprocessing import StandardScaler
 
-from tsqlora.compat.shapes import Bool, Float
+from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.errors import TsqLoraError
 from tsqlora.quality.passes import empty
-from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_classes
+from tsqlora.quality.ridge import ROWS_AT_ONCE, ROWS_TO_CHOOSE, fit_classes, fit_ridge
 
 LEAST_TRUSTED = 8
 """Fewer trusted rows do not show where others lie."""
@@ -25,16 +26,21 @@ def log_density_ratio(
     pool: Float[np.ndarray, "n d"],
     trusted: Float[np.ndarray, "m d"],
     twins: Bool[np.ndarray, " n"] | None = None,
+    *,
+    lengths: tuple[Shaped[np.ndarray, " n"], Shaped[np.ndarray, " m"]] | None = None,
 ) -> tuple[Float[np.ndarray, " n"] | None, str]:
     """Return log p(row | trusted) − log p(row | pool) for every row of the pool, up to a constant.
 
     None and the reason for too few trusted rows, or where a fit cannot tell those that it has not seen from the pool.
-    `twins` are copies of trusted rows: they are no part of the pool, and only predicted. Raises TsqLoraError for hidden
+    `twins` are copies of trusted rows: they are no part of the pool, and only predicted. `lengths` are tokens of each
+    row of the pool and each trusted one, which count nothing then. Raises TsqLoraError for hidden
     states that are not finite.
     """
     if len(trusted) < LEAST_TRUSTED:
         return None, f"{len(trusted)} trusted rows are too few to tell which texts are like them; give {LEAST_TRUSTED}"
     both, n = _standardised(pool, trusted), len(pool)
+    if lengths is not None:
+        _remove_length(both, np.log(np.maximum(np.concatenate(lengths), 1)), n)
     fitted = np.ones(len(both), dtype=np.bool_)
     if twins is not None:
         fitted[:n] = ~twins
@@ -65,3 +71,15 @@ def _standardised(pool: Float[np.ndarray, "n d"], trusted: Float[np.ndarray, "m 
         both[:n][rows] = scaler.transform(pool[rows].astype(np.float64))
     both[n:] = scaler.transform(trusted.astype(np.float64))
     return both
+
+
+def _remove_length(both: Float[np.ndarray, "rows d"], length: Float[np.ndarray, " rows"], n: int) -> None:
+    """Subtract what a ridge fit on the first n rows, the pool, predicts of each feature from the length.
+
+    Ridge: rows without any part along the length would depend on each other, and a fit without one would know it.
+    """
+    some = np.linspace(0, n - 1, min(n, ROWS_TO_CHOOSE)).astype(int)
+    ridge = fit_ridge(length[some, None], both[some])
+    for first in range(0, len(both), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        both[rows] -= ridge.predict(length[rows, None])

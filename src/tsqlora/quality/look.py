@@ -176,7 +176,7 @@ def _of_trusted_rows(
     assert trusted is not None
     if pool.mean is None or few.mean is None:
         return None, "the model returns no hidden states of its tokens"
-    return log_density_ratio(pool.mean, few.mean, trusted.twins)
+    return log_density_ratio(pool.mean, few.mean, trusted.twins, lengths=(pool.labels, few.labels))
 
 
 def _judged(request: LookRequest, started: Started) -> Judgement | None:

@@ -24,7 +24,7 @@ WHY = {
     "confident negative": "likely wrong label",
     "gated": "the trusted model disagrees with its label",
     "trusted row": "same input as a trusted row, which is trained on instead",
-    "swapped pair": "the trusted model prefers the rejected answer",
+    "swapped pair": "the rejected answer is the better one, by the trusted pairs or by how most pairs differ",
     "foreign answer": "the answer belongs to another prompt",
     "cut answer": "the answer stops in the middle",
     "unfit answer": "the answer looks like those with a planted fault",

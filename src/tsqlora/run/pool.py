@@ -62,7 +62,8 @@ def select(
         max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of
             20 ms; by default all.
         drop: "evident" leaves out texts whose answer belongs to another prompt, or is cut or in disorder, where there
-            is evidence of such a fault, and says so. A fraction of 1 keeps all others.
+            is evidence of such a fault, and says so; of preference rows without trusted ones those whose sides seem
+            swapped, compared with most pairs. A fraction of 1 keeps all others.
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
@@ -143,8 +144,10 @@ def score_pool(
     )
     if not drop:
         return scores
-    if task.writer is None or not task.reading.causal or task.reading.has_reference:
+    if not task.reading.causal:
         raise SettingsError(f"drop='evident' judges answers that a causal model writes; the task is {task.name}")
+    if "trusted_loss" in scores.terms:  # trusted pairs decide which side is better, and no majority
+        return scores
     about = (tokenizer, cast(Any, model).config, cast(Any, model).generation_config)
     look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), Compute(batch_size), seed=rule.seed)
     for sentence in look.sentences():

@@ -1,5 +1,6 @@
 """What is seen of texts before they are trained on: the worst findings, and which answers do not fit."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.text.answers import turns_in
 from tsqlora.text.conversations import Conversation, conversation
+from tsqlora.text.faults import LEVELS
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
 from tsqlora.text.look import CUT, FOREIGN, SAMPLE, SWAPPED, AnswerLook, look_at_answers
@@ -23,6 +25,7 @@ ROWS = 500
 SHOWN = 3
 UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
 """Reasons for which rows are left out, by fault."""
+OF_ANSWERS = {*UNFIT.values(), OTHER}
 
 
 def worst_findings(
@@ -104,10 +107,26 @@ def even_scores(samples: Any, collate: Collate | None, rows: RowNames, answers: 
     return without_unfit(scores, answers)
 
 
+def in_one_line(look: AnswerLook, dropped: Mapping[str, int], rows: int) -> str:
+    """Say how many of the rows are left out and why, and what the look can find.
+
+    >>> in_one_line(AnswerLook([]), {"foreign answer": 12, "duplicate": 1}, 240)
+    "of 240 rows these are left out: 12 as 'foreign answer'"
+    """
+    why = ", ".join(f"{count} as '{reason}'" for reason, count in dropped.items() if reason in OF_ANSWERS)
+    parts = [f"of {rows:,} rows these are left out: {why}" if why else f"no answer of {rows:,} rows is left out"]
+    usable = {name: one for name, one in look.detections.items() if one.usable}
+    finds = ", ".join(f"{one.recall[LEVELS[0]]:.0%} of {name}" for name, one in usable.items())
+    parts += [f"of planted faults are found at 1 % false alarms: {finds}"] if finds else []
+    unseen = ", ".join(name for name in look.detections if name not in usable)
+    return "; ".join([*parts, *([f"not to be found here: {unseen}"] if unseen else [])])
+
+
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:
     """Return the scores without the rows that a look calls wrong, at most half of all, the likeliest first."""
     unfit = [(p, row, fault) for fault in look.detections for row, p in look.rows(fault).items()]
-    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))[: len(scores) // 2]
+    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))
+    chosen = chosen[: max(0, len(scores) // 2 - int((~scores.kept).sum()))]
     p_wrong = np.zeros(len(scores))
     for p, row, _ in chosen:
         p_wrong[row] = max(p_wrong[row], p)

@@ -6,12 +6,13 @@ A row is judged by a fit that saw neither it, nor a copy of its prompt, nor anot
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import beta
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -90,6 +91,24 @@ def donors_of(
     return donors
 
 
+def near_donors_of(
+    turns: Sequence[Turn], folds: Int[np.ndarray, " n"], rows: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, " m"]:
+    """Return for each row the turn of its fold with the nearest other prompt and another answer; -1 for none."""
+    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
+    prompts = words.fit_transform([turn.question for turn in turns])
+    donors = np.full(len(rows), -1)
+    for fold in range(FOLDS):
+        within, judged = np.flatnonzero(folds == fold), np.flatnonzero(folds[rows] == fold)
+        alike = (prompts[rows[judged]] @ prompts[within].T).toarray()
+        for k, near in zip(judged.tolist(), np.argsort(-alike, axis=1)[:, :TRIES], strict=True):
+            row = turns[rows[k]]
+            question, answer = words_of(row.question), {*words_of(row.text)}
+            others = (j for j in within[near].tolist() if words_of(turns[j].question) != question)
+            donors[k] = next((j for j in others if _near({*words_of(turns[j].text)}, answer) <= ALIKE), -1)
+    return donors
+
+
 def _near(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
@@ -134,6 +153,8 @@ class Detection:
 
     evident: bool
     """Whether there is evidence of this fault beyond hard rows."""
+    kinds: Mapping[str, float] = field(default_factory=dict)
+    """Share of the planted faults of a kind that is found at 1 % false alarms; some kinds do not teach."""
 
     @property
     def usable(self) -> bool:
@@ -160,23 +181,37 @@ def cross_fitted(
     planted: Float[np.ndarray, "m d"],
     fold: Int[np.ndarray, " n"],
     planted_fold: Int[np.ndarray, " m"],
-) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
-    """Return log-odds that a row is planted, by a logistic regression that has not seen its fold."""
-    scores, planted_scores = np.zeros(len(own)), np.zeros(len(planted))
+    *further: tuple[Float[np.ndarray, "k d"], Int[np.ndarray, " k"]],
+) -> tuple[Float[np.ndarray, " _"], ...]:
+    """Return log-odds that a row is planted, by a logistic regression that has not seen its fold.
+
+    There is an array for rows as they are, one for planted ones, and one for each of `further` rows with their folds,
+    which do not teach.
+    """
+    judged = ((own, fold), (planted, planted_fold), *further)
+    scores = tuple(np.zeros(len(values)) for values, _ in judged)
     for one in range(FOLDS):
         a, b = fold != one, planted_fold != one
         features = np.concatenate([own[a], planted[b]])
         scaler = StandardScaler().fit(features)
         model = LogisticRegression(class_weight="balanced", max_iter=500)
         model.fit(scaler.transform(features), np.repeat([0, 1], [a.sum(), b.sum()]))
-        for values, folds, out in ((own, fold, scores), (planted, planted_fold, planted_scores)):
+        for (values, folds), out in zip(judged, scores, strict=True):
             if (folds == one).any():
                 out[folds == one] = model.decision_function(scaler.transform(values[folds == one]))
-    return scores, planted_scores
+    return scores
 
 
-def detect(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], seed: int = 0) -> Detection:
-    """Judge turns by their scores and those of planted faults, none of which its own fit has seen."""
+def detect(
+    scores: Float[np.ndarray, " n"],
+    planted: Float[np.ndarray, " m"],
+    seed: int = 0,
+    kinds: Mapping[str, Float[np.ndarray, " k"]] | None = None,
+) -> Detection:
+    """Judge turns by their scores and those of planted faults, none of which its own fit has seen.
+
+    `kinds` are scores of faults of one kind, for their recall alone.
+    """
     p = p_of(scores, planted)
     floor = floor_of(p, len(planted))
     rate = storey(p, floor)
@@ -194,6 +229,7 @@ def detect(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], se
         scores,
         faulty,
         evident=False,
+        kinds={name: found_at(scores, some, faulty, LEVELS[0]) for name, some in (kinds or {}).items()},
     )
     return replace(detection, evident=detection.usable and detection.low > clean_rate(detection.recall[LEVELS[0]]))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.quality.rule import Compute
+from tsqlora.text.among import words_of
 from tsqlora.text.answers import MOST_ANSWER, Sample, Turn, behind, features_of, read_answers
 from tsqlora.text.faults import (
     FAULTS,
@@ -28,7 +29,9 @@ from tsqlora.text.faults import (
     few_answers,
     folds_of,
     listed,
+    near_donors_of,
 )
+from tsqlora.text.prepared import SIDES
 from tsqlora.text.vocabulary import Vocabulary
 
 FOREIGN, CUT, SWAPPED = "foreign_answer", "cut_answer", "swapped_pair"
@@ -39,8 +42,10 @@ LEAST_TURNS = 50
 SUSPECTS, DECOYS = 0.15, 8
 """Share of the answers that are read behind other prompts, and how many."""
 LEAST_SUSPECTS = 5
-SIDES = ("chosen", "rejected")
 OWNERS, LEAST_SHIFTED = 200, 5
+NEAR = 128
+"""Rows that get the answer of the nearest prompt, for its recall: a quarter of the planted ones, at most."""
+CUTS = ("in a word", "after a word", "after a sentence")
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
 Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
@@ -86,6 +91,7 @@ class AnswerLook:
             name: {
                 "planted": one.planted,
                 "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
+                "kinds": dict(one.kinds),
                 "rate": one.rate if one.usable else None,
                 "high": one.high,
                 "evident": one.evident,
@@ -96,11 +102,14 @@ class AnswerLook:
         about = {"turns": len(self.turns), "tokens": self.tokens, "faults": faults, "shifts": self.shifts}
         return {**about, "notes": self.notes, "says": self.sentences()}
 
-    def sentences(self) -> list[str]:
-        """Say first what can be found, then what was."""
+    def sentences(self, *, faults: bool = True) -> list[str]:
+        """Say first what can be found, then what was; without `faults` only what concerns all of them."""
         texts = list[str]()
-        for name, one in self.detections.items():
+        judged = "pairs" if SWAPPED in self.detections else "answers"
+        for name, one in self.detections.items() if faults else ():
             power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
+            if one.kinds:
+                power += f" ({', '.join(f'{recall:.0%} {kind}' for kind, recall in one.kinds.items())})"
             if not one.usable:
                 texts.append(f"{power}; rows do not differ enough from these to call any wrong")
             elif not one.evident:
@@ -108,7 +117,7 @@ class AnswerLook:
             else:
                 rows = len(self.rows(name))
                 texts.append(
-                    f"{power}; about {one.rate:.1%} of the answers have one, at most {one.high:.1%}; {rows} listed"
+                    f"{power}; about {one.rate:.1%} of the {judged} have one, at most {one.high:.1%}; {rows} listed"
                 )
         for first, last, step in self.shifts:
             texts.append(
@@ -194,8 +203,12 @@ def _find_cut(
         look.notes.append("too few answers are whole and long enough to judge cuts")
         return
     turn, kind = np.array([kinds[j] for j in np.sort(rng.permutation(len(kinds))[:PLANTED])]).T
-    scores, planted = cross_fitted(stops[judged, :1], stops[turn, kind][:, None], folds[judged], folds[turn])
-    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted))
+    each = [np.flatnonzero(judged & (cuts[:, k] > 0))[:PLANTED] for k in range(len(CUTS))]
+    further = [(stops[rows, k + 1][:, None], folds[rows]) for k, rows in enumerate(each)]
+    planted = stops[turn, kind][:, None]
+    scores, planted, *some = cross_fitted(stops[judged, :1], planted, folds[judged], folds[turn], *further)
+    by_kind = {name: one for name, one in zip(CUTS, some, strict=True) if len(one) >= LEAST_TURNS}
+    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted, kinds=by_kind))
 
 
 def _find_foreign(
@@ -213,9 +226,17 @@ def _find_foreign(
     if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers differ enough to tell whose they are")
         return
-    copies = [behind(turns[row].prompt, turns[donor].answer) for row, donor in zip(planted, donors, strict=True)]
-    scores, bad = cross_fitted(own, features_of(read("foreign", copies), alone, donors), folds, folds[planted])
-    detection = detect(scores, bad)
+    near = planted[np.linspace(0, len(planted) - 1, int(np.clip(len(planted) // 4, LEAST_TURNS, NEAR))).astype(int)]
+    nearest = near_donors_of(turns, folds, near)
+    near, nearest = near[nearest >= 0], nearest[nearest >= 0]
+
+    def copies(phase: str, rows: np.ndarray, donors: np.ndarray) -> np.ndarray:
+        some = [behind(turns[j].prompt, turns[k].answer) for j, k in zip(rows, donors, strict=True)]
+        return features_of(read(phase, some), alone, donors)
+
+    further = [(copies("near", near, nearest), folds[near])] if len(near) >= LEAST_TURNS else []
+    scores, bad, *some = cross_fitted(own, copies("foreign", planted, donors), folds, folds[planted], *further)
+    detection = detect(scores, bad, kinds=dict(zip(["from the nearest prompt"], some, strict=False)))
     order = np.argsort(-scores, kind="stable")[: round(SUSPECTS * len(turns))]
     suspects = order[detection.probability[order] > 0.5] if detection.usable else order[:0]
     fits, evident = np.ones(len(turns), np.bool_), False
@@ -277,7 +298,7 @@ def _find_owners(look: AnswerLook, read: Read) -> None:
     """Whose answers the foreign ones are: the neighbours' of their rows, or of the rows whose prompts are near."""
     turns, wrong = look.turns, look.listed[FOREIGN][:OWNERS].tolist()
     by_row = {turn.row: j for j, turn in reversed([*enumerate(turns)])}
-    words = TfidfVectorizer(sublinear_tf=True)
+    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
     prompts = words.fit_transform([turn.question for turn in turns])
     nearest = np.argsort(-(words.transform([turns[j].text for j in wrong]) @ prompts.T).toarray(), axis=1)[:, :3]
     candidates = [

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.shapes import Int
-from tsqlora.data.batches import IGNORED
+from tsqlora.data.batches import IGNORED, sides_of
 from tsqlora.errors import DataError
 
 IDS = ("input_ids", "prompt_ids")
 """Columns by which a set is known as prepared."""
+SIDES = ("chosen", "rejected")
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
@@ -46,6 +47,10 @@ def sequences_of(rows: Sequence[Mapping[str, Any]], collate: Collate | None = No
     """
     for number in range(len(rows)):
         row = rows[number]
+        if "second" in row:
+            for side, one in zip(SIDES, sides_of(row), strict=True):
+                yield Trained(np.asarray(one["input_ids"], np.int64), np.asarray(one["labels"], np.int64), number, side)
+            continue
         if "prompt_ids" not in row and "input_ids" not in row:
             raise DataError(f"row {number} has no input_ids; this set is not prepared, give --data for rows of texts")
         made = _pair if "prompt_ids" in row else _sequences
@@ -74,7 +79,7 @@ def _pair(row: Mapping[str, Any], number: int, collate: Collate | None) -> Itera
     Its collator cuts them.
     """
     batch = {} if collate is None else collate([row])
-    for k, side in enumerate(("chosen", "rejected")):
+    for k, side in enumerate(SIDES):
         if "completion_mask" in batch:
             read = np.asarray(batch["attention_mask"][k]) > 0
             ids = np.asarray(batch["input_ids"][k], np.int64)[read]

@@ -30,7 +30,7 @@ from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import even_scores, look_before, without_unfit, worst_findings
+from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
@@ -171,7 +171,7 @@ class QualityCallback(PartCallback):
         data.task = self.task
         self._forget()
         tokenizer = kwargs.get("processing_class")
-        if task.writer is not None and task.reading.causal and getattr(tokenizer, "is_fast", False):
+        if task.reading.causal and getattr(tokenizer, "is_fast", False):
             answers = saved is None and self.saved is None
             self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=answers)
         if saved is not None:
@@ -193,13 +193,18 @@ class QualityCallback(PartCallback):
 
     def _draw_texts_evenly(self, collate: Collate) -> None:
         """Without trusted rows no text is preferred; answers that do not fit are left out."""
+        line = ""
         if self._answers is not None and any(map(len, self._answers.listed.values())):
             self._draw_fitting(self._answers, collate)
+        elif self._answers is not None:
+            line = in_one_line(self._answers, {}, len(self.data.dataset))
+            self.notes.append(line)
         self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         if self.into is None:  # `tsqlora train` shows notes at its end
             share = f"{self.data.plan.fraction:.0%} of the rows an epoch"
             cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-            warnings.warn(f"text without trusted rows is drawn evenly, {share}; {cure}", stacklevel=5)
+            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
+            warnings.warn(what, stacklevel=5)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
@@ -414,6 +419,7 @@ class QualityCallback(PartCallback):
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
+            self._note(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
@@ -472,10 +478,11 @@ class QualityCallback(PartCallback):
         own: Any = model
         about = (tokenizer, own.config, own.generation_config)
         vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
-        if self.into is None:  # `tsqlora train` has looked itself
+        if self.into is None and task.writer is not None:  # `tsqlora train` has looked itself
             for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
                 self._note(finding)
-        if answers and self.rule.select and not task.reading.has_reference:
+        decided = task.reading.has_reference and len(self.data.trusted)  # trusted pairs say which side is better
+        if answers and self.rule.select and not decided:
             self._answers = self._look_at_answers(args, model, collate, vocabulary)
 
     def _look_at_answers(
@@ -488,15 +495,14 @@ class QualityCallback(PartCallback):
         look = look_before(unwrapped, data.dataset, vocabulary, compute, collate=self.collate or collate, seed=seed)
         cost = PhaseCost(time.perf_counter() - start, tokens=sum(look.tokens.values()))
         self._spent.setdefault("look", PhaseCost()).add(**asdict(cost))
-        self.notes += look.sentences()
+        self.notes += look.sentences(faults=False)
         return look
 
     def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
         """Draw evenly from all rows whose answers fit."""
         data = self.data
         scores = even_scores(data.dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)  # pyright: ignore[reportArgumentType]
-        why = ", ".join(f"{count} as '{reason}'" for reason, count in scores.dropped.items())
-        self._note(f"of {len(scores):,} rows these are left out: {why}; {self._path} names them")
+        self._note(f"{in_one_line(answers, scores.dropped, len(scores))}; {self._path} names them")
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
