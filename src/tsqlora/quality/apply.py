@@ -77,19 +77,19 @@ def columns_of_rows(
     forward, head = forward_pass(
         distributed.unwrapped(model), dataset, usable, task=task, compute=compute, rows=rows, mean=judges
     )
-    logits, known = _logits(look, forward, head), forward.labels
-    unseen = known != labels if single else np.zeros(len(known), np.bool_)
-    columns = {"labels": np.where(unseen, UNSEEN, known) if single else known}
-    columns["loss"] = task.loss(torch.from_numpy(logits), torch.from_numpy(known)).numpy()
+    logits, clamped = _logits(look, forward, head), forward.labels
+    unseen = clamped != labels if single else np.zeros(len(clamped), np.bool_)
+    columns = {"labels": np.where(unseen, UNSEEN, clamped) if single else clamped}
+    columns["loss"] = task.loss(torch.from_numpy(logits), torch.from_numpy(clamped)).numpy()
     if look.verdict is not None:
         parts = [part for part in (forward.features, forward.mean) if part is not None]
-        logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), known)
+        logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), clamped)
         columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
-    columns |= predictions(logits.astype(np.float32), known, task.answers)
+    columns |= predictions(logits.astype(np.float32), clamped, task.answers)
     columns = _with_own(columns, look.scores, rows.hashes)
     for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
         columns[name][unseen] = np.nan
-    wrong = columns.get("wrong_probability", np.zeros(len(known))) > DOUBT
+    wrong = columns.get("wrong_probability", np.zeros(len(clamped))) > DOUBT
     columns["reason"] = np.select([unseen, wrong], ["unseen class", "confident negative"], "kept")
     return columns
 

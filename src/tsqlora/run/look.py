@@ -149,8 +149,8 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
     task = trained_task(config, labels)
     with writing(out), tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
         table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
-        known = replace(labels, strict=not kind.single)
-        table = complete(table.using(Columns(**record.columns), known, None), config.data.max_bad_rows, tags=False)
+        lenient = replace(labels, strict=not kind.single)
+        table = complete(table.using(Columns(**record.columns), lenient, None), config.data.max_bad_rows, tags=False)
         pretrained = load_model(config, task, labels)
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
         how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
