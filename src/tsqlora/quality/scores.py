@@ -249,7 +249,7 @@ class Scores:
             record=record,
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
             ids=values.get("id"),
-            reasons=_reasons(table, path) if "reason" in table.column_names else None,
+            reasons=reasons_of(table, path) if "reason" in table.column_names else None,
             predictions={name: values[name] for name in PREDICTIONS if name in values},
         )
 
@@ -268,7 +268,17 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
-def _reasons(table: pa.Table, path: str | Path) -> np.ndarray:
+def written_elsewhere(path: Path) -> bool:
+    """Return whether this is a Parquet file with a column `reason` that another program wrote."""
+    reading(path)
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        return False  # `Scores.load` says why
+    return "reason" in schema.names and _METADATA not in (schema.metadata or {})
+
+
+def reasons_of(table: pa.Table, path: str | Path) -> np.ndarray:
     """Return indices into REASONS, whatever order of reasons the file has."""
     column = table["reason"].combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
