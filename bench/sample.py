@@ -2,8 +2,8 @@
 
     python bench/sample.py
 
-A tenth of CLINC150's labels are set wrong (`bench/judge.py` says how). 3,000 rows are set aside. They are judged out of
-fold together with all others, as one look at all rows does, and by the judge of a sample of the others, as
+A tenth of the labels of CLINC150 are set wrong (`bench/judge.py` says how). 3,000 rows are set aside. They are judged
+out of fold together with all others, as one look at all rows does, and by the judge of a sample of the others, as
 `tsqlora score --look` does. Results are in bench/results/sample.json; what is there is not run again.
 """
 
@@ -22,7 +22,7 @@ from origin import commit, machine, parser_of, read, write
 from tsqlora.quality.judge import DOUBT, judge
 
 TABLE, SET_ASIDE, SIZES = "clinc150", 3_000, (1_500, 3_000, 6_000, 12_000)
-DRAWS = {"even-0.1": 3, "pairs-0.1": 2}
+DRAWS = {"even-0.1": 3}
 
 
 def run(noise: str, draw: int) -> Iterator[dict[str, Any]]:

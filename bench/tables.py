@@ -562,6 +562,21 @@ def judge_coverage(results: Results) -> Rows:
     return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
 
 
+def sample(results: Results) -> Rows:
+    """What the look of a sample says of rows that it has not seen, by its size: means over draws."""
+    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in results["cells"].values()])
+    cells["sample"] = cells["sample"].fillna(0).astype(int)
+    names = ("precision", "recall", "agree", "accuracy")
+    return [
+        {
+            "rows of the look": f"{size:,}" if size else "all 15,000, out of fold",
+            "draws": str(len(of)),
+            **{name: f"{of[name].mean():.3f} ({of[name].min():.3f})" for name in names},
+        }
+        for size, of in sorted(cells.groupby("sample"), key=lambda one: (one[0] == 0, one[0]))
+    ]
+
+
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
     """The cells of bench/judge.py by part, table and noise, in its order."""
     cells = pd.DataFrame(
@@ -661,6 +676,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "rules": rules,
     "scale-model": scale_model,
     "scale-processes": scale_processes,
+    "sample": sample,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,

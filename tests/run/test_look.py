@@ -18,6 +18,7 @@ from tsqlora.quality.select import select_rows
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
 from tsqlora.run.look import look_at, score_by_look
+from tsqlora.training.record import RunRecord
 
 TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learning_rate": 0.01}
 
@@ -61,6 +62,15 @@ def test_the_command_says_what_to_type_next(place: Path, tmp_path: Path, capsys:
     assert code == 0
     assert json.loads(out)["head"] == ["classifier.bias", "classifier.weight"]
     assert SavedLook.load(tmp_path / "OTHER").about["rows"] == SavedLook.load(tmp_path / "LOOK").about["rows"]
+
+
+def test_a_model_in_4_bits_takes_the_look_for_the_whole_one(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    saved = look_at(load_config(place / "c.yaml", ["model.quantization=4bit"]), tmp_path / "LOOK")
+    assert saved.about["bits"] == 4
+    pipeline.train(load_config(place / "c.yaml", [f"quality.look={tmp_path / 'LOOK'}"]), tmp_path / "run")
+    notes = RunRecord.load(tmp_path / "run").notes
+    assert any("in 4 bits" in note for note in notes)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
