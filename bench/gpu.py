@@ -223,7 +223,7 @@ def launch_lines() -> list[str]:
 
 def engines() -> Result:
     """The validation loss that each line of the docs ends with, and the seconds that it took."""
-    found: Result = {}
+    results: Result = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_jsonl(folder / "train.jsonl", make_rows(400))
@@ -240,8 +240,8 @@ def engines() -> Result:
             record = folder / f"run{j}" / "run.json"
             metrics = json.loads(record.read_text())["metrics"] if record.exists() else None
             ended = {"metrics": metrics, "seconds": time.perf_counter() - begun}
-            found[line] = ended if done.returncode == 0 else {"error": done.stderr[-2000:]}
-    return found
+            results[line] = ended if done.returncode == 0 else {"error": done.stderr[-2000:]}
+    return results
 
 
 def sharded() -> Result:

@@ -563,7 +563,7 @@ def judge_coverage(results: Results) -> Rows:
 
 
 def sample(results: Results) -> Rows:
-    """What the look of a sample says of rows that it has not seen, by its size: means over draws."""
+    """How the look of a sample judges rows that it has not seen, by its size: means over draws."""
     cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in results["cells"].values()])
     cells["sample"] = cells["sample"].fillna(0).astype(int)
     names = ("precision", "recall", "agree", "accuracy")
