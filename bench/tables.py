@@ -283,6 +283,15 @@ def scale_rows(results: Results) -> Rows:
     ]
 
 
+def scale_parts(results: Results) -> Rows:
+    """Memory and seconds of rows in parts, scored by the look of a sample and drawn."""
+    r = results["parts"]["found"]
+    row = {name: f"{r[name]:,}" for name in ("rows", "parts", "sample", "drawn")}
+    row |= {f"{name}, processor's seconds": f"{value:,.0f}" for name, value in r["processor_seconds"].items()}
+    more = (r["peak_bytes"] - r["bytes_before"]) / 1e6
+    return [row | {"memory before, and more, MB": f"{r['bytes_before'] / 1e6:,.0f}, {more:,.0f}"}]
+
+
 def scale_steps(results: Results) -> Rows:
     """What grew in a run of many steps."""
     run = results["steps"]["found"]
@@ -677,6 +686,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-model": scale_model,
     "scale-processes": scale_processes,
     "sample": sample,
+    "scale-parts": scale_parts,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,

@@ -35,14 +35,14 @@ class Score:
         cells = [dict(zip(rows, row, strict=True)) for row in zip(*map(np.ndarray.tolist, rows.values()), strict=True)]
         texts = [[row[name] for row in cells] for name in (self.columns.text, self.columns.text_pair) if name]
         batch = self.tokenizer(*texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
-        batch["labels"] = torch.tensor([self.numbers.get(row[self.columns.label], -1) for row in cells])
+        batch["labels"] = torch.tensor([self.numbers.get(row[self.columns.label or "label"], -1) for row in cells])
         hashes = [row_hash(row, self.columns) for row in cells]
         columns = tsq.apply(self.model, self.look, batch, hashes=hashes)
         return rows | {name: columns[name] for name in columns.keys() - {"labels", "logits"}}
 
 
 if __name__ == "__main__":
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     look, source, parts = (str(Path(name).absolute()) for name in sys.argv[1:])
     actors = {"compute": ray.data.ActorPoolStrategy(size=1), "num_gpus": int(torch.cuda.is_available())}
