@@ -9,12 +9,17 @@ result, or its error, into the JSON before the next one begins.
 - `precision`: scores under bfloat16 and float16 autocast beside float32.
 - `quantized`: a 4-bit and an 8-bit base (bitsandbytes) trained with both callbacks.
 - `compiled`, `checkpointing`: torch.compile, gradient checkpointing.
+- `engines`: the launch lines of docs/scaling.md on one node, with as many processes as there are GPUs.
 - `sharded`: FSDP2 on one device.
 - `synchronisations`: how often a step waits for the device, by method.
 - `speed`: rows per second and peak memory of a LoRA step, of the same with moving ranks, of scoring, of a forward pass.
 - `pool`: right rows among those that `tsq.select` draws from a pool in which one in four is right.
 """
 
+import json
+import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from origin import commit, machine, parser_of, write
+from made import make_rows, save_checkpoint, write_config, write_jsonl
+from origin import ROOT, commit, machine, parser_of, write
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -207,6 +213,37 @@ def checkpointing() -> Result:
     return trained(tsq.wrap(decoder(), mean_rank=4), written(64), gradient_checkpointing=True)
 
 
+def launch_lines() -> list[str]:
+    """The commands of docs/scaling.md that take a look and train on one node, as a reader would type them."""
+    blocks = re.findall(r"```bash no-run\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+    joined = re.sub(r"\\\n\s*|  +#.*", "", "\n".join(blocks))
+    begins = ("tsqlora look tsq.yaml --out", "accelerate launch --num_processes", "accelerate launch --use_fsdp")
+    return [line for line in joined.splitlines() if line.startswith(begins)]
+
+
+def engines() -> Result:
+    """The validation loss that each line of the docs ends with, and the seconds that it took."""
+    results: Result = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = write_jsonl(folder / "train.jsonl", make_rows(400))
+        write_config(folder / "tsq.yaml", save_checkpoint(folder / "model"), rows, ranks={"policy": "fixed"})
+        lines = sorted(launch_lines(), key=lambda line: not line.startswith("tsqlora look"))
+        for j, line in enumerate(lines if GPU else lines[:1]):
+            command = re.sub(r"--num_processes \d+", f"--num_processes {torch.cuda.device_count()}", line)
+            command = command.replace("--out run", f"--out run{j}")
+            words = shlex.split(command.replace("tsqlora look", "-m tsqlora.cli look"))
+            if words[0] == "accelerate":
+                words = ["-m", "accelerate.commands.accelerate_cli", *words[1:]]
+            begun = time.perf_counter()
+            done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=150)
+            record = folder / f"run{j}" / "run.json"
+            metrics = json.loads(record.read_text())["metrics"] if record.exists() else None
+            ended = {"metrics": metrics, "seconds": time.perf_counter() - begun}
+            results[line] = ended if done.returncode == 0 else {"error": done.stderr[-2000:]}
+    return results
+
+
 def sharded() -> Result:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -343,7 +380,7 @@ def pool() -> Result:
 
 CASES: dict[str, Callable[[], Result]] = {
     case.__name__: case
-    for case in (parity, precision, quantized, compiled, checkpointing, sharded, synchronisations, speed, pool)
+    for case in (parity, precision, quantized, compiled, checkpointing, engines, sharded, synchronisations, speed, pool)
 }
 
 

@@ -1,6 +1,7 @@
 """What grows and what does not: rows, steps, and the terms of the cost model in docs/scaling.md.
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
+    python bench/scale.py parts [--rows 1000000]         # in a hundred parts, by the look of a sample
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
+from tsqlora.run.look import look_at, score_by_look
 from tsqlora.run.train import train
 
 CACHE = ROOT / "bench" / ".cache" / "scale"
@@ -73,8 +76,8 @@ def finished_run() -> Path:
     return run
 
 
-def write_many(path: Path, count: int) -> None:
-    rng = random.Random(count)
+def write_many(path: Path, count: int, seed: int | None = None) -> None:
+    rng = random.Random(count if seed is None else seed)
     with open(path, "w") as file:
         for j in range(count):
             words = [*rng.sample((BAD, GOOD)[j % 2], 3), *rng.choices(PLAIN, k=7)]
@@ -115,6 +118,43 @@ def rows(count: int) -> dict[str, Any]:
     }
     for path in (file, table, CACHE / f"{count}.subset.jsonl"):
         path.unlink()
+    return result
+
+
+PARTS, SAMPLE = 100, 10_000
+
+
+def in_parts(count: int) -> dict[str, Any]:
+    """What `tsqlora look` does with a sample, `tsqlora score --look` with a hundred parts, and `tsqlora select`."""
+    finished_run()
+    place = CACHE / "parts"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for j in range(PARTS):
+        write_many(place / f"{j:03}.jsonl", count // PARTS, seed=j)
+    write_many(place / "sample.jsonl", SAMPLE)
+    before, seconds = status("VmRSS"), [time.process_time()]
+    look_at(load_config(CACHE / "c.yaml", [f"data.train={place / 'sample.jsonl'}"]), place / "LOOK")
+    seconds.append(time.process_time())
+    for j in range(PARTS):
+        score_by_look(str(place / f"{j:03}.jsonl"), place / "LOOK", place / "scores" / f"{j:03}.parquet")
+    seconds.append(time.process_time())
+    peak = status("VmHWM")
+    drawn = select_rows(place / "scores", place / "subset.jsonl", fraction=0.3, data=place)
+    seconds.append(time.process_time())
+    look, score, select = (round(b - a, 1) for a, b in pairwise(seconds))
+    result = {
+        "rows": count,
+        "parts": PARTS,
+        "sample": SAMPLE,
+        "drawn": drawn,
+        "processor_seconds": {"look": look, "score": score, "select": select},
+        "bytes_before": before,
+        "peak_bytes_scoring": peak,
+        "peak_bytes": status("VmHWM"),
+        "scores_bytes": sum(path.stat().st_size for path in (place / "scores").iterdir()),
+    }
+    shutil.rmtree(place)
     return result
 
 
@@ -333,6 +373,7 @@ def processes(count: int) -> dict[str, Any]:
 def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "rows": lambda: rows(int(arguments.rows)),
+        "parts": lambda: in_parts(int(arguments.rows.split(",")[-1])),
         "steps": lambda: steps(arguments.steps),
         "model": model,
         "processes": lambda: [processes(count) for count in (1, 2, 3)],

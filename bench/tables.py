@@ -283,6 +283,15 @@ def scale_rows(results: Results) -> Rows:
     ]
 
 
+def scale_parts(results: Results) -> Rows:
+    """Memory and seconds of rows in parts, scored by the look of a sample and drawn."""
+    r = results["parts"]["found"]
+    row = {name: f"{r[name]:,}" for name in ("rows", "parts", "sample", "drawn")}
+    row |= {f"{name}, processor's seconds": f"{value:,.0f}" for name, value in r["processor_seconds"].items()}
+    more = (r["peak_bytes"] - r["bytes_before"]) / 1e6
+    return [row | {"memory before, and more, MB": f"{r['bytes_before'] / 1e6:,.0f}, {more:,.0f}"}]
+
+
 def scale_steps(results: Results) -> Rows:
     """What grew in a run of many steps."""
     run = results["steps"]["found"]
@@ -578,6 +587,21 @@ def judge_coverage(results: Results) -> Rows:
     return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
 
 
+def sample(results: Results) -> Rows:
+    """How the look of a sample judges rows that it has not seen, by its size: means over draws."""
+    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in results["cells"].values()])
+    cells["sample"] = cells["sample"].fillna(0).astype(int)
+    names = ("precision", "recall", "agree", "accuracy")
+    return [
+        {
+            "rows of the look": f"{size:,}" if size else "all 15,000, out of fold",
+            "draws": str(len(of)),
+            **{name: f"{of[name].mean():.3f} ({of[name].min():.3f})" for name in names},
+        }
+        for size, of in sorted(cells.groupby("sample"), key=lambda one: (one[0] == 0, one[0]))
+    ]
+
+
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
     """The cells of bench/judge.py by part, table and noise, in its order."""
     cells = pd.DataFrame(
@@ -734,6 +758,8 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "rules": rules,
     "scale-model": scale_model,
     "scale-processes": scale_processes,
+    "sample": sample,
+    "scale-parts": scale_parts,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,

@@ -14,7 +14,8 @@ import pytest
 import tsqlora as tsq
 from tsqlora.training.record import RunRecord
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "ray_data")  # tests/run/test_ray_data.py
 RESULTS = {
     "audio": "accuracy of the adapter in plain PEFT",
     "image": "accuracy of the adapter in plain PEFT",

@@ -204,6 +204,16 @@ LOOK_FIRST = (
 )
 
 
+def refuse_sharded_loading(model: nn.Module) -> None:
+    """Raises UnsupportedError for a model that transformers has sharded while loading it."""
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise UnsupportedError(
+            "distributed_config has sharded the model while loading it, so no head can be written, and transformers "
+            "cannot resume; load it without distributed_config, and let accelerate shard it: "
+            f"accelerate launch --use_fsdp --fsdp_version 2; {LOOK_FIRST}"
+        )
+
+
 def parts_of(parameter: Any) -> str | None:
     """How a parameter is not whole in this process; None if it is."""
     if is_partitioned(parameter):
@@ -215,6 +225,7 @@ def parts_of(parameter: Any) -> str | None:
 
 def require_whole(model: nn.Module, plugin: Any = None) -> None:
     """Raises UnsupportedError naming a parameter that no look can read or write here, or the plugin of DeepSpeed."""
+    refuse_sharded_loading(model)
     if plugin is not None:
         raise UnsupportedError(
             f"DeepSpeed has its own copy of the weights, so a head that is fitted now is lost; {LOOK_FIRST}"

@@ -16,7 +16,18 @@ def test_each_case_runs_and_device_and_cpu_agree(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--out", str(out)], check=True)
     cases = json.loads(out.read_text())["cases"]
     assert not [name for name, case in cases.items() if "error" in case]
+    assert not [line for line, done in cases["engines"].items() if isinstance(done, dict) and "error" in done]
     for part in ("encoder", "decoder"):
         assert cases["parity"][part].pop("same ranks")
         assert max(cases["parity"][part].values()) < 1e-3
     assert cases["pool"]["of the drawn rows"] > cases["pool"]["of the pool"]
+
+
+def test_the_engines_are_launched_by_the_lines_of_the_docs() -> None:
+    show = "import gpu; print(*gpu.launch_lines(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT / "bench", check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert "tsqlora look tsq.yaml --out LOOK" in lines
+    assert [line for line in lines if "--use_fsdp --fsdp_version 2" in line and "--look LOOK" in line]
+    assert [line for line in lines if line.startswith("accelerate launch --num_processes 8 -m tsqlora.cli train")]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -71,10 +72,10 @@ def compare(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         rows: Mapping[int, str] | None = None,
         **options: Any,
     ) -> Any:
-        def in_own_process(name: str, work: Any, progress: Any = None) -> Any:
+        def in_own_process(name: str, work: Any, progress: Any = None, *, device: str | None = None) -> Any:
             if name == "preflight":
                 return {seed: rows[seed] for seed in work.keywords["finished"]} if rows else {}
-            return (run or Fake())(*work.args)
+            return (run or Fake())(*work.args, **({} if device is None else {"device": device}))
 
         monkeypatch.setattr(comparison, "in_own_process", in_own_process)
         settings = options.pop("settings", config)
@@ -93,6 +94,44 @@ def test_a_finished_cell_never_runs_again_also_after_an_interruption_and_more_ma
     assert sorted(second.names) == sorted(["lora+all.2", *(f"lora+random.{seed}" for seed in range(3))])
     assert [row["seeds"] for row in result["table"]] == [[0, 1, 2], [0, 1, 2]]
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
+
+
+class Together(Fake):
+    """Trains nothing, and waits until a cell runs on each of two devices."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.meet, self.devices = Barrier(2, timeout=60), list[str]()
+
+    def __call__(self, config: Config, entry: Entry, folder: Path, *, device: str) -> RunRecord:  # type: ignore[override]
+        self.devices.append(device)
+        self.meet.wait()
+        return super().__call__(config, entry, folder)
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(None, ["0", "1"]), ("3,5", ["3", "5"])])
+def test_each_of_several_gpus_trains_a_cell_at_a_time(
+    visible: str | None, devices: list[str], compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run = Together()
+    ours = compare(["lora", "tsqlora"], seeds=[0, 1], sweep=[0.001, 0.01], run=run)
+    assert sorted(run.devices) == sorted(devices * 3)
+    assert len(ours["runs"]) == 4
+    assert [row["learning_rates"] for row in ours["table"]] == [[0.01], [0.01]]
+
+
+def test_a_cell_that_is_interrupted_on_one_gpu_ends_the_comparison(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    run = Together(dies_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        compare(["lora"], seeds=[*range(8)], run=run)
+    assert len(run.ran) < 6
 
 
 def test_differences_are_paired_by_seed(compare: Compare) -> None:

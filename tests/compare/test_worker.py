@@ -1,5 +1,6 @@
 """A training in its own process: it may have processes itself, and none outlives its parent."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -80,6 +81,10 @@ def _is_of_python(process: psutil.Process) -> bool:
         return "multiprocessing" in " ".join(process.cmdline())
     except psutil.Error:
         return False
+
+
+def test_it_sees_the_device_that_it_is_given() -> None:
+    assert in_own_process("seeing", partial(os.getenv, "CUDA_VISIBLE_DEVICES"), device="3") == "3"
 
 
 def test_an_error_that_does_not_pass_between_processes_is_handed_on_as_text() -> None:

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -72,6 +72,17 @@ class Watch(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def loaded_in_parts(folder: Path) -> Any:
+    """A model that transformers shards while loading it, before any Trainer."""
+    from transformers.distributed import DistributedConfig
+
+    base_bert().save_pretrained(folder / "whole")  # the first process alone writes
+    distributed.wait()
+    return BertForSequenceClassification.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+
+
 def bert(*, slots: bool = False) -> PeftModel:
     """A model without dropout, with plain LoRA or with slots."""
     torch.manual_seed(0)
@@ -94,6 +105,7 @@ def trained(
     killed: bool = False,
     ranks: bool = False,
     late: bool = False,
+    model: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train with a look from a folder, and save the adapter as the Trainer saves it."""
@@ -111,7 +123,7 @@ def trained(
     }
     args |= {"logging_strategy": "steps", "logging_steps": 1, "per_device_train_batch_size": 8 // world()}
     args |= {"max_grad_norm": 0.0, **arguments_of(engine), **options}
-    trainer = make_trainer(bert(slots=ranks), data, folder / name, [*callbacks, watch], **args)
+    trainer = make_trainer(model or bert(slots=ranks), data, folder / name, [*callbacks, watch], **args)
     if late:
         trainer.add_callback(quality)
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder / name / resume))
@@ -142,6 +154,16 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     def run(name: str, **options: Any) -> Any:
         return error_of(lambda: trained(engine, folder, f"{engine}-{options.pop('into', name)}", **options))
 
+    if engine == "loaded":
+        model, saves = loaded_in_parts(folder), {"save_strategy": "no"}
+        ways: dict[str, Any] = {
+            "look": {},
+            "no look": {"look": None},
+            "late": {"late": True},
+            "ranks": {"look": None, "ranks": True},
+        }
+        done = {name: run(name, model=model, **saves, **options) for name, options in ways.items()}
+        return done | {"taken": error_of(lambda: tsq.look(model, ROWS, collate, out=folder / "never"))}
     if engine == "fsdp-ram":
         return {"train": run("train"), "ranks": run("ranks", ranks=True, save_strategy="no")}
     return {

@@ -110,6 +110,15 @@ def test_what_would_be_lost_is_refused_with_the_line_to_write(what: str, message
         assert message in refusal
 
 
+@pytest.mark.parametrize("what", ["look", "no look", "late", "ranks", "taken"])
+def test_a_model_that_transformers_shards_while_loading_is_refused_by_name(what: str, of: Any) -> None:
+    for rank in (0, 1):
+        refusal = of("loaded", rank=rank)[what]
+        assert refusal.startswith("UnsupportedError")
+        assert "distributed_config" in refusal
+        assert "--use_fsdp --fsdp_version 2" in refusal
+
+
 def test_ranks_move_under_fsdp_as_under_ddp_and_slots_stay(of: Any, folder: Path) -> None:
     ours, ddp = of("fsdp")["ranks"], of("ddp")["ranks"]
     np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-4, atol=1e-5)

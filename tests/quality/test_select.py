@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from runs import Row, make_rows
@@ -180,3 +182,16 @@ def test_a_draw_from_parts_is_the_draw_from_the_whole(tmp_path: Path) -> None:
     assert {json.loads(line)["part"] for line in parts.read_text().splitlines()} == {"0.parquet", "1.parquet"}
     with pytest.raises(DataError, match="no part"):
         select_rows(tmp_path / "data", parts, fraction=0.5)
+
+
+def test_parts_that_an_engine_wrote_are_drawn_from_and_their_rows_written_as_they_stand(tmp_path: Path) -> None:
+    rows = [{"text": f"row {j}", "reason": "confident negative" if j % 5 == 0 else "kept"} for j in range(40)]
+    for name, own in (("a", rows[:15]), ("b", rows[15:])):
+        pq.write_table(pa.Table.from_pylist(own), tmp_path / f"{name}.parquet")
+    assert select_rows(tmp_path, tmp_path / "some.jsonl", fraction=0.5) == 20
+    drawn = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert len({row["text"] for row in drawn}) == 20
+    assert {row["reason"] for row in drawn} == {"kept"}
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet"):
+        select_rows(tmp_path, tmp_path / "some.jsonl", fraction=0.5)

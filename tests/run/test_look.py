@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,9 +14,11 @@ from runs import make_rows, run_cli, set_up, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
+from tsqlora.quality.select import select_rows
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
 from tsqlora.run.look import look_at, score_by_look
+from tsqlora.training.record import RunRecord
 
 TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learning_rate": 0.01}
 
@@ -61,6 +64,15 @@ def test_the_command_says_what_to_type_next(place: Path, tmp_path: Path, capsys:
     assert SavedLook.load(tmp_path / "OTHER").about["rows"] == SavedLook.load(tmp_path / "LOOK").about["rows"]
 
 
+def test_a_model_in_4_bits_takes_the_look_for_the_whole_one(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    saved = look_at(load_config(place / "c.yaml", ["model.quantization=4bit"]), tmp_path / "LOOK")
+    assert saved.about["bits"] == 4
+    pipeline.train(load_config(place / "c.yaml", [f"quality.look={tmp_path / 'LOOK'}"]), tmp_path / "run")
+    notes = RunRecord.load(tmp_path / "run").notes
+    assert any("in 4 bits" in note for note in notes)
+
+
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
 def test_a_launcher_that_shards_ends_before_it_begins(
     engine: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +116,34 @@ def test_a_look_scores_the_rows_of_another_file(look: Path, tmp_path: Path, caps
     run_cli(capsys, "score", whole, "--look", look, "--out", tmp_path / "whole.parquet")
     together = Scores.load(tmp_path / "whole.parquet")
     np.testing.assert_allclose(together.predictions["label_probability"][:30], wrong, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("some", [[4], [*range(20)]])
+def test_a_row_of_an_unseen_class_is_null_with_a_reason_and_never_drawn(
+    some: list[int], look: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, label = make_rows(20, seed=3), max(row["label"] for row in make_rows(20, seed=3)) + 1
+    part = write_jsonl(
+        tmp_path / "a.jsonl", [row | {"label": label} if j in some else row for j, row in enumerate(rows)]
+    )
+    score_by_look(str(part), look, tmp_path / "parts" / "a.parquet")
+    scores = Scores.load(tmp_path / "parts" / "a.parquet")
+    assert np.flatnonzero(scores.left_out_as("unseen class")).tolist() == some
+    assert (scores.probability[some] == 0).all()
+    table = pq.read_table(tmp_path / "parts" / "a.parquet")
+    for name in ("loss", "label_probability"):
+        assert table[name].is_null().to_pylist() == [j in some for j in range(20)]
+    code, out, err = run_cli(capsys, "explain", tmp_path / "parts" / "a.parquet", "--row", "4", "--json")
+    assert code == 0, err
+    assert json.loads(out)["reason"] == "unseen class"
+    assert json.loads(out)["label"] is None
+    code, _, err = run_cli(capsys, "explain", tmp_path / "parts" / "a.parquet", "--row", "4")
+    assert code == 0, err
+    other = write_jsonl(tmp_path / "b.jsonl", make_rows(20, seed=4))
+    score_by_look(str(other), look, tmp_path / "parts" / "b.parquet")
+    select_rows(tmp_path / "parts", tmp_path / "subset.jsonl", fraction=0.5, data=tmp_path)
+    drawn = [json.loads(line) for line in (tmp_path / "subset.jsonl").read_text().splitlines()]
+    assert label not in [row["label"] for row in drawn]
 
 
 def test_seen_rows_get_the_columns_of_the_look(place: Path, look: Path, tmp_path: Path) -> None:

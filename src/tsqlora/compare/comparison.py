@@ -1,13 +1,20 @@
-"""Run every method with every seed, one training at a time, and tabulate the runs."""
+"""Run every method with every seed, one training at a time on each GPU, and tabulate the runs."""
 
 import json
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
+
+import torch
 
 from tsqlora import distributed
 from tsqlora.compare.cell import Equal, preflight, run_cell, with_seed
@@ -91,7 +98,7 @@ class Plan:
     def _require_settings(self) -> None:
         config = self.config
         if distributed.launched() > 1:
-            raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
+            raise UnsupportedError("compare starts a process for each training itself; start it without a launcher")
         if config.adapter.init_from is not None:
             raise UnsupportedError("compare trains every method from scratch; remove adapter.init_from")
         if config.training.further_arguments().get("load_best_model_at_end"):
@@ -153,7 +160,8 @@ def compare(
         rates: learning rates by entry or method, in place of the config's.
         metric: the metric to compare; by default the task's headline metric.
 
-    Each training is a run directory in `out`, without an adapter. Every entry without a run there is checked before the
+    Each training is a run directory in `out`, without an adapter. Of several GPUs each trains one at a time.
+    Every entry without a run there is checked before the
     first training. A directory holds one comparison;
     further methods and seeds may be added. Raises SettingsError for another comparison's directory and for what cannot
     be compared; DataError if the data has changed since its runs; UnsupportedError under a launcher, with
@@ -168,7 +176,8 @@ def compare(
     check = partial(preflight, config, new, seeds[0], finished=finished, equal=equal)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or choose another --out"):
         claimed = _is_claimed(plan, out)
-        rows = in_own_process("preflight", check)
+        devices = _devices()
+        rows = in_own_process("preflight", check, device=devices[0] if len(devices) > 1 else None)
         if not claimed:
             write_json(out / COMPARISON_FILE, {"equal": plan.equal})
             write_text(out / CONFIG_FILE, dump_config(plan.config))
@@ -178,7 +187,7 @@ def compare(
                     f"{out / name} was trained on other rows (hash {run.data['hash']}) than the data has now "
                     f"({rows[run.seed]}); choose another --out, or restore the data"
                 )
-        runs = Runner(plan, out, progress, say).all()
+        runs = Runner(plan, out, progress, say, devices).all()
         result: dict[str, Any] = {
             "out": str(out),
             "metric": metric,
@@ -195,26 +204,49 @@ def compare(
 
 
 class Runner:
-    """Run the missing cells and report progress."""
+    """Run the missing cells, one at a time on each of several devices, and report progress."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, out: Path, progress: Progress | None, say: Callable[[str], None], devices: Sequence[str]
+    ) -> None:
         self.plan, self.out, self.progress, self.say = plan, out, progress, say
+        self.devices, self.lock = devices, Lock()
         self.done, self.took = 0, list[float]()
 
     def all(self) -> dict[str, RunRecord]:
         """The run of every cell by its directory, without those of a sweep that were not chosen."""
-        plan, runs = self.plan, dict[str, RunRecord]()
-        rates = {entry: plan.rate(entry) for entry in plan.entries}
-        for seed in plan.seeds:
-            for entry in plan.entries:
-                if seed == plan.seeds[0] and plan.sweep:
-                    tried = {rate: self._run(plan.cell(entry, seed, rate)) for rate in plan.sweep}
-                    rates[entry] = self._best_rate(entry, tried)
-                    runs[plan.cell(entry, seed, rates[entry]).name] = tried[rates[entry]]
-                else:
-                    cell = plan.cell(entry, seed, rates[entry])
-                    runs[cell.name] = self._run(cell)
-        return runs
+        plan, rates = self.plan, {entry: self.plan.rate(entry) for entry in self.plan.entries}
+        swept = self._each([plan.cell(entry, plan.seeds[0], rate) for entry in plan.entries for rate in plan.sweep])
+        for entry in plan.entries if swept else ():
+            tried = {cell.learning_rate: run for cell, run in swept.items() if cell.entry == entry}
+            rates[entry] = self._best_rate(entry, tried)
+        cells = [plan.cell(entry, seed, rates[entry]) for seed in plan.seeds for entry in plan.entries]
+        runs = swept | self._each([cell for cell in cells if cell not in swept])
+        return {cell.name: runs[cell] for cell in cells}
+
+    def _each(self, cells: Sequence[Cell]) -> dict[Cell, RunRecord]:
+        """The run of each cell; of several devices each has one at a time."""
+        if len(self.devices) < 2:
+            return {cell: self._run(cell) for cell in cells}
+        free = SimpleQueue[str]()
+        for device in self.devices:
+            free.put(device)
+
+        def run(cell: Cell) -> RunRecord:
+            device = free.get()
+            try:
+                return self._run(cell, device)
+            finally:
+                free.put(device)
+
+        with ThreadPoolExecutor(len(self.devices)) as pool:
+            try:
+                return dict(zip(cells, pool.map(run, cells), strict=True))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
 
     def _best_rate(self, entry: Entry, tried: Mapping[float, RunRecord]) -> float:
         """Best on validation by the metric, then by the loss; the smallest rate if every one failed."""
@@ -230,32 +262,44 @@ class Runner:
             self.say(f"{entry.name}: {best:g} is the {side} rate of --lr-sweep; a better one may lie beyond it")
         return best
 
-    def _run(self, cell: Cell) -> RunRecord:
+    def _run(self, cell: Cell, device: str | None = None) -> RunRecord:
         """The cell's run, trained now unless it has ended before, and a line about it."""
         run, start = _ended(self.out / cell.name, cell), time.perf_counter()
         reused = run is not None
         if run is None:
             config = with_seed(self.plan.config, cell.seed, cell.learning_rate)
             work = partial(run_cell, config, cell.entry, self.out / cell.name, equal=self.plan.equal)
-            run = in_own_process(cell.name, work, self.progress)
+            run = in_own_process(cell.name, work, self.progress if device is None else None, device=device)
             assert isinstance(run, RunRecord)
-            self.took.append(time.perf_counter() - start)
+        with self.lock:
+            self._report(cell, run, None if reused else time.perf_counter() - start)
+        return run
+
+    def _report(self, cell: Cell, run: RunRecord, took: float | None) -> None:
+        """Say how a cell ended, and about how long the others take."""
+        self.took += [] if took is None else [took]
         self.done += 1
-        left = (self.plan.cells - self.done) * sum(self.took) / max(1, len(self.took))
-        when = (" (reused)" if reused else "") + (f"; about {duration(max(60, left))} left" if left else "")
+        left = (self.plan.cells - self.done) * sum(self.took) / max(1, len(self.took)) / max(1, len(self.devices))
+        when = (" (reused)" if took is None else "") + (f"; about {duration(max(60, left))} left" if left else "")
         if run.status == "failed":
             summary = f"failed: {run.compared['failed']}"
         else:
             split = measured_on(run)
             summary = f"{split} {self.plan.metric} {self._measured(run, split):.4f}, {seconds_of(run):.0f} s"
         self.say(f"{self.done}/{self.plan.cells} {cell.name}: {summary}{when}")
-        return run
 
     def _measured(self, run: RunRecord, split: str) -> float:
         metrics, metric = run.metrics[split], self.plan.metric
         if metric not in metrics:
             raise SettingsError(f"--metric '{metric}' is not measured on {split} rows; {nearest(metric, metrics)}")
         return metrics[metric]
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [str(j) for j in range(count)] if not visible else visible.split(",")[:count]
 
 
 def _ended(folder: Path, cell: Cell) -> RunRecord | None:

@@ -16,16 +16,19 @@ PATIENCE = 5.0
 """Seconds for a process and its workers to end by themselves; then they are killed."""
 
 
-def in_own_process(name: str, work: Callable[..., Any], progress: Progress | None = None) -> Any:
+def in_own_process(
+    name: str, work: Callable[..., Any], progress: Progress | None = None, *, device: str | None = None
+) -> Any:
     """Return the result of `work` from a new process, so that peak memory and leftovers stay apart.
 
-    With `progress`, `work` gets a `progress` argument that reports here. Errors of `work` are raised here.
+    With `progress`, `work` gets a `progress` argument that reports here. Errors of `work` are raised here. It sees
+    the GPU `device` alone, if one is named.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tsqlora.compare.preload"])
     ours, theirs = context.Pipe()
     # Not a daemon: daemons cannot have DataLoader workers. The process ends anyway once `ours` is closed.
-    process = context.Process(target=_serve, args=(theirs, work, progress is not None), daemon=False)
+    process = context.Process(target=_serve, args=(theirs, work, progress is not None, device), daemon=False)
     try:
         process.start()
         theirs.close()
@@ -54,7 +57,9 @@ def _receive(child: Connection, progress: Progress | None) -> Any:
             raise content
 
 
-def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
+def _serve(parent: Connection, work: Callable[..., Any], watched: bool, device: str | None) -> None:
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before anything asks for a GPU
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     # DataLoader workers start as in any training; under forkserver each would import every library again.
     multiprocessing.set_start_method(None, force=True)

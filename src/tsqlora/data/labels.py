@@ -14,6 +14,8 @@ from tsqlora.errors import DataError
 
 SEPARATOR = "|"
 """Between the labels of a cell of text."""
+UNSEEN = -1
+"""The id of a label that is not a class."""
 OUTSIDE = "O"
 """The tag of a token outside of every entity."""
 
@@ -107,6 +109,8 @@ class LabelMap:
 
     names: tuple[str | int, ...]
     kind: LabelKind = CLASS
+    strict: bool = True
+    """Refuse a label that is not a class; else it gets the id UNSEEN."""
 
 
 def distinct_labels(
@@ -153,7 +157,7 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
     """The class id of each row; for several labels a list of a 0.0 or 1.0 for each class; for tags a list of ids.
 
     If classes are integers, their text counts too ("3" for 3). Raises DataError with file and row for an invalid label
-    and for a label that is not a class.
+    and for a label that is not a class, where the map is strict.
     """
     numbers = {name: number for number, name in enumerate(label_map.names)}
     integers, encoded = isinstance(label_map.names[0], int), list[Any]()
@@ -161,12 +165,12 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
         ids = list[int]()
         for label in labels_at(row, column, label_map.kind):
             label = _integer(label) if integers and isinstance(label, str) and _is_integer(label) else label
-            if label not in numbers:
+            if label not in numbers and label_map.strict:
                 raise DataError(
                     f"{row.place}: label {reprlib.repr(label)} is not among the training data's classes: "
                     f"{_listed(label_map.names)}; correct it, or add the class to the training data"
                 )
-            ids.append(numbers[label])
+            ids.append(numbers.get(label, UNSEEN))
         encoded.append(label_map.kind.encoded(ids, len(numbers)))
     return encoded
 

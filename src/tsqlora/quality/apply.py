@@ -1,6 +1,7 @@
 """Apply a look to rows that it was not taken at: a pure function of a batch, for any engine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tsqlora import distributed
+from tsqlora.data.labels import UNSEEN
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import plain_name
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
@@ -30,8 +32,9 @@ def apply(
     """Return columns of scores for the rows of a collated batch, without any other row.
 
     These are `loss`, with the fitted head, and of classes `predicted`, `predicted_probability`, `label_probability`,
-    and `wrong_probability` where the look has a judge. The model is the one that took the look, with its own head; it
-    is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits without it.
+    `reason`, and `wrong_probability` where the look has a judge. The model is the one that took the look, with its own
+    head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
+    without it. A row whose label is no class of the look has nan for what needs its label.
 
     Raises UnsupportedError for a task without a row of logits for each sample, and for a model that is sharded.
     """
@@ -42,7 +45,8 @@ def apply(
         return {name: values[list(rows)] for name, values in batch.items()}
 
     names = RowNames(hashes=hashes, lengths=[0] * n)
-    return columns_of_rows(model, look, range(n), some, task=task_of(model), rows=names, compute=Compute(max(n, 1)))
+    labels, compute = batch["labels"].numpy(force=True), Compute(max(n, 1))
+    return columns_of_rows(model, look, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
 
 
 def columns_of_rows(
@@ -50,32 +54,44 @@ def columns_of_rows(
     look: SavedLook,
     dataset: Dataset,
     collate: Collate,
+    labels: np.ndarray,
     *,
     task: Task,
     rows: RowNames,
     compute: Compute,
 ) -> dict[str, np.ndarray]:
-    """Return the columns of `apply` for the rows of a data set, and their labels."""
+    """Return the columns of `apply` for the rows of a data set with these labels, and the labels."""
     distributed.require_whole(model)
     if task.answers is None or task.reading.has_reference:
         raise UnsupportedError(
             f"a look is applied to rows with a label each, and the task is {task.name}; score all rows together: "
             "tsqlora score CONFIG"
         )
-    judges = look.verdict is not None
+    judges, single = look.verdict is not None, task.reading.label is not None and task.reading.label.single
+    last = look.scores.predictions["logits"].shape[1] - 1 if single else 0
+
+    def usable(some: list[Any]) -> Batch:
+        batch = collate(some)
+        return {**batch, "labels": batch["labels"].clamp(0, last)} if single else batch
+
     forward, head = forward_pass(
-        distributed.unwrapped(model), dataset, collate, task=task, compute=compute, rows=rows, mean=judges
+        distributed.unwrapped(model), dataset, usable, task=task, compute=compute, rows=rows, mean=judges
     )
-    logits, labels = _logits(look, forward, head), forward.labels
-    columns = {"labels": labels, "loss": task.loss(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()}
-    wrong = np.zeros(len(labels))
+    logits, clamped = _logits(look, forward, head), forward.labels
+    unseen = clamped != labels if single else np.zeros(len(clamped), np.bool_)
+    columns = {"labels": np.where(unseen, UNSEEN, clamped) if single else clamped}
+    columns["loss"] = task.loss(torch.from_numpy(logits), torch.from_numpy(clamped)).numpy()
     if look.verdict is not None:
         parts = [part for part in (forward.features, forward.mean) if part is not None]
-        logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), labels)
-    columns |= predictions(logits.astype(np.float32), labels, task.answers)
-    if look.verdict is not None and look.verdict.evident:
-        columns["wrong_probability"] = wrong
-    return _with_own(columns, look.scores, rows.hashes)
+        logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), clamped)
+        columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
+    columns |= predictions(logits.astype(np.float32), clamped, task.answers)
+    columns = _with_own(columns, look.scores, rows.hashes)
+    for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
+        columns[name][unseen] = np.nan
+    wrong = columns.get("wrong_probability", np.zeros(len(clamped))) > DOUBT
+    columns["reason"] = np.select([unseen, wrong], ["unseen class", "confident negative"], "kept")
+    return columns
 
 
 def _logits(look: SavedLook, forward: Forward, head: Head | None) -> np.ndarray:
@@ -121,8 +137,9 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
             "quality.weights and quality.preset, or score all rows together: tsqlora score CONFIG"
         )
     record: dict[str, Any] = {**rows.about, "noise": look.summary["noise"], "out_of_sample": True}
+    reasons, loss = columns["reason"], columns["loss"].astype(np.float64)
     scores = from_terms(
-        {"loss": columns["loss"].astype(np.float64)},
+        {"loss": np.nan_to_num(loss)},
         labels=columns["labels"],
         stratified=task.reading.stratified,
         weights=look.rule.q,
@@ -133,5 +150,6 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
         ids=rows.ids,
         predictions={name: columns[name] for name in PREDICTIONS if name in columns},
     )
-    wrong = columns.get("wrong_probability", np.zeros(len(scores))) > DOUBT
-    return scores.drop(wrong, "confident negative") if wrong.any() else scores
+    for reason in sorted({*reasons.tolist()} - {"kept"}):
+        scores = scores.drop(reasons == reason, reason, part=True)
+    return replace(scores, terms={"loss": loss})

@@ -1,6 +1,6 @@
 """Explain scores: the rows worth reading, with text, label, prediction and terms."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.data.formats import PREFERENCE
-from tsqlora.data.labels import are_numbers
+from tsqlora.data.labels import UNSEEN, are_numbers
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, row_hash, row_text
 from tsqlora.data.sources import open_table
@@ -28,6 +28,7 @@ WHY = {
     "foreign answer": "the answer belongs to another prompt",
     "cut answer": "the answer stops in the middle",
     "unfit answer": "the answer looks like those with a planted fault",
+    "unseen class": "its label is no class of the look",
 }
 """Each of REASONS in plain words; all but the first explain why a row is dropped."""
 
@@ -132,7 +133,7 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
         **_sample(scores, j, texts.get(j)),
         "kind": _kind(scores),
         "no_text": why,
-        "wrong_probability": None if probability is None else float(probability[j]),
+        "wrong_probability": None if probability is None or np.isnan(probability[j]) else float(probability[j]),
         "out_of_sample": scores.record.out_of_sample,
     }
 
@@ -186,11 +187,11 @@ def _find_texts(scores: Scores, rows: Iterable[int], table: Table) -> dict[int, 
 
 
 def named(scores: Scores, value: Any) -> Any:
-    """Return the name of a class, the list of names of several labels, or the number where there are no names."""
+    """Return the name of a class (None if unseen), the names of several labels, or the number where there are none."""
     names = scores.record.classes
     if np.ndim(value):
         return [k if names is None else names[k] for k in np.flatnonzero(value > 0.5).tolist()]
-    return value.item() if names is None else names[int(value)]
+    return value.item() if names is None else None if value == UNSEEN else names[int(value)]
 
 
 def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
@@ -201,9 +202,14 @@ def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
         "text": text,
         "label": named(scores, scores.labels[j]),
         **({} if predicted is None else {"predicted": named(scores, predicted[j])}),
-        **{name: float(scores.predictions[name][j]) for name in probabilities if name in scores.predictions},
+        **_finite({name: scores.predictions[name] for name in probabilities if name in scores.predictions}, j),
         "quality": float(scores.quality[j]),
         "reason": (reason := REASONS[int(scores.reason_codes[j])]),
         "why": WHY[reason],
-        "terms": {name: float(values[j]) for name, values in scores.terms.items()},
+        "terms": _finite(scores.terms, j),
     }
+
+
+def _finite(columns: Mapping[str, np.ndarray], j: int) -> dict[str, float]:
+    """Return the values of a row, without those that are null."""
+    return {name: float(values[j]) for name, values in columns.items() if not np.isnan(values[j])}

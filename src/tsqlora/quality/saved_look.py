@@ -100,6 +100,7 @@ class SavedLook:
         Under deepspeed.zero.Init the first process writes into the gathered parameters. Raises UnsupportedError naming
         a parameter where the head would be lost.
         """
+        distributed.refuse_sharded_loading(model)
         return distributed.together(lambda: self._write(distributed.unwrapped(model)))
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ JSON = Mapping[str, Any]
 
 REASONS = (
     *("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair"),
-    *("foreign answer", "cut answer", "unfit answer"),
+    *("foreign answer", "cut answer", "unfit answer", "unseen class"),
 )
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits", "wrong_probability")
@@ -169,16 +169,19 @@ class Scores:
         """Whether each row is dropped for this reason."""
         return self.reason_codes == REASONS.index(reason)
 
-    def drop(self, rows: np.ndarray, reason: str) -> "Scores":
+    def drop(self, rows: np.ndarray, reason: str, *, part: bool = False) -> "Scores":
         """Return the scores with these rows (a mask) dropped; rows that were dropped before keep their reason.
 
-        Raises SettingsError for a reason that is not in REASONS, TsqLoraError where no row is left.
+        Raises SettingsError for a reason that is not in REASONS, TsqLoraError where no row is left, unless they are a
+        part of more.
         """
         if reason not in REASONS[1:]:
             raise SettingsError(f"unknown reason '{reason}'; {nearest(reason, REASONS[1:])}")
         reasons = self.reason_codes.copy()
         reasons[rows & (reasons == 0)] = REASONS.index(reason)
         if not (reasons == 0).any():
+            if part:
+                return replace(self, reasons=reasons, probability=np.zeros(len(self)))
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
         return replace(self, reasons=reasons)._with_probabilities()
 
@@ -204,8 +207,7 @@ class Scores:
             columns["hash"] = list(self.hashes)
         columns |= {
             "label": _column(self.labels),
-            **self.terms,
-            **{name: _column(values) for name, values in self.predictions.items()},
+            **{name: _column(values) for name, values in {**self.terms, **self.predictions}.items()},
             "quality": self.quality,
             "probability": self.probability,
             "reason": pa.DictionaryArray.from_arrays(self.reason_codes, pa.array(REASONS)),
@@ -247,14 +249,16 @@ class Scores:
             record=record,
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
             ids=values.get("id"),
-            reasons=_reasons(table, path) if "reason" in table.column_names else None,
+            reasons=reasons_of(table, path) if "reason" in table.column_names else None,
             predictions={name: values[name] for name in PREDICTIONS if name in values},
         )
 
 
 def _column(values: np.ndarray) -> Any:
-    """Return a matrix as a Parquet column of lists, anything else unchanged."""
-    return values if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    """Return a matrix as a Parquet column of lists, numbers with null for nan."""
+    if values.ndim == 1:
+        return pa.array(values, from_pandas=True)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
@@ -264,7 +268,17 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
-def _reasons(table: pa.Table, path: str | Path) -> np.ndarray:
+def written_elsewhere(path: Path) -> bool:
+    """Return whether this is a Parquet file with a column `reason` that another program wrote."""
+    reading(path)
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        return False  # `Scores.load` says why
+    return "reason" in schema.names and _METADATA not in (schema.metadata or {})
+
+
+def reasons_of(table: pa.Table, path: str | Path) -> np.ndarray:
     """Return indices into REASONS, whatever order of reasons the file has."""
     column = table["reason"].combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()

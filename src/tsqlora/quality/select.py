@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from tsqlora.data.rows import Columns, row_hash
 from tsqlora.data.table import Table
@@ -14,7 +15,7 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.reasons import table_of
-from tsqlora.quality.scores import ScoreRecord, Scores
+from tsqlora.quality.scores import ScoreRecord, Scores, reasons_of, written_elsewhere
 
 
 def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0, data: Path | None = None) -> int:
@@ -22,7 +23,8 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
 
     Rows come from `data`, by hash, or by position if the scores have no hashes; they are copied verbatim if `out` has
     the same format. Without `data`, write id, hash, quality and probability of each drawn row. `scores_path` may be a
-    folder or a pattern of parts, and `data` then the folder of their files.
+    folder or a pattern of parts, and `data` then the folder of their files. Of parts that another program
+    wrote, with a column `reason`, the rows are written as they are there.
     """
     require_writable(out)
     if scores_path.is_dir() or (not scores_path.exists() and any(sign in scores_path.name for sign in "*?[")):
@@ -88,8 +90,8 @@ def _select_of_parts(pattern: Path, out: Path, *, fraction: float, seed: int, da
         raise DataError(f"{pattern} has no part; `tsqlora score --look` writes one")
     parts = [_part(path) for path in paths]
     sizes = [len(reasons) for _, reasons in parts]
-    record = replace(parts[0][0], weights={}, reference=None)
     n = sum(sizes)
+    record = ScoreRecord(temperature=1.0, effective_sample_size=n, draw="even")
     every = Scores(
         {}, np.zeros(n, np.int8), np.zeros(n), np.ones(n), False, record, reasons=np.concatenate([r for _, r in parts])
     )
@@ -103,8 +105,10 @@ def _select_of_parts(pattern: Path, out: Path, *, fraction: float, seed: int, da
     return len(rows)
 
 
-def _part(path: Path) -> tuple[ScoreRecord, np.ndarray]:
-    """Return the record and the reasons of a part, the only column that an even draw needs."""
+def _part(path: Path) -> tuple[ScoreRecord | None, np.ndarray]:
+    """Return the record and the reasons of a part, the only column that an even draw needs; none of another program."""
+    if written_elsewhere(path):
+        return None, reasons_of(pq.read_table(path, columns=["reason"]), path)
     scores = Scores.load(path, columns=("reason",))
     if not scores.even:
         raise SettingsError(
@@ -114,9 +118,11 @@ def _part(path: Path) -> tuple[ScoreRecord, np.ndarray]:
     return scores.record, scores.reason_codes
 
 
-def _rows_of_part(path: Path, record: ScoreRecord, own: np.ndarray, data: Path | None) -> list[dict[str, Any]]:
+def _rows_of_part(path: Path, record: ScoreRecord | None, own: np.ndarray, data: Path | None) -> list[dict[str, Any]]:
     if not len(own):
         return []
+    if record is None:
+        return pq.read_table(path).take(own).to_pylist()
     scores = Scores.load(path)
     if data is None:
         names = scores.hashes or [None] * len(scores)

@@ -149,7 +149,8 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
     task = trained_task(config, labels)
     with writing(out), tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
         table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
-        table = complete(table.using(Columns(**record.columns), labels, None), config.data.max_bad_rows, tags=False)
+        lenient = replace(labels, strict=not kind.single)
+        table = complete(table.using(Columns(**record.columns), lenient, None), config.data.max_bad_rows, tags=False)
         pretrained = load_model(config, task, labels)
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
         how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
@@ -158,7 +159,8 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
             pretrained.model.to(device_of(config))  # pyright: ignore[reportArgumentType]
         rows = row_names(job)
         compute = Compute(config.training.batch_size, progress=progress)
-        args = (pretrained.model, saved, job.train.samples, job.collate)
+        samples = job.train.samples
+        args = (pretrained.model, saved, samples, job.collate, samples.labels)
         columns = columns_of_rows(*args, task=task, rows=rows, compute=compute)
         scores = scores_of_rows(columns, saved, rows, task=task)
         with parents_of(out):

@@ -117,6 +117,7 @@ class QualityCallback(PartCallback):
         self._jumped = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        distributed.refuse_sharded_loading(kwargs["model"])
         if self.saved is not None:
             self.write_head(kwargs["model"])
 
@@ -130,6 +131,7 @@ class QualityCallback(PartCallback):
         self._written = weakref.ref(distributed.unwrapped(model))
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
+        distributed.refuse_sharded_loading(kwargs["model"])
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:
             raise SettingsError(

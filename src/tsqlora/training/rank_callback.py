@@ -140,6 +140,7 @@ class RankCallback(PartCallback):
         }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        distributed.refuse_sharded_loading(kwargs["model"])
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         model, self._why_not = distributed.unwrapped(kwargs["model"]), None
         if has_slots(model):
@@ -158,6 +159,7 @@ class RankCallback(PartCallback):
                 self._why_not = str(error)
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
+        distributed.refuse_sharded_loading(kwargs["model"])
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
