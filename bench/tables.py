@@ -475,10 +475,10 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
 
 def worlds_rates(_: Results) -> Rows:
     """Accuracy on held-out training rows at each rate, the chosen one in bold."""
-    rows, found = list[dict[str, str]](), differences.rates()
+    rows, rates = list[dict[str, str]](), differences.rates()
     for world, method in itertools.product(differences.WORLDS, differences.WAYS):
-        if (world, method) in found.index:
-            each = found.loc[(world, method)]
+        if (world, method) in rates.index:
+            each = rates.loc[(world, method)]
             values = {
                 f"{rate:g}": f"**{100 * value:.1f}**" if rate == each.idxmax() else f"{100 * value:.1f}"
                 for rate, value in each.items()
@@ -678,21 +678,21 @@ FAULTS_IN_TEXT = {
 def answers(results: Results) -> Rows:
     """What the look at answers says, by the fault and how many rows have it; means over draws."""
     rows = list[dict[str, str]]()
-    for key, found in results["results"].items():
+    for key, cell in results["results"].items():
         table, fault = key.rpartition(", ")[0].split(", ", 1)
-        average = found["average_precision"]
+        average = cell["average_precision"]
         rows.append(
             {
                 "table": table,
                 "fault": FAULTS_IN_TEXT[fault],
-                "rows, %": f"{100 * found['share']:.0f}",
+                "rows, %": f"{100 * cell['share']:.0f}",
                 "average precision": "" if average != average else f"{average:.3f}",
-                "estimate, %": f"{100 * found['rate']:.1f}",
-                "upper bound, %": f"{100 * found['high']:.0f}",
-                "bound holds": f"{100 * found['under_high']:.0f} %",
-                "draws with evidence": f"{100 * found['evident']:.0f} %",
-                "rows listed": f"{found['listed']:.1f}",
-                "of them right": "" if not found["listed"] else f"{100 * found['right'] / found['listed']:.0f} %",
+                "estimate, %": f"{100 * cell['rate']:.1f}",
+                "upper bound, %": f"{100 * cell['high']:.0f}",
+                "bound holds": f"{100 * cell['under_high']:.0f} %",
+                "draws with evidence": f"{100 * cell['evident']:.0f} %",
+                "rows listed": f"{cell['listed']:.1f}",
+                "of them right": "" if not cell["listed"] else f"{100 * cell['right'] / cell['listed']:.0f} %",
             }
         )
     return rows

@@ -173,7 +173,7 @@ UNREADABLE: Mapping[str, Build] = {
     "path in a name": path_in_a_name,
     "adapter's name in keys": with_name_in_keys,
 }
-"""Those that the doctor refuses by name: no server and not PEFT can apply them."""
+"""The doctor names and refuses them: neither a server nor PEFT can apply them."""
 
 KINDS: Mapping[str, Build] = {
     "uniform": saved(),

@@ -318,3 +318,15 @@ def _find_owners(look: AnswerLook, read: Read) -> None:
         rows = sorted(shifted[step])
         groups = np.split(rows, np.flatnonzero(np.diff(rows) > 2 * FOLDS) + 1)
         look.shifts += [(int(g[0]), int(g[-1]), step) for g in groups if len(g) >= LEAST_SHIFTED]
+    # Among answers that have moved, the others are foreign too if the neighbour's prompt fits them better.
+    others = [
+        (by_row[row], by_row[row + step])
+        for first, last, step in look.shifts
+        for row in range(first, last + 1)
+        if row in by_row and row + step in by_row and by_row[row] not in wrong
+    ]
+    if others:
+        losses = read("moved", [behind(turns[k].prompt, turns[j].answer) for j, m in others for k in (j, m)])["loss"]
+        moved = [one for one, (own, other) in zip(others, losses.reshape(-1, 2), strict=True) if other < own]
+        look.owners |= {j: turns[k].row for j, k in moved}
+        look.listed[FOREIGN] = np.r_[look.listed[FOREIGN], [j for j, _ in moved if j not in look.listed[FOREIGN]]]
