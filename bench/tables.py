@@ -665,7 +665,7 @@ def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
     if gain.accuracy_low <= 0 <= gain.accuracy_high:
         more = f"no difference detected: {more}"
     ours = f"{accuracy:.1f} % accuracy. Over the same rows mixed in: {more}"
-    return f"{ours}; the 128 alone, at the same rate, {alone:.1f} %"
+    return f"{ours}; the 128 alone {alone:.1f} %"
 
 
 FAULTS_IN_TEXT = {

@@ -79,6 +79,8 @@ def _remove_length(both: Float[np.ndarray, "rows d"], length: Float[np.ndarray, 
     Ridge: rows without any part along the length would depend on each other, and a fit without one would know it.
     """
     some = np.linspace(0, n - 1, min(n, ROWS_TO_CHOOSE)).astype(int)
+    if np.ptp(length[some]) == 0:
+        return
     ridge = fit_ridge(length[some, None], both[some])
     for first in range(0, len(both), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)

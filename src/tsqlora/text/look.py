@@ -329,4 +329,7 @@ def _find_owners(look: AnswerLook, read: Read) -> None:
         losses = read("moved", [behind(turns[k].prompt, turns[j].answer) for j, m in others for k in (j, m)])["loss"]
         moved = [one for one, (own, other) in zip(others, losses.reshape(-1, 2), strict=True) if other < own]
         look.owners |= {j: turns[k].row for j, k in moved}
-        look.listed[FOREIGN] = np.r_[look.listed[FOREIGN], [j for j, _ in moved if j not in look.listed[FOREIGN]]]
+        more = np.array([j for j, _ in moved if j not in look.listed[FOREIGN]], np.int64)
+        p = look.detections[FOREIGN].probability
+        p[more] = np.maximum(p[more], p[look.listed[FOREIGN]].min())  # the answers around them are foreign
+        look.listed[FOREIGN] = np.r_[look.listed[FOREIGN], more]

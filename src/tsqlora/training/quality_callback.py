@@ -421,7 +421,8 @@ class QualityCallback(PartCallback):
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
-            self._note(in_one_line(self._answers, scores.dropped, len(scores)))
+            say = self._note if any(map(len, self._answers.listed.values())) else self.notes.append
+            say(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
         counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
