@@ -76,7 +76,7 @@ def test_an_export_says_what_was_written_and_compared() -> None:
         "notes": ["mind [this]"],
     }
     text = shown(show_export, done)
-    assert text.splitlines()[:5] == [
+    assert text.splitlines()[:6] == [
         "wrote there: universal, 1,234 bytes",
         "rank         16, 4 layers",
         "vLLM needs   --max-lora-rank 16",
