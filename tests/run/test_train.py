@@ -14,11 +14,12 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from runs import set_up
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import active_ranks, has_slots
+from tsqlora.errors import SettingsError
 from tsqlora.interop.files import read_adapter
 from tsqlora.ranks.allocate import budget, used
 from tsqlora.run import train as pipeline
 from tsqlora.run.callbacks import build_callbacks
-from tsqlora.run.config import load_config
+from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.fit import arguments, begin
 from tsqlora.run.job import load, with_adapter
 from tsqlora.training.fit import fit
@@ -122,3 +123,11 @@ def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="has a fault"),
     ):
         assert note in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes
+
+
+def test_a_resume_with_other_settings_names_them(tmp_path: Path) -> None:
+    config = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    (tmp_path / "config.yaml").write_text(dump_config(Config.model_validate(config)))
+    other = Config.model_validate(config | {"training": {"learning_rate": 1e-3}})
+    with pytest.raises(SettingsError, match=r"other settings: training\.learning_rate was 0\.0005, and is 0\.001; use"):
+        pipeline.train(other, tmp_path, resume=True)

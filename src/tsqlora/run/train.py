@@ -200,8 +200,16 @@ def _started(run: Path, config: Config) -> RunRecord | None:
     """
     if not (run / CONFIG_FILE).exists():
         return None
-    if load_config(run / CONFIG_FILE) != config:
-        raise SettingsError(f"{run} has other settings: see {run / CONFIG_FILE}; use another --out")
+    before = load_config(run / CONFIG_FILE)
+    if before != config:
+        old, new = before.model_dump(), config.model_dump()
+        differ = [
+            f"{part}.{name} was {old[part].get(name)!r}, and is {new[part].get(name)!r}"
+            for part in old
+            for name in {**old[part], **new[part]}
+            if old[part].get(name) != new[part].get(name)
+        ]
+        raise SettingsError(f"{run} has other settings: {'; '.join(differ)}; use another --out")
     try:
         return RunRecord.load(run)
     except DataError:
