@@ -289,7 +289,8 @@ def test_text_is_drawn_by_the_density_ratio_of_its_hidden_states(family: str) ->
     assert of_pool.mean is not None
     assert of_trusted is not None
     assert of_trusted.mean is not None
-    expected, _ = log_density_ratio(of_pool.mean, of_trusted.mean)
+    lengths = of_pool.labels, of_trusted.labels
+    expected, _ = log_density_ratio(of_pool.mean, of_trusted.mean, lengths=lengths)
     np.testing.assert_array_equal(scores.terms["density_ratio"], expected)
     if family != "t5":  # whose only block is followed by a norm
         states = [states_twin(model, batches([row])) for row in pool]
