@@ -127,19 +127,24 @@ def test_what_to_drop_is_named_exactly() -> None:
         tsq.select(model(), [{"text": "a"}], processing_class=tokenizer(), drop="evidnt")  # type: ignore[arg-type]
 
 
+def dropped(rows: list[dict[str, Any]]) -> tuple[set[int], list[str]]:
+    """Numbers of the rows that `drop="evident"` leaves out, and the warnings."""
+    plain = tokenizer()
+    plain.chat_template = None
+    with warnings.catch_warnings(record=True) as texts:
+        warnings.simplefilter("always")
+        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
+    return {*range(ROWS)} - {*chosen["number"]}, [str(one.message) for one in texts]
+
+
 def test_a_selection_for_another_trainer_leaves_them_out() -> None:
     rng, rows = np.random.default_rng(0), []
     words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
     for j, own in enumerate(words):
         answer = rng.permutation(words[(j + 1) % ROWS] if j in FOREIGN_ROWS else own)
         rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
-    plain = tokenizer()
-    plain.chat_template = None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
-    assert any("foreign_answer" in str(one.message) and "listed" in str(one.message) for one in said)
-    left_out = {*range(ROWS)} - {*chosen["number"]}
+    left_out, texts = dropped(rows)
+    assert any("foreign_answer" in text and "listed" in text for text in texts)
     assert left_out <= {*FOREIGN_ROWS}
     assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)
 
@@ -191,12 +196,7 @@ def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple
         sides = [" " + " ".join(rng.permutation(answer)) for answer in (own, words[(j + 1) % ROWS])]
         chosen, rejected = sides[::-1] if j in swapped else sides
         rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
-    plain = tokenizer()
-    plain.chat_template = None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
-    assert any("swapped_pair" in str(one.message) and "planted" in str(one.message) for one in said)
-    left_out = {*range(ROWS)} - {*chosen["number"]}
+    left_out, texts = dropped(rows)
+    assert any("swapped_pair" in text and "planted" in text for text in texts)
     assert left_out <= {*swapped}
     assert len(left_out) >= 0.8 * len(swapped)
