@@ -155,14 +155,8 @@ class QualityCallback(PartCallback):
                 self._write_late(args, model)
         if saved is not None:
             require_options(saved["draws"], self._draws())
-        elif looks:  # check on two rows, before the look, what can be checked
-            request = self._request(args, model, loader.collate_fn, {})
-            compute = request.compute
-            with eval_mode(model):
-                rows = [data.dataset[j] for j in range(min(2, compute.batch_size, len(data.dataset)))]
-            own = self.task is None and not args.label_smoothing_factor
-            options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
-            require_scorable(model, rows, request.collate, **options)
+        elif looks:
+            self._require_scorable(args, model, loader.collate_fn)
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             _read_in_order(loader, data)
@@ -192,6 +186,16 @@ class QualityCallback(PartCallback):
             head = None if started.head is None else started.head.summary()
             self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
             self._spent["look"] = PhaseCost(time.perf_counter() - start, len(data.dataset) + len(data.trusted))
+
+    def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Collate) -> None:
+        """Check on two rows, before the look, what can be checked."""
+        request = self._request(args, model, collate, {})
+        compute, dataset = request.compute, self.data.dataset
+        with eval_mode(model):
+            rows = [dataset[j] for j in range(min(2, compute.batch_size, len(dataset)))]
+        own = self.task is None and not args.label_smoothing_factor
+        options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
+        require_scorable(model, rows, request.collate, **options)
 
     def _draw_texts_evenly(self, collate: Collate) -> None:
         """Without trusted rows no text is preferred; answers that do not fit are left out."""
