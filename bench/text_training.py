@@ -3,7 +3,7 @@
     python bench/text_training.py cut foreign --model DIR [--methods all,ours,perfect] [--seeds 0,1,2]
 
 300 rows of Alpaca, of which a fifth has an answer that is cut in its middle (`cut`) or another row's (`foreign`). A
-training takes 75 steps of 8 rows at rank 8: on all rows, on those that `tsqlora train` leaves (`ours`: the look plants
+training takes 50 steps of 8 rows at rank 8: on all rows, on those that `tsqlora train` leaves (`ours`: the look plants
 its own faults and knows nothing of these), or on the right ones. The loss is that of 60 other right rows; 50 answers
 are written, at most 160 tokens each. A cell is a file in bench/results/text_training; a finished one is not run again.
 """
@@ -31,7 +31,7 @@ from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.record import versions
 
 RESULTS = ROOT / "bench" / "results" / "text_training"
-ROWS, LOSS_ROWS, WRITTEN, TOKENS, STEPS, BATCH, RATE, SHARE = 300, 60, 50, 300, 75, 8, 5e-4, 0.2
+ROWS, LOSS_ROWS, WRITTEN, TOKENS, STEPS, BATCH, RATE, SHARE = 300, 60, 50, 300, 50, 8, 5e-4, 0.2
 MOST = 160
 """Most tokens of an answer that is written."""
 QUALITY = {"all": {"enabled": False, "fraction": 1.0}, "ours": {"fraction": 1.0}}
