@@ -4,7 +4,7 @@
 
 300 rows of Alpaca, of which a fifth has an answer that is cut in its middle (`cut`) or another row's (`foreign`). A
 training takes 50 steps of 8 rows at rank 8: on all rows, on those that `tsqlora train` leaves (`ours`: the look plants
-its own faults and knows nothing of these), or on the right ones. The loss is that of 60 other right rows; 50 answers
+its own faults, and never sees which of these are faulty), or on the right ones. The loss is that of 60 other right rows; 50 answers
 are written, at most 160 tokens each. A cell is a file in bench/results/text_training; a finished one is not run again.
 """
 
@@ -67,13 +67,13 @@ def run(kind: str, method: str, seed: int, model: str) -> dict[str, Any]:
     short = [row for row, (prompt, answer) in zip(rows, tokens, strict=True) if prompt <= 90 and 12 <= answer <= 150]
     order = rng.permutation(len(short))
     parts = np.split(order, np.cumsum([ROWS, LOSS_ROWS, WRITTEN]))
-    pool, others, asked = ([short[j] for j in part] for part in parts[:3])
+    pool, others, unseen = ([short[j] for j in part] for part in parts[:3])
     pool, wrong = spoilt(pool, kind, rng)
     right = [row for j, row in enumerate(pool) if j not in wrong]
     with tempfile.TemporaryDirectory() as name:
         folder, begun = Path(name), time.process_time()
-        files = {"train": right if method == "perfect" else pool, "validation": others, "test": asked[:4]}
-        for part, some in {**files, "asked": asked}.items():
+        files = {"train": right if method == "perfect" else pool, "validation": others, "test": unseen[:4]}
+        for part, some in {**files, "unseen": unseen}.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
         settings = {
             "model": {"path": model, "dtype": "bfloat16"},
@@ -85,7 +85,7 @@ def run(kind: str, method: str, seed: int, model: str) -> dict[str, Any]:
         }
         record = train(Config.model_validate(settings), folder / "run")
         seconds = time.process_time() - begun
-        predict_run(folder / "run", folder / "asked.jsonl", folder / "written.jsonl")
+        predict_run(folder / "run", folder / "unseen.jsonl", folder / "written.jsonl")
         written = [json.loads(line)["prediction"] for line in (folder / "written.jsonl").read_text().splitlines()]
         scores = folder / "run" / SCORES_FILE
         left_out = {*np.flatnonzero(Scores.load(scores).reason_codes).tolist()} if method == "ours" else set[int]()
