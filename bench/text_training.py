@@ -4,8 +4,9 @@
 
 300 rows of Alpaca, of which a fifth has an answer that is cut in its middle (`cut`) or another row's (`foreign`). A
 training takes 50 steps of 8 rows at rank 8: on all rows, on those that `tsqlora train` leaves (`ours`: the look plants
-its own faults, and never sees which of these are faulty), or on the right ones. The loss is that of 60 other right rows; 50 answers
-are written, at most 160 tokens each. A cell is a file in bench/results/text_training; a finished one is not run again.
+its own faults, and never sees which of these are faulty), or on the right ones. The loss is that of 60 other right
+rows; 50 answers are written, at most 160 tokens each. A cell is a file in bench/results/text_training; a finished one
+is not run again.
 """
 
 import itertools
