@@ -153,8 +153,10 @@ def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> d
     usable = np.flatnonzero(donors >= 0)
     own = np.where(faulty[:, None], features_of(other, alone, owner), features_of(prompted, alone))
     bad = features_of({name: value[usable] for name, value in planted.items()}, alone, donors[usable])
-    scores, planted_scores = cross_fitted(own, bad, folds, folds[usable])
-    detection = detect(scores, planted_scores)
+    near = rng.permutation(n)[: n // 4]
+    nearest = features_of(part("near"), alone, np.array(cell["orders"]["near"]))[near]
+    scores, planted_scores, *hard = cross_fitted(own, bad, folds, folds[usable], (nearest, folds[near]))
+    detection = detect(scores, planted_scores, hard=hard)
     loss = np.where(faulty, other["loss"], prompted["loss"])
     decoys = np.stack([cell["columns"][f"decoy{k}.loss"] for k in range(DECOYS)], 1)[owner].min(1)
     suspects = np.argsort(-scores)[: round(SUSPECTS * n)]

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SRC = "src/tsqlora/"
 DECIDES = {
-    "answers_alpaca.json": ["text/answers.py", "text/faults.py", "text/look.py"],
+    "answers.json": ["text/answers.py", "text/faults.py"],
     "faults.json": ["training", "files.py", "run/train.py", "run/fit.py"],
     "fuzz.json": ["data/readers.py", "interop", "compat/yaml.py", "text/prepared.py"],
     "headstart_controls": ["quality/head_start.py", "quality/linear_head.py"],
@@ -22,6 +22,7 @@ DECIDES = {
     "scale.json": ["data", "quality/passes.py", "quality/look.py"],
     "scoring.json": ["gradients", "quality/gradient_pass.py"],
     "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/export.py"],
+    "text_training": ["text/answers.py", "text/faults.py", "text/look.py", "text/before.py"],
     "trusted_length.json": ["quality/density_ratio.py"],
     "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/session.py"],
 }

@@ -108,6 +108,14 @@ def test_donors_are_of_the_fold_and_fit_neither_in_prompt_nor_in_answer() -> Non
             assert len(one & other) / len(one | other) <= ALIKE
 
 
+def test_the_bound_holds_for_faults_that_are_harder_to_see() -> None:
+    rng = np.random.default_rng(0)
+    own, planted, hard = rng.normal(0, 1, 1000), rng.normal(4, 1, 512), rng.normal(2, 1, 128)
+    own[:200] += 2
+    assert detect(own, planted).high < 0.2
+    assert detect(own, planted, hard=[hard]).high >= 0.2
+
+
 def test_near_donors_have_the_nearest_prompt_of_the_fold_and_another_answer() -> None:
     texts = [f"{SUBJECTS[k % 14]} {SUBJECTS[14 + k // 14]}" for k in range(100)]
     turns = [turn(k, f"Tell me of the {text}", SUBJECTS[k % 28]) for k, text in enumerate(texts)]

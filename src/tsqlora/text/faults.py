@@ -207,10 +207,12 @@ def detect(
     planted: Float[np.ndarray, " m"],
     seed: int = 0,
     kinds: Mapping[str, Float[np.ndarray, " k"]] | None = None,
+    hard: Sequence[Float[np.ndarray, " k"]] = (),
 ) -> Detection:
     """Judge turns by their scores and those of planted faults, none of which its own fit has seen.
 
-    `kinds` are scores of faults of one kind, for their recall alone.
+    `kinds` are scores of faults of one kind, for their recall alone. `hard` ones are harder to see, so that more turns
+    may have them: they count for the upper bound.
     """
     p = p_of(scores, planted)
     floor = floor_of(p, len(planted))
@@ -224,7 +226,7 @@ def detect(
         {level: found_at(scores, planted, faulty, level) for level in LEVELS},
         float(p_of(planted, scores).mean()),
         rate,
-        upper_bound(p, len(planted)),
+        max(upper_bound(p_of(scores, some), len(some)) for some in (planted, *hard)),
         float(np.quantile(again, 0.05)),
         scores,
         faulty,

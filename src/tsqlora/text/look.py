@@ -236,7 +236,7 @@ def _find_foreign(
 
     further = [(copies("near", near, nearest), folds[near])] if len(near) >= LEAST_TURNS else []
     scores, bad, *some = cross_fitted(own, copies("foreign", planted, donors), folds, folds[planted], *further)
-    detection = detect(scores, bad, kinds=dict(zip(["from the nearest prompt"], some, strict=False)))
+    detection = detect(scores, bad, kinds=dict(zip(["from the nearest prompt"], some, strict=False)), hard=some)
     order = np.argsort(-scores, kind="stable")[: round(SUSPECTS * len(turns))]
     suspects = order[detection.probability[order] > 0.5] if detection.usable else order[:0]
     fits, evident = np.ones(len(turns), np.bool_), False
