@@ -88,10 +88,9 @@ def select(
             drop=drop == "evident",
         )
     why = (scores.record.gate or {}).get("why_not", "")
-    draws = fraction < 1 or few is not None  # else nobody asked for a choice by scores
-    if (
-        draws and scores.even and (why or scores.kept.all()) and not task.reading.has_reference
-    ):  # of pairs `score` warns
+    chosen = fraction < 1 or few is not None  # else nobody asked for a choice by scores
+    chosen = chosen and not task.reading.has_reference  # of pairs `score` warns
+    if chosen and scores.even and (why or scores.kept.all()):
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
         warnings.warn(str(why or even), stacklevel=3)
     share = min(fraction, float(scores.kept.mean())) if drop else fraction
