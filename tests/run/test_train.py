@@ -134,6 +134,14 @@ def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
         assert note in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes
 
 
+def test_a_resumed_run_says_from_which_step_it_goes_on(tmp_path: Path) -> None:
+    config, said = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
+    pipeline.train(config, tmp_path / "run")
+    unfinished(tmp_path / "run")
+    pipeline.train(config, tmp_path / "run", resume=True, say=said.append)
+    assert said[1:] == ["goes on from step 5 of 10"]
+
+
 def test_a_resume_with_other_settings_names_them(tmp_path: Path) -> None:
     config = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
     (tmp_path / "config.yaml").write_text(dump_config(Config.model_validate(config)))

@@ -156,7 +156,10 @@ def look_at_answers(
         look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
         return look
     if few_answers([turn.text for turn in turns]):
-        look.notes.append("the answers are few and repeat, as labels do: audit them as labels (a column of classes)")
+        look.notes.append(
+            "the answers are few and repeat, as labels do; audit them as labels: "
+            "tsqlora audit FILE --set data.text=PROMPT_COLUMN --set data.label=ANSWER_COLUMN"
+        )
         return look
 
     def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
