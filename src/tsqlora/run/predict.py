@@ -106,10 +106,11 @@ def predict_run(
 
 def _rounded(prediction: Mapping[str, Any]) -> dict[str, Any]:
     """With probabilities of six significant digits, for readers of tables."""
-    p = prediction.get("probability")
-    if isinstance(p, float):
-        return {**prediction, "probability": float(f"{p:.6g}")}
-    return {**prediction, **({"probability": [float(f"{one:.6g}") for one in p]} if p else {})}
+    if "probability" not in prediction:
+        return dict(prediction)
+    p = prediction["probability"]
+    short = [None if one is None else float(f"{one:.6g}") for one in (p if isinstance(p, list) else [p])]
+    return {**prediction, "probability": short if isinstance(p, list) else short[0]}
 
 
 def _with_input(finished: FinishedRun, table: Table) -> Table:
