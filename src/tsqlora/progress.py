@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,22 @@ class Progress(Protocol):
     """Receives how many steps or rows of a phase are done, and during training a Pulse."""
 
     def __call__(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None: ...
+
+
+def bars(rows: int) -> Progress:
+    """A bar for each pass over these rows, with the time that is left, unless transformers' bars are off."""
+    from transformers.utils.logging import tqdm  # seconds to import
+
+    shown: dict[str, Any] = {}
+
+    def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        if phase not in shown:
+            shown[phase] = tqdm(total=total, desc=f"{phase} at {rows} rows", leave=False)
+        shown[phase].update(done - shown[phase].n)
+        if done >= total:
+            shown.pop(phase).close()
+
+    return show
 
 
 def duration(seconds: float) -> str:

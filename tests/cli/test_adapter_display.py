@@ -9,6 +9,7 @@ from rich.console import Console
 from loras import lora_config, save_lora, tiny_llama
 from tsqlora.cli.adapter_display import show_doctor, show_export
 from tsqlora.interop.doctor import examine
+from tsqlora.interop.rewrite import layer_kind
 
 
 def shown(show: Any, value: Any, width: int = 80) -> str:
@@ -30,8 +31,8 @@ def unfolded(text: str) -> str:
 def test_the_doctors_report(report: dict[str, Any]) -> None:
     text = shown(show_doctor, report)
     assert "…" not in text
-    for name in report["ranks"]:
-        assert name in unfolded(text)
+    for kind in {layer_kind(name) for name in report["ranks"]}:
+        assert f"{kind}2" in unfolded(text), "of two blocks"
     for line in (
         "base         not named",
         "layers       6, rank 3 to 20",
@@ -42,12 +43,27 @@ def test_the_doctors_report(report: dict[str, Any]) -> None:
     assert "takesnosavedmodules" in unfolded(text)
 
 
-def test_of_many_layers_the_first_are_shown(report: dict[str, Any]) -> None:
+def test_where_no_export_helps_other_servers_are_named(report: dict[str, Any]) -> None:
+    stuck = [server | {"mend": None} for server in report["consumers"]]
+    verdicts = {"PEFT": "right", "vLLM": "right", "llama.cpp": "refused"}
+    text = shown(show_doctor, report | {"consumers": stuck, "servers": verdicts})
+    assert "no export helps llama.cpp; serve it with PEFT or vLLM" in text
+
+
+def test_of_many_kinds_of_layers_the_first_are_shown(report: dict[str, Any]) -> None:
     one = next(iter(report["health"]["layers"].values()))
-    layers = {f"model.layers.{j}.self_attn.q_proj": one for j in range(50)}
-    assert "and 10 more; --json has every layer" in shown(
+    layers = {f"model.layers.0.own{j}.q_proj": one for j in range(50)}
+    assert "and 10 more kinds; --json has every layer" in shown(
         show_doctor, report | {"health": report["health"] | {"layers": layers}}
     )
+
+
+def test_layers_with_one_factor_are_one_line(report: dict[str, Any]) -> None:
+    wrong = report["consumers"][0] | {"factors": {f"layers.{j}.q": 1.5 for j in range(9)} | {"layers.9.q": 3.0}}
+    text = shown(show_doctor, report | {"consumers": [wrong]}, 120)
+    assert "× 1.5  layers.0.q and 8 more" in text
+    assert "× 3  layers.9.q" in text
+    assert "layers.1.q" not in text
 
 
 def test_damage_and_idle_layers_are_named(report: dict[str, Any]) -> None:

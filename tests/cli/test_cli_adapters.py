@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from kinds import bert_classifier
 from loras import lora_config, save_base, save_lora, tiny_llama
 from runs import make_rows, set_up
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
@@ -62,7 +63,7 @@ def test_our_own_runs_universal_adapter_says_the_same_in_plain_peft(run: Path, t
 def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsqlora: Run) -> None:
     code, out, err = tsqlora("export", run, "--format", "merged", "--out", tmp_path / "m", "--json")
     assert (code, json.loads(out)["format"]) == (0, "merged")
-    assert "for a classifier, PEFT, vLLM: the adapter" in err
+    assert "this classifier is served as it is by PEFT, vLLM" in err
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(logits_of(merged, run), logits_of(open_run(run).model, run), rtol=1e-4, atol=1e-4)
     assert merged.config.id2label == {0: "no", 1: "yes"}
@@ -150,6 +151,12 @@ def test_an_export_for_a_server_has_the_format_that_it_reads(
     assert (code, json.loads(out)["format"]) == (0, format)
     assert tsqlora(*arguments)[0] == 2
     assert tsqlora(*arguments, "--server", server, "--format", format)[0] == 2
+
+
+def test_gguf_of_a_classifier_says_in_one_line_who_serves_it(tmp_path: Path, tsqlora: Run) -> None:
+    code, _, err = tsqlora("export", bert_classifier(tmp_path), "--format", "gguf", "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "as it is by PEFT, vLLM; with --format merged by SGLang" in err
 
 
 def test_the_doctor_proposes_no_export_that_peft_cannot_make(tmp_path: Path, tsqlora: Run) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tsqlora.cli.commands import app
+
 ADAPTER = Path(__file__).parents[1] / "fixtures" / "v0.1" / "run" / "adapter"
 NUMPY = {"huggingface_hub", "numpy", "regex", "safetensors"}
 """What the doctor reads an adapter with."""
@@ -20,6 +22,11 @@ try:
 finally:
     print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 """
+
+
+def test_a_paragraph_of_help_is_one_line_that_the_terminal_wraps() -> None:
+    for command in app.registered_commands:
+        assert not any("\n" in part for part in (command.help or "\n").split("\n\n")), command.callback
 
 
 @pytest.mark.parametrize(

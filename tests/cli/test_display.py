@@ -27,6 +27,7 @@ from tsqlora.cli.display import (
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
 from tsqlora.quality.reasons import WHY
+from tsqlora.text.look import PHASES
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
@@ -143,7 +144,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
         "why": WHY["duplicate"],
         "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
     }
-    lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
+    lists = {name: [{**sample, "id": 123456 + j}] for j, name in enumerate(("highest", "lowest", "suspicious"))}
     wrong = {"likely_wrong": [], "likely_wrong_rows": 4, "likely_wrong_left_out": 3}
     return {**lists, **wrong, "kind": "class", "even": False}
 
@@ -159,7 +160,7 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
     assert max(cell_len(line) for line in out.splitlines()) <= width
     assert "\x1b" not in out
     assert "likely wrong labels" in out
-    assert out.replace("\n", "").replace(" ", "").count("123456") == 3 or width < 80
+    assert out.replace("\n", "").replace(" ", "").count("12345") == 3 or width < 80
     if width == 200:
         for part in (
             "[red]label",
@@ -171,6 +172,16 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
             text.replace("\x1b", " ").split()[0][:9],
         ):
             assert part in out
+
+
+def test_a_row_on_two_lists_is_shown_once_and_wrong_labels_come_first() -> None:
+    lists = explained("a text", "no")
+    out = shown(show_explained, lists | {"likely_wrong": [*lists["suspicious"], *lists["lowest"]]})
+    assert out.count("a text") == 3
+    assert out.count("see above: 123458") == out.count("see above: 123457") == 1
+    assert (
+        out.index("likely wrong labels") < out.index("most suspicious") < out.index("lowest q") < out.index("highest q")
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "pair"])
@@ -256,13 +267,13 @@ def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyP
 
 def test_bars_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(display: Display) -> None:
-        display.progress("evaluation", 1, 123456)
-        display.progress("evaluation", 123456, 123456)
+        for phase in ("evaluation", *PHASES.values()):
+            display.progress(phase, 1, 123456)
+            display.progress(phase, 123456, 123456)
 
     text = terminal_lines(shown, monkeypatch)
-    assert "123456/123456" in text[0]
-    assert "…" not in text[0]
-    assert not any(text[1:])
+    assert all("123456/123456" in line and "…" not in line for line in text[: len(PHASES) + 1])
+    assert not any(text[len(PHASES) + 1 :])
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -338,6 +338,11 @@ def test_real_rows(shared_dir: Path, name: str) -> None:
         assert str(tokenizer.decode(trained, skip_special_tokens=True)).strip() == target
 
 
+def test_chats_for_a_tokenizer_without_a_template_say_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"put a chat_template\.jinja into its folder"):
+        make(rows_of({"messages": [say("user", "a"), say("assistant", "b")]}), byte_tokenizer())
+
+
 @pytest.mark.parametrize(
     "template",
     [

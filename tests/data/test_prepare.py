@@ -16,7 +16,7 @@ from tsqlora.data import table as table_module
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.prepare import prepare as prepare_tables
-from tsqlora.data.prepare import resolve_max_length, tokenise
+from tsqlora.data.prepare import resolve_max_length, tokenise, without_measured
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.data.write import write_rows
@@ -191,7 +191,7 @@ def prepared(
 ) -> dict[str, Table]:
     """Rows by split name; a quarter of the training rows is held out if there are no validation rows."""
     paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
-    splits = read(Path(paths.pop("train")), answer=answer, **paths)
+    splits = without_measured(read(Path(paths.pop("train")), answer=answer, **paths))
     return prepare(splits, tokenizer, max_length=60, task=task_for(answer))
 
 

@@ -112,9 +112,11 @@ def test_a_named_validation_file_leaves_the_training_rows_whole(tmp_path: Path) 
 
 
 def test_classes_that_differ_in_case_or_spaces_alone_are_warned_of(tmp_path: Path) -> None:
-    rows = [{"text": "good", "label": label} for label in ("Sport", "sport ", "news", "sport") * 5]
-    with pytest.warns(UserWarning, match="'Sport', 'sport', 'sport '"):
-        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows))["train"].classes.names) == 4  # type: ignore[union-attr]
+    labels = ("Sport", "sport ", "news", "sport", "News", "art")
+    rows = [{"text": "good", "label": label} for label in labels * 5]
+    with pytest.warns(UserWarning, match="'News', 'news'; 'Sport', 'sport', 'sport '") as warned:
+        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows))["train"].classes.names) == 6  # type: ignore[union-attr]
+    assert len(warned) == 1
 
 
 def test_classes_that_look_like_measures_are_warned_of(tmp_path: Path) -> None:

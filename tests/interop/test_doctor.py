@@ -202,8 +202,8 @@ def test_verdicts_are_counted_by_server_not_by_rule(tmp_path: Path) -> None:
 def test_a_line_says_who_serves_a_classifier_and_how(tmp_path: Path) -> None:
     line = served(bert_classifier(tmp_path))
     assert line == (
-        "for a classifier, PEFT, vLLM: the adapter; SGLang, text-embeddings-inference: the merged model; "
-        "llama.cpp, TGI, MLX, TensorRT-LLM: neither"
+        "this classifier is served as it is by PEFT, vLLM; with --format merged by SGLang, text-embeddings-inference; "
+        "not by llama.cpp, TGI, MLX, TensorRT-LLM"
     )
     assert served(KINDS["uniform"](tmp_path / "b")) is None
 

@@ -58,6 +58,19 @@ def test_a_copy_defends_no_wrong_label_and_hides_no_evidence() -> None:
     assert other.copies == 0
 
 
+def test_a_copy_of_a_row_with_several_labels_defends_none_of_them() -> None:
+    features, true, rng = table(0, 10, 1_000)
+    labels = moved(true, 0.08, rng)
+    wrong, twice = labels != true, np.tile(np.arange(1_000), 2)
+    rows = np.arange(1_000) // 2  # of two labels each, whose features differ as those of tokens do
+    once = judge(features, labels, 10, groups=rows)
+    copied = judge(features[twice], labels[twice], 10, groups=np.concatenate([rows, rows + 500]))
+    assert once.left_out[wrong].mean() > 0.6
+    assert copied.left_out[:1_000][wrong].mean() > 0.9 * once.left_out[wrong].mean()
+    few = judge(features[[0] * 10], np.arange(10) % 2, 2, groups=np.arange(10))
+    assert len(few.logits) == 10, "all rows are copies"
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("minority", [0.5, 0.3, 0.1])
 def test_a_clean_table_that_no_line_separates_loses_nothing(minority: float, seed: int) -> None:

@@ -18,6 +18,7 @@ from tsqlora.compat.yaml import dump_yaml
 from tsqlora.errors import SettingsError
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.run.config import (
+    ELSEWHERE,
     PRESETS,
     REFUSED_ARGUMENTS,
     REMOVED_SETTINGS,
@@ -142,6 +143,11 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         ("qualty: {}", "qualty", "quality"),
         ("training: {wieght_decay: 0.1}", "training.wieght_decay", "weight_decay"),
         ("training: {lerning_rate: 0.1}", "training.lerning_rate", "learning_rate"),
+        ("training: {lr: 0.1}", "training.lr", "did you mean 'training.learning_rate'?"),
+        ("training: {num_epochs: 3}", "training.num_epochs", "did you mean 'training.epochs'?"),
+        ("adapter: {lora_r: 8}", "adapter.lora_r", "did you mean 'ranks.mean'?"),
+        ("rank: 8", "rank", "did you mean 'ranks.mean'?"),
+        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "did you mean 'training.batch_size'?"),
         ("training: {zzz: 1}", "training.zzz", "TrainingArguments"),
         ("quality: {fraction: 1.5}", "quality.fraction is 1.5", "1"),
         ("quality: {fraction: half}", "quality.fraction is half", "number"),
@@ -175,6 +181,11 @@ def test_an_error_names_the_file_the_key_the_value_and_the_cure(text: str, key: 
     assert file == "tsq.yaml"
     assert key in message
     assert cure in message.partition(key)[2]
+
+
+def test_names_of_other_tools_lead_to_settings_that_there_are() -> None:
+    for section, name in (key.split(".") for key in ELSEWHERE.values()):
+        assert name in type(getattr(loaded(""), section)).model_fields
 
 
 @pytest.mark.parametrize("name", REFUSED_ARGUMENTS)

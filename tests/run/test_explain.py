@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from runs import make_rows, set_up, write_jsonl
 from tsqlora.errors import DataError
-from tsqlora.quality.reasons import WHY
+from tsqlora.quality.reasons import WHY, explain_row
 from tsqlora.quality.scores import REASONS, Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import load_config
@@ -72,9 +73,23 @@ def test_the_command_says_why(trained: tuple[Path, Draws], tsqlora: Run) -> None
     result = json.loads(tsqlora("explain", run / "scores.parquet", "--row", row, "--json")[1])
     assert result["id"] == row
     assert "drawn" not in result
-    assert tsqlora("explain", run, "--row", "1000")[0] == 3
+    code, _, err = tsqlora("explain", run, "--row", "1000")
+    assert (code, "has 80 rows, numbered 0 to 79" in err) == (3, True)
     code, _, err = tsqlora("explain", run, "--row", row, "--data", "typo.csv")
     assert (code, "typo.csv is not on this machine" in err) == (3, True)
+
+
+def test_a_row_without_a_score_says_why(trained: tuple[Path, Draws], tmp_path: Path) -> None:
+    scores, rows = Scores.load(trained[0] / "scores.parquet"), make_rows(80, labels=("no", "yes"))
+    row = int(np.setdiff1d(np.arange(80), scores.row_ids)[0])
+    with pytest.raises(DataError, match=f"row {row} has no score: it was held out for validation"):
+        explain_row(scores, row)
+    rows[row]["text"] = " "
+    with pytest.raises(DataError, match=rf"no text in column 'text' \(.*e\.jsonl:{row + 1}\), and was left out"):
+        explain_row(scores, row, data=write_jsonl(tmp_path / "e.jsonl", rows))
+    unnamed = replace(scores, record=replace(scores.record, data=None))
+    with pytest.raises(DataError, match="--data FILE"):
+        explain_row(unnamed, row)
 
 
 def test_a_directory_without_scores_is_refused(tmp_path: Path) -> None:

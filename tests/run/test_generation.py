@@ -288,7 +288,7 @@ def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refu
         plan = pipeline.dry_run(load_config(config))
     assert any(str(one.message) in plan["notes"] for one in warned)
     template("; ")
-    with pytest.raises(DataError, match=r"stop_not_trained in all rows of .*train\.jsonl"):
+    with pytest.raises(DataError, match=r"all rows of .*train\.jsonl.*`tsqlora audit .*train\.jsonl --model .*model`"):
         pipeline.dry_run(load_config(config))
 
 

@@ -109,10 +109,11 @@ def test_images_and_recordings_are_drawn_from_their_columns(kind: str, inside: b
     )
 
 
-@pytest.mark.filterwarnings("ignore:no score distinguishes")
-def test_rows_without_an_answer_are_left_out_with_a_warning() -> None:
+def test_rows_without_an_answer_are_left_out_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*pairs(range(40), "w1"), {"prompt": "w1", "completion": " ", "note": ""}]
     with pytest.warns(UserWarning, match="no target in column 'completion'") as caught:
         chosen = tsq.select(adapted(), rows, processing_class=TOKENIZER, fraction=1.0)
     assert len(chosen) == 40
     assert sum("left out" in str(one.message) for one in caught) == 1
+    assert not any("drawn evenly" in str(one.message) for one in caught), "all rows are returned"
+    assert "look at 40 rows:   0%" in capsys.readouterr().err

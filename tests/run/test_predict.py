@@ -73,6 +73,7 @@ def test_every_row_keeps_its_columns_and_its_place(extension: str, run: Path, tm
     written = cells_of(out)
     assert [{name: row[name] for name in rows[0]} for row in written] == rows
     assert all(row["prediction"] in NAMES and 0.5 <= float(row["probability"]) <= 1 for row in written)
+    assert (max(len(str(row["probability"])) for row in written) <= 8) == (extension in ("csv", "tsv"))
 
 
 def test_texts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
 from runs import make_rows, write_jsonl
+from tsqlora.run.text_audit import text_config
 
 Run = Callable[..., tuple[int, str, str]]
 TOWNS = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito")
@@ -218,6 +219,12 @@ def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: P
     code, shown, err = tsqlora("audit", rows, *model, *named, "--out", out, "--json")
     assert code == 0, err
     assert [finding["name"] for finding in json.loads(shown)["findings"]] == ["duplicate"]
+
+
+def test_answers_that_are_labels_are_audited_as_such_by_naming_their_column(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Is it?", "completion": "yes"}])
+    assert text_config(str(rows), "model", []) is not None
+    assert text_config(str(rows), "model", ["data.text=prompt", "data.label=completion"]) is None
 
 
 def test_labelled_rows_are_audited_for_their_labels(place: Path, tsqlora: Run) -> None:

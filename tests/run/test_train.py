@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from runs import set_up
+from runs import make_rows, set_up, write_jsonl
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import active_ranks, has_slots
 from tsqlora.errors import SettingsError
@@ -31,6 +31,15 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
     assert pipeline.other_versions(before, before) == []
     (note,) = pipeline.other_versions(before, {"torch": "2.13", "peft": "0.21"})
     assert "torch 2.12" in note
+
+
+def test_a_dry_run_and_the_run_count_the_same_trusted_rows(tmp_path: Path) -> None:
+    rows, said = make_rows(40), list[str]()
+    set_up(tmp_path)
+    trusted = write_jsonl(tmp_path / "train.jsonl", rows)
+    job = load(load_config(tmp_path / "c.yaml", [f"data.trusted={trusted}"]), say=said.append)
+    assert 0 < len(job.data["trusted"]) < 40
+    assert f"{len(job.data['trusted'])} trusted" in said[0]
 
 
 @pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
@@ -123,6 +132,14 @@ def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="has a fault"),
     ):
         assert note in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes
+
+
+def test_a_resumed_run_says_from_which_step_it_goes_on(tmp_path: Path) -> None:
+    config, said = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
+    pipeline.train(config, tmp_path / "run")
+    unfinished(tmp_path / "run")
+    pipeline.train(config, tmp_path / "run", resume=True, say=said.append)
+    assert said[1:] == ["goes on from step 5 of 10"]
 
 
 def test_a_resume_with_other_settings_names_them(tmp_path: Path) -> None:

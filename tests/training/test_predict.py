@@ -56,7 +56,7 @@ def test_progress_ends_at_the_number_of_rows(model: BertForSequenceClassificatio
     predict_logits(
         model, ROWS, unlabelled, task=TASK, batch_size=4, phase="test", progress=lambda *args: updates.append(args)
     )
-    assert updates == [("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
+    assert updates == [("test", 0, 11), ("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:

@@ -1,5 +1,6 @@
 """The doctor's report and an export in a terminal."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from tsqlora.cli.display import say
 
 _SHOWN = 6
 """Layers that a list names: the worst."""
-_LAYERS = 40
-"""Most layers with a line each."""
+_KINDS = 40
+"""Most kinds of layers with a line each."""
+_NUMBERS = {"rank": "g", "effective": ".1f", "norm": ".3g"}
+"""The precision of each number of a layer."""
 _STYLES = {"right": "green", "wrong": "red", "refused": "yellow"}
 
 
@@ -96,6 +99,10 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     right = [server for server, verdict in report["servers"].items() if verdict == "right"]
     say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
+    mends = {server["name"]: server["mend"] for server in report["consumers"]}
+    stuck = [server for server in report["servers"] if server not in right and not mends.get(server)]
+    if stuck and right:
+        say(console, [f"no export helps {', '.join(stuck)}; serve it with {' or '.join(right)}"])
     say(console, _serving({server["name"]: server["serve"] for server in report["consumers"] if server["serve"]}))
     if "template" in report:
         _show_template(console, report["template"])
@@ -108,10 +115,15 @@ def _serving(commands: Mapping[str, str]) -> list[str]:
 
 
 def _reasons(server: Mapping[str, Any]) -> list[str]:
-    factors: Mapping[str, float] = server["factors"]
-    worst = sorted(factors.items(), key=lambda item: -abs(item[1] - 1))[:_SHOWN]
-    more = [f"and {len(factors) - _SHOWN} more"] if len(factors) > _SHOWN else []
-    return [*server["reasons"], *(f"× {factor:.3g}  {name}" for name, factor in worst), *more]
+    alike = defaultdict[str, list[str]](list)
+    for name, factor in sorted(server["factors"].items(), key=lambda item: -abs(item[1] - 1)):
+        alike[f"{factor:.3g}"].append(name)
+    lines = [
+        f"× {factor}  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        for factor, names in alike.items()
+    ]
+    more = [f"and {len(lines) - _SHOWN} other factors"] if len(lines) > _SHOWN else []
+    return [*server["reasons"], *lines[:_SHOWN], *more]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -131,19 +143,23 @@ def _show_template(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:
-    layers: Mapping[str, Mapping[str, Any]] = health["layers"]
+    from tsqlora.interop.rewrite import layer_kind  # imports numpy, for which `doctor` sets a variable before
+
+    kinds = defaultdict[str, list[Mapping[str, Any]]](list)
+    for name, layer in health["layers"].items():
+        kinds[layer_kind(name)].append(layer)
     lines = [f"NaN or ∞     {count:,} numbers in {name}" for name, count in health["nonfinite"].items()]
     lines.append(f"unused ranks {health['zero_slots']} zero, {health['duplicate_slots']} duplicate")
     if idle := health["idle_layers"]:
         lines.append(f"idle layers  {len(idle)}: {', '.join(idle[:_SHOWN])}{' …' if len(idle) > _SHOWN else ''}")
     say(console, lines)
-    table = Table("layer", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
-    for name, layer in list(layers.items())[:_LAYERS]:
-        numbers = str(layer["rank"]), f"{layer['effective']:.1f}", f"{layer['norm']:.3g}"
-        table.add_row(Text(name, overflow="fold"), *numbers)
+    table = Table("layers", "", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
+    for kind, layers in list(kinds.items())[:_KINDS]:
+        numbers = (_range(sorted(float(f"{one[name]:{form}}") for one in layers)) for name, form in _NUMBERS.items())
+        table.add_row(Text(kind, overflow="fold"), f"{len(layers)}", *numbers)
     console.print(table)
-    if len(layers) > _LAYERS:
-        say(console, [f"and {len(layers) - _LAYERS} more; --json has every layer"])
+    more = f"and {len(kinds) - _KINDS} more kinds; " if len(kinds) > _KINDS else ""
+    say(console, [f"{more}--json has every layer"])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -36,7 +36,9 @@ for command in (
     results.doctor,
     results.check,
 ):
-    app.command()(command)
+    # Each paragraph on one line, which rich wraps as wide as the terminal; it would keep the docstring's own lines.
+    paragraphs = (" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
+    app.command(help="\n\n".join(paragraphs).strip())(command)
 MOVED = {
     "merge": "tsqlora export --format merged",
     "adapter": "tsqlora export --format compressed",

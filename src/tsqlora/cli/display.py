@@ -153,22 +153,25 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
 
 
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
-    """Rows to look at, list by list."""
+    """Rows to look at, list by list, the most urgent first; a row of several lists is shown once."""
     kind, wrong, left_out = (explained[name] for name in ("kind", "likely_wrong_rows", "likely_wrong_left_out"))
-    titles = {"highest": "highest quality", "lowest": "lowest quality"}
-    if explained["even"]:
-        titles = {"highest": "highest Q, which decided nothing: rows were drawn evenly", "lowest": "lowest Q"}
-    titles["suspicious"] = "most suspicious: highest loss"
+    titles, shown = dict[str, str](), set[int]()
     if kind == "class":
-        titles["suspicious"] += " within the class"
         titles["likely_wrong"] = (
             f"likely wrong labels, which the model contradicts with confidence: {wrong:,} in all, {left_out:,} left out"
         )
     elif kind == "pair":
         titles["likely_wrong"] = f"swapped pairs: {wrong:,} in all, {left_out:,} left out"
+    titles["suspicious"] = f"most suspicious: highest loss{' within the class' if kind == 'class' else ''}"
+    titles |= {"lowest": "lowest quality", "highest": "highest quality"}
+    if explained["even"]:
+        titles |= {"lowest": "lowest Q, which decided nothing: rows were drawn evenly", "highest": "highest Q"}
     for name, title in titles.items():
         console.print(Text(title, "bold"))
-        for sample in explained[name]:
+        rows = {sample["id"]: sample for sample in explained[name]}
+        if before := [str(row) for row in rows if row in shown]:
+            say(console, [f"see above: {', '.join(before)}"])
+        for sample in (sample for row, sample in rows.items() if row not in shown):
             head = f"{sample['id']}  Q {sample['quality']:.2f}  {_LABEL.get(kind, 'label')} {_label(sample['label'])}"
             if "predicted" in sample:
                 head += f"  model {_label(sample['predicted'])}"
@@ -179,6 +182,7 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
             body = Text.assemble(_shortened(sample["text"]), "\n", (dropped + _terms(sample["terms"]), "dim"))
             body.overflow = "fold"
             console.print(Padding(body, (0, 0, 0, 2)))
+        shown |= rows.keys()
         console.print()
 
 

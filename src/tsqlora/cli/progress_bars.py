@@ -26,11 +26,12 @@ class Display:
         self.console, self.every, self.clock = console, every, clock
         self.bars = Progress(
             TextColumn("{task.description:<12}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
             speed_estimate_period=300,
         )
         self.pulse = Text()

@@ -13,7 +13,7 @@ from tsqlora.cli.adapter_display import show_check, show_doctor, show_export
 from tsqlora.cli.console import Json, Run, Set
 from tsqlora.cli.display import show_numbers
 from tsqlora.cli.progress_bars import Display
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import writing
 
 
@@ -145,6 +145,8 @@ def export(
 
     source = _local(source)
     if who := served(adapter_folder(source)):
+        if format == "gguf":
+            raise UnsupportedError(f"llama.cpp reads no such adapter: {who}")
         console.note(who)
     if server is not None:
         format = format_for(adapter_folder(source), server)

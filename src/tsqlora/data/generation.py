@@ -115,6 +115,11 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, pro
         with _time_limit(SECONDS):
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
     except Exception as error:  # a template is a program of whoever made the model
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{place}: rows are chats, and the model's tokenizer has no chat template; give a model for chats, or "
+                "put a chat_template.jinja into its folder"
+            ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
 

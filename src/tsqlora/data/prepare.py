@@ -1,4 +1,4 @@
-"""Tokenise tables into samples on disk, and keep trusted rows apart from those that measure."""
+"""Keep trusted rows apart from those that measure, and tokenise tables into samples on disk."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -115,11 +115,10 @@ def prepare(
 ) -> dict[str, Table]:
     """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
 
-    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note; so is a
-    trusted row that shares its input with validation or test rows. Raises DataError if no trusted row remains.
+    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note.
     """
     prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
-    for name, table in _without_measured(tables).items():
+    for name, table in tables.items():
         numbers = list[int]()
         samples = store(_tokenised(table, tokenizer, max_length, encode, numbers), folder)
         inputs[name] = np.array(numbers, dtype=np.uint64)
@@ -166,8 +165,11 @@ def _tokenised(table: Table, tokenizer: Any, max_length: int, encode: Encode, in
         yield part
 
 
-def _without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """Drop trusted rows whose input a validation or test row has too; a note counts them."""
+def without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """Drop trusted rows whose input a validation or test row has too; a note counts them.
+
+    Raises DataError if no trusted row remains.
+    """
     measured = [tables[name] for name in MEASURED if name in tables]
     if "trusted" not in tables or not measured:
         return dict(tables)

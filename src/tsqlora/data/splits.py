@@ -37,7 +37,7 @@ Lacks = Callable[[Row], str | None]
 """What a row lacks, in words; None for nothing."""
 MANY_CLASSES = 20
 """So many different labels may be classes however few the rows."""
-_SHOWN = 5
+_SHOWN, _GROUPS = 5, 10
 """Rows that a note lists for each reason."""
 
 
@@ -233,10 +233,11 @@ def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np
         notes.append(
             f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
         )
-    for alike in look_alikes(classes.names):
+    if alike := look_alikes(classes.names):
+        shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
         notes.append(
-            f"the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as {len(alike)} "
-            "classes; write them alike if they are one"
+            f"these classes differ in case or spaces alone: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
+            "write them alike where they are one"
         )
     for note in notes:
         warnings.warn(f"{name}: {note}", stacklevel=3)

@@ -138,11 +138,11 @@ def served(folder: Path) -> str | None:
     report = examine(folder)
     if not report["base_class"].endswith("Classification"):
         return None
-    how: dict[str, list[str]] = {"the adapter": [], "the merged model": [], "neither": []}
+    how: dict[str, list[str]] = {"as it is by": [], "with --format merged by": [], "not by": []}
     for server, consumer in _newest(report["consumers"]).items():
-        merged = "the merged model" if consumer["mend"] else "neither"
-        how["the adapter" if consumer["verdict"] == "right" else merged].append(server)
-    return "for a classifier, " + "; ".join(f"{', '.join(of)}: {what}" for what, of in how.items() if of)
+        merged = "with --format merged by" if consumer["mend"] else "not by"
+        how["as it is by" if consumer["verdict"] == "right" else merged].append(server)
+    return "this classifier is served " + "; ".join(f"{what} {', '.join(of)}" for what, of in how.items() if of)
 
 
 def _context(source: Path, adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, LoraAdapter | None]:

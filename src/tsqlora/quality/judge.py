@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import softmax
 
 from tsqlora.compat.shapes import Bool, Float, Int
@@ -128,8 +129,9 @@ def judge(
 ) -> Judgement:
     """Judge labels, numbers below `width`, by frozen features.
 
-    Fits on other groups judge the labels of a group, such as the tags of one row, which give each other away. Without
-    groups, rows that are there several times with one label are judged once: a copy would defend a wrong label.
+    Fits on other groups judge the labels of a group, such as the tags of one row, which give each other away. A copy
+    would defend a wrong label: groups with equal features become one, and without groups rows that are there several
+    times with one label are judged once.
     `excluded` classes of a row are as unlikely as its least likely class. Raises DataError for too few rows.
     """
     several = len(labels) if groups is None else len(np.unique(groups))
@@ -143,6 +145,9 @@ def judge(
             once = judge(features[first], labels[first], width, excluded=None if excluded is None else excluded[first])
             each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "judged")}
             return replace(once, **each, copies=len(labels) - len(first))
+    else:
+        joined = _joined(groups, features, along)
+        groups = joined if joined.max() + 1 >= FOLDS else groups
     # By their content: which rows share a fold must not depend on how a file is sorted.
     order = np.argsort(along)
     own = None if groups is None else groups[order]
@@ -153,6 +158,16 @@ def judge(
     judgement = judge_logits(logits, labels, features=features, groups=groups)
     assert judgement.verdict is not None
     return replace(judgement, verdict=replace(judgement.verdict, weight=head.weight, bias=head.bias))
+
+
+def _joined(
+    groups: Int[np.ndarray, " n"], features: Float[np.ndarray, "n d"], along: Float[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """Return groups in which those that share a row's features are one."""
+    first, of = _distinct(features, np.zeros(len(groups), np.int64), along)
+    own = np.unique(groups, return_inverse=True)[1]
+    shares = csr_array((np.ones(len(own)), (own, own[first[of]])), shape=(int(own.max()) + 1,) * 2)
+    return connected_components(shares, directed=False)[1][own]
 
 
 def _distinct(

@@ -126,6 +126,8 @@ def _measured(
 
     waiting, written = list[Columns](), time.monotonic()
     count, total = sum(map(len, share[:done])), sum(map(len, share))
+    if compute.progress is not None and count < total:
+        compute.progress(phase, count, total)  # before the first batch
     for end, rows in enumerate(share[done:], start=done + 1):
         part = _joined(splitter.of(rows, work))
         waiting.append(part)

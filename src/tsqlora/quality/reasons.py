@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.data.formats import PREFERENCE
+from tsqlora.data.formats import PREFERENCE, Format
 from tsqlora.data.labels import UNSEEN, are_numbers
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, row_hash, row_text
 from tsqlora.data.sources import open_table
+from tsqlora.data.splits import lacks_of
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import REASONS, Scores
@@ -106,16 +107,31 @@ def _kind(scores: Scores) -> str:
     return "class" if scores.stratified else "other"
 
 
-def place_of(scores: Scores, row: int) -> int:
-    """Return the position in the scores of the row with this id.  Raises DataError where it was not scored."""
-    ids = scores.row_ids
-    places = np.flatnonzero(ids == row)
+def place_of(scores: Scores, row: int, data: Path | None = None) -> int:
+    """Return the position in the scores of the row with this id.
+
+    Raises DataError where it was not scored, and says why by its file.
+    """
+    places = np.flatnonzero(scores.row_ids == row)
     if len(places) == 0:
-        raise DataError(
-            f"row {row} is not among the {len(scores):,} scored rows, numbered {ids.min()} to {ids.max()}; it was held "
-            "out, left out, or is in another file"
-        )
+        raise DataError(f"row {row} has no score: {_why_unscored(scores, row, data or scores.record.data)}")
     return int(places[0])
+
+
+def _why_unscored(scores: Scores, row: int, source: str | Path | None) -> str:
+    record, ids = scores.record, scores.row_ids
+    if source is None or record.columns is None or not Path(source).exists():
+        what = f"those with one are numbered {ids.min()} to {ids.max()}"
+        return f"{what}; others are empty or held out for validation; --data FILE says which"
+    table = table_of(scores, source)
+    if row >= len(table):
+        return f"{table.name} has {len(table):,} rows, numbered 0 to {len(table) - 1}"
+    columns, texts = Columns(**record.columns), record.format not in (None, "tokens")
+    lacks = lacks_of(columns, Format(str(record.format), columns) if texts else None, tags=record.format == "tokens")
+    (own,) = replace(table, ids=table.ids[[row]])
+    if (reason := lacks(own)) is not None:
+        return f"it has {reason} ({own.place}), and was left out"
+    return f"it was held out for validation{', or its answer does not fit data.max_length' if texts else ''}"
 
 
 def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:
@@ -124,7 +140,7 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
     The text is None where the file lacks it, and `no_text` says why. Raises DataError for a row that was not scored,
     and if `data` is given and lacks the text.
     """
-    j = place_of(scores, row)
+    j = place_of(scores, row, data)
     probability = p_wrong(scores)
     texts, why = texts_or_why(scores, [j], data)
     if data is not None and why is not None:

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.prepare import prepare, require_embedded
+from tsqlora.data.prepare import prepare, require_embedded, without_measured
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import quoted
 from tsqlora.data.splits import read_data
@@ -102,7 +102,7 @@ def load(
 def read(config: Config, folder: Path | None = None, labels: Sequence[str | int] | None = None) -> dict[str, Table]:
     """Read the rows of every split; `folder` and `labels` as in `load`."""
     data, task, labels = config.data, get_task(config.task.type), labels or start_labels(config)
-    return read_data(
+    tables = read_data(
         data.train,
         data.validation,
         data.test,
@@ -118,6 +118,7 @@ def read(config: Config, folder: Path | None = None, labels: Sequence[str | int]
         folder=folder,
         numbers=labels is not None and are_numbers(labels),
     )
+    return without_measured(tables)
 
 
 def described(tables: Mapping[str, Table], task: Task) -> str:

@@ -16,6 +16,7 @@ from tsqlora.data.sources import of_dataset
 from tsqlora.data.splits import complete, require_columns
 from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, of_loaded_model
+from tsqlora.progress import bars
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.look import score
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
@@ -87,7 +88,9 @@ def select(
             drop=drop == "evident",
         )
     why = (scores.record.gate or {}).get("why_not", "")
-    if scores.even and (why or scores.kept.all()) and not task.reading.has_reference:  # of pairs `score` warns
+    chosen = fraction < 1 or few is not None  # else nobody asked for a choice by scores
+    chosen = chosen and not task.reading.has_reference  # of pairs `score` warns
+    if chosen and scores.even and (why or scores.kept.all()):
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
         warnings.warn(str(why or even), stacklevel=3)
     share = min(fraction, float(scores.kept.mean())) if drop else fraction
@@ -131,6 +134,7 @@ def score_pool(
     if "trusted" in data:
         own = data["trusted"].samples
         reference = Trusted(own, learning_rate, batch_size, twins=equals(samples, own))
+    compute = Compute(batch_size, progress=bars(len(samples)))
     scores = score(
         model,
         samples,
@@ -138,7 +142,7 @@ def score_pool(
         rule=rule,
         task=task,
         rows=RowNames(samples.ids, samples.hashes, samples.lengths),
-        compute=Compute(batch_size),
+        compute=compute,
         trusted=reference,
         fraction=fraction,
     )
@@ -149,7 +153,7 @@ def score_pool(
     if "trusted_loss" in scores.terms:  # trusted pairs decide which side is better, and no majority
         return scores
     about = (tokenizer, cast(Any, model).config, cast(Any, model).generation_config)
-    look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), Compute(batch_size), seed=rule.seed)
+    look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), compute, seed=rule.seed)
     for sentence in look.sentences():
         warnings.warn(sentence, stacklevel=4)
     return without_unfit(scores, look)

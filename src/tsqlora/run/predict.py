@@ -1,7 +1,7 @@
 """Use a finished run: metrics on a labelled file, predictions or generated texts on any file."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def predict_run(
     added = dict(zip(complete.ids.tolist(), answers(finished, complete, progress), strict=True))
     empty = dict.fromkeys(added[int(complete.ids[0])])
     predictions = [added.get(i, empty) for i in range(len(table))]
-    predicted = [{**row, **prediction} for row, prediction in zip(own, predictions, strict=True)]
+    shown = [_rounded(one) for one in predictions] if is_table else predictions
+    predicted = [{**row, **prediction} for row, prediction in zip(own, shown, strict=True)]
     try:
         if is_table:  # spreadsheets run formulas
             predicted, cells = without_formulas(joined(predicted))
@@ -101,6 +102,15 @@ def predict_run(
         saved = save_beside(out, numbered)
         raise TsqLoraError(f"{error}; the predictions are in {saved}, a line for each row in order") from error
     return len(table)
+
+
+def _rounded(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """With probabilities of six significant digits, for readers of tables."""
+    if "probability" not in prediction:
+        return dict(prediction)
+    p = prediction["probability"]
+    short = [None if one is None else float(f"{one:.6g}") for one in (p if isinstance(p, list) else [p])]
+    return {**prediction, "probability": short if isinstance(p, list) else short[0]}
 
 
 def _with_input(finished: FinishedRun, table: Table) -> Table:

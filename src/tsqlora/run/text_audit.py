@@ -49,16 +49,16 @@ MOST_PADDING = 0.3
 
 
 def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
-    """The settings of an audit of text; None where a config's task, or a file's column of labels, asks for labels."""
+    """The settings of an audit of text; None where task.type, data.label or a column of labels asks for labels."""
     is_yaml = Path(source).suffix.lower() in (".yaml", ".yml")
-    if not is_yaml and not any(one.startswith("task.type=") for one in overrides) and not _holds_text(source):
+    keys = {one.partition("=")[0] for one in overrides}
+    if not is_yaml and "task.type" not in keys and ("data.label" in keys or not _holds_text(source)):
         return None
     sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
     if not is_yaml:
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
-    named = is_yaml or any(one.startswith("task.type=") for one in overrides)
-    return config if not named or get_task(config.task.type).reading.causal else None
+    return config if not (is_yaml or "task.type" in keys) or get_task(config.task.type).reading.causal else None
 
 
 def _holds_text(source: str) -> bool:

@@ -48,7 +48,7 @@ def train(
     """Train into a run directory, and return the record in its run.json.
 
     With `resume` an unfinished run continues from its last complete checkpoint, and a finished one stays as it is.
-    `say` gets a line about the rows, or that the run is finished.
+    `say` gets a line about the rows, the step from which a resumed run goes on, or that the run is finished.
     Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
@@ -127,6 +127,10 @@ def _train(
         )
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
+    if checkpoint is not None:
+        say(f"goes on from step {checkpoint.name.rpartition('-')[2]} of {record.plan['steps']:,}")
+    elif before is not None:
+        say("goes on from step 0: there is no checkpoint yet")
     record.notes += passed_over
     if before is not None:
         record.notes += other_versions(before.versions, record.versions)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -52,19 +53,18 @@ def worst_findings(
     ]
     worst = findings_of(lines, errors={"untrained_tokens"} if vocabulary.untrained else ())
     worst = [finding for finding in worst if finding.severity != NOTE][:SHOWN]
-    shown = list[str]()
+    see, shown = "tsqlora.audit(trainer)", list[str]()
+    if table is not None:
+        see = f"`tsqlora audit {quote(table.name)} --model {quote(vocabulary.tokenizer.name_or_path)}`"
     for finding in worst:
         few = ", ".join(map(str, finding.places[:3])) + (", …" if len(finding.places) > 3 else "")
         of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
         shown.append(
-            f"{finding.severity} {finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); "
-            "see `tsqlora audit`"
+            f"{finding.severity} {finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); see {see}"
         )
         if table is not None and finding.severity == ERROR and len(finding.places) == len(lines):
-            cure = f"; for instance {finding.cure['TRL']}" if finding.cure else ""
-            raise DataError(
-                f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; `tsqlora audit` shows them"
-            )
+            cure = f"; with TRL {finding.cure['TRL']}" if finding.cure else ""
+            raise DataError(f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them")
     return shown
 
 

@@ -46,6 +46,16 @@ OWNERS, LEAST_SHIFTED = 200, 5
 NEAR = 128
 """Rows that get the answer of the nearest prompt, for its recall: a quarter of the planted ones, at most."""
 CUTS = ("in a word", "after a word", "after a sentence")
+PHASES = {
+    "prompted": "answers with their prompts",
+    "alone": "answers alone",
+    "near": "planted faults, similar prompts",
+    "foreign": "planted faults",
+    "decoys": "answers under other prompts",
+    "owners": "whose answers they are",
+    "moved": "answers beside these",
+}
+"""What a progress bar calls each pass."""
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
 Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
@@ -146,12 +156,15 @@ def look_at_answers(
         look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
         return look
     if few_answers([turn.text for turn in turns]):
-        look.notes.append("the answers are few and repeat, as labels do: audit them as labels (a column of classes)")
+        look.notes.append(
+            "the answers are few and repeat, as labels do; audit them as labels: "
+            "tsqlora audit FILE --set data.text=PROMPT_COLUMN --set data.label=ANSWER_COLUMN"
+        )
         return look
 
     def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         look.tokens[phase] = sum(len(one.before) + len(one.answer) for one in samples)
-        return read_answers(model, samples, vocabulary.stops, compute, phase=phase)
+        return read_answers(model, samples, vocabulary.stops, compute, phase=PHASES.get(phase, phase))
 
     if any(turn.side for turn in turns):
         _find_swapped(look, seed, read)

@@ -13,13 +13,12 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
 from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.progress import Progress, Pulse
+from tsqlora.progress import Progress, bars
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look, require_scorable
@@ -386,7 +385,7 @@ class QualityCallback(PartCallback):
         if rows.lengths is None and data.lengths is not None:
             rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
-            progress = _bar(data)
+            progress = bars(len(data.dataset))
         trusted, scores = None, data.scores
         if len(data.trusted):
             # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
@@ -534,17 +533,3 @@ def _read_in_order(loader: Any, data: QualitySubset) -> None:
 def first_scores(path: Path) -> Path:
     """File of the first look's scores, once a second look has others."""
     return path.with_name(f"{path.stem}-1{path.suffix}")
-
-
-def _bar(data: QualitySubset) -> Progress:
-    """A bar for each pass, with the time that is left."""
-    bars: dict[str, Any] = {}
-
-    def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
-        if phase not in bars:
-            bars[phase] = tqdm(total=total, desc=f"{phase} at {len(data.dataset)} rows", leave=False)
-        bars[phase].update(done - bars[phase].n)
-        if done >= total:
-            bars.pop(phase).close()
-
-    return show

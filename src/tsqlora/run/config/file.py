@@ -17,6 +17,7 @@ from tsqlora.data.readers import SUFFIXES
 from tsqlora.data.sources import kind_of
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.files import reading
+from tsqlora.run.config.removed import ELSEWHERE
 from tsqlora.run.config.settings import Config, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
@@ -98,7 +99,8 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
     section: type[Section] = Config
     for part in sections:
         section = section_of(section.model_fields[part]) or section
-    return f"unknown key {'.'.join(map(str, loc))!r}; {nearest(name, section.model_fields)}"
+    hint = f"did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else nearest(name, section.model_fields)
+    return f"unknown key {'.'.join(map(str, loc))!r}; {hint}"
 
 
 def merged(raw: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:

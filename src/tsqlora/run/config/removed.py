@@ -1,4 +1,4 @@
-"""Settings that were removed, and arguments of the Trainer that are refused, each with what to do."""
+"""Settings that were removed or have other names elsewhere, and refused arguments of the Trainer: what to do."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +15,29 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
     "dataloader_drop_last": "remove it: every drawn row is trained on",
     "dataloader_persistent_workers": "remove it: such workers would repeat the first epoch's draw",
     "remove_unused_columns": "remove it: the task chooses its columns",
+}
+
+
+# What other tools call a setting; with any section, or none.
+ELSEWHERE: Mapping[str, str] = {
+    "lr": "training.learning_rate",
+    "bs": "training.batch_size",
+    "per_device_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "r": "ranks.mean",
+    "rank": "ranks.mean",
+    "lora_r": "ranks.mean",
+    "lora_rank": "ranks.mean",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
 }
 
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.hub import is_revision
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.allocate import default_max_rank
-from tsqlora.run.config.removed import REFUSED_ARGUMENTS, REMOVED_SETTINGS
+from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 
 PresetName = Literal["default", "paper"]
 
@@ -291,7 +291,7 @@ def _trainer_arguments() -> frozenset[str]:
 def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:
     ours = list(TrainingSettings.model_fields)
     theirs = sorted(trainer_arguments - REFUSED_ARGUMENTS.keys())
-    close = difflib.get_close_matches(name, [*ours, *theirs], n=1)
+    close = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, [*ours, *theirs], n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return (
         f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, or a field of transformers.TrainingArguments"
