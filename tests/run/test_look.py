@@ -8,13 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file
+from transformers import modeling_utils
 
 from runs import make_rows, run_cli, set_up, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.select import select_rows
+from tsqlora.run import look as run_look
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
 from tsqlora.run.look import look_at, score_by_look
@@ -71,6 +74,35 @@ def test_a_model_in_4_bits_takes_the_look_for_the_whole_one(place: Path, tmp_pat
     pipeline.train(load_config(place / "c.yaml", [f"quality.look={tmp_path / 'LOOK'}"]), tmp_path / "run")
     notes = RunRecord.load(tmp_path / "run").notes
     assert any("in 4 bits" in note for note in notes)
+
+
+def test_a_model_that_one_gpu_does_not_hold_is_spread_over_all(
+    place: Path, look: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = list[dict[str, Any]]()
+
+    def on_cpu(*args: Any) -> dict[str, Any]:
+        maps.append(chosen(*args))
+        return dict.fromkeys(maps[-1], "cpu") | {"classifier": "cpu:0"}  # two names of one device
+
+    def hooked(model: Any, quantizer: Any, devices: dict[str, Any], *args: Any) -> None:
+        dispatch_model(model, dict.fromkeys(devices, "cpu"), force_hooks=True)
+        model.hf_device_map = devices
+
+    chosen = modeling_utils._get_device_map
+    monkeypatch.setattr(modeling_utils, "_get_device_map", on_cpu)
+    monkeypatch.setattr(modeling_utils, "accelerate_dispatch", hooked)
+    monkeypatch.setattr(run_look, "gpus_of", lambda config: [30_000, 200_000])
+    saved = look_at(load_config(place / "c.yaml"), tmp_path / "LOOK")
+    assert {*maps[0].values()} == {0, 1}
+    assert saved.about["spread"] == 2
+    one = SavedLook.load(look)
+    np.testing.assert_array_equal(saved.scores.quality, one.scores.quality)
+    assert all(torch.equal(value, saved.head[name]) for name, value in one.head.items())
+    score_by_look(str(place / "train.jsonl"), saved.path, tmp_path / "scores.parquet")
+    assert len(maps) == 2
+    pipeline.train(load_config(place / "c.yaml", [f"quality.look={saved.path}"]), tmp_path / "run")
+    assert any("on 2 devices" in note for note in RunRecord.load(tmp_path / "run").notes)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])

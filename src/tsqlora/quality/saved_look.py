@@ -68,6 +68,13 @@ class SavedLook:
         """The rule that the look was taken with; no look follows it."""
         return ScoringRule(**self.about["rule"], look_again=False)
 
+    @property
+    def taken_by(self) -> str:
+        """The model that took the look, with its bits and devices."""
+        bits, devices = self.about["bits"], self.about.get("spread", 1)
+        also = [f" in {bits} bits"] * bool(bits) + [f" on {devices} devices"] * (devices > 1)
+        return f"{self.about['model'] or 'the model'}{''.join(also)}"
+
     def require_rule(self, rule: ScoringRule) -> None:
         """Raise SettingsError for a rule that would have other scores."""
         for name, value in asdict_of(rule).items():
@@ -150,6 +157,7 @@ def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores
         "tsqlora": version("tsqlora"),
         "model": _name(model),
         "bits": min(bits) if bits else None,
+        "spread": devices_of(model),
         "task": request.task.name,
         "rows": len(request.dataset),
         "rows_hash": hash_of_some(request.dataset),
@@ -192,6 +200,12 @@ def require_free(path: Path) -> None:
     """Raise SettingsError if the folder of a look would replace something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SettingsError(f"--out {path} is not empty; name another directory")
+
+
+def devices_of(model: nn.Module) -> int:
+    """Return the number of devices that a `device_map` has spread the model over; 1 without one."""
+    maps = (getattr(module, "hf_device_map", None) for module in model.modules())
+    return max((len({*where.values()}) for where in maps if where), default=1)
 
 
 def _name(model: nn.Module) -> str:

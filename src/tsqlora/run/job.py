@@ -72,13 +72,14 @@ def load(
     folder: Path | None = None,
     scoring: bool = False,
     labels: Sequence[str | int] | None = None,
+    gpus: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
     `folder` holds rows and samples on disk; None is a temporary one. `labels` are the classes of a run that goes on.
-    `say` gets a line about the rows before the model loads. Raises UnsupportedError for preference rows, unless for
-    `scoring`.
+    `gpus` as in `load_pretrained`. `say` gets a line about the rows before the model loads. Raises UnsupportedError
+    for preference rows, unless for `scoring`.
     """
     require_of_task(config)
     task = trained_task(config)
@@ -91,7 +92,7 @@ def load(
     say(described(tables, task))
     classes = tables["train"].classes
     task = trained_task(config, classes)
-    pretrained = load_model(config, task, classes)
+    pretrained = load_model(config, task, classes, gpus=gpus)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
     data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
     if task.reading.media is None:
@@ -167,7 +168,7 @@ def require_scoring(config: Config) -> None:
     require_terms(config.quality.resolved_weights() or {}, trained_task(config))
 
 
-def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretrained:
+def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:
     """Load the pretrained model, with a head for these classes."""
     base = config.model
     set_seed(config.training.seed)
@@ -179,6 +180,7 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
         dtype=base.dtype,
         quantization=base.quantization,
         trust_remote_code=base.trust_remote_code,
+        gpus=gpus,
     )
 
 

@@ -24,7 +24,7 @@ from tsqlora.quality.look import look as take
 from tsqlora.quality.look import scoring_request
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-from tsqlora.quality.saved_look import SavedLook, require_free, save_look
+from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
@@ -108,10 +108,9 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
     args, rule = arguments(config, out), replace(scoring_rule(config), select=True)
     lookahead = any(term.lookahead for term in rule.measured().values())
     half = None if lookahead else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    job = load(config)
+    job = load(config, gpus=gpus_of(config))
     model = with_adapter(config, job.pretrained)
-    if config.model.quantization is None:
-        model.to(device_of(config))
+    _place(model, config)
     taken = look(
         model,
         job.train.samples,
@@ -151,12 +150,11 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
         lenient = replace(labels, strict=not kind.single)
         table = complete(table.using(Columns(**record.columns), lenient, None), config.data.max_bad_rows, tags=False)
-        pretrained = load_model(config, task, labels)
+        pretrained = load_model(config, task, labels, gpus=gpus_of(config))
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
         how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
         job = Job(config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, **how), length)
-        if config.model.quantization is None:
-            pretrained.model.to(device_of(config))  # pyright: ignore[reportArgumentType]
+        _place(pretrained.model, config)
         rows = row_names(job)
         compute = Compute(config.training.batch_size, progress=progress)
         samples = job.train.samples
@@ -166,3 +164,15 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         with parents_of(out):
             scores.save(out)
     return scores
+
+
+def gpus_of(config: Config) -> list[int]:
+    """Return the free bytes of each GPU, if this is the only process and may use them."""
+    alone = distributed.launched() == 1 and device_of(config).type == "cuda"
+    return [torch.cuda.mem_get_info(j)[0] for j in range(torch.cuda.device_count())] if alone else []
+
+
+def _place(model: nn.Module, config: Config) -> None:
+    """Move the model to its device; one that is packed or spread over several is there."""
+    if config.model.quantization is None and devices_of(model) < 2:
+        model.to(device_of(config))
