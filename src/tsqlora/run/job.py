@@ -9,10 +9,11 @@ from peft import PeftModel
 from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
+from tsqlora.data.formats import Format
 from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.readers import Hints
-from tsqlora.data.rows import quoted
+from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError, printable
@@ -134,6 +135,13 @@ def described(tables: Mapping[str, Table], task: Task) -> str:
         parts.append(f"{len(classes)} classes ({shown}{', …' if len(classes) > _SHOWN else ''})")
     kind = "" if train.format is None else f" of {train.format.name} rows"
     return "; ".join([*parts, f"task {task.name}{kind}"])
+
+
+def format_of(config: Config, name: str | None, columns: Columns) -> Format | None:
+    """The format of this name; None for a task with one answer a sample."""
+    data = config.data
+    all_named = data.messages or data.text or (data.prompt and data.target)
+    return None if name is None else Format(name, columns, whole=not all_named)
 
 
 def hints_of(config: Config) -> Hints:
