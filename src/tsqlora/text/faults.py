@@ -230,12 +230,12 @@ class FaultJudge:
     ) -> "FaultJudge":
         """Fit on all turns and planted faults; probabilities and `least` are those of the look's own scores."""
         scaler, model = _fitted(own, planted)
-        weights = model.coef_[0] / scaler.scale_
+        weights = np.asarray(model.coef_)[0] / np.asarray(scaler.scale_)
         order = np.argsort(detection.score, kind="stable")
         p = np.maximum.accumulate(detection.probability[order])
         new = np.r_[True, np.diff(p) > 0]
         least = detection.score[chosen].min(initial=np.inf)
-        bias = model.intercept_[0] - weights @ scaler.mean_
+        bias = np.asarray(model.intercept_)[0] - weights @ np.asarray(scaler.mean_)
         return cls(weights, np.asarray(bias), detection.score[order][new], p[new], np.asarray(least))
 
     def of(self, features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
