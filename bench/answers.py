@@ -144,7 +144,7 @@ def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> d
     """The look's result where a share of the answers is another row's."""
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, order, seed)
     folds = np.array(cell["folds"])
-    detection, fits = found(own, bad, folds, folds[planted], loss, decoys)
+    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys)
     return judged(detection, detection.evident, fits, faulty)
 
 
@@ -153,12 +153,12 @@ def foreign_apart(cell: dict[str, Any], share: float, seed: int) -> dict[str, An
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, "next", seed)
     folds = np.array(cell["folds"])
     seen = np.random.default_rng([seed, 3]).permutation(len(own)) < len(own) // 2
-    detection, fits = found(
+    detection, fits = looked(
         own[seen], bad[seen[planted]], folds[seen], folds[planted[seen[planted]]], loss[seen], decoys[seen]
     )
     judge = FaultJudge.fit(own[seen], bad[seen[planted]], detection, listed(detection, fits))
     alone = judge.of(own)[1] & (loss >= decoys)
-    detection, fits = found(own, bad, folds, folds[planted], loss, decoys)
+    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys)
     together = np.isin(np.arange(len(own)), listed(detection, fits))
     return {
         "faulty": int(faulty[~seen].sum()),
@@ -193,7 +193,7 @@ def with_foreign(cell: dict[str, Any], share: float, order: str, seed: int) -> t
     return own, bad, usable, loss, decoys, faulty
 
 
-def found(
+def looked(
     own: np.ndarray, bad: np.ndarray, folds: np.ndarray, bad_folds: np.ndarray, loss: np.ndarray, decoys: np.ndarray
 ) -> tuple[Detection, np.ndarray]:
     """The detection, and which answers fit their own prompts best."""

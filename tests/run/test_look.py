@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters
 from typing import Any
@@ -263,3 +264,14 @@ def test_seen_answers_get_the_columns_of_the_look(written: Path, tmp_path: Path)
     places = [scores.hashes.index(name) for name in ours.hashes]
     np.testing.assert_array_equal(scores.kept[places], ours.kept)
     assert (~ours.kept).sum() >= 15
+
+
+def test_a_look_that_draws_by_trusted_texts_is_not_applied_by_row(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = SavedLook.load(written)
+    scores = replace(saved.scores, record=replace(saved.scores.record, draw="softmax"))
+    monkeypatch.setattr(SavedLook, "load", lambda _: replace(saved, scores=scores))
+    with pytest.raises(SettingsError, match=r"data\.trusted"):
+        score_by_look(str(written.parent / "train.jsonl"), written, tmp_path / "s.parquet")
+    assert not (tmp_path / "s.parquet").exists()

@@ -134,7 +134,8 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
 def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None = None) -> Scores:
     """Score the rows of a file by a look, row by row; a row of the look gets its own columns.
 
-    Raises SettingsError for a look that was taken in Python, which has no settings, and for one that draws by Q.
+    Raises SettingsError for a look that was taken in Python, which has no settings, and for one that draws by Q or by
+    trusted texts.
     """
     require_place(out)
     saved = SavedLook.load(path)
