@@ -1,5 +1,6 @@
 """The look's detectors of answers applied to rows that it has not seen, each by itself."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_answers_of_other_prompts_are_found_row_by_row(look: SavedLook) -> None:
 def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
     together = tsq.apply(model(), look, collate(new_rows()))
     for j in (0, 1, 7):
-        alone = tsq.apply(model(), look, collate([new_rows()[j]]))
+        batch = collate([new_rows()[j]])
+        del batch["attention_mask"]  # without padding none is needed
+        alone = tsq.apply(model(), look, batch)
         assert alone["reason"] == together["reason"][[j]]
         np.testing.assert_allclose(alone["wrong_probability"][0], together["wrong_probability"][j], rtol=1e-4)
         np.testing.assert_allclose(alone["loss"][0], together["loss"][j], rtol=1e-4)
@@ -78,6 +81,14 @@ def test_rows_of_the_look_get_its_own_columns(look: SavedLook) -> None:
     own = [look.scores.left_out_as("foreign answer")[j] for j in places]
     assert ((columns["reason"] == "foreign answer") == own).all()
     assert sum(own) >= 3
+
+
+def test_a_row_of_the_look_that_it_has_not_read_is_judged_as_a_new_one(look: SavedLook) -> None:
+    own = look.answers["own"].copy()
+    own[100] = np.nan
+    unread = replace(look, answers={**look.answers, "own": own})
+    columns = tsq.apply(model(), unread, collate([samples()[100]]), hashes=["100"])
+    assert np.isfinite(columns["wrong_probability"]).all()
 
 
 def test_where_no_answer_is_wrong_none_is_called_so(tmp_path: Path) -> None:

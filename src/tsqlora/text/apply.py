@@ -52,7 +52,8 @@ def apply(
     n = len(batch["labels"])
     names, compute = RowNames(hashes=hashes, lengths=[0] * n), Compute(max(n, 1))
     if look.answers:
-        columns = {name: batch[name].numpy(force=True) for name in ("input_ids", "labels", "attention_mask")}
+        read = ("input_ids", "labels", "attention_mask", "position_ids")
+        columns = {name: batch[name].numpy(force=True) for name in read if name in batch}
         rows = [{name: values[j] for name, values in columns.items()} for j in range(n)]
         return answer_columns(model, look, rows, None, rows=names, compute=compute)
 
@@ -110,7 +111,9 @@ def answer_columns(
         _judge(distributed.unwrapped(model), turns, made, stops, compute, columns)
     places = {name: j for j, name in enumerate(look.scores.hashes or ())}
     for here, name in enumerate(rows.hashes or ()):
-        if (there := places.get(name)) is not None:
+        if (there := places.get(name)) is not None and not np.isnan(
+            made["own"][there]
+        ):  # nan: the look has not read it
             columns["wrong_probability"][here] = made["own"][there]
             columns["reason"][here] = REASONS[look.scores.reason_codes[there]]
     return {"labels": trained, **columns}
