@@ -111,9 +111,8 @@ def answer_columns(
         _judge(distributed.unwrapped(model), turns, made, stops, compute, columns)
     places = {name: j for j, name in enumerate(look.scores.hashes or ())}
     for here, name in enumerate(rows.hashes or ()):
-        if (there := places.get(name)) is not None and not np.isnan(
-            made["own"][there]
-        ):  # nan: the look has not read it
+        there = places.get(name)
+        if there is not None and not np.isnan(made["own"][there]):  # nan: the look has not read it
             columns["wrong_probability"][here] = made["own"][there]
             columns["reason"][here] = REASONS[look.scores.reason_codes[there]]
     return {"labels": trained, **columns}
