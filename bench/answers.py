@@ -2,12 +2,14 @@
 
     python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
     python bench/answers.py coverage
+    python bench/answers.py apply
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
-writes the look's results: bench/results/answers.json.
+writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
+itself, as `score --look` does, and together with the others: bench/results/answers_apply.json.
 """
 
 import json
@@ -30,13 +32,13 @@ from tsqlora.run.text_audit import load_vocabulary
 from tsqlora.text import answers
 from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
 from tsqlora.text.conversations import conversation, format_of
-from tsqlora.text.faults import cross_fitted, cut_places, detect, donors_of, folds_of, listed
+from tsqlora.text.faults import Detection, FaultJudge, cross_fitted, cut_places, detect, donors_of, folds_of, listed
 from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS
 from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
-SHARES, DRAWS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40
+SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
 answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
 Row = dict[str, Any]
 
@@ -140,12 +142,48 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
 
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
     """The look's result where a share of the answers is another row's."""
+    own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, order, seed)
+    folds, owner = np.array(cell["folds"]), np.array(cell["orders"]["near"])
+    near = np.random.default_rng([seed, 4]).permutation(len(own))[: len(own) // 4]
+    hard = features_of(part_of(cell, "near"), part_of(cell, "alone"), owner)[near]
+    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys, (hard, folds[near]))
+    return judged(detection, detection.evident, fits, faulty)
 
-    def part(key: str) -> dict[str, np.ndarray]:
-        return {name: np.array(cell["columns"][f"{key}.{name}"]) for name in ("loss", "tokens", "entropy")}
 
-    prompted, alone, other, planted = part("prompted"), part("alone"), part(order), part("planted")
-    rng, n, folds = np.random.default_rng([seed, 1]), len(cell["folds"]), np.array(cell["folds"])
+def part_of(cell: dict[str, Any], key: str) -> dict[str, np.ndarray]:
+    return {name: np.array(cell["columns"][f"{key}.{name}"]) for name in ("loss", "tokens", "entropy")}
+
+
+def foreign_apart(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
+    """The decisions on rows that a look has not seen, by themselves and together with those that it has seen."""
+    own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, "next", seed)
+    folds = np.array(cell["folds"])
+    seen = np.random.default_rng([seed, 3]).permutation(len(own)) < len(own) // 2
+    detection, fits = looked(
+        own[seen], bad[seen[planted]], folds[seen], folds[planted[seen[planted]]], loss[seen], decoys[seen]
+    )
+    judge = FaultJudge.fit(own[seen], bad[seen[planted]], detection, listed(detection, fits))
+    alone = judge.of(own)[1] & (loss >= decoys)
+    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys)
+    together = np.isin(np.arange(len(own)), listed(detection, fits))
+    return {
+        "faulty": int(faulty[~seen].sum()),
+        "rows": int((~seen).sum()),
+        "agree": float((alone == together)[~seen].mean()),
+        **{
+            f"{name}, {what}": int((chosen & ~seen & (faulty | (what == "listed"))).sum())
+            for name, chosen in (("alone", alone), ("together", together))
+            for what in ("listed", "right")
+        },
+    }
+
+
+def with_foreign(cell: dict[str, Any], share: float, order: str, seed: int) -> tuple[np.ndarray, ...]:
+    """Features of rows of which a share has another row's answer, those of planted faults and their rows; losses of
+    the answers behind their prompts and, the least, behind others; and which are faulty."""
+
+    prompted, alone, other, planted = (part_of(cell, key) for key in ("prompted", "alone", order, "planted"))
+    rng, n = np.random.default_rng([seed, 1]), len(cell["folds"])
     faulty = np.zeros(n, np.bool_)
     faulty[rng.permutation(n)[: round(share * n)]] = True
     owner = np.where(faulty, cell["orders"][order], np.arange(n))
@@ -153,18 +191,29 @@ def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> d
     usable = np.flatnonzero(donors >= 0)
     own = np.where(faulty[:, None], features_of(other, alone, owner), features_of(prompted, alone))
     bad = features_of({name: value[usable] for name, value in planted.items()}, alone, donors[usable])
-    near = rng.permutation(n)[: n // 4]
-    nearest = features_of(part("near"), alone, np.array(cell["orders"]["near"]))[near]
-    scores, planted_scores, *hard = cross_fitted(own, bad, folds, folds[usable], (nearest, folds[near]))
-    detection = detect(scores, planted_scores, hard=hard)
     loss = np.where(faulty, other["loss"], prompted["loss"])
     decoys = np.stack([cell["columns"][f"decoy{k}.loss"] for k in range(DECOYS)], 1)[owner].min(1)
-    suspects = np.argsort(-scores)[: round(SUSPECTS * n)]
+    return own, bad, usable, loss, decoys, faulty
+
+
+def looked(
+    own: np.ndarray,
+    bad: np.ndarray,
+    folds: np.ndarray,
+    bad_folds: np.ndarray,
+    loss: np.ndarray,
+    decoys: np.ndarray,
+    *hard: tuple[np.ndarray, np.ndarray],
+) -> tuple[Detection, np.ndarray]:
+    """The detection, and which answers fit their own prompts best."""
+    scores, planted, *some = cross_fitted(own, bad, folds, bad_folds, *hard)
+    detection = detect(scores, planted, hard=some)
+    suspects = np.argsort(-detection.score)[: round(SUSPECTS * len(own))]
     suspects = suspects[detection.probability[suspects] > 0.5] if detection.usable else suspects[:0]
-    fits = np.ones(n, np.bool_)
+    fits = np.ones(len(own), np.bool_)
     fits[suspects] = loss[suspects] < decoys[suspects]
-    evident = len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
-    return judged(detection, evident, fits, faulty)
+    evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
+    return replace(detection, evident=evident), fits
 
 
 def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
@@ -197,6 +246,19 @@ def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) 
     }
 
 
+def apart() -> dict[str, Any]:
+    """Means of `foreign_apart` over draws."""
+    results = dict[str, Any]()
+    for path in sorted(CACHE.glob("*.json")):
+        cell = json.loads(path.read_text())
+        for share in SHARES[:5]:
+            some = [foreign_apart(cell, share, k) for k in range(FEW)]
+            key = f"{cell['settings']['table']}, foreign, next, {share:g}"
+            results[key] = {name: float(np.mean([one[name] for one in some])) for name in some[0]}
+            print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
+    return {"draws": FEW, "results": results, "machine": machine(), "commit": commit()}
+
+
 def coverage() -> dict[str, Any]:
     results, settings = dict[str, Any](), list[Any]()
     for path in sorted(CACHE.glob("*.json")):
@@ -220,7 +282,7 @@ def coverage() -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage"))
+    parser.add_argument("what", choices=("features", "coverage", "apply"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
@@ -228,6 +290,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if request.what == "coverage":
         write(RESULTS / "answers.json", coverage())
+        return
+    if request.what == "apply":
+        write(RESULTS / "answers_apply.json", apart())
         return
     for name in request.tables.split(","):
         path = CACHE / f"{name}.{Path(request.model).name}.json"

@@ -1,7 +1,7 @@
 """What grows and what does not: rows, steps, and the terms of the cost model in docs/scaling.md.
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
-    python bench/scale.py parts [--rows 1000000]         # in a hundred parts, by the look of a sample
+    python bench/scale.py parts [--rows 100000,1000000]  # in a hundred parts, by the look of a sample
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
@@ -373,7 +373,7 @@ def processes(count: int) -> dict[str, Any]:
 def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "rows": lambda: rows(int(arguments.rows)),
-        "parts": lambda: in_parts(int(arguments.rows.split(",")[-1])),
+        "parts": lambda: in_parts(int(arguments.rows)),
         "steps": lambda: steps(arguments.steps),
         "model": model,
         "processes": lambda: [processes(count) for count in (1, 2, 3)],
@@ -385,13 +385,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(parents=True, exist_ok=True)
-    if arguments.part == "rows" and "," in arguments.rows:
+    counted = arguments.part in ("rows", "parts")
+    if counted and "," in arguments.rows:
         for count in arguments.rows.split(","):
-            command = [sys.executable, __file__, "rows", "--rows", count, "--out", str(arguments.out)]
+            command = [sys.executable, __file__, arguments.part, "--rows", count, "--out", str(arguments.out)]
             subprocess.run(command, check=True)
         return
     result = parts[arguments.part]()
-    key = f"rows-{arguments.rows}" if arguments.part == "rows" else arguments.part
+    key = f"{arguments.part}-{arguments.rows}" if counted else arguments.part
     entry = {"commit": (commit() or "unknown")[:7], "torch": torch.__version__, "found": result}
     write(arguments.out, read(arguments.out) | {key: entry})
     print(key, json.dumps(result)[:600])

@@ -285,11 +285,17 @@ def scale_rows(results: Results) -> Rows:
 
 def scale_parts(results: Results) -> Rows:
     """Memory and seconds of rows in parts, scored by the look of a sample and drawn."""
-    r = results["parts"]["found"]
-    row = {name: f"{r[name]:,}" for name in ("rows", "parts", "sample", "drawn")}
-    row |= {f"{name}, processor's seconds": f"{value:,.0f}" for name, value in r["processor_seconds"].items()}
-    more = (r["peak_bytes"] - r["bytes_before"]) / 1e6
-    return [row | {"memory before, and more, MB": f"{r['bytes_before'] / 1e6:,.0f}, {more:,.0f}"}]
+    return [
+        {name: f"{r[name]:,}" for name in ("rows", "parts", "sample", "drawn")}
+        | {f"{name}, processor's seconds": f"{value:,.0f}" for name, value in r["processor_seconds"].items()}
+        | {
+            "memory before, and more, MB": f"{r['bytes_before'] / 1e6:,.0f}, "
+            f"{(r['peak_bytes'] - r['bytes_before']) / 1e6:,.0f}"
+        }
+        for r in sorted(
+            (entry["found"] for key, entry in results.items() if key.startswith("parts-")), key=lambda r: r["rows"]
+        )
+    ]
 
 
 def scale_steps(results: Results) -> Rows:

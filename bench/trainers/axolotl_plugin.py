@@ -2,7 +2,8 @@
 
     python bench/trainers/axolotl_plugin.py [--env DIR]
 
-The environment is that of axolotl.py, with our package on the path and its dependencies.
+The environment is that of axolotl.py, with our package and its dependencies installed, and with wandb and triton, which
+axolotl imports before it trains, on a CPU too.
 """
 
 import argparse

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
-    from tsqlora.quality.apply import apply
     from tsqlora.quality.epochs import sample
     from tsqlora.quality.look import score
     from tsqlora.quality.rule import Compute, RowNames, ScoringRule
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from tsqlora.reports.write import Report, report
     from tsqlora.run.look import look
     from tsqlora.run.pool import select
+    from tsqlora.text.apply import apply
     from tsqlora.training.attach import attach
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.mover import RankLoop
@@ -75,7 +75,6 @@ _HOMES = {
     "adapter.wrap": ("wrap",),
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
-    "quality.apply": ("apply",),
     "quality.epochs": ("sample",),
     "quality.look": ("score",),
     "quality.rule": ("Compute", "RowNames", "ScoringRule"),
@@ -88,6 +87,7 @@ _HOMES = {
     "layer_sensitivity": ("sensitivity",),
     "run.look": ("look",),
     "run.pool": ("select",),
+    "text.apply": ("apply",),
     "training.attach": ("attach",),
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),

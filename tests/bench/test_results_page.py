@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,11 @@ def test_the_loss_is_told_beside_the_metric(results: Path) -> None:
     put(results, MRPC, a_cell(loss=0.5), a_cell("eva+all", loss=0.5))
     assert row(section("### SST-2, 700 rows"), "`eva+all`")[3] == "0.800"
     assert row(_over(), "`eva+all`")[-2] == "+16.7 % (1 seed)"
+
+
+def test_pools_of_any_number_of_parts_are_rows_of_one_table() -> None:
+    own = {"parts": 100, "sample": 10, "drawn": 3, "processor_seconds": {"look": 2.0}, "bytes_before": 1}
+    results = {f"parts-{rows}": {"found": own | {"rows": rows, "peak_bytes": rows}} for rows in (10**6, 10**5)}
+    # By its path, since tests/ has a module of this name.
+    tables = runpy.run_path(str(Path(results_page.__file__).with_name("tables.py")))
+    assert [row["rows"] for row in tables["scale_parts"](results)] == ["100,000", "1,000,000"]

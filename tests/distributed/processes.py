@@ -4,6 +4,7 @@ Each writes what came of it: 0.pt and 1.pt of the two, 2.pt of the one; three-0.
 """
 
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -12,9 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, TaskType
@@ -165,6 +169,32 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
         "kept": data.scores.kept.copy(),
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
     }
+
+
+def exchanged(rank: int) -> Any:
+    """Arrays of all kinds, from every process to all, to the first and from it; and the largest pickle on the way."""
+    rng, pickled = np.random.default_rng(rank), [0]
+    matrix = rng.normal(size=(40 * (rank + 1), 500))
+    value = {
+        "matrix": matrix,
+        "few": matrix.T[::100],  # not contiguous, so that it is in the pickle
+        "half": matrix.astype(np.float16),
+        "flags": matrix > 0,
+        "none": np.empty((0, 4), np.int32),
+        "fixed": np.frombuffer(matrix.tobytes(), np.int64),
+        "tags": np.array(["a", "bc"]),
+        "name": rank,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_object", "gather_object", "broadcast_object_list"):
+
+            def count(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+                pickled[0] = max(pickled[0], len(pickle.dumps(args)))
+                return call(*args, **options)
+
+            patch.setattr(dist, name, partial(count, getattr(dist, name)))
+        everywhere, first = distributed.gathered(value), [*distributed.to_first([value, matrix])]
+        return {"gathered": everywhere, "first": first, "shared": distributed.from_first(value), "pickled": pickled[0]}
 
 
 def scored(rank: int, world: int, folder: Path) -> Any:
@@ -349,6 +379,7 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "other ranks": other_ranks(rank, world) if world > 1 else "",
         "moved": moved(rank, world),
         "looped": looped(rank, world, folder),
+        "exchanged": exchanged(rank),
         "scored": scored(rank, world, folder),
         "answers": answers(),
         "refused": refused(rank, world) if world > 1 else {},

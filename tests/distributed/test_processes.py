@@ -125,6 +125,22 @@ def test_importance_is_the_same_in_every_process(reports: list[dict[str, Any]]) 
 # --- scoring ------------------------------------------------------------------------------
 
 
+def test_arrays_travel_as_they_are_and_in_no_pickle(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["exchanged"] for of in reports)
+    own = alone["gathered"][0]  # of a process with the first one's number
+    for result in (first, second):
+        assert [value["name"] for value in result["gathered"]] == [0, 1]
+        assert result["pickled"] < 4_000
+        for value in (result["gathered"][0], result["shared"]):
+            for name, array in own.items():
+                np.testing.assert_array_equal(value[name], array, strict=name != "name")
+    assert [value[0]["name"] for value in first["first"]] == [0, 1]
+    for name, array in second["gathered"][1].items():
+        np.testing.assert_array_equal(first["first"][1][0][name], array)
+    assert second["first"] == []
+    assert first["gathered"][1]["matrix"].shape == (80, 500)
+
+
 @pytest.mark.parametrize("rule", ["default", "gradients", "cut off", "text"])
 def test_the_score_file_is_the_same_for_one_two_and_three_processes(
     rule: str, folder: Path, reports: list[dict[str, Any]]

@@ -1,24 +1,34 @@
 """`tsqlora look`, and `train --look` with what it wrote."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, modeling_utils
 
+from families import FAMILIES, tokenizer_of
 from runs import make_rows, run_cli, set_up, write_jsonl
+from text.test_before import Repeats
 from tsqlora.errors import SettingsError
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.select import select_rows
+from tsqlora.run import look as run_look
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
 from tsqlora.run.look import look_at, score_by_look
 from tsqlora.training.record import RunRecord
+from words import llama
 
 TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learning_rate": 0.01}
 
@@ -71,6 +81,35 @@ def test_a_model_in_4_bits_takes_the_look_for_the_whole_one(place: Path, tmp_pat
     pipeline.train(load_config(place / "c.yaml", [f"quality.look={tmp_path / 'LOOK'}"]), tmp_path / "run")
     notes = RunRecord.load(tmp_path / "run").notes
     assert any("in 4 bits" in note for note in notes)
+
+
+def test_a_model_that_one_gpu_does_not_hold_is_spread_over_all(
+    place: Path, look: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = list[dict[str, Any]]()
+
+    def on_cpu(*args: Any) -> dict[str, Any]:
+        maps.append(chosen(*args))
+        return dict.fromkeys(maps[-1], "cpu") | {"classifier": "cpu:0"}  # two names of one device
+
+    def hooked(model: Any, quantizer: Any, devices: dict[str, Any], *args: Any) -> None:
+        dispatch_model(model, dict.fromkeys(devices, "cpu"), force_hooks=True)
+        model.hf_device_map = devices
+
+    chosen = modeling_utils._get_device_map
+    monkeypatch.setattr(modeling_utils, "_get_device_map", on_cpu)
+    monkeypatch.setattr(modeling_utils, "accelerate_dispatch", hooked)
+    monkeypatch.setattr(run_look, "gpus_of", lambda config: [30_000, 200_000])
+    saved = look_at(load_config(place / "c.yaml"), tmp_path / "LOOK")
+    assert {*maps[0].values()} == {0, 1}
+    assert saved.about["spread"] == 2
+    one = SavedLook.load(look)
+    np.testing.assert_array_equal(saved.scores.quality, one.scores.quality)
+    assert all(torch.equal(value, saved.head[name]) for name, value in one.head.items())
+    score_by_look(str(place / "train.jsonl"), saved.path, tmp_path / "scores.parquet")
+    assert len(maps) == 2
+    pipeline.train(load_config(place / "c.yaml", [f"quality.look={saved.path}"]), tmp_path / "run")
+    assert any("on 2 devices" in note for note in RunRecord.load(tmp_path / "run").notes)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
@@ -154,3 +193,85 @@ def test_seen_rows_get_the_columns_of_the_look(place: Path, look: Path, tmp_path
     places = [scores.hashes.index(name) for name in ours.hashes]
     for name, values in ours.predictions.items():
         np.testing.assert_array_equal(scores.predictions[name][places], values, err_msg=name)
+
+
+def chats(file: Path, moved: range, *, seed: int, count: int = 240) -> Path:
+    """Answers that repeat the letters of their prompts; those of `moved` repeat the next row's."""
+    rng = np.random.default_rng(seed)
+    words = [rng.permutation([*ascii_letters])[:8] for _ in range(count + 1)]
+    rows = [(" ".join(words[j]), " ".join(rng.permutation(words[j + (j in moved)]))) for j in range(count)]
+    write_jsonl(
+        file, [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in rows]
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A look at chats of which a tenth has the answers of the rows after them."""
+    folder = tmp_path_factory.mktemp("chats")
+    tokenizer, config = tokenizer_of(FAMILIES["qwen 2.5"]), llama().config
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 200
+    Repeats(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    chats(folder / "train.jsonl", range(10, 34), seed=0)
+    settings = {"model.path": folder / "model", "data.train": folder / "train.jsonl", "task.type": "causal-lm"}
+    with repeating():
+        look_at(load_config(None, [f"{key}={value}" for key, value in settings.items()]), folder / "LOOK")
+    return folder / "LOOK"
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Load the model as Repeats."""
+    info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
+
+    def load(path: str, **_: Any) -> Any:
+        return Repeats.from_pretrained(path), info
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+        yield
+
+
+def test_a_look_scores_the_answers_of_another_file(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved, part = range(0, 30, 2), chats(tmp_path / "a.jsonl", range(0, 30, 2), seed=7, count=60)
+    with repeating():
+        code, out, err = run_cli(
+            capsys, "score", part, "--look", written, "--out", tmp_path / "parts" / "a.parquet", "--json"
+        )
+    assert code == 0, err
+    scores = Scores.load(tmp_path / "parts" / "a.parquet")
+    found = {*np.flatnonzero(scores.left_out_as("foreign answer")).tolist()}
+    assert found <= {*moved}
+    assert len(found) >= 0.7 * len(moved)
+    assert json.loads(out)["dropped"]["foreign answer"] == len(found)
+    assert (scores.predictions["wrong_probability"][[*found]] > 0.5).all()
+    select_rows(tmp_path / "parts", tmp_path / "subset.jsonl", fraction=0.5, data=tmp_path)
+    drawn, rows = ((tmp_path / name).read_text().splitlines() for name in ("subset.jsonl", "a.jsonl"))
+    assert len(drawn) == 30
+    assert not {json.dumps(json.loads(rows[j])) for j in found} & {json.dumps(json.loads(row)) for row in drawn}
+
+
+def test_seen_answers_get_the_columns_of_the_look(written: Path, tmp_path: Path) -> None:
+    ours = SavedLook.load(written).scores
+    with repeating():
+        scores = score_by_look(str(written.parent / "train.jsonl"), written, tmp_path / "s.parquet")
+    assert ours.hashes is not None
+    assert scores.hashes is not None
+    places = [scores.hashes.index(name) for name in ours.hashes]
+    np.testing.assert_array_equal(scores.kept[places], ours.kept)
+    assert (~ours.kept).sum() >= 15
+
+
+def test_a_look_that_draws_by_trusted_texts_is_not_applied_by_row(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = SavedLook.load(written)
+    scores = replace(saved.scores, record=replace(saved.scores.record, draw="softmax"))
+    monkeypatch.setattr(SavedLook, "load", lambda _: replace(saved, scores=scores))
+    with pytest.raises(SettingsError, match=r"data\.trusted"):
+        score_by_look(str(written.parent / "train.jsonl"), written, tmp_path / "s.parquet")
+    assert not (tmp_path / "s.parquet").exists()

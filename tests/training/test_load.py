@@ -166,6 +166,16 @@ def test_packing_names_the_package_that_it_needs(checkpoint: Path, monkeypatch: 
         load_pretrained(str(checkpoint), CLASSES, labels=TWO, quantization="4bit")
 
 
+def test_a_model_that_the_first_gpu_holds_stays_whole(checkpoint: Path) -> None:
+    model = load_pretrained(str(checkpoint), CLASSES, labels=TWO, gpus=[2**30, 2**30]).model
+    assert getattr(model, "hf_device_map", None) is None
+
+
+def test_a_model_that_all_gpus_cannot_hold_is_refused_before_it_loads(checkpoint: Path) -> None:
+    with pytest.raises(SettingsError, match=r"2 GPUs .*model\.quantization"):
+        load_pretrained(str(checkpoint), CLASSES, labels=TWO, gpus=[1000, 1000])
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])
 def test_a_local_path_that_is_nothing_is_said_to_be_none(path: str) -> None:
     assert error_of(path) == f"model.path '{path}': no such directory; correct it, or give a hub id"

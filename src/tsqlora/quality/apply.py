@@ -1,13 +1,12 @@
-"""Apply a look to rows that it was not taken at: a pure function of a batch, for any engine."""
+"""Apply a look to rows with labels that it was not taken at, each by itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import linear
 
 from tsqlora import distributed
@@ -21,32 +20,9 @@ from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms
-from tsqlora.tasks import Batch, Collate, Task, task_of
+from tsqlora.tasks import Batch, Collate, Task
 
 MISSING = "duplicates and leaks are no property of a row: `tsqlora audit` finds them among all rows"
-
-
-def apply(
-    model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
-    """Return columns of scores for the rows of a collated batch, without any other row.
-
-    These are `loss`, with the fitted head, and of classes `predicted`, `predicted_probability`, `label_probability`,
-    `reason`, and `wrong_probability` where the look has a judge. The model is the one that took the look, with its own
-    head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
-    without it. A row whose label is no class of the look has nan for what needs its label.
-
-    Raises UnsupportedError for a task without a row of logits for each sample, and for a model that is sharded.
-    """
-    look = look if isinstance(look, SavedLook) else SavedLook.load(look)
-    n = len(batch["labels"])
-
-    def some(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {name: values[list(rows)] for name, values in batch.items()}
-
-    names = RowNames(hashes=hashes, lengths=[0] * n)
-    labels, compute = batch["labels"].numpy(force=True), Compute(max(n, 1))
-    return columns_of_rows(model, look, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
 
 
 def columns_of_rows(
@@ -60,7 +36,7 @@ def columns_of_rows(
     rows: RowNames,
     compute: Compute,
 ) -> dict[str, np.ndarray]:
-    """Return the columns of `apply` for the rows of a data set with these labels, and the labels."""
+    """Return the columns of `tsqlora.apply` for the rows of a data set with these labels, and the labels."""
     distributed.require_whole(model)
     if task.answers is None or task.reading.has_reference:
         raise UnsupportedError(
@@ -137,6 +113,7 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
             "quality.weights and quality.preset, or score all rows together: tsqlora score CONFIG"
         )
     record: dict[str, Any] = {**rows.about, "noise": look.summary["noise"], "out_of_sample": True}
+    record["answers"] = look.scores.record.answers
     reasons, loss = columns["reason"], columns["loss"].astype(np.float64)
     scores = from_terms(
         {"loss": np.nan_to_num(loss)},

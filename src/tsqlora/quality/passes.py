@@ -68,7 +68,7 @@ def run_pass(
     fills = not shared or distributed.is_first()
     share = distributed.share(batches) if shared else batches
     columns: dict[str, np.ndarray] = {}
-    sent: list[tuple[np.ndarray, Columns]] = []
+    sent: list[Columns] = []
     measured = _measured(measure, share, dataset, collate, compute, phase, first if fills else None, parts)
 
     def fill(rows: np.ndarray, part: Columns) -> None:
@@ -81,15 +81,18 @@ def run_pass(
         for rows, part in measured:
             large = {} if fills else {name: part[name] for name in LARGE if name in part}
             fill(rows, {name: value for name, value in part.items() if name not in large})
-            sent.append((rows, large))
+            sent.append(large)
 
     with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
         distributed.together(measure_share) if shared else measure_share()
     if shared and distributed.active():
         own = np.concatenate([np.empty(0, dtype=np.int64), *share])
-        for rows, part in distributed.gathered((own, {n: x[own] for n, x in columns.items() if n not in LARGE})):
+        small = distributed.gathered((own, {n: x[own] for n, x in columns.items() if n not in LARGE}))
+        for rows, part in small:
             fill(rows, part)
-        for rows, part in chain(*(distributed.to_first(sent) or ())):
+        large = _joined(sent) if sent else {}
+        sent.clear()
+        for part, (rows, _) in zip(distributed.to_first(large), small, strict=False):  # the others get none
             fill(rows, part)
         shapes = {name: (x.shape[1:], x.dtype) for name, x in columns.items() if name in LARGE}
         for name, (shape, dtype) in distributed.from_first(shapes).items():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import hash_of, hash_of_some
 
 SCORES, HEAD, JUDGE, ABOUT = "scores.parquet", "head.safetensors", "judge.safetensors", "look.json"
+ANSWERS = "answers.safetensors"
 DECIDES = ("weights", "temperature", "judge")
 """Fields of a rule that decide a look's scores."""
 
@@ -43,6 +44,8 @@ class SavedLook:
     """What the look was made of, and its summary."""
     verdict: Verdict | None = None
     """The judge of labels, for `tsqlora.apply`."""
+    answers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The judges of answers (`text/apply.py`); empty where none were judged."""
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedLook":
@@ -54,9 +57,10 @@ class SavedLook:
             about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
             head = load_file(path / HEAD)
             verdict = _verdict(path / JUDGE) if (path / JUDGE).is_file() else None
+            answers = _arrays(path / ANSWERS) if (path / ANSWERS).is_file() else {}
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); take the look again") from None
-        return cls(path, Scores.load(path / SCORES), head, about, verdict)
+        return cls(path, Scores.load(path / SCORES), head, about, verdict, answers)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -67,6 +71,13 @@ class SavedLook:
     def rule(self) -> ScoringRule:
         """The rule that the look was taken with; no look follows it."""
         return ScoringRule(**self.about["rule"], look_again=False)
+
+    @property
+    def taken_by(self) -> str:
+        """The model that took the look, with its bits and devices."""
+        bits, devices = self.about["bits"], self.about.get("spread", 1)
+        also = [f" in {bits} bits"] * bool(bits) + [f" on {devices} devices"] * (devices > 1)
+        return f"{self.about['model'] or 'the model'}{''.join(also)}"
 
     def require_rule(self, rule: ScoringRule) -> None:
         """Raise SettingsError for a rule that would have other scores."""
@@ -140,7 +151,14 @@ def asdict_of(rule: ScoringRule) -> dict[str, Any]:
     return {**values, "weights": None if rule.weights is None else dict(rule.weights)}
 
 
-def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores, look: Look | None) -> SavedLook:
+def save_look(
+    path: Path,
+    model: nn.Module,
+    request: LookRequest,
+    scores: Scores,
+    look: Look | None,
+    answers: Mapping[str, np.ndarray],
+) -> SavedLook:
     """Write the folder in the first process; the others wait for it."""
     names = ("epoch", "step", "head_start", "noise", "gate")
     trusted, rule = request.trusted, request.rule
@@ -150,6 +168,7 @@ def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores
         "tsqlora": version("tsqlora"),
         "model": _name(model),
         "bits": min(bits) if bits else None,
+        "spread": devices_of(model),
         "task": request.task.name,
         "rows": len(request.dataset),
         "rows_hash": hash_of_some(request.dataset),
@@ -165,24 +184,29 @@ def save_look(path: Path, model: nn.Module, request: LookRequest, scores: Scores
         "cost": {} if look is None else {"look": asdict(look.cost), "trusted model": asdict(look.trusted_cost)},
     }
     verdict = None if look is None else look.verdict
-    saved = SavedLook(path, scores, {} if look is None else look.head, about, verdict)
+    saved = SavedLook(path, scores, {} if look is None else look.head, about, verdict, answers)
 
     def write() -> None:
         with parents_of(path), replacing(path) as folder:
             folder.mkdir()
             scores.save(folder / SCORES)
             write_tensors(folder / HEAD, saved.head)
-            if verdict is not None:
-                arrays = {name: np.asarray(value) for name, value in asdict(verdict).items()}
-                write_tensors(folder / JUDGE, {name: torch.from_numpy(np.atleast_1d(x)) for name, x in arrays.items()})
+            made = {} if verdict is None else {name: np.asarray(value) for name, value in asdict(verdict).items()}
+            for name, arrays in ((JUDGE, made), (ANSWERS, answers)):
+                if arrays:
+                    write_tensors(folder / name, {key: torch.from_numpy(np.atleast_1d(x)) for key, x in arrays.items()})
             write_json(folder / ABOUT, about)
 
     distributed.once(write)
     return saved
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+
+
 def _verdict(path: Path) -> Verdict:
-    arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    arrays = _arrays(path)
     single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "otherwise", "evident")}
     values: dict[str, Any] = {**arrays, **single}
     return Verdict(**values)
@@ -192,6 +216,12 @@ def require_free(path: Path) -> None:
     """Raise SettingsError if the folder of a look would replace something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SettingsError(f"--out {path} is not empty; name another directory")
+
+
+def devices_of(model: nn.Module) -> int:
+    """Return the number of devices that a `device_map` has spread the model over; 1 without one."""
+    maps = (getattr(module, "hf_device_map", None) for module in model.modules())
+    return max((len({*where.values()}) for where in maps if where), default=1)
 
 
 def _name(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from tsqlora.interop.attach import attach
 from tsqlora.interop.files import read_adapter
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
-from tsqlora.run.job import Job, load_model, require_of_task, trained_task
+from tsqlora.run.job import Job, format_of, load_model, require_of_task, trained_task
 from tsqlora.tasks import Task, get_task
 from tsqlora.training.load import Pretrained
 from tsqlora.training.record import RunRecord
@@ -58,10 +58,7 @@ class FinishedRun:
     @property
     def format(self) -> Format | None:
         """How rows become prompts and targets; None for a task with one answer a sample."""
-        name = self.record.data.get("format")
-        data = self.config.data
-        all_named = data.messages or data.text or (data.prompt and data.target)
-        return None if name is None else Format(name, self.columns, whole=not all_named)
+        return format_of(self.config, self.record.data.get("format"), self.columns)
 
     @property
     def max_length(self) -> int:

@@ -9,10 +9,11 @@ from peft import PeftModel
 from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
+from tsqlora.data.formats import Format
 from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare, require_embedded, without_measured
 from tsqlora.data.readers import Hints
-from tsqlora.data.rows import quoted
+from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import read_data
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError, printable
@@ -72,13 +73,14 @@ def load(
     folder: Path | None = None,
     scoring: bool = False,
     labels: Sequence[str | int] | None = None,
+    gpus: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
     `folder` holds rows and samples on disk; None is a temporary one. `labels` are the classes of a run that goes on.
-    `say` gets a line about the rows before the model loads. Raises UnsupportedError for preference rows, unless for
-    `scoring`.
+    `gpus` as in `load_pretrained`. `say` gets a line about the rows before the model loads. Raises UnsupportedError
+    for preference rows, unless for `scoring`.
     """
     require_of_task(config)
     task = trained_task(config)
@@ -91,7 +93,7 @@ def load(
     say(described(tables, task))
     classes = tables["train"].classes
     task = trained_task(config, classes)
-    pretrained = load_model(config, task, classes)
+    pretrained = load_model(config, task, classes, gpus=gpus)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
     data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
     if task.reading.media is None:
@@ -136,6 +138,13 @@ def described(tables: Mapping[str, Table], task: Task) -> str:
     return "; ".join([*parts, f"task {task.name}{kind}"])
 
 
+def format_of(config: Config, name: str | None, columns: Columns) -> Format | None:
+    """The format of this name; None for a task with one answer a sample."""
+    data = config.data
+    all_named = data.messages or data.text or (data.prompt and data.target)
+    return None if name is None else Format(name, columns, whole=not all_named)
+
+
 def hints_of(config: Config) -> Hints:
     """The settings about text files."""
     return Hints(config.data.delimiter, config.data.encoding, config.data.quoting)
@@ -168,7 +177,7 @@ def require_scoring(config: Config) -> None:
     require_terms(config.quality.resolved_weights() or {}, trained_task(config))
 
 
-def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretrained:
+def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:
     """Load the pretrained model, with a head for these classes."""
     base = config.model
     set_seed(config.training.seed)
@@ -180,6 +189,7 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
         dtype=base.dtype,
         quantization=base.quantization,
         trust_remote_code=base.trust_remote_code,
+        gpus=gpus,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,16 +25,17 @@ from tsqlora.quality.look import look as take
 from tsqlora.quality.look import scoring_request
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-from tsqlora.quality.saved_look import SavedLook, require_free, save_look
+from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.finished import device_of
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import Job, hints_of, load, load_model, trained_task, with_adapter
+from tsqlora.run.job import Job, format_of, hints_of, load, load_model, trained_task, with_adapter
 from tsqlora.run.start import with_start
 from tsqlora.tasks import Collate, Task
+from tsqlora.text.apply import answer_columns, answers_of
 from tsqlora.text.before import even_scores, look_before, without_unfit
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import vocabulary_of_model
@@ -84,20 +86,21 @@ def look(
         trusted=trusted,
         fraction=1.0,
     )
-    answers, result, reading = AnswerLook([]), None, request.task.reading
+    answers, judges, result, reading = AnswerLook([]), dict[str, np.ndarray](), None, request.task.reading
     decided = trusted is not None and reading.has_reference  # trusted pairs say which side is better
     if reading.causal and not decided and getattr(processing_class, "is_fast", False):
         inner = cast(Any, distributed.unwrapped(model))
         vocabulary = vocabulary_of_model(processing_class, inner.config, inner.generation_config, size_of=inner)
         options = {"collate": collate, "seed": request.rule.seed}
         answers = look_before(inner, dataset, vocabulary, request.compute, **options)
+        judges = answers_of(answers, vocabulary, len(dataset))
     if request.rule.decides(request.task, trusted is not None):
         result = take(model, request)
         result.undo()
         scores = without_unfit(result.scores, answers) if answers.turns else result.scores
     else:
         scores = even_scores(dataset, collate, names, answers, seed=request.rule.seed)
-    return save_look(out, model, request, scores, result)
+    return save_look(out, model, request, scores, result, judges)
 
 
 def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> SavedLook:
@@ -108,10 +111,9 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
     args, rule = arguments(config, out), replace(scoring_rule(config), select=True)
     lookahead = any(term.lookahead for term in rule.measured().values())
     half = None if lookahead else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    job = load(config)
+    job = load(config, gpus=gpus_of(config))
     model = with_adapter(config, job.pretrained)
-    if config.model.quantization is None:
-        model.to(device_of(config))
+    _place(model, config)
     taken = look(
         model,
         job.train.samples,
@@ -132,37 +134,67 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
 def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None = None) -> Scores:
     """Score the rows of a file by a look, row by row; a row of the look gets its own columns.
 
-    Raises SettingsError for a look that was taken in Python, which has no settings, and for one that draws by Q.
+    Raises SettingsError for a look that was taken in Python, which has no settings, and for one that draws by Q or by
+    trusted texts.
     """
     require_place(out)
     saved = SavedLook.load(path)
     if not (path / CONFIG_FILE).is_file():
         raise SettingsError(f"the look in {path} was taken in Python and has no settings; use tsqlora.apply")
     config = load_config(path / CONFIG_FILE, [f"data.train={json.dumps(data, ensure_ascii=False)}"])
-    record, kind = saved.scores.record, trained_task(config).reading.label
-    if record.columns is None or kind is None or record.classes is None:
-        raise UnsupportedError(
-            f"a look is applied to rows with a class each, and the task is {config.task.type}; score all rows "
-            "together: tsqlora score CONFIG"
-        )
-    labels = LabelMap(tuple(record.classes), kind)
-    task = trained_task(config, labels)
+    labels = _classes_of(saved, config)
+    task, record = trained_task(config, labels), saved.scores.record
+    assert record.columns is not None
+    used = Columns(**record.columns)
     with writing(out), tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
         table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
-        lenient = replace(labels, strict=not kind.single)
-        table = complete(table.using(Columns(**record.columns), lenient, None), config.data.max_bad_rows, tags=False)
-        pretrained = load_model(config, task, labels)
+        lenient = None if labels is None else replace(labels, strict=not labels.kind.single)
+        table = table.using(used, lenient, format_of(config, record.format, used))
+        table = complete(table, config.data.max_bad_rows, tags=False)
+        pretrained = load_model(config, task, labels, gpus=gpus_of(config))
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
         how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
         job = Job(config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, **how), length)
-        if config.model.quantization is None:
-            pretrained.model.to(device_of(config))  # pyright: ignore[reportArgumentType]
+        _place(pretrained.model, config)
         rows = row_names(job)
         compute = Compute(config.training.batch_size, progress=progress)
         samples = job.train.samples
-        args = (pretrained.model, saved, samples, job.collate, samples.labels)
-        columns = columns_of_rows(*args, task=task, rows=rows, compute=compute)
+        made, names = (pretrained.model, saved, samples, job.collate), {"rows": rows, "compute": compute}
+        if labels is None:
+            columns = answer_columns(*made, **names)
+        else:
+            columns = columns_of_rows(*made, samples.labels, task=task, **names)
         scores = scores_of_rows(columns, saved, rows, task=task)
         with parents_of(out):
             scores.save(out)
     return scores
+
+
+def _classes_of(saved: SavedLook, config: Config) -> LabelMap | None:
+    """Return the classes of a look; None for answers.  Raises an error for a look that is not applied by row."""
+    record, kind = saved.scores.record, trained_task(config).reading.label
+    if saved.answers and saved.scores.even:
+        return None
+    if saved.answers:
+        raise SettingsError(
+            f"the look in {saved.path} draws by trusted texts, which compares all rows with each other; take one "
+            "without data.trusted, or score all rows together: tsqlora score CONFIG"
+        )
+    if record.columns is None or kind is None or record.classes is None:
+        raise UnsupportedError(
+            f"a look is applied to rows with a class each, or to answers that it has judged, and the task is "
+            f"{config.task.type}; score all rows together: tsqlora score CONFIG"
+        )
+    return LabelMap(tuple(record.classes), kind)
+
+
+def gpus_of(config: Config) -> list[int]:
+    """Return the free bytes of each GPU, if this is the only process and may use them."""
+    alone = distributed.launched() == 1 and device_of(config).type == "cuda"
+    return [torch.cuda.mem_get_info(j)[0] for j in range(torch.cuda.device_count())] if alone else []
+
+
+def _place(model: nn.Module, config: Config) -> None:
+    """Move the model to its device; one that is packed or spread over several is there."""
+    if config.model.quantization is None and devices_of(model) < 2:
+        model.to(device_of(config))

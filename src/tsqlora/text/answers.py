@@ -75,34 +75,49 @@ def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]
 
     What all prompts end with, such as the template's header, opens an answer.
     """
-    turns = list[Turn]()
+    turns, empty = list[Turn](), empty_tokens(vocabulary)
     for one in sequences:
-        trained, before = one.trained, 0
-        for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
-            start, end = (int(stretch[0]), int(stretch[-1]) + 1) if len(stretch) else (0, 0)
-            ends = any(j in vocabulary.stops for j in one.ids[start:end].tolist())
-            while end > start and _empty(int(one.ids[end - 1]), vocabulary):
-                end -= 1
-            if end > start:
-                texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
-                question, text = (part.replace(b"\0", b"").decode(errors="replace") for part in texts)
-                turns.append(
-                    Turn(one.row, one.side, one.ids[:start], one.ids[:0], one.ids[start:end], ends, question, text)
-                )
-            before = end
-    suffix, first = _common_end([turn.prompt for turn in turns]), np.array([vocabulary.bos])
-    opens = [len(turn.prompt) and turn.prompt[0] == vocabulary.bos and len(suffix) < len(turn.prompt) for turn in turns]
+        for before, start, end, ends in stretches(one, vocabulary.stops, empty):
+            texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
+            question, text = (part.replace(b"\0", b"").decode(errors="replace") for part in texts)
+            turns.append(
+                Turn(one.row, one.side, one.ids[:start], one.ids[:0], one.ids[start:end], ends, question, text)
+            )
+    return opened(turns, common_end([turn.prompt for turn in turns]), vocabulary.bos)
+
+
+def stretches(one: Trained, stops: Collection[int], empty: Collection[int]) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield the end of the stretch before, start and end of each trained stretch, and whether a stop follows it.
+
+    Tokens at its end that stop or are `empty` do not belong to it.
+    """
+    trained, before = one.trained, 0
+    for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
+        start, end = (int(stretch[0]), int(stretch[-1]) + 1) if len(stretch) else (0, 0)
+        ends = any(j in stops for j in one.ids[start:end].tolist())
+        while end > start and (int(one.ids[end - 1]) in stops or int(one.ids[end - 1]) in empty):
+            end -= 1
+        if end > start:
+            yield before, start, end, ends
+        before = end
+
+
+def opened(turns: Sequence[Turn], suffix: Int[np.ndarray, " s"], bos: int | None) -> list[Turn]:
+    """Return the turns with what opens an answer: BOS, where a longer prompt begins with it, and the suffix."""
+    first = np.array([bos])
+    opens = [len(turn.prompt) and turn.prompt[0] == bos and len(suffix) < len(turn.prompt) for turn in turns]
     return [
         replace(turn, opening=np.concatenate([first, suffix]) if begins else suffix)
         for turn, begins in zip(turns, opens, strict=True)
     ]
 
 
-def _empty(token: int, vocabulary: Vocabulary) -> bool:
-    return token in vocabulary.stops or not vocabulary.text([token]).strip()
+def empty_tokens(vocabulary: Vocabulary) -> frozenset[int]:
+    """Return the tokens that spell nothing but blanks."""
+    return frozenset(j for j, text in enumerate(vocabulary.tokens) if not text.strip())
 
 
-def _common_end(prompts: Sequence[Int[np.ndarray, " p"]]) -> Int[np.ndarray, " s"]:
+def common_end(prompts: Sequence[Int[np.ndarray, " p"]]) -> Int[np.ndarray, " s"]:
     size = min(map(len, prompts), default=0)
     ends = np.array([prompt[len(prompt) - size :] for prompt in prompts]).reshape(len(prompts), size)
     differ = np.flatnonzero((ends != ends[:1]).any(0))

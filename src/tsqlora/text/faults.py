@@ -192,14 +192,57 @@ def cross_fitted(
     scores = tuple(np.zeros(len(values)) for values, _ in judged)
     for one in range(FOLDS):
         a, b = fold != one, planted_fold != one
-        features = np.concatenate([own[a], planted[b]])
-        scaler = StandardScaler().fit(features)
-        model = LogisticRegression(class_weight="balanced", max_iter=500)
-        model.fit(scaler.transform(features), np.repeat([0, 1], [a.sum(), b.sum()]))
+        scaler, model = _fitted(own[a], planted[b])
         for (values, folds), out in zip(judged, scores, strict=True):
             if (folds == one).any():
                 out[folds == one] = model.decision_function(scaler.transform(values[folds == one]))
     return scores
+
+
+def _fitted(
+    own: Float[np.ndarray, "n d"], planted: Float[np.ndarray, "m d"]
+) -> tuple[StandardScaler, LogisticRegression]:
+    features = np.concatenate([own, planted])
+    scaler = StandardScaler().fit(features)
+    model = LogisticRegression(class_weight="balanced", max_iter=500)
+    return scaler, model.fit(scaler.transform(features), np.repeat([0, 1], [len(own), len(planted)]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FaultJudge:
+    """Judges a turn by itself, by a fit on all turns of a look."""
+
+    weights: Float[np.ndarray, " d"]
+    bias: Float[np.ndarray, ""]
+    steps: Float[np.ndarray, " s"]
+    """Scores from which on the turn has the fault with `probability`."""
+    probability: Float[np.ndarray, " s"]
+    least: Float[np.ndarray, ""]
+    """The least score that is called wrong; infinite where the look called none so."""
+
+    @classmethod
+    def fit(
+        cls,
+        own: Float[np.ndarray, "n d"],
+        planted: Float[np.ndarray, "m d"],
+        detection: Detection,
+        chosen: Int[np.ndarray, " k"],
+    ) -> "FaultJudge":
+        """Fit on all turns and planted faults; probabilities and `least` are those of the look's own scores."""
+        scaler, model = _fitted(own, planted)
+        weights = np.asarray(model.coef_)[0] / np.asarray(scaler.scale_)
+        order = np.argsort(detection.score, kind="stable")
+        p = np.maximum.accumulate(detection.probability[order])
+        new = np.r_[True, np.diff(p) > 0]
+        least = detection.score[chosen].min(initial=np.inf)
+        bias = np.asarray(model.intercept_)[0] - weights @ np.asarray(scaler.mean_)
+        return cls(weights, np.asarray(bias), detection.score[order][new], p[new], np.asarray(least))
+
+    def of(self, features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Return the probability of the fault, and whether a turn is called wrong."""
+        scores = features @ self.weights + self.bias
+        place = np.searchsorted(self.steps, scores, side="right") - 1
+        return self.probability[np.maximum(place, 0)], scores >= self.least
 
 
 def detect(

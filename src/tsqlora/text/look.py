@@ -22,6 +22,7 @@ from tsqlora.text.faults import (
     LEVELS,
     PLANTED,
     Detection,
+    FaultJudge,
     cross_fitted,
     cut_places,
     detect,
@@ -69,6 +70,8 @@ class AnswerLook:
     detections: dict[str, Detection] = field(default_factory=dict)
     listed: dict[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
     """Turns that are called wrong, worst first."""
+    judges: dict[str, FaultJudge] = field(default_factory=dict)
+    """By a fault that can be found: what judges turns that the look has not seen."""
     owners: dict[int, int] = field(default_factory=dict)
     """By turn: the row whose prompt its answer fits best."""
     losses: dict[int, Float[np.ndarray, " t"]] = field(default_factory=dict)
@@ -218,10 +221,10 @@ def _find_cut(
     turn, kind = np.array([kinds[j] for j in np.sort(rng.permutation(len(kinds))[:PLANTED])]).T
     each = [np.flatnonzero(judged & (cuts[:, k] > 0))[:PLANTED] for k in range(len(CUTS))]
     further = [(stops[rows, k + 1][:, None], folds[rows]) for k, rows in enumerate(each)]
-    planted = stops[turn, kind][:, None]
-    scores, planted, *some = cross_fitted(stops[judged, :1], planted, folds[judged], folds[turn], *further)
+    taught = stops[judged, :1], stops[turn, kind][:, None]
+    scores, planted, *some = cross_fitted(*taught, folds[judged], folds[turn], *further)
     by_kind = {name: one for name, one in zip(CUTS, some, strict=True) if len(one) >= LEAST_TURNS}
-    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted, kinds=by_kind))
+    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted, kinds=by_kind), taught=taught)
 
 
 def _find_foreign(
@@ -248,7 +251,8 @@ def _find_foreign(
         return features_of(read(phase, some), alone, donors)
 
     further = [(copies("near", near, nearest), folds[near])] if len(near) >= LEAST_TURNS else []
-    scores, bad, *some = cross_fitted(own, copies("foreign", planted, donors), folds, folds[planted], *further)
+    taught = own, copies("foreign", planted, donors)
+    scores, bad, *some = cross_fitted(*taught, folds, folds[planted], *further)
     detection = detect(scores, bad, kinds=dict(zip(["from the nearest prompt"], some, strict=False)), hard=some)
     order = np.argsort(-scores, kind="stable")[: round(SUSPECTS * len(turns))]
     suspects = order[detection.probability[order] > 0.5] if detection.usable else order[:0]
@@ -262,7 +266,7 @@ def _find_foreign(
         fits[suspects] = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1) < losses.min(1)
         evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
     detection = replace(detection, evident=evident)
-    _add(look, FOREIGN, np.arange(len(turns)), detection, fits)
+    _add(look, FOREIGN, np.arange(len(turns)), detection, fits, taught)
     if len(look.listed[FOREIGN]):
         _find_owners(look, read)
 
@@ -290,8 +294,9 @@ def _find_planted(
     answers = [np.asarray(one, np.int64) for one in ids]  # pyright: ignore[reportGeneralTypeIssues]
     prompted = read(name, [behind(turns[j].prompt, one) for j, one in zip(rows, answers, strict=True)])
     alone = read(f"{name} alone", [behind(turns[j].opening, one) for j, one in zip(rows, answers, strict=True)])
-    scores, bad = cross_fitted(own, features_of(prompted, alone), folds, folds[rows])
-    _add(look, name, np.arange(len(turns)), detect(scores, bad))
+    taught = own, features_of(prompted, alone)
+    scores, bad = cross_fitted(*taught, folds, folds[rows])
+    _add(look, name, np.arange(len(turns)), detect(scores, bad), taught=taught)
 
 
 def _add(
@@ -300,9 +305,12 @@ def _add(
     judged: Int[np.ndarray, " k"],
     detection: Detection,
     fits: Bool[np.ndarray, " k"] | None = None,
+    taught: tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "m d"]] | None = None,
 ) -> None:
-    """Add the result of the judged turns."""
+    """Add the result of the judged turns; `taught` are their features and those of planted faults."""
     chosen = listed(detection, np.zeros(len(judged), np.bool_) if fits is None else fits)
+    if taught is not None and detection.usable:
+        look.judges[fault] = FaultJudge.fit(*taught, detection, chosen)
     look.listed[fault] = judged[chosen]
     look.detections[fault] = detection.over(judged, len(look.turns))
 

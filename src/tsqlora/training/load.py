@@ -1,7 +1,7 @@
 """A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,9 @@ from tsqlora.compat.transformers import require_no_adapter, without_named_files
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.tasks import Task
+
+ROOM = 0.7
+"""Share of a GPU's free memory that weights may take; a look needs the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +73,16 @@ def load_pretrained(
     dtype: str = "float32",
     quantization: str | None = None,
     trust_remote_code: bool = False,
+    gpus: Sequence[int] = (),
 ) -> Pretrained:
     """The model with one output a class, or a single one for numbers (`labels` None); or one that generates text.
 
     A head of another size, such as that of a checkpoint trained on other classes, is replaced by a new one.
     `quantization` is "4bit" or "8bit": the body's linear layers are packed by bitsandbytes, and compute in `dtype`.
+    `gpus` are the free bytes of several: layers are spread over all where the first one cannot hold the model.
     Raises SettingsError for a path that is neither a directory with a model nor a hub id, whose model has not
-    what writes text, or would have new layers packed; and where bitsandbytes is not installed.
+    what writes text, would have new layers packed, or is too large for all GPUs; and where bitsandbytes is not
+    installed.
     """
     require_model(path)
     reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -92,12 +98,17 @@ def load_pretrained(
             _require_kind(task, config, path)
         weights, kind = getattr(torch, dtype), getattr(transformers, reading.auto)
         require_supported_packing(config)
-        packed = _packing(quantization, weights, kind, config, trust_remote_code) if quantization else {}
+        how: dict[str, Any] = {}
+        if quantization or len(gpus) > 1:
+            with torch.device("meta"):
+                skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
+            how |= _packing(quantization, weights, skeleton) if quantization else {}
+            how |= _spread(skeleton.num_parameters() * _BITS.get(quantization, 8 * weights.itemsize) // 8, gpus, path)
         model, info = kind.from_pretrained(
             path,
             **common,
             config=config,
-            **packed,
+            **how,
             dtype=weights,
             ignore_mismatched_sizes=not reading.whole,
             output_loading_info=True,
@@ -154,15 +165,29 @@ def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **comm
     return tokenizer
 
 
-def _packing(quantization: str, dtype: torch.dtype, kind: Any, config: Any, trust_remote_code: bool) -> dict[str, Any]:
+_BITS: dict[str | None, int] = {"4bit": 4, "8bit": 8}
+
+
+def _spread(size: int, gpus: Sequence[int], path: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for weights of this size: spread layers if the first GPU cannot hold them."""
+    if len(gpus) < 2 or size <= ROOM * gpus[0]:
+        return {}
+    if size > ROOM * sum(gpus):
+        raise SettingsError(
+            f"model.path {path!r} has {size / 2**30:,.1f} GiB of weights, and {len(gpus)} GPUs have room for "
+            f"{ROOM * sum(gpus) / 2**30:,.1f}; set model.quantization to 4bit, or name a smaller model with the same "
+            "tokenizer"
+        )
+    return {"device_map": "auto", "max_memory": dict(enumerate(gpus))}  # without the CPU, whose hooks move weights
+
+
+def _packing(quantization: str, dtype: torch.dtype, skeleton: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `from_pretrained`: pack all but heads and the output embedding."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError(
             f"model.quantization {quantization} needs the package bitsandbytes; install it with: pip install "
             "'tsqlora[quantized]'"
         )
-    with torch.device("meta"):
-        skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
     output = skeleton.get_output_embeddings()
     whole = [*heads(skeleton), *(name for name, module in skeleton.named_modules() if module is output)]
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

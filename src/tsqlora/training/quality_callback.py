@@ -454,8 +454,7 @@ class QualityCallback(PartCallback):
 
     def _use(self, saved: SavedLook) -> None:
         """Draw by a look in a folder; the control takes its head alone."""
-        by = f"{saved.about['model'] or 'the model'}{f' in {bits} bits' if (bits := saved.about['bits']) else ''}"
-        self.notes.append(f"the look comes from {saved.path}, taken by {by}; no second look follows")
+        self.notes.append(f"the look comes from {saved.path}, taken by {saved.taken_by}; no second look follows")
         if self._left_out is not None:
             self._note(self._left_out)
         if not self.rule.select:

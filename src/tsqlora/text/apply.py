@@ -1,0 +1,172 @@
+"""Apply a look to rows that it was not taken at: labels or answers, each row by itself, for any engine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.compat.shapes import Bool, Float
+from tsqlora.quality.apply import columns_of_rows
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import Compute, RowNames
+from tsqlora.quality.saved_look import SavedLook
+from tsqlora.quality.scores import REASONS
+from tsqlora.tasks import Batch, Collate, task_of
+from tsqlora.text.answers import (
+    MOST_ANSWER,
+    Turn,
+    behind,
+    common_end,
+    empty_tokens,
+    features_of,
+    opened,
+    read_answers,
+    stretches,
+)
+from tsqlora.text.before import OTHER, UNFIT
+from tsqlora.text.faults import FaultJudge
+from tsqlora.text.look import CUT, DECOYS, FOREIGN, AnswerLook
+from tsqlora.text.prepared import sequences_of
+from tsqlora.text.vocabulary import Vocabulary
+
+
+def apply(
+    model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return columns of scores for the rows of a collated batch, without any other row.
+
+    These are `loss`, with the fitted head, and of classes `predicted`, `predicted_probability`, `label_probability`,
+    `reason`, and `wrong_probability` where the look has a judge. The model is the one that took the look, with its own
+    head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
+    without it. A row whose label is no class of the look has nan for what needs its label.
+
+    Of texts they are `loss` a token of the answers, `reason`, and `wrong_probability`, the highest one of the faults
+    that the look can find; nan for a row without an answer that is judged.
+
+    Raises UnsupportedError for another task without a row of logits for each sample, and for a model that is sharded.
+    """
+    look = look if isinstance(look, SavedLook) else SavedLook.load(look)
+    n = len(batch["labels"])
+    names, compute = RowNames(hashes=hashes, lengths=[0] * n), Compute(max(n, 1))
+    if look.answers:
+        read = ("input_ids", "labels", "attention_mask", "position_ids")
+        columns = {name: batch[name].numpy(force=True) for name in read if name in batch}
+        rows = [{name: values[j] for name, values in columns.items()} for j in range(n)]
+        return answer_columns(model, look, rows, None, rows=names, compute=compute)
+
+    def some(rows: Sequence[int]) -> dict[str, Tensor]:
+        return {name: values[list(rows)] for name, values in batch.items()}
+
+    labels = batch["labels"].numpy(force=True)
+    return columns_of_rows(model, look, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
+
+
+def answers_of(look: AnswerLook, vocabulary: Vocabulary, rows: int) -> dict[str, np.ndarray]:
+    """Return what judges answers by themselves as arrays, for the folder of a look; nothing if it judged none."""
+    if not look.turns or any(turn.side for turn in look.turns):
+        return {}
+    prompts = [turn.prompt for turn in look.turns]
+    decoys = [prompts[j] for j in np.linspace(0, len(prompts) - 1, DECOYS).astype(int)]
+    own = np.full(rows, np.nan)
+    for name in look.judges:
+        for turn, p in zip(look.turns, look.detections[name].probability.tolist(), strict=True):
+            own[turn.row] = np.fmax(own[turn.row], p)
+    judges = {f"{fault}.{name}": x for fault, judge in look.judges.items() for name, x in asdict(judge).items()}
+    return judges | {
+        "own": own,
+        "opening": common_end(prompts).astype(np.int64),
+        "bos": np.array([-1 if vocabulary.bos is None else vocabulary.bos]),
+        "stops": np.array(sorted(vocabulary.stops), np.int64),
+        "empty": np.array(sorted(empty_tokens(vocabulary)), np.int64),
+        "decoys": np.concatenate(decoys),
+        "decoy_lengths": np.array([len(prompt) for prompt in decoys]),
+    }
+
+
+def answer_columns(
+    model: nn.Module,
+    look: SavedLook,
+    dataset: Dataset,
+    collate: Collate | None,
+    *,
+    rows: RowNames,
+    compute: Compute,
+) -> dict[str, np.ndarray]:
+    """Return the columns of `apply` for rows with answers, and their numbers of trained tokens as `labels`."""
+    distributed.require_whole(model)
+    made, n = look.answers, len(dataset)
+    stops, empty = ({*made[name].tolist()} for name in ("stops", "empty"))
+    turns, trained = list[Turn](), np.zeros(n, np.int64)
+    for one in sequences_of(dataset, collate):  # pyright: ignore[reportArgumentType]
+        trained[one.row] += len(one.trained)
+        for _, start, end, ends in stretches(one, stops, empty):
+            turns.append(Turn(one.row, "", one.ids[:start], one.ids[:0], one.ids[start:end], ends, "", ""))
+    turns = opened(turns, made["opening"], int(made["bos"][0]))
+    columns = {"loss": np.full(n, np.nan), "wrong_probability": np.full(n, np.nan)}
+    columns["reason"] = np.full(n, "kept", dtype="U20")
+    if turns:
+        _judge(distributed.unwrapped(model), turns, made, stops, compute, columns)
+    places = {name: j for j, name in enumerate(look.scores.hashes or ())}
+    for here, name in enumerate(rows.hashes or ()):
+        there = places.get(name)
+        if there is not None and not np.isnan(made["own"][there]):  # nan: the look has not read it
+            columns["wrong_probability"][here] = made["own"][there]
+            columns["reason"][here] = REASONS[look.scores.reason_codes[there]]
+    return {"labels": trained, **columns}
+
+
+def _judge(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    made: Mapping[str, np.ndarray],
+    stops: set[int],
+    compute: Compute,
+    columns: dict[str, np.ndarray],
+) -> None:
+    """Fill the columns of the turns' rows."""
+    ends = np.array([len(turn.answer) for turn in turns])
+    samples = [behind(turn.prompt, turn.answer, (end,)) for turn, end in zip(turns, ends.tolist(), strict=True)]
+    prompted = read_answers(model, samples, stops, compute, phase="prompted")
+    samples = [behind(turn.opening, turn.answer) for turn in turns]
+    features = features_of(prompted, read_answers(model, samples, stops, compute, phase="alone"))
+    row = np.array([turn.row for turn in turns])
+    sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
+    columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
+    whole = np.array([turn.ends for turn in turns]) & (ends <= MOST_ANSWER)
+    for fault, judge in judges_in(made).items():
+        judged = np.flatnonzero(whole if fault == CUT else np.ones(len(turns), np.bool_))
+        p, wrong = judge.of((prompted["stop"] if fault == CUT else features)[judged])
+        np.fmax.at(columns["wrong_probability"], row[judged], p)
+        suspects = judged[wrong]
+        if fault == FOREIGN and len(suspects):
+            suspects = suspects[~_fits(model, [turns[j] for j in suspects], prompted["loss"][suspects], made, compute)]
+        chosen = row[suspects]
+        columns["reason"][chosen[columns["reason"][chosen] == "kept"]] = UNFIT.get(fault, OTHER)
+
+
+def _fits(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    own: Float[np.ndarray, " n"],
+    made: Mapping[str, np.ndarray],
+    compute: Compute,
+) -> Bool[np.ndarray, " n"]:
+    """Return whether an answer is likelier behind its prompt than behind any of the look's."""
+    decoys = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
+    samples = [behind(prompt, turn.answer) for turn in turns for prompt in decoys]
+    losses = read_answers(model, samples, made["stops"].tolist(), compute, phase="decoys")["loss"]
+    same = np.array([np.array_equal(turn.prompt, prompt) for turn in turns for prompt in decoys])
+    return own < np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
+
+
+def judges_in(made: Mapping[str, np.ndarray]) -> dict[str, FaultJudge]:
+    """Return the judges in the arrays of a look."""
+    parts = dict[str, dict[str, np.ndarray]]()
+    for name, values in made.items():
+        fault, dot, part = name.rpartition(".")
+        if dot:
+            parts.setdefault(fault, {})[part] = values
+    return {fault: FaultJudge(**values) for fault, values in parts.items()}
