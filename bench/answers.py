@@ -39,7 +39,6 @@ from tsqlora.text.raw import prepared_rows
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
 SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
-answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
 Row = dict[str, Any]
 
 
@@ -98,6 +97,7 @@ def nearest(turns: Sequence[Turn]) -> np.ndarray:
 
 
 def features(name: str, rows: int, model: str) -> dict[str, Any]:
+    answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
     vocabulary, _ = load_vocabulary(model, None)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
