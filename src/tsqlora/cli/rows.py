@@ -46,8 +46,9 @@ def score(
     same command resumes an interrupted scoring.
 
     With --look, SOURCE is a file of rows, and each is scored alone, by the head and the judge of the
-    look: loss, prediction, and the probability that its label is wrong. Parts of a large table can be
-    scored anywhere; `tsqlora select` draws from all of them.
+    look: loss, prediction, and the probability that its label is wrong; of texts loss, and the
+    probability that its answer does not fit. Parts of a large table can be scored anywhere;
+    `tsqlora select` draws from all of them.
 
     Example: tsqlora score tsq.yaml --out scores.parquet
 

@@ -154,7 +154,8 @@ def look(
     result = {"look": str(out), **saved.summary}
     console.show({**result, "head": sorted(saved.head), "model": saved.about["model"]}, as_json, show_numbers)
     if not as_json:
-        console.note(f"tsqlora train {quote(source)} --look {quote(str(out))} trains with it, under any launcher")
+        whose = "" if model is None else f" --model {quote(model)}"
+        console.note(f"tsqlora train {quote(source)}{whose} --look {quote(str(out))} trains with it, by any launcher")
 
 
 def llamafactory(
