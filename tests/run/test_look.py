@@ -244,15 +244,15 @@ def test_a_look_scores_the_answers_of_another_file(
         )
     assert code == 0, err
     scores = Scores.load(tmp_path / "parts" / "a.parquet")
-    found = {*np.flatnonzero(scores.left_out_as("foreign answer")).tolist()}
-    assert found <= {*moved}
-    assert len(found) >= 0.7 * len(moved)
-    assert json.loads(out)["dropped"]["foreign answer"] == len(found)
-    assert (scores.predictions["wrong_probability"][[*found]] > 0.5).all()
+    wrong = {*np.flatnonzero(scores.left_out_as("foreign answer")).tolist()}
+    assert wrong <= {*moved}
+    assert len(wrong) >= 0.7 * len(moved)
+    assert json.loads(out)["dropped"]["foreign answer"] == len(wrong)
+    assert (scores.predictions["wrong_probability"][[*wrong]] > 0.5).all()
     select_rows(tmp_path / "parts", tmp_path / "subset.jsonl", fraction=0.5, data=tmp_path)
     drawn, rows = ((tmp_path / name).read_text().splitlines() for name in ("subset.jsonl", "a.jsonl"))
     assert len(drawn) == 30
-    assert not {json.dumps(json.loads(rows[j])) for j in found} & {json.dumps(json.loads(row)) for row in drawn}
+    assert not {json.dumps(json.loads(rows[j])) for j in wrong} & {json.dumps(json.loads(row)) for row in drawn}
 
 
 def test_seen_answers_get_the_columns_of_the_look(written: Path, tmp_path: Path) -> None:

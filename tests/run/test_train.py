@@ -34,12 +34,12 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
 
 
 def test_a_dry_run_and_the_run_count_the_same_trusted_rows(tmp_path: Path) -> None:
-    rows, said = make_rows(40), list[str]()
+    rows, lines = make_rows(40), list[str]()
     set_up(tmp_path)
     trusted = write_jsonl(tmp_path / "train.jsonl", rows)
-    job = load(load_config(tmp_path / "c.yaml", [f"data.trusted={trusted}"]), say=said.append)
+    job = load(load_config(tmp_path / "c.yaml", [f"data.trusted={trusted}"]), say=lines.append)
     assert 0 < len(job.data["trusted"]) < 40
-    assert f"{len(job.data['trusted'])} trusted" in said[0]
+    assert f"{len(job.data['trusted'])} trusted" in lines[0]
 
 
 @pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
@@ -135,11 +135,11 @@ def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_says_from_which_step_it_goes_on(tmp_path: Path) -> None:
-    config, said = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
+    config, lines = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
     pipeline.train(config, tmp_path / "run")
     unfinished(tmp_path / "run")
-    pipeline.train(config, tmp_path / "run", resume=True, say=said.append)
-    assert said[1:] == ["goes on from step 5 of 10"]
+    pipeline.train(config, tmp_path / "run", resume=True, say=lines.append)
+    assert lines[1:] == ["goes on from step 5 of 10"]
 
 
 def test_a_resume_with_other_settings_names_them(tmp_path: Path) -> None:

@@ -55,13 +55,13 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> SavedLook:
 
 def test_answers_of_other_prompts_are_found_row_by_row(look: SavedLook) -> None:
     columns = tsq.apply(model(), look, collate(new_rows()))
-    found = {*np.flatnonzero(columns["reason"] == "foreign answer").tolist()}
-    assert found <= MOVED
-    assert len(found) >= 0.8 * len(MOVED)
+    wrong = {*np.flatnonzero(columns["reason"] == "foreign answer").tolist()}
+    assert wrong <= MOVED
+    assert len(wrong) >= 0.8 * len(MOVED)
     assert {*columns["reason"][[*range(1, 60, 3)]].tolist()} == {"kept"}
     p = columns["wrong_probability"]
-    assert p[[*found]].min() > 0.5 > np.median(p)
-    assert (columns["loss"][[*found]] > np.median(columns["loss"])).all()
+    assert p[[*wrong]].min() > 0.5 > np.median(p)
+    assert (columns["loss"][[*wrong]] > np.median(columns["loss"])).all()
 
 
 def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
