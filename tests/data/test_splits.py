@@ -115,7 +115,9 @@ def test_classes_that_differ_in_case_or_spaces_alone_are_warned_of(tmp_path: Pat
     labels = ("Sport", "sport ", "news", "sport", "News", "art")
     rows = [{"text": "good", "label": label} for label in labels * 5]
     with pytest.warns(UserWarning, match="'News', 'news'; 'Sport', 'sport', 'sport '") as warned:
-        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows))["train"].classes.names) == 6  # type: ignore[union-attr]
+        splits = read(write_jsonl(tmp_path / "train.jsonl", rows))
+    assert splits["train"].classes is not None
+    assert len(splits["train"].classes.names) == 6
     assert len(warned) == 1
 
 
