@@ -28,7 +28,7 @@ from tsqlora.text.answers import (
 )
 from tsqlora.text.before import OTHER, UNFIT
 from tsqlora.text.faults import FaultJudge
-from tsqlora.text.look import CUT, DECOYS, FOREIGN, AnswerLook
+from tsqlora.text.look import CUT, DECOYS, FOREIGN, PHASES, AnswerLook
 from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -129,9 +129,9 @@ def _judge(
     """Fill the columns of the turns' rows."""
     ends = np.array([len(turn.answer) for turn in turns])
     samples = [behind(turn.prompt, turn.answer, (end,)) for turn, end in zip(turns, ends.tolist(), strict=True)]
-    prompted = read_answers(model, samples, stops, compute, phase="prompted")
+    prompted = read_answers(model, samples, stops, compute, phase=PHASES["prompted"])
     samples = [behind(turn.opening, turn.answer) for turn in turns]
-    features = features_of(prompted, read_answers(model, samples, stops, compute, phase="alone"))
+    features = features_of(prompted, read_answers(model, samples, stops, compute, phase=PHASES["alone"]))
     row = np.array([turn.row for turn in turns])
     sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
     columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
@@ -157,7 +157,7 @@ def _fits(
     """Return whether an answer is likelier behind its prompt than behind any of the look's."""
     decoys = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
     samples = [behind(prompt, turn.answer) for turn in turns for prompt in decoys]
-    losses = read_answers(model, samples, made["stops"].tolist(), compute, phase="decoys")["loss"]
+    losses = read_answers(model, samples, made["stops"].tolist(), compute, phase=PHASES["decoys"])["loss"]
     same = np.array([np.array_equal(turn.prompt, prompt) for turn in turns for prompt in decoys])
     return own < np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
 
