@@ -598,13 +598,15 @@ def sample(results: Results) -> Rows:
     cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in results["cells"].values()])
     cells["sample"] = cells["sample"].fillna(0).astype(int)
     names = ("precision", "recall", "agree", "accuracy")
+    rows = sorted(cells.groupby(["table", "sample"]), key=lambda one: (one[0][0], not one[0][1], one[0][1]))
     return [
         {
-            "rows of the look": f"{size:,}" if size else "all 15,000, out of fold",
+            "table": {"clinc150": "CLINC150", "made": "made rows"}[table],
+            "rows of the look": f"{size:,}" if size else "all, out of fold",
             "draws": str(len(of)),
             **{name: f"{of[name].mean():.3f} ({of[name].min():.3f})" for name in names},
         }
-        for size, of in sorted(cells.groupby("sample"), key=lambda one: (one[0] == 0, one[0]))
+        for (table, size), of in rows
     ]
 
 

@@ -146,6 +146,26 @@ def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_p
     assert ranks.events
 
 
+@pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_one_line_attaches_to_a_trainer_that_was_built(trusted: bool, tmp_path: Path) -> None:
+    trainer = make(tmp_path, [], TALKS, max_steps=-1, num_train_epochs=12, assistant_only_loss=True)
+    # TRL prepared them as it did the others.
+    some = trainer.train_dataset.select(range(8)) if trusted else None
+    callback = tsq.attach(trainer, fraction=0.5, trusted=some)
+    trainer.train()
+    assert (callback.data.scores is not None) == trusted
+    assert trainer.state.global_step == 12 * 5
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert_loads_in_plain_peft(tmp_path / "adapter", logits(trainer.model))
+
+
+def test_packed_rows_cannot_be_attached_and_a_line_says_what_can(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [], packing=True, packing_strategy="bfd", max_length=16)
+    with pytest.raises(tsq.UnsupportedError, match=r"tsqlora\.select"):
+        tsq.attach(trainer)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"padding_free": True, "max_length": None}, {"packing": True, "packing_strategy": "bfd", "max_length": 16}],
