@@ -3,13 +3,15 @@
     python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
     python bench/answers.py coverage
     python bench/answers.py apply
+    python bench/answers.py real --model DIR
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
 writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
-itself, as `score --look` does, and together with the others: bench/results/answers_apply.json.
+itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `real` looks at summaries
+which a machine wrote, and of which people said whether the document supports them: bench/results/answers_real.json.
 """
 
 import json
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from origin import ROOT, commit, machine, parser_of, stored, write
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from tsqlora.data.rows import Row as FileRow
@@ -33,7 +35,7 @@ from tsqlora.text import answers
 from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
 from tsqlora.text.conversations import conversation, format_of
 from tsqlora.text.faults import Detection, FaultJudge, cross_fitted, cut_places, detect, donors_of, folds_of, listed
-from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS
+from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS, look_at_answers
 from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
@@ -79,7 +81,10 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 
 def turns_of_table(name: str, rows: int, vocabulary: Any) -> list[Turn]:
     table = TABLES[name]()
-    chosen = [table[j] for j in np.random.default_rng(3).permutation(len(table))[:rows]]
+    return turns_of_rows([table[j] for j in np.random.default_rng(3).permutation(len(table))[:rows]], name, vocabulary)
+
+
+def turns_of_rows(chosen: Sequence[Row], name: str, vocabulary: Any) -> list[Turn]:
     format, turns = format_of(["messages"], name), list[Turn]()
     read = [FileRow(row, name, j + 1, j) for j, row in enumerate(chosen)]
     made = prepared_rows(read, format, vocabulary.tokenizer, max_length=4096)
@@ -135,6 +140,34 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
         "row": [one.row for one in turns],
         "whole": [len(one.answer) <= answers.MOST_ANSWER for one in turns],
         "cuts": [list(cut) for cut in cuts],
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def real(model: str) -> dict[str, Any]:
+    """What the look sees of summaries that people judged, and whether its order is theirs: area under ROC."""
+    rows = [json.loads(line) for line in (DATA / "qags" / "rows.jsonl").read_text().splitlines()]
+    vocabulary, _ = load_vocabulary(model, None)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    chats = [chat(f"Summarise in one sentence.\n\n{row['document']}", row["summary"]) for row in rows]
+    turns, compute = turns_of_rows(chats, "qags", vocabulary), Compute(8, torch.bfloat16)
+    faulty = np.array([not rows[one.row - 1]["faithful"] for one in turns])
+    losses = [
+        read_answers(net, [behind(before(one), one.answer) for one in turns], vocabulary.stops, compute, phase=phase)
+        for phase, before in (("prompted", lambda one: one.prompt), ("alone", lambda one: one.opening))
+    ]
+    prompted, alone = (some["loss"] / some["tokens"] for some in losses)
+    scores = {"loss": prompted, "loss / loss alone": prompted / alone}
+    look = look_at_answers(net, turns, vocabulary, compute)
+    scores |= {name: one.score for name, one in look.detections.items()}
+    return {
+        "settings": {"table": "qags", "model": Path(model).name, "rows": len(turns), "faulty": int(faulty.sum())},
+        "area": {
+            name: float(roc_auc_score(faulty[np.isfinite(score)], score[np.isfinite(score)]))
+            for name, score in scores.items()
+        },
+        "look": look.summary(),
         "machine": machine(),
         "commit": commit(),
     }
@@ -282,7 +315,7 @@ def coverage() -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage", "apply"))
+    parser.add_argument("what", choices=("features", "coverage", "apply", "real"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
@@ -293,6 +326,9 @@ def main() -> None:
         return
     if request.what == "apply":
         write(RESULTS / "answers_apply.json", apart())
+        return
+    if request.what == "real":
+        write(RESULTS / "answers_real.json", real(request.model))
         return
     for name in request.tables.split(","):
         path = CACHE / f"{name}.{Path(request.model).name}.json"
