@@ -10,8 +10,8 @@ faults, and behind eight other prompts. Real faults come from other generators t
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
 writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
-itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `real` looks at machines'
-summaries, of which people said whether the document supports them: bench/results/answers_real.json.
+itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `real` looks at
+machine-written summaries that people judged: bench/results/answers_real.json.
 """
 
 import json
