@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.epochs import sample
-    from tsqlora.quality.look import score
     from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+    from tsqlora.quality.score import score
     from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.quality.suspects import Audit
@@ -76,8 +76,8 @@ _HOMES = {
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "quality.epochs": ("sample",),
-    "quality.look": ("score",),
     "quality.rule": ("Compute", "RowNames", "ScoringRule"),
+    "quality.score": ("score",),
     "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
     "quality.suspects": ("Audit",),

@@ -5,7 +5,6 @@ model of preference pairs one more.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import upcast
-from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
+from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import batch_coupled, find_sites, plain_name
 from tsqlora.oom import halves, retry_on_oom
@@ -30,12 +29,8 @@ from tsqlora.quality.head_start import Started, features_with, fitted_parameters
 from tsqlora.quality.judge import FEWEST, Judgement, Verdict, judge
 from tsqlora.quality.linear_head import FOLDS, unseen_logits
 from tsqlora.quality.reference import sample_losses
-from tsqlora.quality.rows import Dataset, require_reference
 from tsqlora.quality.rule import (
-    PAPER_TERMS,
-    Compute,
     LookRequest,
-    RowNames,
     ScoringRule,
     needs_gradients,
     needs_probe,
@@ -44,12 +39,11 @@ from tsqlora.quality.rule import (
     terms_of_batch,
 )
 from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.scores import Scores, from_terms, require_row_names
-from tsqlora.quality.subset import equals
+from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.terms import Measured
-from tsqlora.quality.trusted import STEPS, Trusted, left_out, trusted_model
+from tsqlora.quality.trusted import STEPS, left_out, trusted_model
 from tsqlora.seeds import stream
-from tsqlora.tasks import Answers, Collate, Task, task_of
+from tsqlora.tasks import Answers, Collate, Task
 from tsqlora.tasks.forward import each_its_row, precision, require_usable, split_labels
 
 NOTHING_BEYOND = "trusted rows teach nothing beyond what the model knows"
@@ -315,105 +309,6 @@ def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None)
     }
 
 
-def scoring_request(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task | None,
-    rows: RowNames,
-    compute: Compute,
-    trusted: Trusted | Dataset | None,
-    fraction: float,
-) -> LookRequest:
-    """Check what `score` was given, and return it as a request; the task follows from the model if it is None."""
-    model = distributed.unwrapped(model)
-    if len(dataset) == 0:
-        raise SettingsError("there are no rows to score")
-    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
-    _require_separable(model)
-    require_precision(rule.measured(), compute.autocast)
-    if not isinstance(rule.reference, int):
-        require_reference(rule.reference, dataset)
-    if compute.parts is not None and rows.hashes is None:
-        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
-    if task is None:  # that of the model's config, whose loss is the model's own
-        own_task, safe = task_of(model), each_its_row(collate)
-
-        def check(size: int) -> None:
-            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
-
-        with eval_mode(model):
-            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
-        task = own_task
-    if trusted is not None and not isinstance(trusted, Trusted):
-        trusted = Trusted(trusted, twins=equals(dataset, trusted))
-    return LookRequest(
-        dataset=dataset,
-        collate=collate,
-        task=task,
-        rule=rule,
-        rows=rows,
-        compute=compute,
-        trusted=trusted,
-        fraction=fraction,
-    )
-
-
-@of_loaded_model
-def score(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule | None = None,
-    task: Task | None = None,
-    rows: RowNames | None = None,
-    compute: Compute | None = None,
-    trusted: Trusted | Dataset | None = None,
-    fraction: float = 1.0,
-) -> Scores:
-    """Score every sample for the model, with a fitted head where its own is no better than a random one.
-
-    Args:
-        model: the model to train; it is left unchanged, also after an error.
-        dataset: its rows go to `collate`, which returns the model's inputs and `labels`.
-        rule: terms to measure and how to draw rows; by default the published terms and even draws.
-        task: its loss must equal that of training; by default it follows from the model's config
-            (text generation, regression for one label, else classification).
-        rows: ids, hashes and lengths of the rows.
-        compute: batch size, precision, progress, and a folder for finished parts.
-        trusted: rows that represent what the model should be good at, in the format of the data set.
-        fraction: share of the rows that a draw needs: pairs that look swapped are dropped only beyond it.
-
-    If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
-    Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
-    """
-    request = scoring_request(
-        model,
-        dataset,
-        collate,
-        rule=rule or ScoringRule(terms=PAPER_TERMS),
-        task=task,
-        rows=rows or RowNames(),
-        compute=compute or Compute(),
-        trusted=trusted,
-        fraction=fraction,
-    )
-    result = look(model, request)
-    result.undo()
-    if request.task.reading.has_reference and result.scores.even:
-        even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
-        gate = result.scores.record.gate
-        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
-    if result.why_not is not None:
-        warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
-    if result.scores.caution:
-        warnings.warn(result.scores.caution, stacklevel=3)
-    return result.scores
-
-
 def require_scorable(
     model: nn.Module,
     rows: Sequence[Any],
@@ -430,7 +325,7 @@ def require_scorable(
     forward pass over the rows, and their exactness check if a term needs gradients. The model is left unchanged.
     """
     model = distributed.unwrapped(model)
-    _require_separable(model)
+    require_separable(model)
     require_precision(rule.measured(), autocast)
     rule.require_texts(task)
     collate = each_its_row(collate)
@@ -457,7 +352,7 @@ def require_scorable(
         retry_on_oom(check, halves(len(rows)))
 
 
-def _require_separable(model: nn.Module) -> None:
+def require_separable(model: nn.Module) -> None:
     """Raise UnsupportedError for a model that is sharded, or that couples the samples of a batch."""
     distributed.require_whole(model)
     if coupled := batch_coupled(model):

@@ -17,9 +17,9 @@ import numpy as np
 from tsqlora.data.write import write_rows
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
-from tsqlora.quality.look import score
 from tsqlora.quality.reasons import p_wrong
 from tsqlora.quality.rule import Compute
+from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.page import plotly_script
 from tsqlora.reports.write import write_report

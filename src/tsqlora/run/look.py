@@ -22,10 +22,10 @@ from tsqlora.files import parents_of, write_text, writing
 from tsqlora.progress import Progress
 from tsqlora.quality.apply import columns_of_rows, scores_of_rows
 from tsqlora.quality.look import look as take
-from tsqlora.quality.look import scoring_request
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
+from tsqlora.quality.score import scoring_request
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.trusted import Trusted
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of

@@ -18,8 +18,8 @@ from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, of_loaded_model
 from tsqlora.progress import bars
 from tsqlora.quality.epochs import sample
-from tsqlora.quality.look import score
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted

@@ -13,8 +13,8 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.look import score
 from tsqlora.quality.rule import Compute
+from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
-from torch.utils.data import SequentialSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, bars
@@ -37,11 +34,10 @@ from tsqlora.training.record import trusted_order
 from tsqlora.training.run_dir import SCORES_FILE
 from tsqlora.training.session import PartCallback, of_draws, require_subset
 from tsqlora.training.steps import EPOCH_ERROR, Schedule, epoch_of
+from tsqlora.training.trusted_last import come_last, jump, never_reached, read_in_order, stopped_early, too_few
 
 QUALITY_FILE = "tsqlora_quality.json"
 """The callback's state in a checkpoint, beside the scores, which are in another file."""
-ENOUGH_TRUSTED = 32
-"""With 16 trusted rows one of three trials learned the reverse of a shortcut; with 32 none did."""
 
 
 class QualityCallback(PartCallback):
@@ -158,7 +154,7 @@ class QualityCallback(PartCallback):
             self._require_scorable(args, model, loader.collate_fn)
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
-            _read_in_order(loader, data)
+            read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved["looks"]) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
         last = ends_trusted and self._trusted_last(task, model, loader.collate_fn)
@@ -271,38 +267,19 @@ class QualityCallback(PartCallback):
         *,
         epoch_ends: bool = False,
     ) -> None:
-        """Go on with the steps of the trusted rows where EarlyStoppingCallback ends those of the pool."""
-        at, first, data = state.global_step, self.schedule.trusted_step, self.data
-        if data.plan.trusted_from is None or not control.should_training_stop or at >= first:
-            return
-        evaluated = any(name.startswith("eval_") for log in state.log_history if log["step"] == at for name in log)
-        if not (evaluated and "EarlyStoppingCallback" in (state.stateful_callbacks or ())):
-            return
-        self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
-        place = round(((state.epoch or 0) - data.epoch) * self.schedule.epoch_steps) * self.schedule.step_size
-        # Workers have read ahead, from a copy of the draw.
-        epoch_ends |= args.dataloader_num_workers > 0 or place >= len(data)
-        data.plan = replace(data.plan, trusted_from=(data.epoch + 1, 0) if epoch_ends else (data.epoch, place))
-        if not epoch_ends:
-            data.begin_epoch(data.epoch, self.name)
-        control.should_training_stop, control.should_epoch_stop = False, epoch_ends
-        for _ in range(first - at):
-            kwargs["lr_scheduler"].step()
-        state.global_step, state.best_metric, self._jumped = first, None, True
+        if stopped_early(self.data, self.schedule, state, control):
+            at = state.global_step
+            self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
+            jump(self.data, self.schedule, args, state, control, kwargs["lr_scheduler"], epoch_ends=epoch_ends)
+            self._jumped = True
 
     def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is None:
             return
-        if state.global_step <= self.schedule.trusted_step:
-            self._note(
-                f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
-                f"{self.schedule.trusted_step} on: it did not train on them; train longer, or stop later"
-            )
-        elif len(self.data.trusted) < ENOUGH_TRUSTED:
-            self.notes.append(
-                f"{len(self.data.trusted)} trusted rows may be too few: with 16 one of three trials failed; give "
-                f"{ENOUGH_TRUSTED} or more"
-            )
+        if not_reached := never_reached(self.schedule, state):
+            self._note(not_reached)
+        elif few := too_few(len(self.data.trusted)):
+            self.notes.append(few)
 
     @property
     def spent(self) -> dict[str, PhaseCost]:
@@ -335,17 +312,8 @@ class QualityCallback(PartCallback):
         return self.looks[-1]["not_ready"] if self.looks else None
 
     def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
-        """Whether trusted rows come last: not texts, and not rows that lack a class, which would be forgotten."""
-        if task.writer is not None:
-            return False
-        if task.reading.label is None:
-            return True
-        with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
-            rows = [self.data.trusted[j] for j in range(len(self.data.trusted))]
-            parts = [(self.collate or collate)([row])["labels"] for row in rows]
-        present = task.reading.label.present([labels.numpy(force=True) for labels in parts])
-        self._lacking = max(0, getattr(getattr(model, "config", None), "num_labels", present) - present)
-        return not self._lacking
+        last, self._lacking = come_last(self.data.trusted, task, model, self.collate or collate)
+        return last
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -512,21 +480,6 @@ class QualityCallback(PartCallback):
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
         self.data.plan = data.plan.scored(scores, 0, by=self.name)
-
-
-def _read_in_order(loader: Any, data: QualitySubset) -> None:
-    """Make a loader read the rows in the draw's order.  Raises SettingsError for one that mixes them for good."""
-    if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
-        loader.set_sampler(SequentialSampler(data))
-        return
-    batches = inner_batch_sampler(loader.batch_sampler)
-    sampler = getattr(batches, "sampler", batches)
-    if not isinstance(sampler, SequentialSampler):
-        raise SettingsError(
-            f"the Trainer's own get_train_dataloader mixes the rows ({type(sampler).__name__}), and trusted rows come "
-            "last; return a DataLoader without shuffle, or leave the method out and set train_sampling_strategy to "
-            "'sequential'"
-        )
 
 
 def first_scores(path: Path) -> Path:
