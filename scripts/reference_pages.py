@@ -68,7 +68,7 @@ WHEN = {
     "task.type": "labels are numbers, or the model writes text",
     "data.validation": "you have few rows, so that a tenth is a loss",
     "data.test": "you have test rows; they are measured once, and decide nothing",
-    "data.trusted": "you have 32 to 200 checked rows like those the model will meet",
+    "data.trusted": "you have about 100 checked rows like those the model will meet",
     "data.text": "columns have other than the usual names",
     "data.label": "columns have other than the usual names",
     "data.max_length": "for speed: cost grows with tokens",

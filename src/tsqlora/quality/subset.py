@@ -28,7 +28,7 @@ class QualitySubset(Dataset[Any]):
     Args:
         dataset: any map-style data set.
         fraction: share of its rows per epoch, 0 < fraction ≤ 1.
-        trusted: rows that represent what the model should be good at, in the format of the data set; 32 to 200 are
+        trusted: rows that represent what the model should be good at, in the format of the data set; about 100 are
             enough. The length of an epoch stays; with QualityCallback the last 30 % of a run train on them alone.
         resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; they group rows of similar length, for a

@@ -44,7 +44,7 @@ class Trusted:
 
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
-            raise SettingsError(f"{len(self.rows)} trusted rows are too few; give at least 2, better 32 to 200")
+            raise SettingsError(f"{len(self.rows)} trusted rows are too few; give at least 2, better about 100")
 
 
 class Lesson(NamedTuple):

@@ -57,7 +57,7 @@ def select(
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
             chosen and rejected answers, or texts, images or recordings with labels.
         processing_class: the tokenizer, image processor or feature extractor.
-        trusted: rows with the same columns, of the kind that the model must handle well; 32 to 200 are enough.
+        trusted: rows with the same columns, of the kind that the model must handle well; about 100 are enough.
         fraction: share of the pool's rows to return.
         learning_rate, batch_size: of the later training; the trusted model starts at twice that rate.
         max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of

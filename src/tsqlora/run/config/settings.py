@@ -84,7 +84,7 @@ class DataSettings(Section):
     train: str = Field(description="Training rows: a file, a directory of splits or of classes of files, or a hub id.")
     validation: str | None = setting(None, "Validation rows; null holds out a share of the training rows.")
     test: str | None = setting(None, "Test rows; null takes those beside data.train, if any.")
-    trusted: str | None = setting(None, "Checked rows of the kind that the model must handle well, 32 to 200.")
+    trusted: str | None = setting(None, "Checked rows of the kind that the model must handle well; about 100.")
     text: str | None = setting(None, "Column of the text, or of the path of an image or recording; null detects it.")
     text_pair: str | None = setting(None, "Column of the second text; null detects it, unless data.text is set.")
     label: str | None = setting(None, "Column of the label; null detects it.")
