@@ -3,6 +3,7 @@
     python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
     python bench/answers.py coverage
     python bench/answers.py apply
+    python bench/answers.py pairs
     python bench/answers.py real --model DIR
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
@@ -10,12 +11,14 @@ faults, and behind eight other prompts. Real faults come from other generators t
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
 writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
-itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `real` looks at
-machine-written summaries that people judged: bench/results/answers_real.json.
+itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `pairs` has a row's
+answer as the chosen one and a faulty one as rejected, and swaps a share: bench/results/answers_pairs.json. `real` looks
+at machine-written summaries that people judged: bench/results/answers_real.json.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +45,7 @@ DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
 SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
 Row = dict[str, Any]
+Draw = Callable[[dict[str, Any], float, int], dict[str, Any]]
 
 
 def chat(*contents: str) -> Row:
@@ -264,6 +268,22 @@ def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
     return judged(detection, detection.evident, np.zeros(len(stops), np.bool_), faulty)
 
 
+def swapped_draw(cell: dict[str, Any], share: float, kind: str, seed: int) -> dict[str, Any]:
+    """The look's result where a share of the pairs has the chosen answer as the rejected one."""
+    folds, stops = np.array(cell["folds"]), np.array(cell["columns"]["prompted.stop"])
+    if kind == "cut":
+        right = (stops[:, 0] - stops[:, 4])[:, None]
+    else:
+        prompted, alone, other = (part_of(cell, key) for key in ("prompted", "alone", kind))
+        right = features_of(prompted, alone) - features_of(other, alone, np.array(cell["orders"][kind]))
+    faulty = np.zeros(len(right), np.bool_)
+    faulty[np.random.default_rng([seed, 5]).permutation(len(right))[: round(share * len(right))]] = True
+    pairs = np.where(faulty[:, None], -right, right)
+    scores, planted = cross_fitted(pairs, -pairs, folds, folds)
+    detection = detect(scores, planted)
+    return judged(detection, detection.evident, np.zeros(len(pairs), np.bool_), faulty)
+
+
 def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) -> dict[str, Any]:
     chosen = listed(replace(detection, evident=bool(evident)), fits)
     return {
@@ -292,37 +312,47 @@ def apart() -> dict[str, Any]:
     return {"draws": FEW, "results": results, "machine": machine(), "commit": commit()}
 
 
-def coverage() -> dict[str, Any]:
+def covered(kinds: Mapping[str, Draw]) -> dict[str, Any]:
+    """Means over draws, for each table, kind of fault and share."""
     results, settings = dict[str, Any](), list[Any]()
     for path in sorted(CACHE.glob("*.json")):
         cell = json.loads(path.read_text())
         settings.append(cell["settings"])
-        for share in SHARES:
-            draws = {
-                f"foreign, {order}": [foreign_draw(cell, share, order, k) for k in range(DRAWS)]
-                for order in ("next", "near")
-            }
-            draws["cut"] = [cut_draw(cell, share, k) for k in range(DRAWS)]
-            for kind, some in draws.items():
-                key = f"{cell['settings']['table']}, {kind}, {share:g}"
-                results[key] = {
-                    name: float(np.mean([one[name] for one in some if one[name] is not None] or [np.nan]))
-                    for name in some[0]
-                } | {"under_high": float(np.mean([one["share"] <= one["high"] for one in some]))}
-                print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
+        for share, (kind, of) in itertools.product(SHARES, kinds.items()):
+            some = [of(cell, share, k) for k in range(DRAWS)]
+            key = f"{cell['settings']['table']}, {kind}, {share:g}"
+            results[key] = {
+                name: float(np.mean([one[name] for one in some if one[name] is not None] or [np.nan]))
+                for name in some[0]
+            } | {"under_high": float(np.mean([one["share"] <= one["high"] for one in some]))}
+            print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
     return {"settings": settings, "draws": DRAWS, "results": results, "machine": machine(), "commit": commit()}
+
+
+KINDS: dict[str, dict[str, Draw]] = {
+    "answers": {
+        "foreign, next": lambda cell, share, seed: foreign_draw(cell, share, "next", seed),
+        "foreign, near": lambda cell, share, seed: foreign_draw(cell, share, "near", seed),
+        "cut": cut_draw,
+    },
+    "answers_pairs": {
+        f"swapped, {kind}": lambda cell, share, seed, kind=kind: swapped_draw(cell, share, kind, seed)
+        for kind in ("next", "near", "cut")
+    },
+}
+"""By the name of the result."""
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage", "apply", "real"))
+    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
     request = parser.parse_args()
     torch.set_num_threads(1)
-    if request.what == "coverage":
-        write(RESULTS / "answers.json", coverage())
+    if result := {"coverage": "answers", "pairs": "answers_pairs"}.get(request.what):
+        write(RESULTS / f"{result}.json", covered(KINDS[result]))
         return
     if request.what == "apply":
         write(RESULTS / "answers_apply.json", apart())

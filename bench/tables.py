@@ -691,6 +691,9 @@ FAULTS_IN_TEXT = {
     "foreign, next": "the answer of the next row",
     "foreign, near": "the answer of the row with the nearest prompt",
     "cut": "the first half of the answer",
+    "swapped, next": "swapped; the rejected answer is the next row's",
+    "swapped, near": "swapped; the rejected answer is that of the nearest prompt",
+    "swapped, cut": "swapped; the rejected answer is the first half of the chosen one",
 }
 
 
@@ -773,6 +776,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "claims-train": claims_train,
     "rank_cost": rank_cost,
     "answers": answers,
+    "answers_pairs": answers,
     "memory": memory,
     "rules": rules,
     "scale-model": scale_model,
