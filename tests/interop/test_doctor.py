@@ -183,6 +183,51 @@ def test_the_rules_know_the_class_of_the_base(named: bool, tmp_path: Path) -> No
     assert "takes no LoRA on layers named key, query, value" in of(report, "SGLang")["reasons"]
 
 
+@pytest.mark.parametrize("added", [0, 1])
+def test_vllm_takes_no_head_of_more_classes_than_the_base_has(added: int, tmp_path: Path) -> None:
+    source = bert_classifier(tmp_path)
+    labels = {str(number): f"LABEL_{number}" for number in range(3 - added)}
+    config = tmp_path / "base" / CONFIG_JSON
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": labels}))
+    result = of(examine(source), "vLLM")
+    assert (result["verdict"], result["mend"]) == (("refused", "merged") if added else ("right", None))
+    assert ("--max-lora-cls-labels 3" in " ".join(result["reasons"])) == bool(added)
+
+
+@pytest.mark.parametrize(
+    ("base", "verdict"),
+    [("LlamaForCausalLM", "right"), ("Qwen3ForCausalLM", "refused"), ("GemmaForCausalLM", "refused"), ("", "right")],
+)
+def test_tgi_takes_lora_on_few_bases(base: str, verdict: str, tmp_path: Path) -> None:
+    source = saved()(tmp_path / "a")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / CONFIG_JSON).write_text(json.dumps({"architectures": [base] if base else []}))
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    result = of(examine(source), "TGI")
+    assert result["verdict"] == verdict
+    assert verdict == "right" or result["reasons"] == [f"takes no LoRA on {base}"]
+
+
+def test_tgi_leaves_out_the_head_and_layers_of_other_names(tmp_path: Path) -> None:
+    report = of(examine(saved(target_modules=["lm_head", "q_proj"])(tmp_path / "a")), "TGI")
+    assert (report["verdict"], report["factors"]) == ("wrong", {"lm_head": 0.0})
+    source = save_lora(tmp_path / "b", tiny_gpt2_lm(), lora_config(target_modules=["c_attn"], fan_in_fan_out=True))
+    report = of(examine(source), "TGI")
+    assert (report["verdict"], set(report["factors"].values())) == ("wrong", {0.0}), "without its base's class"
+
+
+@pytest.mark.parametrize(
+    ("family", "verdict"),
+    [("DistilBert", "refused -> merged"), ("DebertaV2", "refused -> merged"), ("MPNet", "refused")],
+)
+def test_the_classifiers_that_text_embeddings_inference_serves(family: str, verdict: str, tmp_path: Path) -> None:
+    source = bert_classifier(tmp_path)
+    config = tmp_path / "base" / CONFIG_JSON
+    named = {"architectures": [f"{family}ForSequenceClassification"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    assert verdicts(examine(source))["text-embeddings-inference"] == verdict
+
+
 def test_a_head_of_two_layers_is_served_merged(tmp_path: Path) -> None:
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=64))

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
-from kinds import bert_classifier, classifier, edit, saved
+from kinds import bert_classifier, classifier, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora
-from models import SIZES
+from models import SIZES, tiny_bert
 from tsqlora.interop.doctor import examine
 from tsqlora.run.export import export
 
@@ -74,12 +74,38 @@ def test_the_doctor_has_a_command_for_each_server_that_reads_the_adapter_as_it_i
     assert {name for name, line in lines.items() if line} == {"vLLM"}, "the others need an export, or serve nothing"
 
 
+def test_vllm_gets_the_largest_rank_that_the_config_names(tmp_path: Path) -> None:
+    low = saved(r=32, rank_pattern=dict.fromkeys(("q_proj", "k_proj", "v_proj"), 4))(tmp_path / "a")
+    experts = with_experts(tmp_path / "b", target_modules=[])
+    (tmp_path / "base").mkdir()
+    base = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "tie_word_embeddings": False}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base))
+    edit(experts, base_model_name_or_path=str(tmp_path / "base"))
+    for source, rank in ((low, 32), (experts, 8)):
+        report = examine(source)
+        assert f" --max-lora-rank {rank} " in report["consumers"][1]["serve"]
+        assert report["max_lora_rank"] == rank
+
+
 def test_a_classifier_has_commands_for_its_merged_model_alone(tmp_path: Path) -> None:
     assert not any(one["serve"] for one in examine(classifier(tmp_path / "a"))["consumers"])
     source = bert_classifier(tmp_path / "b")
     lines = export(source, tmp_path / "out", format="merged")["serve"]
-    assert lines["text-embeddings-inference"] == f"text-embeddings-router --model-id {tmp_path}/out"
+    assert lines["text-embeddings-inference"] == f"text-embeddings-router --model-id {tmp_path}/out --dtype float32"
     assert set(lines) == {"vLLM", "SGLang", "text-embeddings-inference"}
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_merged_classifier_names_its_labels(labels: int, tmp_path: Path) -> None:
+    """transformers leaves LABEL_0 and LABEL_1 out of config.json; text-embeddings-inference does not start then."""
+    base = tiny_bert(num_labels=labels).float()
+    save_base(tmp_path / "base", base)
+    config = lora_config(task_type="SEQ_CLS", target_modules=["query", "value"])
+    source = save_lora(tmp_path / "a", base, config)
+    export(source, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["id2label"] == {str(number): f"LABEL_{number}" for number in range(labels)}
+    assert written["label2id"] == {f"LABEL_{number}": number for number in range(labels)}
 
 
 def prepared(folder: Path, family: str, chats: Sequence[Sequence[Mapping[str, str]]], *, stop: bool = True) -> Path:
