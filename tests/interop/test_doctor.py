@@ -194,6 +194,11 @@ def test_vllm_takes_no_head_of_more_classes_than_the_base_has(added: int, tmp_pa
     assert ("--max-lora-cls-labels 3" in " ".join(result["reasons"])) == bool(added)
 
 
+@pytest.mark.parametrize(("rank", "verdict"), [(512, "right"), (513, "refused -> merged")])
+def test_vllm_takes_no_rank_beyond_its_largest_setting(rank: int, verdict: str, tmp_path: Path) -> None:
+    assert {verdicts(examine(saved(r=rank)(tmp_path / "a")))[name] for name in VLLM} == {verdict}
+
+
 @pytest.mark.parametrize(
     ("base", "verdict"),
     [("LlamaForCausalLM", "right"), ("Qwen3ForCausalLM", "refused"), ("GemmaForCausalLM", "refused"), ("", "right")],

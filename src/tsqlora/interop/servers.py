@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any, Literal
 
+from tsqlora.interop.health import VLLM_RANKS
 from tsqlora.interop.lora import LoraAdapter, Target, tied_targets
 from tsqlora.interop.rewrite import layer_kind, partners, served_rank
 
@@ -262,6 +263,12 @@ def _vocabulary(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     return Problem("refused", f"{base.resized}; serve the enlarged base") if base.resized else None
 
 
+def _large_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    if (rank := adapter.named_rank) <= VLLM_RANKS[-1]:
+        return None
+    return Problem("refused", f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
+
+
 def _more_labels(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     for name, head in adapter.saved.items():
         labels = head.shape[0] if name.endswith(("score.weight", "classifier.weight")) else 0
@@ -349,6 +356,7 @@ CHECKS: Mapping[str, Callable[[LoraAdapter, BaseFacts], Problem | None]] = {
     "added tokens": _added_tokens,
     "rank 0": _rank_zero,
     "rank r": _rank_r,
+    "large rank": _large_rank,
     "one rank": _one_rank,
     "one rank per kind": _one_rank_per_kind,
     "every layer": _every_layer,
