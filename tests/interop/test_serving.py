@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertForSequenceClassification,
+    CamembertForSequenceClassification,
+    DebertaV2ForSequenceClassification,
+    DistilBertForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
 
 from families import FAMILIES, tokenizer_of
 from kinds import bert_classifier, classifier, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora
 from models import SIZES, tiny_bert
-from tsqlora.interop.doctor import examine
+from tsqlora.interop.doctor import examine, rule_for
+from tsqlora.interop.export import save_merged
 from tsqlora.run.export import export
 
 FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
@@ -106,6 +117,45 @@ def test_a_merged_classifier_names_its_labels(labels: int, tmp_path: Path) -> No
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["id2label"] == {str(number): f"LABEL_{number}" for number in range(labels)}
     assert written["label2id"] == {f"LABEL_{number}": number for number in range(labels)}
+
+
+BERT = {"max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+BERT |= {"intermediate_size", "hidden_act", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"}
+DEBERTA = {"relative_attention", "max_relative_positions", "position_biased_input", "pos_att_type"}
+DISTILBERT = {"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "activation", "max_position_embeddings"}
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "read"),
+    [
+        (BertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (RobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (XLMRobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (CamembertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (
+            DebertaV2ForSequenceClassification,
+            SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+            BERT - {"pad_token_id"} | DEBERTA | {"pooler_hidden_size", "pooler_hidden_act"},
+        ),
+        (
+            DistilBertForSequenceClassification,
+            {"vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+            DISTILBERT | {"pad_token_id"},
+        ),
+    ],
+)
+def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
+    model: Any, sizes: Mapping[str, Any], read: set[str], tmp_path: Path
+) -> None:
+    """The fields without a default of its structs at 0d124dc; transformers 5 leaves some of ModernBERT's out."""
+    (rule,), _ = rule_for("text-embeddings-inference")
+    assert model.__name__ in rule.serves
+    save_merged(model(model.config_class(**sizes)), [], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {*read, "architectures", "model_type", "id2label", "label2id"} <= config.keys()
+    assert all(config[name] is not None for name in read)
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def prepared(folder: Path, family: str, chats: Sequence[Sequence[Mapping[str, str]]], *, stop: bool = True) -> Path:
