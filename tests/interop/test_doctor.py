@@ -222,6 +222,13 @@ def test_tgi_leaves_out_the_head_and_layers_of_other_names(tmp_path: Path) -> No
     assert (report["verdict"], set(report["factors"].values())) == ("wrong", {0.0}), "without its base's class"
 
 
+def test_sglang_has_no_buffer_for_layers_of_other_names(tmp_path: Path) -> None:
+    source = save_lora(tmp_path / "a", tiny_gpt2_lm(), lora_config(target_modules=["c_attn"], fan_in_fan_out=True))
+    report = examine(source)
+    assert {verdicts(report)[name] for name in SGLANG} == {"refused -> merged"}
+    assert of(report, "SGLang")["reasons"] == ["takes no LoRA on layers named c_attn"]
+
+
 @pytest.mark.parametrize(
     ("family", "verdict"),
     [("DistilBert", "refused -> merged"), ("DebertaV2", "refused -> merged"), ("MPNet", "refused")],
