@@ -132,6 +132,14 @@ def test_the_bases_on_which_vllm_takes_no_lora_are_those_of_its_registry() -> No
         assert list(rule.bases) == bases, server
 
 
+def test_the_layers_on_which_sglang_takes_lora_are_those_whose_sizes_it_knows() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
+    ((server, layers),) = json.loads(results.read_text())["layers"].items()
+    for version in (server.replace(" ", "=="), "sglang"):
+        (rule,), _ = rule_for(version)
+        assert list(rule.layers) == layers, version
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "universal" in str(EXPECTED[kind])])
 def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_path: Path) -> None:
     save_base(tmp_path / "base", tiny_llama())
