@@ -263,6 +263,33 @@ def bases_without_lora(wheel: Path) -> list[str]:
     return sorted(name for name in texts if not takes(registered[name]))
 
 
+def layers_with_lora(wheel: Path) -> list[str]:
+    """Last names of layers in adapters for which this SGLang, or one of its models, knows the sizes of a buffer.
+
+    `get_hidden_dim` compares the name with those that it knows, and raises for others while the server starts.
+    """
+    sized, renamed = set[str](), dict[str, str]()
+    with zipfile.ZipFile(wheel) as files:
+        for name in (name for name in files.namelist() if re.match(r"sglang/srt/(models/.*|lora/utils)\.py$", name)):
+            for part in (node for node in ast.walk(ast.parse(files.read(name))) if isinstance(node, ast.FunctionDef)):
+                if part.name in ("get_hidden_dim", "get_default_hidden_dim"):
+                    tests = (node for node in ast.walk(part) if isinstance(node, ast.Compare))
+                    of_name = [node for node in tests if ast.unparse(node.left) == "module_name"]
+                    words = (
+                        word.value for node in of_name for word in ast.walk(node) if isinstance(word, ast.Constant)
+                    )
+                    sized |= {word for word in words if isinstance(word, str)}
+                    if any("DSA_INDEXER_LORA_NAMES" in ast.unparse(node) for node in of_name):
+                        sized |= {"indexer.wq_b", "indexer.wk", "indexer.weights_proj"}
+                if part.name == "get_normalized_target_modules":
+                    (found,) = (node for node in ast.walk(part) if isinstance(node, ast.Dict))
+                    renamed = ast.literal_eval(found)
+    outside = {"embed_tokens", "lm_head"}
+    named = {name for name in sized if "." not in name and not name.endswith("_moe")}
+    named |= {name for name, its in renamed.items() if its in sized - outside}
+    return sorted(named - outside - {"fused_qkv_a_proj_with_mqa"})  # this one is made of two layers
+
+
 def main() -> None:
     parser = parser_of(__doc__, "servers")
     parser.add_argument("wheels", type=Path)
@@ -277,7 +304,10 @@ def main() -> None:
             kinds = {file.parent.name: judged(load, file.parent) for file in sorted(args.adapters.glob(f"*/{CONFIG}"))}
         result[f"{package} {version}"] = kinds
         print(package, version, json.dumps({kind: seen["verdict"] for kind, seen in kinds.items()}))
-    write(args.out, {"servers": result, "bases": bases})
+    layers = {
+        f"sglang {wheel.name.split('-')[1]}": layers_with_lora(wheel) for wheel in args.wheels.glob("sglang-*.whl")
+    }
+    write(args.out, {"servers": result, "bases": bases, "layers": layers})
 
 
 if __name__ == "__main__":

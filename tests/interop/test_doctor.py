@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,14 @@ def test_the_bases_on_which_vllm_takes_no_lora_are_those_of_its_registry() -> No
         assert list(rule.bases) == bases, server
 
 
+def test_the_layers_on_which_sglang_takes_lora_are_those_whose_sizes_it_knows() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
+    ((server, layers),) = json.loads(results.read_text())["layers"].items()
+    for version in (server.replace(" ", "=="), "sglang"):
+        (rule,), _ = rule_for(version)
+        assert list(rule.layers) == layers, version
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "universal" in str(EXPECTED[kind])])
 def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_path: Path) -> None:
     save_base(tmp_path / "base", tiny_llama())
@@ -181,6 +190,63 @@ def test_the_rules_know_the_class_of_the_base(named: bool, tmp_path: Path) -> No
     ) | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused")
     assert "takes no LoRA on BertForSequenceClassification" in of(report, "vLLM to 0.32")["reasons"]
     assert "takes no LoRA on layers named key, query, value" in of(report, "SGLang")["reasons"]
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_vllm_takes_no_head_of_more_classes_than_the_base_has(added: int, tmp_path: Path) -> None:
+    source = bert_classifier(tmp_path)
+    labels = {str(number): f"LABEL_{number}" for number in range(3 - added)}
+    config = tmp_path / "base" / CONFIG_JSON
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": labels}))
+    result = of(examine(source), "vLLM")
+    assert (result["verdict"], result["mend"]) == (("refused", "merged") if added else ("right", None))
+    assert ("--max-lora-cls-labels 3" in " ".join(result["reasons"])) == bool(added)
+
+
+@pytest.mark.parametrize(("rank", "verdict"), [(512, "right"), (513, "refused -> merged")])
+def test_vllm_takes_no_rank_beyond_its_largest_setting(rank: int, verdict: str, tmp_path: Path) -> None:
+    assert {verdicts(examine(saved(r=rank)(tmp_path / "a")))[name] for name in VLLM} == {verdict}
+
+
+@pytest.mark.parametrize(
+    ("base", "verdict"),
+    [("LlamaForCausalLM", "right"), ("Qwen3ForCausalLM", "refused"), ("GemmaForCausalLM", "refused"), ("", "right")],
+)
+def test_tgi_takes_lora_on_few_bases(base: str, verdict: str, tmp_path: Path) -> None:
+    source = saved()(tmp_path / "a")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / CONFIG_JSON).write_text(json.dumps({"architectures": [base] if base else []}))
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    result = of(examine(source), "TGI")
+    assert result["verdict"] == verdict
+    assert verdict == "right" or result["reasons"] == [f"takes no LoRA on {base}"]
+
+
+def test_tgi_leaves_out_the_head_and_layers_of_other_names(tmp_path: Path) -> None:
+    report = of(examine(saved(target_modules=["lm_head", "q_proj"])(tmp_path / "a")), "TGI")
+    assert (report["verdict"], report["factors"]) == ("wrong", {"lm_head": 0.0})
+    source = save_lora(tmp_path / "b", tiny_gpt2_lm(), lora_config(target_modules=["c_attn"], fan_in_fan_out=True))
+    report = of(examine(source), "TGI")
+    assert (report["verdict"], set(report["factors"].values())) == ("wrong", {0.0}), "without its base's class"
+
+
+def test_sglang_has_no_buffer_for_layers_of_other_names(tmp_path: Path) -> None:
+    source = save_lora(tmp_path / "a", tiny_gpt2_lm(), lora_config(target_modules=["c_attn"], fan_in_fan_out=True))
+    report = examine(source)
+    assert {verdicts(report)[name] for name in SGLANG} == {"refused -> merged"}
+    assert of(report, "SGLang")["reasons"] == ["takes no LoRA on layers named c_attn"]
+
+
+@pytest.mark.parametrize(
+    ("family", "verdict"),
+    [("DistilBert", "refused -> merged"), ("DebertaV2", "refused -> merged"), ("MPNet", "refused")],
+)
+def test_the_classifiers_that_text_embeddings_inference_serves(family: str, verdict: str, tmp_path: Path) -> None:
+    source = bert_classifier(tmp_path)
+    config = tmp_path / "base" / CONFIG_JSON
+    named = {"architectures": [f"{family}ForSequenceClassification"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    assert verdicts(examine(source))["text-embeddings-inference"] == verdict
 
 
 def test_a_head_of_two_layers_is_served_merged(tmp_path: Path) -> None:
@@ -286,6 +352,24 @@ def test_the_doctor_needs_no_torch(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["base_found"]
     assert report["universal_parameters"]
+
+
+def test_the_doctor_takes_less_than_four_tenths_of_a_second(tmp_path: Path) -> None:
+    """Of the processor; where neighbours slow it down, at most as long as five imports of numpy."""
+    save_base(tmp_path / "base", tiny_llama())
+    source = KINDS["ranks, one alpha"](tmp_path / "a")
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+
+    def seconds(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", *command], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    doctor = ("import sys; sys.argv[0] = 'tsqlora'; from tsqlora.cli import main; main()", "doctor", str(source))
+    numpy = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import numpy"
+    taken, yardstick = (min(seconds(*command) for _ in range(3)) for command in (doctor, (numpy,)))
+    assert taken < max(0.4, 5 * yardstick), (taken, yardstick)
 
 
 @pytest.mark.parametrize(("prefix", "body"), [("", False), ("bert.", False), ("", True)])

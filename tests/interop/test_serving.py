@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertForSequenceClassification,
+    CamembertForSequenceClassification,
+    DebertaV2ForSequenceClassification,
+    DistilBertForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
 
 from families import FAMILIES, tokenizer_of
-from kinds import bert_classifier, classifier, edit, saved
+from kinds import bert_classifier, classifier, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora
-from models import SIZES
-from tsqlora.interop.doctor import examine
+from models import SIZES, tiny_bert
+from tsqlora.interop.doctor import examine, rule_for
+from tsqlora.interop.export import save_merged
 from tsqlora.run.export import export
 
 FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
@@ -74,12 +85,77 @@ def test_the_doctor_has_a_command_for_each_server_that_reads_the_adapter_as_it_i
     assert {name for name, line in lines.items() if line} == {"vLLM"}, "the others need an export, or serve nothing"
 
 
+def test_vllm_gets_the_largest_rank_that_the_config_names(tmp_path: Path) -> None:
+    low = saved(r=32, rank_pattern=dict.fromkeys(("q_proj", "k_proj", "v_proj"), 4))(tmp_path / "a")
+    experts = with_experts(tmp_path / "b", target_modules=[])
+    (tmp_path / "base").mkdir()
+    base = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "tie_word_embeddings": False}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base))
+    edit(experts, base_model_name_or_path=str(tmp_path / "base"))
+    for source, rank in ((low, 32), (experts, 8)):
+        report = examine(source)
+        assert f" --max-lora-rank {rank} " in report["consumers"][1]["serve"]
+        assert report["max_lora_rank"] == rank
+
+
 def test_a_classifier_has_commands_for_its_merged_model_alone(tmp_path: Path) -> None:
     assert not any(one["serve"] for one in examine(classifier(tmp_path / "a"))["consumers"])
     source = bert_classifier(tmp_path / "b")
     lines = export(source, tmp_path / "out", format="merged")["serve"]
-    assert lines["text-embeddings-inference"] == f"text-embeddings-router --model-id {tmp_path}/out"
+    assert lines["text-embeddings-inference"] == f"text-embeddings-router --model-id {tmp_path}/out --dtype float32"
     assert set(lines) == {"vLLM", "SGLang", "text-embeddings-inference"}
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_merged_classifier_names_its_labels(labels: int, tmp_path: Path) -> None:
+    """transformers leaves LABEL_0 and LABEL_1 out of config.json; text-embeddings-inference does not start then."""
+    base = tiny_bert(num_labels=labels).float()
+    save_base(tmp_path / "base", base)
+    config = lora_config(task_type="SEQ_CLS", target_modules=["query", "value"])
+    source = save_lora(tmp_path / "a", base, config)
+    export(source, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["id2label"] == {str(number): f"LABEL_{number}" for number in range(labels)}
+    assert written["label2id"] == {f"LABEL_{number}": number for number in range(labels)}
+
+
+BERT = {"max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+BERT |= {"intermediate_size", "hidden_act", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"}
+DEBERTA = {"relative_attention", "max_relative_positions", "position_biased_input", "pos_att_type"}
+DISTILBERT = {"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "activation", "max_position_embeddings"}
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "read"),
+    [
+        (BertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (RobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (XLMRobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (CamembertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
+        (
+            DebertaV2ForSequenceClassification,
+            SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+            BERT - {"pad_token_id"} | DEBERTA | {"pooler_hidden_size", "pooler_hidden_act"},
+        ),
+        (
+            DistilBertForSequenceClassification,
+            {"vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+            DISTILBERT | {"pad_token_id"},
+        ),
+    ],
+)
+def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
+    model: Any, sizes: Mapping[str, Any], read: set[str], tmp_path: Path
+) -> None:
+    """The fields without a default of its structs at 0d124dc; transformers 5 leaves some of ModernBERT's out."""
+    (rule,), _ = rule_for("text-embeddings-inference")
+    assert model.__name__ in rule.serves
+    save_merged(model(model.config_class(**sizes)), [], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {*read, "architectures", "model_type", "id2label", "label2id"} <= config.keys()
+    assert all(config[name] is not None for name in read)
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def prepared(folder: Path, family: str, chats: Sequence[Sequence[Mapping[str, str]]], *, stop: bool = True) -> Path:

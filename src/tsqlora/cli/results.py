@@ -255,7 +255,7 @@ def _local(source: Path) -> Path:
     from tsqlora.compat.hub import download_adapter, is_hub_id
 
     name = source.as_posix()
-    return download_adapter(name) if "/" in name and is_hub_id(name) and not source.exists() else source
+    return download_adapter(name) if "/" in name and not source.exists() and is_hub_id(name) else source
 
 
 def _listed(text: str) -> list[str]:

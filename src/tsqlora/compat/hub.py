@@ -5,9 +5,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
 
@@ -30,6 +27,9 @@ def is_hub_id(name: str) -> bool:
     >>> [is_hub_id(name) for name in ("gpt2", "org/model-1.0", "../x", "a/b/c", "a/..", "/etc", "https://x", "a--b")]
     [True, True, False, False, False, False, False, False]
     """
+    from huggingface_hub.errors import HFValidationError  # loads an HTTP client
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -93,7 +93,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "parameters": adapter.parameters,
         "universal_parameters": None if mended is None else mended.parameters,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
+        "max_lora_rank": vllm_rank(adapter.named_rank),
         "servers": {server: consumer["verdict"] for server, consumer in _newest(consumers).items()},
         "consumers": consumers,
         "faults": [asdict(fault) for fault in faults_of(adapter)],
@@ -264,7 +264,8 @@ def _facts(source: Path, adapter: LoraAdapter, shapes: Mapping[str, Shape], fold
     added, other = added_tokens(source, size), resized(adapter, size)
     resize = f"{other[0][0]} has {other[0][1]:,} tokens, the base {size:,}" if other else ""
     facts = BaseFacts(kinds, config.get("model_type"), tied=tied, name=base_class(adapter, config), added=added)
-    return replace(facts, resized=resize)
+    labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
+    return replace(facts, resized=resize, labels=labels if config and isinstance(labels, int) else None)
 
 
 def faults_in(folder: Path) -> list[str]:

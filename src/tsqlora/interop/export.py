@@ -1,5 +1,6 @@
 """Export an adapter in a server's format, and compare it with its source before it takes its place."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -296,6 +297,17 @@ def save_merged(model: PreTrainedModel, processors: Sequence[Any], folder: Path)
     """Save a model and its processors as transformers does."""
     for each in (model, *processors):
         each.save_pretrained(folder)
+    if type(model).__name__.endswith("Classification"):
+        _name_labels(model.config, folder / "config.json")
+
+
+def _name_labels(config: Any, path: Path) -> None:
+    """Write id2label and label2id, which transformers leaves out where they are its default for two classes.
+
+    text-embeddings-inference does not start without them.
+    """
+    names = {"id2label": {str(number): name for number, name in config.id2label.items()}, "label2id": config.label2id}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | names, indent=2) + "\n", encoding="utf-8")
 
 
 def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:

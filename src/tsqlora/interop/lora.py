@@ -89,6 +89,11 @@ class LoraAdapter:
         return max((target.rank for target in self.targets.values()), default=0)
 
     @property
+    def named_rank(self) -> int:
+        """The largest rank of any target or in the config: what vLLM holds against --max-lora-rank."""
+        return max(self.rank, self.config["r"], *(self.config.get("rank_pattern") or {}).values())
+
+    @property
     def parameters(self) -> int:
         """The number of values in A and B of all targets."""
         return sum(target.a.size + target.b.size for target in self.targets.values())

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any, Literal
 
+from tsqlora.interop.health import VLLM_RANKS
 from tsqlora.interop.lora import LoraAdapter, Target, tied_targets
 from tsqlora.interop.rewrite import layer_kind, partners, served_rank
 
@@ -29,6 +30,7 @@ class BaseFacts:
             "ForSequenceClassification".
         added: tokens of the adapter's added_tokens.json beyond the base's vocabulary.
         resized: an embedding of the adapter with another number of tokens than the base has, in words; or empty.
+        labels: classes of a head that transformers makes by its config; None without one.
     """
 
     layers: Mapping[str, Sequence[str]]
@@ -38,6 +40,7 @@ class BaseFacts:
     name: str = ""
     added: Sequence[str] = ()
     resized: str = ""
+    labels: int | None = None
 
     @property
     def is_classifier(self) -> bool:
@@ -68,6 +71,7 @@ class Consumer:
     file: str = ""
     until: str = ""
     bases: Sequence[str] = ()
+    takes: Sequence[str] = ()
     layers: Sequence[str] = ()
     serves: Sequence[str] = ()
     only: Sequence[str] = ()
@@ -142,7 +146,8 @@ def _problems(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> list
 
 
 def _base_class(consumer: Consumer, base: BaseFacts) -> Problem | None:
-    if not base.is_one_of(consumer.bases):
+    named = base.name and not base.name.startswith("For")
+    if not base.is_one_of(consumer.bases) and not (named and consumer.takes and not base.is_one_of(consumer.takes)):
         return None
     return Problem("refused", f"takes no LoRA on {base.name if base.name[:3] != 'For' else f'a model {base.name}'}")
 
@@ -258,6 +263,21 @@ def _vocabulary(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     return Problem("refused", f"{base.resized}; serve the enlarged base") if base.resized else None
 
 
+def _large_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    if (rank := adapter.named_rank) <= VLLM_RANKS[-1]:
+        return None
+    return Problem("refused", f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
+
+
+def _more_labels(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    for name, head in adapter.saved.items():
+        labels = head.shape[0] if name.endswith(("score.weight", "classifier.weight")) else 0
+        if base.labels is not None and labels > base.labels:
+            why = f"its head has {labels} classes, the base {base.labels}; it needs --max-lora-cls-labels {labels}"
+            return Problem("refused", why)
+    return None
+
+
 def _rank_r(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     rank = adapter.config["r"]
     for name, target in adapter.targets.items():
@@ -302,8 +322,14 @@ def _every_layer(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     return Problem("wrong", f"{missing[0]} has no adapter, so no layer of its kind gets one", tuple(dropped))
 
 
-def _embeddings(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
-    names = tuple(name for name, target in adapter.targets.items() if target.kind == "embedding")
+LLAMA = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.(q|k|v|qkv|o)_proj|mlp\.(gate_proj|up_proj|down_proj|c_fc|c_proj))"
+)
+"""Layers of Llama and the like, under the names by which TGI looks them up in an adapter."""
+
+
+def _other_names(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    names = tuple(name for name in adapter.targets if not LLAMA.fullmatch(name))
     return Problem("wrong", f"puts no adapter on {names[0]}", names) if names else None
 
 
@@ -330,19 +356,21 @@ CHECKS: Mapping[str, Callable[[LoraAdapter, BaseFacts], Problem | None]] = {
     "added tokens": _added_tokens,
     "rank 0": _rank_zero,
     "rank r": _rank_r,
+    "large rank": _large_rank,
     "one rank": _one_rank,
     "one rank per kind": _one_rank_per_kind,
     "every layer": _every_layer,
     "padded rank": _padded_rank,
     "patterns": _patterns,
     "partners": _partners,
-    "embeddings": _embeddings,
+    "other names": _other_names,
     "outside blocks": _outside_blocks,
     "tied": _tied,
     "other tensors": _other_tensors,
     "pattern of names": _pattern_of_names,
     "vocabulary": _vocabulary,
     "towers": _towers,
+    "labels": _more_labels,
 }
 
 

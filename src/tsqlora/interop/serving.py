@@ -20,7 +20,7 @@ def serve_line(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts, folder
     Args:
         kind: "adapter", which was judged right; "gguf" or "merged".
     """
-    command, rank = (consumer.merged if kind == "merged" else consumer.serve), vllm_rank(adapter.rank)
+    command, rank = (consumer.merged if kind == "merged" else consumer.serve), vllm_rank(adapter.named_rank)
     if (kind == "adapter" and consumer.file) or (kind == "gguf" and not consumer.file) or not command:
         return None
     if consumer.only and not base.is_one_of(consumer.only):
