@@ -89,6 +89,7 @@ def test_an_export_says_what_was_written_and_compared() -> None:
         "bfloat16": {"merged": 0.02, "base": 0.03},
         "serve": {},
         "truncation": {f"layer.{j}": j / 10 for j in range(1, 9)},
+        "logits_lost": 0.12,
         "notes": ["mind [this]"],
     }
     text = shown(show_export, done)
@@ -96,14 +97,15 @@ def test_an_export_says_what_was_written_and_compared() -> None:
         "wrote there: universal, 1,234 bytes",
         "rank         16, 4 layers",
         "vLLM needs   --max-lora-rank 16",
-        "compared     ΔW differs by 1e-07 at most, 3e-08 of a layer's largest",
+        "compared     ΔW differs from the cut adapter by 1e-07 at most, 3e-08 of a layer's largest",
         "bfloat16     logits differ by 2.00% from PEFT's in float32; the base's own by 3.00%",
         "note: mind [this]",
     ]
-    assert "truncated    8 layers; the greatest losses:" in text
+    assert "truncated    8 layers, which moves logits by 0.12 at most; the greatest losses:" in text
     assert "80.0% of ‖ΔW‖  layer.8" in text
     assert "layer.2" not in text
-    assert "logits differ by 0.25 at most" in shown(
-        show_export, done | {"logits_difference": 0.25, "largest_logit": 4.0}
-    )
+    further = {"logits_difference": 0.25, "largest_logit": 4.0}
+    assert "logits differ from the cut adapter by 0.25 at most" in shown(show_export, done | further)
+    uncut = done | further | {"truncation": {}}
+    assert "logits differ from its source by 0.25 at most" in shown(show_export, uncut)
     assert "compared" not in shown(show_export, done | {"update_difference": None})

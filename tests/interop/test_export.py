@@ -206,6 +206,7 @@ def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
         "targets": 8,
         "max_lora_rank": 16,
         "truncation": {},
+        "logits_lost": None,
         "notes": [],
     }
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -245,6 +246,9 @@ def test_truncation_is_the_best_there_is_and_reports_its_error(
         best = np.linalg.norm(singular[rank:]) / np.linalg.norm(singular)
         assert np.linalg.norm(mine - other) / np.linalg.norm(mine) == pytest.approx(best, abs=1e-6)
         assert report["truncation"].get(name, 0.0) == pytest.approx(best, abs=1e-6)
+    lost = logits_with(tiny_llama(), place / "adapter") - logits_with(tiny_llama(), tmp_path / "out")
+    assert report["logits_lost"] == pytest.approx(float(lost.abs().max()), rel=1e-3)
+    assert report["logits_lost"] > 100 * report["logits_difference"]
     whole = exported(place, tmp_path / "merged", "merged", **cut_to)
     assert whole["truncation"] == report["truncation"]
     base, merged = tiny_llama(), AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -26,13 +26,16 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         lines.append(f"rank         {report['rank']}, {report['targets']} layers")
     if report.get("max_lora_rank"):
         lines.append(f"vLLM needs   --max-lora-rank {report['max_lora_rank']}")
+    cut = report["truncation"]
+    compared = "from the cut adapter" if cut else "from its source"
     if (gap := report["update_difference"]) is not None:
         lines.append(
-            f"compared     ΔW differs by {gap:.2g} at most, {report['relative_difference']:.2g} of a layer's largest"
+            f"compared     ΔW differs {compared} by {gap:.2g} at most, {report['relative_difference']:.2g} of a layer's "
+            "largest"
         )
     if report["logits_difference"] is not None:
         lines.append(
-            f"compared     logits differ by {report['logits_difference']:.2g} at most, the largest is "
+            f"compared     logits differ {compared} by {report['logits_difference']:.2g} at most, the largest is "
             f"{report['largest_logit']:.3g}"
         )
     if half := report["bfloat16"]:
@@ -42,8 +45,10 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         )
     lines += _serving(report["serve"])
     lines += [f"note: {note}" for note in report["notes"]]
-    if cut := report["truncation"]:
-        lines.append(f"truncated    {len(cut)} layers; the greatest losses:")
+    if cut:
+        lost = report["logits_lost"]
+        moves = "" if lost is None else f", which moves logits by {lost:.2g} at most"
+        lines.append(f"truncated    {len(cut)} layers{moves}; the greatest losses:")
         worst = sorted(cut.items(), key=lambda item: -item[1])[:_SHOWN]
         lines += [f"  {error:.1%} of ‖ΔW‖  {name}" for name, error in worst]
     say(console, lines)

@@ -43,7 +43,8 @@ class Exported:
 
     Attributes:
         rank, targets: of the written adapter; None for a merged model.
-        truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank.
+        truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank; `difference` is from the cut adapter.
+        logits_lost: by how much the cut moves a logit at most; None without a base.
         notes: for the user.
         bfloat16: of a merged model in bfloat16 how far its logits are from PEFT's in float32, and the base's from the
             base's, relative.
@@ -53,6 +54,7 @@ class Exported:
     rank: int | None = None
     targets: int | None = None
     truncation: Mapping[str, float] = field(default_factory=dict)
+    logits_lost: float | None = None
     notes: tuple[str, ...] = ()
     bfloat16: Mapping[str, float] | None = None
 
@@ -74,7 +76,8 @@ class Exported:
             if format != "gguf":
                 report["max_lora_rank"] = vllm_rank(self.rank)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return report | {"bytes": size, "truncation": dict(self.truncation), "notes": list(self.notes)}
+        cut = {"truncation": dict(self.truncation), "logits_lost": self.logits_lost}
+        return report | {"bytes": size, **cut, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,8 @@ def export_adapter(
     if dtype is not None and dtype not in floats:
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
     require_new(out)
-    adapter, errors = read_adapter(source), {}
+    whole = adapter = read_adapter(source)
+    errors, lost = dict[str, float](), None
     require_finite(adapter)
     if (max_rank, mean_rank) != (None, None):
         adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
@@ -129,10 +133,20 @@ def export_adapter(
             source = Path(loadable)
             write_adapter(compact(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
+        if errors and done.difference.logits is not None:
+            lost = _logits_lost(whole, source, base)
         if format != "merged":
             _carry(base.processors(), folder, whole=format != "gguf")
     unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
-    return replace(done, truncation=errors, notes=(*done.notes, *unknown))
+    return replace(done, truncation=errors, logits_lost=lost, notes=(*done.notes, *unknown))
+
+
+def _logits_lost(whole: LoraAdapter, cut: Path, base: Base) -> float:
+    """By how much the cut moves a logit at most, through PEFT in float32."""
+    with TemporaryDirectory() as folder:
+        write_adapter(compact(whole), Path(folder))
+        before, after = (peft_logits(base.load("float32"), each) for each in (Path(folder), cut))
+    return float((before - after).abs().max())
 
 
 def _carry(processors: Sequence[Any], folder: Path, *, whole: bool) -> None:
