@@ -282,8 +282,8 @@ def layers_with_lora(wheel: Path) -> list[str]:
                     if any("DSA_INDEXER_LORA_NAMES" in ast.unparse(node) for node in of_name):
                         sized |= {"indexer.wq_b", "indexer.wk", "indexer.weights_proj"}
                 if part.name == "get_normalized_target_modules":
-                    (found,) = (node for node in ast.walk(part) if isinstance(node, ast.Dict))
-                    renamed = ast.literal_eval(found)
+                    (table,) = (node for node in ast.walk(part) if isinstance(node, ast.Dict))
+                    renamed = ast.literal_eval(table)
     outside = {"embed_tokens", "lm_head"}
     named = {name for name in sized if "." not in name and not name.endswith("_moe")}
     named |= {name for name, its in renamed.items() if its in sized - outside}

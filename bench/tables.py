@@ -639,7 +639,7 @@ def claim_answers() -> str:
     cell, before = (results["results"][f"alpaca, foreign, next, {share}"] for share in ("0.1", "0"))
     return (
         f"Of 300 rows of Alpaca, 30 of them with the answer of the next row, it lists {cell['listed']:.1f} on average, "
-        f"{100 * cell['right'] / cell['listed']:.0f} % of them rightly; of the rows as they are "
+        f"{100 * cell['right'] / cell['listed']:.0f} % of them rightly; on the unchanged rows it lists "
         f"{before['listed'] or 'none'} ({results['draws']} draws, SmolLM2-135M)."
     )
 

@@ -146,7 +146,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
     }
     lists = {name: [{**sample, "id": 123456 + j}] for j, name in enumerate(("highest", "lowest", "suspicious"))}
     wrong = {"likely_wrong": [], "likely_wrong_rows": 4, "likely_wrong_left_out": 3}
-    return {**lists, **wrong, "kind": "class", "even": False}
+    return {**lists, **wrong, "kind": "class", "even": False, "evident": True}
 
 
 @pytest.mark.parametrize("width", [30, 40, 80, 200])
@@ -184,14 +184,25 @@ def test_a_row_on_two_lists_is_shown_once_and_wrong_labels_come_first() -> None:
     )
 
 
+def test_without_evidence_no_label_is_called_wrong_and_none_has_a_probability() -> None:
+    lists = explained("a text", "no") | {"evident": False}
+    assert "likely wrong" not in (out := shown(show_explained, lists))
+    assert "no evidence of wrong labels; those that the model contradicts with confidence: 4" in out
+    sample = {**lists["highest"][0], "no_text": None, "wrong_probability": None, "judged": True}
+    assert "no evidence of wrong labels among these rows, so no probability" in shown(
+        show_row, {**sample, "out_of_sample": True, "kind": "class"}
+    )
+
+
 @pytest.mark.parametrize("kind", ["text", "pair"])
 def test_samples_of_text_have_no_class(kind: str) -> None:
     sample = {**explained("a\n→ b", "")["highest"][0], "label": 7, "no_text": None, "wrong_probability": None}
+    sample["judged"] = False
     for name in ("predicted", "predicted_probability", "label_probability"):
         del sample[name]
     lists = {name: [sample] for name in ("highest", "lowest", "suspicious", "likely_wrong")}
     counts = {"likely_wrong_rows": 1, "likely_wrong_left_out": 1}
-    out = shown(show_explained, {**lists, **counts, "kind": kind, "even": True})
+    out = shown(show_explained, {**lists, **counts, "kind": kind, "even": True, "evident": False})
     assert "rows were drawn evenly" in out
     assert "quality" not in out
     out += shown(show_row, {**sample, "out_of_sample": True, "kind": kind})

@@ -23,7 +23,7 @@ from tsqlora.reports.figures import DARK, FRAMES, Grid, curves, rank_frames, ran
 from tsqlora.reports.gather import control_of, gather
 from tsqlora.reports.page import environment
 from tsqlora.reports.run_page import run_page
-from tsqlora.reports.samples import Sample, Samples
+from tsqlora.reports.samples import DOUBTED, Sample, Samples
 from tsqlora.reports.write import watch_report, write_report
 from tsqlora.training.record import RunRecord
 
@@ -125,8 +125,8 @@ TEXTS = st.lists(SIGNS | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 
 @given(text=TEXTS)
 def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
-    sample = Sample(1, ("most valuable",), text, text, text, True, "kept", [1.0, 0.1, 2.0])
-    samples = Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, None)
+    sample = Sample(1, ("most valuable",), text, text, text, DOUBTED, "kept", [1.0, 0.1, 2.0])
+    samples = Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
     seen = Seen(environment().get_template("samples.html").render(samples=samples))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text

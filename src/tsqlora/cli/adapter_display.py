@@ -30,8 +30,8 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     compared = "from the cut adapter" if cut else "from its source"
     if (gap := report["update_difference"]) is not None:
         lines.append(
-            f"compared     ΔW differs {compared} by {gap:.2g} at most, {report['relative_difference']:.2g} of a layer's "
-            "largest"
+            f"compared     ΔW differs {compared} by {gap:.2g} at most, "
+            f"{report['relative_difference']:.2g} of a layer's largest"
         )
     if report["logits_difference"] is not None:
         lines.append(

@@ -157,15 +157,16 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     kind, wrong, left_out = (explained[name] for name in ("kind", "likely_wrong_rows", "likely_wrong_left_out"))
     titles, shown = dict[str, str](), set[int]()
     if kind == "class":
+        what = "likely wrong labels, which" if explained["evident"] else "no evidence of wrong labels; those that"
         titles["likely_wrong"] = (
-            f"likely wrong labels, which the model contradicts with confidence: {wrong:,} in all, {left_out:,} left out"
+            f"{what} the model contradicts with confidence: {wrong:,} in all, {left_out:,} left out"
         )
     elif kind == "pair":
         titles["likely_wrong"] = f"swapped pairs: {wrong:,} in all, {left_out:,} left out"
     titles["suspicious"] = f"most suspicious: highest loss{' within the class' if kind == 'class' else ''}"
     titles |= {"lowest": "lowest quality", "highest": "highest quality"}
     if explained["even"]:
-        titles |= {"lowest": "lowest Q, which decided nothing: rows were drawn evenly", "highest": "highest Q"}
+        titles |= {"lowest": "lowest Q (not used: rows were drawn evenly)", "highest": "highest Q"}
     for name, title in titles.items():
         console.print(Text(title, "bold"))
         rows = {sample["id"]: sample for sample in explained[name]}
@@ -197,6 +198,8 @@ def show_row(console: Console, row: Mapping[str, Any]) -> None:
         lines["prediction"] = f"{_label(row['predicted'])}{sure}{of_label}{unseen}"
     if row["wrong_probability"] is not None:
         lines["wrong label"] = f"with probability {row['wrong_probability']:.0%}"
+    elif row["judged"]:
+        lines["wrong label"] = "no evidence of wrong labels among these rows, so no probability"
     lines["terms"] = _terms(row["terms"])
     lines["reason"] = row["why"] if row["reason"] == "kept" else f"left out: {row['why']}"
     if "drawn" in row:

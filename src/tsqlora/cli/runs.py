@@ -228,7 +228,7 @@ def predict(
 
     The new columns `prediction` and, for classes, `probability` replace columns
     of these names; others stay as they are. Whether --out can hold the rows is
-    tried first. Predictions that it does not take in the end are in a file beside it.
+    tried first. If writing it fails in the end, the predictions are in a file next to it.
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """

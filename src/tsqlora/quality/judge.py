@@ -200,7 +200,7 @@ def judge_logits(
     temperature, enough = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1]) >= FEWEST
     logits, judged = logits / np.float32(temperature), enough[labels]
     if judged.sum() < 2:
-        raise DataError(f"no class has {FEWEST} rows, from which the class is learned; give more rows")
+        raise DataError(f"every class has fewer than {FEWEST} rows, too few to learn it from; give more rows")
     places = np.flatnonzero(judged)
     noise = label_noise(logits[judged], labels[judged])
     some = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_TO_FIT)).astype(int)]
@@ -217,7 +217,7 @@ def judge_logits(
     otherwise = p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
     why_not = None
     if not noise.evident and fitted is None:
-        why_not = "rows contradict their labels no more surely than hard rows do"
+        why_not = "the rows that disagree with their label look like ordinary hard rows"
     elif features is not None:
         groups = np.arange(len(labels)) if groups is None else groups
         if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:

@@ -19,7 +19,7 @@ from tsqlora.errors import DataError
 from tsqlora.quality.scores import REASONS, Scores
 
 WHY = {
-    "kept": "drawn from",
+    "kept": "kept, may be drawn",
     "duplicate": "near-duplicate of another row",
     "outlier": "gradient far larger than is usual in its class",
     "confident negative": "likely wrong label",
@@ -74,6 +74,11 @@ def p_wrong(scores: Scores) -> Float[np.ndarray, " n"] | None:
     return scores.predictions.get("wrong_probability", np.zeros(len(scores)))
 
 
+def evident(scores: Scores) -> bool:
+    """Whether there is evidence of wrong labels."""
+    return bool((scores.record.noise or {}).get("evident"))
+
+
 def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, Any]:
     """Return the n rows of highest and lowest quality, the most suspicious, and likely wrong labels, as plain JSON.
 
@@ -97,7 +102,7 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
     left_out = int((~scores.kept[wrong]).sum())
     counts = {"likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out}
-    return {**samples, **counts, "kind": _kind(scores), "even": scores.even}
+    return {**samples, **counts, "kind": _kind(scores), "even": scores.even, "evident": evident(scores)}
 
 
 def _kind(scores: Scores) -> str:
@@ -141,7 +146,7 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
     and if `data` is given and lacks the text.
     """
     j = place_of(scores, row, data)
-    probability = p_wrong(scores)
+    probability = p_wrong(scores) if evident(scores) else None
     texts, why = texts_or_why(scores, [j], data)
     if data is not None and why is not None:
         raise DataError(f"no text of row {row}: {why}; give --data the file of the scored rows")
@@ -149,6 +154,7 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
         **_sample(scores, j, texts.get(j)),
         "kind": _kind(scores),
         "no_text": why,
+        "judged": scores.record.noise is not None,
         "wrong_probability": None if probability is None or np.isnan(probability[j]) else float(probability[j]),
         "out_of_sample": scores.record.out_of_sample,
     }

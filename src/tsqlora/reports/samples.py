@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from tsqlora.errors import SettingsError
-from tsqlora.quality.reasons import WHY, likely_wrong, lowest, named, suspicion, texts_or_why
+from tsqlora.quality.reasons import WHY, evident, likely_wrong, lowest, named, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100
 """Rows per list; at most a third of all rows."""
 LONGEST = 500
 """Characters of a text on the page."""
+
+
+EVIDENT, DOUBTED = "likely wrong", "contradicted"
+"""The mark of rows that the model contradicts with confidence, by whether there is evidence of wrong labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +33,24 @@ class Sample:
     text: str | None
     label: str
     prediction: str
-    likely_wrong: bool
+    doubt: str | None
+    """Among the marks, if the model contradicts the label with confidence."""
     reason: str
     numbers: list[float]
 
     @property
     def marks(self) -> list[str]:
         """The page's filters that show this row."""
-        wrong, left_out = ["likely wrong"] * self.likely_wrong, ["left out"] * (self.reason != "kept")
-        return [*self.lists, *wrong, *left_out]
+        return [*self.lists, *filter(None, [self.doubt]), *["left out"] * (self.reason != "kept")]
 
     @property
     def why(self) -> str:
         """Why this row is shown."""
-        more = {"likely wrong": "likely wrong label", "left out": f"left out: {WHY[self.reason]}"}
+        more = {
+            EVIDENT: "likely wrong label",
+            DOUBTED: "the model contradicts the label",
+            "left out": f"left out: {WHY[self.reason]}",
+        }
         return ", ".join(more.get(mark, mark) for mark in self.marks)
 
 
@@ -51,7 +59,7 @@ class Samples:
     """The rows to look at; `without_texts` is why texts are missing, or None.
 
     `label` is the heading of the labels, "target tokens" for text. `reasons` counts all rows by reason, `likely_wrong`
-    the rows for which the model predicts another class with confidence; None without predictions.
+    the rows for which the model predicts another class with confidence; None without predictions. `doubt` marks these.
     """
 
     rows: list[Sample]
@@ -60,6 +68,7 @@ class Samples:
     all: int
     reasons: dict[str, int]
     likely_wrong: int | None
+    doubt: str
     without_texts: str | None
 
     @property
@@ -78,11 +87,11 @@ def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Sample
     shown, why = texts_or_why(scores, order) if texts is None else (_texts_of(order, scores, texts), None)
     predicted = bool(scores.stratified and scores.predictions)
     wrong = likely_wrong(scores) if predicted else np.zeros(len(scores), dtype=np.bool_)
-    codes = scores.reason_codes
+    codes, doubt = scores.reason_codes, EVIDENT if evident(scores) else DOUBTED
     within = {name: set(map(int, rows)) for name, rows in lists.items()}
     return Samples(
         rows=[
-            _sample(scores, j, tuple(name for name in lists if j in within[name]), shown.get(j), bool(wrong[j]))
+            _sample(scores, j, tuple(n for n in lists if j in within[n]), shown.get(j), doubt if wrong[j] else None)
             for j in order
         ],
         label="label" if scores.record.format is None else "target tokens",
@@ -90,6 +99,7 @@ def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Sample
         all=len(scores),
         reasons={name: int((codes == code).sum()) for code, name in enumerate(REASONS)},
         likely_wrong=int(wrong.sum()) if predicted else None,
+        doubt=doubt,
         without_texts=why,
     )
 
@@ -112,7 +122,7 @@ def _lists(scores: Scores) -> dict[str, np.ndarray]:
     return lists
 
 
-def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wrong: bool) -> Sample:
+def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, doubt: str | None) -> Sample:
     predicted, sure = (scores.predictions.get(name) for name in ("predicted", "predicted_probability"))
     prediction = "" if predicted is None else _label(scores, predicted[j])
     return Sample(
@@ -121,7 +131,7 @@ def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wr
         text=None if text is None else _shortened(text),
         label=_label(scores, scores.labels[j]),
         prediction=prediction if sure is None else f"{prediction} ({sure[j]:.0%})",
-        likely_wrong=wrong,
+        doubt=doubt,
         reason=REASONS[int(scores.reason_codes[j])],
         numbers=[float(values[j]) for values in (scores.quality, scores.probability, *scores.terms.values())],
     )

@@ -147,7 +147,7 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.copies:
-        notes.append(f"rows that repeat an earlier one with its label, and are judged with it: {result.copies}")
+        notes.append(f"{result.copies} rows are copies of an earlier row with the same label, and are judged once")
     if result.uncompared:
         notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
@@ -213,8 +213,8 @@ def source_digest(source: str, media: str | None) -> str | None:
 def _summary(result: Audit) -> str:
     if not result.evident:
         return (
-            f"Whether labels are wrong, and how many, the audit cannot say: {result.why_not}. "
-            "The list is only an order in which to look, the likeliest wrong first."
+            f"The audit cannot tell whether labels are wrong: {result.why_not}. "
+            "The list is only sorted, the most suspicious rows first."
         )
     between = f" ({result.low:.1%} to {result.high:.1%})" if result.high < 1 else ""
     likely = f"{result.likely_wrong:,} are likely wrong, with a probability above {DOUBT:.0%}"

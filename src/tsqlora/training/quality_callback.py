@@ -303,7 +303,7 @@ class QualityCallback(PartCallback):
             notes.append(f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {wrong}")
             notes += [scores.caution] if scores.caution else []
         elif noise is not None:
-            notes.append("there is no evidence of wrong labels: all rows were drawn from")
+            notes.append("no evidence of wrong labels: no row was left out for its label")
         return {"quality": quality, "notes": notes, "settings": {"quality": self._draws()}}
 
     @property
