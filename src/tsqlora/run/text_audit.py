@@ -289,12 +289,13 @@ def finish(
         further["lengths"] = [line.row for line in lines if line.tokens]
     errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
     findings = findings_of(lines, further, errors)
+    fates = Counter(line.fate.partition(" of ")[0] for line in lines)
     about = {
         **about,
         "rows": len(lines),
         "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
-        "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
+        "fates": dict(sorted(fates.items(), key=lambda one: one[0] != "trained")),
         "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
     }
