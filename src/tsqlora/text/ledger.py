@@ -306,7 +306,8 @@ def _roles_broken(messages: Sequence[Message]) -> bool:
     roles = [message.role for message in messages if message.role != "system"]
     twice = any(a == b == "user" for a, b in pairwise(roles))
     called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
-    return bool(roles) and (twice or called or roles[-1] == "user" or "user" not in roles)
+    alone = {*roles} - {"developer"} == {ANSWER}  # unknown roles are named by the preparation
+    return twice or called or alone or (bool(roles) and roles[-1] == "user")
 
 
 def digest_of(conversation: Conversation) -> str:
