@@ -237,8 +237,23 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run)
 def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> None:
     out = place / "nothing"
     assert tsqlora("audit", "--prepared", place / "model", "--model", place / "model", "--out", out)[0] == 3
-    assert tsqlora("audit", place / "chats.jsonl", "--out", out)[0] == 2  # no tokenizer
+    code, _, err = tsqlora("audit", place / "chats.jsonl", "--no-model", "--out", out)
+    assert (code, "give --model M" in err) == (2, True)
     assert not out.exists()
+
+
+def test_options_that_do_not_go_together_are_named(place: Path, tsqlora: Run) -> None:
+    rows, review, model = place / "chats.jsonl", place / "some review.csv", ("--model", place / "model")
+    for words, named in (
+        (("--drop-findings", "duplicate"), "tsqlora audit --drop-findings duplicate --out AUDIT"),
+        (("--apply", review, "--out", place / "a"), f"tsqlora audit --apply '{review}' --out '{place / 'a'}'"),
+        (("--prepared", place), f"tsqlora audit --prepared '{place}' --data '{rows}'"),
+    ):
+        code, _, err = tsqlora("audit", rows, *model, *words)
+        assert code == 2
+        assert f"DATA and {words[0]} do not go together" in err
+        assert named in err
+    assert tsqlora("audit")[0] == 2
 
 
 def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:
