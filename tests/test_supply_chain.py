@@ -31,7 +31,7 @@ sys.addaudithook(hook)
 import tsqlora
 # preload is what a server of processes imports to be warm, and __main__ is the program: that is their effect. A plugin
 # is imported by its trainer alone.
-programs = ("tsqlora.compare.preload", "tsqlora.cli.__main__", "tsqlora.plugins.axolotl")
+programs = ("tsqlora.compare.preload", "tsqlora.__main__", "tsqlora.cli.__main__", "tsqlora.plugins.axolotl")
 names = [m.name for m in pkgutil.walk_packages(tsqlora.__path__, "tsqlora.") if m.name not in programs]
 for name in names:
     importlib.import_module(name)

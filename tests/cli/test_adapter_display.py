@@ -43,6 +43,13 @@ def test_the_doctors_report(report: dict[str, Any]) -> None:
     assert "takesnosavedmodules" in unfolded(text)
 
 
+def test_the_verdict_on_a_template_stands_last(report: dict[str, Any]) -> None:
+    template = {"same": 0, "prompts": 2, "stops": ["</s>"], "stops_trained": 1.0}
+    template["first"] = {"prompt": 0, "at": 3, "trained": "a", "other": "b"}
+    text = shown(show_doctor, report | {"template": template, "notes": ["a note"]})
+    assert "0 of 2 prompts are those of training" in text.partition("note: a note")[2]
+
+
 def test_where_no_export_helps_other_servers_are_named(report: dict[str, Any]) -> None:
     stuck = [server | {"mend": None} for server in report["consumers"]]
     verdicts = {"PEFT": "right", "vLLM": "right", "llama.cpp": "refused"}

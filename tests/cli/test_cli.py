@@ -298,6 +298,37 @@ def test_a_killed_run_resumes_to_the_same_adapter(trained: Path, place: Path, tm
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_is_continued_by_its_directory(
+    trained: Path, stopped: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"tsqlora train {stopped} --resume"
+    rows = stopped.parent / "rows.jsonl"
+    assert line in refused(tsqlora, "predict", stopped, "--data", rows, "--out", tmp_path / "p.jsonl")[1]
+    assert line in refused(tsqlora, "export", stopped, "--format", "peft", "--out", tmp_path / "e")[1]
+    assert "--resume" in refused(tsqlora, "train", stopped)[1]
+    code, out, err = tsqlora(*line.split()[1:], "--json")
+    assert code == 0, err
+    assert json.loads(out)["run"] == str(stopped)
+    assert json.loads(out)["metrics"] == record_of(trained)["metrics"]
+    assert "no run" in refused(tsqlora, "train", tmp_path, "--resume")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "the same command with --resume"),
+        ("compare", "the same command continues"),
+        ("audit", "the same command starts again"),
+    ],
+)
+def test_an_interrupted_command_says_what_is_true_of_it(
+    command: str, advice: str, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqlora.cli.commands.app", lambda *_, **__: 130)
+    code, _, err = tsqlora(command)
+    assert (code, err.strip().startswith(f"interrupted; {advice}")) == (130, True)
+
+
 def test_a_run_killed_behind_its_last_step_only_ends(
     trained: Path, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,9 @@ def test_gguf_of_a_classifier_says_in_one_line_who_serves_it(tmp_path: Path, tsq
     code, _, err = tsqlora("export", bert_classifier(tmp_path), "--format", "gguf", "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)
     assert "as it is by PEFT, vLLM; with --format merged by SGLang" in err
+    assert "llama.cpp cannot load classifier adapters" in err
+    code, _, err = tsqlora("export", tmp_path / "a", "--format", "foo", "--out", tmp_path / "out")
+    assert (code, err.startswith("error: --format foo: ")) == (2, True)
 
 
 def test_the_doctor_proposes_no_export_that_peft_cannot_make(tmp_path: Path, tsqlora: Run) -> None:

@@ -24,6 +24,11 @@ finally:
 """
 
 
+def test_python_runs_the_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "tsqlora", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("tsqlora "), done.stderr
+
+
 def test_a_paragraph_of_help_is_one_line_that_the_terminal_wraps() -> None:
     for command in app.registered_commands:
         assert not any("\n" in part for part in (command.help or "\n").split("\n\n")), command.callback

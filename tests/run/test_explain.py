@@ -93,5 +93,5 @@ def test_a_row_without_a_score_says_why(trained: tuple[Path, Draws], tmp_path: P
 
 
 def test_a_directory_without_scores_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="tsqlora score"):
+    with pytest.raises(DataError, match=f"`tsqlora score {tmp_path} --out {tmp_path}/scores.parquet`"):
         explain_source(tmp_path, 0)

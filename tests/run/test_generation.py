@@ -121,7 +121,7 @@ def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> 
 
 def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_them(run: Path, tmp_path: Path) -> None:
     mixed = [*rows(4), {"document": "pink", "summary": "pink " * 40}]
-    with pytest.warns(UserWarning, match=r"^1 of 5 rows are left out, whose targets do not fit whole: .*mixed\.jsonl"):
+    with pytest.warns(UserWarning, match=r"^1 of 5 rows are left out: the answer .*mixed\.jsonl"):
         result = evaluate_run(run, write_jsonl(tmp_path / "mixed.jsonl", mixed))
     assert result == evaluate_run(run, write_jsonl(tmp_path / "four.jsonl", rows(4)))
 
@@ -284,7 +284,7 @@ def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refu
         made.save_pretrained(tmp_path / "model")
 
     template("{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
-    with pytest.warns(UserWarning, match="warning stop_not_trained: no stop is trained") as warned:
+    with pytest.warns(UserWarning, match="^stop_not_trained: no stop is trained") as warned:
         plan = pipeline.dry_run(load_config(config))
     assert any(str(one.message) in plan["notes"] for one in warned)
     template("; ")
@@ -365,5 +365,17 @@ def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) ->
     config = config_of(tmp_path, "causal-lm", [*rows(20), long])
     job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
     assert len(job.train.samples) == len(job.train) == 20
-    assert job.train.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
+    assert job.train.notes[0].startswith("1 of 21 rows are left out: the answer ")
     assert job.train.notes[0].endswith("train.jsonl:21")
+
+
+def test_many_rows_left_out_are_a_warning_before_training(tmp_path: Path) -> None:
+    long = [{"document": "pink", "summary": "pink " * 20}] * 4
+    config = config_of(tmp_path, "causal-lm", [*rows(20), *long])
+    validation = write_jsonl(tmp_path / "few.jsonl", rows(20))
+    with pytest.warns(
+        UserWarning, match=r"^4 of 24 rows are left out: the answer .* is longer than max_length"
+    ) as warned:
+        plan = pipeline.dry_run(load_config(config, ["data.max_length=32", f"data.validation={validation}"]))
+    (text,) = (str(one.message) for one in warned if "left out" in str(one.message))
+    assert text in plan["notes"]

@@ -158,6 +158,43 @@ def test_an_error_ends_a_strict_audit_with_4(place: Path, tsqlora: Run) -> None:
     assert tsqlora(*command, "--out", place / "not strict")[0] == 0
 
 
+def test_a_file_of_which_no_row_is_trained_is_an_error(place: Path, tsqlora: Run) -> None:
+    command = ("--model", place / "model", "--no-model", "--strict", "--json", "--out")
+    roles = [{"role": "human", "content": "Hi."}, {"role": "gpt", "content": "Hello."}]
+    bad = write_jsonl(place / "roles.jsonl", [{"messages": roles}] * 3)
+    long = write_jsonl(place / "too long.jsonl", [turns(f"How far is {town}?", "Far. " * 200) for town in TOWNS])
+    for rows in (bad, long):
+        code, shown, _ = tsqlora("audit", rows, *command, place / f"none of {rows.stem}")
+        severities = {finding["name"]: finding["severity"] for finding in json.loads(shown)["findings"]}
+        assert (code, severities["dropped"]) == (4, "error")
+
+
+def test_a_row_that_the_template_cannot_hold_says_what_train_says(place: Path, tsqlora: Run) -> None:
+    template, chat = place / "plain.jinja", right(1)[0]["messages"]
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat[1] = {**chat[1], "tool_calls": [call]}
+    rows = write_jsonl(place / "tools.jsonl", [*right(12), {"messages": chat}])
+    command = ("audit", rows, "--model", place / "model", "--chat-template", template, "--no-model", "--out")
+    code, shown, err = tsqlora(*command, place / "tools", "--json")
+    assert code == 0, err
+    error = next(one for one in json.loads(shown)["findings"] if one["name"] == "template_error")
+    assert error["places"] == [12]
+    assert "'tool_calls', which the chat template does not read" in error["cause"]
+
+
+def test_the_terminal_shows_trained_rows_first_and_the_cure_of_errors(place: Path, tsqlora: Run) -> None:
+    template = place / "without stop.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    rows = write_jsonl(place / "first is empty.jsonl", [turns("How far is Paris?", " "), *right(300)])
+    command = ("audit", rows, "--model", place / "model", "--chat-template", template, "--no-model", "--out")
+    code, shown, err = tsqlora(*command, place / "shown")
+    assert code == 0, err
+    assert "300 trained, 1 dropped" in shown
+    assert "(row 0)" in shown
+    assert "stop_not_trained, with axolotl: train_on_eos: turn" in shown
+
+
 def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> None:
     out, source = place / "reviewed", place / "chats.jsonl"
     assert tsqlora("audit", source, "--model", place / "model", "--out", out)[0] == 0
@@ -200,8 +237,23 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run)
 def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> None:
     out = place / "nothing"
     assert tsqlora("audit", "--prepared", place / "model", "--model", place / "model", "--out", out)[0] == 3
-    assert tsqlora("audit", place / "chats.jsonl", "--out", out)[0] == 2  # no tokenizer
+    code, _, err = tsqlora("audit", place / "chats.jsonl", "--no-model", "--out", out)
+    assert (code, "give --model M" in err) == (2, True)
     assert not out.exists()
+
+
+def test_options_that_do_not_go_together_are_named(place: Path, tsqlora: Run) -> None:
+    rows, review, model = place / "chats.jsonl", place / "some review.csv", ("--model", place / "model")
+    for words, named in (
+        (("--drop-findings", "duplicate"), "tsqlora audit --drop-findings duplicate --out AUDIT"),
+        (("--apply", review, "--out", place / "a"), f"tsqlora audit --apply '{review}' --out '{place / 'a'}'"),
+        (("--prepared", place), f"tsqlora audit --prepared '{place}' --data '{rows}'"),
+    ):
+        code, _, err = tsqlora("audit", rows, *model, *words)
+        assert code == 2
+        assert f"DATA and {words[0]} do not go together" in err
+        assert named in err
+    assert tsqlora("audit")[0] == 2
 
 
 def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:

@@ -9,8 +9,8 @@ import pytest
 from byte_tokenizers import byte_tokenizer
 from tsqlora.errors import DataError
 from tsqlora.tasks.generation import IGNORED
-from tsqlora.text.conversations import Conversation, Message
-from tsqlora.text.ledger import Line, line_of, locate
+from tsqlora.text.conversations import Conversation, Message, conversation, format_of
+from tsqlora.text.ledger import Line, content_findings, line_of, locate
 from tsqlora.text.prepared import Trained, sequences_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 
@@ -132,6 +132,16 @@ def test_a_prompt_that_lacks_its_end_before_an_answer_is_lost(tokenizer: Any, vo
 )
 def test_contents_show_it(tokenizer: Any, vocabulary: Vocabulary, contents: Sequence[str], name: str) -> None:
     assert name in line(tokenizer, vocabulary, chat(*contents)).findings
+
+
+def test_a_chat_without_a_user_is_named_and_plain_text_is_not(vocabulary: Vocabulary) -> None:
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": ANSWER}]}
+    lone, text = (
+        conversation(cells, format_of([*cells], "rows"), 0) for cells in (row, {"text": f"{QUESTION} {ANSWER}"})
+    )
+    assert content_findings(lone, vocabulary) == ["roles"]
+    unknown = Conversation(0, (Message("human", QUESTION), Message("gpt", ANSWER)))  # the preparation says that
+    assert content_findings(text, vocabulary) == content_findings(unknown, vocabulary) == []
 
 
 @pytest.mark.parametrize(

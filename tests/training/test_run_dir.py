@@ -159,7 +159,7 @@ def test_a_disk_that_takes_no_more_is_told_with_the_cure(error: Exception, why: 
     with (
         pytest.raises(
             TsqLoraError,
-            match=rf"^{tmp_path} cannot be written: {why}.*.*`tsqlora train --resume`",
+            match=rf"^{tmp_path} cannot be written: {why}.*the same command with --resume",
         ),
         written(tmp_path),
     ):

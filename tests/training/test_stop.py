@@ -19,7 +19,7 @@ from tsqlora.errors import StoppedError
 from tsqlora.training.stop import SIGNALS, StopCallback
 
 ROWS = moods()
-OURS = pytest.mark.filterwarnings("ignore:SIG.*stopping after this step")
+OURS = pytest.mark.filterwarnings("ignore:SIG.*stopping ")
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +99,18 @@ def test_ctrl_c_a_second_time_stops_at_once(tmp_path: Path) -> None:
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
-def test_the_first_time_says_what_a_second_would_do() -> None:
-    with (
-        StopCallback("go on") as stop,
-        pytest.warns(
-            UserWarning, match="SIGTERM: stopping after this step, with a checkpoint; once more stops at once"
-        ),
-    ):
-        send(signal.SIGTERM)
+@pytest.mark.parametrize("phases", [(), ("step",), ("step", "validation")])
+def test_the_first_time_says_what_a_second_would_do(phases: tuple[str, ...]) -> None:
+    """A checkpoint is written behind a step alone: a look or a validation just ends."""
+    what = "after this step, with a checkpoint" if phases[-1:] == ("step",) else "soon"
+    with StopCallback("go on") as stop:
+        for phase in phases:
+            if phase == "step":
+                stop.on_step_begin(TrainingArguments("out", use_cpu=True), TrainerState(), TrainerControl())
+            else:
+                stop.watch(None)(phase, 1, 9)
+        with pytest.warns(UserWarning, match=f"SIGTERM: stopping {what}; once more stops at once"):
+            send(signal.SIGTERM)
     assert stop.asked == signal.SIGTERM
 
 

@@ -109,10 +109,10 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     if stuck and right:
         say(console, [f"no export helps {', '.join(stuck)}; serve it with {' or '.join(right)}"])
     say(console, _serving({server["name"]: server["serve"] for server in report["consumers"] if server["serve"]}))
-    if "template" in report:
-        _show_template(console, report["template"])
     _show_health(console, report["health"])
     say(console, [f"note: {note}" for note in report["notes"]])
+    if "template" in report:
+        _show_template(console, report["template"])
 
 
 def _serving(commands: Mapping[str, str]) -> list[str]:

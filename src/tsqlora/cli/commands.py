@@ -50,7 +50,12 @@ MOVED = {
 """Commands and options of earlier versions, and their replacements."""
 
 INTERRUPTED = 130
-INTERRUPTION = "interrupted; --resume continues a training, and the same command a scoring or a comparison"
+AFTER_INTERRUPTION = {
+    "train": "; the same command with --resume continues from the last complete checkpoint, or starts if there is none",
+    "score": "; the same command continues it",
+    "compare": "; the same command continues it",
+    "audit": "; the same command starts again",
+}
 
 
 def main() -> None:
@@ -72,7 +77,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         # typer returns a code for --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:
-            console.note(INTERRUPTION)
+            console.note(f"interrupted{AFTER_INTERRUPTION.get(arguments[0], '')}")
         return code
     except UsageError as error:
         console.error(f"{error.format_message().rstrip('.?')}; see `tsqlora --help` and `tsqlora COMMAND --help`")

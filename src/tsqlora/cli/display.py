@@ -269,10 +269,13 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
     table.add_column("cause", ratio=1)
     for finding in result["findings"]:
         places = ", ".join(map(str, finding["places"][:3])) + (", …" if finding["rows"] > 3 else "")
-        cells = (finding["severity"], finding["name"], f"{finding['rows']:,}", f"{finding['cause']} (rows {places})")
+        where = f"row{'s' if finding['rows'] > 1 else ''} {places}"
+        cells = (finding["severity"], finding["name"], f"{finding['rows']:,}", f"{finding['cause']} ({where})")
         table.add_row(*map(Text, cells))
     if result["findings"]:
         console.print(table)
+        errors = [finding for finding in result["findings"] if finding["severity"] == "error"]
+        say(console, [f"{one['name']}, with {t}: {cure}" for one in errors for t, cure in one["cure"].items()])
     else:
         say(console, ["no finding"])
     if lengths := result.get("lengths"):

@@ -141,12 +141,15 @@ def export(
     if (format is None) == (server is None):
         raise SettingsError("an export needs either --format or --server; set one of them")
     from tsqlora.interop.doctor import format_for, served
+    from tsqlora.interop.export import require_format
     from tsqlora.training.run_dir import adapter_folder
 
+    if format is not None:
+        require_format(format)
     source = _local(source)
     if who := served(adapter_folder(source)):
         if format == "gguf":
-            raise UnsupportedError(f"llama.cpp reads no such adapter: {who}")
+            raise UnsupportedError(f"llama.cpp cannot load classifier adapters; {who}")
         console.note(who)
     if server is not None:
         format = format_for(adapter_folder(source), server)

@@ -207,8 +207,7 @@ def audit(
 
     Example: tsqlora audit chats.jsonl --model M --eval test.jsonl --out audit
     """
-    if sum(one is not None for one in (source, apply or drop_findings, prepared)) != 1:
-        raise SettingsError("audit needs rows (a CONFIG or DATA), --prepared DIR, or a review with --apply")
+    _require_one(source, apply, drop_findings, prepared, out)
     if (apply or drop_findings) and (reviewed_text := _reviewed_text(apply, drop_findings, out)) is not None:
         console.show(reviewed_text, as_json, show_numbers)
         return
@@ -260,6 +259,23 @@ def audit(
     console.show(result, as_json, show_audit)
 
 
+def _require_one(
+    source: str | None, apply: Path | None, drop_findings: str | None, prepared: Path | None, out: Path | None
+) -> None:
+    """Raise SettingsError unless there is one thing to audit, or one audit to apply."""
+    sources = [one for one in (source, prepared, apply or drop_findings) if one]
+    if not sources:
+        raise SettingsError("audit needs rows (a CONFIG or DATA), --prepared DIR, or a review with --apply")
+    if len(sources) == 1:
+        return
+    later = f"--apply {quote(str(apply))}" if apply else f"--drop-findings {quote(drop_findings or '')}"
+    line = f"tsqlora audit {later} --out {quote(str(out or 'AUDIT'))}"
+    why = f"{later.split()[0]} reads an audit that was written before; for that type `{line}`"
+    if not (apply or drop_findings):
+        later, why = "--prepared", f"type `tsqlora audit --prepared {quote(str(prepared))} --data {quote(str(source))}`"
+    raise SettingsError(f"{'DATA' if source else '--prepared'} and {later.split()[0]} do not go together; {why}")
+
+
 def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> dict[str, Any] | None:
     """Part the rows of a text audit by its review; None for an audit of labels."""
     from tsqlora.run.text_review import apply_text_review, is_text_audit
@@ -290,12 +306,12 @@ def _audit_text(
     strict: bool,
     as_json: bool,
 ) -> None:
-    from tsqlora.run.text_audit import audit_prepared, audit_text
+    from tsqlora.run.text_audit import NO_TOKENIZER, audit_prepared, audit_text
     from tsqlora.training.run_dir import dated
 
-    model = config.model.path if config is not None and config.model.path != "." else model
+    model = model if config is None else config.model.path
     if model is None:
-        raise SettingsError("an audit of text needs the tokenizer of the model that will be trained; give --model")
+        raise SettingsError(NO_TOKENIZER)
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:

@@ -67,7 +67,8 @@ def init(
 
 def train(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; or give --model and --data.")
+        Path | None,
+        typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run to resume; or --model and --data."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="model.path: a directory or hub id.")] = None,
     data: Annotated[str | None, typer.Option(metavar="F", help="data.train: a file, directory or hub id.")] = None,
@@ -90,11 +91,17 @@ def train(
     Example: tsqlora train --model sentence-transformers/all-MiniLM-L6-v2 --data rows.csv
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
+
+    Example: tsqlora train run --resume
     """
     from tsqlora.data.readers import SUFFIXES
     from tsqlora.run.config import load_config
-    from tsqlora.training.run_dir import dated, require_free
+    from tsqlora.training.run_dir import CONFIG_FILE, dated, is_run, require_free
 
+    if config is not None and config.is_dir():
+        if not is_run(config):
+            raise SettingsError(f"{config} holds no run that has begun to train; name its CONFIG, a YAML file")
+        config, out = config / CONFIG_FILE, out or config
     if config is not None and data is None and config.suffix.lower() in {*SUFFIXES} - {".json"}:
         console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)

@@ -318,7 +318,8 @@ def left_out(split: Samples) -> list[str]:
         return []
     count, first = len(split.left_out), ", ".join(place for place, _ in split.left_out[:_SHOWN])
     more = ", …" if count > _SHOWN else ""
-    return [f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"]
+    why = "the answer (of a chat, with its question) is longer than max_length"
+    return [f"{count} of {len(split) + count} rows are left out: {why}: {first}{more}"]
 
 
 PLAINLY = Manner(seq2seq=False, chat=False)

@@ -91,6 +91,12 @@ class Job:
     dtype: str | None
 
 
+def require_format(format: str) -> None:
+    """Raise SettingsError for a format that does not exist."""
+    if format not in FORMATS:
+        raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
+
+
 def export_adapter(
     source: Path,
     out: Path,
@@ -114,8 +120,7 @@ def export_adapter(
     Raises SettingsError, DataError and UnsupportedError before it writes anything, TsqLoraError if the comparison
     fails.
     """
-    if format not in FORMATS:
-        raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
+    require_format(format)
     if format == "compressed" and (max_rank, mean_rank) == (None, None):
         raise SettingsError("--format compressed needs --mean-rank R or --max-rank R")
     floats = gguf.DTYPES if format == "gguf" else FLOATS

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def explain_samples(source: Path, n: int, *, data: Path | None = None) -> dict[s
 def _load(source: Path) -> Scores:
     path = source / SCORES_FILE if source.is_dir() else source
     if not path.exists() and source.is_dir():
-        raise DataError(f"{source} has no {SCORES_FILE}; score its rows with `tsqlora score`")
+        folder = quote(str(source))
+        raise DataError(f"{source} has no {SCORES_FILE}; type `tsqlora score {folder} --out {folder}/{SCORES_FILE}`")
     return Scores.load(path)
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from peft import PeftModel
@@ -154,7 +155,7 @@ def require_finished(run: Path) -> RunRecord:
     """The record of a finished run.  Raises DataError for any other directory."""
     record = RunRecord.load(run)
     if record.status != "finished":
-        raise DataError(f"the run in {run} is not finished; `tsqlora train --resume` continues it")
+        raise DataError(f"the run in {run} is not finished; `tsqlora train {quote(str(run))} --resume` continues it")
     return record
 
 

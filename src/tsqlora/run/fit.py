@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
-from tsqlora.data.generation import least_prompt, references
+from tsqlora.data.generation import least_prompt, left_out, references
 from tsqlora.data.splits import MEASURED
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.progress import Progress
@@ -34,6 +34,8 @@ from tsqlora.training.run_dir import CHECKPOINT_DIR
 
 EVAL_BATCH = 64
 """Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""
+MANY = 0.1
+"""Share of rows left out, above which the note is a warning before training."""
 _BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
 """Evaluation that training.save_strategy best needs, unless it is set."""
 
@@ -90,6 +92,9 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
         ranks=first["ranks"],
     )
     record.notes += notes_of(job.data)
+    for samples in (table.samples for table in job.data.values()) if distributed.is_first() else ():
+        if len(samples.left_out) > MANY * (len(samples) + len(samples.left_out)):
+            warnings.warn(left_out(samples)[0], stacklevel=2)
     record.notes += start_notes(config, record.labels)
     for name, table in job.data.items():
         if table.samples.truncated:

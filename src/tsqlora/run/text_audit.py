@@ -42,6 +42,7 @@ from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
+NO_TOKENIZER = "give --model M: the audit of texts needs its tokenizer (--no-model leaves out its weights)"
 BATCH = 8
 """Rows of a batch, where nothing says how many there are."""
 MOST_PADDING = 0.3
@@ -58,7 +59,11 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     if not is_yaml:
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
-    return config if not (is_yaml or "task.type" in keys) or get_task(config.task.type).reading.causal else None
+    if (is_yaml or "task.type" in keys) and not get_task(config.task.type).reading.causal:
+        return None
+    if not is_yaml and model is None and "model.path" not in keys:
+        raise SettingsError(NO_TOKENIZER)
+    return config
 
 
 def _holds_text(source: str) -> bool:
@@ -289,12 +294,13 @@ def finish(
         further["lengths"] = [line.row for line in lines if line.tokens]
     errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
     findings = findings_of(lines, further, errors)
+    fates = Counter(line.fate.partition(" of ")[0] for line in lines)
     about = {
         **about,
         "rows": len(lines),
         "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
-        "fates": Counter(line.fate.partition(" of ")[0] for line in lines),
+        "fates": dict(sorted(fates.items(), key=lambda one: one[0] != "trained")),
         "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
     }

@@ -34,7 +34,7 @@ from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
 """Samples of a generating model in a dry run."""
-HOW_TO_RESUME = "the same command with --resume continues from the last complete checkpoint"
+HOW_TO_RESUME = "the same command with --resume continues from the last complete checkpoint, or starts if there is none"
 
 
 def train(

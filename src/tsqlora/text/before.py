@@ -59,9 +59,8 @@ def worst_findings(
     for finding in worst:
         few = ", ".join(map(str, finding.places[:3])) + (", …" if len(finding.places) > 3 else "")
         of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
-        shown.append(
-            f"{finding.severity} {finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); see {see}"
-        )
+        severity = "error " if finding.severity == ERROR else ""  # the rest are shown as warnings, which says it
+        shown.append(f"{severity}{finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); see {see}")
         if table is not None and finding.severity == ERROR and len(finding.places) == len(lines):
             cure = f"; with TRL {finding.cure['TRL']}" if finding.cure else ""
             raise DataError(f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them")

@@ -35,6 +35,8 @@ class Conversation:
     tools: Sequence[Any] | None = None
     prompt: tuple[Message, ...] | None = None
     """Of a pair whose answers are whole chats with different prompts: the rejected one's prompt."""
+    plain: bool = False
+    """Whether the row is plain text, without turns; its one message has the text."""
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -77,7 +79,7 @@ def _read(row: Mapping[str, Any], format: Format) -> Conversation:
         own = _messages(cell, columns.text)
         return Conversation(0, (*([] if own and own[0].role == "system" else first), *own), tools=tools)
     if FORMATS[format.name].whole:
-        return Conversation(0, (Message(ANSWER, _text(cell, columns.text)),))
+        return Conversation(0, (Message(ANSWER, _text(cell, columns.text)),), plain=True)
     if isinstance(cell, list):  # conversational prompt and completion
         answer = row.get(columns.label or "")
         own = _messages(answer, columns.label or "") if isinstance(answer, list) else [Message(ANSWER, str(answer))]

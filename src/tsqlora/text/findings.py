@@ -40,7 +40,7 @@ FINDINGS: dict[str, Kind] = {
     "cut_then_stop": Kind(
         ERROR, "a cut answer is followed by a trained stop: the model learns to stop in the middle", _LONGER
     ),
-    "dropped": Kind(WARNING, "the preparation left these rows out", _LONGER),
+    "dropped": Kind(WARNING, "the preparation left these rows out", _LONGER, ERROR),
     "stop_not_trained": Kind(
         WARNING,
         "no stop is trained behind the last answer, so the model does not learn to end it",
@@ -111,7 +111,7 @@ FINDINGS: dict[str, Kind] = {
     "cut_answer": Kind(WARNING, "the answer ends in the middle, as generation stopped at a limit"),
     "disordered_answer": Kind(WARNING, "the answer's sentences are out of order, or repeated"),
     "swapped_pair": Kind(WARNING, "the sides of the pair differ as those of most others do, the other way round"),
-    "roles": Kind(WARNING, "two user turns in a row, no answer to the last one, or a tool call without a result"),
+    "roles": Kind(WARNING, "no user turn, two in a row, no answer to the last one, or a tool call without a result"),
     "duplicate": Kind(WARNING, "the row is a copy of an earlier one"),
     "eval_leak": Kind(WARNING, "the row is in the evaluation file, too"),
     "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
@@ -165,12 +165,14 @@ def findings_of(
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     dropped = [line for line in lines if line.fate == "dropped"]
     cut = sum("answer_cut" in line.findings for line in dropped)
-    details = [line.detail for line in dropped if not line.findings or "dropped" in line.findings]
+    errs = any(FINDINGS[name].severity == ERROR for line in dropped for name in line.findings)
+    none_left = len(dropped) == len(lines) and not errs
+    without_cause = [line for line in dropped if none_left or not line.findings or "dropped" in line.findings]
+    details = [line.detail for line in without_cause if "answer_cut" not in line.findings]
     for line in lines:
         for name in line.findings:
             rows.setdefault(name, []).append(line.row)
-        if line.fate == "dropped" and not line.findings:
-            rows.setdefault("dropped", []).append(line.row)
+    rows["dropped"] = [line.row for line in without_cause]
     # Only final, uncut answers can end with a stop.
     final_answers = {"stop_not_trained": sum(line.stop_trained is not None for line in lines)}
     findings = []
@@ -189,5 +191,7 @@ def findings_of(
         if name == "dropped" and any(details):
             cause += f": {next(filter(None, details))}"
             cures = cures if not all(details) else {}  # a longer limit would not help
+        if name == "template_error":
+            cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
         findings.append(Finding(name, severity, tuple(places), share, cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

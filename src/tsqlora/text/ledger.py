@@ -287,7 +287,7 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list
     answer = conversation.answer.strip()
     if len(prompt) >= LEAST_KNOWN and answer.startswith(prompt):
         findings.append("copies_prompt")
-    if conversation.rejected is None and _roles_broken(messages):
+    if conversation.rejected is None and not conversation.plain and _roles_broken(messages):
         findings.append("roles")
     if conversation.rejected is not None:
         if _contents(conversation.rejected) == _contents(messages[-1:]):
@@ -302,11 +302,12 @@ def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
 
 
 def _roles_broken(messages: Sequence[Message]) -> bool:
-    """Two users in a row, a conversation that ends with the user, or a tool call without its result."""
+    """No user, two in a row, a conversation that ends with the user, or a tool call without its result."""
     roles = [message.role for message in messages if message.role != "system"]
     twice = any(a == b == "user" for a, b in pairwise(roles))
     called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
-    return twice or called or (bool(roles) and roles[-1] == "user")
+    alone = {*roles} - {"developer"} == {ANSWER}  # unknown roles are named by the preparation
+    return twice or called or alone or (bool(roles) and roles[-1] == "user")
 
 
 def digest_of(conversation: Conversation) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import date
 from itertools import chain, count
 from pathlib import Path
+from shlex import quote
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -41,7 +42,9 @@ def adapter_folder(path: Path) -> Path:
     if not is_run(path):
         return path
     if not (path / ADAPTER_DIR).is_dir():
-        raise DataError(f"the run in {path} has no adapter yet; `tsqlora train --resume` goes on with it")
+        raise DataError(
+            f"the run in {path} has no adapter yet; `tsqlora train {quote(str(path))} --resume` continues it"
+        )
     return path / ADAPTER_DIR
 
 
@@ -124,8 +127,8 @@ def written(run: Path) -> Iterator[None]:
         if why is None or elsewhere:
             raise
         raise TsqLoraError(
-            f"{run} cannot be written: {why}; free some space or fix the rights, then `tsqlora train --resume` "
-            "continues from the last complete checkpoint"
+            f"{run} cannot be written: {why}; free some space or fix the rights, then the same command with "
+            "--resume continues from the last complete checkpoint"
         ) from error
 
 

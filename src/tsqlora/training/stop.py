@@ -31,6 +31,7 @@ class StopCallback(TrainerCallback):
         self.asked: int | None = None
         """The signal, once one has arrived."""
         self._saved: int | None = None
+        self._in_step = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
@@ -53,6 +54,7 @@ class StopCallback(TrainerCallback):
         def report(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
             if progress is not None:
                 progress(phase, done, total, pulse)
+            self._in_step &= phase == "training"
             if self.asked is not None and phase != "training":
                 raise self._stopped(f"in {phase}")
 
@@ -67,6 +69,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._end()
+        self._in_step = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._end()
@@ -81,7 +84,8 @@ class StopCallback(TrainerCallback):
         self.__exit__()
         self.asked = which
         name = signal.Signals(which).name
-        warnings.warn(f"{name}: stopping after this step, with a checkpoint; once more stops at once", stacklevel=1)
+        when = "after this step, with a checkpoint" if self._in_step else "soon"  # a look ends without one
+        warnings.warn(f"{name}: stopping {when}; once more stops at once", stacklevel=1)
 
     def _stopped(self, where: str) -> StoppedError:
         assert self.asked is not None

@@ -1,0 +1,5 @@
+"""`python -m tsqlora`."""
+
+from tsqlora.cli import main
+
+main()
