@@ -7,12 +7,12 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -25,6 +25,7 @@ from tsqlora.data.readers import (
     SUFFIXES,
     TABLES,
     BrokenQuotesError,
+    Dialect,
     Hints,
     fits_literally,
     parquet_file,
@@ -43,6 +44,8 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 """Splits of a directory or hub data set, and the names that each may have there."""
+
+T = TypeVar("T")
 
 ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
@@ -185,8 +188,22 @@ def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
     if path.suffix.lower() == ".parquet":
         with parquet_file(path) as file:
             return tuple(file.schema_arrow.names)
-    rows = READERS[path.suffix.lower()](path, sniff(path, hints))
-    return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+
+    def names(dialect: Dialect) -> tuple[str, ...]:
+        rows = READERS[path.suffix.lower()](path, dialect)
+        return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+
+    return _either_way(path, sniff(path, hints), names)
+
+
+def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:
+    """Read a file with quotes around its fields; or, where they cannot be, with quotes that belong to the text."""
+    try:
+        return read(dialect)
+    except BrokenQuotesError as error:
+        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
+            raise
+    return read(replace(dialect, quoting="literal"))
 
 
 def require_source(source: str | Path) -> None:
@@ -240,14 +257,12 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     if note := dialect.note(str(path)):
         warnings.warn(note, stacklevel=4)
         notes = (note,)
-    about = {"typed": suffix not in TABLES, "path": path, "dialect": dialect, "notes": notes}
-    try:
-        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
-    except BrokenQuotesError as error:
-        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
-            raise
-    about["dialect"] = dialect = replace(dialect, quoting="literal")
-    return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
+    about = {"typed": suffix not in TABLES, "path": path, "notes": notes}
+
+    def read(dialect: Dialect) -> Table:
+        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, dialect=dialect, **about)
+
+    return _either_way(path, dialect, read)
 
 
 def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | None) -> Table:
