@@ -265,6 +265,13 @@ def test_override_values_are_yaml() -> None:
     assert config.task.type == "a=b"
 
 
+@pytest.mark.parametrize("text", [",", "|", "\t", ":", "#", "*", '","', "';'"])
+def test_what_is_not_a_text_in_yaml_is_the_text_of_a_setting_that_takes_one(text: str) -> None:
+    assert loaded("", f"data.delimiter={text}").data.delimiter == text.strip("\"'")
+    assert (loaded("", "data.text=7").data.text, loaded("", "data.text=[a").data.text) == ("7", "[a")
+    assert [loaded("", f"data.text={none}").data.text for none in ("", "null", "~")] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -275,7 +282,9 @@ def test_override_values_are_yaml() -> None:
         ("ranks.min=20", "ranks.min 20"),
         ("training.zzz=1", "'training.zzz'"),
         ("model.path.x=1", "'model.path.x'"),
-        ("data.text=[", "'data.text=['"),
+        ("quality.fraction=[", "'quality.fraction=['"),
+        ("data.encoding=klingon", "data.encoding is 'klingon', which Python does not support"),
+        ("data.encoding=rot13", "data.encoding is 'rot13', which Python does not support"),
     ],
 )
 def test_an_error_in_an_override_says_so(override: str, key: str) -> None:

@@ -186,10 +186,27 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")) or key.count(".") > _MOST_DOTS:
         raise SettingsError(f"--set: {override!r} is not key.key=value, such as quality.fraction=0.3")
+    takes_text = _takes_text(key)
     try:
-        return key, load_yaml(text)
+        value = load_yaml(text)
     except YamlProblem as error:
-        raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
+        if not takes_text:
+            raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
+        return key, text
+    none = text.strip().lower() in ("", "null", "~")
+    is_text = isinstance(value, str) and (value or text[0] in "'\"")  # | and > begin an empty text
+    return key, text if takes_text and not (none or is_text) else value
+
+
+def _takes_text(key: str) -> bool:
+    """Whether a setting takes any text, or null."""
+    *sections, name = key.split(".")
+    section: type[Section] | None = Config
+    for part in sections:
+        field = section.model_fields.get(part) if section else None
+        section = section_of(field) if field else None
+    field = section.model_fields.get(name) if section else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:
