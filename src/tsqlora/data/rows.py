@@ -5,7 +5,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -128,7 +128,7 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
     return [used.get(key) for key in settings]
 
 
-def quoted(names: Collection[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names of columns for a message, in quotes: a name may have blanks around it, or be empty."""
     return ", ".join(f"'{name}'" for name in names if name.strip())
 
