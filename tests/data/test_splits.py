@@ -176,6 +176,8 @@ TALKS = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}
         ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; set data.label"),
         ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
         ([PAIR] * 3, "class", "set task.type to preference"),
+        ([{"messages": []}] * 3, "class", "set task.type to causal-lm"),
+        ([{"prompt": "a", "completion": "b"}] * 3, "number", "set task.type to causal-lm"),
         ([PAIR] * 3, "text", "set task.type to preference"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "class", "train.jsonl:11: the label 'warm'"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "number", "train.jsonl:11: label 'warm'"),

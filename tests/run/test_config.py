@@ -317,6 +317,33 @@ def test_a_path_is_looked_for_here_then_beside_the_file_else_it_is_a_hub_id(tmp_
     assert config.model.path == "org/model"
 
 
+@pytest.mark.parametrize(
+    ("row", "settings", "task"),
+    [
+        ('{"messages": []}', "", "causal-lm"),
+        ('{"prompt": "a", "completion": "b"}', "", "causal-lm"),
+        ('{"q": "a", "a": "b"}', "data: {prompt: q, target: a}", "causal-lm"),
+        ('{"prompt": "a", "completion": "b"}', "data: {label: completion}", "sequence-classification"),
+        ('{"prompt": "a", "completion": "b"}', "task: {type: seq2seq}", "seq2seq"),
+        ('{"question": "a", "answer": "b", "label": 1}', "", "sequence-classification"),
+        ('{"text": "a", "sentiment": "b"}', "", "sequence-classification"),
+        ("broken", "", "sequence-classification"),
+    ],
+)
+def test_a_model_that_writes_text_learns_the_answers_of_a_file_that_has_them(
+    row: str, settings: str, task: str
+) -> None:
+    Path("rows.jsonl").write_text(row)
+    sections = {"model": {"path": "writer"}, "data": {"train": "rows.jsonl"}}
+    Path("tsq.yaml").write_text(settings)
+    Path("writer").mkdir()
+    assert load_config("tsq.yaml", sections=sections).task.type in (task, "sequence-classification")
+    Path("writer", "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert load_config("tsq.yaml", sections=sections).task.type == task
+    Path("writer", "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert load_config("tsq.yaml", sections=sections).task.type != "causal-lm"
+
+
 # ------------------------------------------------------------------------------ round trip
 
 # A leading word keeps drawn names from being those of files, which are made absolute.

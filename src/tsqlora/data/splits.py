@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.examples import Manner
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import Format, are_answers
 from tsqlora.data.labels import (
     LabelKind,
     LabelMap,
@@ -81,9 +81,13 @@ def read_data(
                 "set task.type to causal-lm, for a model that writes text"
             )
     except DataError as error:
-        if not holds_out or not {"chosen", "rejected"} <= {*first.names}:
+        if holds_out and {"chosen", "rejected"} <= {*first.names}:
+            cure = "of rows with chosen and rejected answers, set task.type to preference"
+        elif not any((columns or {}).values()) and are_answers(first.names):
+            cure = "of chats, or of prompts with answers, set task.type to causal-lm"
+        else:
             raise
-        raise DataError(f"{error}; of rows with chosen and rejected answers, set task.type to preference") from error
+        raise DataError(f"{error}; {cure}") from error
     named = {} if numbers or (label is None and format is None) else first.class_names
     tables = {
         name: replace(table.using(used, format=format), class_names=named and (table.class_names or named))

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import require_model
 from tsqlora.compat.transformers import row_collator
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import Format, format_of, unlabelled_format
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.readers import SNIFF, Hints
-from tsqlora.data.rows import Row, find_columns
+from tsqlora.data.rows import Row
 from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -33,7 +33,7 @@ from tsqlora.run.job import hints_of
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, conversation, format_of
+from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.lengths import lengths_of
@@ -62,20 +62,8 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     config = load_config(source if is_yaml else None, overrides, sections=sections)
     if is_yaml or "task.type" in keys:
         return config if get_task(config.task.type).reading.causal else None
-    return config if _holds_text(source, hints_of(config)) else None
-
-
-def _holds_text(source: str, hints: Hints) -> bool:
-    names = first_columns(source, hints)
-    try:
-        if find_columns(names, text=None, text_pair=None, label=None, source=source).label is not None:
-            return False
-    except DataError:
-        pass  # no column of a text to classify
-    try:
-        return bool(names and format_of(names, source))
-    except DataError:
-        return False
+    names = first_columns(source, hints_of(config))
+    return config if names and unlabelled_format(names, source) else None
 
 
 def audit_text(
