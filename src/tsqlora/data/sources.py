@@ -51,6 +51,8 @@ ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
 
 
+_SHOWN = 3
+"""Files of a folder that a message names."""
 FIRST = 20
 """Rows that tell what a file holds."""
 
@@ -89,13 +91,26 @@ def open_tables(
     requested = [name for name in SPLIT_NAMES if name not in explicit]
     tables = _open(train, requested=requested, hints=hints, folder=folder)
     if "train" not in tables:
-        raise DataError(f"{train} has no split train; set data.train to the training file")
+        raise DataError(_without_train(train))
     for name, path in explicit.items():
         tables[name] = open_table(path, split=name, hints=hints, folder=folder)
     if trusted is not None:
         named = _open(trusted, requested=("trusted",), hints=hints, folder=folder)
         tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints, folder=folder)
     return {name: tables[name] for name in ORDER if name in tables}
+
+
+def _without_train(source: str) -> str:
+    """What was looked for in a folder or data set without training rows, and what to name."""
+    if not os.path.isdir(folder := os.path.expanduser(source)):
+        return f"{source} has no split train; set data.train to the training file"
+    # Any JSON may be there, such as that of a model.
+    files = [one.name for one in _listed(Path(folder)) if one.is_file() and suffix_of(one) in {*SUFFIXES} - {".json"}]
+    such = f", such as {', '.join(os.path.join(source, name) for name in files[:_SHOWN])}" if files else ""
+    return (
+        f"{source} is a folder without a file train ({', '.join(SUFFIXES)}) and without folders of images or "
+        f"recordings; set data.train to a file of rows{such}"
+    )
 
 
 def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
