@@ -12,7 +12,7 @@ from dataclasses import replace
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 
@@ -91,7 +91,7 @@ def open_tables(
     requested = [name for name in SPLIT_NAMES if name not in explicit]
     tables = _open(train, requested=requested, hints=hints, folder=folder)
     if "train" not in tables:
-        raise DataError(_without_train(train))
+        _refuse_without_train(train)
     for name, path in explicit.items():
         tables[name] = open_table(path, split=name, hints=hints, folder=folder)
     if trusted is not None:
@@ -100,14 +100,14 @@ def open_tables(
     return {name: tables[name] for name in ORDER if name in tables}
 
 
-def _without_train(source: str) -> str:
-    """What was looked for in a folder or data set without training rows, and what to name."""
+def _refuse_without_train(source: str) -> NoReturn:
+    """Raise DataError that says what was looked for in a folder or data set, and what to name."""
     if not os.path.isdir(folder := os.path.expanduser(source)):
-        return f"{source} has no split train; set data.train to the training file"
+        raise DataError(f"{source} has no split train; set data.train to the training file")
     # Any JSON may be there, such as that of a model.
     files = [one.name for one in _listed(Path(folder)) if one.is_file() and suffix_of(one) in {*SUFFIXES} - {".json"}]
     such = f", such as {', '.join(os.path.join(source, name) for name in files[:_SHOWN])}" if files else ""
-    return (
+    raise DataError(
         f"{source} is a folder without a file train ({', '.join(SUFFIXES)}) and without folders of images or "
         f"recordings; set data.train to a file of rows{such}"
     )
