@@ -1,12 +1,14 @@
 """What `tsqlora` imports before it has work, which is what a user waits for, and completion in the shell."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from runs import run_cli
 from tsqlora.cli.commands import app
 
 ADAPTER = Path(__file__).parents[1] / "fixtures" / "v0.1" / "run" / "adapter"
@@ -88,3 +90,29 @@ def test_a_reader_that_closes_the_pipe_sees_no_traceback() -> None:
     )
     os.close(writer)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("train c.yaml --epochs 3", "--set training.epochs=3"),
+        ("train c.yaml --lr=1e-4", "--set training.learning_rate=1e-4"),
+        ("train c.yaml --batch-size 8", "--set training.batch_size=8"),
+        ("audit rows.csv --lable kind", "--set data.label=kind"),
+        ("audit rows.csv --data.label 'a b'", "--set 'data.label=a b'"),
+        ("train c.yaml --fraction", "--set quality.fraction=…"),
+    ],
+)
+def test_an_unknown_option_that_is_a_setting_is_named_as_such(
+    words: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_cli(capsys, *shlex.split(words))
+    assert (code, f"did you mean {hint}?" in err) == (2, True), err
+
+
+@pytest.mark.parametrize(("words", "near"), [("train --modle m", "--model"), ("predict run --label x", "--label")])
+def test_another_unknown_option_keeps_its_own_message(
+    words: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_cli(capsys, *words.split())
+    assert (code, near in err, "--set" in err) == (2, True, False)

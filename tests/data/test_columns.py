@@ -70,3 +70,14 @@ def test_what_cannot_be_is_refused(names: list[str], settings: dict[str, str], m
     with pytest.raises(DataError, match=r"train\.csv") as caught:
         find(names, **settings)
     assert all(name in str(caught.value) for name in message)
+
+
+@pytest.mark.parametrize(
+    "names", [["ID0", "A long text that no one would give a column as its name", "sport"], ["so", "1"]]
+)
+def test_a_first_row_in_place_of_names_is_taken_for_one(names: list[str]) -> None:
+    with pytest.raises(DataError, match="is the line with the names of the columns missing") as caught:
+        find(names)
+    assert "A long text that no one would give" not in str(caught.value)
+    with pytest.raises(DataError, match="has no text column; set data"):
+        find(["body", "verdict"])

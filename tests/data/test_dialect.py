@@ -98,9 +98,23 @@ def test_json_lines_may_be_written_otherwise_too(tmp_path: Path) -> None:
     assert cells_of(tmp_path / "t.jsonl") == ({"text": "größer"},)
 
 
-def test_one_line_of_a_table_that_could_be_utf8_by_chance_keeps_the_encoding_of_the_hint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["größer", "źle", "£5", "naïve — café"])
+def test_one_line_in_utf8_is_read_as_such_whatever_the_hint_and_a_warning_says_so(word: str, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("text,label\nit costs Â£5,a\nfree,b\n", encoding="cp1252")
-    assert sniff(path, Hints(encoding="cp1252")).encoding == "cp1252"
-    path.write_text("text,label\nÅngström,a\ngrößer,b\nPlätze,c\n", encoding="utf-8")
-    assert sniff(path, Hints(encoding="cp1252")).encoding == "utf-8"
+    path.write_text(f"text,label\nit is {word},a\nfree,b\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match="UTF-8"):
+        assert cells_of(path, hints=Hints(encoding="cp1250"))[0] == {"text": f"it is {word}", "label": "a"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1250", "cp1252", "utf-16-le"])
+def test_a_file_that_is_not_utf8_keeps_the_encoding_of_the_hint(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\nit is größer,a\n", encoding=encoding)
+    assert cells_of(path, hints=Hints(encoding=encoding)) == ({"text": "it is größer", "label": "a"},)
+
+
+@pytest.mark.filterwarnings("ignore:.*was read as cp1252")
+def test_what_cannot_be_read_names_a_cure_that_every_command_has(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"text\n\x81\n")
+    with pytest.raises(DataError, match=r"save .* as UTF-8.*train and audit.*data\.encoding"):
+        open_table(tmp_path / "t.csv")

@@ -123,6 +123,14 @@ def test_targets_that_are_no_numbers_are_refused(value: Any) -> None:
         encode_targets(labelled(1.0, value), "label")
 
 
+@pytest.mark.parametrize(("value", "cure"), [("5,00", "5.00"), ("n/a", "empty"), ("good", "sequence-classification")])
+def test_what_is_no_number_is_cured_by_what_it_looks_like(value: str, cure: str) -> None:
+    with pytest.raises(DataError) as caught:
+        encode_targets(labelled(1.0, value), "label")
+    assert cure in str(caught.value)
+    assert ("sequence-classification" in str(caught.value)) == (value == "good")
+
+
 def test_labels_of_two_kinds_are_message_with_the_first_place_of_the_second() -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:13: the label '1'"):
         read_labels(0, 1, "1", 0, "0", 1)

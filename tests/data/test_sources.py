@@ -463,3 +463,11 @@ def test_every_error_of_the_hub_becomes_one_error(
     message = error("owner/name")
     assert "owner/name" in message
     assert text in message
+
+
+def test_a_folder_without_training_rows_says_what_was_looked_for_and_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"without a file train \(\.jsonl.*set data\.train to a file of rows$"):
+        open_tables(str(tmp_path), None, None)
+    (tmp_path / "mine.csv").write_text("text,label\na,b\n")
+    with pytest.raises(DataError, match=r"such as .*mine\.csv"):
+        open_tables(str(tmp_path), None, None)

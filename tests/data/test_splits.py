@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from runs import make_rows, write_jsonl
 from tables import read_as
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.splits import held_out, held_out_rows, read_data
+from tsqlora.data.splits import held_out, held_out_rows, read_data, unmeasured
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 
@@ -121,10 +121,33 @@ def test_classes_that_differ_in_case_or_spaces_alone_are_warned_of(tmp_path: Pat
     assert len(warned) == 1
 
 
-def test_classes_that_look_like_measures_are_warned_of(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("\n".join(["text,score", *(f"good,{v}" for v in ("0.5", "1", "2.25") * 5)]))
+@pytest.mark.parametrize(
+    "labels", [("0.5", "1", "2.25"), ("0,5", "1,0", "2,25"), (*(f"{j}.5" for j in range(12)), "v2")]
+)
+def test_classes_that_look_like_measures_are_warned_of(labels: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("\n".join(["text;score", *(f"good;{v}" for v in labels * 5)]))
     with pytest.warns(UserWarning, match="regression"):
         read(tmp_path / "train.csv")
+    (tmp_path / "many.csv").write_text("\n".join(["text;score", *(f"good;{j},5" for j in range(50))]))
+    assert "numbers: set task.type to regression" in error(tmp_path / "many.csv")
+
+
+@pytest.mark.parametrize("missing", ["N/A", "NA", "n/a", "null", "None", "nan"])
+def test_a_class_that_looks_like_a_missing_label_is_warned_of(missing: str, tmp_path: Path) -> None:
+    labels = ("good", "bad", "good", missing)
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *(f"so,{v}" for v in labels * 5)]))
+    with pytest.warns(UserWarning, match=f"label '{missing}' of 5 rows .* missing") as warned:
+        read(tmp_path / "train.csv")
+    assert len(warned) == 1
+
+
+def test_a_class_without_validation_rows_is_named(tmp_path: Path) -> None:
+    labels = ["good", "bad"] * 10 + ["rare"] * 2
+    rows = [{"text": f"text {j}", "label": label} for j, label in enumerate(labels)]
+    splits = read(write_jsonl(tmp_path / "train.jsonl", rows), validation_fraction=0.1)
+    assert "'rare' (2 rows)" in (unmeasured(splits) or "")
+    assert unmeasured(read(write_jsonl(tmp_path / "two.jsonl", rows[:20]))) is None
+    assert unmeasured(read(tmp_path / "train.jsonl", validation=str(tmp_path / "two.jsonl"))) is None
 
 
 @pytest.mark.parametrize("label", [-1, "-1", None, " "])
@@ -153,6 +176,8 @@ TALKS = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}
         ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; set data.label"),
         ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
         ([PAIR] * 3, "class", "set task.type to preference"),
+        ([{"messages": []}] * 3, "class", "set task.type to causal-lm"),
+        ([{"prompt": "a", "completion": "b"}] * 3, "number", "set task.type to causal-lm"),
         ([PAIR] * 3, "text", "set task.type to preference"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "class", "train.jsonl:11: the label 'warm'"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "number", "train.jsonl:11: label 'warm'"),

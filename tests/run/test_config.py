@@ -265,6 +265,13 @@ def test_override_values_are_yaml() -> None:
     assert config.task.type == "a=b"
 
 
+@pytest.mark.parametrize("text", [",", "|", "\t", ":", "#", "*", '","', "';'"])
+def test_what_is_not_a_text_in_yaml_is_the_text_of_a_setting_that_takes_one(text: str) -> None:
+    assert loaded("", f"data.delimiter={text}").data.delimiter == text.strip("\"'")
+    assert (loaded("", "data.text=7").data.text, loaded("", "data.text=[a").data.text) == ("7", "[a")
+    assert [loaded("", f"data.text={none}").data.text for none in ("", "null", "~")] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -275,7 +282,9 @@ def test_override_values_are_yaml() -> None:
         ("ranks.min=20", "ranks.min 20"),
         ("training.zzz=1", "'training.zzz'"),
         ("model.path.x=1", "'model.path.x'"),
-        ("data.text=[", "'data.text=['"),
+        ("quality.fraction=[", "'quality.fraction=['"),
+        ("data.encoding=klingon", "data.encoding is 'klingon', which Python does not support"),
+        ("data.encoding=rot13", "data.encoding is 'rot13', which Python does not support"),
     ],
 )
 def test_an_error_in_an_override_says_so(override: str, key: str) -> None:
@@ -306,6 +315,33 @@ def test_a_path_is_looked_for_here_then_beside_the_file_else_it_is_a_hub_id(tmp_
     assert config.data.validation == config.data.trusted == str(beside / "near.jsonl")
     assert config.data.test == "org/rows"
     assert config.model.path == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "task"),
+    [
+        ('{"messages": []}', "", "causal-lm"),
+        ('{"prompt": "a", "completion": "b"}', "", "causal-lm"),
+        ('{"q": "a", "a": "b"}', "data: {prompt: q, target: a}", "causal-lm"),
+        ('{"prompt": "a", "completion": "b"}', "data: {label: completion}", "sequence-classification"),
+        ('{"prompt": "a", "completion": "b"}', "task: {type: seq2seq}", "seq2seq"),
+        ('{"question": "a", "answer": "b", "label": 1}', "", "sequence-classification"),
+        ('{"text": "a", "sentiment": "b"}', "", "sequence-classification"),
+        ("broken", "", "sequence-classification"),
+    ],
+)
+def test_a_model_that_writes_text_learns_the_answers_of_a_file_that_has_them(
+    row: str, settings: str, task: str
+) -> None:
+    Path("rows.jsonl").write_text(row)
+    sections = {"model": {"path": "writer"}, "data": {"train": "rows.jsonl"}}
+    Path("tsq.yaml").write_text(settings)
+    Path("writer").mkdir()
+    assert load_config("tsq.yaml", sections=sections).task.type in (task, "sequence-classification")
+    Path("writer", "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert load_config("tsq.yaml", sections=sections).task.type == task
+    Path("writer", "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert load_config("tsq.yaml", sections=sections).task.type != "causal-lm"
 
 
 # ------------------------------------------------------------------------------ round trip

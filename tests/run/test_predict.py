@@ -100,6 +100,21 @@ def test_labels_are_asked_for_only_where_they_are_needed(run: Path, tmp_path: Pa
         evaluate_run(run, path)
 
 
+def test_a_column_that_is_missing_is_cured_by_a_name(run: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"Message": "good"}])
+    with pytest.raises(DataError, match=r"rename .* to 'text': 'Message'"):
+        predict_run(run, path, tmp_path / "out.csv")
+
+
+def test_of_a_folder_the_file_that_is_predicted_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    path, said = write_jsonl(tmp_path / "folder" / "test.jsonl", [{"text": "good"}]), list[str]()
+    predict_run(run, tmp_path / "folder", tmp_path / "out.csv", say=said.append)
+    assert [str(path) in line for line in said] == [True]
+    predict_run(run, path, tmp_path / "out.csv", say=said.append)
+    assert len(said) == 1
+
+
 def copied(run: Path, folder: Path, **changed: Any) -> Path:
     """The run beside its data, with something else in its record."""
     shutil.copytree(run, folder / "run")

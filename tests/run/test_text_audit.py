@@ -286,3 +286,31 @@ def test_labelled_rows_are_audited_for_their_labels(place: Path, tsqlora: Run) -
     code, _, err = tsqlora("audit", rows, "--model", save_checkpoint(place / "encoder"), "--out", place / "labels")
     assert code == 0, err
     assert (place / "labels" / "audit.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hints"),
+    [
+        ("cp1250.csv", "text,label\ntěch kůň,a\nžluťoučký,b\n".encode("cp1250"), ["data.encoding=cp1250"]),
+        ("quotes.tsv", b'text\tlabel\n"5 inch\ta\n6 inch\tb\n', []),
+        ("quotes.tsv", b'text\tlabel\n"5 inch\ta\n6 inch\tb\n', ["data.quoting=literal"]),
+        ("hats.csv", b"a,b^text^label\n1^x,y^z\n", ["data.delimiter=^"]),
+    ],
+)
+def test_whether_a_file_has_labels_is_read_by_the_settings_of_its_text(
+    name: str, content: bytes, hints: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert text_config(str(tmp_path / name), None, hints) is None
+
+
+def test_a_file_of_texts_is_audited_by_the_settings_of_its_text(place: Path, tsqlora: Run) -> None:
+    rows, out = place / "latin.csv", place / "latin"
+    rows.write_bytes("prompt,completion\ntěch kůň,žluťoučký\nPraha,Brno\n".encode("cp1250"))
+    code, shown, err = tsqlora(
+        "audit", rows, "--model", place / "model", "--set", "data.encoding=cp1250", "--out", out, "--json"
+    )
+    assert (code, json.loads(shown or "{}").get("rows")) == (0, 2), err
+    code, _, err = tsqlora("audit", "--drop-findings", "duplicate", "--out", out)
+    assert code == 0, err
+    assert "žluťoučký" in (out / "clean.jsonl").read_text(encoding="utf-8")

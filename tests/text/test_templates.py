@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from families import FAMILIES, Family, tokenizer_of
+from tsqlora.data.formats import format_of
 from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audited
-from tsqlora.text.conversations import conversation, format_of
+from tsqlora.text.conversations import conversation
 from tsqlora.text.ledger import Line
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 

@@ -3,7 +3,9 @@
 import os
 import sys
 import warnings
-from typing import Annotated
+from difflib import get_close_matches
+from shlex import quote
+from typing import Annotated, Any
 
 import typer
 
@@ -80,7 +82,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             console.note(f"interrupted{AFTER_INTERRUPTION.get(arguments[0], '')}")
         return code
     except UsageError as error:
-        console.error(f"{error.format_message().rstrip('.?')}; see `tsqlora --help` and `tsqlora COMMAND --help`")
+        problem = _as_setting(error, arguments) or error.format_message().rstrip(".?")
+        console.error(f"{problem}; see `tsqlora --help` and `tsqlora COMMAND --help`")
         return error.exit_code
     except TsqLoraError as error:
         console.error(str(error), debug=debug)
@@ -90,6 +93,31 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         what = printable(f"{type(error).__name__}: {message.splitlines()[0] if message else 'no message'}")
         console.error(f"{what}; --debug shows where", debug=debug)
         return 1
+
+
+def _as_setting(error: Any, arguments: list[str]) -> str | None:
+    """The message for an unknown option that is a setting by its name, or nearly so; None for others."""
+    option, own = getattr(error, "option_name", None), error.ctx.command.params if error.ctx else ()
+    if option is None or not any("--set" in one.opts for one in own):
+        return None
+    from tsqlora.run.config.removed import ELSEWHERE
+    from tsqlora.run.config.settings import Config, section_of
+
+    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
+    keys = {name: f"{part}.{name}" for part, section in sections.items() if section for name in section.model_fields}
+    keys |= {key: key for key in keys.values()} | dict(ELSEWHERE)
+    name = option.strip("-").replace("-", "_")
+    options = [word.strip("-") for one in own for word in one.opts]
+    if name not in keys:
+        near = get_close_matches(name, [] if get_close_matches(name, options, cutoff=0.8) else keys, n=1, cutoff=0.7)
+        if not near:
+            return None
+        name = near[0]
+    at = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == option)
+    _, equals, value = arguments[at].partition("=")
+    value = value if equals else next(iter(arguments[at + 1 : at + 2]), "")
+    setting = f"{keys[name]}=…" if value.startswith("-") or not value else quote(f"{keys[name]}={value}")
+    return f"No such option: {option}; did you mean --set {setting}?"
 
 
 def _refuse_moved(arguments: list[str]) -> None:

@@ -306,6 +306,7 @@ def _audit_text(
     strict: bool,
     as_json: bool,
 ) -> None:
+    from tsqlora.run.job import hints_of
     from tsqlora.run.text_audit import NO_TOKENIZER, audit_prepared, audit_text
     from tsqlora.training.run_dir import dated
 
@@ -322,7 +323,7 @@ def _audit_text(
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
-            options["batch"] = config.training.batch_size
+            options |= {"batch": config.training.batch_size, "hints": hints_of(config)}
             result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):

@@ -242,7 +242,8 @@ def predict(
     from tsqlora.run.predict import predict_run
 
     with Display(console.stderr) as display:
-        rows = predict_run(run, data, out, overrides=_generation(max_new_tokens, beams), progress=display.progress)
+        options = {"overrides": _generation(max_new_tokens, beams), "progress": display.progress, "say": display.say}
+        rows = predict_run(run, data, out, **options)
     console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
 
 

@@ -17,7 +17,7 @@ from tsqlora.data.examples import (
     read_prompt,
     read_text,
 )
-from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT, Columns, Row, is_missing, named_columns, quoted
+from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT, Columns, Row, find_columns, is_missing, named_columns, quoted
 from tsqlora.errors import DataError, SettingsError, nearest
 
 
@@ -148,6 +148,36 @@ def pair_format(names: Sequence[str], *, source: str) -> Format:
         )
     prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in names), PAIRS.text)
     return Format(PREFERENCE, replace(PAIRS, text=prompt, system=_first(SYSTEM, names)))
+
+
+def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
+    """Find the format by the columns, or by `named` ones.  Raises DataError if no format of texts fits."""
+    if {"chosen", "rejected"} <= {*names} and not any(named.values()):
+        return pair_format(names, source=source)
+    return find_format(names, source=source, **named)
+
+
+def unlabelled_format(names: Sequence[str], source: str) -> Format | None:
+    """The format of texts without labels by their columns; None for labelled rows, and for others."""
+    try:
+        if find_columns(names, source=source).label is not None:
+            return None
+    except DataError:
+        pass  # no column of a text to classify
+    try:
+        return format_of(names, source)
+    except DataError:
+        return None
+
+
+def are_answers(names: Sequence[str]) -> bool:
+    """Whether columns without labels are those of chats, instructions, or prompts with answers.
+
+    >>> are_answers(["messages"]), are_answers(["text", "summary"]), are_answers(["question", "answer", "label"])
+    (True, False, False)
+    """
+    format = unlabelled_format(names, "")
+    return format is not None and format.name in ("messages", "sharegpt", "alpaca", "prompt")
 
 
 def find_format(

@@ -16,6 +16,8 @@ SEPARATOR = "|"
 """Between the labels of a cell of text."""
 UNSEEN = -1
 """The id of a label that is not a class."""
+NEARLY_ALL = 0.9
+"""Share of the classes that are written as numbers where the column holds measurements."""
 OUTSIDE = "O"
 """The tag of a token outside of every entity."""
 
@@ -189,24 +191,55 @@ def encode_targets(rows: Iterable[Row], column: str) -> list[float]:
             target = math.nan
         if not math.isfinite(target):
             raise DataError(
-                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
-                "correct it, or set task.type to sequence-classification"
+                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; {_cure(value)}"
             )
         targets.append(target)
     return targets
 
 
-def are_measures(names: Sequence[str | int]) -> bool:
-    """Whether classes are written as numbers with decimals, and may be meant for regression.
+def _cure(value: Any) -> str:
+    """What to do about a value that is no target."""
+    if isinstance(value, str) and looks_missing(value):
+        return "empty the cells of rows without a number"
+    if isinstance(value, str) and _number(value) is not None:
+        return f"decimals need a dot, so write {value.replace(',', '.')}"
+    return "correct it, or set task.type to sequence-classification"
 
-    >>> are_measures(("0.5", "1")), are_measures(("1.0", "2.0")), are_measures(("v1", "1.5"))
-    (True, False, False)
+
+def are_measures(names: Sequence[str | int]) -> bool:
+    """Whether nearly all classes are written as numbers, some with decimals, and may be meant for regression.
+
+    >>> are_measures(("0.5", "1")), are_measures(("1,5", "2")), are_measures(("1.0", "2")), are_measures(("v", "1.5"))
+    (True, True, False, False)
     """
+    return mostly_numbers(names) and not all((_number(name) or 0.0).is_integer() for name in names)
+
+
+def mostly_numbers(names: Sequence[str | int]) -> bool:
+    """Whether nine of ten classes are written as numbers.
+
+    >>> mostly_numbers((1, "2,5")), mostly_numbers(("v1", "1.5"))
+    (True, False)
+    """
+    return sum(_number(name) is not None for name in names) >= NEARLY_ALL * len(names)
+
+
+def _number(name: str | int) -> float | None:
+    """The number that a class is written as, with a decimal point or comma."""
     try:
-        numbers = [float(name) for name in names]
+        number = float(str(name).replace(",", "."))
     except ValueError:
-        return False
-    return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
+        return None
+    return number if math.isfinite(number) else None
+
+
+def looks_missing(name: str | int) -> bool:
+    """Whether a class is written as what others write for no label.
+
+    >>> looks_missing("N/A"), looks_missing("no")
+    (True, False)
+    """
+    return str(name).strip().lower() in ("n/a", "na", "null", "none", "nan")
 
 
 def are_numbers(classes: Sequence[str | int] | None) -> bool:

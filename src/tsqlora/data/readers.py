@@ -35,8 +35,7 @@ TABLES = (".csv", ".tsv")
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
 """Encodings whose encoder begins every line with a mark, which would shift all offsets; and the same without it."""
-SURE_LINES = 3
-"""So many lines beyond ASCII that decode as UTF-8 are in no table of another encoding by chance."""
+_CURE = "save the file as UTF-8 text, not compressed; train and audit also take --set data.encoding=…"
 _SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
 
 
@@ -81,10 +80,13 @@ class Dialect:
     def note(self, name: str) -> str | None:
         """A warning if the encoding is a guess, or not that of the hints."""
         if self.unused is not None:
-            return f"{name} is UTF-8 and was read as such; data.encoding {self.unused} counts for other files"
+            return (
+                f"{name} is UTF-8 and was read as such; data.encoding {self.unused} counts for other files; if its "
+                "letters look wrong, save it as UTF-8 again"
+            )
         if not self.guessed:
             return None
-        return f"{name} is not UTF-8 and was read as {self.encoding}; set data.encoding if its letters look wrong"
+        return f"{name} is not UTF-8 and was read as {self.encoding}; if its letters look wrong, {_CURE}"
 
     def lines(self, path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
         """Each line with its line end, and the offset in bytes of its end.
@@ -126,9 +128,8 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     guessed = open_question and hint is None and not all(decoding) and sum(decoding) <= len(decoding) / 2
     unused = None
     if open_question and hint is not None and codecs.lookup(hint).name not in ("utf-8", "utf-8-sig"):
-        # Text in ASCII is in most encodings.
-        sure = len(decoding) >= SURE_LINES or (decoding != [] and path.suffix.lower() not in TABLES)
-        unused = hint if all(decoding) and (sure or "\n".encode(hint) != b"\n") else None
+        # Text in ASCII is in most encodings; a whole file beyond it hardly decodes as UTF-8 by chance.
+        unused = hint if all(decoding) and (decoding or "\n".encode(hint) != b"\n") else None
     encoding = _MARKS.get(mark) or ("utf-8" if unused else hint) or (FALLBACK if guessed else "utf-8")
     encoding = _UNMARKED.get(codecs.lookup(encoding).name, encoding)
     dialect = Dialect(encoding, len(mark), guessed=guessed, unused=unused)
@@ -200,13 +201,12 @@ def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
 def _undecoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
     encoding = dialect.encoding.upper()
     what = f"is neither UTF-8 nor {encoding}" if dialect.guessed else f"is not {encoding}"
-    cure = "save the file as UTF-8 text, not compressed, or set data.encoding"
     if "UTF-16" not in encoding:  # its line feeds have two bytes
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
                 if (at := _broken_at(line, encoding)) is not None:
-                    return f"{path}:{number}: byte 0x{line[at]:02x} {what}; {cure}"
-    return f"{path} {what} ({error}); {cure}"
+                    return f"{path}:{number}: byte 0x{line[at]:02x} {what}; {_CURE}"
+    return f"{path} {what} ({error}); {_CURE}"
 
 
 Records = Iterator[tuple[int | str, dict[str, Any]]]

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -33,6 +34,8 @@ USUAL_PAIR = {
 USUAL_TOKENS = ("tokens", "words")
 USUAL_TAGS = ("tags", "ner_tags", "labels")
 USUAL_PATHS = ("path", "file", "file_name", "filename", "file_path", "filepath")
+_LONGEST_NAME = 40
+"""Characters of a column's name in a message."""
 USUAL_LABEL = ("label", "labels", "target", "class", "category", "score")
 
 
@@ -98,7 +101,8 @@ def find_columns(
         what = f"column of {media} files" if media else "column of tokens" if tokens else "text column"
         other = next((kind for kind in ENDINGS if kind in names and kind != media), None)
         cure = f", or task.type to {other}-classification" if other else ""
-        raise DataError(f"{source} has no {what}; set data.text to one of its columns: {quoted(names)}{cure}")
+        doubt = "is the line with the names of the columns missing? else " if _are_cells(names) else ""
+        raise DataError(f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}")
     if text is None and text_pair is None and not tokens and not media:
         text_pair = _first((USUAL_PAIR.get(first_text.lower(), ""),), _without(names, label))
     label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
@@ -128,9 +132,14 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
     return [used.get(key) for key in settings]
 
 
-def quoted(names: Collection[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names of columns for a message, in quotes: a name may have blanks around it, or be empty."""
-    return ", ".join(f"'{name}'" for name in names if name.strip())
+    return ", ".join(f"'{printable(name, _LONGEST_NAME)}'" for name in names if name.strip())
+
+
+def _are_cells(names: Collection[str]) -> bool:
+    """Whether names of columns look like cells of a first row: one is a number, or longer than names are."""
+    return any(len(name) > _LONGEST_NAME or re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", name) for name in names)
 
 
 def _first(usual: Sequence[str], names: Collection[str]) -> str | None:

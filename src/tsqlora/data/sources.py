@@ -7,12 +7,12 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 
@@ -25,6 +25,7 @@ from tsqlora.data.readers import (
     SUFFIXES,
     TABLES,
     BrokenQuotesError,
+    Dialect,
     Hints,
     fits_literally,
     parquet_file,
@@ -44,10 +45,14 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Splits of a directory or hub data set, and the names that each may have there."""
 
+T = TypeVar("T")
+
 ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
 
 
+_SHOWN = 3
+"""Files of a folder that a message names."""
 FIRST = 20
 """Rows that tell what a file holds."""
 
@@ -86,13 +91,26 @@ def open_tables(
     requested = [name for name in SPLIT_NAMES if name not in explicit]
     tables = _open(train, requested=requested, hints=hints, folder=folder)
     if "train" not in tables:
-        raise DataError(f"{train} has no split train; set data.train to the training file")
+        _refuse_without_train(train)
     for name, path in explicit.items():
         tables[name] = open_table(path, split=name, hints=hints, folder=folder)
     if trusted is not None:
         named = _open(trusted, requested=("trusted",), hints=hints, folder=folder)
         tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints, folder=folder)
     return {name: tables[name] for name in ORDER if name in tables}
+
+
+def _refuse_without_train(source: str) -> NoReturn:
+    """Raise DataError that says what was looked for in a folder or data set, and what to name."""
+    if not os.path.isdir(folder := os.path.expanduser(source)):
+        raise DataError(f"{source} has no split train; set data.train to the training file")
+    # Any JSON may be there, such as that of a model.
+    files = [one.name for one in _listed(Path(folder)) if one.is_file() and suffix_of(one) in {*SUFFIXES} - {".json"}]
+    such = f", such as {', '.join(os.path.join(source, name) for name in files[:_SHOWN])}" if files else ""
+    raise DataError(
+        f"{source} is a folder without a file train ({', '.join(SUFFIXES)}) and without folders of images or "
+        f"recordings; set data.train to a file of rows{such}"
+    )
 
 
 def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
@@ -185,8 +203,22 @@ def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
     if path.suffix.lower() == ".parquet":
         with parquet_file(path) as file:
             return tuple(file.schema_arrow.names)
-    rows = READERS[path.suffix.lower()](path, sniff(path, hints))
-    return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+
+    def names(dialect: Dialect) -> tuple[str, ...]:
+        rows = READERS[path.suffix.lower()](path, dialect)
+        return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+
+    return _either_way(path, sniff(path, hints), names)
+
+
+def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:
+    """Read a file with quotes around its fields; or, where they cannot be, with quotes that belong to the text."""
+    try:
+        return read(dialect)
+    except BrokenQuotesError as error:
+        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
+            raise
+    return read(replace(dialect, quoting="literal"))
 
 
 def require_source(source: str | Path) -> None:
@@ -240,14 +272,12 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     if note := dialect.note(str(path)):
         warnings.warn(note, stacklevel=4)
         notes = (note,)
-    about = {"typed": suffix not in TABLES, "path": path, "dialect": dialect, "notes": notes}
-    try:
-        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
-    except BrokenQuotesError as error:
-        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
-            raise
-    about["dialect"] = dialect = replace(dialect, quoting="literal")
-    return table_of(str(path), READERS[suffix](path, dialect), folder=folder, **about)
+    about = {"typed": suffix not in TABLES, "path": path, "notes": notes}
+
+    def read(dialect: Dialect) -> Table:
+        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, dialect=dialect, **about)
+
+    return _either_way(path, dialect, read)
 
 
 def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | None) -> Table:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.examples import Manner
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import Format, are_answers
 from tsqlora.data.labels import (
     LabelKind,
     LabelMap,
     are_measures,
     classes_of,
     distinct_labels,
+    encode_labels,
     encode_targets,
     look_alikes,
+    looks_missing,
+    mostly_numbers,
 )
 from tsqlora.data.media import require_reader, why_unread
 from tsqlora.data.readers import SNIFF, Hints
@@ -77,9 +81,13 @@ def read_data(
                 "set task.type to causal-lm, for a model that writes text"
             )
     except DataError as error:
-        if not holds_out or not {"chosen", "rejected"} <= {*first.names}:
+        if holds_out and {"chosen", "rejected"} <= {*first.names}:
+            cure = "of rows with chosen and rejected answers, set task.type to preference"
+        elif not any((columns or {}).values()) and are_answers(first.names):
+            cure = "of chats, or of prompts with answers, set task.type to causal-lm"
+        else:
             raise
-        raise DataError(f"{error}; of rows with chosen and rejected answers, set task.type to preference") from error
+        raise DataError(f"{error}; {cure}") from error
     named = {} if numbers or (label is None and format is None) else first.class_names
     tables = {
         name: replace(table.using(used, format=format), class_names=named and (table.class_names or named))
@@ -103,6 +111,28 @@ def held_out_rows(tables: Mapping[str, Table]) -> int:
     """Rows of the training file that are the validation split."""
     validation = tables.get("validation")
     return len(validation) if validation is not None and validation.stored is tables["train"].stored else 0
+
+
+def unmeasured(tables: Mapping[str, Table]) -> str | None:
+    """A note about classes of the training file that have no row in the validation rows held out of it."""
+    train, classes = tables["train"], tables["train"].classes
+    if not held_out_rows(tables) or classes is None or not classes.kind.single:
+        return None
+    column = str(train.columns.label)
+    rows = Counter(encode_labels(train, column, classes))
+    for number in {*encode_labels(tables["validation"], column, classes)}:
+        del rows[number]
+    if not rows:
+        return None
+    shown = ", ".join(
+        f"{classes.names[number]!r} ({count} row{'s' if count > 1 else ''})"
+        for number, count in rows.most_common()[-_GROUPS:]
+    )
+    more = ", …" if len(rows) > _GROUPS else ""
+    return (
+        f"{train.name}: too few rows to have one in validation, whose metrics leave them out: class {shown}{more}; "
+        "add rows, or set data.validation"
+    )
 
 
 def complete(table: Table, most: float, *, tags: bool) -> Table:
@@ -212,36 +242,44 @@ def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np
         return None, np.zeros(len(table), dtype=np.int32)
     values, groups = distinct_labels(table, column, label, typed=table.typed)
     if label.single and len(values) > max(MANY_CLASSES, len(table) / 2):
-        numbers = " (numbers: set task.type to regression)" if all(isinstance(value, int) for value in values) else ""
+        numbers = " (numbers: set task.type to regression)" if mostly_numbers(values) else ""
+        others = quoted(name for name in table.names if name not in (column, table.columns.text))
         raise DataError(
             f"{name}: column '{column}' has {len(values):,} different values in {len(table):,} rows, so it holds no "
-            f"classes{numbers}; set data.label to another column: {quoted(table.names)}"
+            f"classes{numbers}; set data.label to another column: {others}"
         )
     classes = classes_of(values, name, column, label)
-    notes = list[str]()
+    rows = dict(zip(values, np.bincount(groups).tolist(), strict=True)) if label.single else {}
+    for note in _doubts(classes, column, rows):
+        warnings.warn(f"{name}: {note}", stacklevel=3)
+    return classes, groups
+
+
+def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> Iterator[str]:
+    """What classes may not be meant as such; `rows` counts those of each single class."""
     if are_measures(classes.names):
-        notes.append(
+        yield (
             f"the labels in column '{column}' are numbers with decimals, and each of {len(classes.names)} becomes a "
             "class; set task.type to regression if they are measurements"
         )
-    if label.by_token and isinstance(classes.names[0], int):
-        notes.append(
+    if classes.kind.by_token and isinstance(classes.names[0], int):
+        yield (
             f"the tags in column '{column}' are numbers without names, so span_f1 counts equal neighbours as spans, "
             "also those outside; write names, with O for outside"
         )
     if classes.names[0] == -1 and 0 in classes.names:
-        notes.append(
-            f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
+        yield f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
+    for missing in filter(looks_missing, rows):
+        yield (
+            f"the label {missing!r} of {rows[missing]:,} rows looks like a missing label, and is a class like any "
+            "other; empty these cells if it is none"
         )
     if alike := look_alikes(classes.names):
         shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
-        notes.append(
+        yield (
             f"these classes differ in case or spaces alone: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
             "write them alike where they are one"
         )
-    for note in notes:
-        warnings.warn(f"{name}: {note}", stacklevel=3)
-    return classes, groups
 
 
 def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from tsqlora.data.formats import Format
 from tsqlora.data.generation import left_out
 from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare
-from tsqlora.data.rows import Columns
+from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import complete
 from tsqlora.data.table import Samples, Table
 from tsqlora.errors import DataError, SettingsError
@@ -122,8 +122,8 @@ class FinishedRun:
         for column in (columns.text, second, columns.label if labelled else None):
             if column is not None and column not in names:
                 raise DataError(
-                    f"{table.name} has no column '{column}', which the run was trained on; its columns: "
-                    f"{', '.join(names)}"
+                    f"{table.name} has no column '{column}', which the run was trained on; rename the one that "
+                    f"holds it to '{column}': {quoted(names)}"
                 )
 
 

@@ -1,5 +1,6 @@
 """Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.prepare import prepare, require_embedded, without_measured
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, quoted
-from tsqlora.data.splits import read_data
+from tsqlora.data.splits import read_data, unmeasured
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError, printable
 from tsqlora.quality.rule import require_terms
@@ -91,6 +92,8 @@ def load(
         )
     tables = read(config, folder, labels)
     say(described(tables, task))
+    if note := unmeasured(tables):
+        warnings.warn(note, stacklevel=2)
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes, gpus=gpus)

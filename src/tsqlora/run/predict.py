@@ -1,7 +1,7 @@
 """Use a finished run: metrics on a labelled file, predictions or generated texts on any file."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,13 @@ def own_rows(run: Path) -> str:
 
 
 def predict_run(
-    run: Path, data: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Write the file's rows with a `prediction`, and a `probability` for classes; return how many rows.
 
@@ -72,6 +78,8 @@ def predict_run(
         reading(data)  # a model takes a while to load
         finished = open_run(run, overrides)
         table = finished.using(open_table(data, split="test", hints=hints_of(finished.config)))
+    if data.is_dir():
+        say(f"{data} is a folder, and {table.name} is predicted: {len(table):,} rows")
     finished.require_columns(table, labelled=False)
     is_table = out.suffix.lower() in TABLES
     if is_table and finished.labels is not None and not finished.labels.kind.single:

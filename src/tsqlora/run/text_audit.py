@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import require_model
 from tsqlora.compat.transformers import row_collator
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import Format, format_of, unlabelled_format
 from tsqlora.data.prepare import resolve_max_length
-from tsqlora.data.rows import Row, find_columns
+from tsqlora.data.readers import SNIFF, Hints
+from tsqlora.data.rows import Row
 from tsqlora.data.sources import first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -28,10 +29,11 @@ from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.job import hints_of
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, conversation, format_of
+from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import Finding, findings_of
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.lengths import lengths_of
@@ -53,30 +55,20 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     """The settings of an audit of text; None where task.type, data.label or a column of labels asks for labels."""
     is_yaml = Path(source).suffix.lower() in (".yaml", ".yml")
     keys = {one.partition("=")[0] for one in overrides}
-    if not is_yaml and "task.type" not in keys and ("data.label" in keys or not _holds_text(source)):
+    if not is_yaml and "task.type" not in keys and "data.label" in keys:
         return None
     sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
     if not is_yaml:
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
-    if (is_yaml or "task.type" in keys) and not get_task(config.task.type).reading.causal:
-        return None
-    if not is_yaml and model is None and "model.path" not in keys:
+    if is_yaml or "task.type" in keys:
+        texts = get_task(config.task.type).reading.causal
+    else:
+        names = first_columns(source, hints_of(config))
+        texts = bool(names and unlabelled_format(names, source))
+    if texts and not is_yaml and model is None and "model.path" not in keys:
         raise SettingsError(NO_TOKENIZER)
-    return config
-
-
-def _holds_text(source: str) -> bool:
-    names = first_columns(source)
-    try:
-        if find_columns(names, text=None, text_pair=None, label=None, source=source).label is not None:
-            return False
-    except DataError:
-        pass  # no column of a text to classify
-    try:
-        return bool(names and format_of(names, source))
-    except DataError:
-        return False
+    return config if texts else None
 
 
 def audit_text(
@@ -84,6 +76,7 @@ def audit_text(
     *,
     model: str,
     named: Mapping[str, str | None] | None = None,
+    hints: Hints = SNIFF,
     evaluation: str | None = None,
     max_length: int | None = None,
     chat_template: Path | None = None,
@@ -107,7 +100,7 @@ def audit_text(
     vocabulary, positions = load_vocabulary(model, chat_template)
     tokenizer = vocabulary.tokenizer
     limit = resolve_max_length(max_length, tokenizer_limit=tokenizer.model_max_length, positions=positions)
-    table = open_table(source, split="train")
+    table = open_table(source, split="train", hints=hints)
     format = format_of(table.names, table.name, **(named or {}))
     lacks_template = format.name in ("messages", "sharegpt") and not tokenizer.chat_template
     rows, lines = list[Conversation](), list[Line]()
@@ -130,6 +123,7 @@ def audit_text(
         "source": _named(source),
         "sha256": source_digest(source, None),
         "model": model,
+        "hints": asdict(hints),
         "format": format.name,
         "max_length": limit,
         "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
@@ -370,8 +364,8 @@ def _write(
     suspects: Mapping[str, Mapping[int, float]],
     losses: Losses,
 ) -> None:
-    names = ("rows", "source", "sha256", "model", "lengths", "answers", "findings")
-    write_json(out / FINDINGS_FILE, {name: about[name] for name in names})
+    names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings")
+    write_json(out / FINDINGS_FILE, {name: about[name] for name in names if name in about})
     cells = [
         {
             "row": place,

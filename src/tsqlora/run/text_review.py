@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.data.readers import Hints
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import can_copy, copy_rows, write_rows
 from tsqlora.errors import DataError, nearest
@@ -45,7 +46,7 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
     with writing(clean, quarantine):
         for path in (*([] if reviewed is None else [reviewed]), source):
             reading(path)
-    table = open_table(source, split="train")
+    table = open_table(source, split="train", hints=Hints(**about.get("hints", {})))
     for path, rows in ((clean, sorted({*range(about["rows"])} - dropped)), (quarantine, sorted(dropped))):
         if table.path is not None and can_copy(table.path, path):
             copy_rows(table.path, path, np.array(rows, np.int64), table.dialect)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tsqlora.data.examples import FURTHER, keys_of
-from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format, find_format, pair_format
+from tsqlora.data.formats import FORMATS, PREFERENCE, SYSTEM, Format
 from tsqlora.data.rows import is_missing
 
 ANSWER = "assistant"
@@ -47,13 +47,6 @@ class Conversation:
     def answer(self) -> str:
         """The last answer; "" without one."""
         return self.messages[-1].content if self.messages and self.messages[-1].role == ANSWER else ""
-
-
-def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
-    """Find the format by the columns, or by `named` ones.  Raises DataError if no format of texts fits."""
-    if {"chosen", "rejected"} <= {*names} and not any(named.values()):
-        return pair_format(names, source=source)
-    return find_format(names, source=source, **named)
 
 
 def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import Format, format_of
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
-from tsqlora.text.conversations import Conversation, conversation, format_of
+from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.matching import match, unwrapped
 from tsqlora.text.prepared import Collate, Trained, sequences_of

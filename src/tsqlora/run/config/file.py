@@ -13,12 +13,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.data.readers import SUFFIXES
-from tsqlora.data.sources import kind_of
-from tsqlora.errors import SettingsError, nearest
+from tsqlora.data.formats import are_answers
+from tsqlora.data.readers import SUFFIXES, Hints
+from tsqlora.data.sources import first_columns, kind_of
+from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
-from tsqlora.run.config.settings import Config, Section, section_of
+from tsqlora.run.config.settings import Config, DataSettings, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
@@ -151,25 +152,49 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
 
 
 def _with_task(config: Config) -> Config:
-    """Where task.type is not set, set it for a folder of images or recordings, or for a model that reads such files."""
+    """Where task.type is not set, set it for a folder of images or recordings, or for a model that reads such files.
+
+    Set it, too, for a model that writes text and a file of chats, or of prompts with answers.
+    """
     if "type" in config.task.model_fields_set:
         return config
     folder, model = Path(config.data.train), Path(config.model.path)
-    kind = _processed(model / "preprocessor_config.json")
-    if kind is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
-        kind = kind_of(folder)
-    if kind is None:
-        return config
-    return config.model_copy(update={"task": config.task.model_copy(update={"type": f"{kind}-classification"})})
+    task = _processed(_settings_in(model / "preprocessor_config.json"))
+    if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
+        task = kind_of(folder) and f"{kind_of(folder)}-classification"
+    if task is None and _writes(_settings_in(model / "config.json")) and _has_answers(config.data):
+        task = "causal-lm"
+    return config if task is None else config.model_copy(update={"task": config.task.model_copy(update={"type": task})})
 
 
-def _processed(path: Path) -> str | None:
-    """What a model's processor reads, "audio" or "image"; None without one."""
+def _settings_in(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _processed(settings: Mapping[str, Any]) -> str | None:
+    """The task of a model with these settings of a processor; None without one."""
+    if not settings:
         return None
-    return "audio" if "sampling_rate" in settings else "image"
+    return f"{'audio' if 'sampling_rate' in settings else 'image'}-classification"
+
+
+def _writes(settings: Mapping[str, Any]) -> bool:
+    """Whether a model with these settings writes the text that follows a prompt."""
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in settings.get("architectures") or ())
+
+
+def _has_answers(data: DataSettings) -> bool:
+    """Whether settings or columns are those of chats, or of prompts with answers."""
+    if data.messages or data.prompt or data.target or data.format:
+        return True
+    try:
+        names = first_columns(data.train, Hints(data.delimiter, data.encoding, data.quoting))
+    except DataError:  # reading the rows raises it again
+        return False
+    return not (data.text or data.label) and are_answers(names)
 
 
 def _locate(path: str | None, beside: Path) -> str | None:
@@ -186,10 +211,27 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")) or key.count(".") > _MOST_DOTS:
         raise SettingsError(f"--set: {override!r} is not key.key=value, such as quality.fraction=0.3")
+    takes_text = _takes_text(key)
     try:
-        return key, load_yaml(text)
+        value = load_yaml(text)
     except YamlProblem as error:
-        raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
+        if not takes_text:
+            raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
+        return key, text
+    none = text.strip().lower() in ("", "null", "~")
+    is_text = isinstance(value, str) and (value or text[0] in "'\"")  # | and > begin an empty text
+    return key, text if takes_text and not (none or is_text) else value
+
+
+def _takes_text(key: str) -> bool:
+    """Whether a setting takes any text, or null."""
+    *sections, name = key.split(".")
+    section: type[Section] | None = Config
+    for part in sections:
+        field = section.model_fields.get(part) if section else None
+        section = section_of(field) if field else None
+    field = section.model_fields.get(name) if section else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:

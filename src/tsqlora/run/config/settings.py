@@ -112,7 +112,7 @@ class DataSettings(Section):
         if self.delimiter is not None and self.delimiter in '"\r\n':
             raise SettingsError(f"data.delimiter is {self.delimiter!r}; give a character such as , or ;")
         try:
-            b"".decode(self.encoding or "utf-8")
+            "a".encode(self.encoding or "utf-8")  # an empty text would look no codec up
         except (LookupError, ValueError):
             raise SettingsError(
                 f"data.encoding is {self.encoding!r}, which Python does not support; give one such as cp1252"
