@@ -628,8 +628,8 @@ def claim_labels() -> str:
     right = 100 * judged.precision.to_numpy(float)
     low, high = differences.interval(right)
     return (
-        f"With 10 % of the labels of 6,000 of its rows set wrong it calls {100 * judged.left_out.mean():.1f} % of the rows wrong, "
-        f"and {right.mean():.1f} % of these are ({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
+        "With 10 % of the labels of 6,000 of its rows set wrong it calls "
+        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these are ({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
     )
 
 
