@@ -629,7 +629,8 @@ def claim_labels() -> str:
     low, high = differences.interval(right)
     return (
         "With 10 % of the labels of 6,000 of its rows set wrong it calls "
-        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these are ({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
+        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these are "
+        f"({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
     )
 
 
