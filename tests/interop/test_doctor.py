@@ -355,7 +355,7 @@ def test_the_doctor_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_doctor_takes_less_than_four_tenths_of_a_second(tmp_path: Path) -> None:
-    """Of the processor; where neighbours slow it down, at most as long as five imports of numpy."""
+    """Of the processor; where neighbours slow it down, at most as long as seven imports of numpy."""
     save_base(tmp_path / "base", tiny_llama())
     source = KINDS["ranks, one alpha"](tmp_path / "a")
     edit(source, base_model_name_or_path=str(tmp_path / "base"))
@@ -369,7 +369,7 @@ def test_the_doctor_takes_less_than_four_tenths_of_a_second(tmp_path: Path) -> N
     doctor = ("import sys; sys.argv[0] = 'tsqlora'; from tsqlora.cli import main; main()", "doctor", str(source))
     numpy = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import numpy"
     taken, yardstick = (min(seconds(*command) for _ in range(3)) for command in (doctor, (numpy,)))
-    assert taken < max(0.4, 5 * yardstick), (taken, yardstick)
+    assert taken < max(0.4, 7 * yardstick), (taken, yardstick)
 
 
 @pytest.mark.parametrize(("prefix", "body"), [("", False), ("bert.", False), ("", True)])

@@ -303,7 +303,7 @@ class QualityCallback(PartCallback):
             notes.append(f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {wrong}")
             notes += [scores.caution] if scores.caution else []
         elif noise is not None:
-            notes.append("no evidence of wrong labels: no row was left out for its label")
+            notes.append("no evidence of wrong labels: every row may be drawn")
         return {"quality": quality, "notes": notes, "settings": {"quality": self._draws()}}
 
     @property
