@@ -32,6 +32,8 @@ WAYS = {
     "mixed": ("tsqlora, mixed in, read as often", "#56b4e9", "D"),
     "even": ("even draws, {trusted} mixed in", "#777777", "|"),
     "alone": ("{trusted} trusted alone, stopped early", "#e69f00", "s"),
+    "dfr": ("DFR: even draws, the head refitted on {trusted} trusted rows", "#009e73", "P"),
+    "cleanlab": ("even draws without the rows that cleanlab names", "#8b5a2b", "s"),
     "lora+head": ("LoRA from the fitted head", "#d55e00", "^"),
     "lora": ("plain LoRA", "#000000", "x"),
 }

@@ -479,6 +479,25 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
     return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
 
 
+def trusted_head(results: Results) -> Rows:
+    """How well a head predicts trusted rows that it has not seen, beside what training on them alone reaches."""
+    done, rows = differences.cells(), list[dict[str, str]]()
+    for world, trusted in results["settings"].items():
+        heads = pd.DataFrame(cell for key, cell in results["cells"].items() if key.startswith(f"{world}/{trusted}/"))
+        here = done[(done.world == world) & (done.trusted == trusted)].groupby("method").accuracy.mean()
+        rows.append(
+            {
+                "world": differences.WORLDS[world],
+                "trusted rows": str(trusted),
+                "their head's loss": f"{heads.loss.mean():.2f}",
+                "the pool's head's": f"{heads.loss_of_pool.mean():.2f}",
+                "accuracy of a training on them alone": f"{100 * here['alone']:.1f}",
+                "of tsqlora": f"{100 * here['default']:.1f}",
+            }
+        )
+    return rows
+
+
 def worlds_rates(_: Results) -> Rows:
     """Accuracy on held-out training rows at each rate, the chosen one in bold."""
     rows, rates = list[dict[str, str]](), differences.rates()
@@ -814,6 +833,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "headstart-short": headstart_short,
     "scoring": scoring,
     "text_training": text_training,
+    "trusted_head": trusted_head,
     "scoring-goals": scoring_goals,
     "servers": servers,
     "worlds-cost": worlds_cost,

@@ -40,7 +40,7 @@ def run(world: str, trusted: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     request = parser_of(__doc__, "trusted_head").parse_args()
     torch.set_num_threads(1)
-    results = {"machine": machine(), "cells": {}} | read(request.out)
+    results = {"machine": machine(), "cells": {}} | read(request.out) | {"settings": CASES}
     for (world, trusted), seed in itertools.product(CASES.items(), SEEDS):
         key = f"{world}/{trusted}/{seed}"
         if key not in results["cells"]:
