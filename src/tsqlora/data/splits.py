@@ -278,7 +278,7 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
         shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
         yield (
             f"these classes differ in case or spaces alone: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
-            "write them alike where they are one"
+            "use one spelling if they are the same class"
         )
 
 
