@@ -96,6 +96,7 @@ def test_a_reader_that_closes_the_pipe_sees_no_traceback() -> None:
     ("words", "hint"),
     [
         ("train c.yaml --epochs 3", "--set training.epochs=3"),
+        ("train c.yaml -r3", "--set ranks.mean=…"),
         ("train c.yaml --lr=1e-4", "--set training.learning_rate=1e-4"),
         ("train c.yaml --batch-size 8", "--set training.batch_size=8"),
         ("audit rows.csv --lable kind", "--set data.label=kind"),

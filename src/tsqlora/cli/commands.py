@@ -113,9 +113,9 @@ def _as_setting(error: Any, arguments: list[str]) -> str | None:
         if not near:
             return None
         name = near[0]
-    at = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == option)
-    _, equals, value = arguments[at].partition("=")
-    value = value if equals else next(iter(arguments[at + 1 : at + 2]), "")
+    after = iter(arguments)
+    _, equals, value = next((word for word in after if word.partition("=")[0] == option), "").partition("=")
+    value = value if equals else next(after, "")  # none behind -r3
     setting = f"{keys[name]}=…" if value.startswith("-") or not value else quote(f"{keys[name]}={value}")
     return f"No such option: {option}; did you mean --set {setting}?"
 
