@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from runs import make_rows, write_jsonl
 from tables import read_as
-from tsqlora.data.labels import LabelMap
+from tsqlora.data.labels import LabelMap, encode_labels
 from tsqlora.data.splits import held_out, held_out_rows, read_data, unmeasured
-from tsqlora.data.table import Table
+from tsqlora.data.table import Samples, Table
 from tsqlora.errors import DataError
 
 GROUPS = st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=2, max_size=60).map(
@@ -144,10 +145,19 @@ def test_a_class_that_looks_like_a_missing_label_is_warned_of(missing: str, tmp_
 def test_a_class_without_validation_rows_is_named(tmp_path: Path) -> None:
     labels = ["good", "bad"] * 10 + ["rare"] * 2
     rows = [{"text": f"text {j}", "label": label} for j, label in enumerate(labels)]
-    splits = read(write_jsonl(tmp_path / "train.jsonl", rows), validation_fraction=0.1)
-    assert "'rare' (2 rows)" in (unmeasured(splits) or "")
-    assert unmeasured(read(write_jsonl(tmp_path / "two.jsonl", rows[:20]))) is None
-    assert unmeasured(read(tmp_path / "train.jsonl", validation=str(tmp_path / "two.jsonl"))) is None
+
+    def note(path: Path, **options: Any) -> str | None:
+        splits = read(path, **options)
+        for name, table in splits.items():
+            labels = encode_labels(table, "label", splits["train"].classes or pytest.fail("no classes"))
+            samples = Samples([{"labels": number} for number in labels], (), 0, table.ids)
+            splits[name] = replace(table, samples=samples)
+        return unmeasured(splits)
+
+    path, two = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "two.jsonl", rows[:20])
+    assert "'rare' (2 rows)" in (note(path, validation_fraction=0.1) or "")
+    assert note(two) is None
+    assert note(path, validation=str(two)) is None
 
 
 @pytest.mark.parametrize("label", [-1, "-1", None, " "])

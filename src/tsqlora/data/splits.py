@@ -19,7 +19,6 @@ from tsqlora.data.labels import (
     are_measures,
     classes_of,
     distinct_labels,
-    encode_labels,
     encode_targets,
     look_alikes,
     looks_missing,
@@ -113,15 +112,13 @@ def held_out_rows(tables: Mapping[str, Table]) -> int:
     return len(validation) if validation is not None and validation.stored is tables["train"].stored else 0
 
 
-def unmeasured(tables: Mapping[str, Table]) -> str | None:
-    """A note about classes of the training file that have no row in the validation rows held out of it."""
-    train, classes = tables["train"], tables["train"].classes
-    if not held_out_rows(tables) or classes is None or not classes.kind.single:
+def unmeasured(data: Mapping[str, Table]) -> str | None:
+    """A note about classes of prepared training rows that have no row in the validation rows held out of them."""
+    train, classes = data["train"], data["train"].classes
+    if not held_out_rows(data) or classes is None or not classes.kind.single:
         return None
-    column = str(train.columns.label)
-    rows = Counter(encode_labels(train, column, classes))
-    for number in {*encode_labels(tables["validation"], column, classes)}:
-        del rows[number]
+    measured = {*data["validation"].samples.labels.tolist()}
+    rows = Counter(number for number in train.samples.labels.tolist() if number not in measured)
     if not rows:
         return None
     shown = ", ".join(

@@ -92,13 +92,13 @@ def load(
         )
     tables = read(config, folder, labels)
     say(described(tables, task))
-    if note := unmeasured(tables):
-        warnings.warn(note, stacklevel=2)
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes, gpus=gpus)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
     data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
+    if note := unmeasured(data):
+        warnings.warn(note, stacklevel=2)
     if task.reading.media is None:
         require_embedded(data, pretrained.tokenizer, pretrained.model)
     return Job(config, task, pretrained, data, length)
