@@ -82,13 +82,17 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Input of an export format: the adapter to write, a directory from which PEFT can load it, and the destination."""
+    """Input of an export format: the adapter to write, a directory from which PEFT can load it, and the destination.
+
+    `whole` is the adapter before it was cut; None if it was not.
+    """
 
     source: Path
     adapter: LoraAdapter
     folder: Path
     base: Base
     dtype: str | None
+    whole: LoraAdapter | None = None
 
 
 def require_format(format: str) -> None:
@@ -128,7 +132,7 @@ def export_adapter(
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
     require_new(out)
     whole = adapter = read_adapter(source)
-    errors, lost = dict[str, float](), None
+    errors = dict[str, float]()
     require_finite(adapter)
     if (max_rank, mean_rank) != (None, None):
         adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
@@ -137,21 +141,11 @@ def export_adapter(
             # PEFT cannot load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
-        done = FORMATS[format](Job(source, adapter, folder, base, dtype))
-        if errors and done.difference.logits is not None:
-            lost = _logits_lost(whole, source, base)
+        done = FORMATS[format](Job(source, adapter, folder, base, dtype, whole if errors else None))
         if format != "merged":
             _carry(base.processors(), folder, whole=format != "gguf")
     unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
-    return replace(done, truncation=errors, logits_lost=lost, notes=(*done.notes, *unknown))
-
-
-def _logits_lost(whole: LoraAdapter, cut: Path, base: Base) -> float:
-    """By how much the cut moves a logit at most, through PEFT in float32."""
-    with TemporaryDirectory() as folder:
-        write_adapter(compact(whole), Path(folder))
-        before, after = (peft_logits(base.load("float32"), each) for each in (Path(folder), cut))
-    return float((before - after).abs().max())
+    return replace(done, truncation=errors, notes=(*done.notes, *unknown))
 
 
 def _carry(processors: Sequence[Any], folder: Path, *, whole: bool) -> None:
@@ -214,8 +208,19 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
         return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
     reference = peft_logits(model, job.source)
     del model  # keep one base in memory at a time
-    gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
-    return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+    return _compared(job, done, reference, peft_logits(job.base.load("float32"), export), dtype)
+
+
+def _compared(job: Job, done: Exported, reference: Tensor, export: Tensor, dtype: str) -> Exported:
+    """The export with its logits' difference from the reference's, and that of the adapter before it was cut."""
+    gap, size = compare_logits(reference, export, dtype)
+    done = replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+    if job.whole is None:
+        return done
+    with TemporaryDirectory() as folder:
+        write_adapter(compact(job.whole), Path(folder))
+        before = peft_logits(job.base.load("float32"), Path(folder))
+    return replace(done, logits_lost=float((before - reference).abs().max()))
 
 
 def _merged(job: Job) -> Exported:
@@ -241,8 +246,7 @@ def _merged(job: Job) -> Exported:
         return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
     reference = peft_logits(model, job.source)
     del model
-    gap, size = compare_logits(reference, logits(saved.float()), dtype)
-    return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+    return _compared(job, done, reference, logits(saved.float()), dtype)
 
 
 def _in_bfloat16(
