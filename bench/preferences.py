@@ -82,6 +82,7 @@ def run(method: str, seed: int, path: str) -> dict[str, Any]:
             learning_rate=RATE,
             seed=seed,
             bf16=True,
+            use_cpu=True,
             gradient_checkpointing=False,
             max_length=200,
             save_strategy="no",

