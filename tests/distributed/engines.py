@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import BertForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -83,16 +83,21 @@ def loaded_in_parts(folder: Path) -> Any:
     )
 
 
-def bert(*, slots: bool = False) -> PeftModel:
-    """A model without dropout, with plain LoRA or with slots."""
+def bert(*, slots: bool = False, packed: Path | None = None) -> PeftModel:
+    """A model without dropout, with plain LoRA or with slots; its base in 4 bits if a folder holds it."""
     torch.manual_seed(0)
-    base = base_bert()
+    base = base_bert() if packed is None else in_four_bits(packed)
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if slots:
         return tsq.wrap(base, mean_rank=4)
     return get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value"], task_type=TaskType.SEQ_CLS))
+
+
+def in_four_bits(folder: Path) -> Any:
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
+    return BertForSequenceClassification.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def trained(
@@ -148,7 +153,7 @@ def error_of(work: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def work(engine: str, folder: Path) -> dict[str, Any]:
+def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
     """What is trained and what is refused under the engine, each in another folder."""
 
     def run(name: str, **options: Any) -> Any:
@@ -164,6 +169,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
         }
         done = {name: run(name, model=model, **saves, **options) for name, options in ways.items()}
         return done | {"taken": error_of(lambda: tsq.look(model, ROWS, collate, out=folder / "never"))}
+    if what == "packed":
+        return run("packed", model=bert(packed=folder / "whole"))
     if engine == "fsdp-ram":
         return {"train": run("train"), "ranks": run("ranks", ranks=True, save_strategy="no")}
     return {
@@ -176,16 +183,18 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def by_command(engine: str, folder: Path) -> str:
+def by_command(engine: str, folder: Path, *, packed: bool) -> str:
     """Train by the settings in folder/c.yaml, with a look from folder/SETTINGS; return the run."""
     settings: dict[str, Any] = {"ranks": {"policy": "fixed"}, "quality": {"look": str(folder / "SETTINGS")}}
-    run = tsq.train(folder / "c.yaml", out=folder / f"{engine}-run", training=arguments_of(engine), **settings)
-    return str(run)
+    settings |= {"model": {"quantization": "4bit"}} if packed else {}
+    run = folder / f"{engine}-{'packed-' if packed else ''}run"
+    return str(tsq.train(folder / "c.yaml", out=run, training=arguments_of(engine), **settings))
 
 
 def main(engine: str, folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what == "look":  # one process, before anything is sharded
+        base_bert().save_pretrained(folder / "whole")
         tsq.look(bert(), ROWS, collate, out=folder / "LOOK", compute=tsq.Compute(8))
         tsq.look(bert(), ROWS, collate, out=folder / "TRUSTED", trusted=TRUSTED, compute=tsq.Compute(8))
         return
@@ -199,12 +208,12 @@ def main(engine: str, folder: Path, what: str) -> None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     if what == "killed":
         trained(engine, folder, f"{engine}-killed", killed=True)
-    if what == "command":
-        done = by_command(engine, folder)
+    if what.endswith("command"):
+        done = by_command(engine, folder, packed=what == "packed command")
     elif what == "resumed":
         done = trained(engine, folder, f"{engine}-killed", resume=f"checkpoint-{SAVED_AT}")
     else:
-        done = work(engine, folder)
+        done = work(engine, folder, what)
     torch.save(done, folder / f"{engine}-{what}-{dist.get_rank()}.pt")
     distributed.wait()
 

@@ -28,6 +28,7 @@ from tsqlora.training.record import RunRecord
 
 SCRIPT = Path(__file__).with_name("engines.py")
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+PACKED = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 SHARDED = ["fsdp", pytest.param("zero2", marks=DEEPSPEED), pytest.param("zero3", marks=DEEPSPEED)]
 ENGINES = ["fsdp-ram", *SHARDED]
 
@@ -148,13 +149,26 @@ def test_a_killed_process_ends_all_and_the_rest_is_resumed(of: Any, folder: Path
     np.testing.assert_allclose(resumed, whole[-len(resumed) :], rtol=1e-6)
 
 
+@PACKED
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_base_in_four_bits_is_trained_as_under_ddp(engine: str, of: Any, folder: Path) -> None:
+    ours, ddp = of(engine, "packed"), of("ddp", "packed")
+    assert ours["losses"] != of("ddp")["train"]["losses"]
+    np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-5, atol=1e-6)
+    saved, theirs = (load_file(folder / f"{e}-packed-adapter" / "adapter_model.safetensors") for e in (engine, "ddp"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
+    PeftModel.from_pretrained(base_bert(), str(folder / f"{engine}-packed-adapter"))
+
+
+@pytest.mark.parametrize("what", ["command", pytest.param("packed command", marks=PACKED)])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
-def test_the_command_trains_saves_and_measures(engine: str, of: Any, folder: Path) -> None:
+def test_the_command_trains_saves_and_measures(engine: str, what: str, of: Any, folder: Path) -> None:
     if not (folder / "SETTINGS").exists():
         training = {"batch_size": 4, "epochs": 2, "bf16": False, "learning_rate": 0.01}
         set_up(folder, training=training, quality={"look_again": False})
         look_at(load_config(folder / "c.yaml"), folder / "SETTINGS")
-    ours, ddp = (RunRecord.load(Path(of(e, "command"))) for e in (engine, "ddp"))
+    ours, ddp = (RunRecord.load(Path(of(e, what))) for e in (engine, "ddp"))
     assert ours.status == "finished"
     assert ours.metrics["validation"]["loss"] == pytest.approx(ddp.metrics["validation"]["loss"], rel=1e-4)
     assert ours.metrics["validation"]["accuracy"] == ddp.metrics["validation"]["accuracy"]

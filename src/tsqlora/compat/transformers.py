@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
+from transformers.modeling_utils import set_zero3_state as set_zero3_state
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file

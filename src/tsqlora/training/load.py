@@ -22,7 +22,7 @@ from transformers import (
 from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import require_model, why_not_loaded
-from tsqlora.compat.transformers import require_no_adapter, without_named_files
+from tsqlora.compat.transformers import require_no_adapter, set_zero3_state, without_named_files
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.tasks import Task
@@ -100,7 +100,7 @@ def load_pretrained(
         require_supported_packing(config)
         how: dict[str, Any] = {}
         if quantization or len(gpus) > 1:
-            with torch.device("meta"):
+            with set_zero3_state(), torch.device("meta"):  # ZeRO-3 would take the skeleton apart
                 skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
             how |= _packing(quantization, weights, skeleton) if quantization else {}
             how |= _spread(skeleton.num_parameters() * _BITS.get(quantization, 8 * weights.itemsize) // 8, gpus, path)
