@@ -24,7 +24,7 @@ from stock import base_bert, make_trainer, moods
 from tsqlora import distributed
 
 ROWS, TRUSTED = moods(96), moods(24, seed=1)
-STEPS, SAVED_AT, KILLED_AT = 12, 6, 8
+SAVED_AT, KILLED_AT, POISONED_AT = 6, 8, 4
 
 
 def fsdp_on_cpu() -> None:
@@ -72,6 +72,22 @@ class Watch(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Poison(TrainerCallback):
+    """Makes the losses of one step NaN on the second process."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if state.global_step == POISONED_AT and args.process_index == 1:
+            self.hook = model.register_forward_hook(self._forward)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == POISONED_AT + 1 and args.process_index == 1:
+            self.hook.remove()
+
+    @staticmethod
+    def _forward(module: nn.Module, args: Any, output: Any) -> None:
+        output["loss"] = output["loss"] * torch.nan
+
+
 def loaded_in_parts(folder: Path) -> Any:
     """A model that transformers shards while loading it, before any Trainer."""
     from transformers.distributed import DistributedConfig
@@ -110,16 +126,20 @@ def trained(
     killed: bool = False,
     ranks: bool = False,
     late: bool = False,
+    poisoned: bool = False,
     model: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train with a look from a folder, and save the adapter as the Trainer saves it."""
     data = tsq.QualitySubset(ROWS, fraction=0.5, seed=0, trusted=TRUSTED if look == "TRUSTED" else None)
     quality = tsq.QualityCallback(data, look=None if look is None else folder / look)
-    watch, callbacks = Watch(killed), [] if late else [quality]
+    watch = Watch(killed)
+    callbacks: list[Any] = [] if late else [quality]
     if ranks:
         schedule = tsq.RankSchedule(warmup=0.0, freeze=0.2)
         callbacks.append(tsq.RankCallback(interval=2, schedule=schedule))
+    if poisoned:
+        callbacks += [tsq.GuardCallback(data), Poison()]
     args = {
         "average_tokens_across_devices": False,
         "save_strategy": "steps",
@@ -136,7 +156,8 @@ def trained(
     return {
         "losses": watch.losses,
         "parts": watch.parts,
-        "notes": [note for callback in callbacks for note in callback.notes],
+        "notes": [note for callback in callbacks for note in getattr(callback, "notes", ())],
+        "skipped": [one.step for callback in callbacks for one in getattr(callback, "skipped", ())],
         "drawn": data.indices.tolist(),
         "engine": str(trainer.accelerator.distributed_type),
     }
@@ -180,6 +201,7 @@ def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
         "no look": run("no look", look=None),
         "late": run("late", late=True),
         "ranks": run("ranks", ranks=True),
+        "poisoned": run("poisoned", poisoned=True),
     }
 
 

@@ -143,10 +143,23 @@ def test_ranks_that_cannot_move_are_refused_with_the_cure(engine: str, message: 
     assert message in refusal
 
 
-def test_a_killed_process_ends_all_and_the_rest_is_resumed(of: Any, folder: Path) -> None:
-    launched("fsdp", folder, "killed", ends=False)
-    whole, resumed = of("fsdp")["train"]["losses"], of("fsdp", "resumed")["losses"]
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_killed_process_ends_all_and_the_rest_is_resumed(engine: str, of: Any, folder: Path) -> None:
+    launched(engine, folder, "killed", ends=False)
+    whole, resumed = of(engine)["train"]["losses"], of(engine, "resumed")["losses"]
     np.testing.assert_allclose(resumed, whole[-len(resumed) :], rtol=1e-6)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_step_that_is_not_finite_is_undone_or_a_note_says_that_it_is_not(engine: str, of: Any, folder: Path) -> None:
+    ours, ddp = of(engine)["poisoned"], of("ddp")["poisoned"]
+    saved = read_adapter(folder / f"{engine}-poisoned-adapter")
+    if engine.startswith("zero"):
+        assert any("not finite" in note for note in ours["notes"])
+        return
+    np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-5, atol=1e-6)
+    assert ours["skipped"] == ddp["skipped"] == [5]  # engines.py has the place
+    assert nonfinite(saved) == {}
 
 
 @PACKED
@@ -162,7 +175,7 @@ def test_a_base_in_four_bits_is_trained_as_under_ddp(engine: str, of: Any, folde
 
 
 @pytest.mark.parametrize("what", ["command", pytest.param("packed command", marks=PACKED)])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
 def test_the_command_trains_saves_and_measures(engine: str, what: str, of: Any, folder: Path) -> None:
     if not (folder / "SETTINGS").exists():
         training = {"batch_size": 4, "epochs": 2, "bf16": False, "learning_rate": 0.01}
