@@ -19,6 +19,7 @@ DECIDES = {
     "headstart_controls": ["quality/head_start.py", "quality/linear_head.py"],
     "judge.json": ["quality/judge.py", "quality/label_noise.py", "quality/linear_head.py"],
     "ledger.json": ["text/ledger.py", "text/among.py", "text/raw.py", "text/reconcile.py"],
+    "preferences": ["text/answers.py", "text/faults.py"],
     "rank_cost.json": ["layer_sensitivity.py", "adapter", "training/mover.py"],
     "sample.json": ["quality/judge.py"],
     "scale.json": ["data", "quality/passes.py", "quality/look.py"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import curves
 import differences
+import numpy as np
 import pandas as pd
 from curves import EPOCHS
 from glue import CHOOSING, entry_of
@@ -762,6 +763,31 @@ def text_training(_: Results) -> Rows:
     return rows
 
 
+def preferences(_: Results) -> Rows:
+    """What swapped pairs cost a DPO training, and what leaving out the listed ones wins back; means over seeds."""
+    ways = {
+        "all": "all pairs",
+        "robust": 'all pairs, `loss_type="robust"` with the right share',
+        "ours": "without the listed pairs",
+        "perfect": "right pairs",
+    }
+    cells, rows = _cells("preferences"), list[dict[str, str]]()
+    for method, name in ways.items():
+        some = [cell for cell in cells if cell["settings"]["method"] == method]
+        mean = {key: np.mean([one[key] for one in some]) for key in ("accuracy", "margin", "left_out")}
+        swapped = np.mean([one["swapped_left_out"] for one in some])
+        rows.append(
+            {
+                "trained on": name,
+                "seeds": str(len(some)),
+                "test pairs with the right order": f"{100 * mean['accuracy']:.1f} %",
+                "mean margin": f"{mean['margin']:.2f}",
+                "left out, of them swapped": f"{mean['left_out']:.0f}, {swapped:.0f}" if method == "ours" else "",
+            }
+        )
+    return rows
+
+
 SHAPES = {
     "SmolLM2-135M": (30, 576, 192, 1536, 49152, 1),
     "Qwen2.5-0.5B": (24, 896, 128, 4864, 151936, 1),
@@ -820,6 +846,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "answers": answers,
     "answers_pairs": answers,
     "memory": memory,
+    "preferences": preferences,
     "rules": rules,
     "scale-model": scale_model,
     "scale-processes": scale_processes,
