@@ -69,12 +69,24 @@ def test_several_labels_are_fitted_each_and_constant_ones_are_sure() -> None:
 def test_samples_of_one_group_share_a_fold() -> None:
     rng = np.random.default_rng(0)
     x, y = np.repeat(rng.normal(size=(40, 60)), 6, axis=0), np.repeat(rng.integers(2, size=40), 6)
-    groups = np.repeat(np.arange(40), 6)
+    x, groups = x + 0.02 * rng.normal(size=x.shape), np.repeat(np.arange(40), 6)
     alone, together = (
         fit_head(x, y, link="softmax", width=2, groups=own, rng=np.random.default_rng(0)).loss for own in (None, groups)
     )
-    assert alone < 0.3, "copies in other folds give the label away"
+    assert alone < 0.3, "near copies in other folds give the label away"
     assert together > 0.6
+
+
+def test_copies_make_the_loss_no_lower_and_the_penalty_no_weaker() -> None:
+    rng = np.random.default_rng(0)
+    means, y = rng.normal(size=(10, 64)) * 0.35, rng.integers(10, size=300)
+    x = (means[y] + rng.normal(size=(300, 64))).astype(np.float32)
+    once, thrice = (
+        fit_head(np.tile(x, (k, 1)), np.tile(y, k), link="softmax", width=10, rng=np.random.default_rng(0))
+        for k in (1, 3)
+    )
+    assert thrice.loss == pytest.approx(once.loss, rel=0.1)
+    assert thrice.strength <= once.strength
 
 
 def test_a_layer_without_bias_gets_none() -> None:

@@ -19,6 +19,7 @@ from scipy.special import softmax
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import DataError
+from tsqlora.quality.copies import distinct
 from tsqlora.quality.duplicates import labels_of_nearest
 from tsqlora.quality.label_noise import GAIN, LabelNoise, Labels, Logits, label_noise
 from tsqlora.quality.linear_head import FOLDS, LinearHead, out_of_fold_logits
@@ -44,8 +45,6 @@ PRIOR_ROWS = 30.0
 """Weight of the prior, labels drawn blindly, in rows per class."""
 LEAST_RATE = 0.03
 """Share of blind labels in the prior, at least: where each class loses labels to one other, none is drawn blindly."""
-COPY = 1e-3
-"""Distance of a copy's features, as a share of their norm: batches differ in their last digits."""
 SHARPER = (1.0, 2.0)
 """Factors on the scale of the logits."""
 
@@ -140,7 +139,7 @@ def judge(
     rng = stream("audit folds", 0)
     along = features @ rng.normal(size=features.shape[1]).astype(np.float32)
     if groups is None:
-        first, of = _distinct(features, labels, along)
+        first, of = distinct(features, labels, along)
         if FOLDS <= len(first) < len(labels):
             once = judge(features[first], labels[first], width, excluded=None if excluded is None else excluded[first])
             each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "judged")}
@@ -164,26 +163,10 @@ def _joined(
     groups: Int[np.ndarray, " n"], features: Float[np.ndarray, "n d"], along: Float[np.ndarray, " n"]
 ) -> Int[np.ndarray, " n"]:
     """Return groups in which those that share a row's features are one."""
-    first, of = _distinct(features, np.zeros(len(groups), np.int64), along)
+    first, of = distinct(features, np.zeros(len(groups), np.int64), along)
     own = np.unique(groups, return_inverse=True)[1]
     shares = csr_array((np.ones(len(own)), (own, own[first[of]])), shape=(int(own.max()) + 1,) * 2)
     return connected_components(shares, directed=False)[1][own]
-
-
-def _distinct(
-    features: Float[np.ndarray, "n d"], labels: Labels, along: Float[np.ndarray, " n"]
-) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n"]]:
-    """Return the first row of each set of copies, and the set of each row; copies lie together `along`."""
-    order = np.lexsort((along, labels))
-    new = np.ones(len(labels), np.bool_)
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        some = features[order[start : start + ROWS_AT_ONCE + 1]]
-        apart = np.linalg.norm(np.diff(some, axis=0), axis=1)
-        new[start + 1 : start + len(some)] = apart > COPY * np.linalg.norm(some[1:], axis=1)
-    new[1:] |= np.diff(labels[order]) != 0
-    number = np.empty(len(labels), np.int64)
-    number[order] = np.cumsum(new) - 1
-    return np.unique(number, return_index=True)[1], number
 
 
 def judge_logits(

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
+from tsqlora.quality.copies import groups_of_copies
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.tasks.task import Link
 
@@ -87,7 +88,8 @@ def fit_head(
     """Fit a head of `width` outputs with the regularisation of least out-of-fold loss.
 
     Classes: multinomial logistic regression; labels: a binary one each; numbers: least squares. A class without rows
-    gets the logit of a class that occurs in less than one row. Samples of one of the `groups` share a fold.
+    gets the logit of a class that occurs in less than one row. Samples of one of the `groups` share a fold, and so do
+    copies: a copy in another fold would make the loss seem lower than that of new rows.
     """
     features, centre, unit = _normalised(features, centred=intercept)
     some, middle = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE]), 0.0
@@ -100,7 +102,9 @@ def fit_head(
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
         if link == "sigmoid":
             fit = partial(_sigmoids, intercept=intercept)
-        own = None if groups is None else groups[some]
+        own = groups_of_copies(features[some]) if groups is None else groups[some]
+        if own is not None and len(np.unique(own)) < FOLDS:
+            own = None
         losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], link, own, rng)
         head = fit(features, targets, strength, start=_mean(heads))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
