@@ -299,16 +299,15 @@ def only_adapter(model: PeftModel) -> str:
         raise UnsupportedError("the model has rank slots already; wrap it once")
     if len(model.peft_config) != 1:
         remedy = (
-            "give a trainer of preferences (DPO and its like), which adds 'ref', the plain model and peft_config="
-            "LoraConfig(...)"
+            "give the trainer (such as DPO's), which adds 'ref' itself, the plain model and peft_config=LoraConfig(...)"
             if "ref" in model.peft_config
             else "remove the others: model.delete_adapter(name)"
         )
-        raise UnsupportedError(f"ranks change in one adapter, not in {', '.join(model.peft_config)}; {remedy}")
+        raise UnsupportedError(f"ranks change in one adapter, but there are {', '.join(model.peft_config)}; {remedy}")
     ((adapter, config),) = model.peft_config.items()
     if config.peft_type != PeftType.LORA:
         raise UnsupportedError(
-            f"the adapter is {PeftType(config.peft_type).value}, and ranks change in LoRA alone; use LoraConfig"
+            f"the adapter is {PeftType(config.peft_type).value}, and only ranks of LoRA change; use LoraConfig"
         )
     # Initialisations that leave the base weights as they are.
     _require_plain(cast(LoraConfig, config), _NOT_PLAIN, inits=(True, False, "gaussian", "orthogonal", "eva"))
@@ -376,11 +375,11 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     for name, tensor in adapter.saved.items():
         parameter = parameters.get(name)
         if parameter is None:
-            raise DataError(f"the adapter came with {name}, which the model lacks; give the adapter's base")
+            raise DataError(f"the adapter has {name}, which the model lacks; give the adapter's base")
         if parameter.shape != tensor.shape:
             raise DataError(
-                f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
-                "its head was trained on other classes; give rows of the same, or merge it and train the model"
+                f"{name} has shape {tuple(tensor.shape)} in the adapter and {tuple(parameter.shape)} in the model: its "
+                "head was trained on other classes; give rows of the same classes, or merge it and train the model"
             )
     patterns = config_for(adapter)
     came = patterns["modules_to_save"] or []

@@ -100,7 +100,7 @@ class GuardCallback(PartCallback):
         self._recent = deque((SkippedStep(**step) for step in saved["recent"]), maxlen=self.limit)
         model, optimizer, self.notes = kwargs["model"], kwargs["optimizer"], []
         if args.deepspeed_plugin is not None:
-            self.notes.append("DeepSpeed has its own steps: no step that is not finite is undone")
+            self.notes.append("DeepSpeed takes its own steps, so steps that are not finite are not undone")
             self._parameters = []
             return
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]

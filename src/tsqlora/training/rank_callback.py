@@ -37,9 +37,8 @@ LEAST_ROWS, MOST_ROWS = 32, 256
 """Rows that first ranks are measured on."""
 
 _NO_SLOTS = (
-    "the optimizer is made and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]), or with "
-    "model_init, an optimizer of your own, and for a second train(): tsqlora.wrap(model) and "
-    "RankCallback(finalize=False)"
+    "the optimizer exists already, and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]); "
+    "with model_init, your own optimizer or a second train(), use tsqlora.wrap(model) and RankCallback(finalize=False)"
 )
 
 
@@ -197,7 +196,7 @@ class RankCallback(PartCallback):
         loop = RankLoop(model, optimizer, state.max_steps, **options)
         self.notes = loop.notes
         if sharded and args.save_strategy != "no" and not args.save_only_model:
-            self._note("ranks that move cannot resume under FSDP: for checkpoints that can set ranks.policy: fixed")
+            self._note("a run with moving ranks cannot resume under FSDP; if it must, set ranks.policy: fixed")
         if saved is not None:
             loop.load_state_dict({**saved, "step": state.global_step})
         if why_not is not None:
@@ -287,6 +286,6 @@ def _refuse_efficient_loading(args: TrainingArguments) -> None:
     loads = config.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", ""))
     if str(loads).lower() in ("1", "true"):
         raise UnsupportedError(
-            "cpu_ram_efficient_loading gives the weights to one process, and ranks move in all; set it to false, or "
+            "cpu_ram_efficient_loading gives the weights to one process, but ranks move in all; set it to false, or "
             "ranks.policy: fixed (leave RankCallback out)"
         )
