@@ -305,7 +305,7 @@ def with_layers_only() -> nn.Module:
         (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
         (
             lambda: get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=9)),
-            "the adapter is ADALORA, and only ranks of LoRA change; use LoraConfig",
+            "the adapter is ADALORA, and ranks change only in LoRA; use LoraConfig",
         ),
     ],
 )

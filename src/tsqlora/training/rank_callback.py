@@ -49,12 +49,12 @@ class RankCallback(PartCallback):
     `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
     rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or tsqlora
     has no loss for its samples (preferences, spans of answers). Every `interval`
-    optimizer steps they then move towards the target that the step's own backward gives. At the end the model
-    becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
-    packed into a row, and in a batch without padding all of the batch.
+    optimizer steps they then move towards a target that is measured in that step's own backward pass. At the end the
+    model becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing it is a whole packed row,
+    and in a batch without padding the whole batch.
 
-    Where ranks cannot move, a warning and `notes` say why. Under an optimizer that slots cannot follow, and on several
-    GPUs in one process, they are set once, before the first step; of an adapter that is not plain LoRA they stay.
+    Where ranks cannot move, a warning and `notes` say why. With an optimizer whose state cannot follow slots, and with
+    several GPUs in one process, ranks are set once, before the first step. Those of other adapters stay.
 
     Args:
         max_rank: slots of each layer of a PeftModel without slots; by default twice its rank.
@@ -66,8 +66,8 @@ class RankCallback(PartCallback):
 
     First ranks are measured by the model's own loss, or by the task of `QualityCallback`.
 
-    `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing beside the
-    steps' own backward. All of it is in the Trainer's checkpoints, so that runs resume.
+    `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing them,
+    without the steps' own backward passes. The Trainer's checkpoints have all of it, so that runs resume.
     """
 
     name = "RankCallback"

@@ -128,7 +128,7 @@ class QualitySettings(Section):
         {},
         "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
     )
-    temperature: float | None = setting(None, "Temperature of the softmax over Q; small values are choosier; null is 1.", gt=0)
+    temperature: float | None = setting(None, "Temperature of the softmax over Q, choosier if small; null is 1.", gt=0)
     head_start: bool = setting(True, "Fit a new head before the first step.")
     look_again: bool = setting(True, "Measure Q again after a third of the steps.")
     look: str | None = setting(None, "Folder of `tsqlora look`, in place of a look; a sharded model needs one.")
