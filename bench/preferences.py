@@ -51,8 +51,8 @@ def pairs(tokenizer: Any, rng: np.random.Generator) -> tuple[list[dict[str, Any]
     for part in (order[:PAIRS], order[PAIRS:]):
         for j, other in zip(part, np.roll(part, 1), strict=True):
             sides = {"chosen": rows[j]["output"], "rejected": rows[other]["output"]}
-            asked = [{"role": "user", "content": prompt_of(rows[j])}]
-            made.append({"prompt": asked} | {k: [{"role": "assistant", "content": v}] for k, v in sides.items()})
+            prompt = [{"role": "user", "content": prompt_of(rows[j])}]
+            made.append({"prompt": prompt} | {k: [{"role": "assistant", "content": v}] for k, v in sides.items()})
     swapped = {*rng.permutation(PAIRS)[: round(SHARE * PAIRS)].tolist()}
     train = [
         {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} if j in swapped else row
@@ -65,13 +65,13 @@ def run(method: str, seed: int, path: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     train, tested, swapped = pairs(tokenizer, np.random.default_rng([seed, 48]))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    kept, begun = {*range(PAIRS)}, time.process_time()
+    retained, begun = {*range(PAIRS)}, time.process_time()
     if method == "ours":
         rows = Dataset.from_list([row | {"place": j} for j, row in enumerate(train)])
         chosen = tsq.select(model, rows, processing_class=tokenizer, fraction=1.0, drop="evident", seed=seed)
-        kept = {*chosen["place"]}
+        retained = {*chosen["place"]}
     elif method == "perfect":
-        kept -= swapped
+        retained -= swapped
     looked = time.process_time() - begun
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
@@ -94,7 +94,7 @@ def run(method: str, seed: int, path: str) -> dict[str, Any]:
         trainer = DPOTrainer(
             model,
             args=arguments,
-            train_dataset=Dataset.from_list([row for j, row in enumerate(train) if j in kept]),
+            train_dataset=Dataset.from_list([row for j, row in enumerate(train) if j in retained]),
             eval_dataset=Dataset.from_list(tested),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -107,8 +107,8 @@ def run(method: str, seed: int, path: str) -> dict[str, Any]:
         "accuracy": metrics["eval_rewards/accuracies"],
         "margin": metrics["eval_rewards/margins"],
         "swapped": len(swapped),
-        "left_out": PAIRS - len(kept),
-        "swapped_left_out": len(swapped - kept),
+        "left_out": PAIRS - len(retained),
+        "swapped_left_out": len(swapped - retained),
         "look_seconds": looked,
         "processor_seconds": time.process_time() - begun,
         "versions": versions(),

@@ -648,8 +648,8 @@ def claim_labels() -> str:
     right = 100 * judged.precision.to_numpy(float)
     low, high = differences.interval(right)
     return (
-        "With 10 % of the labels of 6,000 of its rows set wrong it calls "
-        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these are "
+        "If 10 % of the labels of 6,000 of its rows are set wrong, the audit calls "
+        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these calls are right "
         f"({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
     )
 
@@ -659,8 +659,8 @@ def claim_answers() -> str:
     results = json.loads((RESULTS / "answers.json").read_text())
     cell, before = (results["results"][f"alpaca, foreign, next, {share}"] for share in ("0.1", "0"))
     return (
-        f"Of 300 rows of Alpaca, 30 of them with the answer of the next row, it lists {cell['listed']:.1f} on average, "
-        f"{100 * cell['right'] / cell['listed']:.0f} % of them rightly; on the unchanged rows it lists "
+        f"If 30 of 300 rows of Alpaca have the answer of the next row, it lists {cell['listed']:.1f} rows on average, "
+        f"{100 * cell['right'] / cell['listed']:.0f} % of them faulty. Of the unchanged rows it lists "
         f"{before['listed'] or 'none'} ({results['draws']} draws, SmolLM2-135M)."
     )
 
@@ -675,9 +675,9 @@ def claims_train(_: Results) -> Rows:
     return [
         _claim(
             "many classes (CLINC150)",
-            f"{ours['before the first step']} % accuracy before the first step; {ours['at its end']} % after {steps} "
-            f"steps, LoRA from the same head {head['at its end']} %, plain LoRA {third['at its end']} % (three times "
-            f"the steps: {lora['at its end']} %; seeds: {seeds})",
+            f"{ours['before the first step']} % accuracy before the first step, {ours['at its end']} % after {steps} "
+            f"steps. In as many steps LoRA from the same head has {head['at its end']} %, plain LoRA "
+            f"{third['at its end']} % (in three times the steps {lora['at its end']} %); {seeds} seeds",
         ),
         _claim("a shortcut in the rows (SST-2), and 128 that you have checked", worlds["shortcut"]),
         _claim("labels by a lexicon (SST-2), and 128 that you have checked", worlds["weak"]),
@@ -704,8 +704,8 @@ def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
     more = f"{gain.accuracy:+.1f} points ({gain.accuracy_low:.1f} to {gain.accuracy_high:.1f}, {gain.seeds:.0f} seeds)"
     if gain.accuracy_low <= 0 <= gain.accuracy_high:
         more = f"no difference detected: {more}"
-    ours = f"{accuracy:.1f} % accuracy. Over the same rows mixed in: {more}"
-    return f"{ours}; the 128 alone {alone:.1f} %"
+    ours = f"{accuracy:.1f} % accuracy. Compared with the same rows mixed in: {more}"
+    return f"{ours}. The 128 rows alone: {alone:.1f} %"
 
 
 FAULTS_IN_TEXT = {

@@ -21,7 +21,7 @@ CLI = """# Command line
 
 `tsqlora COMMAND --help` shows the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
 settings, 3 bad data, 4 a check that did not pass (`--strict`, `doctor`, `check`), 130 Ctrl-C, 143 SIGTERM. An error has
-one or two lines: the thing, the value, the cure. `--debug` after any command shows the traceback.
+one or two lines: the thing, the value, and what to do. `--debug` after any command shows the traceback.
 
 """
 
@@ -30,9 +30,8 @@ SETTINGS = """# Settings
 <!-- Made by scripts/reference_pages.py from src/tsqlora/run/config/settings.py. -->
 
 `tsqlora init` writes all of these with their defaults. Two are required, `model.path` and `data.train`; leave out what
-you do not change. A misspelled name is an error that suggests the nearest one. A setting that the others leave
-without effect (`ranks.interval` where `ranks.policy` is `fixed`) is reported by `--dry-run`, in run.json and in the
-report.
+you do not change. A misspelled name is an error that suggests the nearest one. `--dry-run`, run.json and
+the report list settings that have no effect, such as `ranks.interval` where `ranks.policy` is `fixed`.
 Numbers are YAML 1.2's: `5e-4` is a number, and `no` is text.
 
 The learning rate matters most, for LoRA and for tsqlora: try three values on validation rows before anything else
@@ -69,13 +68,13 @@ WHEN = {
     "data.validation": "you have few rows, so that a tenth is a loss",
     "data.test": "you have test rows; they are measured once, and decide nothing",
     "data.trusted": "you have about 100 checked rows like those the model will meet",
-    "data.text": "columns have other than the usual names",
-    "data.label": "columns have other than the usual names",
+    "data.text": "columns have unusual names",
+    "data.label": "columns have unusual names",
     "data.max_length": "for speed: cost grows with tokens",
     "data.max_bad_rows": "many rows lack a text or label on purpose; 0 to be strict",
     "data.delimiter": "--dry-run shows a wrong one",
     "data.encoding": "--dry-run shows a wrong one",
-    "quality.enabled": "false: a random control at half the steps, nothing scored",
+    "quality.enabled": "false: a random control of as many steps, nothing scored",
     "quality.fraction": "1.0 for all rows; smaller for fewer steps (below 0.25 little was tried)",
     "quality.preset": "paper, to reproduce the published Q",
     "ranks.policy": "tsqlora, to see which layers matter",

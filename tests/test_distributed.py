@@ -56,7 +56,7 @@ def test_an_exchange_without_its_other_end_is_told_with_advice(
     monkeypatch.setattr(distributed, "active", lambda: processes > 1)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: processes)
     words = (
-        r"^another of the 2 processes has ended or does not answer \(see what it said\), so this one ends too; go on$"
+        r"^another of the 2 processes has ended or does not answer \(see its message\), so this one ends too; go on$"
         if message
         else rf"^{re.escape(output)}$"
     )

@@ -103,7 +103,7 @@ def test_a_stock_trainer_with_one_epoch_and_early_stopping(table: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")  # TRL sets it by this name
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:hidden states do not tell trusted rows from the others")
+@pytest.mark.filterwarnings("ignore:hidden states do not separate trusted rows from the others")
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_sft_trainer_with_its_defaults_and_packed(table: Path, packing: bool) -> None:
     trl = pytest.importorskip("trl", reason="needs trl")

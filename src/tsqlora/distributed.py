@@ -178,7 +178,7 @@ def explain_lost_peer(advice: str) -> Generator[None]:
         if isinstance(error, TsqLoraError) or not active() or not any(words in str(error) for words in _LOST):
             raise
         raise TsqLoraError(
-            f"another of the {dist.get_world_size()} processes has ended or does not answer (see what it said), so "
+            f"another of the {dist.get_world_size()} processes has ended or does not answer (see its message), so "
             f"this one ends too; {advice}"
         ) from error
 

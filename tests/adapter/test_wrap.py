@@ -292,7 +292,7 @@ def with_layers_only() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (with_two, "ranks change in one adapter, not in default, other; remove the others"),
+        (with_two, "ranks change in one adapter, but there are default, other; remove the others"),
         (merged, r"merged into the model; take it out first: model.unmerge_adapter\(\)"),
         (frozen, r"the adapter is frozen; load it with PeftModel.from_pretrained\(..., is_trainable=True\)"),
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
@@ -305,7 +305,7 @@ def with_layers_only() -> nn.Module:
         (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
         (
             lambda: get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=9)),
-            "the adapter is ADALORA, and ranks change in LoRA alone; use LoraConfig",
+            "the adapter is ADALORA, and ranks change only in LoRA; use LoraConfig",
         ),
     ],
 )

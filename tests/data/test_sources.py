@@ -257,7 +257,7 @@ def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:
 
 
 def test_a_spreadsheet_is_to_be_saved_as_csv(tmp_path: Path) -> None:
-    assert "save it as CSV UTF-8 there" in error(write(tmp_path / "t.xlsx", "PK"))
+    assert "export it as CSV UTF-8" in error(write(tmp_path / "t.xlsx", "PK"))
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:

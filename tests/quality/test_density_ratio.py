@@ -42,7 +42,7 @@ def test_a_row_is_judged_by_a_fit_without_it() -> None:
     np.testing.assert_allclose(np.polyval(slope, twin), ratio, atol=1e-3 * np.abs(ratio).max())
 
 
-@pytest.mark.parametrize(("count", "shift", "why"), [(30, 0.0, "do not tell"), (7, 3.0, "7 trusted rows are too few")])
+@pytest.mark.parametrize(("count", "shift", "why"), [(30, 0.0, "do not separate"), (7, 3.0, "rows are too few")])
 def test_there_is_none_for_rows_like_the_pool_or_for_too_few(count: int, shift: float, why: str) -> None:
     ratio, reason = log_density_ratio(rows(200, 0.0, 5), rows(count, shift, 6))
     assert ratio is None
@@ -65,7 +65,7 @@ def test_texts_that_are_only_shorter_change_no_draw() -> None:
     assert np.corrcoef(ratio, np.log(pooled))[0, 1] < -0.7
     ratio, why = log_density_ratio(pool, trusted, lengths=(pooled, few))
     assert ratio is None
-    assert "do not tell" in why
+    assert "do not separate" in why
 
 
 def test_shorter_texts_of_another_topic_prefer_the_topic_and_not_the_length() -> None:

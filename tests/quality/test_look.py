@@ -319,7 +319,7 @@ def test_text_is_drawn_evenly_where_trusted_rows_look_like_the_pool() -> None:
     assert scores.even
     assert scores.record.gate == {
         "name": "density ratio",
-        "why_not": "hidden states do not tell trusted rows from the others: all rows are drawn evenly",
+        "why_not": "hidden states do not separate trusted rows from the others: all rows are drawn evenly",
     }
 
 

@@ -302,8 +302,8 @@ def test_the_looks_are_told_before_the_first_step(seen: Seen) -> None:
     page = " ".join(seen.texts["main"])
     for text in (
         "Look 1 at all rows, before step 1",
-        "A head fitted on 60 rows replaced the model's own: its loss on rows it has not seen is 0.31, that of the head "
-        "that was there 0.72.",
+        "A head fitted on 60 rows replaced the model's own: its loss on rows it has not seen is 0.31, that of the "
+        "old head 0.72.",
         "About 20% of the labels seem wrong, between 17% and 24%",
         "55 of 60 rows were kept.",
         "Look 2 at all rows, before step 21",

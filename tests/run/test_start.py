@@ -120,7 +120,7 @@ def test_a_head_that_did_not_come_is_new_and_saved(place: Path, tmp_path: Path) 
     ("options", "kind", "message"),
     [
         ({"use_dora": True}, UnsupportedError, "the adapter has use_dora, which a training that goes on cannot hold"),
-        ({"labels": 3}, DataError, r"came with classifier.* of shape \(3.*head was trained on other classes"),
+        ({"labels": 3}, DataError, r"classifier.* has shape \(3.*head was trained on other classes"),
         ({"init_lora_weights": "pissa"}, UnsupportedError, "the adapter has init_lora_weights=pissa"),
     ],
 )

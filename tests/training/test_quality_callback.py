@@ -293,7 +293,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
     ranks = tsq.RankCallback(interval=2)
     model = slotted_bert()
     callbacks = [quality_by(subset, reference=40), ranks]
-    with pytest.warns(UserWarning, match="ranks are as they were: .*until step 2"):
+    with pytest.warns(UserWarning, match="ranks are unchanged: .*until step 2"):
         make_trainer(model, subset, tmp_path, callbacks, num_train_epochs=1, learning_rate=1e-6).train()
     assert (ranks.events, set(ranks.final.values())) == ([], {4})
     model.save_pretrained(tmp_path / "adapter")

@@ -109,7 +109,7 @@ def test_the_first_time_says_what_a_second_would_do(phases: tuple[str, ...]) -> 
                 stop.on_step_begin(TrainingArguments("out", use_cpu=True), TrainerState(), TrainerControl())
             else:
                 stop.watch(None)(phase, 1, 9)
-        with pytest.warns(UserWarning, match=f"SIGTERM: stopping {what}; once more stops at once"):
+        with pytest.warns(UserWarning, match=f"SIGTERM: stopping {what}; a second signal stops it at once"):
             send(signal.SIGTERM)
     assert stop.asked == signal.SIGTERM
 

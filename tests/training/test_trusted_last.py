@@ -228,7 +228,7 @@ def test_the_best_checkpoint_is_one_of_the_steps_on_trusted_rows(tmp_path: Path)
 
 def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
     trainer, quality = make(tmp_path, Stop(14))
-    with pytest.warns(UserWarning, match="training ended at step 14, and the trusted rows were to be trained on from"):
+    with pytest.warns(UserWarning, match="training ended at step 14, before the trusted rows"):
         trainer.train()
     assert len(quality.notes) == 1
     trainer, quality = make(tmp_path, Stop(15))

@@ -88,7 +88,7 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     if any(re.search(f"(?i:{word})(?![a-z])", base.__name__) for word in COUPLED for base in kind.__mro__):
         raise UnsupportedError(
             f"the optimizer {kind.__name__} steps a whole matrix at once, or keeps its moments elsewhere, so slots "
-            f"cannot come and go; {_SERVED}"
+            f"cannot change; {_SERVED}"
         )
     packs = optimizer_name(inner)
     beginnings = BEGINNINGS if packs is None else BITSANDBYTES.get(packs, {})
@@ -97,7 +97,7 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     for name, value in state.items():
         if packs is not None and is_eight_bit(value):
             raise UnsupportedError(
-                f"the optimizer {kind.__name__} keeps moments in 8 bits, in which slots cannot come and go; {_SERVED}, "
+                f"the optimizer {kind.__name__} keeps moments in 8 bits, in which slots cannot change; {_SERVED}, "
                 "or bitsandbytes' in 32 bits (optim_bits=32, paged_adamw_32bit)"
             )
         if value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):

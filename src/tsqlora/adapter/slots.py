@@ -253,8 +253,8 @@ def finalize(model: PeftModel) -> PeftModel:
         return model
     if any(map(distributed.is_sharded, model.parameters())):
         raise UnsupportedError(
-            "the model's weights are in parts over processes (FSDP), so its slots stay: RankLoop.finish("
-            "finalize_model=False), and save its full state dict, which is plain PEFT"
+            "the model's weights are sharded over processes (FSDP), so its slots cannot be removed; call "
+            "RankLoop.finish(finalize_model=False), and save the full state dict, which is plain PEFT"
         )
     sync_config(model)
     for slots in find_slots(model).values():

@@ -56,24 +56,24 @@ def wrap(
 ) -> PeftModel:
     """Build a PeftModel with LoRA in every target, at uniform rank; `RankCallback` moves the ranks.
 
-    A classifier's head trains whole and is saved: in a transformers model for classification,
-    question answering or multiple choice, all that lies beside its body. So is a linear layer
-    that the checkpoint lacked, such as a pooler, where transformers' `from_pretrained` has made the model.
+    A classifier's head trains in full and is saved: in a transformers model for classification,
+    question answering or multiple choice, everything outside of its body. The same holds for a linear layer
+    that the checkpoint lacked, such as a pooler, if transformers' `from_pretrained` has made the model.
 
     A PeftModel with one LoRA adapter, fresh or trained, stays the same object: only its ranks become changeable.
 
     Args:
         mean_rank: rank of a uniform LoRA with as many parameters, 8 by default; also the
             budget. May be a fraction: then ranks start at the integers next to it.
-        max_rank: slots a layer is built with, twice the mean by default (rounded up).
-        depth: adapt the top `depth` transformer blocks alone, with as many parameters as `mean_rank` has in all
+        max_rank: slots of each layer; by default twice the mean, rounded up.
+        depth: adapt only the top `depth` transformer blocks, with as many parameters as `mean_rank` has in all
             blocks: ranks are higher there, and the backward pass ends below. None for all blocks.
         alpha: the scale is alpha / mean_rank, for every layer and the whole run. 16 by default.
         target_modules: names or endings of names of linear layers and embeddings, or
             "all-linear": every linear layer but heads and the output embedding.
-        modules_to_save: further modules that train whole, without LoRA.
+        modules_to_save: further modules that train in full, without LoRA.
         config: a LoraConfig instead of all the others but max_rank and depth; its r is the mean rank,
-            and its modules_to_save are all that trains whole.
+            and only its modules_to_save train in full.
 
     Raises SettingsError if no module matches, and for a depth above the number of blocks; UnsupportedError for options
     of LoraConfig that are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
@@ -299,16 +299,15 @@ def only_adapter(model: PeftModel) -> str:
         raise UnsupportedError("the model has rank slots already; wrap it once")
     if len(model.peft_config) != 1:
         remedy = (
-            "give a trainer of preferences (DPO and its like), which adds 'ref', the plain model and peft_config="
-            "LoraConfig(...)"
+            "give the trainer (such as DPO's), which adds 'ref' itself, the plain model and peft_config=LoraConfig(...)"
             if "ref" in model.peft_config
             else "remove the others: model.delete_adapter(name)"
         )
-        raise UnsupportedError(f"ranks change in one adapter, not in {', '.join(model.peft_config)}; {remedy}")
+        raise UnsupportedError(f"ranks change in one adapter, but there are {', '.join(model.peft_config)}; {remedy}")
     ((adapter, config),) = model.peft_config.items()
     if config.peft_type != PeftType.LORA:
         raise UnsupportedError(
-            f"the adapter is {PeftType(config.peft_type).value}, and ranks change in LoRA alone; use LoraConfig"
+            f"the adapter is {PeftType(config.peft_type).value}, and ranks change only in LoRA; use LoraConfig"
         )
     # Initialisations that leave the base weights as they are.
     _require_plain(cast(LoraConfig, config), _NOT_PLAIN, inits=(True, False, "gaussian", "orthogonal", "eva"))
@@ -376,11 +375,11 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     for name, tensor in adapter.saved.items():
         parameter = parameters.get(name)
         if parameter is None:
-            raise DataError(f"the adapter came with {name}, which the model lacks; give the adapter's base")
+            raise DataError(f"the adapter has {name}, which the model lacks; give the adapter's base")
         if parameter.shape != tensor.shape:
             raise DataError(
-                f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
-                "its head was trained on other classes; give rows of the same, or merge it and train the model"
+                f"{name} has shape {tuple(tensor.shape)} in the adapter and {tuple(parameter.shape)} in the model: its "
+                "head was trained on other classes; give rows of the same classes, or merge it and train the model"
             )
     patterns = config_for(adapter)
     came = patterns["modules_to_save"] or []

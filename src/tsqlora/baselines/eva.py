@@ -47,7 +47,7 @@ def eva(setup: Setup) -> Built:
     names = list(layers_of(model))
     for name, layer in layers_of(model).items():
         if not isinstance(layer, Linear):
-            raise UnsupportedError(f"{name} is no linear layer, and EVA reads no other; leave it out of target_modules")
+            raise UnsupportedError(f"{name} is not a linear layer, which EVA needs; leave it out of target_modules")
     config: Any = model.peft_config["default"]
     # Not before: PEFT would advise, by a warning, on how to build the model with less memory.
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=setup.max_rank / rank)
@@ -95,7 +95,7 @@ class CountedForward:
         self.left -= 1
         if self.left < 0:
             raise TsqLoraError(
-                f"EVA's directions still turn after {MOST_PASSES} passes over its samples; give more rows or lower "
+                f"EVA's directions still change after {MOST_PASSES} passes over its samples; give more rows or lower "
                 "ranks.max"
             )
         ids = inputs["input_ids"]

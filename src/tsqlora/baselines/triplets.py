@@ -242,7 +242,7 @@ def build(setup: Setup, *, rank: int, scale: float, **options: Any) -> PeftModel
     if type(model) is PeftModel:
         raise UnsupportedError(
             f"PEFT has no class for the task of {type(setup.pretrained.model).__name__}, so its orthogonality penalty "
-            "would be in no loss; leave out adalora and elalora"
+            "would not be in the loss; leave out adalora and elalora"
         )
     return model
 
@@ -279,7 +279,7 @@ class PenaltyInTraining(TrainerCallback):
         if args.label_smoothing_factor:
             raise UnsupportedError(
                 f"training.label_smoothing_factor is {args.label_smoothing_factor:g}, and with it PEFT's orthogonality "
-                f"penalty is in no loss of {self.method}; set it to 0, or leave out {self.method}"
+                f"penalty is not in the loss of {self.method}; set it to 0, or leave out {self.method}"
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

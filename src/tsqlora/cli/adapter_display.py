@@ -103,7 +103,10 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         table.add_row(name, verdict, Text("\n".join(_reasons(server))), Text(server["mend"] or ""))
     console.print(table)
     right = [server for server, verdict in report["servers"].items() if verdict == "right"]
-    say(console, [f"read right by {len(right)} of {len(report['servers'])} servers, each in its newest version here"])
+    say(
+        console,
+        [f"{len(right)} of {len(report['servers'])} servers read it correctly, in their newest versions here"],
+    )
     mends = {server["name"]: server["mend"] for server in report["consumers"]}
     stuck = [server for server in report["servers"] if server not in right and not mends.get(server)]
     if stuck and right:

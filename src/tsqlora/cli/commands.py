@@ -16,7 +16,7 @@ from tsqlora.errors import SettingsError, TsqLoraError, printable
 app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="The --help of every command has an example; --debug after any command shows where an error arose.",
+    epilog="The --help of every command has an example; --debug after any command shows the traceback.",
     help="LoRA fine-tuning on imperfect rows: find wrong labels, train, and check adapters.",
 )
 for command in (

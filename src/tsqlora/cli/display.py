@@ -310,7 +310,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     pairs, lines = result["duplicates"], [f"note: {note}" for note in result["notes"]]
     if pairs:
         lines.insert(0, f"pairs of near-duplicates with different labels: {pairs:,}; the page shows them")
-    checks = f", {result['checks']:,} of them no suspects, as a check" if result["checks"] else ""
+    checks = f", {result['checks']:,} of them not suspects, as a check" if result["checks"] else ""
     lines += [
         f"{result['suspects']} lists {result['listed']:,} rows{checks}",
         f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}",

@@ -24,19 +24,19 @@ def audit(
 ) -> Any:
     """Find what is wrong with rows: the labels of a classifier's rows, or what a Trainer will train on.
 
-    Of a model with its dataset and collator an `Audit` of the labels, as `tsqlora.quality.suspects.audit` has it. Of a
-    Trainer that was built (SFTTrainer, DPOTrainer, a Trainer of a causal model) the ledger and the findings, as
-    `tsqlora audit` has them:
+    For a model with its dataset and collator it returns an `Audit` of the labels, as `tsqlora.quality.suspects.audit`
+    does. For a Trainer (SFTTrainer, DPOTrainer, a Trainer of a causal model) it returns the ledger and the findings,
+    as `tsqlora audit` does:
 
         result = tsqlora.audit(trainer, data=rows)
         [(finding["name"], finding["places"]) for finding in result["findings"]]
 
     Args:
         subject: the model, or the Trainer.
-        classes, rows, compute: of labels: class names, row ids, and how to compute.
-        data: of a Trainer: the rows that its train_dataset was made of, as a file, a list of dicts or a
-            datasets.Dataset; by default the columns that it has kept.
-        evaluation: rows that the training rows may not have.
+        classes, rows, compute: for labels: class names, row ids, and how to compute.
+        data: for a Trainer: the source rows of its train_dataset, as a file, a list of dicts or a
+            datasets.Dataset; by default the columns that train_dataset still has.
+        evaluation: rows that must not be among the training rows.
         out: a directory for ledger.parquet, findings.json, suspects.csv and audit.html; without it the result has
             the ledger as a pyarrow table.
 

@@ -119,7 +119,8 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default unchanged.")] = None,
     max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
     mean_rank: Annotated[
-        float | None, typer.Option(metavar="R", help="Cut to the parameters of this uniform rank, at the least loss.")
+        float | None,
+        typer.Option(metavar="R", help="Cut to the parameters of this uniform rank, at the least change."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -128,9 +129,9 @@ def export(
     peft: the smallest. universal: one rank and alpha for all layers, which every
     server that takes adapters on this base reads. compressed: fewer parameters, by
     --mean-rank or --max-rank. gguf: for llama.cpp. merged: base and adapter as one
-    plain transformers model, with head and tokenizer. Of a classifier it says first
-    which servers serve it. A difference beyond rounding is an error, and nothing is
-    written.
+    plain transformers model, with head and tokenizer. For a classifier it first says
+    which servers serve it. If the export differs by more than rounding, it fails and
+    writes nothing.
 
     Example: tsqlora export run --format universal --out adapter-for-vllm
 
@@ -169,7 +170,8 @@ def doctor(
         Path, typer.Argument(metavar="ADAPTER|RUN|HUB_ID", help="A directory, or OWNER/NAME on the hub.")
     ],
     server: Annotated[
-        str | None, typer.Option(metavar="NAME[==VERSION]", help="Judge one server alone: its newest, or a version.")
+        str | None,
+        typer.Option(metavar="NAME[==VERSION]", help="Judge one server only: its newest version, or this one."),
     ] = None,
     template: Annotated[
         Path | None, typer.Option(help="A chat template: does it give the prompts that a run was trained on?")
@@ -214,7 +216,7 @@ def doctor(
     console.show(result, as_json, show_doctor)
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]
-        instead = "mend the fault that the report names" if result["faults"] else "serve it with PEFT"
+        instead = "correct the fault that the report names" if result["faults"] else "serve it with PEFT"
         command = (
             f"tsqlora export {quote(str(source))} --format {mend} --out DIR" if mend else f"no export helps; {instead}"
         )
@@ -230,18 +232,18 @@ def check(
         str | None, typer.Option(metavar="URL", help="The running server, as http://HOST:PORT.")
     ] = None,
     served_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter's name there, if the server lists several.")
+        str | None, typer.Option(metavar="NAME", help="The adapter's name on the server, if it lists several.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Send the prompts to another machine.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare what a running server answers with what PEFT writes, on 32 held-out prompts.
 
-    Messages go to /v1/chat/completions at temperature 0. Where an answer differs,
-    the prompt's tokens go to /v1/completions, which tells the server's template
-    from its weights. The exit code is 4 if the base answered, or if fewer than
-    90 % of the answers start or stop as PEFT's. A key is read from TSQLORA_SERVER_KEY.
-    Without --server-url: how often the model stops by itself.
+    Messages go to /v1/chat/completions at temperature 0. If an answer differs, the
+    prompt's tokens go to /v1/completions, to see whether the server's template or its
+    weights differ. The exit code is 4 if the base answered, or if fewer than 90 % of the
+    answers start or stop as PEFT's. The key, if any, is read from TSQLORA_SERVER_KEY.
+    Without --server-url it only says how often the model stops by itself.
 
     Example: tsqlora check run --server-url http://127.0.0.1:8000 --served-name adapter
     """

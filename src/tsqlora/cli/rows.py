@@ -31,24 +31,24 @@ def score(
     source: Source,
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     look: Annotated[
-        Path | None, typer.Option(metavar="LOOK", help="Apply a folder of `tsqlora look` to the rows of SOURCE.")
+        Path | None, typer.Option(metavar="LOOK", help="Score a file of rows by a folder of `tsqlora look`.")
     ] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Score every training row: with a config's model and a fitted head, or with the weights of a run.
 
-    Measured are the terms that the rule weighs: by the default rule one forward pass. All three
-    terms of the paper take four times as long: --set quality.preset=paper.
+    It measures the terms that the rule weighs; the default rule takes one forward pass. The paper's
+    three terms (--set quality.preset=paper) take four times as long.
     Without data.validation a tenth of the rows is held out, as in training.
     For a RUN and another file (--set data.train=...) every row is scored.
     Rows are read in chunks. OUT.partial has the progress until the end, and the
     same command resumes an interrupted scoring.
 
-    With --look, SOURCE is a file of rows, and each is scored alone, by the head and the judge of the
-    look: loss, prediction, and the probability that its label is wrong; of texts loss, and the
-    probability that its answer does not fit. Parts of a large table can be scored anywhere;
-    `tsqlora select` draws from all of them.
+    With --look, name a file of rows in place of CONFIG. Each row is scored alone, by the head and the
+    judge of the look: a labelled row gets its loss, a prediction, and the probability that its label is
+    wrong; a text its loss, and the probability that its answer does not fit. Parts of a large table can
+    be scored anywhere; `tsqlora select` draws from all of them.
 
     Example: tsqlora score tsq.yaml --out scores.parquet
 
@@ -94,7 +94,7 @@ def explain(
     data: Annotated[Path | None, typer.Option(help="The scored file, if it was moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Explain why a training row was drawn, gated or suspected; without --row, list the rows to look at first.
+    """Explain why a training row was drawn, left out or suspected; without --row, list the rows to look at first.
 
     Example: tsqlora explain run --row 17
 
@@ -116,11 +116,11 @@ def select(
     fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 0,
     data: Annotated[
-        Path | None, typer.Option(help="The scored file, whose rows are written; of parts the folder of their files.")
+        Path | None, typer.Option(help="The scored file, whose rows are written; for parts, the folder of their files.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a quality sample by scores and write its rows, for any trainer.
+    """Draw rows by their scores, and write them for any trainer.
 
     Example: tsqlora select scores.parquet --fraction 0.3 --data train.jsonl --out subset.jsonl
     """
@@ -163,7 +163,7 @@ def audit(
     model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
     review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Fine-tune in three folds: slower, and finds more where classes are few.")
+        bool, typer.Option("--deep", help="Fine-tune in three folds: slower, but finds more if classes are few.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory to write; by default a dated one under runs/, or the audit's.")
@@ -173,35 +173,36 @@ def audit(
     ] = None,
     eval_: Annotated[
         str | None,
-        typer.Option("--eval", metavar="FILE", help="Of text: evaluation rows, which training may not have."),
+        typer.Option("--eval", metavar="FILE", help="For text: evaluation rows, to find among the training rows."),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Of text: most tokens of a row.")] = None,
-    chat_template: Annotated[Path | None, typer.Option(help="Of text: a Jinja file, in place of the model's.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="For text: most tokens of a row.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="For text: a Jinja file, in place of the model's.")] = None,
     prepared: Annotated[Path | None, typer.Option(metavar="DIR", help="A set that a trainer has prepared.")] = None,
-    data: Annotated[str | None, typer.Option(help="With --prepared: the rows that it was made of.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --prepared: the source rows.")] = None,
     baseline: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="Of text: an earlier findings.json, to show what changed.")
+        Path | None, typer.Option(metavar="JSON", help="For text: an earlier findings.json, to show what changed.")
     ] = None,
     drop_findings: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Of text: put the rows of these findings into quarantine.jsonl.")
+        str | None,
+        typer.Option(metavar="NAMES", help="For text: move rows with these findings to quarantine.jsonl."),
     ] = None,
     no_model: Annotated[
-        bool, typer.Option("--no-model", help="Of text: read no answers with the model, only the tokens.")
+        bool, typer.Option("--no-model", help="For text: check only the tokens; the model reads no answers.")
     ] = False,
-    all_: Annotated[bool, typer.Option("--all", help="Of text: read every answer, not those of 2,000 rows.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="For text: read every answer, not those of 2,000 rows.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Of text: exit with 4 on a finding that is an error.")
+        bool, typer.Option("--strict", help="For text: exit with 4 on a finding that is an error.")
     ] = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Show what is wrong with rows before any training: likely label errors, or what becomes of each row of text.
 
-    Labelled rows: a table and a page for review. With --apply, write the rows as your
-    reviewed table corrects them, and the reviewed ones as trusted.jsonl, for data.trusted.
+    For labelled rows, write a table and a page for review. With --apply, write the rows with
+    your corrections, and the reviewed ones as trusted.jsonl, for data.trusted.
 
-    Chats, instructions, preferences: the ledger of what --model would be trained on, row by
-    row, and findings, each with its rows and cure. With --apply, write clean.jsonl and quarantine.jsonl.
+    For chats, instructions and preferences, write the ledger (what --model would be trained on, row by
+    row) and findings, each with its rows and cure. With --apply, write clean.jsonl and quarantine.jsonl.
 
     Example: tsqlora audit train.csv --review 100 --out audit
 
@@ -270,7 +271,7 @@ def _require_one(
         return
     later = f"--apply {quote(str(apply))}" if apply else f"--drop-findings {quote(drop_findings or '')}"
     line = f"tsqlora audit {later} --out {quote(str(out or 'AUDIT'))}"
-    why = f"{later.split()[0]} reads an audit that was written before; for that type `{line}`"
+    why = f"{later.split()[0]} needs an earlier audit; type `{line}`"
     if not (apply or drop_findings):
         later, why = "--prepared", f"type `tsqlora audit --prepared {quote(str(prepared))} --data {quote(str(source))}`"
     raise SettingsError(f"{'DATA' if source else '--prepared'} and {later.split()[0]} do not go together; {why}")

@@ -121,9 +121,9 @@ def train(
         try:
             require_free(run, resume=resume)
         except SettingsError as taken:
-            console.note(f"the run itself would be refused: {taken}")
+            console.note(f"the run would be refused: {taken}")
         if resume:
-            console.note("this is the plan of the whole run; --resume does the rest of it")
+            console.note("this is the plan of the whole run; --resume continues it")
         return
     with Display(console.stderr) as display:
         record = pipeline.train(settings, run, resume=resume, progress=display.progress, say=display.say)
@@ -137,9 +137,9 @@ def look(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Look at all rows, and keep scores and head in a folder, for a training that shards the model.
+    """Look at all rows, and save scores and head in a folder, for a training that shards the model.
 
-    Start it as one process, or with torchrun as several. The model may be the one of the training, in
+    Start it as one process, or with torchrun as several. The model may be the one to be trained, in
     4 bits (--set model.quantization=4bit), or a smaller one with the same tokenizer (--model), whose
     head is left out.
 
@@ -172,12 +172,12 @@ def llamafactory(
         str, typer.Option(metavar="NAMES", help="Leave out the rows of these findings, such as empty_answer,duplicate.")
     ] = "",
     answers: Annotated[bool, typer.Option("--answers", help="Read the answers with the model, too.")] = False,
-    no_train: Annotated[bool, typer.Option("--no-train", help="Prepare, audit and filter alone.")] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Only prepare, audit and filter.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let LLaMA-Factory prepare its rows, audit them, leave out those of named findings, and let it train.
+    """Audit the rows that LLaMA-Factory prepares, leave out those with findings that you name, and let it train.
 
-    Runs where LLaMA-Factory is installed. DIR/audit shows what becomes of each row.
+    LLaMA-Factory must be installed in this environment. DIR/audit shows what becomes of each row.
 
     Example: tsqlora llamafactory sft.yaml --drop-findings empty_answer,duplicate --out run
     """
@@ -210,7 +210,7 @@ def evaluate(
     beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the task's metrics; texts are generated to measure them.
+    """Measure the task's metrics; a model that writes text generates it for them.
 
     Example: tsqlora evaluate run --data test.jsonl --json
     """
@@ -234,8 +234,8 @@ def predict(
     """Write the file's rows with a prediction each: a class, a number, or a text.
 
     The new columns `prediction` and, for classes, `probability` replace columns
-    of these names; others stay as they are. Whether --out can hold the rows is
-    tried first. If writing it fails in the end, the predictions are in a file next to it.
+    of these names; others stay as they are. The command first checks that --out can hold
+    the rows. If writing fails later, the predictions are in a file next to it.
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """

@@ -36,7 +36,7 @@ def in_own_process(
             return _receive(ours, progress)
         except EOFError:
             process.join()
-            raise TsqLoraError(f"{name}: its process ended with code {process.exitcode}; was memory short?") from None
+            raise TsqLoraError(f"{name}: its process ended with code {process.exitcode}; out of memory?") from None
     finally:
         ours.close()
         if process.pid is not None:  # None if Ctrl-C came before the process started

@@ -81,7 +81,7 @@ class Dialect:
         """A warning if the encoding is a guess, or not that of the hints."""
         if self.unused is not None:
             return (
-                f"{name} is UTF-8 and was read as such; data.encoding {self.unused} counts for other files; if its "
+                f"{name} is UTF-8 and was read as such; data.encoding {self.unused} applies to other files; if its "
                 "letters look wrong, save it as UTF-8 again"
             )
         if not self.guessed:

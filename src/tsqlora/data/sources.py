@@ -260,7 +260,7 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
             return replace(_of_file(plain, hints, folder), name=str(path), path=None)
     if suffix not in SUFFIXES:
         if suffix in (".xlsx", ".xls", ".ods"):
-            raise DataError(f"{path} is a spreadsheet; save it as CSV UTF-8 there, and name that file")
+            raise DataError(f"{path} is a spreadsheet; export it as CSV UTF-8, and name that file")
         raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(SUFFIXES)}, or one of them .gz")
     reading(path)
     if suffix == ".parquet":
@@ -284,7 +284,7 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
     """Several files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
     kinds = {suffix_of(path) for path in paths}
     if len(kinds) > 1:
-        raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name those of one")
+        raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
     tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
         batches = (batch for path in paths for batch in _batches(path))
@@ -321,7 +321,7 @@ def _load_hub(name: DatasetName) -> Any:
     import datasets  # seconds to import, and only hub ids need it
 
     if name.id in file_kinds():  # load_dataset would read whatever files lie in the working directory
-        raise DataError(f"{name.id} is a kind of file, not a data set; name a file, or a directory of splits")
+        raise DataError(f"{name.id} is a file format, not a data set; name a file, or a directory of splits")
     try:
         data: Any = datasets.load_dataset(name.id, name.configuration, split=name.split)
         return data if name.split is not None else {str(split): rows for split, rows in data.items()}

@@ -127,7 +127,7 @@ def unmeasured(data: Mapping[str, Table]) -> str | None:
     )
     more = ", …" if len(rows) > _GROUPS else ""
     return (
-        f"{train.name}: too few rows to have one in validation, whose metrics leave them out: class {shown}{more}; "
+        f"{train.name}: classes with too few rows for validation, whose metrics leave them out: {shown}{more}; "
         "add rows, or set data.validation"
     )
 
@@ -269,12 +269,12 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
     for missing in filter(looks_missing, rows):
         yield (
             f"the label {missing!r} of {rows[missing]:,} rows looks like a missing label, and is a class like any "
-            "other; empty these cells if it is none"
+            "other; empty these cells if it means no label"
         )
     if alike := look_alikes(classes.names):
         shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
         yield (
-            f"these classes differ in case or spaces alone: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
+            f"these classes differ only in case or spaces: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
             "use one spelling if they are the same class"
         )
 

@@ -114,7 +114,7 @@ def format_for(folder: Path, server: str) -> str:
         if base.resized:
             raise UnsupportedError(f"{base.resized}; name the enlarged base in {CONFIG}")
         what = ", ".join(adapter.variants()) or base.name
-        raise UnsupportedError(f"no export of {what} suits {server}; serve it with PEFT")
+        raise UnsupportedError(f"no export of {what} works in {server}; serve it with PEFT")
     return format
 
 
@@ -170,7 +170,9 @@ def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
         rule = next(r for r in reversed(rules) if not r.until or parts[: len(_numbers(r.until))] <= _numbers(r.until))
     if not version or version in rule.version.split(", "):
         return (rule,), []
-    return (rule,), [f"{rule.server} {version} was not read; the rule read in {rule.version} on {rule.date} judges it"]
+    return (rule,), [
+        f"the source of {rule.server} {version} was not read; the verdict follows {rule.version}, read on {rule.date}"
+    ]
 
 
 def _plain(name: str) -> str:
@@ -308,9 +310,9 @@ def _notes(folder: Path, adapter: LoraAdapter, *, has_base: bool) -> list[str]:
     if adapter.ignored:
         notes.append(f"{CONFIG} sets {', '.join(adapter.ignored)}, which tsqlora does not know and leaves out")
     if adapter.base is None:
-        notes.append("the adapter names no base model; whoever loads it must know which")
+        notes.append("the adapter names no base model, so whoever loads it must know the base")
     elif (Path(adapter.base).is_absolute() or adapter.base.startswith(".")) and not os.path.isdir(adapter.base):
-        notes.append(f"its base model is a directory on another machine, {adapter.base}; use a hub id instead")
+        notes.append(f"its base model is a directory on another machine, {adapter.base}; name a hub id instead")
     if not has_base:
-        notes.append("no base weights that fit are here: the number of layers is a guess from the adapter's names")
+        notes.append("no matching base weights are here, so the number of layers is guessed from the adapter's names")
     return notes

@@ -67,7 +67,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
             "state_dict; save the adapter with the PEFT model's save_pretrained, or cut the name out of the keys"
         )
     if not pairs:
-        raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B, so it is no LoRA adapter")
+        raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B, so it is not a LoRA adapter")
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     for name in [name for name, pair in pairs.items() if _of_experts(pair, config)]:

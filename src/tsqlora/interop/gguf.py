@@ -49,7 +49,7 @@ def require_exportable(adapter: LoraAdapter, config: Any) -> None:
         )
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedError(
-            f"the base is a {config.model_type}, for which nobody has checked how llama.cpp arranges the weights; "
+            f"the base is a {config.model_type}, for which llama.cpp's arrangement of weights was not checked; "
             f"{nearest(config.model_type, ARCHITECTURES)}"
         )
     if config.tie_word_embeddings and (names := tied_targets(adapter)):

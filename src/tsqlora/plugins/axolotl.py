@@ -52,9 +52,7 @@ class Plugin(BasePlugin):
         if cfg.rl:
             raise UnsupportedError(f"the plugin audits rows with one answer, and rl is {cfg.rl}; remove the plugin")
         if launched() > 1:
-            raise SettingsError(
-                "the plugin prepares in one process; run `axolotl preprocess` before, without the plugin"
-            )
+            raise SettingsError("the plugin prepares in one process; first run `axolotl preprocess` without the plugin")
         meta, block = load_datasets(cfg=cfg), cfg.get("tsqlora") or {}
         rows, summary = without_findings(
             meta.train_dataset,

@@ -22,7 +22,7 @@ from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms
 from tsqlora.tasks import Batch, Collate, Task
 
-MISSING = "duplicates and leaks are no property of a row: `tsqlora audit` finds them among all rows"
+MISSING = "duplicates and leaks do not show in a single row: `tsqlora audit` finds them among all rows"
 
 
 def columns_of_rows(
@@ -40,7 +40,7 @@ def columns_of_rows(
     distributed.require_whole(model)
     if task.answers is None or task.reading.has_reference:
         raise UnsupportedError(
-            f"a look is applied to rows with a label each, and the task is {task.name}; score all rows together: "
+            f"a look applies only to rows with one label each, and the task is {task.name}; score all rows together: "
             "tsqlora score CONFIG"
         )
     judges, single = look.verdict is not None, task.reading.label is not None and task.reading.label.single

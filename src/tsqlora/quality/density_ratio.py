@@ -53,7 +53,7 @@ def log_density_ratio(
     test = mannwhitneyu(ratio[n:], ratio[:n][fitted[:n]], alternative="greater")
     if test.pvalue < LEVEL:
         return ratio[:n], ""
-    return None, "hidden states do not tell trusted rows from the others"
+    return None, "hidden states do not separate trusted rows from the others"
 
 
 def _standardised(pool: Float[np.ndarray, "n d"], trusted: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "rows d"]:

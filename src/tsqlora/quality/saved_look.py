@@ -136,7 +136,7 @@ class SavedLook:
             if distributed.is_sharded(parameter) or parameter.is_meta:
                 raise UnsupportedError(
                     f"{named[name][0]} is {distributed.parts_of(parameter)}, so a head that is written now is lost; "
-                    "give QualityCallback(data, look=...) to Trainer(callbacks=[...]), or write before it trains: "
+                    "give QualityCallback(data, look=...) to Trainer(callbacks=[...]), or before training call "
                     "callback.write_head(trainer.model)"
                 )
         with gathered(targets.values()) as writes:

@@ -136,8 +136,8 @@ class Scores:
         if self.even or not (self.record.noise or {}).get("evident"):
             return None
         return (
-            "labels are evidently wrong, and a draw by Q may prefer those that were not left out; compare with even "
-            "draws: remove quality.weights and quality.preset"
+            "some labels are evidently wrong, and a draw by Q may prefer those that were not left out; compare with "
+            "even draws: remove quality.weights and quality.preset"
         )
 
     @property

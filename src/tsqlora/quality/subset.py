@@ -22,14 +22,14 @@ from tsqlora.tasks import Task
 class QualitySubset(Dataset[Any]):
     """A map-style data set of fixed length whose rows follow its `plan` from epoch to epoch.
 
-    A draw is a pure function of (scores, seed, epoch), so that an epoch has the same rows after a crash. For another
+    A draw is a pure function of (scores, seed, epoch), so an epoch has the same rows after a crash. For another
     draw, set `plan` to another EpochPlan before the epoch begins.
 
     Args:
         dataset: any map-style data set.
         fraction: share of its rows per epoch, 0 < fraction ≤ 1.
-        trusted: rows that represent what the model should be good at, in the format of the data set; about 100 are
-            enough. The length of an epoch stays; with QualityCallback the last 30 % of a run train on them alone.
+        trusted: checked rows of the kind that the model must handle well, in the format of the data set; about 100 are
+            enough. They do not change the length of an epoch. With QualityCallback a run trains on them last.
         resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; they group rows of similar length, for a
             Trainer that samples sequentially.

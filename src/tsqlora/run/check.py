@@ -54,7 +54,7 @@ def check_run(
     """
     task = get_task(require_finished(run).task)
     if task.writer is None or not task.reading.causal:
-        raise UnsupportedError(f"{run} does not continue texts; check compares what causal models write")
+        raise UnsupportedError(f"{run} is of task {task.name}; check compares only what causal language models write")
     if url is None:
         if served_name is not None or yes:
             raise SettingsError("--served-name and --yes are for a server; add --server-url, or leave them out")
@@ -79,11 +79,11 @@ def _served(server: Server, name: str | None) -> str:
     try:
         names = [str(model["id"]) for model in server.ask("/v1/models")["data"]]
     except (KeyError, TypeError):
-        raise TsqLoraError(f"{server.url}/v1/models lists no models in OpenAI's form") from None
+        raise TsqLoraError(f"{server.url}/v1/models lists no models in OpenAI's format") from None
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:
-        needed = "--served-name is needed" if name is None else f"--served-name {name} is not there"
+        needed = "--served-name is needed" if name is None else f"--served-name {name} is not on the server"
         raise SettingsError(f"{needed}: {server.url} serves {', '.join(names)}")
     return name
 
@@ -96,7 +96,7 @@ def held_out(finished: FinishedRun) -> list[Prompt]:
     rows, reading = islice(table, PROMPTS), finished.task.reading
     prompts = [*prompts_of(rows, finished.format, reading, tokenizer, max_length=finished.predictor.prompt_length)]
     if not prompts:
-        raise TsqLoraError(f"no held-out prompt of {finished.config.data.train} fits into the model whole")
+        raise TsqLoraError(f"no held-out prompt of {finished.config.data.train} fits into the model's context")
     return prompts
 
 
@@ -132,7 +132,7 @@ def _answer(server: Server, path: str, body: Mapping[str, Any]) -> Answer:
         text = choice["message"]["content"] if "chat" in path else choice["text"]
         return Answer(str(text or ""), choice["finish_reason"] == "stop")
     except (KeyError, IndexError, TypeError):
-        raise TsqLoraError(f"{server.url}{path} answers in another form than OpenAI's") from None
+        raise TsqLoraError(f"{server.url}{path} does not answer in OpenAI's format") from None
 
 
 def _compared(

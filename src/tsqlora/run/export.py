@@ -32,7 +32,7 @@ def export(
     given or its weights are needed; else only the base's shapes that the adapter names are read.
     """
     if is_run(source) and base is not None:
-        raise SettingsError(f"{source} is a run, which knows its base model; remove --base")
+        raise SettingsError(f"{source} is a run, which names its base model; remove --base")
     done = export_adapter(
         adapter_folder(source),
         out,

@@ -31,7 +31,7 @@ def llamafactory(
         raise SettingsError(f"{config} holds no settings of LLaMA-Factory")
     settings: dict[str, Any] = values
     if settings.get("stage") != "sft":
-        raise UnsupportedError(f"stage is {settings.get('stage')}; rows with one answer are audited: stage sft")
+        raise UnsupportedError(f"stage is {settings.get('stage')}; only stage sft is supported")
     if settings.get("tokenized_path"):
         raise SettingsError(f"{config} has a tokenized_path; leave it out, since the filtered set takes its place")
     _prepare(settings | {"tokenized_path": str(out / PREPARED)})

@@ -56,7 +56,7 @@ def look(
     trusted: Trusted | Dataset | None = None,
     processing_class: Any = None,
 ) -> SavedLook:
-    """Take the look that `QualityCallback` takes, and put it into a folder, for `QualityCallback(data, look=out)`.
+    """Take the look that `QualityCallback` takes, and save it in a folder, for `QualityCallback(data, look=out)`.
 
     The folder has the scores, the fitted head and what they were made of; the model is left unchanged. It may be the
     model before it is sharded, the same one in 4 bits, or a smaller one with the same tokenizer, whose head is then

@@ -45,13 +45,13 @@ def select(
     max_length: int | None = None,
     drop: Literal["evident"] | None = None,
 ) -> Any:
-    """The share of a pool that teaches a model what trusted rows show, as a `datasets.Dataset` with the same columns.
+    """The rows of a pool that are most like trusted rows, as a `datasets.Dataset` with the same columns.
 
-    Text is drawn by how much likelier it is among trusted rows than in the pool, by its hidden states. Preference rows
-    are drawn by the DPO loss that a model trained on the trusted rows alone takes away, without those that look
-    swapped; there a model with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster. Call it before you build an
-    SFTTrainer or DPOTrainer, and train on the result and the trusted rows: on texts together, else on the trusted rows
-    last. The model stays unchanged.
+    Texts are drawn by how much likelier they are among the trusted rows than in the pool, by their hidden states. For
+    preference rows, a model is first trained on the trusted rows alone: pairs are drawn by how far this lowers their
+    DPO loss, without those that look swapped. A model with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster
+    there. Call it before you build an SFTTrainer or DPOTrainer, and train on the result and the trusted rows: on texts
+    together, else on the trusted rows last. The model stays unchanged.
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
@@ -62,9 +62,9 @@ def select(
         learning_rate, batch_size: of the later training; the trusted model starts at twice that rate.
         max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of
             20 ms; by default all.
-        drop: "evident" leaves out texts whose answer belongs to another prompt, or is cut or in disorder, where there
-            is evidence of such a fault, and says so; of preference rows without trusted ones those whose sides seem
-            swapped, compared with most pairs. A fraction of 1 keeps all others.
+        drop: "evident" leaves out texts whose answer belongs to another prompt, or is cut or in disorder, if there
+            is evidence of such a fault, and says so. Of preference rows without trusted ones it leaves out those whose
+            sides seem swapped, compared with most pairs. A fraction of 1 returns all others.
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """

@@ -50,5 +50,5 @@ def contract_of_prepared(adapter: Path, prepared: Path, file: Path) -> dict[str,
             prompts.append({"messages": messages, "text": part, "ids": ids})
     if not prompts:
         why = f"the first one is {text!r:.200}" if questions else "all of their tokens were trained"
-        raise DataError(f"the prompts in {prepared} are of no template here ({why}); compare them by eye")
+        raise DataError(f"no template here gives the prompts in {prepared} ({why}); compare them by eye")
     return contract_for(base, vocabulary, templates[0], ends, prompts)

@@ -34,8 +34,8 @@ def without_findings(
     dropped = {place for one in result["findings"] if one["name"] in drop for place in one["places"]}
     if len(dropped) > MOST * len(made):
         raise DataError(
-            f"{', '.join(drop)} would leave out {len(dropped)} of {len(made)} rows, more than half; see {out} and mend "
-            "what causes them"
+            f"{', '.join(drop)} would leave out {len(dropped)} of {len(made)} rows, more than half; see {out}, "
+            "and remove the cause"
         )
     left = [place for place in range(len(made)) if place not in dropped]
     summary = {"rows": len(made), "left_out": len(dropped), "audit": str(out)}

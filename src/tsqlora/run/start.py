@@ -65,7 +65,7 @@ def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
         notes.append(f"its head must be for these classes, in this order: {_listed(labels)}")
     elif (before := RunRecord.load(Path(path)).labels) != (None if labels is None else list(labels)):
         raise DataError(
-            f"{path} was trained on {_listed(before)}, and the rows have {_listed(labels)}; give rows of the same"
+            f"{path} was trained on {_listed(before)}, and the rows have {_listed(labels)}; give rows of the same ones"
         )
     if adapter.base not in (None, config.model.path):
         notes.append(f"that adapter names {adapter.base} as its base; its layers fit {config.model.path}")

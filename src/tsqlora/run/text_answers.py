@@ -46,7 +46,7 @@ def answers_of(
     `tell` gets the estimate of the time before the first batch.
     """
     if why := no_judge(model):
-        return AnswerLook([], notes=[f"answers were not looked at: {why}"])
+        return AnswerLook([], notes=[f"the model read no answers: {why}"])
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     readable = np.array([row.row for row in rows if row.problem is None], np.int64)
     chosen = np.sort(np.random.default_rng([seed, 45]).permutation(readable)[: None if every else SAMPLE])

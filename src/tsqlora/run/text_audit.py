@@ -215,7 +215,7 @@ def findings_in(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8"))["findings"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--baseline {path} is no findings.json of an audit of text ({error})") from None
+        raise DataError(f"--baseline {path} is not the findings.json of an audit of text ({error})") from None
 
 
 def changes_of(before: Mapping[str, Mapping[str, Any]] | None, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def prepared_set(folder: Path) -> Any:
         made.data.table.validate(full=True)  # a damaged offset would end the process
     except Exception as error:  # a damaged or hostile file can make datasets raise anything
         why = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise DataError(f"{folder} holds no saved data set ({why})") from None
+        raise DataError(f"{folder} is not a saved data set ({why})") from None
     if not {*made.column_names} & {*IDS}:
         raise DataError(
             f"{folder} is not prepared: it has no input_ids; its columns are {', '.join(made.column_names)}"

@@ -36,14 +36,14 @@ from tsqlora.text.vocabulary import Vocabulary
 def apply(
     model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Return columns of scores for the rows of a collated batch, without any other row.
+    """Return columns of scores for the rows of a collated batch, each row scored by itself.
 
-    These are `loss`, with the fitted head, and of classes `predicted`, `predicted_probability`, `label_probability`,
-    `reason`, and `wrong_probability` where the look has a judge. The model is the one that took the look, with its own
+    For classes these are `loss` (with the fitted head), `predicted`, `predicted_probability`, `label_probability`,
+    `reason`, and `wrong_probability` if the look has a judge. The model is the one that took the look, with its own
     head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
-    without it. A row whose label is no class of the look has nan for what needs its label.
+    without it. If a row's label is not a class of the look, the columns that need it are nan.
 
-    Of texts they are `loss` a token of the answers, `reason`, and `wrong_probability`, the highest one of the faults
+    For texts they are `loss` (a token of the answers), `reason`, and `wrong_probability`, the highest over the faults
     that the look can find; nan for a row without an answer that is judged.
 
     Raises UnsupportedError for another task without a row of logits for each sample, and for a model that is sharded.

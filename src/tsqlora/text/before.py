@@ -113,12 +113,12 @@ def in_one_line(look: AnswerLook, dropped: Mapping[str, int], rows: int) -> str:
     "of 240 rows these are left out: 12 as 'foreign answer'"
     """
     why = ", ".join(f"{count} as '{reason}'" for reason, count in dropped.items() if reason in OF_ANSWERS)
-    parts = [f"of {rows:,} rows these are left out: {why}" if why else f"no answer of {rows:,} rows is left out"]
+    parts = [f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer"]
     usable = {name: one for name, one in look.detections.items() if one.usable}
     finds = ", ".join(f"{one.recall[LEVELS[0]]:.0%} of {name}" for name, one in usable.items())
     parts += [f"of planted faults are found at 1 % false alarms: {finds}"] if finds else []
     unseen = ", ".join(name for name in look.detections if name not in usable)
-    return "; ".join([*parts, *([f"not to be found here: {unseen}"] if unseen else [])])
+    return "; ".join([*parts, *([f"not detectable here: {unseen}"] if unseen else [])])
 
 
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:

@@ -79,7 +79,7 @@ FINDINGS: dict[str, Kind] = {
             "template: the one of the base model",
         ),
     ),
-    "template_twice": Kind(ERROR, "a text contains the tokenizer's special tokens: it was rendered before"),
+    "template_twice": Kind(ERROR, "a text contains the tokenizer's special tokens: it was already rendered"),
     "template_error": Kind(ERROR, "the chat template refuses these messages"),
     "no_template": Kind(
         ERROR,
@@ -100,7 +100,7 @@ FINDINGS: dict[str, Kind] = {
     "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
     "untrained_tokens": Kind(
         WARNING,
-        "turn markers that fall apart into several tokens, or added ones that nobody has trained, nor will this LoRA",
+        "turn markers of several tokens, or added tokens that look untrained and that this LoRA does not train",
         _cures(
             'LoraConfig(modules_to_save=["embed_tokens", "lm_head"])',
             "fix_untrained_tokens: true, lora_modules_to_save: [embed_tokens, lm_head]",
@@ -110,12 +110,12 @@ FINDINGS: dict[str, Kind] = {
     "foreign_answer": Kind(WARNING, "the answer fits other prompts as well as its own; see how the rows were joined"),
     "cut_answer": Kind(WARNING, "the answer ends in the middle, as generation stopped at a limit"),
     "disordered_answer": Kind(WARNING, "the answer's sentences are out of order, or repeated"),
-    "swapped_pair": Kind(WARNING, "the sides of the pair differ as those of most others do, the other way round"),
+    "swapped_pair": Kind(WARNING, "chosen and rejected answer differ as in most other pairs, but the other way round"),
     "roles": Kind(WARNING, "no user turn, two in a row, no answer to the last one, or a tool call without a result"),
     "duplicate": Kind(WARNING, "the row is a copy of an earlier one"),
     "eval_leak": Kind(WARNING, "the row is in the evaluation file, too"),
     "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
-    "one_answer": Kind(NOTE, "many prompts have this one answer"),
+    "one_answer": Kind(NOTE, "many prompts have the same answer"),
     "broken_characters": Kind(WARNING, "mojibake, control characters, or role markers written as text"),
     "html": Kind(NOTE, "a text has HTML tags outside code"),
     "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),

@@ -1,4 +1,4 @@
-"""One line for a Trainer that was built: its rows become a QualitySubset, with the callback and the head of a look."""
+"""One line for an existing Trainer: its rows become a QualitySubset, with the callback and the head of a look."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ def attach(
     rule: ScoringRule | None = None,
     look: str | Path | None = None,
 ) -> QualityCallback:
-    """Let a Trainer that was built draw its rows by quality: call it before `trainer.train()`.
+    """Let an existing Trainer draw its rows by quality: call it before `trainer.train()`.
 
     It puts a QualitySubset in place of `trainer.train_dataset`, and adds a QualityCallback; the head of a look is
-    written into the model at once, before an engine shards it. The callback has the looks and the draws.
+    written into the model at once, before an engine shards it. Returns the callback, whose `looks` describe each look.
 
     Args:
         trainer: transformers' Trainer, or TRL's SFTTrainer without packing; with unsloth after

@@ -155,9 +155,7 @@ def _require_complete(folder: Path) -> None:
     if why is None:
         return
     if not folder.is_dir():
-        raise TsqLoraError(
-            f"cannot resume: {folder} is not there; resume with the output_dir that the run was begun in, where it was"
-        )
+        raise TsqLoraError(f"cannot resume: {folder} is not there; resume with the output_dir in which the run began")
     other = next((other for _, other in newest_first(folder.parent) if fault(other) is None), None)
     cure = "no other checkpoint there is complete; start again" if other is None else f"resume from {other}"
     raise TsqLoraError(f"cannot resume: {folder} is not complete: {why}; {cure}")
@@ -173,7 +171,7 @@ def set_aside(folder: Path, *, after: int) -> None:
     if finished and after == 0:  # whoever resumes has chosen to go back
         warnings.warn(
             f"{folder} has checkpoints of an earlier training that went further ({', '.join(finished)}): they are "
-            f"renamed to checkpoint-N{EARLIER}, and the first that save_total_limit deletes",
+            f"renamed to checkpoint-N{EARLIER}, and save_total_limit deletes them first",
             stacklevel=4,
         )
     set_deletion_order(_in_deletion_order(folder))
@@ -206,8 +204,8 @@ def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         was = begun.get(name, value)
         if was != value and name == ROWS_HASH:
             raise SettingsError(
-                "the rows differ from those of the checkpoint, or are in another order, and its scores are by place; "
-                "resume with the same data set in the same order, or start again in another directory"
+                "the rows differ from those of the checkpoint, or are in another order, and its scores go by row "
+                "number; resume with the same data set in the same order, or start again in another directory"
             )
         if was != value:
             raise SettingsError(

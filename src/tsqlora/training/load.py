@@ -143,7 +143,7 @@ def _require_weights(missing_keys: Iterable[str], path: str) -> None:
     if missing := sorted({*missing_keys}):
         raise SettingsError(
             f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
-            "that was trained to"
+            "that was trained to generate text"
         )
 
 

@@ -242,7 +242,7 @@ class RankLoop:
         self.close()
         if not self.events and self._withheld:
             self._note(
-                f"ranks are as they were: no row was scored until step {self.steps[-1]}, the last that "
+                f"ranks are unchanged: no row was scored until step {self.steps[-1]}, the last that "
                 "adjusts them; train longer, or lower freeze"
             )
         elif len(self.steps) > 0 and self.step < self.steps.start:
@@ -396,7 +396,7 @@ def _peft_model(
     """
     models = [module for module in model.modules() if isinstance(module, PeftModel)]
     if len(models) != 1:
-        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in one")
+        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in only one")
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for slots in layers.values():
         if not all(parameter.requires_grad for parameter, _ in slots.matrices()):

@@ -49,20 +49,19 @@ class SkippedStep:
 
 
 class GuardCallback(PartCallback):
-    """Skips each step whose loss or gradient is not finite: weights and moments stay, schedule and data go on.
+    """Skips each step whose loss or gradient is not finite: weights and moments stay, schedule and data continue.
 
-    A skipped step counts as a step. It enters no importance, and an adjustment of ranks that was to come with it
-    comes with the next one. `skipped` names such steps and their rows.
+    A skipped step counts as a step. It does not change the importance of slots; if it was to adjust ranks, the next
+    step does. `skipped` names such steps and their rows.
 
     Args:
-        data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
-            the rows of a skipped step are unknown.
+        data: the Trainer's train_dataset; without it, or if dataloader workers read its rows, the rows of a skipped
+            step are unknown.
         ids: the place of each of its rows in the file that it comes from, by which they are named.
-        limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
-            the last complete checkpoint from before them.
+        limit: if so many of the last 2·limit steps were skipped, training ends with a TsqLoraError, which gives advice
+            and names the last complete checkpoint before them.
 
-    Where a gradient scaler is at work, it skips steps itself while it looks for its scale; those count once the scale
-    is below 1.
+    A gradient scaler skips steps itself while it looks for its scale; those count once the scale is below 1.
     """
 
     name = "GuardCallback"
@@ -100,7 +99,7 @@ class GuardCallback(PartCallback):
         self._recent = deque((SkippedStep(**step) for step in saved["recent"]), maxlen=self.limit)
         model, optimizer, self.notes = kwargs["model"], kwargs["optimizer"], []
         if args.deepspeed_plugin is not None:
-            self.notes.append("DeepSpeed has its own steps: no step that is not finite is undone")
+            self.notes.append("DeepSpeed takes its own steps, so steps that are not finite are not undone")
             self._parameters = []
             return
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -414,8 +414,8 @@ class QualityCallback(PartCallback):
         assert self.saved is not None
         if args.deepspeed_plugin is not None or any(map(distributed.parts_of, model.parameters())):
             raise UnsupportedError(
-                "the engine has taken the model's weights, so a head that is written now is lost; give "
-                "QualityCallback(data, look=...) to Trainer(callbacks=[...]), or write before trainer.train(): "
+                "the engine has sharded the model's weights, so a head that is written now is lost; give "
+                "QualityCallback(data, look=...) to Trainer(callbacks=[...]), or before trainer.train() call "
                 "callback.write_head(trainer.model)"
             )
         self.write_head(model)

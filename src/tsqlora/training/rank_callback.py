@@ -37,9 +37,8 @@ LEAST_ROWS, MOST_ROWS = 32, 256
 """Rows that first ranks are measured on."""
 
 _NO_SLOTS = (
-    "the optimizer is made and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]), or with "
-    "model_init, an optimizer of your own, and for a second train(): tsqlora.wrap(model) and "
-    "RankCallback(finalize=False)"
+    "the optimizer exists already, and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]); "
+    "with model_init, your own optimizer or a second train(), use tsqlora.wrap(model) and RankCallback(finalize=False)"
 )
 
 
@@ -50,12 +49,12 @@ class RankCallback(PartCallback):
     `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
     rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or tsqlora
     has no loss for its samples (preferences, spans of answers). Every `interval`
-    optimizer steps they then move towards the target that the step's own backward gives. At the end the model
-    becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
-    packed into a row, and in a batch without padding all of the batch.
+    optimizer steps they then move towards a target that is measured in that step's own backward pass. At the end the
+    model becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing it is a whole packed row,
+    and in a batch without padding the whole batch.
 
-    Where ranks cannot move, a warning and `notes` say why. Under an optimizer that slots cannot follow, and on several
-    GPUs in one process, they are set once, before the first step; of an adapter that is not plain LoRA they stay.
+    Where ranks cannot move, a warning and `notes` say why. With an optimizer whose state cannot follow slots, and with
+    several GPUs in one process, ranks are set once, before the first step. Those of other adapters stay.
 
     Args:
         max_rank: slots of each layer of a PeftModel without slots; by default twice its rank.
@@ -67,8 +66,8 @@ class RankCallback(PartCallback):
 
     First ranks are measured by the model's own loss, or by the task of `QualityCallback`.
 
-    `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing beside the
-    steps' own backward. All of it is in the Trainer's checkpoints, so that runs resume.
+    `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing them,
+    without the steps' own backward passes. The Trainer's checkpoints have all of it, so that runs resume.
     """
 
     name = "RankCallback"
@@ -197,7 +196,7 @@ class RankCallback(PartCallback):
         loop = RankLoop(model, optimizer, state.max_steps, **options)
         self.notes = loop.notes
         if sharded and args.save_strategy != "no" and not args.save_only_model:
-            self._note("ranks that move cannot resume under FSDP: for checkpoints that can set ranks.policy: fixed")
+            self._note("a run with moving ranks cannot resume under FSDP; if it must, set ranks.policy: fixed")
         if saved is not None:
             loop.load_state_dict({**saved, "step": state.global_step})
         if why_not is not None:
@@ -287,6 +286,6 @@ def _refuse_efficient_loading(args: TrainingArguments) -> None:
     loads = config.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", ""))
     if str(loads).lower() in ("1", "true"):
         raise UnsupportedError(
-            "cpu_ram_efficient_loading gives the weights to one process, and ranks move in all; set it to false, or "
+            "cpu_ram_efficient_loading gives the weights to one process, but ranks move in all; set it to false, or "
             "ranks.policy: fixed (leave RankCallback out)"
         )

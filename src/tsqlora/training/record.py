@@ -166,7 +166,7 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def _head_in_words(head: Mapping[str, Any] | None) -> str:
     if head is None:
-        return "The head was left as it came: none was fitted."
+        return "The head is unchanged: none was fitted."
     fitted, present = f"{head['out_of_fold_loss']:.3g}", f"{head['present_loss']:.3g}"
     if not head["replaced"]:
         return (
@@ -176,7 +176,7 @@ def _head_in_words(head: Mapping[str, Any] | None) -> str:
     dense = ", and the layer before it was whitened" if head["whitened"] else ""
     return (
         f"A head fitted on {rows} replaced the model's own{dense}: its loss on rows it has not seen is {fitted}, "
-        f"that of the head that was there {present}."
+        f"that of the old head {present}."
     )
 
 

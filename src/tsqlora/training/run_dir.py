@@ -89,7 +89,7 @@ def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
             if not (folder / LOCK_FILE).exists():  # it is the directory that takes no file
                 raise SettingsError(f"--out {folder} cannot be written ({reason}); name another directory") from None
             warnings.warn(  # as on Lustre without its flock option
-                f"{folder} is on a file system without locks ({reason}): see to it that no other process uses it",
+                f"{folder} is on a file system without locks ({reason}): make sure that no other process uses it",
                 stacklevel=3,
             )
         yield

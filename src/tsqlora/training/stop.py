@@ -85,7 +85,7 @@ class StopCallback(TrainerCallback):
         self.asked = which
         name = signal.Signals(which).name
         when = "after this step, with a checkpoint" if self._in_step else "soon"  # a look ends without one
-        warnings.warn(f"{name}: stopping {when}; once more stops at once", stacklevel=1)
+        warnings.warn(f"{name}: stopping {when}; a second signal stops it at once", stacklevel=1)
 
     def _stopped(self, where: str) -> StoppedError:
         assert self.asked is not None

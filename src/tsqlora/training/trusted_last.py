@@ -88,8 +88,8 @@ def never_reached(schedule: Schedule, state: TrainerState) -> str:
     if state.global_step > schedule.trusted_step:
         return ""
     return (
-        f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
-        f"{schedule.trusted_step} on: it did not train on them; train longer, or stop later"
+        f"training ended at step {state.global_step}, before the trusted rows, which come from step "
+        f"{schedule.trusted_step} on; train longer, or stop later"
     )
 
 

@@ -128,7 +128,7 @@ class QualitySettings(Section):
         {},
         "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
     )
-    temperature: float | None = setting(None, "Temperature of the softmax over Q, small is choosy; null is 1.", gt=0)
+    temperature: float | None = setting(None, "Temperature of the softmax over Q, choosier if small; null is 1.", gt=0)
     head_start: bool = setting(True, "Fit a new head before the first step.")
     look_again: bool = setting(True, "Measure Q again after a third of the steps.")
     look: str | None = setting(None, "Folder of `tsqlora look`, in place of a look; a sharded model needs one.")
@@ -172,7 +172,7 @@ class RankSettings(Section):
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
     depth: int | Literal["all"] = setting(
-        "all", "Adapt the top N transformer blocks alone, with the parameters that ranks.mean has in all."
+        "all", "Adapt only the top N transformer blocks, with as many parameters as ranks.mean has in all."
     )
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
 
