@@ -44,6 +44,8 @@ from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
+PROMPT = {"scitldr": 512, "xsum": 512}
+"""Most tokens of a prompt; of a document that is cut off many summaries say what no longer stands there."""
 SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
 Row = dict[str, Any]
 Draw = Callable[[dict[str, Any], float, int], dict[str, Any]]
@@ -107,7 +109,7 @@ def nearest(turns: Sequence[Turn]) -> np.ndarray:
 
 
 def features(name: str, rows: int, model: str) -> dict[str, Any]:
-    answers.MOST_PROMPT, answers.MOST_ANSWER = 160, 96
+    answers.MOST_PROMPT, answers.MOST_ANSWER = PROMPT.get(name, 160), 96
     vocabulary, _ = load_vocabulary(model, None)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
@@ -136,7 +138,7 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
         for key, some in samples.items()
     }
     return {
-        "settings": {"table": name, "rows": rows, "model": Path(model).name, "prompt": 160, "answer": 96},
+        "settings": {"table": name, "rows": rows, "model": Path(model).name, "prompt": answers.MOST_PROMPT, "answer": 96},
         "columns": {
             f"{a}.{b}": np.round(value, 5).tolist() for a, some in columns.items() for b, value in some.items()
         },
@@ -157,7 +159,7 @@ def real(model: str) -> dict[str, Any]:
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     chats = [chat(f"Summarise in one sentence.\n\n{row['document']}", row["summary"]) for row in rows]
     turns, compute = turns_of_rows(chats, "qags", vocabulary), Compute(8, torch.bfloat16)
-    faulty = np.array([not rows[one.row - 1]["faithful"] for one in turns])
+    faulty = np.array([not rows[one.row]["faithful"] for one in turns])
     losses = [
         read_answers(net, [behind(before(one), one.answer) for one in turns], vocabulary.stops, compute, phase=phase)
         for phase, before in (("prompted", lambda one: one.prompt), ("alone", lambda one: one.opening))
