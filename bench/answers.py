@@ -138,7 +138,8 @@ def features(name: str, rows: int, model: str) -> dict[str, Any]:
         for key, some in samples.items()
     }
     return {
-        "settings": {"table": name, "rows": rows, "model": Path(model).name, "prompt": answers.MOST_PROMPT, "answer": 96},
+        "settings": {"table": name, "rows": rows, "model": Path(model).name}
+        | {"prompt": answers.MOST_PROMPT, "answer": answers.MOST_ANSWER},
         "columns": {
             f"{a}.{b}": np.round(value, 5).tolist() for a, some in columns.items() for b, value in some.items()
         },

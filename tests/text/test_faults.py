@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from byte_tokenizers import byte_tokenizer
 from text.test_ledger import TEMPLATE, chat, trained
 from tsqlora.quality.rule import Compute
+from tsqlora.text import answers
+from tsqlora.text import look as text_look
 from tsqlora.text.answers import Turn, turns_of
 from tsqlora.text.faults import (
     ALIKE,
@@ -191,12 +193,21 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def look(tokenizer: Any, vocabulary: Vocabulary, wrong: Sequence[int] = (), size: int = 140) -> AnswerLook:
-    """Look at rows whose answers repeat words of their prompts; `wrong` rows have the next row's answer."""
+def look(
+    tokenizer: Any, vocabulary: Vocabulary, wrong: Sequence[int] = (), size: int = 140, long: Sequence[int] = ()
+) -> AnswerLook:
+    """Look at rows whose answers repeat words of their prompts; `wrong` rows have the next row's answer.
+
+    In `long` prompts these words stand in the middle.
+    """
     rng = np.random.default_rng(5)
     words = [" ".join(rng.choice(SUBJECTS, 4, replace=False)) for _ in range(size)]
     rows = [
-        chat(f"Write on {words[k]}", f"{words[(k + 1) % size if k in wrong else k]}, so it is.", row=k)
+        chat(
+            f"Write {'a ' * 60 * (k in long)}on {words[k]}{' b' * 60 * (k in long)}",
+            f"{words[(k + 1) % size if k in wrong else k]}, so it is.",
+            row=k,
+        )
         for k in range(size)
     ]
     turns = [one for row in rows for one in turns_of(row, [trained(tokenizer, row)], vocabulary)]
@@ -215,6 +226,23 @@ def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: 
     assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
     assert {*result.summary()["faults"][FOREIGN]["kinds"]} == {"from the nearest prompt"}
     assert any("from the nearest prompt" in text for text in result.sentences())
+
+
+def test_an_answer_about_the_middle_of_a_long_prompt_is_not_foreign(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (answers, text_look):
+        monkeypatch.setattr(module, "MOST_PROMPT", 120)
+    wrong, long = set(range(40, 58)), set(range(100, 110))
+    result = look(tokenizer, vocabulary_of(tokenizer), [*wrong], long=[*long])
+    rows = set(result.rows(FOREIGN))
+    assert len(rows & wrong) >= 9, "others are no suspects: 15 % are"
+    assert not rows & long
+    assert result.tokens["whole"]
+    assert any(text.startswith("10 of 140 prompts have more than 120 tokens") for text in result.sentences())
+    monkeypatch.setattr(answers, "WHOLE", 120)
+    unread = look(tokenizer, vocabulary_of(tokenizer), [*wrong], long=[*long])
+    assert set(unread.rows(FOREIGN)) & long, "both ends alone do not say what the answer is about"
 
 
 def test_good_answers_are_left_alone(tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from tsqlora.text.vocabulary import Vocabulary
 
 MOST_PROMPT, MOST_ANSWER = 512, 256
 """Tokens that are read: of a longer prompt both ends, of a longer answer the beginning."""
+WHOLE = 2048
+"""Tokens of a suspect's own prompt: what its answer is about may stand in the middle."""
 CHUNK = 2**23
 """Logits that are in float32 at a time."""
 
@@ -146,11 +148,35 @@ class Sample:
     """Numbers of answer tokens after which the probability of a stop is measured."""
 
 
-def behind(prompt: Int[np.ndarray, " p"], answer: Int[np.ndarray, " a"], places: Sequence[int] = ()) -> Sample:
+def behind(
+    prompt: Int[np.ndarray, " p"],
+    answer: Int[np.ndarray, " a"],
+    places: Sequence[int] = (),
+    *,
+    most: int | None = None,
+) -> Sample:
     """Return an answer behind a prompt; of long ones what is read."""
-    half = MOST_PROMPT // 2
-    prompt = prompt if len(prompt) <= MOST_PROMPT else np.concatenate([prompt[:half], prompt[-half:]])
+    most = MOST_PROMPT if most is None else most
+    half = most // 2
+    prompt = prompt if len(prompt) <= most else np.concatenate([prompt[:half], prompt[-half:]])
     return Sample(prompt, answer[:MOST_ANSWER], tuple(min(place, MOST_ANSWER) for place in places))
+
+
+def behind_whole_prompts(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    losses: Float[np.ndarray, " n"],
+    read: Callable[[Sequence[Sample]], Mapping[str, np.ndarray]],
+) -> Float[np.ndarray, " n"]:
+    """Return the answers' losses, where a prompt was too long the lower one of both ends and of WHOLE tokens."""
+    positions = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
+    most = WHOLE if positions is None else min(WHOLE, positions - MOST_ANSWER)
+    long = [j for j, turn in enumerate(turns) if len(turn.prompt) > MOST_PROMPT] if most > MOST_PROMPT else []
+    losses = losses.copy()
+    if long:
+        whole = read([behind(turns[j].prompt, turns[j].answer, most=most) for j in long])["loss"]
+        losses[long] = np.minimum(losses[long], whole)
+    return losses
 
 
 def read_answers(

@@ -17,8 +17,10 @@ from tsqlora.quality.scores import REASONS
 from tsqlora.tasks import Batch, Collate, task_of
 from tsqlora.text.answers import (
     MOST_ANSWER,
+    Sample,
     Turn,
     behind,
+    behind_whole_prompts,
     common_end,
     empty_tokens,
     features_of,
@@ -155,10 +157,16 @@ def _fits(
     compute: Compute,
 ) -> Bool[np.ndarray, " n"]:
     """Return whether an answer is likelier behind its prompt than behind any of the look's."""
+    stops = made["stops"].tolist()
+
+    def whole(some: Sequence[Sample]) -> dict[str, np.ndarray]:
+        return read_answers(model, some, stops, compute, phase=PHASES["whole"])
+
     decoys = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
     samples = [behind(prompt, turn.answer) for turn in turns for prompt in decoys]
-    losses = read_answers(model, samples, made["stops"].tolist(), compute, phase=PHASES["decoys"])["loss"]
+    losses = read_answers(model, samples, stops, compute, phase=PHASES["decoys"])["loss"]
     same = np.array([np.array_equal(turn.prompt, prompt) for turn in turns for prompt in decoys])
+    own = behind_whole_prompts(model, turns, own, whole)
     return own < np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
 
 

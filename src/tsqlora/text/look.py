@@ -6,6 +6,7 @@ Nobody says which rows are bad. Faults planted in copies of the rows teach it, a
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,17 @@ from torch import nn
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.quality.rule import Compute
 from tsqlora.text.among import words_of
-from tsqlora.text.answers import MOST_ANSWER, Sample, Turn, behind, features_of, read_answers
+from tsqlora.text.answers import (
+    MOST_ANSWER,
+    MOST_PROMPT,
+    WHOLE,
+    Sample,
+    Turn,
+    behind,
+    behind_whole_prompts,
+    features_of,
+    read_answers,
+)
 from tsqlora.text.faults import (
     FAULTS,
     FOLDS,
@@ -53,6 +64,7 @@ PHASES = {
     "near": "planted faults, similar prompts",
     "foreign": "planted faults",
     "decoys": "answers under other prompts",
+    "whole": "answers under whole prompts",
     "owners": "whose answers they are",
     "moved": "answers beside these",
 }
@@ -184,7 +196,12 @@ def look_at_answers(
     alone = read("alone", [behind(one.opening, one.answer) for one in turns])
     own = features_of(prompted, alone)
     _find_cut(look, prompted["stop"], ends, cuts, folds, rng)
-    _find_foreign(look, own, alone, folds, planted, rng, read)
+    _find_foreign(look, model, own, alone, folds, planted, rng, read)
+    if long := sum(len(turn.prompt) > MOST_PROMPT for turn in turns):
+        look.notes.append(
+            f"{long:,} of {len(turns):,} prompts have more than {MOST_PROMPT} tokens: the model reads both ends, and "
+            f"up to {WHOLE:,} tokens where an answer seems foreign"
+        )
     for name, fault in (FAULTS if faults is None else faults).items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
     for turn in {int(j) for chosen in look.listed.values() for j in chosen}:
@@ -229,6 +246,7 @@ def _find_cut(
 
 def _find_foreign(
     look: AnswerLook,
+    model: nn.Module,
     own: np.ndarray,
     alone: dict[str, np.ndarray],
     folds: np.ndarray,
@@ -263,7 +281,9 @@ def _find_foreign(
             behind(turns[k].prompt, turns[j].answer) for j, some in zip(suspects, others, strict=True) for k in some
         ]
         losses = read("decoys", decoys)["loss"].reshape(-1, DECOYS)
-        fits[suspects] = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1) < losses.min(1)
+        behind_own = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1)
+        behind_own = behind_whole_prompts(model, [turns[j] for j in suspects], behind_own, partial(read, "whole"))
+        fits[suspects] = behind_own < losses.min(1)
         evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
     detection = replace(detection, evident=evident)
     _add(look, FOREIGN, np.arange(len(turns)), detection, fits, taught)
