@@ -63,6 +63,13 @@ def test_the_first_token_that_differs_is_named(tmp_path: Path) -> None:
     assert (first["prompt"], first["trained"], first["other"]) == (0, "assist", "bot\n")
 
 
+@pytest.mark.parametrize("base", ["9" * 5000, "a\0b"])
+def test_a_base_whose_name_is_no_path_is_not_looked_up(base: str, tmp_path: Path) -> None:
+    value = contract("qwen 2.5", tmp_path)
+    (tmp_path / "other.jinja").write_text(value["template"].replace("<|im_start|>assistant", "<|im_start|>bot"))
+    assert compare_template(tmp_path, tmp_path / "other.jinja", value | {"base": base})["first"]["prompt"] == 0
+
+
 @pytest.mark.parametrize("family", ["llama 3", "gemma 2", "zephyr"])
 def test_a_rendered_prompt_is_read_back(family: str, tmp_path: Path) -> None:
     value = contract(family, tmp_path)

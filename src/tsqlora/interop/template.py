@@ -5,6 +5,7 @@ the other template, in a process with limits, since a template is a program of w
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -189,7 +190,7 @@ def _pieces(contract: Mapping[str, Any], text: str) -> list[str]:
     from tokenizers import Tokenizer
 
     base = str(contract["base"])
-    folder = base if Path(base).is_dir() else cached_model(base, "main")
+    folder = base if os.path.isdir(base) else cached_model(base, "main")  # a name may be too long for a path
     if folder is None or not (path := Path(folder) / "tokenizer.json").is_file():
         return list(text)
     encoding = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
