@@ -147,7 +147,7 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.copies:
-        notes.append(f"{result.copies} rows are copies of an earlier row with the same label, and are judged once")
+        notes.append(f"copies of an earlier row with the same label, judged once with it: {result.copies:,}")
     if result.uncompared:
         notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
@@ -218,7 +218,8 @@ def _summary(result: Audit) -> str:
         )
     between = f" ({result.low:.1%} to {result.high:.1%})" if result.high < 1 else ""
     likely = f"{result.likely_wrong:,} are likely wrong, with a probability above {DOUBT:.0%}"
-    return f"About {result.rate:.1%} of the labels are wrong{between}; {likely}."
+    share = f"About {result.rate:.1%}" if result.rate >= 0.0005 else "Fewer than 0.1%"
+    return f"{share} of the labels are wrong{between}; {likely}."
 
 
 def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
