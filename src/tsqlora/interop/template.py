@@ -21,6 +21,8 @@ from tsqlora.files import reading
 CONTRACT_FILE = "template.json"
 SECONDS, BYTES = 10, 1 << 30
 """Time and memory of the process that renders."""
+CHARACTERS = 1_000_000
+"""Most characters of a rendered prompt."""
 SHOWN = 6
 """Tokens from the first that differs on."""
 
@@ -63,6 +65,8 @@ environment.globals.update(raise_exception=refuse, strftime_now=lambda form: dat
 try:
     template = environment.from_string(given["template"])
     texts = [template.render(add_generation_prompt=True, **given["special"], **one) for one in given["prompts"]]
+    if any(len(text) > {CHARACTERS} for text in texts):
+        refuse("a prompt has more than {CHARACTERS:,} characters")
     print(json.dumps({{"texts": texts}}))
 except Exception as error:
     print(json.dumps({{"error": f"{{type(error).__name__}}: {{error}}"}}))
