@@ -28,7 +28,6 @@ from tsqlora.training.record import RunRecord
 
 SCRIPT = Path(__file__).with_name("engines.py")
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-PACKED = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 SHARDED = ["fsdp", pytest.param("zero2", marks=DEEPSPEED), pytest.param("zero3", marks=DEEPSPEED)]
 ENGINES = ["fsdp-ram", *SHARDED]
 
@@ -162,7 +161,6 @@ def test_a_step_that_is_not_finite_is_undone_or_a_note_says_that_it_is_not(engin
     assert nonfinite(saved) == {}
 
 
-@PACKED
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_base_in_four_bits_is_trained_as_under_ddp(engine: str, of: Any, folder: Path) -> None:
     ours, ddp = of(engine, "packed"), of("ddp", "packed")
@@ -174,7 +172,7 @@ def test_a_base_in_four_bits_is_trained_as_under_ddp(engine: str, of: Any, folde
     PeftModel.from_pretrained(base_bert(), str(folder / f"{engine}-packed-adapter"))
 
 
-@pytest.mark.parametrize("what", ["command", pytest.param("packed command", marks=PACKED)])
+@pytest.mark.parametrize("what", ["command", "packed command"])
 @pytest.mark.parametrize("engine", ["ddp", *SHARDED])
 def test_the_command_trains_saves_and_measures(engine: str, what: str, of: Any, folder: Path) -> None:
     if not (folder / "SETTINGS").exists():

@@ -89,6 +89,12 @@ def test_copies_make_the_loss_no_lower_and_the_penalty_no_weaker() -> None:
     assert thrice.strength <= once.strength
 
 
+def test_rows_that_are_all_equal_are_fitted() -> None:
+    y = np.arange(30) % 2
+    fit = fit_head(np.ones((30, 4), np.float32), y, link="softmax", width=2, rng=np.random.default_rng(0))
+    assert fit.loss == pytest.approx(np.log(2), abs=0.05)
+
+
 def test_a_layer_without_bias_gets_none() -> None:
     x, y = classes(60, 3)
     fit = fit_head(x, y, link="softmax", width=3, intercept=False, rng=np.random.default_rng(0))

@@ -100,6 +100,7 @@ def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: 
     assert all(f"{value:.1%}" in summary for value in (result.rate, result.low, result.high))
     assert f"{result.likely_wrong:,}" in summary
     assert "100" not in pipeline._summary(replace(result, low=0.0, high=1.0)), "that is no bound"
+    assert "0.0% of" not in pipeline._summary(replace(result, rate=0.0004)), "some labels are called wrong"
 
 
 def test_checks_are_no_suspects_and_come_evenly_from_the_classes() -> None:

@@ -93,7 +93,7 @@ def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], *, tied: b
         cure = "training diverged: take an earlier checkpoint, or train at a lower learning rate"
         result.append(Fault("not finite", cure, tuple(counts)))
     elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
-        cure = "it was not trained, or saved before; check that lora_B gets a gradient and a learning rate"
+        cure = "it was not trained, or was saved before training; check that lora_B gets a gradient and a learning rate"
         result.append(Fault("every update is zero", cure))
     if absent := _not_in_file(adapter):
         cure = "it was trained, but not saved; save the adapter with the PEFT model's save_pretrained"

@@ -3,10 +3,10 @@
 import numpy as np
 
 from tsqlora.compat.shapes import Float, Int
+from tsqlora.quality.ridge import ROWS_AT_ONCE
 
 COPY = 1e-3
 """Distance of a copy's features, as a share of their norm: batches differ in their last digits."""
-ROWS_AT_ONCE = 16_384
 
 
 def distinct(

@@ -23,7 +23,7 @@ from tsqlora.quality.copies import distinct
 from tsqlora.quality.duplicates import labels_of_nearest
 from tsqlora.quality.label_noise import GAIN, LabelNoise, Labels, Logits, label_noise
 from tsqlora.quality.linear_head import FOLDS, LinearHead, out_of_fold_logits
-from tsqlora.quality.ridge import fit_temperature
+from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.seeds import stream
 
 DOUBT = 0.2
@@ -39,7 +39,6 @@ where labels were set wrong, 52 to 100 % where a linear head cannot fit correct 
 ROWS_TO_ASK = 1_000
 """Ask for the labels of the nearest rows of at most this many."""
 ROWS_TO_FIT = 50_000
-ROWS_AT_ONCE = 16_384
 ROUNDS = 8
 PRIOR_ROWS = 30.0
 """Weight of the prior, labels drawn blindly, in rows per class."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora.compat.shapes import Float, Int
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import upcast
 from tsqlora.data.batches import MULTIPLE
 from tsqlora.quality.passes import parts_of, run_pass
@@ -162,21 +162,29 @@ def behind(
     return Sample(prompt, answer[:MOST_ANSWER], tuple(min(place, MOST_ANSWER) for place in places))
 
 
-def behind_whole_prompts(
-    model: nn.Module,
+def longest_prompt(model: nn.Module) -> int:
+    """Return the most tokens of a suspect's own prompt: WHOLE, or fewer if the model has fewer positions."""
+    positions = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
+    return max(MOST_PROMPT, WHOLE if positions is None else min(WHOLE, positions - MOST_ANSWER))
+
+
+def fits_own(
     turns: Sequence[Turn],
     losses: Float[np.ndarray, " n"],
+    others: Float[np.ndarray, " n"],
     read: Callable[[Sequence[Sample]], Mapping[str, np.ndarray]],
-) -> Float[np.ndarray, " n"]:
-    """Return the answers' losses, where a prompt was too long the lower one of both ends and of WHOLE tokens."""
-    positions = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
-    most = WHOLE if positions is None else min(WHOLE, positions - MOST_ANSWER)
-    long = [j for j, turn in enumerate(turns) if len(turn.prompt) > MOST_PROMPT] if most > MOST_PROMPT else []
-    losses = losses.copy()
-    if long:
-        whole = read([behind(turns[j].prompt, turns[j].answer, most=most) for j in long])["loss"]
-        losses[long] = np.minimum(losses[long], whole)
-    return losses
+    *,
+    most: int,
+) -> Bool[np.ndarray, " n"]:
+    """Return whether answers are likelier behind their own prompts than behind others, whose losses are given.
+
+    Where one is not, and its prompt was read at both ends, `read` gets up to `most` tokens of the prompt.
+    """
+    fits = losses < others
+    again = [j for j in np.flatnonzero(~fits).tolist() if min(most, len(turns[j].prompt)) > MOST_PROMPT]
+    if again:
+        fits[again] = read([behind(turns[j].prompt, turns[j].answer, most=most) for j in again])["loss"] < others[again]
+    return fits
 
 
 def read_answers(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from tsqlora.text.answers import (
     Sample,
     Turn,
     behind,
-    behind_whole_prompts,
     common_end,
     empty_tokens,
     features_of,
+    fits_own,
+    longest_prompt,
     opened,
     read_answers,
     stretches,
@@ -157,17 +159,15 @@ def _fits(
     compute: Compute,
 ) -> Bool[np.ndarray, " n"]:
     """Return whether an answer is likelier behind its prompt than behind any of the look's."""
-    stops = made["stops"].tolist()
 
-    def whole(some: Sequence[Sample]) -> dict[str, np.ndarray]:
-        return read_answers(model, some, stops, compute, phase=PHASES["whole"])
+    def read(phase: str, some: Sequence[Sample]) -> dict[str, np.ndarray]:
+        return read_answers(model, some, made["stops"].tolist(), compute, phase=PHASES[phase])
 
     decoys = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
-    samples = [behind(prompt, turn.answer) for turn in turns for prompt in decoys]
-    losses = read_answers(model, samples, stops, compute, phase=PHASES["decoys"])["loss"]
+    losses = read("decoys", [behind(prompt, turn.answer) for turn in turns for prompt in decoys])["loss"]
     same = np.array([np.array_equal(turn.prompt, prompt) for turn in turns for prompt in decoys])
-    own = behind_whole_prompts(model, turns, own, whole)
-    return own < np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
+    others = np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
+    return fits_own(turns, own, others, partial(read, "whole"), most=longest_prompt(model))
 
 
 def judges_in(made: Mapping[str, np.ndarray]) -> dict[str, FaultJudge]:

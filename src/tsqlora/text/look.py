@@ -19,12 +19,12 @@ from tsqlora.text.among import words_of
 from tsqlora.text.answers import (
     MOST_ANSWER,
     MOST_PROMPT,
-    WHOLE,
     Sample,
     Turn,
     behind,
-    behind_whole_prompts,
     features_of,
+    fits_own,
+    longest_prompt,
     read_answers,
 )
 from tsqlora.text.faults import (
@@ -196,11 +196,12 @@ def look_at_answers(
     alone = read("alone", [behind(one.opening, one.answer) for one in turns])
     own = features_of(prompted, alone)
     _find_cut(look, prompted["stop"], ends, cuts, folds, rng)
-    _find_foreign(look, model, own, alone, folds, planted, rng, read)
+    most = longest_prompt(model)
+    _find_foreign(look, own, alone, folds, planted, rng, read, most=most)
     if long := sum(len(turn.prompt) > MOST_PROMPT for turn in turns):
         look.notes.append(
             f"{long:,} of {len(turns):,} prompts have more than {MOST_PROMPT} tokens: the model reads both ends, and "
-            f"up to {WHOLE:,} tokens where an answer seems foreign"
+            f"up to {most:,} tokens where an answer seems foreign"
         )
     for name, fault in (FAULTS if faults is None else faults).items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
@@ -246,13 +247,14 @@ def _find_cut(
 
 def _find_foreign(
     look: AnswerLook,
-    model: nn.Module,
     own: np.ndarray,
     alone: dict[str, np.ndarray],
     folds: np.ndarray,
     planted: np.ndarray,
     rng: np.random.Generator,
     read: Read,
+    *,
+    most: int,
 ) -> None:
     """Another row's answer, whose own prompt is one of many equals."""
     turns, donors = look.turns, donors_of(look.turns, folds, planted, rng)
@@ -282,8 +284,8 @@ def _find_foreign(
         ]
         losses = read("decoys", decoys)["loss"].reshape(-1, DECOYS)
         behind_own = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1)
-        behind_own = behind_whole_prompts(model, [turns[j] for j in suspects], behind_own, partial(read, "whole"))
-        fits[suspects] = behind_own < losses.min(1)
+        some = [turns[j] for j in suspects]
+        fits[suspects] = fits_own(some, behind_own, losses.min(1), partial(read, "whole"), most=most)
         evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
     detection = replace(detection, evident=evident)
     _add(look, FOREIGN, np.arange(len(turns)), detection, fits, taught)
