@@ -5,6 +5,7 @@
     python bench/answers.py apply
     python bench/answers.py pairs
     python bench/answers.py real --model DIR
+    python bench/answers.py short [--rows 150] --model DIR
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
@@ -13,7 +14,8 @@ bench/.cache/answers, and is not read again. `coverage` plants real faults in a 
 writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
 itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `pairs` has a row's
 answer as the chosen one and a faulty one as rejected, and swaps a share: bench/results/answers_pairs.json. `real` looks
-at machine-written summaries that people judged: bench/results/answers_real.json.
+at machine-written summaries that people judged: bench/results/answers_real.json. `short` looks at SciTLDR as it is, with
+its abstracts cut to 160 tokens: bench/results/answers_short.json.
 """
 
 import itertools
@@ -44,8 +46,8 @@ from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
-PROMPT = {"scitldr": 512, "xsum": 512}
-"""Most tokens of a prompt; of a document that is cut off many summaries say what no longer stands there."""
+PROMPT, SHORT = {"scitldr": 512, "xsum": 512}, 160
+"""Most tokens of a prompt: more for documents, since summaries of a document that is cut seem foreign (`short`)."""
 SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
 Row = dict[str, Any]
 Draw = Callable[[dict[str, Any], float, int], dict[str, Any]]
@@ -108,8 +110,8 @@ def nearest(turns: Sequence[Turn]) -> np.ndarray:
     return alike.argmax(1)
 
 
-def features(name: str, rows: int, model: str) -> dict[str, Any]:
-    answers.MOST_PROMPT, answers.MOST_ANSWER = PROMPT.get(name, 160), 96
+def features(name: str, rows: int, model: str, prompt: int | None = None) -> dict[str, Any]:
+    answers.MOST_PROMPT, answers.MOST_ANSWER = prompt or PROMPT.get(name, SHORT), 96
     vocabulary, _ = load_vocabulary(model, None)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
@@ -179,6 +181,12 @@ def real(model: str) -> dict[str, Any]:
         "machine": machine(),
         "commit": commit(),
     }
+
+
+def short(rows: int, model: str) -> dict[str, Any]:
+    """The look's result for documents that are cut off, where no answer is faulty."""
+    cell = features("scitldr", rows, model, SHORT)
+    return {name: cell[name] for name in ("settings", "machine", "commit")} | foreign_draw(cell, 0.0, "next", 0)
 
 
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
@@ -349,7 +357,7 @@ KINDS: dict[str, dict[str, Draw]] = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real"))
+    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real", "short"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
@@ -363,6 +371,9 @@ def main() -> None:
         return
     if request.what == "real":
         write(RESULTS / "answers_real.json", real(request.model))
+        return
+    if request.what == "short":
+        write(RESULTS / "answers_short.json", short(request.rows, request.model))
         return
     for name in request.tables.split(","):
         path = CACHE / f"{name}.{Path(request.model).name}.json"

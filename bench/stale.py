@@ -14,6 +14,7 @@ SRC = "src/tsqlora/"
 DECIDES = {
     "answers.json": ["text/answers.py", "text/faults.py"],
     "answers_pairs.json": ["text/answers.py", "text/faults.py"],
+    "answers_short.json": ["text/answers.py", "text/faults.py"],
     "faults.json": ["training", "files.py", "run/train.py", "run/fit.py"],
     "fuzz.json": ["data/readers.py", "interop", "compat/yaml.py", "text/prepared.py"],
     "headstart_controls": ["quality/head_start.py", "quality/linear_head.py"],
