@@ -14,8 +14,8 @@ bench/.cache/answers, and is not read again. `coverage` plants real faults in a 
 writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
 itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `pairs` has a row's
 answer as the chosen one and a faulty one as rejected, and swaps a share: bench/results/answers_pairs.json. `real` looks
-at machine-written summaries that people judged: bench/results/answers_real.json. `short` looks at SciTLDR as it is, with
-its abstracts cut to 160 tokens: bench/results/answers_short.json.
+at machine-written summaries that people judged: bench/results/answers_real.json. `short` looks at SciTLDR as it is,
+with abstracts cut to 160 tokens: bench/results/answers_short.json.
 """
 
 import itertools
