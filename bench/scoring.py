@@ -146,7 +146,7 @@ class Bench:
     def forward(self) -> Scores:
         """A pass for the losses of one of the two models whose difference is the reducible loss."""
         with eval_mode(self.model), self.autocast(cache=False), torch.no_grad():
-            return {"loss": self.task.loss(model_logits(self.model, self.inputs, self.task), self.labels)}
+            return {"loss": self.task.loss(self.task.reading.logits(self.model, self.inputs), self.labels)}
 
     def measure(self, reference: Reference, sites: Any, terms: Sequence[str]) -> Scores:
         batch, outside = {**self.inputs, "labels": self.labels}, torch.zeros(self.rows, dtype=torch.bool)

@@ -89,6 +89,17 @@ def test_copies_make_the_loss_no_lower_and_the_penalty_no_weaker() -> None:
     assert thrice.strength <= once.strength
 
 
+def test_copies_make_the_loss_of_numbers_no_lower() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 64)).astype(np.float32)
+    y = (x @ rng.normal(size=64) / 8 + rng.normal(size=300)).astype(np.float32)
+    once, thrice = (
+        fit_head(np.tile(x, (k, 1)), np.tile(y, k), link="identity", width=1, rng=np.random.default_rng(0))
+        for k in (1, 3)
+    )
+    assert thrice.loss == pytest.approx(once.loss, rel=0.01)
+
+
 def test_rows_that_are_all_equal_are_fitted() -> None:
     y = np.arange(30) % 2
     fit = fit_head(np.ones((30, 4), np.float32), y, link="softmax", width=2, rng=np.random.default_rng(0))

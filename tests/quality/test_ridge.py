@@ -10,12 +10,17 @@ from tsqlora.quality.ridge import fit_classes, fit_ridge, fit_temperature
 
 
 def without_row(x: np.ndarray, y: np.ndarray, row: int, strength: float, intercept: bool) -> np.ndarray:
-    """The slow twin: fit on all other rows, predict this one."""
-    others = np.arange(len(x)) != row
+    return without(x, y, np.arange(len(x)) != row, strength, intercept, x[row])
+
+
+def without(
+    x: np.ndarray, y: np.ndarray, others: np.ndarray, strength: float, intercept: bool, row: np.ndarray
+) -> np.ndarray:
+    """The slow twin: fit on the others, predict this row."""
     mean, centre = (x[others].mean(0), y[others].mean(0)) if intercept else (0.0, 0.0)
     a, b = x[others] - mean, y[others] - centre
     weight = np.linalg.solve(a.T @ a + strength * np.eye(x.shape[1]), a.T @ b)
-    return (x[row] - mean) @ weight + centre
+    return (row - mean) @ weight + centre
 
 
 def problem(n: int, d: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +36,18 @@ def test_each_row_is_predicted_by_the_fit_without_it(n: int, d: int, k: int, int
     x, y = problem(n, d, k, seed)
     fit = fit_ridge(x, y, intercept=intercept)
     slow = [without_row(x, y, row, fit.strength, intercept) for row in range(n)]
+    np.testing.assert_allclose(fit.left_out, slow, rtol=1e-3, atol=1e-3 * np.abs(slow).max())
+
+
+@given(
+    n=st.integers(3, 12), d=st.integers(1, 12), k=st.integers(1, 4), intercept=st.booleans(), seed=st.integers(0, 99)
+)
+def test_copies_are_left_out_together(n: int, d: int, k: int, intercept: bool, seed: int) -> None:
+    x, y = problem(n, d, k, seed)
+    copies = np.repeat(np.arange(n), np.random.default_rng(seed).integers(1, 4, size=n))
+    x, y = x[copies], y[copies] + np.random.default_rng(seed).normal(size=(len(copies), k))
+    fit = fit_ridge(x, y, intercept=intercept, copies=copies)
+    slow = np.stack([without(x, y, copies != own, fit.strength, intercept, x[copies == own][0]) for own in copies])
     np.testing.assert_allclose(fit.left_out, slow, rtol=1e-3, atol=1e-3 * np.abs(slow).max())
 
 
@@ -61,7 +78,7 @@ def test_temperature_has_the_least_loss() -> None:
     assert fit_temperature(logits * 5, labels) == pytest.approx(5, abs=0.5)
 
 
-@given(n=st.integers(6, 30), d=st.integers(1, 8), k=st.integers(2, 4), seed=st.integers(0, 99))
+@given(n=st.integers(6, 30), d=st.integers(3, 8), k=st.integers(2, 4), seed=st.integers(0, 99))
 def test_logits_of_each_row_are_of_the_fit_without_it_over_a_temperature(n: int, d: int, k: int, seed: int) -> None:
     x, _ = problem(n, d, k, seed)
     labels = np.arange(n) % k

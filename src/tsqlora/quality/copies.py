@@ -3,8 +3,9 @@
 import numpy as np
 
 from tsqlora.compat.shapes import Float, Int
-from tsqlora.quality.ridge import ROWS_AT_ONCE
 
+ROWS_AT_ONCE = 16_384
+"""Read features in parts of this many rows, since they may be a memory map."""
 COPY = 1e-3
 """Distance of a copy's features, as a share of their norm: batches differ in their last digits."""
 

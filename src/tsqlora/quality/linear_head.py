@@ -94,7 +94,7 @@ def fit_head(
     features, centre, unit = _normalised(features, centred=intercept)
     some, middle = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE]), 0.0
     if link == "identity":
-        ridge = fit_ridge(features, targets[:, None], intercept=intercept)
+        ridge = fit_ridge(features, targets[:, None], intercept=intercept, copies=groups_of_copies(features))
         losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
         head, strength = LinearHead(ridge.weight, ridge.bias), ridge.strength
         middle = float(targets.mean())
@@ -170,7 +170,7 @@ def unseen_logits(
 ) -> Float[np.ndarray, "n k"]:
     """Predict numbers, or logits of labels, by least squares on the rows `own`, of these without the row itself."""
     targets = targets.reshape(len(targets), -1).astype(np.float64)
-    ridge = fit_ridge(features[own], targets[own])
+    ridge = fit_ridge(features[own], targets[own], copies=groups_of_copies(features[own]))
     predicted = ridge.predict(features).astype(np.float32)
     predicted[own] = ridge.left_out
     if link == "identity":

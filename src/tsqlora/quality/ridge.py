@@ -8,9 +8,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 from tsqlora.compat.shapes import Float, Int
+from tsqlora.quality.copies import ROWS_AT_ONCE, groups_of_copies
 
-ROWS_AT_ONCE = 16_384
-"""Read features in parts of this many rows, since they may be a memory map."""
 STRENGTHS = np.geomspace(1e-5, 1e2, 15)
 """Candidate strengths, in units of the features' mean eigenvalue."""
 ROWS_TO_CHOOSE = 5_000
@@ -26,16 +25,23 @@ class Ridge:
     """Zero where the fit has no intercept."""
     strength: float
     left_out: Float[np.ndarray, "n k"]
-    """Row i's prediction by the fit on all other rows: ŷ − (y − ŷ)·h/(1 − h), with h the diagonal of the hat matrix."""
+    """Row i's prediction by the fit without it and its copies: ŷ − (ȳ − ŷ)·ch/(1 − ch).
+
+    h is the diagonal of the hat matrix, c counts the row and its copies, and ȳ is their mean target.
+    """
 
     def predict(self, features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m k"]:
         return features.astype(np.float64) @ self.weight.T + self.bias
 
 
 def fit_ridge(
-    features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n k"], *, intercept: bool = True
+    features: Float[np.ndarray, "n d"],
+    targets: Float[np.ndarray, "n k"],
+    *,
+    intercept: bool = True,
+    copies: Int[np.ndarray, " n"] | None = None,
 ) -> Ridge:
-    """Fit with the strength of least leave-one-out squared error.
+    """Fit with the strength of least leave-one-out squared error; rows of one group of `copies` are left out together.
 
     Cost: n·d² + (strengths · min(n, 5,000) + n)·d·k operations, and d³ for the eigenvectors.
     """
@@ -49,21 +55,25 @@ def fit_ridge(
     values, vectors = np.linalg.eigh(gram)
     values, cross = values.clip(0), vectors.T @ cross
     own = 1 / n if intercept else 0.0  # the intercept's part of each h
+    counts, shared = np.ones(n), targets
+    if copies is not None:
+        counts = np.bincount(copies)[copies].astype(np.float64)
+        shared = np.stack([np.bincount(copies, column)[copies] / counts for column in targets.T], axis=1)
 
     some = _some(n)
-    rotated, answers = (features[some] - mean) @ vectors, targets[some] - centre
+    rotated, answers = (features[some] - mean) @ vectors, shared[some] - centre
     unit = max(float(values.mean()), np.finfo(np.float64).tiny)
 
     def error(strength: float) -> float:
-        left_out = _left_out(rotated, answers, cross, values + strength, own)
-        return float(np.square(answers - left_out).mean())
+        left_out = _left_out(rotated, answers, cross, values + strength, own, counts[some])
+        return float(np.square(targets[some] - centre - left_out).mean())
 
     strength = min((float(s) * unit for s in STRENGTHS), key=error)
     weight = (vectors @ (cross / (values + strength)[:, None])).T
     left_out = np.empty(targets.shape, dtype=np.float32)
     for rows, part in _parts(features, mean):
-        answers = targets[rows] - centre
-        left_out[rows] = centre + _left_out(part @ vectors, answers, cross, values + strength, own)
+        answers = shared[rows] - centre
+        left_out[rows] = centre + _left_out(part @ vectors, answers, cross, values + strength, own, counts[rows])
     return Ridge(weight, centre - weight @ mean, strength, left_out)
 
 
@@ -72,7 +82,8 @@ def fit_classes(features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"
 
     A temperature calibrates them, fitted on the rows that choose the strength, at most 5,000.
     """
-    ridge, some = fit_ridge(features, np.eye(width, dtype=np.float32)[labels]), _some(len(labels))
+    one_hot, copies = np.eye(width, dtype=np.float32)[labels], groups_of_copies(features)
+    ridge, some = fit_ridge(features, one_hot, copies=copies), _some(len(labels))
     t = np.float32(fit_temperature(ridge.left_out[some], labels[some]))
     return Ridge(ridge.weight / t, ridge.bias / t, ridge.strength, ridge.left_out / t)
 
@@ -100,10 +111,11 @@ def _left_out(
     cross: Float[np.ndarray, "d k"],
     shrunk: Float[np.ndarray, " d"],
     own: float,
+    counts: Float[np.ndarray, " n"],
 ) -> Float[np.ndarray, "n k"]:
-    """Return leave-one-out predictions of centred answers, in the basis of the eigenvectors."""
+    """Return leave-one-out predictions in the basis of the eigenvectors; answers are centred means of rows' copies."""
     fitted = rotated @ (cross / shrunk[:, None])
-    hat = (own + np.square(rotated) @ (1 / shrunk)).clip(max=1 - 1e-9)[:, None]
+    hat = (counts * (own + np.square(rotated) @ (1 / shrunk))).clip(max=1 - 1e-9)[:, None]
     return fitted - (answers - fitted) * (hat / (1 - hat))
 
 
