@@ -321,15 +321,13 @@ def fit_start(
 
     With `dense_inputs`, the inputs of a new dense layer, a whitened layer is tried in place of the random one.
     """
-    options = {"link": link, "width": width, "intercept": intercept, "class_weights": class_weights}
-    fit, dense = fit_head(features, targets, **options, groups=groups, rng=rng()), None
+    whitening = outputs = None
     if dense_inputs is not None:
         whitening = whiten(dense_inputs, features.shape[1])
-        outputs = torch.from_numpy(whitening.logits(dense_inputs))
-        other = fit_head(ACTIVATIONS[activation](outputs).numpy(), targets, **options, rng=rng())
-        if other.loss < fit.loss:
-            fit, dense = other, whitening
-    present = losses[fit.rows]
+        outputs = ACTIVATIONS[activation](torch.from_numpy(whitening.logits(dense_inputs))).numpy()
+    options = {"link": link, "width": width, "intercept": intercept, "class_weights": class_weights}
+    fit = fit_head(features, targets, **options, groups=groups, other=outputs, rng=rng())
+    present, dense = losses[fit.rows], whitening if fit.of_other else None
     return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, scale=scale_of(link, intercept))
 
 

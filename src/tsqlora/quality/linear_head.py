@@ -62,6 +62,8 @@ class HeadFit:
     """Out-of-fold losses of those rows."""
     middle: float = 0.0
     """The output around which training scales the head: the mean of numbers, 0 for logits."""
+    of_other: bool = False
+    """Whether the head is of the `other` features, whose out-of-fold loss was lower."""
 
     @property
     def loss(self) -> float:
@@ -83,32 +85,43 @@ def fit_head(
     intercept: bool = True,
     class_weights: Float[np.ndarray, " k"] | None = None,
     groups: Int[np.ndarray, " n"] | None = None,
+    other: Float[np.ndarray, "n d"] | None = None,
     rng: np.random.Generator,
 ) -> HeadFit:
     """Fit a head of `width` outputs with the regularisation of least out-of-fold loss.
 
     Classes: multinomial logistic regression; labels: a binary one each; numbers: least squares. A class without rows
     gets the logit of a class that occurs in less than one row. Samples of one of the `groups` share a fold, and so do
-    copies: a copy in another fold would make the loss seem lower than that of new rows.
+    copies: a copy in another fold would make the loss seem lower than that of new rows. The head reads the `other`
+    features of the rows if its out-of-fold loss is lower.
     """
-    features, centre, unit = _normalised(features, centred=intercept)
-    some, middle = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE]), 0.0
-    if link == "identity":
-        ridge = fit_ridge(features, targets[:, None], intercept=intercept, copies=groups_of_copies(features))
-        losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
-        head, strength = LinearHead(ridge.weight, ridge.bias), ridge.strength
-        middle = float(targets.mean())
-    else:
-        fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
-        if link == "sigmoid":
-            fit = partial(_sigmoids, intercept=intercept)
-        own = groups_of_copies(features[some]) if groups is None else groups[some]
+    some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
+    fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
+    if link == "sigmoid":
+        fit = partial(_sigmoids, intercept=intercept)
+    candidates, seed = [features] if other is None else [features, other], int(rng.integers(2**31))
+    tried: list[tuple[Float[np.ndarray, " m"], float, LinearHead]] = []
+    for candidate in candidates:
+        normalised, _, _ = _normalised(candidate, centred=intercept)
+        if link == "identity":
+            ridge = fit_ridge(normalised, targets[:, None], intercept=intercept, copies=groups_of_copies(normalised))
+            losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
+            tried.append((losses, ridge.strength, LinearHead(ridge.weight, ridge.bias)))
+            continue
+        own = groups_of_copies(normalised[some]) if groups is None else groups[some]
         if own is not None and len(np.unique(own)) < FOLDS:
             own = None
-        losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], link, own, rng)
-        head = fit(features, targets, strength, start=_mean(heads))
+        losses, strength, heads, _ = _out_of_fold(fit, normalised[some], targets[some], link, own, seed)
+        tried.append((losses, strength, _mean(heads)))
+    best = min(range(len(tried)), key=lambda index: float(tried[index][0].mean()))
+    (losses, strength, head), (normalised, centre, unit) = tried[best], _normalised(candidates[best], centred=intercept)
+    middle = 0.0
+    if link == "identity":
+        middle = float(targets.mean())
+    else:
+        head = fit(normalised, targets, strength, start=head)
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
-    return HeadFit(head, strength, some, targets[some], losses, middle)
+    return HeadFit(head, strength, some, targets[some], losses, middle, of_other=best == 1)
 
 
 def out_of_fold_logits(
@@ -133,7 +146,7 @@ def out_of_fold_logits(
     some = np.flatnonzero(np.isin(keys, order[:several]))
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
     own = None if groups is None else keys[some]
-    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "softmax", own, rng)
+    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "softmax", own, int(rng.integers(2**31)))
     mean = _mean(heads)
     logits = mean.logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
@@ -185,12 +198,12 @@ def _out_of_fold(
     labels: Shaped[np.ndarray, "m *k"],
     link: Link,
     groups: Int[np.ndarray, " m"] | None,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[Float[np.ndarray, " m"], float, list[LinearHead], list[tuple[np.ndarray, np.ndarray]]]:
     """Return out-of-fold losses, the strength of least loss, its fits, and the folds: rows to fit and to predict."""
     best: tuple[Float[np.ndarray, " m"], float, list[LinearHead]] | None = None
     stratified = link == "softmax" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
-    splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
+    splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=seed)
     folds = list(splitter.split(labels, labels) if groups is None else GroupKFold(FOLDS).split(labels, None, groups))
     heads: list[LinearHead] = []
     for strength in map(float, STRENGTHS):
