@@ -211,9 +211,10 @@ def _out_of_fold(
         for (train, test), start in zip(folds, starts, strict=True):
             heads.append(fit(features[train], labels[train], strength, start=start))
             losses[test] = row_losses(heads[-1].logits(features[test]), labels[test], link)
-            # The loss has one minimum, and weaker penalties take longer to fit: after each fold, on its rows so far.
-            if best is not None and np.nanmean(losses) > ENOUGH * best[0][~np.isnan(losses)].mean():
-                return *best, folds
+            if best is not None and np.nanmean(losses) > best[0][~np.isnan(losses)].mean():
+                return *best, folds  # the loss has one minimum, and weaker penalties take longer to fit
+        if best is not None and losses.mean() > ENOUGH * best[0].mean():
+            break
         best = losses, strength, heads
     assert best is not None
     return *best, folds
