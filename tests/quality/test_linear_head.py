@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from tsqlora.quality import linear_head
-from tsqlora.quality.linear_head import STRENGTHS, fit_head, out_of_fold_logits, row_losses
+from tsqlora.quality.linear_head import ENOUGH, STRENGTHS, fit_head, out_of_fold_logits, row_losses
 
 
 def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -24,6 +26,30 @@ def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
     x, y = classes(3000, 50, d=32, spread=0.15)
     fit = fit_head(x, y, link="softmax", width=50, rng=np.random.default_rng(0))
     assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_strength_is_that_of_all_folds_although_a_bad_one_is_left_early(seed: int) -> None:
+    """The slow twin fits every fold of every strength by scikit-learn."""
+    x, y = classes(150, 4, d=16, spread=2.0, seed=seed)
+    fit = fit_head(x, y, link="softmax", width=4, rng=np.random.default_rng(seed))
+
+    same = np.random.default_rng(seed)
+    same.permutation(len(x))
+    unit = x - x.mean(0)
+    unit /= np.sqrt(np.square(unit).sum(1).mean())
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=int(same.integers(2**31))).split(x, y))
+    best = np.inf
+    for strength in STRENGTHS:
+        losses = np.empty(len(y))
+        for train, test in folds:
+            p = LogisticRegression(C=strength, max_iter=1000).fit(unit[train], y[train]).predict_log_proba(unit[test])
+            losses[test] = -p[np.arange(len(test)), y[test]]
+        if losses.mean() > ENOUGH * best:
+            break
+        best, chosen = losses.mean(), strength
+    assert fit.strength == chosen
+    assert fit.loss == pytest.approx(best, rel=0.01)
 
 
 @pytest.mark.parametrize("most", [None, 100])

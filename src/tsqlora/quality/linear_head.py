@@ -32,8 +32,8 @@ OUTPUTS_TO_FIT = 750_000
 """`out_of_fold_logits` fits at most this many rows times classes, but at least ROWS_TO_CHOOSE rows: few classes cost
 little, and with fewer rows hard classes look wrong."""
 MARGIN = 2.0
-"""Standard errors by which the out-of-fold loss of one head must beat another's."""
-TOLERANCE = 3e-2
+"""Standard errors by which the out-of-fold loss of one head must beat another's; a fold of one penalty, another's."""
+TOLERANCE = 1e-2
 """Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
 
@@ -71,9 +71,7 @@ class HeadFit:
 
     def better_than(self, losses: Float[np.ndarray, " m"]) -> bool:
         """Whether out-of-fold losses beat these losses of the same rows, paired, by 2 standard errors."""
-        gain = losses - self.losses
-        error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
-        return float(gain.mean()) > MARGIN * error
+        return _lower(self.losses, losses)
 
 
 def fit_head(
@@ -207,17 +205,24 @@ def _out_of_fold(
     folds = list(splitter.split(labels, labels) if groups is None else GroupKFold(FOLDS).split(labels, None, groups))
     heads: list[LinearHead] = []
     for strength in map(float, STRENGTHS):
-        losses, starts, heads = np.full(len(labels), np.nan), heads or [None] * FOLDS, list[LinearHead]()
+        losses, starts, heads = np.empty(len(labels)), heads or [None] * FOLDS, list[LinearHead]()
         for (train, test), start in zip(folds, starts, strict=True):
             heads.append(fit(features[train], labels[train], strength, start=start))
             losses[test] = row_losses(heads[-1].logits(features[test]), labels[test], link)
-            if best is not None and np.nanmean(losses) > best[0][~np.isnan(losses)].mean():
+            if best is not None and _lower(best[0][test], losses[test]):
                 return *best, folds  # the loss has one minimum, and weaker penalties take longer to fit
         if best is not None and losses.mean() > ENOUGH * best[0].mean():
             break
         best = losses, strength, heads
     assert best is not None
     return *best, folds
+
+
+def _lower(losses: Float[np.ndarray, " m"], others: Float[np.ndarray, " m"]) -> bool:
+    """Whether losses are lower than others of the same rows, paired, by 2 standard errors."""
+    gain = others - losses
+    error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
+    return float(gain.mean()) > MARGIN * error
 
 
 def _mean(heads: Sequence[LinearHead]) -> LinearHead:
