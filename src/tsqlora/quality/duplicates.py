@@ -54,7 +54,8 @@ def _unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Return centred features of norm 1."""
     centred = features.astype(np.float32)
     centred -= centred.mean(axis=0)
-    return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(min=1e-12)
+    centred /= np.sqrt(np.einsum("nd,nd->n", centred, centred)).clip(min=1e-12)[:, None]
+    return centred
 
 
 def labels_of_nearest(

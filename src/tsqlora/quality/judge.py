@@ -148,9 +148,7 @@ def judge(
         groups = joined if joined.max() + 1 >= FOLDS else groups
     # By their content: which rows share a fold must not depend on how a file is sorted.
     order = np.argsort(along)
-    own = None if groups is None else groups[order]
-    logits = np.empty((len(labels), width), dtype=np.float32)
-    logits[order], head = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
+    logits, head = out_of_fold_logits(features, labels, width, groups=groups, order=order, rng=rng)
     if excluded is not None:
         logits = np.where(excluded, logits.min(axis=1, keepdims=True), logits)
     judgement = judge_logits(logits, labels, features=features, groups=groups)

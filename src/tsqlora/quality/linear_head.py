@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
-from tsqlora.quality.copies import groups_of_copies
+from tsqlora.quality.copies import ROWS_AT_ONCE, groups_of_copies
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.tasks.task import Link
 
@@ -45,7 +45,11 @@ class LinearHead:
     bias: Float[np.ndarray, " k"]
 
     def logits(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
-        return features.astype(np.float64) @ self.weight.T + self.bias
+        logits = np.empty((len(features), len(self.bias)))
+        for start in range(0, len(features), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits[rows] = features[rows].astype(np.float64) @ self.weight.T + self.bias
+        return logits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,28 +132,32 @@ def out_of_fold_logits(
     width: int,
     *,
     groups: Int[np.ndarray, " n"] | None = None,
+    order: Int[np.ndarray, " n"] | None = None,
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, "n k"], LinearHead]:
     """Predict each row by logistic regressions that have not seen it, nor another row of its group.
 
-    These are fitted in folds on at most OUTPUTS_TO_FIT outputs, of whole groups; other rows get the mean of their
-    logits, as the head does that is returned too.
+    These are fitted in folds on at most OUTPUTS_TO_FIT outputs, of whole groups, drawn from the rows in this `order`;
+    other rows get the mean of their logits, as the head does that is returned too.
     """
-    features, centre, unit = _normalised(features, centred=True)
-    keys = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    order = rng.permutation(int(keys.max()) + 1)
-    sizes = np.bincount(keys)[order].cumsum()
+    order = np.arange(len(labels)) if order is None else order
+    keys = np.arange(len(labels)) if groups is None else np.unique(groups[order], return_inverse=True)[1]
+    drawn = rng.permutation(int(keys.max()) + 1)
+    sizes = np.bincount(keys)[drawn].cumsum()
     most = max(ROWS_TO_CHOOSE, OUTPUTS_TO_FIT // width)
     several = max(FOLDS, int(np.searchsorted(sizes, most, side="right")))
-    some = np.flatnonzero(np.isin(keys, order[:several]))
+    own = np.flatnonzero(np.isin(keys, drawn[:several]))
+    some = order[own]
+    known, centre, unit = _normalised(features[some], centred=True)
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
-    own = None if groups is None else keys[some]
-    _, _, heads, folds = _out_of_fold(fit, features[some], labels[some], "softmax", own, int(rng.integers(2**31)))
+    keys = None if groups is None else keys[own]
+    _, _, heads, folds = _out_of_fold(fit, known, labels[some], "softmax", keys, int(rng.integers(2**31)))
     mean = _mean(heads)
+    mean = LinearHead(mean.weight / unit, mean.bias - mean.weight @ centre / unit)
     logits = mean.logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
-        logits[some[test]] = head.logits(features[some[test]])
-    return logits, LinearHead(mean.weight / unit, mean.bias - mean.weight @ centre / unit)
+        logits[some[test]] = head.logits(known[test])
+    return logits, mean
 
 
 def _normalised(
@@ -160,9 +168,10 @@ def _normalised(
     Centred if a bias can absorb the centre: features of similar direction converge slowly.
     """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
-    features = features - centre.astype(np.float32)
-    unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
-    return (features / unit).astype(np.float32), centre, unit
+    features = (features - centre.astype(np.float32)).astype(np.float32, copy=False)
+    unit = float(np.sqrt(np.einsum("nd,nd->n", features, features, dtype=np.float64).mean())) or 1.0
+    features /= np.float32(unit)
+    return features, centre, unit
 
 
 def row_losses(

@@ -176,7 +176,7 @@ def _of_trusted_rows(
 def _judged(request: LookRequest, started: Started) -> Judgement | None:
     """Judge the classes of the rows that equal no trusted row; None where no class can be judged."""
     pool, own = started.pool, ~request.twins
-    parts = [part[own] for part in (pool.features, pool.mean) if part is not None]
+    parts = [part if own.all() else part[own] for part in (pool.features, pool.mean) if part is not None]
     labels = pool.labels[own]
     counts = np.bincount(labels)
     if not parts or len(labels) < FOLDS or (counts > 0).sum() < 2 or counts.max() < FEWEST:
