@@ -32,7 +32,7 @@ OUTPUTS_TO_FIT = 750_000
 """`out_of_fold_logits` fits at most this many rows times classes, but at least ROWS_TO_CHOOSE rows: few classes cost
 little, and with fewer rows hard classes look wrong."""
 MARGIN = 2.0
-"""Standard errors by which the out-of-fold loss of one head must beat another's; a fold of one penalty, another's."""
+"""Standard errors by which one head's out-of-fold loss must be lower than another's, or a penalty's in one fold."""
 TOLERANCE = 1e-2
 """Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
@@ -148,15 +148,15 @@ def out_of_fold_logits(
     several = max(FOLDS, int(np.searchsorted(sizes, most, side="right")))
     own = np.flatnonzero(np.isin(keys, drawn[:several]))
     some = order[own]
-    known, centre, unit = _normalised(features[some], centred=True)
+    fitted, centre, unit = _normalised(features[some], centred=True)
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
     keys = None if groups is None else keys[own]
-    _, _, heads, folds = _out_of_fold(fit, known, labels[some], "softmax", keys, int(rng.integers(2**31)))
+    _, _, heads, folds = _out_of_fold(fit, fitted, labels[some], "softmax", keys, int(rng.integers(2**31)))
     mean = _mean(heads)
     mean = LinearHead(mean.weight / unit, mean.bias - mean.weight @ centre / unit)
     logits = mean.logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
-        logits[some[test]] = head.logits(known[test])
+        logits[some[test]] = head.logits(fitted[test])
     return logits, mean
 
 
