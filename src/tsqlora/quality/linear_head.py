@@ -36,6 +36,9 @@ MARGIN = 2.0
 TOLERANCE = 1e-2
 """Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
+Normalised = tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], float]
+"""Features of mean square norm 1, their centre and their norm."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearHead:
@@ -50,6 +53,10 @@ class LinearHead:
             rows = slice(start, start + ROWS_AT_ONCE)
             logits[rows] = features[rows].astype(np.float64) @ self.weight.T + self.bias
         return logits
+
+    def before(self, centre: Float[np.ndarray, " d"], unit: float) -> "LinearHead":
+        """Return the head that reads features before they were normalised by this centre and norm."""
+        return LinearHead(self.weight / unit, self.bias - self.weight @ centre / unit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,28 +109,27 @@ def fit_head(
     if link == "sigmoid":
         fit = partial(_sigmoids, intercept=intercept)
     candidates, seed = [features] if other is None else [features, other], int(rng.integers(2**31))
-    tried: list[tuple[Float[np.ndarray, " m"], float, LinearHead]] = []
+    tried: list[tuple[Float[np.ndarray, " m"], float, LinearHead, Normalised]] = []
     for candidate in candidates:
-        normalised, _, _ = _normalised(candidate, centred=intercept)
+        unit_features = normalised, _, _ = _normalised(candidate, centred=intercept)
         if link == "identity":
             ridge = fit_ridge(normalised, targets[:, None], intercept=intercept, copies=groups_of_copies(normalised))
             losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
-            tried.append((losses, ridge.strength, LinearHead(ridge.weight, ridge.bias)))
+            tried.append((losses, ridge.strength, LinearHead(ridge.weight, ridge.bias), unit_features))
             continue
         own = groups_of_copies(normalised[some]) if groups is None else groups[some]
         if own is not None and len(np.unique(own)) < FOLDS:
             own = None
         losses, strength, heads, _ = _out_of_fold(fit, normalised[some], targets[some], link, own, seed)
-        tried.append((losses, strength, _mean(heads)))
+        tried.append((losses, strength, _mean(heads), unit_features))
     best = min(range(len(tried)), key=lambda index: float(tried[index][0].mean()))
-    (losses, strength, head), (normalised, centre, unit) = tried[best], _normalised(candidates[best], centred=intercept)
+    losses, strength, head, (normalised, centre, unit) = tried[best]
     middle = 0.0
     if link == "identity":
         middle = float(targets.mean())
     else:
         head = fit(normalised, targets, strength, start=head)
-    head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
-    return HeadFit(head, strength, some, targets[some], losses, middle, of_other=best == 1)
+    return HeadFit(head.before(centre, unit), strength, some, targets[some], losses, middle, of_other=best == 1)
 
 
 def out_of_fold_logits(
@@ -152,17 +158,14 @@ def out_of_fold_logits(
     fit = partial(_softmax, width=width, intercept=True, class_weights=None)
     keys = None if groups is None else keys[own]
     _, _, heads, folds = _out_of_fold(fit, fitted, labels[some], "softmax", keys, int(rng.integers(2**31)))
-    mean = _mean(heads)
-    mean = LinearHead(mean.weight / unit, mean.bias - mean.weight @ centre / unit)
+    mean = _mean(heads).before(centre, unit)
     logits = mean.logits(features).astype(np.float32)
     for head, (_, test) in zip(heads, folds, strict=True):
         logits[some[test]] = head.logits(fitted[test])
     return logits, mean
 
 
-def _normalised(
-    features: Float[np.ndarray, "n d"], *, centred: bool
-) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], float]:
+def _normalised(features: Float[np.ndarray, "n d"], *, centred: bool) -> Normalised:
     """Return features of mean square norm 1, their centre and their norm.
 
     Centred if a bias can absorb the centre: features of similar direction converge slowly.
@@ -190,7 +193,8 @@ def unseen_logits(
 ) -> Float[np.ndarray, "n k"]:
     """Predict numbers, or logits of labels, by least squares on the rows `own`, of these without the row itself."""
     targets = targets.reshape(len(targets), -1).astype(np.float64)
-    ridge = fit_ridge(features[own], targets[own], copies=groups_of_copies(features[own]))
+    some = features[own]
+    ridge = fit_ridge(some, targets[own], copies=groups_of_copies(some))
     predicted = ridge.predict(features).astype(np.float32)
     predicted[own] = ridge.left_out
     if link == "identity":
