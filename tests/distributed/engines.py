@@ -1,4 +1,4 @@
-"""Two processes on CPU under an engine that shards: `torchrun … engines.py ENGINE FOLDER WHAT`."""
+"""Two processes on CPU under an engine that shards: `torchrun … engines.py ENGINE FOLDER WHAT,WHAT…`."""
 
 import os
 import signal
@@ -228,16 +228,17 @@ def main(engine: str, folder: Path, what: str) -> None:
         init_distributed("gloo", auto_mpi_discovery=False)  # as accelerate does on GPUs
     else:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    if what == "killed":
-        trained(engine, folder, f"{engine}-killed", killed=True)
-    if what.endswith("command"):
-        done = by_command(engine, folder, packed=what == "packed command")
-    elif what == "resumed":
-        done = trained(engine, folder, f"{engine}-killed", resume=f"checkpoint-{SAVED_AT}")
-    else:
-        done = work(engine, folder, what)
-    torch.save(done, folder / f"{engine}-{what}-{dist.get_rank()}.pt")
-    distributed.wait()
+    for one in what.split(","):
+        if one == "killed":
+            trained(engine, folder, f"{engine}-killed", killed=True)
+        if one.endswith("command"):
+            done = by_command(engine, folder, packed=one == "packed command")
+        elif one == "resumed":
+            done = trained(engine, folder, f"{engine}-killed", resume=f"checkpoint-{SAVED_AT}")
+        else:
+            done = work(engine, folder, one)
+        torch.save(done, folder / f"{engine}-{one}-{dist.get_rank()}.pt")
+        distributed.wait()
 
 
 if __name__ == "__main__":
