@@ -59,15 +59,22 @@ def blocks_of(document: Path) -> list[Block]:
     return blocks
 
 
+def steps_of(blocks: list[Block]) -> list[tuple[str, str, str]]:
+    return [block[:3] for block in blocks if block.language in ("python", "bash") and not block.skipped]
+
+
+def steps_in(document: Path) -> int:
+    return len(steps_of(blocks_of(document)))
+
+
 def run(blocks: list[Block], directory: Path) -> subprocess.CompletedProcess[str]:
     """The blocks that can run, in order, with the tools of this environment first on the path."""
-    steps = [block[:3] for block in blocks if block.language in ("python", "bash") and not block.skipped]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # Where documents run side by side, each has a core.
     threads = {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}
     return subprocess.run(
         [sys.executable, "-c", RUNNER],
-        input=json.dumps(steps),
+        input=json.dumps(steps_of(blocks)),
         cwd=directory,
         env=os.environ | threads | {"PATH": path},
         stdout=subprocess.PIPE,
@@ -101,7 +108,8 @@ def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+# The longest first, so that no process waits for it at the end.
+@pytest.mark.parametrize("document", sorted(DOCUMENTS, key=steps_in, reverse=True), ids=lambda document: document.name)
 def test_blocks_run(document: Path, tmp_path: Path, tiny_chat_model: Path) -> None:
     blocks = [block._replace(code=block.code.replace(SMOLLM, str(tiny_chat_model))) for block in blocks_of(document)]
     done = run(blocks, tmp_path)
