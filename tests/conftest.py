@@ -10,12 +10,14 @@ loras and kinds (adapters as files), byte_tokenizers, hostile and watch (strange
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
+from typing import Any, get_type_hints
 
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 # Hugging Face's libraries read these when they are imported, so nothing above may import them.
 for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -27,7 +29,25 @@ SOURCE = Path(__file__).parents[1] / "src" / "tsqlora"
 assert all((SOURCE / name).is_dir() or (SOURCE / f"{name}.py").is_file() for name in CHECKED), "a module was renamed"
 # The tower: an int is a float, as type checkers have it.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)
+
+
+def checked(*, typechecker: Any, jaxtyped: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
+    """jaxtyped where a shape is named; elsewhere the type checker alone, since jaxtyped makes each call much slower."""
+
+    def decorated(work: Any) -> Any:
+        if not isinstance(work, FunctionType) or "jaxtyping" in repr(work.__annotations__):
+            return jaxtyped(work, typechecker=typechecker)
+        try:
+            get_type_hints(work)
+        except NameError:  # imported for type checkers alone
+            return work
+        return typechecker(work)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)
 
 pytest_plugins = ["slow"]
 

@@ -4,8 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
+from beartype.roar import BeartypeException
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from tsqlora.gradients import ghost
@@ -18,6 +20,7 @@ from tsqlora.gradients.ghost import (
     summed_gradient,
     weight_gradient,
 )
+from tsqlora.gradients.sites import is_embedding
 
 SHAPES = st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(1, 7), st.integers(1, 7))
 SEEDS = st.integers(0, 2**32)
@@ -153,3 +156,14 @@ def test_inputs_take_the_precision_that_the_layer_computed_in() -> None:
     # Under autocast a layer's input may be float32 and its output bfloat16.
     a, b = pair((2, 3, 4, 5), 0, torch.float32)
     assert layer_gradient(a, b.bfloat16(), weight=True, bias=True).norm_sq().shape == (2,)
+
+
+def test_while_tests_run_shapes_that_disagree_and_wrong_types_are_refused() -> None:
+    """What conftest.py promises: else a wrong annotation, and a call that contradicts it, would stay unseen."""
+    a, b = pair((2, 3, 4, 5), 0)
+    with pytest.raises(TypeCheckError):
+        weight_gradient(a, b[:, :2])  # t is 3 in a, and 2 here
+    with pytest.raises(TypeCheckError):
+        weight_gradient(a.long(), b)
+    with pytest.raises(BeartypeException):
+        is_embedding("a name")  # no shape, so beartype's own error
