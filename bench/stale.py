@@ -25,7 +25,7 @@ DECIDES = {
     "sample.json": ["quality/judge.py"],
     "scale.json": ["data", "quality/passes.py", "quality/look.py"],
     "scoring.json": ["gradients", "quality/gradient_pass.py"],
-    "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/export.py"],
+    "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/files.py"],
     "text_training": ["text/answers.py", "text/faults.py"],
     "trusted_length.json": ["quality/density_ratio.py"],
     "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/session.py"],
