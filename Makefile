@@ -43,7 +43,7 @@ check: .venv/.installed-dev
 	$(BIN)/python scripts/plain_english.py
 	$(BIN)/python .ci/audit.py
 	$(BIN)/python bench/stale.py
-	$(BIN)/pytest -n logical --maxschedchunk 1 -m docs
+	$(BIN)/pytest -n logical --maxschedchunk 1 -m docs $$(grep -rl --include='*.py' 'mark\.docs' tests)
 
 # Before a release: every result is of the code that decides it.
 release: check

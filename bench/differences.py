@@ -18,6 +18,7 @@ RESULTS = ROOT / "bench" / "results" / "worlds"
 WORLDS = {
     "shortcut": "a shortcut (SST-2)",
     "shortcut-bbc": "a shortcut (BBC)",
+    "shortcut-all-mpnet-base-v2": "a shortcut (SST-2), MPNet",
     "overlap": "a shortcut (MRPC)",
     "both": "a shortcut and 20 % wrong labels",
     "weak": "weak labels",

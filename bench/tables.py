@@ -450,7 +450,7 @@ WORLD_TABLES = {
     "weak": (("weak",), (128,)),
     "clean": (("clean",), (128,)),
     "few": (("shortcut", "weak", "clean", "shortcut-bbc"), (32,)),
-    "other": (("overlap", "intents-wrong40", "intents-one10"), (128,)),
+    "other": (("shortcut-all-mpnet-base-v2", "overlap", "intents-wrong40", "intents-one10"), (128,)),
 }
 """Worlds and numbers of trusted rows of each table."""
 
