@@ -1,7 +1,7 @@
 """Which results are older than the code that decides them: python bench/stale.py [--strict]
 
-A result holds the commit that made it. It is old if a later commit changed one of the files that decide it; `make
-check` says so, `make release` fails.
+A result holds the commit that made it. It is old if a commit after its oldest part changed one of the files that
+decide it; `make check` says so, `make release` fails.
 """
 
 import re
@@ -36,12 +36,12 @@ def git(*words: str) -> str:
     return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout
 
 
-def newest(result: Path) -> str:
-    """The commit of the latest file of a result: its own, else the one that added it."""
+def oldest(result: Path) -> str:
+    """The commit of the oldest part of a result: its own, else the one that changed the file last."""
     files = sorted(result.glob("*.json")) if result.is_dir() else [result]
     named = {match for file in files for match in re.findall(r'"commit": "([0-9a-f]{7,40})', file.read_text())}
     dated = [line for line in git("log", "--format=%H").split() if any(line.startswith(name) for name in named)]
-    return dated[0] if dated else git("log", "-1", "--format=%H", "--", str(result)).strip()
+    return dated[-1] if dated else git("log", "-1", "--format=%H", "--", str(result)).strip()
 
 
 def main() -> None:
@@ -50,13 +50,15 @@ def main() -> None:
         return
     old = False
     for name, paths in DECIDES.items():
-        made = newest(ROOT / "bench" / "results" / name)
+        made = oldest(ROOT / "bench" / "results" / name)
         later = (
             git("log", "--format=%h", f"{made}..HEAD", "--", *(SRC + path for path in paths)).split() if made else []
         )
         if later:
             old = True
-            print(f"bench/results/{name} is of {made[:7]}; what decides it was changed by {len(later)} later commits")
+            print(
+                f"bench/results/{name} is of {made[:7]} or later; {len(later)} commits after it changed what decides it"
+            )
     if old and "--strict" in sys.argv:
         sys.exit("measure these again before a release")
 

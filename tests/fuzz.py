@@ -98,12 +98,12 @@ def main() -> None:
     torch.set_num_threads(1)
     TrainingArguments("x", report_to="none")  # what is imported late makes its caches now
     targets = options.targets.split(",")
-    now = {"commit": (commit() or "unknown")[:7], "versions": versions() | {"hypothesis": hypothesis.__version__}}
+    now, here = {"versions": versions() | {"hypothesis": hypothesis.__version__}}, (commit() or "unknown")[:7]
     results = json.loads(options.out.read_text()) if options.out.exists() else {"engine": "hypothesis", "targets": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         while waiting := [t for t in targets if results["targets"].get(t, {"cases": 0})["cases"] < options.cases]:
             target = min(waiting, key=lambda t: results["targets"].get(t, {"cases": 0})["cases"])
-            new = {"cases": 0, "chunks": 0, "outcomes": {}, "slowest_seconds": 0.0, "broken": {}}
+            new = {"commit": here, "cases": 0, "chunks": 0, "outcomes": {}, "slowest_seconds": 0.0, "broken": {}}
             state = results["targets"].setdefault(target, new)
             add(state, run_chunk(target, state["chunks"], Path(folder)))
             write_json(options.out, results | now)
