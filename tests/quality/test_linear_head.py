@@ -1,5 +1,7 @@
 """Linear fits on features: the strength by folds, and predictions of rows that were not seen."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -26,6 +28,19 @@ def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
     x, y = classes(3000, 50, d=32, spread=0.15)
     fit = fit_head(x, y, link="softmax", width=50, rng=np.random.default_rng(0))
     assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
+
+
+def test_features_are_copied_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_head, "ROWS_TO_CHOOSE", 300)
+    x, y = classes(20_000, 2, d=64)
+    x = x.astype(np.float32)
+    tracemalloc.start()
+    try:
+        fit_head(x, y, link="softmax", width=2, other=x + 1, rng=np.random.default_rng(0))
+        peak = tracemalloc.get_traced_memory()[1] / x.nbytes - 1  # the other features are held as well
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.9
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -36,9 +36,6 @@ MARGIN = 2.0
 TOLERANCE = 1e-2
 """Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
-Normalised = tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], float]
-"""Features of mean square norm 1, their centre and their norm."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearHead:
@@ -109,27 +106,30 @@ def fit_head(
     if link == "sigmoid":
         fit = partial(_sigmoids, intercept=intercept)
     candidates, seed = [features] if other is None else [features, other], int(rng.integers(2**31))
-    tried: list[tuple[Float[np.ndarray, " m"], float, LinearHead, Normalised]] = []
-    for candidate in candidates:
-        unit_features = normalised, _, _ = _normalised(candidate, centred=intercept)
+
+    def outcome(candidate: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " m"], float, LinearHead]:
+        normalised, centre, unit = _normalised(candidate, centred=intercept)
         if link == "identity":
             ridge = fit_ridge(normalised, targets[:, None], intercept=intercept, copies=groups_of_copies(normalised))
             losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], link)
-            tried.append((losses, ridge.strength, LinearHead(ridge.weight, ridge.bias), unit_features))
-            continue
+            return losses, ridge.strength, LinearHead(ridge.weight, ridge.bias).before(centre, unit)
         own = groups_of_copies(normalised[some]) if groups is None else groups[some]
         if own is not None and len(np.unique(own)) < FOLDS:
             own = None
         losses, strength, heads, _ = _out_of_fold(fit, normalised[some], targets[some], link, own, seed)
-        tried.append((losses, strength, _mean(heads), unit_features))
+        return losses, strength, _mean(heads)
+
+    tried = [outcome(candidate) for candidate in candidates]
     best = min(range(len(tried)), key=lambda index: float(tried[index][0].mean()))
-    losses, strength, head, (normalised, centre, unit) = tried[best]
+    losses, strength, head = tried[best]
     middle = 0.0
     if link == "identity":
         middle = float(targets.mean())
     else:
-        head = fit(normalised, targets, strength, start=head)
-    return HeadFit(head.before(centre, unit), strength, some, targets[some], losses, middle, of_other=best == 1)
+        # Normalised again rather than kept: a copy of all features of each candidate would be held until here.
+        normalised, centre, unit = _normalised(candidates[best], centred=intercept)
+        head = fit(normalised, targets, strength, start=head).before(centre, unit)
+    return HeadFit(head, strength, some, targets[some], losses, middle, of_other=best == 1)
 
 
 def out_of_fold_logits(
@@ -165,7 +165,9 @@ def out_of_fold_logits(
     return logits, mean
 
 
-def _normalised(features: Float[np.ndarray, "n d"], *, centred: bool) -> Normalised:
+def _normalised(
+    features: Float[np.ndarray, "n d"], *, centred: bool
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], float]:
     """Return features of mean square norm 1, their centre and their norm.
 
     Centred if a bias can absorb the centre: features of similar direction converge slowly.
