@@ -142,6 +142,14 @@ def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped
         assert wrapped or (head.dense is not None and head.activation == activation)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_layer_without_bias_is_not_whitened_as_its_centre_would_be_lost(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2)).eval()
+    head = find_head(model, {"input": torch.randn(3, 6)}, CLASSES)
+    assert head is not None
+    assert (head.dense is not None) == bias
+
+
 def test_padding_moves_no_feature() -> None:
     torch.manual_seed(0)
     model = FAMILIES["llama"][0]().eval()

@@ -58,6 +58,14 @@ def test_a_copy_defends_no_wrong_label_and_hides_no_evidence() -> None:
     assert other.copies == 0
 
 
+@pytest.mark.parametrize(("different", "times"), [(4, 10), (8, 8)])
+def test_a_few_rows_that_are_there_many_times_are_judged_without_evidence(different: int, times: int) -> None:
+    features, labels, _ = table(0, 2, different)
+    labels = np.arange(different) % 2
+    judgement = judge(np.tile(features, (times, 1)), np.tile(labels, times), 2)
+    assert not judgement.left_out.any()
+
+
 def test_a_copy_of_a_row_with_several_labels_defends_none_of_them() -> None:
     features, true, rng = table(0, 10, 1_000)
     labels = moved(true, 0.08, rng)

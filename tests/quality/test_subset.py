@@ -242,6 +242,29 @@ def test_rows_that_differ_in_their_number_alone_are_twins() -> None:
     assert np.array_equal(equals(rows, [{"id": 2, "label": 1}]), [False, True])
 
 
+def test_rows_with_the_same_tokens_and_other_pictures_or_places_are_no_twins() -> None:
+    def row(pixels: float, left: int, source: str, seed: float) -> dict[str, Any]:
+        image = np.full((2, 2), pixels, np.float32)
+        mask = [1, 1]
+        return {"input_ids": [5, 6], "attention_mask": mask, "pixel_values": image, "bbox": [[left, 0, 1, 1]] * 2} | {
+            "source": source, "weight": seed, "labels": int(seed > 1)
+        }  # fmt: skip
+
+    rows = [row(0, 0, "web", 2), row(1, 0, "web", 1), row(0, 7, "web", 1)]
+    assert np.array_equal(equals(rows, [row(0, 0, "book", 1)]), [True, False, False])
+
+
+def test_a_row_of_an_encoder_and_a_decoder_is_a_twin_by_its_answer_where_a_prompt_has_several() -> None:
+    def row(answer: int) -> dict[str, Any]:
+        return {"input_ids": [5, 6, 7, 1], "labels": [answer, 1]}
+
+    rows = [*map(row, range(20, 24)), {"input_ids": [9, 1], "labels": [20, 1]}]
+    assert np.array_equal(equals(rows, [row(20), row(21)]), [True, True, False, False, False])
+    assert np.array_equal(equals(rows, [row(20)]), [True] * 4 + [False])
+    several = [{"input_ids": [5, 1, 1, 1], "labels": [int(k == j) for k in range(3)]} for j in range(3)]
+    assert np.array_equal(equals(several, several[:2]), [True] * 3), "these are classes"
+
+
 class Flipping:
     """Rows that change, or not, each time they are read."""
 

@@ -247,15 +247,16 @@ def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> Non
         | {"per_device_train_batch_size": 2},
         {"eval_strategy": "epoch", "save_strategy": "epoch"},
         {"eval_strategy": "epoch", "save_strategy": "epoch", "dataloader_num_workers": 2},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"},
     ],
-    ids=["steps", "one epoch", "epochs", "workers"],
+    ids=["steps", "one epoch", "epochs", "workers", "plateau"],
 )
 def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_first: bool, tmp_path: Path) -> None:
     options = {**BEST, **further}
 
     def early() -> tuple[Trainer, tsq.QualityCallback, Handed]:
         stop, handed = EarlyStoppingCallback(1), Handed()
-        also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
+        also, first = ((tsq.GuardCallback(), stop, handed), ()) if ours_first else ((handed,), (stop,))
         return *make(tmp_path, *also, first=first, compute_metrics=Falling(), **options), handed
 
     trainer, quality, handed = early()
@@ -269,7 +270,7 @@ def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_
     assert all(row < 64 for step in pool for row in handed.steps[step])
     assert all(row >= 64 for step in last[1:] for row in handed.steps[step])  # one batch was read ahead
     rates = {log["step"]: log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log}
-    if trainer.state.global_step == total:
+    if trainer.state.global_step == total and "lr_scheduler_type" not in options:
         assert not rates or min(rates.values()) < 0.2 * max(rates.values())
     # A later checkpoint goes on with the same rows.
     after = [path for path in tmp_path.glob("checkpoint-*") if int(path.name.split("-")[1]) > first]
@@ -283,6 +284,53 @@ def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_
         assert {step: rest.steps[step] for step in handed.steps if step >= at} == {
             step: rows for step, rows in handed.steps.items() if step >= at
         }
+
+
+@SAYS_BEST
+@pytest.mark.filterwarnings("ignore:early stopping ended the steps on the pool:UserWarning")
+def test_after_the_jump_ranks_stay_losses_are_means_and_a_later_checkpoint_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**BEST, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2, "num_train_epochs": 10}
+    options |= {"logging_strategy": "steps", "logging_steps": 3}
+
+    def early() -> tuple[Trainer, tsq.QualityCallback, tsq.RankCallback, list[float]]:
+        ranks, stop = tsq.RankCallback(interval=2, schedule=tsq.RankSchedule(moves=4)), EarlyStoppingCallback(2)
+        trainer, quality = make(tmp_path, ranks, stop, compute_metrics=Falling(), **options)
+        losses, step = [], trainer.training_step
+
+        def noted(*inputs: Any) -> torch.Tensor:
+            losses.append(float(loss := step(*inputs)))
+            return loss
+
+        monkeypatch.setattr(trainer, "training_step", noted)
+        return trainer, quality, ranks, losses
+
+    trainer, quality, ranks, losses = early()
+    trainer.train()
+    first = quality.schedule.trusted_step
+    assert ranks.loop is not None
+    assert ranks.loop.step == trainer.state.global_step > first
+    assert max(event.step for event in ranks.events) < first
+    logged, rest = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}, iter(losses)
+    assert list(logged) == [3, 6, first + 2, first + 5]
+    for loss, steps in zip(logged.values(), (3, 3, 2, 3), strict=True):
+        assert loss == pytest.approx(sum(next(rest) for _ in range(steps)) / steps, rel=1e-3)
+    at = min(step for path in tmp_path.glob("checkpoint-*") if (step := int(path.name.split("-")[1])) > first)
+    again, _, more, _ = early()
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert more.events == ranks.events
+
+
+@pytest.mark.parametrize("at", [8, 12])
+def test_a_resumed_run_that_skips_no_rows_ends_with_the_trusted_ones(at: int, tmp_path: Path) -> None:
+    options = {**EVERY, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    make(tmp_path, **options)[0].train()
+    trainer, quality = make(tmp_path, handed := Handed(), ignore_data_skip=True, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    first = quality.schedule.trusted_step
+    assert list(handed.steps) == list(range(at, 16))
+    assert all((row >= 64) == (step >= first) for step, rows in handed.steps.items() for row in rows)
 
 
 class Head(TrainerCallback):

@@ -260,7 +260,9 @@ def pooled(values: Float[Tensor, "n *t d"], model: nn.Module, inputs: Mapping[st
 
 def _dense_before(calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"]) -> tuple[nn.Linear | None, str]:
     for module, (x, output) in calls.items():
-        if module is linear or not isinstance(module, nn.Linear) or x.dim() != 2 or output.shape != features.shape:
+        if not isinstance(module, nn.Linear) or module is linear or module.bias is None or x.dim() != 2:
+            continue
+        if output.shape != features.shape:
             continue
         for name, activation in ACTIVATIONS.items():
             if torch.allclose(activation(output).to(features), features, atol=1e-5):

@@ -139,7 +139,7 @@ def judge(
     along = features @ rng.normal(size=features.shape[1]).astype(np.float32)
     if groups is None:
         first, of = distinct(features, labels, along)
-        if FOLDS <= len(first) < len(labels):
+        if FOLDS <= len(first) < len(labels) and np.bincount(labels[first]).max() >= FEWEST:
             once = judge(features[first], labels[first], width, excluded=None if excluded is None else excluded[first])
             each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "judged")}
             return replace(once, **each, copies=len(labels) - len(first))

@@ -54,6 +54,7 @@ def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> l
 
 
 LABELS = ("label", "labels", "label_ids")
+BESIDE_TOKENS = (*LABELS, "input_ids", "attention_mask", "token_type_ids")
 NUMBERS = ("idx", "id", "index")
 """Columns that number the rows of public data sets: two rows of one input have different numbers."""
 
@@ -68,7 +69,17 @@ def input_of(row: Any) -> tuple[Any, ...] | None:
         inputs = {name: value for name, value in row.items() if name not in LABELS}
         return content_of({name: value for name, value in inputs.items() if name not in NUMBERS} or inputs)
     prompt = prompt_of(row)
-    return content_of({"input_ids": row["input_ids"] if prompt is None else prompt})
+    beside = {name: value for name, value in row.items() if name not in BESIDE_TOKENS and _is_input(value)}
+    return content_of(beside | {"input_ids": row["input_ids"] if prompt is None else prompt})
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a column beside the tokens is an image, places on a page or the like: tables, or fractions in a row."""
+    try:
+        values = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or on another device
+        return False
+    return values.ndim > 1 or (values.ndim == 1 and values.dtype.kind == "f")
 
 
 def prompt_of(row: Any) -> np.ndarray | None:
@@ -80,6 +91,17 @@ def prompt_of(row: Any) -> np.ndarray | None:
     trained = labels != IGNORED
     # A single ignored token means plain text, whose first token is never a target; labels that are no tokens are tags.
     return ids[~trained] if (~trained).sum() > 1 and np.array_equal(labels[trained], ids[trained]) else None
+
+
+def has_answer(row: Any) -> bool:
+    """Whether a row is trained on a text, of which an input may have several right ones."""
+    if prompt_of(row) is not None:
+        return True
+    ids, labels = (row.get("input_ids"), row.get("labels")) if isinstance(row, Mapping) else (None, None)
+    if ids is None or labels is None or np.ndim(labels) != 1 or len(labels) in (0, len(ids)):
+        return False
+    # Tags are as many as tokens, and several labels are 0 or 1.
+    return np.asarray(labels).dtype.kind in "iu" and bool(np.max(labels) > 1)
 
 
 def content_of(row: Any) -> tuple[Any, ...] | None:

@@ -13,7 +13,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import same_randomness
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
-from tsqlora.quality.rows import content_of, input_of, lengths_of, prompt_of
+from tsqlora.quality.rows import content_of, has_answer, input_of, lengths_of
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -193,7 +193,7 @@ def equals(dataset: Rows, others: Rows) -> np.ndarray | None:
 
     def same(row: Any) -> bool:
         theirs = answers.get(input_of(row), set())
-        return bool(theirs) and (len(theirs) == 1 or prompt_of(row) is None or content_of(row) in theirs)
+        return bool(theirs) and (len(theirs) == 1 or not has_answer(row) or content_of(row) in theirs)
 
     mask = np.array([same(dataset[j]) for j in range(len(dataset))])
     return mask if mask.any() else None

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
+from tsqlora.compat.transformers import carried
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, bars
@@ -98,7 +99,7 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule = Schedule(0, None, None, 0, 1)
+        self.schedule, self._begun = Schedule(0, None, None, 0, 1), 0
         self._rows_hash: str | None = None
         self._forget()
 
@@ -109,7 +110,7 @@ class QualityCallback(PartCallback):
         self._digest: str | None = None
         self._first: Scores | None = None
         self._answers: AnswerLook | None = None
-        self._jumped = False
+        self._jumped, self._left_out_steps = False, 0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         distributed.refuse_sharded_loading(kwargs["model"])
@@ -134,7 +135,7 @@ class QualityCallback(PartCallback):
                 "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
-        self.schedule = Schedule.of(data, args, state, len(loader))
+        self.schedule, self._begun = Schedule.of(data, args, state, len(loader)), state.global_step
         self._path = self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
@@ -271,7 +272,17 @@ class QualityCallback(PartCallback):
             at = state.global_step
             self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
             jump(self.data, self.schedule, args, state, control, kwargs["lr_scheduler"], epoch_ends=epoch_ends)
-            self._jumped = True
+            self._jumped, self._left_out_steps = True, state.global_step - at
+            carried(state).go_to(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The Trainer divides the sum of losses by steps, also by those that early stopping left out."""
+        if not self._left_out_steps or "loss" not in kwargs["logs"]:
+            return
+        logged = [entry["step"] for entry in state.log_history[:-1] if "loss" in entry]
+        steps = state.global_step - max([self._begun, *logged])
+        state.log_history[-1]["loss"] *= steps / (steps - self._left_out_steps)
+        kwargs["logs"]["loss"], self._left_out_steps = state.log_history[-1]["loss"], 0
 
     def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is None:

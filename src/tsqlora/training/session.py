@@ -146,6 +146,12 @@ class Session:
         if not args.save_only_model:
             complete(folder)
 
+    def go_to(self, step: int) -> None:
+        """Go on from this later step, within an event of the callbacks: it stays the same event."""
+        self.event = None if self.event is None else (self.event[0], step)
+        for part in self.parts:
+            part.go_to(step)
+
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation after training; earlier ones are in the history."""
         if self.record is not None and self.record.status == "finished" and state.is_world_process_zero:
@@ -239,6 +245,9 @@ class PartCallback(TrainerCallback, ABC):
 
     def end_step(self) -> None:
         """After a step of the optimizer."""
+
+    def go_to(self, step: int) -> None:
+        """Go on from this later step: those before it are left out."""
 
     @abstractmethod
     def save_part(self, folder: Path) -> None:

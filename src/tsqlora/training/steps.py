@@ -64,7 +64,10 @@ class Schedule:
         a_step, total = step_size(args, state), state.max_steps
         an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         first = total - trusted_steps(total, data.plan.trusted, a_step)
-        epoch, step = divmod(first, an_epoch)
+        at = first
+        if args.ignore_data_skip:  # a resumed epoch begins again at its first row, though its steps count on
+            at = max(first, state.global_step) - state.global_step % an_epoch
+        epoch, step = divmod(at, an_epoch)
         place = (epoch, min(step * a_step, len(data))) if first < total else None
         again = (e for e in range(1, math.ceil(total / an_epoch)) if LOOK_AGAIN * total <= e * an_epoch < first)
         return cls(first, place, next(again, None), a_step, an_epoch)

@@ -1,6 +1,7 @@
 """Trusted rows come last: whether they can, how a loader reads them, and what early stopping does to them."""
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
@@ -14,7 +15,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, Task
-from tsqlora.training.steps import Schedule
+from tsqlora.training.steps import EPOCH_ERROR, Schedule
 
 ENOUGH_TRUSTED = 32
 """With 16 trusted rows one of three trials learned the reverse of a shortcut; with 32 none did."""
@@ -71,15 +72,16 @@ def jump(
     epoch_ends: bool,
 ) -> None:
     """Go on with the steps of the trusted rows; `rates` is the scheduler of the learning rate."""
-    place = round(((state.epoch or 0) - data.epoch) * schedule.epoch_steps) * schedule.step_size
+    place = int(((state.epoch or 0) - data.epoch) * schedule.epoch_steps + EPOCH_ERROR) * schedule.step_size
     # Workers have read ahead, from a copy of the draw.
     epoch_ends |= args.dataloader_num_workers > 0 or place >= len(data)
     data.plan = replace(data.plan, trusted_from=(data.epoch + 1, 0) if epoch_ends else (data.epoch, place))
     if not epoch_ends:
         data.begin_epoch(data.epoch, "QualityCallback")
     control.should_training_stop, control.should_epoch_stop = False, epoch_ends
-    for _ in range(schedule.trusted_step - state.global_step):
-        rates.step()
+    if "metrics" not in signature(rates.step).parameters:  # a plateau's rate falls by evaluations, not by steps
+        for _ in range(schedule.trusted_step - state.global_step):
+            rates.step()
     state.global_step, state.best_metric = schedule.trusted_step, None
 
 
