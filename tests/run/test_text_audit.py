@@ -210,6 +210,21 @@ def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> Non
     assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
 
 
+def test_texts_in_parts_that_changed_since_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows, out = right(12), tmp_path / "out"
+    write_jsonl(tmp_path / "a.jsonl", rows[:6])
+    write_jsonl(tmp_path / "b.jsonl", [*rows[6:], rows[0]])
+    Dataset.from_list([{"input_ids": [1], "labels": [1]}] * 2).save_to_disk(tmp_path / "prepared")
+    command, pattern = ("audit", "--model", place / "model", "--no-model"), tmp_path / "*.jsonl"
+    assert tsqlora(*command, pattern, "--set", "task.type=causal-lm", "--out", out)[0] == 0
+    assert tsqlora(*command, "--prepared", tmp_path / "prepared", "--data", pattern, "--out", tmp_path / "of")[0] == 0
+    drop = ("audit", "--drop-findings", "duplicate", "--json", "--out")
+    code, shown, _ = tsqlora(*drop, out)
+    assert (code, json.loads(shown)["dropped"]) == (0, 1)
+    write_jsonl(tmp_path / "a.jsonl", rows[1:6])
+    assert [tsqlora(*drop, folder)[0] for folder in (out, tmp_path / "of")] == [3, 3]
+
+
 def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run) -> None:
     tokenizer, rows = tokenizer_of(FAMILIES["qwen 2.5"]), right(12)
     made = []

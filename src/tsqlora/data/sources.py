@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -167,6 +167,14 @@ def _matching(source: str | Path) -> list[Path]:
     """The files that a pattern such as data/train-*.parquet matches; none for other names."""
     pattern = os.path.expanduser(str(source))
     return sorted(map(Path, glob(pattern))) if has_magic(pattern) and not os.path.exists(pattern) else []
+
+
+def absolute(source: str) -> str:
+    """The name of a file, a folder or a pattern from any directory; other names as they are."""
+    name = os.path.expanduser(source)
+    if os.path.exists(name):
+        return os.path.abspath(name)
+    return os.path.join(escape(os.getcwd()), name) if _matching(source) else source
 
 
 def _saved(path: Path) -> Any:
