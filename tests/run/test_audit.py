@@ -243,6 +243,14 @@ def test_a_source_that_changed_since_is_refused(place: Path, tmp_path: Path) -> 
 def parts_of(form: str, rows: list[dict[str, Any]], folder: Path) -> str:
     """Write rows in two parts, or as a saved set, over what was there; the name of all."""
     folder.mkdir(exist_ok=True)
+    if form == "saved splits":
+        shutil.rmtree(folder)
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(folder)
+        return str(folder)
+    if form == "shards":
+        write_jsonl(folder / "train-00000-of-00002.jsonl", rows[:10])
+        write_jsonl(folder / "train-00001-of-00002.jsonl", rows[10:])
+        return str(folder)
     if form == "saved":
         shutil.rmtree(folder)
         datasets.Dataset.from_list(rows).save_to_disk(folder)
@@ -252,7 +260,7 @@ def parts_of(form: str, rows: list[dict[str, Any]], folder: Path) -> str:
     return f"{folder}/*.jsonl"
 
 
-@pytest.mark.parametrize("form", ["pattern", "saved"])
+@pytest.mark.parametrize("form", ["pattern", "shards", "saved", "saved splits"])
 def test_parts_that_changed_since_are_refused(form: str, place: Path, tmp_path: Path) -> None:
     rows = make_rows(30, labels=("no", "yes"))
     source = parts_of(form, rows, tmp_path / "rows")

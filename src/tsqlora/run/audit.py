@@ -180,7 +180,7 @@ def _about(config: Config, table: Table, result: Audit, listing: Listing, notes:
         for pair in result.pairs[:30]
     ]
     return {
-        "source": absolute(table.name),
+        "source": absolute(config.data.train) if table.path is None else str(table.path.absolute()),
         "sha256": source_digest(table),
         "hints": asdict(hints_of(config)),
         "columns": asdict(table.columns),
