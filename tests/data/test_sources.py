@@ -245,6 +245,16 @@ def test_shards_as_the_hub_has_them_are_one_split(inner: str, tmp_path: Path) ->
     assert "several kinds" in error(str(tmp_path / inner / "t*"))
 
 
+def test_parquet_files_that_name_class_numbers_differently_are_refused(tmp_path: Path) -> None:
+    for name, classes in (("a", ["bad", "good"]), ("b", ["cold", "hot"])):
+        features = datasets.Features({"label": datasets.ClassLabel(names=classes)})
+        datasets.Dataset.from_dict({"label": [0, 1]}, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    message = error(tmp_path / "*.parquet")
+    assert all(name in message for name in ("a.parquet", "b.parquet", "'label'"))
+    pq.write_table(pa.table({"label": [0, 1]}), tmp_path / "b.parquet")
+    assert "b.parquet" in error(tmp_path / "*.parquet"), "its numbers have no names"
+
+
 def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:
     splits = {name: datasets.Dataset.from_dict({"text": [name], "label": [1]}) for name in ("train", "validation")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")

@@ -296,12 +296,27 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
     tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
         batches = (batch for path in paths for batch in _batches(path))
-        return table_of_arrow(name, batches, folder=folder, class_names=tables[0].class_names)
+        return table_of_arrow(name, batches, folder=folder, class_names=_same_classes(paths, tables))
     rows = (
         (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
     )
     notes = tuple(note for table in tables for note in table.notes)
     return table_of(name, rows, folder=folder, typed=tables[0].typed, notes=notes)
+
+
+def _same_classes(paths: Sequence[Path], tables: Sequence[Table]) -> dict[str, Sequence[str]]:
+    """The names of class numbers in all files.  Raises DataError for files that name those of a column differently."""
+    first = dict[str, tuple[Path, Sequence[str]]]()
+    for path, table in zip(paths, tables, strict=True):
+        for column in table.names:
+            names = table.class_names.get(column, ())
+            owner, others = first.setdefault(column, (path, names))
+            if names != others:
+                raise DataError(
+                    f"{owner} and {path} have different names for the class numbers of column '{column}'; "
+                    "write the names in place of the numbers"
+                )
+    return {column: names for column, (_, names) in first.items() if names}
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
