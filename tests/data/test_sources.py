@@ -255,6 +255,23 @@ def test_parquet_files_that_name_class_numbers_differently_are_refused(tmp_path:
     assert "b.parquet" in error(tmp_path / "*.parquet"), "its numbers have no names"
 
 
+def test_parquet_files_whose_types_differ_a_little_are_one_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1], "n": [None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"label": [0.0, None], "text": ["b", "c"], "more": ["x", "y"]}), tmp_path / "b.parquet")
+    table = open_table(str(tmp_path / "*.parquet"))
+    assert table.names == ("text", "label", "n", "more")
+    rows = [{name: value for name, value in row.cells.items() if value is not None} for row in table]
+    second = [{"text": "b", "label": 0, "more": "x"}, {"text": "c", "more": "y"}]
+    assert rows == [{"text": "a", "label": 1}, *second]
+    pq.write_table(pa.table({"label": ["no"], "text": ["b"]}), tmp_path / "b.parquet")
+    message = error(tmp_path / "*.parquet")
+    assert "b.parquet" in message
+    assert "'label'" in message
+    pq.write_table(pa.table({"label": [2**60 + 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"label": [0.5]}), tmp_path / "b.parquet")
+    assert "a.parquet" in error(tmp_path / "*.parquet")
+
+
 def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:
     splits = {name: datasets.Dataset.from_dict({"text": [name], "label": [1]}) for name in ("train", "validation")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")

@@ -295,7 +295,8 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
         raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
     tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
-        batches = (batch for path in paths for batch in _batches(path))
+        schema = _common_schema(paths)
+        batches = (batch for path in paths for batch in _batches(path, schema))
         return table_of_arrow(name, batches, folder=folder, class_names=_same_classes(paths, tables))
     rows = (
         (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
@@ -319,9 +320,31 @@ def _same_classes(paths: Sequence[Path], tables: Sequence[Table]) -> dict[str, S
     return {column: names for column, (_, names) in first.items() if names}
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _common_schema(paths: Sequence[Path]) -> pa.Schema:
+    """The columns of all Parquet files, with types that hold those of each.  Raises DataError where there are none."""
+    common = pa.schema([])
+    for path in paths:
+        with parquet_file(path) as file:
+            fields = list(file.schema_arrow)
+        for field in fields:
+            try:
+                common = pa.unify_schemas([common, pa.schema([field])], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"{path}: column '{field.name}' is {field.type}, and {common.field(field.name).type} in files "
+                    "before it; write it with the same type"
+                ) from error
+    return common
+
+
+def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch | pa.Table]:
     with parquet_file(path) as file:
-        yield from file.iter_batches(CHUNK)
+        for batch in file.iter_batches(CHUNK):
+            if batch.schema.equals(schema):
+                yield batch
+            else:
+                parts = [schema.empty_table(), pa.Table.from_batches([batch])]
+                yield pa.concat_tables(parts, promote_options="permissive")
 
 
 def _listed(folder: Path) -> list[Path]:
