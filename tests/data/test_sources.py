@@ -232,6 +232,8 @@ def test_a_compressed_file_is_read_as_what_it_holds(ending: str, tmp_path: Path)
 @pytest.mark.parametrize("inner", ["", "data"])
 def test_shards_as_the_hub_has_them_are_one_split(inner: str, tmp_path: Path) -> None:
     (tmp_path / inner).mkdir(exist_ok=True)
+    for name in ("README.md", ".gitattributes", "dataset_infos.json"):
+        write(tmp_path / name, "{}")
     for k in range(2):
         rows = pa.Table.from_pylist([{"text": f"{k}{j}", "label": j} for j in range(3)])
         pq.write_table(rows, tmp_path / inner / f"train-{k:05}-of-00002.parquet")

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape, glob, has_magic
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -130,7 +130,9 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
             return _of_splits(_saved(path), str(source), requested, folder)
         listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
-        listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES] if not listed else []
+        usual = {*requested, *chain.from_iterable(SPLIT_NAMES.values())}
+        if usual.isdisjoint(_split_of(file).lower() for file in listed if suffix_of(file) in SUFFIXES):
+            listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES]
         read = {_split_of(file) for file in listed if suffix_of(file) in SUFFIXES}
         files = defaultdict[str, list[Path]](list)
         for file in listed:
