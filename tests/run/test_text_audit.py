@@ -208,6 +208,9 @@ def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> Non
     code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
     assert (code, json.loads(shown)["dropped"]) == (0, 2)
     assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
+    for without in ("row,finding\n4,duplicate\n", "finding,reviewed\nduplicate,keep\n"):
+        (place / "reviewed.csv").write_text(without)
+        assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
     (place / "reviewed.csv").write_text("row,finding,reviewed\n99,duplicate,drop\n")
     assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
 

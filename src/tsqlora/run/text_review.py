@@ -58,8 +58,12 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
 
 def _dropped(reviewed: Path, count: int) -> set[int]:
     """The rows that a reviewed table drops."""
-    dropped = set[int]()
-    for line in open_table(reviewed):
+    table, dropped = open_table(reviewed), set[int]()
+    if lacking := [name for name in ("row", "reviewed") if name not in table.names]:
+        raise DataError(
+            f"{table.name} has no column '{lacking[0]}'; give the table of an audit, or the export of its page"
+        )
+    for line in table:
         word, row = str(line.cells.get("reviewed") or "").strip().lower(), line.cells.get("row")
         if word not in DROP | KEEP:
             raise DataError(f"{line.place}: column 'reviewed' holds {word!r}; write drop, or leave it empty")
