@@ -98,6 +98,12 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
     assert [row.number for row in table] == [3, 6]
 
 
+def test_a_blank_line_in_a_table_of_one_column_is_named(tmp_path: Path) -> None:
+    assert cells_of(write(tmp_path / "t.csv", 'text\r\na\r\n""\r\n\r\n')) == ({"text": "a"}, {"text": ""})
+    with pytest.warns(UserWarning, match=r"t\.csv:4: .*blank"):
+        assert cells_of(write(tmp_path / "t.csv", "text\na\n\n\nb\n\nc\n")) == tuple({"text": x} for x in "abc")
+
+
 def test_empty_columns_without_names_may_be_several(tmp_path: Path) -> None:
     assert cells_of(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")) == ({"text": "a", "label": "0", "": ""},)
 
