@@ -171,6 +171,11 @@ def _matching(source: str | Path) -> list[Path]:
     return sorted(map(Path, glob(pattern))) if has_magic(pattern) and not os.path.exists(pattern) else []
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether a name is a file or a folder of this machine, or a pattern that matches files."""
+    return os.path.exists(os.path.expanduser(source)) or bool(_matching(source))
+
+
 def absolute(source: str) -> str:
     """The name of a file, a folder or a pattern from any directory; other names as they are."""
     name = os.path.expanduser(source)
