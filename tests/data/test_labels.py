@@ -4,7 +4,16 @@ from typing import Any
 import pytest
 
 from tables import rows_of
-from tsqlora.data.labels import SET, LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
+from tsqlora.data.labels import (
+    SET,
+    LabelMap,
+    classes_of,
+    distinct_labels,
+    encode_labels,
+    encode_targets,
+    join_labels,
+    look_alikes,
+)
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
 
@@ -129,6 +138,11 @@ def test_what_is_no_number_is_cured_by_what_it_looks_like(value: str, cure: str)
         encode_targets(labelled(1.0, value), "label")
     assert cure in str(caught.value)
     assert ("sequence-classification" in str(caught.value)) == (value == "good")
+
+
+def test_spellings_that_look_alike_are_grouped() -> None:
+    names = ("caf\u00e9", "cafe", "cafe\u0301", "Sport", "sport ", "\uff33port", 3)
+    assert look_alikes(names) == [("caf\u00e9", "cafe\u0301"), ("Sport", "sport ", "\uff33port")]
 
 
 def test_labels_of_two_kinds_are_message_with_the_first_place_of_the_second() -> None:

@@ -98,6 +98,12 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
     assert [row.number for row in table] == [3, 6]
 
 
+def test_a_blank_line_in_a_table_of_one_column_is_named(tmp_path: Path) -> None:
+    assert cells_of(write(tmp_path / "t.csv", 'text\r\na\r\n""\r\n\r\n')) == ({"text": "a"}, {"text": ""})
+    with pytest.warns(UserWarning, match=r"t\.csv:4: .*blank"):
+        assert cells_of(write(tmp_path / "t.csv", "text\na\n\n\nb\n\nc\n")) == tuple({"text": x} for x in "abc")
+
+
 def test_empty_columns_without_names_may_be_several(tmp_path: Path) -> None:
     assert cells_of(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")) == ({"text": "a", "label": "0", "": ""},)
 
@@ -232,6 +238,8 @@ def test_a_compressed_file_is_read_as_what_it_holds(ending: str, tmp_path: Path)
 @pytest.mark.parametrize("inner", ["", "data"])
 def test_shards_as_the_hub_has_them_are_one_split(inner: str, tmp_path: Path) -> None:
     (tmp_path / inner).mkdir(exist_ok=True)
+    for name in ("README.md", ".gitattributes", "dataset_infos.json"):
+        write(tmp_path / name, "{}")
     for k in range(2):
         rows = pa.Table.from_pylist([{"text": f"{k}{j}", "label": j} for j in range(3)])
         pq.write_table(rows, tmp_path / inner / f"train-{k:05}-of-00002.parquet")
@@ -243,6 +251,33 @@ def test_shards_as_the_hub_has_them_are_one_split(inner: str, tmp_path: Path) ->
     pattern = tmp_path / inner / "train-*.parquet"
     assert len(open_table(str(pattern))) == 6
     assert "several kinds" in error(str(tmp_path / inner / "t*"))
+
+
+def test_parquet_files_that_name_class_numbers_differently_are_refused(tmp_path: Path) -> None:
+    for name, classes in (("a", ["bad", "good"]), ("b", ["cold", "hot"])):
+        features = datasets.Features({"label": datasets.ClassLabel(names=classes)})
+        datasets.Dataset.from_dict({"label": [0, 1]}, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    message = error(tmp_path / "*.parquet")
+    assert all(name in message for name in ("a.parquet", "b.parquet", "'label'"))
+    pq.write_table(pa.table({"label": [0, 1]}), tmp_path / "b.parquet")
+    assert "b.parquet" in error(tmp_path / "*.parquet"), "its numbers have no names"
+
+
+def test_parquet_files_whose_types_differ_a_little_are_one_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1], "n": [None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"label": [0.0, None], "text": ["b", "c"], "more": ["x", "y"]}), tmp_path / "b.parquet")
+    table = open_table(str(tmp_path / "*.parquet"))
+    assert table.names == ("text", "label", "n", "more")
+    rows = [{name: value for name, value in row.cells.items() if value is not None} for row in table]
+    second = [{"text": "b", "label": 0, "more": "x"}, {"text": "c", "more": "y"}]
+    assert rows == [{"text": "a", "label": 1}, *second]
+    pq.write_table(pa.table({"label": ["no"], "text": ["b"]}), tmp_path / "b.parquet")
+    message = error(tmp_path / "*.parquet")
+    assert "b.parquet" in message
+    assert "'label'" in message
+    pq.write_table(pa.table({"label": [2**60 + 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"label": [0.5]}), tmp_path / "b.parquet")
+    assert "a.parquet" in error(tmp_path / "*.parquet")
 
 
 def test_a_data_set_that_was_saved_is_read(tmp_path: Path) -> None:

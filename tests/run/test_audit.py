@@ -3,12 +3,14 @@
 import csv
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -236,6 +238,56 @@ def test_a_source_that_changed_since_is_refused(place: Path, tmp_path: Path) -> 
     data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
     with pytest.raises(DataError, match="changed"):
         apply_review(table)
+
+
+def parts_of(form: str, rows: list[dict[str, Any]], folder: Path) -> str:
+    """Write rows in two parts, or as a saved set, over what was there; the name of all."""
+    folder.mkdir(exist_ok=True)
+    if form == "saved splits":
+        shutil.rmtree(folder)
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(folder)
+        return str(folder)
+    if form == "shards":
+        write_jsonl(folder / "train-00000-of-00002.jsonl", rows[:10])
+        write_jsonl(folder / "train-00001-of-00002.jsonl", rows[10:])
+        return str(folder)
+    if form == "saved":
+        shutil.rmtree(folder)
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+        return str(folder)
+    write_jsonl(folder / "a.jsonl", rows[:10])
+    write_jsonl(folder / "b.jsonl", rows[10:])
+    return f"{folder}/*.jsonl"
+
+
+@pytest.mark.parametrize("form", ["pattern", "shards", "saved", "saved splits"])
+def test_parts_that_changed_since_are_refused(form: str, place: Path, tmp_path: Path) -> None:
+    rows = make_rows(30, labels=("no", "yes"))
+    source = parts_of(form, rows, tmp_path / "rows")
+    run_audit(source, model=str(place / "model"), out=tmp_path / "audit")
+    table = reviewed_as(tmp_path / "audit", {5: "no", 6: "no"})
+    corrected = apply_review(table)["corrected"]
+    labels = {5: "no", 6: "no"}
+    assert cells_of(corrected) == tuple({**row, "label": labels.get(j, row["label"])} for j, row in enumerate(rows))
+    parts_of(form, rows[2:], tmp_path / "rows")
+    with pytest.raises(DataError, match="changed"):
+        apply_review(table)
+
+
+def test_a_pattern_means_the_same_files_from_another_directory(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home [1]"
+    parts_of("pattern", make_rows(30, labels=("no", "yes")), home)
+    monkeypatch.chdir(home)
+    run_audit("*.jsonl", model=str(place / "model"), out=tmp_path / "audit")
+    monkeypatch.chdir(tmp_path)
+    assert apply_review(reviewed_as(tmp_path / "audit", {5: "no"}))["reviewed"] == 1
+    shutil.copy(reviewed_as(tmp_path / "audit", {5: "no"}), home / "reviewed.csv")
+    shutil.copy(tmp_path / "audit" / "audit.json", home)
+    (home / "b.jsonl").rename(home / "corrected.jsonl")
+    with pytest.raises(SettingsError, match="would replace"):
+        apply_review(home / "reviewed.csv")
 
 
 def test_without_its_audit_a_table_says_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
 from runs import make_rows, write_jsonl
+from tsqlora.errors import DataError
+from tsqlora.run.prepared_rows import without_findings
 from tsqlora.run.text_audit import text_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -206,8 +208,26 @@ def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> Non
     code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
     assert (code, json.loads(shown)["dropped"]) == (0, 2)
     assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
+    for without in ("row,finding\n4,duplicate\n", "finding,reviewed\nduplicate,keep\n"):
+        (place / "reviewed.csv").write_text(without)
+        assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
     (place / "reviewed.csv").write_text("row,finding,reviewed\n99,duplicate,drop\n")
     assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
+
+
+def test_texts_in_parts_that_changed_since_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows, out = right(12), tmp_path / "out"
+    write_jsonl(tmp_path / "a.jsonl", rows[:6])
+    write_jsonl(tmp_path / "b.jsonl", [*rows[6:], rows[0]])
+    Dataset.from_list([{"input_ids": [1], "labels": [1]}] * 2).save_to_disk(tmp_path / "prepared")
+    command, pattern = ("audit", "--model", place / "model", "--no-model"), tmp_path / "*.jsonl"
+    assert tsqlora(*command, pattern, "--set", "task.type=causal-lm", "--out", out)[0] == 0
+    assert tsqlora(*command, "--prepared", tmp_path / "prepared", "--data", pattern, "--out", tmp_path / "of")[0] == 0
+    drop = ("audit", "--drop-findings", "duplicate", "--json", "--out")
+    code, shown, _ = tsqlora(*drop, out)
+    assert (code, json.loads(shown)["dropped"]) == (0, 1)
+    write_jsonl(tmp_path / "a.jsonl", rows[1:6])
+    assert [tsqlora(*drop, folder)[0] for folder in (out, tmp_path / "of")] == [3, 3]
 
 
 def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run) -> None:
@@ -232,6 +252,26 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run)
     assert {line["match"] for line in lines if line["row"] != 4} == {"exact"}
     code, shown, _ = tsqlora(*command, "--out", place / "without source")
     assert (code, [f["name"] for f in json.loads(shown)["findings"]]) == (0, ["nothing_trained"])
+
+
+def test_a_packed_row_with_a_finding_is_left_out_whole_and_says_so(place: Path, tmp_path: Path) -> None:
+    prompt, answer = [9, 10, 11], [12, 13, tokenizer_of(FAMILIES["qwen 2.5"]).eos_token_id]
+    masked = [[False] * 3, [False, True, False], [True, True, False], [False] * 3, [False] * 3]
+    rows = [
+        {
+            "input_ids": [*prompt, j, *answer] * 3,
+            "position_ids": [*range(7)] * 3,
+            "labels": [token for bad in faults for token in [-100] * 4 + ([-100] * 3 if bad else answer)],
+        }
+        for j, faults in enumerate(masked, start=20)
+    ]
+    made, options = Dataset.from_list(rows), {"model": str(place / "model"), "drop": ["nothing_trained"]}
+    with pytest.warns(UserWarning, match="packed"):
+        left, summary = without_findings(made, out=tmp_path / "out", **options)
+    assert [row["input_ids"][3] for row in left] == [20, 23, 24]
+    assert summary["left_out"] == 2
+    with pytest.raises(DataError, match="without packing"):
+        without_findings(made.select([0, 1, 2]), out=tmp_path / "most", **options)
 
 
 def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> None:

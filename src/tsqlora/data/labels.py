@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -252,7 +253,7 @@ def are_numbers(classes: Sequence[str | int] | None) -> bool:
 
 
 def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
-    """Groups of classes that differ in case and white space alone.
+    """Groups of classes that differ in case, white space and Unicode form alone.
 
     >>> look_alikes(("news", "sport", "Sport", "sport "))
     [('sport', 'Sport', 'sport ')]
@@ -260,7 +261,7 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
     alike: dict[str, list[str]] = {}
     for name in names:
         if isinstance(name, str):
-            alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+            alike.setdefault(" ".join(normalize("NFKC", name).split()).casefold(), []).append(name)
     return [tuple(group) for group in alike.values() if len(group) > 1]
 
 

@@ -283,13 +283,17 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
     """Each record of a CSV or TSV file with the number of its first line; cells are text.
 
     Several columns may have no name if they are empty, as where a spreadsheet ends each line with ";;".
+    In a file of one column a warning names a blank line between rows, which may be an empty cell.
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
     rows = records(path, dialect)
-    first, header, _, _ = next(rows, (1, [], 0, 0))
+    first, header, _, before = next(rows, (1, [], 0, 0))
     _refuse_duplicates([name for name in header if name], f"{path}:{first}")
     unnamed = [place for place, name in enumerate(header) if not name]
-    for number, fields, _, _ in rows:
+    blank = 0
+    for number, fields, start, end in rows:
+        blank = blank or (number - 1 if start > before else 0)
+        before = end
         if len(fields) != len(header):
             raise DataError(
                 f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
@@ -298,6 +302,8 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
         if len(unnamed) > 1 and any(fields[place] for place in unnamed):
             raise DataError(f"{path}:{number}: a value in one of {len(unnamed)} columns without a name; name them")
         yield number, dict(zip(header, fields, strict=True))
+    if blank and len(header) == 1:
+        warnings.warn(f'{path}:{blank}: a blank line is no row; write "" if it is an empty cell', stacklevel=2)
 
 
 def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:

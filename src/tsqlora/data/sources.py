@@ -9,8 +9,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from glob import glob, has_magic
-from itertools import islice
+from glob import escape, glob, has_magic
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -130,7 +130,9 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
             return _of_splits(_saved(path), str(source), requested, folder)
         listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
-        listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES] if not listed else []
+        usual = {*requested, *chain.from_iterable(SPLIT_NAMES.values())}
+        if usual.isdisjoint(_split_of(file).lower() for file in listed if suffix_of(file) in SUFFIXES):
+            listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES]
         read = {_split_of(file) for file in listed if suffix_of(file) in SUFFIXES}
         files = defaultdict[str, list[Path]](list)
         for file in listed:
@@ -167,6 +169,19 @@ def _matching(source: str | Path) -> list[Path]:
     """The files that a pattern such as data/train-*.parquet matches; none for other names."""
     pattern = os.path.expanduser(str(source))
     return sorted(map(Path, glob(pattern))) if has_magic(pattern) and not os.path.exists(pattern) else []
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether a name is a file or a folder of this machine, or a pattern that matches files."""
+    return os.path.exists(os.path.expanduser(source)) or bool(_matching(source))
+
+
+def absolute(source: str) -> str:
+    """The name of a file, a folder or a pattern from any directory; other names as they are."""
+    name = os.path.expanduser(source)
+    if os.path.exists(name):
+        return os.path.abspath(name)
+    return os.path.join(escape(os.getcwd()), name) if _matching(source) else source
 
 
 def _saved(path: Path) -> Any:
@@ -287,8 +302,9 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
         raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
     tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
-        batches = (batch for path in paths for batch in _batches(path))
-        return table_of_arrow(name, batches, folder=folder, class_names=tables[0].class_names)
+        schema = _common_schema(paths)
+        batches = (batch for path in paths for batch in _batches(path, schema))
+        return table_of_arrow(name, batches, folder=folder, class_names=_same_classes(paths, tables))
     rows = (
         (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
     )
@@ -296,9 +312,46 @@ def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | Non
     return table_of(name, rows, folder=folder, typed=tables[0].typed, notes=notes)
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _same_classes(paths: Sequence[Path], tables: Sequence[Table]) -> dict[str, Sequence[str]]:
+    """The names of class numbers in all files.  Raises DataError for files that name those of a column differently."""
+    first = dict[str, tuple[Path, Sequence[str]]]()
+    for path, table in zip(paths, tables, strict=True):
+        for column in table.names:
+            names = table.class_names.get(column, ())
+            owner, others = first.setdefault(column, (path, names))
+            if names != others:
+                raise DataError(
+                    f"{owner} and {path} have different names for the class numbers of column '{column}'; "
+                    "write the names in place of the numbers"
+                )
+    return {column: names for column, (_, names) in first.items() if names}
+
+
+def _common_schema(paths: Sequence[Path]) -> pa.Schema:
+    """The columns of all Parquet files, with types that hold those of each.  Raises DataError where there are none."""
+    common = pa.schema([])
+    for path in paths:
+        with parquet_file(path) as file:
+            fields = list(file.schema_arrow)
+        for field in fields:
+            try:
+                common = pa.unify_schemas([common, pa.schema([field])], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"{path}: column '{field.name}' is {field.type}, and {common.field(field.name).type} in files "
+                    "before it; write it with the same type"
+                ) from error
+    return common
+
+
+def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch | pa.Table]:
     with parquet_file(path) as file:
-        yield from file.iter_batches(CHUNK)
+        for batch in file.iter_batches(CHUNK):
+            if batch.schema.equals(schema):
+                yield batch
+            else:
+                parts = [schema.empty_table(), pa.Table.from_batches([batch])]
+                yield pa.concat_tables(parts, promote_options="permissive")
 
 
 def _listed(folder: Path) -> list[Path]:

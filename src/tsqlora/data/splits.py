@@ -274,7 +274,7 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
     if alike := look_alikes(classes.names):
         shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
         yield (
-            f"these classes differ only in case or spaces: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
+            f"these classes differ only in case, spaces or Unicode: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
             "use one spelling if they are the same class"
         )
 

@@ -186,6 +186,13 @@ class Table:
                 yield [self.view(Row(cells, self.name, number, id)) for cells, number, id in made]
             start += len(batch)
 
+    def digest(self) -> str:
+        """SHA-256 of all rows as they are stored, whichever of them and however this table shows them."""
+        digest = hashlib.sha256()
+        for row in replace(self, ids=np.arange(len(self.stored)), class_names={}, view=lambda row: row):
+            digest.update(f"{row.cells!r}\n".encode())
+        return digest.hexdigest()
+
     def numbered(self) -> "Table":
         """The table with class numbers in place of their names."""
         return replace(self, class_names={})

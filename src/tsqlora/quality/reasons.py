@@ -12,7 +12,7 @@ from tsqlora.data.formats import PREFERENCE, Format
 from tsqlora.data.labels import UNSEEN, are_numbers
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, row_hash, row_text
-from tsqlora.data.sources import open_table
+from tsqlora.data.sources import is_local, open_table
 from tsqlora.data.splits import lacks_of
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
@@ -125,7 +125,7 @@ def place_of(scores: Scores, row: int, data: Path | None = None) -> int:
 
 def _why_unscored(scores: Scores, row: int, source: str | Path | None) -> str:
     record, ids = scores.record, scores.row_ids
-    if source is None or record.columns is None or not Path(source).exists():
+    if source is None or record.columns is None or not is_local(source):
         what = f"those with one are numbered {ids.min()} to {ids.max()}"
         return f"{what}; others are empty or held out for validation; --data FILE says which"
     table = table_of(scores, source)
@@ -178,7 +178,7 @@ def texts_or_why(
     source, rows = data or scores.record.data, list(rows)
     if scores.hashes is None or source is None or scores.record.columns is None:
         return {}, "the scores do not name their rows"
-    if not remote and not Path(source).exists():
+    if not remote and not is_local(source):
         return {}, f"{source} is not on this machine"
     try:
         texts = _find_texts(scores, rows, table_of(scores, source))

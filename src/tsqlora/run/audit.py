@@ -1,5 +1,6 @@
 """`tsqlora audit`: list likely label errors of a file in a table and a page for review; nothing is trained."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from torch import nn
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import require_separable
 from tsqlora.data.prepare import prepare
-from tsqlora.data.sources import folder_digest
+from tsqlora.data.sources import absolute, folder_digest, kind_of
 from tsqlora.data.splits import held_out_rows
 from tsqlora.data.table import Table, notes_of
 from tsqlora.data.write import require_place, without_formulas, write_rows
@@ -179,8 +180,8 @@ def _about(config: Config, table: Table, result: Audit, listing: Listing, notes:
         for pair in result.pairs[:30]
     ]
     return {
-        "source": table.name if table.path is None else str(table.path.absolute()),
-        "sha256": source_digest(table.name, table.columns.media),
+        "source": absolute(config.data.train) if table.path is None else str(table.path.absolute()),
+        "sha256": source_digest(table),
         "hints": asdict(hints_of(config)),
         "columns": asdict(table.columns),
         "classes": list(names),
@@ -202,12 +203,12 @@ def _about(config: Config, table: Table, result: Audit, listing: Listing, notes:
     }
 
 
-def source_digest(source: str, media: str | None) -> str | None:
-    """SHA-256 of a data file, or of a folder's listing of media files; None for a hub data set."""
-    path = Path(source)
-    if path.is_file():
-        return digest(path)
-    return folder_digest(path, media) if media is not None and path.is_dir() else None
+def source_digest(table: Table) -> str:
+    """SHA-256 of a table's file, or of a folder's listing of media files; of all rows where there is neither."""
+    if os.path.isfile(table.name):
+        return digest(Path(table.name))
+    kind = kind_of(Path(table.name)) if os.path.isdir(table.name) else None
+    return table.digest() if kind is None else folder_digest(Path(table.name), kind)
 
 
 def _summary(result: Audit) -> str:

@@ -1,6 +1,7 @@
 """Audit the set that a trainer has prepared, and leave out the rows of named findings."""
 
 import tempfile
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.run.text_audit import audit_prepared
 from tsqlora.text.findings import FINDINGS
+from tsqlora.text.prepared import sequences_of
 
 MOST = 0.5
 """Share of the rows that findings may leave out."""
@@ -25,18 +27,34 @@ def without_findings(
 ) -> tuple[Any, dict[str, Any]]:
     """Write the audit of a prepared `datasets.Dataset` to `out`; return the set without the rows of `drop`.
 
-    With `answers` the model reads the answers, too. Raises DataError if more than half of the rows would be left out.
+    A packed row with such a sequence is left out whole, with a warning. With `answers` the model reads the answers.
+    Raises DataError if more than half of the rows would be left out.
     """
     require_findings(drop)
     with tempfile.TemporaryDirectory() as folder:
         made.save_to_disk(folder)
         result = audit_prepared(Path(folder), model=model, out=out, answers=answers)
-    dropped = {place for one in result["findings"] if one["name"] in drop for place in one["places"]}
+    places = {place for one in result["findings"] if one["name"] in drop for place in one["places"]}
+    rows = _packed_rows(made) if places else None
+    dropped = places if rows is None else {rows[place] for place in places}
     if len(dropped) > MOST * len(made):
+        cure = "remove the cause" if rows is None else "remove the cause, or prepare the rows without packing"
         raise DataError(
             f"{', '.join(drop)} would leave out {len(dropped)} of {len(made)} rows, more than half; see {out}, "
-            "and remove the cause"
+            f"and {cure}"
+        )
+    if rows is not None:
+        warnings.warn(
+            f"{len(dropped)} packed rows are left out whole, for {len(places)} of their sequences with "
+            f"{', '.join(drop)}; prepare the rows without packing to leave out these alone",
+            stacklevel=2,
         )
     left = [place for place in range(len(made)) if place not in dropped]
     summary = {"rows": len(made), "left_out": len(dropped), "audit": str(out)}
     return made.select(left) if dropped else made, summary
+
+
+def _packed_rows(made: Any) -> list[int] | None:
+    """The row of each sequence of a packed set, whose audit numbers sequences; None where it numbers rows."""
+    sequences = [(one.row, one.side) for one in sequences_of(made)]
+    return [row for row, _ in sequences] if len({*sequences}) < len(sequences) else None

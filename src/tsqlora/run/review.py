@@ -55,9 +55,11 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     kind = KINDS[about.get("answer", CLASS.name)]
     filled = open_table(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
     reviewed, unread = _read(filled, about["classes"], several=kind.joint, tags=kind.by_token)
-    source = open_table(about["source"], split="train", hints=Hints(**about["hints"]))
+    trusted = folder / TRUSTED_FILE
+    with writing(folder / "corrected.jsonl", trusted):  # the copy of several files, which are read here
+        source = open_table(about["source"], split="train", hints=Hints(**about["hints"]))
     before = about["sha256"]
-    if before is not None and source_digest(source.name, about["columns"].get("media")) != before:
+    if before is not None and source_digest(source) != before:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     source = (source.numbered() if are_numbers(about["classes"]) else source).using(Columns(**about["columns"]))
     column = str(about["columns"]["label"])
@@ -72,7 +74,7 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
         else:
             cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
-    corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
+    corrected = folder / corrected_name(source)
     with writing(corrected, trusted):
         for path in (table, about["source"]):
             reading(path)

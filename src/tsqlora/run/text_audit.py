@@ -1,6 +1,7 @@
 """`tsqlora audit` of text: the ledger and the findings of a file of chats, instructions or preferences."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +21,7 @@ from tsqlora.data.formats import Format, format_of, unlabelled_format
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.rows import Row
-from tsqlora.data.sources import first_columns, open_table
+from tsqlora.data.sources import absolute, first_columns, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import reading, replacing, write_json, write_text
@@ -42,6 +43,7 @@ from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
+from tsqlora.training.checkpoints import digest
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
 NO_TOKENIZER = "give --model M: the audit of texts needs its tokenizer (--no-model leaves out its weights)"
@@ -120,8 +122,8 @@ def audit_text(
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 
     about = {
-        "source": _named(source),
-        "sha256": source_digest(source, None),
+        "source": absolute(source),
+        "sha256": source_digest(table),
         "model": model,
         "hints": asdict(hints),
         "format": format.name,
@@ -162,8 +164,8 @@ def audit_prepared(
     if all("vocabulary" in line.findings for line in result.lines):
         raise DataError(f"{prepared}: {reason}")
     about = {
-        "source": _named(data or str(prepared)),
-        "sha256": None if data is None else source_digest(data, None),
+        "source": absolute(data or str(prepared)),
+        "sha256": None if data is None else _digest_of(data),
         "model": model,
         "format": "prepared",
         "max_length": result.longest,
@@ -196,8 +198,8 @@ def audit_trainer(
     vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
     result = audit_sequences(made, row_collator(trainer), vocabulary, data=data)
     about = {
-        "source": _named(data) if isinstance(data, str) else type(trainer).__name__,
-        "sha256": source_digest(data, None) if isinstance(data, str) else None,
+        "source": absolute(data) if isinstance(data, str) else type(trainer).__name__,
+        "sha256": _digest_of(data) if isinstance(data, str) else None,
         "model": str(getattr(model.config, "_name_or_path", "")),
         "format": "prepared",
         "max_length": result.longest,
@@ -305,8 +307,8 @@ def finish(
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
 
-def _named(source: str) -> str:
-    return str(Path(source).absolute()) if Path(source).exists() else source
+def _digest_of(source: str) -> str:
+    return digest(Path(source)) if os.path.isfile(source) else source_digest(open_table(source))
 
 
 def audited(

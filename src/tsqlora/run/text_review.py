@@ -36,17 +36,16 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
         if name not in FINDINGS:
             raise DataError(f"unknown finding '{name}'; {nearest(name, FINDINGS)}")
     about = json.loads((out / FINDINGS_FILE).read_text(encoding="utf-8"))
-    source = about["source"]
-    if about["sha256"] is not None and source_digest(source, None) != about["sha256"]:
-        raise DataError(f"{source} has changed since its audit; audit it again")
+    clean, quarantine = out / CLEAN_FILE, out / QUARANTINE_FILE
+    with writing(clean, quarantine):
+        if reviewed is not None:
+            reading(reviewed)
+        table = open_table(about["source"], split="train", hints=Hints(**about.get("hints", {})))
+    if about["sha256"] is not None and source_digest(table) != about["sha256"]:
+        raise DataError(f"{about['source']} has changed since its audit; audit it again")
     dropped = {place for one in about["findings"] if one["name"] in drop_findings for place in one["places"]}
     if reviewed is not None:
         dropped |= _dropped(reviewed, about["rows"])
-    clean, quarantine = out / CLEAN_FILE, out / QUARANTINE_FILE
-    with writing(clean, quarantine):
-        for path in (*([] if reviewed is None else [reviewed]), source):
-            reading(path)
-    table = open_table(source, split="train", hints=Hints(**about.get("hints", {})))
     for path, rows in ((clean, sorted({*range(about["rows"])} - dropped)), (quarantine, sorted(dropped))):
         if table.path is not None and can_copy(table.path, path):
             copy_rows(table.path, path, np.array(rows, np.int64), table.dialect)
@@ -59,8 +58,12 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
 
 def _dropped(reviewed: Path, count: int) -> set[int]:
     """The rows that a reviewed table drops."""
-    dropped = set[int]()
-    for line in open_table(reviewed):
+    table, dropped = open_table(reviewed), set[int]()
+    if lacking := [name for name in ("row", "reviewed") if name not in table.names]:
+        raise DataError(
+            f"{table.name} has no column '{lacking[0]}'; give the table of an audit, or the export of its page"
+        )
+    for line in table:
         word, row = str(line.cells.get("reviewed") or "").strip().lower(), line.cells.get("row")
         if word not in DROP | KEEP:
             raise DataError(f"{line.place}: column 'reviewed' holds {word!r}; write drop, or leave it empty")
