@@ -211,8 +211,8 @@ def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path 
 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
-    """Return the columns of a file's first rows; none for a directory or hub data set."""
-    path = Path(os.path.expanduser(source))
+    """Return the columns of the first rows of a file, or of the first one that a pattern matches; else none."""
+    path = next(iter(_matching(source)), Path(os.path.expanduser(source)))
     if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
         return ()
     if path.suffix.lower() == ".parquet":
@@ -393,7 +393,6 @@ def of_dataset(data: Any, name: str, *, folder: Path | None = None) -> Table:
 
 
 MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
-_SHOWN = 3
 
 
 def kind_of(folder: Path) -> str | None:

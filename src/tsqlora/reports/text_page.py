@@ -41,7 +41,7 @@ def text_page(
     data = {
         "findings": [{"name": f.name, "places": list(f.places[:ON_PAGE])} for f in findings],
         "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary, losses) for place in shown},
-        "key": json.dumps([about["source"], about["rows"]]),
+        "key": json.dumps([about["sha256"] or about["source"], about["rows"]]),
     }
     return (
         environment()
