@@ -45,3 +45,23 @@ def test_equal_rows_share_their_sequences_by_count() -> None:
     taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
     assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])
+
+
+def talk(exchanges: int) -> Conversation:
+    contents = [(f"Question {k} of our long talk, please?", f"Answer {k} in our long talk.") for k in range(exchanges)]
+    return Conversation(exchanges, tuple(map(Message, ("user", "assistant") * exchanges, sum(contents, ()))))
+
+
+def test_a_row_that_begins_another_one_has_its_own_sequence() -> None:
+    rows = [talk(k) for k in range(1, 13)]
+    whole = [sequence(one) for one in rows]
+    for order in ([*range(12)], [*range(11, -1, -1)], np.random.default_rng(0).permutation(12).tolist()):
+        taken, _, left = match([rows[j] for j in order], whole, VOCABULARY)
+        assert {order[j]: parts for j, parts in taken.items()} == {j: [one] for j, one in enumerate(whole)}
+        assert not left
+
+
+def test_rows_that_a_cut_makes_alike_have_a_sequence_each() -> None:
+    rows = [talk(k) for k in range(2, 14)]
+    taken, *_ = match(rows, [sequence(one, slice(100)) for one in rows], VOCABULARY)
+    assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(range(12), 1)

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,36 +29,41 @@ def match(
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
-    share the sequences, which are dealt out by count. Templates trim contents, so blanks around them do not count. A
-    row that packing has split has its pieces in order.
+    share the sequences, which are dealt out by count. Of rows that begin alike, a whole sequence goes to that without more,
+    and a cut one to one without a sequence. Templates trim contents, so blanks around them do not count. A row that
+    packing has split has its pieces in order.
     """
-    by_anchor, alone = defaultdict(list[int]), list[int]()
+    by_anchor, alone, sizes = defaultdict(list[int]), list[int](), list[int]()
     for j, row in enumerate(rows):
-        anchors = _anchors(row)
+        anchors = {*_anchors(row)}
+        sizes.append(len(anchors))
         for anchor in anchors:
             by_anchor[anchor].append(j)
         if not anchors and row.messages:
             alone.append(j)
     anchors = np.array(sorted(by_anchor), np.uint64)
-    equal, taken = defaultdict(deque[int]), dict[int, list[Trained]]()
-    for j, row in enumerate(rows):
-        equal[digest_of(row)].append(j)
+    equal, taken, digests = defaultdict(deque[int]), dict[int, list[Trained]](), [digest_of(row) for row in rows]
+    for j, digest in enumerate(digests):
+        equal[digest].append(j)
     sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
     for one in sequences:
         votes = defaultdict(float)
         for anchor in _windows(vocabulary.text(one.ids), anchors):
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
-        likely = sorted(votes, key=lambda j: (-votes[j], j))
-        scores = {j: _known_bytes(rows[j], one, vocabulary) for j in _distinct(rows, likely)}
-        if not any(score for score, _ in scores.values()):
-            scores = {j: _known_bytes(rows[j], one, vocabulary) for j in alone}
-        best = max(scores, key=lambda j: scores[j][0], default=None)
-        if best is None or not scores[best][0]:
+        likely = sorted(votes, key=lambda j: (-votes[j], j in taken, sizes[j], j))
+        fits = {j: _fit(rows[j], one, vocabulary) for j in _distinct(digests, likely)}
+        if not any(fit.present for fit in fits.values()):
+            fits = {j: _fit(rows[j], one, vocabulary) for j in alone}
+        free = {j for j in fits if equal[digests[j]][0] not in taken}
+        best = max(
+            fits, key=lambda j: (fits[j].present, not fits[j].missing, j in free, -fits[j].missing), default=None
+        )
+        if best is None or not fits[best].present:
             left.append(one)
             continue
-        begins[id(one)] = scores[best][1]
-        group = equal[digest_of(rows[best])]
+        begins[id(one)] = fits[best].begin
+        group = equal[digests[best]]
         if not one.side or one.side == "chosen":
             group.rotate(-1)
         row = group[-1]
@@ -161,35 +167,40 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     return parts
 
 
-def _distinct(rows: Sequence[Conversation], likely: Sequence[int]) -> Iterable[int]:
+def _distinct(digests: Sequence[str], likely: Sequence[int]) -> Iterable[int]:
     """The first candidates, one of equal rows."""
     seen = set[str]()
     for j in likely:
-        digest = digest_of(rows[j])
-        if digest not in seen:
-            seen.add(digest)
+        if digests[j] not in seen:
+            seen.add(digests[j])
             yield j
         if len(seen) == CANDIDATES:
             return
 
 
-def _known_bytes(row: Conversation, one: Trained, vocabulary: Vocabulary) -> tuple[int, tuple[int, int]]:
-    """How much of the row's contents a sequence has, and in which message, and where there, it begins.
+class _Fit(NamedTuple):
+    """How many bytes of a row's contents a sequence has and lacks; in which message, and where there, it begins."""
 
-    System prompts do not count; it is 0 if some content is missing between others.
-    """
+    present: int = 0
+    """System prompts do not count; it is 0 if some content is missing between others."""
+    missing: int = 0
+    begin: tuple[int, int] = (0, 0)
+
+
+def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     messages = row.messages
     if one.side == "rejected" and row.rejected is not None:
         messages = (*(row.prompt or row.question), *row.rejected)
     spans = locate(messages, one.ids, vocabulary)
     if not at_ends_alone(spans, messages):
-        return 0, (0, 0)
-    there = sum(
-        len(message.content.strip().encode()) - span.before - span.behind
-        for message, span in zip(messages, spans, strict=True)
-        if span is not None and message.role != "system"
-    )
-    return there, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0))
+        return _Fit()
+    present, missing = 0, 0
+    for message, span in zip(messages, spans, strict=True):
+        length = len(message.content.strip().encode())
+        lacks = length if span is None else span.before + span.behind
+        missing += lacks
+        present += length - lacks if message.role != "system" else 0
+    return _Fit(present, missing, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0)))
 
 
 def _anchors(row: Conversation) -> list[int]:
