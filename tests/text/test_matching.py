@@ -1,5 +1,7 @@
 """Each prepared sequence finds the row that it was made of."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from families import FAMILIES, tokenizer_of
@@ -65,3 +67,16 @@ def test_rows_that_a_cut_makes_alike_have_a_sequence_each() -> None:
     rows = [talk(k) for k in range(2, 14)]
     taken, *_ = match(rows, [sequence(one, slice(100)) for one in rows], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(range(12), 1)
+
+
+def test_both_sides_of_a_pair_find_the_row_that_has_both() -> None:
+    question, chosen, rejected = "How far is it to the sea?", ("It is near.", "One hour."), ("No idea.", "Ask others.")
+    pairs = [row(k, question, a) for k, a in enumerate(a for a in chosen for _ in rejected)]
+    pairs = [replace(one, rejected=(Message("assistant", b),)) for one, b in zip(pairs, rejected * 2, strict=True)]
+    made = list[Trained]()
+    for place, k in enumerate((2, 0, 3, 1)):
+        other = replace(pairs[k], messages=(*pairs[k].question, *(pairs[k].rejected or ())))
+        made += [replace(sequence(pairs[k]), row=place, side="chosen")]
+        made += [replace(sequence(other), row=place, side="rejected")]
+    taken, *_ = match(pairs, made, VOCABULARY)
+    assert {j: [one.row for one in own] for j, own in taken.items()} == {2: [0, 0], 0: [1, 1], 3: [2, 2], 1: [3, 3]}

@@ -29,9 +29,9 @@ def match(
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
-    share the sequences, which are dealt out by count. Of rows that begin alike, a whole sequence goes to that without more,
-    and a cut one to one without a sequence. Templates trim contents, so blanks around them do not count. A row that
-    packing has split has its pieces in order.
+    share the sequences, which are dealt out by count. Of rows that begin alike, one without further contents comes
+    first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
+    them do not count. A row that packing has split has its pieces in order.
     """
     by_anchor, alone, sizes = defaultdict(list[int]), list[int](), list[int]()
     for j, row in enumerate(rows):
@@ -46,29 +46,28 @@ def match(
     for j, digest in enumerate(digests):
         equal[digest].append(j)
     sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
-    for one in sequences:
+    units = defaultdict[tuple[int, int], list[Trained]](list)
+    for number, one in enumerate(sequences):
+        units[one.row, -1 if one.side else number].append(one)
+    for unit in units.values():
         votes = defaultdict(float)
-        for anchor in _windows(vocabulary.text(one.ids), anchors):
+        for anchor in {anchor for one in unit for anchor in _windows(vocabulary.text(one.ids), anchors)}:
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
         likely = sorted(votes, key=lambda j: (-votes[j], j in taken, sizes[j], j))
-        fits = {j: _fit(rows[j], one, vocabulary) for j in _distinct(digests, likely)}
-        if not any(fit.present for fit in fits.values()):
-            fits = {j: _fit(rows[j], one, vocabulary) for j in alone}
-        free = {j for j in fits if equal[digests[j]][0] not in taken}
-        best = max(
-            fits, key=lambda j: (fits[j].present, not fits[j].missing, j in free, -fits[j].missing), default=None
-        )
-        if best is None or not fits[best].present:
-            left.append(one)
+        fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in _distinct(digests, likely)}
+        if not any(fit.present for own in fits.values() for fit in own):
+            fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in alone}
+        rank = {j: _rank(own, free=equal[digests[j]][0] not in taken) for j, own in fits.items()}
+        best = max(rank, key=rank.__getitem__, default=None)
+        if best is None or not rank[best][0]:
+            left += unit
             continue
-        begins[id(one)] = fits[best].begin
+        begins |= {id(one): fit.begin for one, fit in zip(unit, fits[best], strict=True)}
         group = equal[digests[best]]
-        if not one.side or one.side == "chosen":
-            group.rotate(-1)
-        row = group[-1]
-        taken.setdefault(row, []).append(one)
-        sure[row] = "exact" if len(group) == 1 else "ambiguous"
+        group.rotate(-1)
+        taken.setdefault(group[-1], []).extend(unit)
+        sure[group[-1]] = "exact" if len(group) == 1 else "ambiguous"
     left = _ends(rows, _pieces(rows, left, taken, begins, vocabulary), taken, begins, vocabulary)
     for row, parts in taken.items():
         sure.setdefault(row, "exact")
@@ -185,6 +184,11 @@ class _Fit(NamedTuple):
     """System prompts do not count; it is 0 if some content is missing between others."""
     missing: int = 0
     begin: tuple[int, int] = (0, 0)
+
+
+def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
+    present, missing = (sum(parts) for parts in zip(*(fit[:2] for fit in fits), strict=True))
+    return present, not missing, free, -missing
 
 
 def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
