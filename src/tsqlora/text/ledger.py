@@ -43,7 +43,7 @@ class Span(NamedTuple):
     before: int = 0
     behind: int = 0
     stripped: bool = False
-    """Whether the template left out the reasoning that an earlier answer begins with."""
+    """Whether the template left out the reasoning that an answer begins with."""
 
     @property
     def cut(self) -> bool:
@@ -96,14 +96,10 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
     for message in messages:
         content = message.content.strip().encode()
         at = find(content, place)
-        if stripped := at < 0 and message.role == ANSWER and REASONING_ENDS in message.content:
-            rest = message.content.rpartition(REASONING_ENDS)[2].strip().encode()
-            at = find(rest, place)
-            content = rest if at >= 0 else content
         if not content:
             spans.append(None)
         elif at >= 0:
-            spans.append(span(at, at + len(content))._replace(stripped=stripped))
+            spans.append(span(at, at + len(content)))
             place = at + len(content)
         elif (part := _beginning(content, plain, place)) is not None:
             spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
@@ -114,6 +110,11 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             length = part[1] - part[0]
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
+        elif message.role == ANSWER and REASONING_ENDS in message.content:
+            rest = message.content.rpartition(REASONING_ENDS)[2].strip().encode()
+            at = find(rest, place)
+            spans.append(span(at, at + len(rest))._replace(stripped=True) if at >= 0 else None)
+            place = at + len(rest) if at >= 0 else place
         else:
             spans.append(None)
     return spans
@@ -202,12 +203,14 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
     answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
+    # What nobody answers is one of `roles`.
     lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
     there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
     ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
-    if ends_early or (lacks and not (cut and at_ends_alone(spans, messages))):  # what nobody answers is one of `roles`
+    unreasoned = spans[-1] is not None and spans[-1].stripped
+    if ends_early or unreasoned or (lacks and not (cut and at_ends_alone(spans, messages))):
         line.findings.append("content_lost")
-    if any(span.stripped for span in answers):
+    if any(span.stripped for _, span in pairs[:-1] if span is not None):
         line.findings.append("reasoning_stripped")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
