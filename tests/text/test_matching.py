@@ -1,12 +1,15 @@
 """Each prepared sequence finds the row that it was made of."""
 
 from dataclasses import replace
+from unicodedata import normalize
 
 import numpy as np
+from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.conversations import Conversation, Message
+from tsqlora.text.ledger import line_of
 from tsqlora.text.matching import match
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import vocabulary_of
@@ -80,3 +83,17 @@ def test_both_sides_of_a_pair_find_the_row_that_has_both() -> None:
         made += [replace(sequence(other), row=place, side="rejected")]
     taken, *_ = match(pairs, made, VOCABULARY)
     assert {j: [one.row for one in own] for j, own in taken.items()} == {2: [0, 0], 0: [1, 1], 3: [2, 2], 1: [3, 3]}
+
+
+def test_contents_are_compared_in_the_form_that_the_tokenizer_gives_them() -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen 2.5"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
+    contents = [
+        (f"Wie heißt Stadt {k} in Österreich?", f"Stadt {k} heißt Mödling, südlich von Wien.") for k in range(3)
+    ]
+    rows = [row(k, *(normalize("NFD", content) for content in own)) for k, own in enumerate(contents)]
+    whole = [replace(sequence(row(k, *own)), row=k) for k, own in enumerate(contents)]
+    taken, sure, left = match(rows, whole, vocabulary := vocabulary_of(tokenizer))
+    assert (taken, [*sure.values()], left) == ({k: [one] for k, one in enumerate(whole)}, ["exact"] * 3, [])
+    lines = [line_of(one, taken[one.row], vocabulary) for one in rows]
+    assert [(line.findings, line.lost_tokens) for line in lines] == [(["nothing_trained"], 0)] * 3

@@ -94,7 +94,7 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         return vocabulary.text(ids).find(content, place) if content and at < 0 else at
 
     for message in messages:
-        content = message.content.strip().encode()
+        content = vocabulary.content(message.content)
         at = find(content, place)
         if not content:
             spans.append(None)
@@ -111,7 +111,7 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
         elif message.role == ANSWER and REASONING_ENDS in message.content:
-            rest = message.content.rpartition(REASONING_ENDS)[2].strip().encode()
+            rest = vocabulary.content(message.content.rpartition(REASONING_ENDS)[2])
             at = find(rest, place)
             spans.append(span(at, at + len(rest))._replace(stripped=True) if at >= 0 else None)
             place = at + len(rest) if at >= 0 else place
@@ -222,7 +222,7 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
         _stop(line, last[1], one, vocabulary)
     missing = 0
     for message, span in pairs:
-        content = message.content.strip().encode()
+        content = vocabulary.content(message.content)
         if message.role == ANSWER and content and (span is None or span.cut):
             before, behind = (len(content), 0) if span is None else (span.before, span.behind)
             missing += sum(

@@ -35,7 +35,7 @@ def match(
     """
     by_anchor, alone, sizes = defaultdict(list[int]), list[int](), list[int]()
     for j, row in enumerate(rows):
-        anchors = {*_anchors(row)}
+        anchors = {*_anchors(row, vocabulary)}
         sizes.append(len(anchors))
         for anchor in anchors:
             by_anchor[anchor].append(j)
@@ -85,7 +85,7 @@ def _pieces(
     """Give pieces from the middle of a content, as `bfd_split` leaves them, to their rows; return the others."""
     if not left:
         return []
-    contents = [(j, k, m.content.strip().encode()) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
+    contents = [(j, k, vocabulary.content(m.content)) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
     text, starts = b"\0".join(content for *_, content in contents), np.cumsum([0, *(len(c) + 1 for *_, c in contents)])
     others, seen = list[Trained](), set[int]()
     for one in left:
@@ -120,7 +120,7 @@ def _ends(
         ids = np.concatenate([one.ids for one in parts])
         spans, k = locate(messages, ids, vocabulary), len(messages) - 1
         if (span := spans[k]) is not None and (span.behind or span.end == len(ids)):
-            content = messages[k].content.strip().encode()
+            content = vocabulary.content(messages[k].content)
             begin = len(content) - span.behind
             lacking[content[begin:].strip()].append((row, (k, begin)))
     others = list[Trained]()
@@ -151,7 +151,7 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            content = message.content.strip().encode()
+            content = vocabulary.content(message.content)
             at = text.find(content, at)
             if at < 0:
                 break
@@ -200,15 +200,15 @@ def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
         return _Fit()
     present, missing = 0, 0
     for message, span in zip(messages, spans, strict=True):
-        length = len(message.content.strip().encode())
+        length = len(vocabulary.content(message.content))
         lacks = length if span is None else span.before + span.behind
         missing += lacks
         present += length - lacks if message.role != "system" else 0
     return _Fit(present, missing, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0)))
 
 
-def _anchors(row: Conversation) -> list[int]:
-    contents = [message.content.strip().encode() for message in (*row.messages, *(row.rejected or ()))]
+def _anchors(row: Conversation, vocabulary: Vocabulary) -> list[int]:
+    contents = [vocabulary.content(message.content) for message in (*row.messages, *(row.rejected or ()))]
     places = [np.unique(np.linspace(0, len(c) - KEY, ANCHORS).astype(int)) for c in contents if len(c) >= KEY]
     long = [np.frombuffer(content, np.uint8).astype(np.uint64) for content in contents if len(content) >= KEY]
     with np.errstate(over="ignore"):
