@@ -1,6 +1,7 @@
 """Each prepared sequence finds the row that it was made of."""
 
 from dataclasses import replace
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
@@ -10,7 +11,7 @@ from families import FAMILIES, tokenizer_of
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.conversations import Conversation, Message
 from tsqlora.text.ledger import line_of
-from tsqlora.text.matching import match
+from tsqlora.text.matching import match, unwrapped
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import vocabulary_of
 
@@ -23,9 +24,9 @@ def row(number: int, *contents: str) -> Conversation:
     return Conversation(number, tuple(map(Message, roles, ("Be brief and kind to people.", *contents))))
 
 
-def sequence(one: Conversation, keep: slice = slice(None)) -> Trained:
+def sequence(one: Conversation, keep: slice = slice(None), tokenizer: Any = TOKENIZER) -> Trained:
     chat = [{"role": message.role, "content": message.content} for message in one.messages]
-    ids = np.array(TOKENIZER(TOKENIZER.apply_chat_template(chat, tokenize=False))["input_ids"])[keep]
+    ids = np.array(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])[keep]
     return Trained(ids, np.full(len(ids), IGNORED), 0)
 
 
@@ -97,3 +98,22 @@ def test_contents_are_compared_in_the_form_that_the_tokenizer_gives_them() -> No
     assert (taken, [*sure.values()], left) == ({k: [one] for k, one in enumerate(whole)}, ["exact"] * 3, [])
     lines = [line_of(one, taken[one.row], vocabulary) for one in rows]
     assert [(line.findings, line.lost_tokens) for line in lines] == [(["nothing_trained"], 0)] * 3
+
+
+def test_a_tool_result_that_the_template_writes_as_json_is_there() -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen 2.5"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    )
+    roles = ("user", "assistant", "tool", "assistant")
+    turns = [(f"How warm is town {k}?", "", f'{{"temp": "{k} °C"}}', f"It is {k} degrees.") for k in range(4)]
+    rows = [Conversation(k, tuple(map(Message, roles, own))) for k, own in enumerate(turns)]
+    whole = [replace(sequence(one, tokenizer=tokenizer), row=one.row) for one in rows]
+    taken, *_ = match(rows, whole, VOCABULARY)
+    assert taken == {k: [one] for k, one in enumerate(whole)}
+    assert all("content_lost" not in line_of(one, taken[one.row], VOCABULARY).findings for one in rows)
+    (stream,) = unwrapped(rows[:1], [Trained(whole[0].ids, whole[0].targets, 0)], VOCABULARY)
+    assert len(stream.ids) == len(whole[0].ids) - 1  # without the line feed behind the stop
+    between = (Message("assistant", "Let me see.", {"tool_calls": [{}]}), Message("tool", "of another form"))
+    other = [replace(one, messages=(one.messages[0], *between, one.messages[3])) for one in rows]
+    assert match(other, whole, VOCABULARY)[0] == taken

@@ -1,6 +1,7 @@
 """The ledger: what became of each source row, by the tokens and label values that a model is trained on."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -89,18 +90,18 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         first = int(np.searchsorted(ends, begin, side="right"))
         return Span(first, int(np.searchsorted(ends, end, side="left")) + 1, before, behind)
 
-    def find(content: bytes, place: int) -> int:
-        at = plain.find(content, place) if content else -1
-        return vocabulary.text(ids).find(content, place) if content and at < 0 else at
+    def find(content: bytes) -> tuple[int, int] | None:
+        if not content:
+            return None
+        return place_of(content, plain, place) or place_of(content, vocabulary.text(ids), place)
 
     for message in messages:
         content = vocabulary.content(message.content)
-        at = find(content, place)
         if not content:
             spans.append(None)
-        elif at >= 0:
-            spans.append(span(at, at + len(content)))
-            place = at + len(content)
+        elif (whole := find(content)) is not None:
+            spans.append(span(*whole))
+            place = whole[1]
         elif (part := _beginning(content, plain, place)) is not None:
             spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
             place = part[1]
@@ -111,13 +112,21 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
         elif message.role == ANSWER and REASONING_ENDS in message.content:
-            rest = vocabulary.content(message.content.rpartition(REASONING_ENDS)[2])
-            at = find(rest, place)
-            spans.append(span(at, at + len(rest))._replace(stripped=True) if at >= 0 else None)
-            place = at + len(rest) if at >= 0 else place
+            rest = find(vocabulary.content(message.content.rpartition(REASONING_ENDS)[2]))
+            spans.append(None if rest is None else span(*rest)._replace(stripped=True))
+            place = place if rest is None else rest[1]
         else:
             spans.append(None)
     return spans
+
+
+def place_of(content: bytes, text: bytes, start: int) -> tuple[int, int] | None:
+    """Return where a content is in a text, as it is, or as a template writes it into JSON."""
+    at = text.find(content, start)
+    if at < 0:
+        content = json.dumps(content.decode(), ensure_ascii=False)[1:-1].encode()
+        at = text.find(content, start)
+    return (at, at + len(content)) if at >= 0 else None
 
 
 def _beginning(content: bytes, text: bytes, place: int = 0) -> tuple[int, int] | None:
@@ -208,7 +217,7 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
     ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
     unreasoned = spans[-1] is not None and spans[-1].stripped
-    if ends_early or unreasoned or (lacks and not (cut and at_ends_alone(spans, messages))):
+    if ends_early or unreasoned or (lacks and not (cut and at_ends_alone(pairs))):
         line.findings.append("content_lost")
     if any(span.stripped for _, span in pairs[:-1] if span is not None):
         line.findings.append("reasoning_stripped")
@@ -231,10 +240,9 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     return missing
 
 
-def at_ends_alone(spans: Sequence[Span | None], messages: Sequence[Message]) -> bool:
+def at_ends_alone(pairs: Iterable[tuple[Message, Span | None]]) -> bool:
     """Return whether contents are missing at the ends alone, as a length limit leaves them; system prompts may stay."""
-    pairs = zip(spans, messages, strict=True)
-    there = [span is not None for span, message in pairs if message.content.strip() and message.role != "system"]
+    there = [span is not None for message, span in pairs if message.content.strip() and message.role != "system"]
     first = next((k for k, yes in enumerate(there) if yes), len(there))
     last = len(there) - next((k for k, yes in enumerate(reversed(there)) if yes), 0)
     return all(there[first:last])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tsqlora.text.conversations import Conversation
-from tsqlora.text.ledger import at_ends_alone, digest_of, locate
+from tsqlora.text.ledger import at_ends_alone, digest_of, locate, place_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -151,11 +151,11 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            content = vocabulary.content(message.content)
-            at = text.find(content, at)
-            if at < 0:
+            found = place_of(vocabulary.content(message.content), text, at)
+            if found is None:
+                at = -1
                 break
-            at += len(content)
+            at = found[1]
         if at <= place:
             continue
         last = int(np.searchsorted(ends, at, side="left")) + 1
@@ -181,7 +181,7 @@ class _Fit(NamedTuple):
     """How many bytes of a row's contents a sequence has and lacks; in which message, and where there, it begins."""
 
     present: int = 0
-    """System prompts do not count; it is 0 if some content is missing between others."""
+    """System prompts do not count; 0 if a content is missing between others, but for tool calls and their results."""
     missing: int = 0
     begin: tuple[int, int] = (0, 0)
 
@@ -196,10 +196,11 @@ def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     if one.side == "rejected" and row.rejected is not None:
         messages = (*(row.prompt or row.question), *row.rejected)
     spans = locate(messages, one.ids, vocabulary)
-    if not at_ends_alone(spans, messages):
-        return _Fit()
+    pairs = list(zip(messages, spans, strict=True))
+    if not at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].further):
+        return _Fit()  # how calls and results are written is the template's
     present, missing = 0, 0
-    for message, span in zip(messages, spans, strict=True):
+    for message, span in pairs:
         length = len(vocabulary.content(message.content))
         lacks = length if span is None else span.before + span.behind
         missing += lacks
