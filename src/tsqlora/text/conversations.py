@@ -22,6 +22,14 @@ class Message:
     parts: bool = False
     """Whether the content was a list of parts, of which `content` has the texts."""
 
+    @property
+    def called(self) -> list[str]:
+        """The names of the functions that it calls."""
+        calls = self.further.get("tool_calls")
+        calls = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+        functions = [call.get("function", call) for call in calls]
+        return [str(one["name"]) for one in functions if isinstance(one, Mapping) and one.get("name")]
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

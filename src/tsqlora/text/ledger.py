@@ -217,7 +217,8 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
     ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
     unreasoned = spans[-1] is not None and spans[-1].stripped
-    if ends_early or unreasoned or (lacks and not (cut and at_ends_alone(pairs))):
+    uncalled = _lacks_call(pairs, one, vocabulary, cut)
+    if ends_early or unreasoned or uncalled or (lacks and not (cut and at_ends_alone(pairs))):
         line.findings.append("content_lost")
     if any(span.stripped for _, span in pairs[:-1] if span is not None):
         line.findings.append("reasoning_stripped")
@@ -238,6 +239,19 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
                 vocabulary.count(part) for part in (content[:before], content[len(content) - behind :]) if part
             )
     return missing
+
+
+def _lacks_call(pairs: Sequence[tuple[Message, Span | None]], one: Trained, vocabulary: Vocabulary, cut: bool) -> bool:
+    """Whether a tool call's function is not named between the contents around it; beyond them a limit may cut it."""
+    for k, called in ((k, message.called) for k, (message, _) in enumerate(pairs) if message.called):
+        before = [span for message, span in pairs[:k] if span is not None and message.role != "system"]
+        behind = [span for message, span in pairs[k + 1 :] if span is not None and message.role != "tool"]
+        if cut and not (before and behind):
+            continue
+        text = vocabulary.text(one.ids[before[-1].end if before else 0 : behind[0].start if behind else len(one.ids)])
+        if any(name.encode() not in text for name in called):
+            return True
+    return False
 
 
 def at_ends_alone(pairs: Iterable[tuple[Message, Span | None]]) -> bool:
