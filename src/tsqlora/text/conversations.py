@@ -60,9 +60,14 @@ class Conversation:
 def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
     """Read one row; what cannot be read is its `problem`."""
     try:
-        return replace(_read(cells, format), row=row)
+        made = replace(_read(cells, format), row=row)
+        for message in (*made.messages, *(made.rejected or ()), *(made.prompt or ())):
+            f"{message.role}{message.content}".encode()  # no tokenizer reads half a surrogate pair
+        return made
     except _UnreadableError as error:
         return Conversation(row, (), str(error))
+    except UnicodeEncodeError:
+        return Conversation(row, (), "a message holds half a surrogate pair (\\ud800..\\udfff); remove it")
 
 
 class _UnreadableError(Exception):

@@ -249,7 +249,7 @@ def _lacks_call(pairs: Sequence[tuple[Message, Span | None]], one: Trained, voca
         if cut and not (before and behind):
             continue
         text = vocabulary.text(one.ids[before[-1].end if before else 0 : behind[0].start if behind else len(one.ids)])
-        if any(name.encode() not in text for name in called):
+        if any(name.encode(errors="replace") not in text for name in called):
             return True
     return False
 
