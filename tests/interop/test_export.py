@@ -47,6 +47,7 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedEr
 from tsqlora.interop import export as export_module
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.checkpoint import revision_of
+from tsqlora.interop.doctor import examine
 from tsqlora.interop.export import merge_into
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tsqlora.interop.lora import LoraAdapter
@@ -381,19 +382,37 @@ def test_a_model_is_merged_with_the_head_that_came_with_the_adapter(case: str, t
         assert merged.config.pad_token_id == merged.config.eos_token_id is not None
 
 
+def t5() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 60}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, initializer_factor=0.5))
+
+
 @pytest.mark.parametrize("format", ["universal", "merged"])
 def test_a_model_that_encodes_and_decodes_is_fed_on_both_sides(format: str, tmp_path: Path) -> None:
-    def base() -> PreTrainedModel:
-        torch.manual_seed(0)
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 60}
-        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, initializer_factor=0.5))
-
-    save_base(tmp_path / "base", base())
+    save_base(tmp_path / "base", t5())
     options = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "wo"], "rank_pattern": {"q": 3}}
-    save_lora(tmp_path / "a", base(), lora_config(**options))
+    save_lora(tmp_path / "a", t5(), lora_config(**options))
     report = export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
     assert report["logits_difference"] is not None
     assert report.get("targets") in (None, 10), "q of three attentions and wo of two sides, in two blocks"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q", "shared"]},
+        {"target_modules": ["q", "embed_tokens"]},
+        {"target_modules": ["q"], "modules_to_save": ["shared"]},
+    ],
+)
+def test_an_embedding_that_encoder_and_decoder_share_is_not_merged(options: Mapping[str, Any], tmp_path: Path) -> None:
+    save_base(tmp_path / "base", t5())
+    save_lora(tmp_path / "a", t5(), lora_config(task_type="SEQ_2_SEQ_LM", **options))
+    with pytest.raises(UnsupportedError, match=r"shared|embed_tokens"):
+        export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert "merged" not in {consumer["mend"] for consumer in examine(tmp_path / "a")["consumers"]}
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # PEFT takes its own biases for shards

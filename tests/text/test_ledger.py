@@ -162,6 +162,26 @@ def test_reasoning_of_earlier_answers_may_be_left_out(tokenizer: Any, vocabulary
     assert "content_lost" in line_of(source, [rendered], vocabulary).findings
 
 
+def test_reasoning_that_the_last_answer_lacks_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    source = chat(QUESTION, ANSWER, "And of Spain?", "<think>\nSpain is in Europe, too.\n</think>\n\nIt is Madrid.")
+    stripped = trained(tokenizer, chat(QUESTION, ANSWER, "And of Spain?", "It is Madrid."))
+    assert line_of(source, [stripped], vocabulary).findings == ["content_lost"]
+    cut = trained(tokenizer, source, keep=slice(-45, None))
+    result = line_of(source, [cut], vocabulary, limit=45)
+    assert (result.findings, result.fate) == (["answer_cut"], "cut")
+
+
+def test_a_tool_call_that_the_template_leaves_out_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    call = {"type": "function", "function": {"name": "capital", "arguments": {"country": "France"}}}
+    first, last = Message("user", f"Use capital. {QUESTION}"), Message("assistant", f"The capital: {ANSWER}")
+    source = Conversation(0, (first, Message("assistant", "", {"tool_calls": [call]}), Message("tool", "Paris"), last))
+    written = Conversation(0, (first, Message("assistant", "{'name': 'capital'}"), Message("tool", "Paris"), last))
+    assert line_of(source, [trained(tokenizer, source)], vocabulary).findings == ["content_lost"]
+    assert line_of(source, [trained(tokenizer, written)], vocabulary).findings == []
+    cut = trained(tokenizer, source, keep=slice(0, 80))
+    assert "content_lost" not in line_of(source, [cut], vocabulary, limit=80).findings
+
+
 def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:
     text = "naïve 漢字 <|im_end|> end"
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])

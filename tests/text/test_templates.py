@@ -126,3 +126,14 @@ def test_a_template_that_refuses_a_role_names_the_rows() -> None:
     assert (first.findings, first.fate) == (["template_error"], "dropped")
     assert "System role not supported" in first.detail
     assert second.findings == []
+
+
+def test_half_a_character_drops_its_row_alone() -> None:
+    call = {"type": "function", "function": {"name": "capital", "arguments": {"country": "\ud83d"}}}
+    called = turns(QUESTION, ANSWER)
+    called["messages"][1]["tool_calls"] = [call]
+    rows = [turns(QUESTION, ANSWER), turns(QUESTION, f"{ANSWER} \ud83d"), called]
+    whole, *halves = lines(rows, vocabulary(FAMILIES["qwen 2.5, tools"]))
+    assert (whole.fate, whole.findings) == ("trained", [])
+    assert {line.fate for line in halves} == {"dropped"}
+    assert all("surrogate" in line.detail for line in halves)

@@ -137,6 +137,17 @@ def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:
         assert ("answer_cut" in line.findings) == (lost > 0)
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_of_one_length_are_cut_and_not_packed(pairs: bool, mode: str, tmp_path: Path) -> None:
+    texts = [" ".join(f"{name} and number {k}" for k in range(20)) for name in ("Ann", "Bob", "Cy", "Dee", "Eve")]
+    rows: list[dict[str, Any]] = [{"text": text} for text in texts]
+    if pairs:
+        rows = [{"prompt": "Who is there?", "chosen": f" {text}", "rejected": f" Not {text}"} for text in texts]
+    result, _ = audited(rows, tmp_path, pairs=pairs, max_length=60, truncation_mode=mode)
+    assert {(line.match, line.tokens) for line in result.lines} == {("exact", 120 if pairs else 60)}
+
+
 def test_both_answers_of_a_pair_are_read(tmp_path: Path) -> None:
     result, trainer = audited(PAIRS, tmp_path, pairs=True)
     for line, row in zip(result.lines, trainer.train_dataset, strict=True):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.examples import Chat, Example, Manner
 from tsqlora.data.formats import Format
-from tsqlora.data.rows import Row
+from tsqlora.data.rows import Row, as_text
 from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 
@@ -113,7 +113,7 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, pro
     tools: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
     try:
         with _time_limit(SECONDS):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
     except Exception as error:  # a template is a program of whoever made the model
         if not tokenizer.chat_template:
             raise DataError(
@@ -122,6 +122,7 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, pro
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
+    return as_text(text, "the chat", place)
 
 
 @contextmanager

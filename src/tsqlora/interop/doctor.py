@@ -33,7 +33,7 @@ from tsqlora.interop.health import (
     resized,
     vllm_rank,
 )
-from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
+from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
 from tsqlora.interop.servers import CONSUMERS, TOWER, BaseFacts, Consumer, judge
 from tsqlora.interop.serving import serve_line, serve_lines
@@ -200,6 +200,8 @@ def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, b
     elif padded is not None and judge(consumer, padded, base).verdict == "right":
         return "universal"
     if base.resized or (base.is_classifier and not base.is_one_of(consumer.serves, perhaps=True)):
+        return None
+    if shared_by_sides(adapter):
         return None
     unmergeable = UNMERGEABLE if base.biased else (*UNMERGEABLE, "lora_bias")
     return None if any(adapter.config.get(option) for option in unmergeable) else "merged"

@@ -17,7 +17,7 @@ from tsqlora.interop.attach import attach
 from tsqlora.interop.base import Base, module_shapes, tokenizer_among
 from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
-from tsqlora.interop.lora import LoraAdapter, tied_targets
+from tsqlora.interop.lora import LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
@@ -289,8 +289,8 @@ def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
 def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> PreTrainedModel:
     """Merge the adapter of a directory into the base, in place, by PEFT.
 
-    Raises UnsupportedError for a quantised base: merging would round its weights again. Also for a bias of B on a layer
-    without a bias, which PEFT cannot merge.
+    Raises UnsupportedError for a quantised base: merging would round its weights again. Also for what PEFT cannot
+    merge: a bias of B on a layer without a bias, and an embedding that encoder and decoder share.
     """
     if getattr(base, "is_quantized", False):
         raise UnsupportedError(
@@ -300,6 +300,11 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
     bare = [name for name in adapter.targets if getattr(modules.get(name), "bias", None) is None]
     if adapter.config.get("lora_bias") and bare:
         raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
+    if both := shared_by_sides(adapter):
+        raise UnsupportedError(
+            f"the adapter changes {both[0]}, whose weight encoder and decoder share, and a merge would change it "
+            "elsewhere, too; serve it with PEFT"
+        )
     alone = [head for head in adapter.heads() if head.endswith(("embed_tokens", "lm_head"))]
     if tied_targets(adapter) or (alone and not adapter.config.get("ensure_weight_tying")):
         _untie(base)

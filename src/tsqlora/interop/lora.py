@@ -132,6 +132,12 @@ def tied_targets(adapter: LoraAdapter) -> list[str]:
     return [name for name, t in adapter.targets.items() if t.kind == "embedding" or name.endswith("lm_head")]
 
 
+def shared_by_sides(adapter: LoraAdapter) -> list[str]:
+    """The adapted embeddings whose weight encoder and decoder share: PEFT adapts one copy, and a merge all of them."""
+    sides = [name for name in adapter.targets if name.endswith("encoder.embed_tokens")]
+    return sides + [name for name in (*adapter.heads(), *adapter.targets) if name.rpartition(".")[2] == "shared"]
+
+
 VARIANTS = (
     "use_dora",
     "lora_bias",

@@ -22,6 +22,14 @@ class Message:
     parts: bool = False
     """Whether the content was a list of parts, of which `content` has the texts."""
 
+    @property
+    def called(self) -> list[str]:
+        """The names of the functions that it calls."""
+        calls = self.further.get("tool_calls")
+        calls = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+        functions = [call.get("function", call) for call in calls]
+        return [str(one["name"]) for one in functions if isinstance(one, Mapping) and one.get("name")]
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -52,9 +60,14 @@ class Conversation:
 def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
     """Read one row; what cannot be read is its `problem`."""
     try:
-        return replace(_read(cells, format), row=row)
+        made = replace(_read(cells, format), row=row)
+        for message in (*made.messages, *(made.rejected or ()), *(made.prompt or ())):
+            f"{message.role}{message.content}".encode()  # no tokenizer reads half a surrogate pair
+        return made
     except _UnreadableError as error:
         return Conversation(row, (), str(error))
+    except UnicodeEncodeError:
+        return Conversation(row, (), "a message holds half a surrogate pair (\\ud800..\\udfff); remove it")
 
 
 class _UnreadableError(Exception):

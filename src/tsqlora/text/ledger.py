@@ -1,6 +1,7 @@
 """The ledger: what became of each source row, by the tokens and label values that a model is trained on."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Span(NamedTuple):
     before: int = 0
     behind: int = 0
     stripped: bool = False
-    """Whether the template left out the reasoning that an earlier answer begins with."""
+    """Whether the template left out the reasoning that an answer begins with."""
 
     @property
     def cut(self) -> bool:
@@ -89,22 +90,18 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
         first = int(np.searchsorted(ends, begin, side="right"))
         return Span(first, int(np.searchsorted(ends, end, side="left")) + 1, before, behind)
 
-    def find(content: bytes, place: int) -> int:
-        at = plain.find(content, place) if content else -1
-        return vocabulary.text(ids).find(content, place) if content and at < 0 else at
+    def find(content: bytes) -> tuple[int, int] | None:
+        if not content:
+            return None
+        return place_of(content, plain, place) or place_of(content, vocabulary.text(ids), place)
 
     for message in messages:
-        content = message.content.strip().encode()
-        at = find(content, place)
-        if stripped := at < 0 and message.role == ANSWER and REASONING_ENDS in message.content:
-            rest = message.content.rpartition(REASONING_ENDS)[2].strip().encode()
-            at = find(rest, place)
-            content = rest if at >= 0 else content
+        content = vocabulary.content(message.content)
         if not content:
             spans.append(None)
-        elif at >= 0:
-            spans.append(span(at, at + len(content))._replace(stripped=stripped))
-            place = at + len(content)
+        elif (whole := find(content)) is not None:
+            spans.append(span(*whole))
+            place = whole[1]
         elif (part := _beginning(content, plain, place)) is not None:
             spans.append(span(*part, behind=len(content) - (part[1] - part[0])))
             place = part[1]
@@ -114,9 +111,22 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             length = part[1] - part[0]
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
+        elif message.role == ANSWER and REASONING_ENDS in message.content:
+            rest = find(vocabulary.content(message.content.rpartition(REASONING_ENDS)[2]))
+            spans.append(None if rest is None else span(*rest)._replace(stripped=True))
+            place = place if rest is None else rest[1]
         else:
             spans.append(None)
     return spans
+
+
+def place_of(content: bytes, text: bytes, start: int) -> tuple[int, int] | None:
+    """Return where a content is in a text, as it is, or as a template writes it into JSON."""
+    at = text.find(content, start)
+    if at < 0:
+        content = json.dumps(content.decode(), ensure_ascii=False)[1:-1].encode()
+        at = text.find(content, start)
+    return (at, at + len(content)) if at >= 0 else None
 
 
 def _beginning(content: bytes, text: bytes, place: int = 0) -> tuple[int, int] | None:
@@ -202,12 +212,15 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
     answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
+    # What nobody answers is one of `roles`.
     lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
     there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
     ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
-    if ends_early or (lacks and not (cut and at_ends_alone(spans, messages))):  # what nobody answers is one of `roles`
+    unreasoned = spans[-1] is not None and spans[-1].stripped
+    uncalled = _lacks_call(pairs, one, vocabulary, cut)
+    if ends_early or unreasoned or uncalled or (lacks and not (cut and at_ends_alone(pairs))):
         line.findings.append("content_lost")
-    if any(span.stripped for span in answers):
+    if any(span.stripped for _, span in pairs[:-1] if span is not None):
         line.findings.append("reasoning_stripped")
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
@@ -219,7 +232,7 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
         _stop(line, last[1], one, vocabulary)
     missing = 0
     for message, span in pairs:
-        content = message.content.strip().encode()
+        content = vocabulary.content(message.content)
         if message.role == ANSWER and content and (span is None or span.cut):
             before, behind = (len(content), 0) if span is None else (span.before, span.behind)
             missing += sum(
@@ -228,10 +241,22 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     return missing
 
 
-def at_ends_alone(spans: Sequence[Span | None], messages: Sequence[Message]) -> bool:
+def _lacks_call(pairs: Sequence[tuple[Message, Span | None]], one: Trained, vocabulary: Vocabulary, cut: bool) -> bool:
+    """Whether a tool call's function is not named between the contents around it; beyond them a limit may cut it."""
+    for k, called in ((k, message.called) for k, (message, _) in enumerate(pairs) if message.called):
+        before = [span for message, span in pairs[:k] if span is not None and message.role != "system"]
+        behind = [span for message, span in pairs[k + 1 :] if span is not None and message.role != "tool"]
+        if cut and not (before and behind):
+            continue
+        text = vocabulary.text(one.ids[before[-1].end if before else 0 : behind[0].start if behind else len(one.ids)])
+        if any(name.encode(errors="replace") not in text for name in called):
+            return True
+    return False
+
+
+def at_ends_alone(pairs: Iterable[tuple[Message, Span | None]]) -> bool:
     """Return whether contents are missing at the ends alone, as a length limit leaves them; system prompts may stay."""
-    pairs = zip(spans, messages, strict=True)
-    there = [span is not None for span, message in pairs if message.content.strip() and message.role != "system"]
+    there = [span is not None for message, span in pairs if message.content.strip() and message.role != "system"]
     first = next((k for k, yes in enumerate(there) if yes), len(there))
     last = len(there) - next((k for k, yes in enumerate(reversed(there)) if yes), 0)
     return all(there[first:last])

@@ -3,11 +3,12 @@
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from tsqlora.text.conversations import Conversation
-from tsqlora.text.ledger import at_ends_alone, digest_of, locate
+from tsqlora.text.ledger import at_ends_alone, digest_of, locate, place_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -28,41 +29,45 @@ def match(
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
-    share the sequences, which are dealt out by count. Templates trim contents, so blanks around them do not count. A
-    row that packing has split has its pieces in order.
+    share the sequences, which are dealt out by count. Of rows that begin alike, one without further contents comes
+    first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
+    them do not count. A row that packing has split has its pieces in order.
     """
-    by_anchor, alone = defaultdict(list[int]), list[int]()
+    by_anchor, alone, sizes = defaultdict(list[int]), list[int](), list[int]()
     for j, row in enumerate(rows):
-        anchors = _anchors(row)
+        anchors = {*_anchors(row, vocabulary)}
+        sizes.append(len(anchors))
         for anchor in anchors:
             by_anchor[anchor].append(j)
         if not anchors and row.messages:
             alone.append(j)
     anchors = np.array(sorted(by_anchor), np.uint64)
-    equal, taken = defaultdict(deque[int]), dict[int, list[Trained]]()
-    for j, row in enumerate(rows):
-        equal[digest_of(row)].append(j)
+    equal, taken, digests = defaultdict(deque[int]), dict[int, list[Trained]](), [digest_of(row) for row in rows]
+    for j, digest in enumerate(digests):
+        equal[digest].append(j)
     sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
-    for one in sequences:
+    units = defaultdict[tuple[int, int], list[Trained]](list)
+    for number, one in enumerate(sequences):
+        units[one.row, -1 if one.side else number].append(one)
+    for unit in units.values():
         votes = defaultdict(float)
-        for anchor in _windows(vocabulary.text(one.ids), anchors):
+        for anchor in {anchor for one in unit for anchor in _windows(vocabulary.text(one.ids), anchors)}:
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
-        likely = sorted(votes, key=lambda j: (-votes[j], j))
-        scores = {j: _known_bytes(rows[j], one, vocabulary) for j in _distinct(rows, likely)}
-        if not any(score for score, _ in scores.values()):
-            scores = {j: _known_bytes(rows[j], one, vocabulary) for j in alone}
-        best = max(scores, key=lambda j: scores[j][0], default=None)
-        if best is None or not scores[best][0]:
-            left.append(one)
+        likely = sorted(votes, key=lambda j: (-votes[j], j in taken, sizes[j], j))
+        fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in _distinct(digests, likely)}
+        if not any(fit.present for own in fits.values() for fit in own):
+            fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in alone}
+        rank = {j: _rank(own, free=equal[digests[j]][0] not in taken) for j, own in fits.items()}
+        best = max(rank, key=rank.__getitem__, default=None)
+        if best is None or not rank[best][0]:
+            left += unit
             continue
-        begins[id(one)] = scores[best][1]
-        group = equal[digest_of(rows[best])]
-        if not one.side or one.side == "chosen":
-            group.rotate(-1)
-        row = group[-1]
-        taken.setdefault(row, []).append(one)
-        sure[row] = "exact" if len(group) == 1 else "ambiguous"
+        begins |= {id(one): fit.begin for one, fit in zip(unit, fits[best], strict=True)}
+        group = equal[digests[best]]
+        group.rotate(-1)
+        taken.setdefault(group[-1], []).extend(unit)
+        sure[group[-1]] = "exact" if len(group) == 1 else "ambiguous"
     left = _ends(rows, _pieces(rows, left, taken, begins, vocabulary), taken, begins, vocabulary)
     for row, parts in taken.items():
         sure.setdefault(row, "exact")
@@ -80,7 +85,7 @@ def _pieces(
     """Give pieces from the middle of a content, as `bfd_split` leaves them, to their rows; return the others."""
     if not left:
         return []
-    contents = [(j, k, m.content.strip().encode()) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
+    contents = [(j, k, vocabulary.content(m.content)) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
     text, starts = b"\0".join(content for *_, content in contents), np.cumsum([0, *(len(c) + 1 for *_, c in contents)])
     others, seen = list[Trained](), set[int]()
     for one in left:
@@ -115,7 +120,7 @@ def _ends(
         ids = np.concatenate([one.ids for one in parts])
         spans, k = locate(messages, ids, vocabulary), len(messages) - 1
         if (span := spans[k]) is not None and (span.behind or span.end == len(ids)):
-            content = messages[k].content.strip().encode()
+            content = vocabulary.content(messages[k].content)
             begin = len(content) - span.behind
             lacking[content[begin:].strip()].append((row, (k, begin)))
     others = list[Trained]()
@@ -146,11 +151,11 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            content = message.content.strip().encode()
-            at = text.find(content, at)
-            if at < 0:
+            found = place_of(vocabulary.content(message.content), text, at)
+            if found is None:
+                at = -1
                 break
-            at += len(content)
+            at = found[1]
         if at <= place:
             continue
         last = int(np.searchsorted(ends, at, side="left")) + 1
@@ -161,39 +166,50 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     return parts
 
 
-def _distinct(rows: Sequence[Conversation], likely: Sequence[int]) -> Iterable[int]:
+def _distinct(digests: Sequence[str], likely: Sequence[int]) -> Iterable[int]:
     """The first candidates, one of equal rows."""
     seen = set[str]()
     for j in likely:
-        digest = digest_of(rows[j])
-        if digest not in seen:
-            seen.add(digest)
+        if digests[j] not in seen:
+            seen.add(digests[j])
             yield j
         if len(seen) == CANDIDATES:
             return
 
 
-def _known_bytes(row: Conversation, one: Trained, vocabulary: Vocabulary) -> tuple[int, tuple[int, int]]:
-    """How much of the row's contents a sequence has, and in which message, and where there, it begins.
+class _Fit(NamedTuple):
+    """How many bytes of a row's contents a sequence has and lacks; in which message, and where there, it begins."""
 
-    System prompts do not count; it is 0 if some content is missing between others.
-    """
+    present: int = 0
+    """System prompts do not count; 0 if a content is missing between others, but for tool calls and their results."""
+    missing: int = 0
+    begin: tuple[int, int] = (0, 0)
+
+
+def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
+    present, missing = (sum(parts) for parts in zip(*(fit[:2] for fit in fits), strict=True))
+    return present, not missing, free, -missing
+
+
+def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     messages = row.messages
     if one.side == "rejected" and row.rejected is not None:
         messages = (*(row.prompt or row.question), *row.rejected)
     spans = locate(messages, one.ids, vocabulary)
-    if not at_ends_alone(spans, messages):
-        return 0, (0, 0)
-    there = sum(
-        len(message.content.strip().encode()) - span.before - span.behind
-        for message, span in zip(messages, spans, strict=True)
-        if span is not None and message.role != "system"
-    )
-    return there, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0))
+    pairs = list(zip(messages, spans, strict=True))
+    if not at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].further):
+        return _Fit()  # how calls and results are written is the template's
+    present, missing = 0, 0
+    for message, span in pairs:
+        length = len(vocabulary.content(message.content))
+        lacks = length if span is None else span.before + span.behind
+        missing += lacks
+        present += length - lacks if message.role != "system" else 0
+    return _Fit(present, missing, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0)))
 
 
-def _anchors(row: Conversation) -> list[int]:
-    contents = [message.content.strip().encode() for message in (*row.messages, *(row.rejected or ()))]
+def _anchors(row: Conversation, vocabulary: Vocabulary) -> list[int]:
+    contents = [vocabulary.content(message.content) for message in (*row.messages, *(row.rejected or ()))]
     places = [np.unique(np.linspace(0, len(c) - KEY, ANCHORS).astype(int)) for c in contents if len(c) >= KEY]
     long = [np.frombuffer(content, np.uint8).astype(np.uint64) for content in contents if len(content) >= KEY]
     with np.errstate(over="ignore"):

@@ -61,8 +61,9 @@ def audit_sequences(
     if data is not None:
         rows = conversations_of(data)
         assert rows is not None
-        if _is_wrapped(names, sequences):
-            sequences = unwrapped(rows, sequences, vocabulary)
+        if _may_be_wrapped(names, sequences):
+            parts = unwrapped(rows, sequences, vocabulary)
+            sequences = parts if len(parts) > len(rows) / 2 else sequences  # rows cut to one length are hardly whole
         by_row, sure, left = match(rows, sequences, vocabulary)
         unmatched = len(left)
     elif not packed and (format := _own_format(names)) is not None:
@@ -82,13 +83,14 @@ def audit_sequences(
     return Reconciled(rows, lines, by_row, unmatched, longest, lengths)
 
 
-def _is_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:
-    """Whether rows were joined and cut into equal parts, with no word of where one ends.
+def _may_be_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:
+    """Whether rows may have been joined and cut into equal parts, with no word of where one ends.
 
     Rows that were cut to one length begin alike; parts of a stream begin anywhere.
     """
     lengths = {len(one.ids) for one in sequences[:-1]}
-    if len(lengths) != 1 or len(sequences) < 3 or {"seq_lengths", "position_ids"} & {*names}:
+    paired = any(one.side for one in sequences)
+    if paired or len(lengths) != 1 or len(sequences) < 3 or {"seq_lengths", "position_ids"} & {*names}:
         return False
     ((_, alike),) = Counter(tuple(one.ids[:2].tolist()) for one in sequences).most_common(1)
     return alike < MOST_ALIKE * len(sequences)

@@ -2,9 +2,10 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,14 @@ class Vocabulary:
     """Tokens that the model has an embedding for."""
     untrained: frozenset[int] = frozenset()
     """Those of the added ones that the model has never trained, and will not train."""
+    forms: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ()
+    """Unicode forms that the tokenizer brings a text into."""
+
+    def content(self, text: str) -> bytes:
+        """Return what the tokens of a content spell, without the blanks around it, which templates trim."""
+        for form in self.forms:
+            text = unicodedata.normalize(form, text)
+        return text.strip().encode()
 
     def count(self, text: bytes) -> int:
         """Return how many tokens a text has."""
@@ -112,6 +121,7 @@ def vocabulary_of(
         re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
         frozenset(added),
         len(tokens),
+        forms=_forms(made.get("normalizer") or {}),
     )
 
 
@@ -124,6 +134,12 @@ def vocabulary_of_model(tokenizer: Any, config: Any, generation: Any, *, size_of
     vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
     size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
     return replace(vocabulary, embeddings=size, untrained=untrained_tokens(size_of, vocabulary.added))
+
+
+def _forms(normalizer: dict[str, Any]) -> tuple[Any, ...]:
+    """The Unicode forms of a normalizer that does nothing else."""
+    kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer]) if "type" in part]
+    return tuple(kinds) if {*kinds} <= {"NFC", "NFD", "NFKC", "NFKD"} else ()
 
 
 def _ends(value: Any) -> list[int]:
