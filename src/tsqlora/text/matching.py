@@ -151,11 +151,11 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            found = place_of(vocabulary.content(message.content), text, at)
-            if found is None:
+            span = place_of(vocabulary.content(message.content), text, at)
+            if span is None:
                 at = -1
                 break
-            at = found[1]
+            at = span[1]
         if at <= place:
             continue
         last = int(np.searchsorted(ends, at, side="left")) + 1
