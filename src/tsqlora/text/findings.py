@@ -86,7 +86,11 @@ FINDINGS: dict[str, Kind] = {
         "rows are chats, and the tokenizer has no chat template",
         _cures("SFTConfig(chat_template_path=…)", "chat_template: chatml", "template: chatml"),
     ),
-    "content_lost": Kind(ERROR, "the preparation leaves out content of a message"),
+    "content_lost": Kind(
+        ERROR,
+        "the preparation leaves out content of a message, such as a tool call or the reasoning of the last answer; "
+        "give a chat template that writes it",
+    ),
     "reasoning_stripped": Kind(
         NOTE, "the template leaves out the reasoning of earlier answers, as it does when the model is served"
     ),
