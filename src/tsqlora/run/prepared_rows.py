@@ -9,7 +9,7 @@ from typing import Any
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.run.text_audit import audit_prepared
 from tsqlora.text.findings import FINDINGS
-from tsqlora.text.prepared import sequences_of
+from tsqlora.text.prepared import is_packed, sequences_of
 
 MOST = 0.5
 """Share of the rows that findings may leave out."""
@@ -56,5 +56,5 @@ def without_findings(
 
 def _packed_rows(made: Any) -> list[int] | None:
     """The row of each sequence of a packed set, whose audit numbers sequences; None where it numbers rows."""
-    sequences = [(one.row, one.side) for one in sequences_of(made)]
-    return [row for row, _ in sequences] if len({*sequences}) < len(sequences) else None
+    sequences = list(sequences_of(made))
+    return [one.row for one in sequences] if is_packed(sequences) else None

@@ -37,6 +37,11 @@ class Trained:
         return np.flatnonzero(self.targets != IGNORED)
 
 
+def is_packed(sequences: Sequence[Trained]) -> bool:
+    """Whether a row of the set holds several sequences that are not the two sides of a pair."""
+    return len({(one.row, one.side) for one in sequences}) < len(sequences)
+
+
 def sequences_of(rows: Sequence[Mapping[str, Any]], collate: Collate | None = None) -> Iterator[Trained]:
     """Yield the sequences of a prepared set, in order.
 

@@ -13,7 +13,7 @@ from tsqlora.progress import Progress
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.matching import match, unwrapped
-from tsqlora.text.prepared import Collate, Trained, sequences_of
+from tsqlora.text.prepared import Collate, Trained, is_packed, sequences_of
 from tsqlora.text.vocabulary import Vocabulary
 
 PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
@@ -57,7 +57,7 @@ def audit_sequences(
         if progress is not None and number % 1000 == 0:
             progress("ledger", one.row, len(made))
     names, unmatched = list(getattr(made, "column_names", None) or made[0]), 0
-    packed = len({(one.row, one.side) for one in sequences}) < len(sequences)
+    packed = is_packed(sequences)
     if data is not None:
         rows = conversations_of(data)
         assert rows is not None
