@@ -299,7 +299,6 @@ def test_options_that_do_not_go_together_are_named(place: Path, tsqlora: Run) ->
 def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:
     out, model = place / "options", ("--model", place / "model")
     for words in (
-        ("audit", place / "chats.jsonl", *model, "--deep"),
         ("audit", place / "chats.jsonl", *model, "--data", "x.jsonl"),
         ("audit", "--prepared", place, *model, "--max-length", "9"),
         ("audit", write_jsonl(place / "labels.jsonl", make_rows(20)), *model, "--strict"),

@@ -162,9 +162,6 @@ def audit(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
     review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Fine-tune in three folds: slower, but finds more if classes are few.")
-    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory to write; by default a dated one under runs/, or the audit's.")
     ] = None,
@@ -217,9 +214,9 @@ def audit(
         from tsqlora.run.review import apply_review
 
         others = [override for override in set_ or [] if not override.startswith("data.encoding=")]
-        if model is not None or review or deep or others:
+        if model is not None or review or others:
             raise SettingsError(
-                "--apply only corrects labels; remove --model, --review, --deep and each --set but data.encoding"
+                "--apply only corrects labels; remove --model, --review and each --set but data.encoding"
             )
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
@@ -243,11 +240,11 @@ def audit(
     both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
     of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
-        _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")
+        _refuse({**of_raw, "--review": review, "--set": set_}, "--prepared")
         _audit_text(None, prepared, model, out, {"data": data, **both}, strict=strict, as_json=as_json)
         return
     if config is not None:
-        _refuse({"--data": data, "--review": review, "--deep": deep}, "text")
+        _refuse({"--data": data, "--review": review}, "text")
         options = {**both, "max_length": max_length, "chat_template": chat_template}
         _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
         return
@@ -255,7 +252,7 @@ def audit(
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
-        options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}
+        options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
         result = run_audit(str(source), **options, progress=display.progress)
     console.show(result, as_json, show_audit)
 
