@@ -27,6 +27,7 @@ from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import reading, replacing, write_json, write_text
 from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
+from tsqlora.quality.subset import QualitySubset
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.config import Config, load_config
@@ -188,6 +189,7 @@ def audit_trainer(
     token ids.
     """
     start, made, model = time.perf_counter(), trainer.train_dataset, cast(Any, trainer.model)
+    made = made.dataset if isinstance(made, QualitySubset) else made  # a draw has its rows in another order
     if out is not None:
         require_new(out)
     if not hasattr(made, "__len__"):
