@@ -47,6 +47,7 @@ class Hints:
     encoding: str | None = None
     quoting: str | None = None
     """"quoted" if quotes enclose fields, "literal" if they belong to the text."""
+    sheet: str | None = None
 
 
 SNIFF = Hints()
@@ -61,8 +62,9 @@ class Dialect:
         delimiter: None if the file has no columns.
         guessed: whether nothing proves the encoding.
         unused: the encoding of the hints, if the file is UTF-8 all the same.
-        quoting: that of the hints; None if quotes enclose fields, as far as one can tell.
+        quoting: that of the hints; None if quotes enclose fields, as far as one can tell, else what `quoting_of` sees.
         skipped: lines before the header, such as Excel's "sep=;".
+        sheet: of a spreadsheet; None if it has one alone.
     """
 
     encoding: str = "utf-8"
@@ -72,6 +74,7 @@ class Dialect:
     unused: str | None = None
     quoting: str | None = None
     skipped: int = 0
+    sheet: str | None = None
 
     def __str__(self) -> str:
         between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
@@ -295,9 +298,10 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
         blank = blank or (number - 1 if start > before else 0)
         before = end
         if len(fields) != len(header):
-            raise DataError(
+            raise BrokenQuotesError(
                 f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
-                'put a field that holds the separator in "..."'
+                'put a field that holds the separator in "..."',
+                broken=any('"' in field for field in fields),
             )
         if len(unnamed) > 1 and any(fields[place] for place in unnamed):
             raise DataError(f"{path}:{number}: a value in one of {len(unnamed)} columns without a name; name them")
@@ -314,32 +318,38 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
     """
     line, start, end, width, doubled, doubted = 1 + dialect.skipped, 0, 0, None, False, False
     delimiter, separators = dialect.delimiter or ",", list[int]()
+    mark = re.escape(delimiter)
+    enclosed = re.compile(rf'(?<![^{mark}])"((?:[^"]|"(?![{mark}\r\n]|$))*)"(?=[{mark}\r\n]|$)')
 
     def lines() -> Iterator[str]:
-        nonlocal end, doubled
+        nonlocal end, doubled, doubted
         for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
             separators.append(text.count(delimiter))
-            doubled |= '""' in text  # as only a writer that encloses fields in quotes has it
+            doubled |= re.search(r'(?<!\\)""', text) is not None  # as only a writer that encloses fields in quotes has it
+            if dialect.quoting == "escaped quotes":
+                text = re.sub(r'\\(?!")', r"\\\\", text)
+            elif dialect.quoting in ("quoted", "loose") and len(separators) == 1 and _is_broken(text, delimiter):
+                text = enclosed.sub(lambda field: '"' + re.sub('""?', '""', field[1]) + '"', text)
+                if not doubted and not _is_broken(text, delimiter):
+                    about = "a quote inside a field in quotes was read as part of the text; double it if it is one"
+                    warnings.warn(f"{path}:{line}: {about}", stacklevel=2)
+                    doubted = True
             yield text
 
-    literal = dialect.quoting == "literal"
-    reader = csv.reader(
-        lines(), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-    )
+    how = {"escapechar": "\\"} if dialect.quoting in ESCAPED else {}
+    quoting = csv.QUOTE_NONE if dialect.quoting == "literal" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting, **how)
     try:
         with _fields_of_any_length():
             for fields in reader:
                 if fields:
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
-                    if joined and dialect.quoting is None and not doubled and width and set(separators) == {width}:
+                    if joined and dialect.quoting not in ("quoted", "literal") and not doubled and width and set(separators) == {width}:
                         # The separators alone would give other fields.
                         further = len(separators) - 1
                         does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
-                        doubt = (
-                            f"{path}:{line}: a quote {does}; set data.quoting to literal if quotes belong to the text, "
-                            "or to quoted if they enclose it"
-                        )
+                        doubt = f"{path}:{line}: a quote {does}; {_QUOTING}"
                         if delimiter == "\t" or not further:  # texts have commas, and hardly tabs
                             raise BrokenQuotesError(doubt)
                         if not doubted:
@@ -350,8 +360,22 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                 separators.clear()
                 doubled = False
     except csv.Error as exc:
-        cure = 'put fields in "..." and double the quotes inside'
+        cure = f'put fields in "..." and double the quotes inside; or {_QUOTING}'
         raise BrokenQuotesError(f"{path}:{line}: broken record ({exc}); {cure}", broken=True) from exc
+
+
+_QUOTING = "set data.quoting to literal if quotes belong to the text, or to quoted if they enclose it"
+ESCAPED = ("escaped", "escaped quotes")
+"""Quoting of files with a backslash before each quote inside a field: and before each backslash, or not."""
+
+
+def _is_broken(line: str, delimiter: str) -> bool:
+    """Whether a quote inside a line's fields makes it no record, nor the beginning of one."""
+    try:
+        next(csv.reader([line], delimiter=delimiter, strict=True), None)
+    except csv.Error as error:
+        return "unexpected end" not in str(error)
+    return False
 
 
 class BrokenQuotesError(DataError):
@@ -362,10 +386,31 @@ class BrokenQuotesError(DataError):
         self.broken = broken
 
 
-def fits_literally(path: Path, dialect: Dialect) -> bool:
-    """Whether every line has the header's fields if quotes are part of the text, as in GLUE's own files."""
-    counts = {line.count(dialect.delimiter or ",") for line, _ in dialect.lines(path, newline="") if line.strip()}
-    return len(counts) == 1 and counts != {0}
+def quoting_of(path: Path, dialect: Dialect) -> str | None:
+    """What quotes are in a file that cannot be read with each of them around a field; None if nothing tells.
+
+    "escaped" and "escaped quotes" if a backslash stands before each quote inside a field; "literal" if every line has
+    the header's fields where quotes are part of the text, as in GLUE's own files, and hardly one is enclosed; "loose"
+    if most lines have enclosed fields, and quotes inside are not doubled.
+    """
+    delimiter, widths, escapes = dialect.delimiter or ",", set[int](), ESCAPED[0]
+    lines = enclosed = inside = escaped = 0
+    inner = re.compile(rf'(?<=[^"{re.escape(delimiter)}])"(?=[^"{re.escape(delimiter)}\r\n])')
+    for line in (line.rstrip("\r\n") for line, _ in dialect.lines(path, newline="") if line.strip()):
+        fields = line.split(delimiter)
+        widths.add(len(fields))
+        lines += 1
+        enclosed += any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
+        places = [found.start() for found in inner.finditer(line)]
+        inside += len(places)
+        escaped += sum(line[place - 1] == "\\" for place in places)
+        if "\\" in re.sub(r'\\["\\]', "", line):
+            escapes = ESCAPED[1]
+    if inside and inside == escaped:
+        return escapes
+    if enclosed * 2 >= lines:
+        return "loose"
+    return "literal" if len(widths) == 1 and widths != {1} and enclosed * 20 <= lines else None
 
 
 @contextmanager

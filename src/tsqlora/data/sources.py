@@ -27,8 +27,8 @@ from tsqlora.data.readers import (
     BrokenQuotesError,
     Dialect,
     Hints,
-    fits_literally,
     parquet_file,
+    quoting_of,
     sniff,
     suffix_of,
     unpacked,
@@ -227,13 +227,14 @@ def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
 
 
 def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:
-    """Read a file with quotes around its fields; or, where they cannot be, with quotes that belong to the text."""
+    """Read a file with quotes around its fields; or, where they cannot be, as `quoting_of` sees them."""
     try:
         return read(dialect)
     except BrokenQuotesError as error:
-        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
+        quoting = quoting_of(path, dialect) if error.broken and dialect.quoting is None else None
+        if quoting is None:
             raise
-    return read(replace(dialect, quoting="literal"))
+    return read(replace(dialect, quoting=quoting))
 
 
 def require_source(source: str | Path) -> None:
