@@ -25,26 +25,19 @@ def test_one_quote_that_is_not_doubled_changes_no_other_row(all_enclosed: bool, 
     around = '"' if all_enclosed else ""
     rows = [(f"row {j} of the table", "pos" if j % 2 else "neg") for j in range(200)]
     rows[70] = (LONE, "pos")
-    lines = [f'{around}text{around},{around}label{around}', *(f'"{a}",{around}{b}{around}' for a, b in rows)]
+    lines = [f"{around}text{around},{around}label{around}", *(f'"{a}",{around}{b}{around}' for a, b in rows)]
     path = write(tmp_path / "t.csv", lines)
     with pytest.warns(UserWarning, match=r"t\.csv:72: a quote inside a field"):
         assert [tuple(row.values()) for row in cells_of(path)] == rows
 
 
-@pytest.mark.parametrize(
-    ("cell", "number"),
-    [('he said "no", twice', 3), ('a "b', 3)],
-)
-def test_a_quote_that_may_end_its_field_is_an_error_with_its_line(cell: str, number: int, tmp_path: Path) -> None:
-    lines = ["text,label", '"a, b","x"', f'"{cell}","y"', *(f'"row {j}","x"' for j in range(9))]
-    path = write(tmp_path / "t.csv", lines)
-    try:
-        with pytest.warns(UserWarning, match=f"t.csv:{number}"):
-            rows = cells_of(path)
-    except DataError as error:
-        assert f"t.csv:{number}" in str(error)
-    else:
-        assert rows[1] == {"text": cell, "label": "y"}, "it can only mean one thing"
+def test_a_quote_that_may_end_its_field_is_an_error_with_its_line(tmp_path: Path) -> None:
+    lines = ["text,label", '"a, b","x"', '"he said "no", twice","y"', *(f'"row {j}","x"' for j in range(9))]
+    with pytest.raises(DataError, match=r"t\.csv:3"), pytest.warns(UserWarning, match=r"t\.csv:3"):
+        open_table(write(tmp_path / "t.csv", lines))
+    lines[2] = '"a "b","x"'
+    with pytest.warns(UserWarning, match=r"t\.csv:3"):
+        assert cells_of(write(tmp_path / "t.csv", lines))[1] == {"text": 'a "b', "label": "x"}
 
 
 @pytest.mark.parametrize("escapes_itself", [True, False])

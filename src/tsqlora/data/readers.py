@@ -10,10 +10,11 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
@@ -119,6 +120,8 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     as UTF-8 stays UTF-8: it is broken. With an encoding as hint a file that can only be UTF-8 stays UTF-8, since one
     hint counts for all files of a run. Raises DataError if the file cannot be read.
     """
+    if path.suffix.lower() == SHEETS:
+        return Dialect(sheet=hints.sheet)
     with _opened(path) as file:
         start = file.read(_SNIFFED_BYTES)
     mark, hint = next((mark for mark in _MARKS if start.startswith(mark)), b""), hints.encoding
@@ -222,8 +225,7 @@ def read_json(path: Path, dialect: Dialect) -> Records:
     Raises DataError with file and line.
     """
     if is_array(path, dialect):
-        text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
-        values = enumerate(_parse(text, path, 1), start=1)
+        values = enumerate(rows_in(_document(path, dialect)), start=1)
     else:
         values = ((number, _parse(line.rstrip(), path, number)) for number, line, _, _ in json_lines(path, dialect))
     for number, value in values:
@@ -236,9 +238,33 @@ def read_json(path: Path, dialect: Dialect) -> Records:
 
 
 def is_array(path: Path, dialect: Dialect) -> bool:
-    """Whether a .json file holds one array instead of lines."""
-    first = next((line for _, line, _, _ in json_lines(path, dialect)), "")
-    return path.suffix.lower() == ".json" and first.lstrip().startswith("[")
+    """Whether a .json file holds one array instead of lines, or one object in which one key holds the array."""
+    if path.suffix.lower() != ".json":
+        return False
+    first, *more = [line.strip() for _, line, _, _ in islice(json_lines(path, dialect), 2)] or [""]
+    if not first.startswith("{") or (more and first.endswith("}")):
+        return first.startswith("[")
+    try:
+        return len(rows_in(_document(path, dialect))) > 0
+    except DataError:
+        return False  # reading its lines names the broken one
+
+
+def _document(path: Path, dialect: Dialect) -> Any:
+    return _parse("".join(line for line, _ in dialect.lines(path, newline="\n")), path, 1)
+
+
+def rows_in(document: Any) -> list[Any]:
+    """The rows of a JSON document: its elements, or those in its one list of objects that are no messages.
+
+    >>> rows_in({"version": 2, "data": [{"text": "a"}]}), rows_in({"messages": [{"role": "user", "content": "Hi"}]})
+    ([{'text': 'a'}], [])
+    """
+    if isinstance(document, list):
+        return document
+    lists = [value for value in document.values() if isinstance(value, list) and value]
+    are_rows = len(lists) == 1 and all(isinstance(row, dict) and not {"role", "from"} & {*row} for row in lists[0])
+    return lists[0] if are_rows else []
 
 
 def json_lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, str, int, int]]:
@@ -325,7 +351,8 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
         nonlocal end, doubled, doubted
         for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
             separators.append(text.count(delimiter))
-            doubled |= re.search(r'(?<!\\)""', text) is not None  # as only a writer that encloses fields in quotes has it
+            # As only a writer that encloses fields in quotes has it.
+            doubled |= re.search(r'(?<!\\)""', text) is not None
             if dialect.quoting == "escaped quotes":
                 text = re.sub(r'\\(?!")', r"\\\\", text)
             elif dialect.quoting in ("quoted", "loose") and len(separators) == 1 and _is_broken(text, delimiter):
@@ -345,7 +372,8 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                 if fields:
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
-                    if joined and dialect.quoting not in ("quoted", "literal") and not doubled and width and set(separators) == {width}:
+                    doubtful = joined and not doubled and dialect.quoting not in ("quoted", "literal")
+                    if doubtful and width and set(separators) == {width}:
                         # The separators alone would give other fields.
                         further = len(separators) - 1
                         does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
@@ -429,14 +457,71 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: two columns are named '{twice[0]}'; rename one")
 
 
+SHEETS = ".xlsx"
+
+
+def read_sheet(path: Path, dialect: Dialect) -> Records:
+    """The rows of a spreadsheet with their numbers; cells are text, as it shows them, but dates as in ISO 8601.
+
+    Raises DataError where several sheets have rows and none is named, and for a formula without a value.
+    """
+    from openpyxl import load_workbook
+
+    reading(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of styles and the like, which no row has
+            values, formulas = (load_workbook(path, read_only=True, data_only=shown) for shown in (True, False))
+    except Exception as error:  # a damaged or hostile archive can make it raise anything
+        raise DataError(f"{path} cannot be read as a spreadsheet ({error}); save it again") from error
+    with closing(values), closing(formulas):
+        for sheet in (*values.worksheets, *formulas.worksheets):
+            sheet.reset_dimensions()  # some programs write wrong ones
+        used = [
+            sheet.title for sheet in values.worksheets if sheet.sheet_state == "visible" and any(map(any, sheet.values))
+        ]
+        name = dialect.sheet or (used[0] if len(used) == 1 else "")
+        if used and name not in {sheet.title for sheet in values.worksheets}:
+            what = f"no sheet '{name}'" if name else "several sheets"
+            cure = f"add --set data.sheet={quote(used[0])}, or another of {', '.join(map(repr, used))}"
+            raise DataError(f"{path} has {what}; {cure}")
+        header = list[str]()
+        both = zip(values[name].iter_rows(), formulas[name].iter_rows(), strict=True) if used else ()
+        for number, (cells, written) in enumerate(both, start=1):
+            texts = [*map(_cell_text, cells)]
+            if bare := next((b for a, b in zip(texts, written, strict=True) if not a and b.data_type == "f"), None):
+                cure = "open the file in a spreadsheet, which computes it, and save it"
+                raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
+            if not header:
+                header = [text.strip() for text in texts] if any(texts) else header
+                _refuse_duplicates([text for text in header if text], f"{path}:{number}")
+            elif any(text and not column for text, column in zip_longest(texts, header)):
+                raise DataError(f"{path}:{number}: a value in a column without a name; name it in the first row")
+            elif any(texts):
+                yield number, {column: text for column, text in zip_longest(header, texts, fillvalue="") if column}
+
+
+def _cell_text(cell: Any) -> str:
+    """The text of a spreadsheet's cell."""
+    value = cell.value
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, int | float):
+        width = len(cell.number_format) if re.fullmatch("0+", cell.number_format) else 0
+        return f"{value:0{width}.15g}"
+    return str(value).removesuffix(" 00:00:00")
+
+
 READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".jsonl": read_json,
     ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
+    SHEETS: read_sheet,
 }
-"""Readers of text files; `parquet_file` is that of Parquet."""
+"""Readers of rows; `parquet_file` is that of Parquet."""
 SUFFIXES = (*READERS, ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -449,7 +534,7 @@ def suffix_of(path: Path) -> str:
 
 @contextmanager
 def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A compressed file's content as a temporary file in `folder`.  Raises DataError, which names the file itself."""
+    """A compressed file's content as a temporary file in `folder`.  Errors and warnings name the file itself."""
     with tempfile.NamedTemporaryFile(suffix=suffix_of(path), dir=folder) as file:
         reading(path)
         try:
@@ -459,6 +544,9 @@ def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
             raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
         file.flush()
         try:
-            yield Path(file.name)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                yield Path(file.name)
         except DataError as error:
             raise DataError(str(error).replace(file.name, str(path))) from error
+        for one in caught:
+            warnings.warn(str(one.message).replace(file.name, str(path)), one.category, stacklevel=3)
