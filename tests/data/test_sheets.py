@@ -56,8 +56,8 @@ def test_of_several_sheets_with_rows_one_is_asked_for(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([["text"], ["=1+1"]], "t.xlsx:2: cell A2 has a formula without a value"),
-        ([["text", None], ["a", "b"]], "t.xlsx:2: a value in a column without a name"),
-        ([["text"], ["a", "b"]], "t.xlsx:2: a value in a column without a name"),
+        ([["text", None], ["a", "b"]], "t.xlsx:2: 2 fields, but the header has 1"),
+        ([["text", None, None, "label"], ["a", "b"]], "t.xlsx:2: a value in one of 2 columns without a name"),
         ([["text", "text"], ["a", "b"]], "two columns are named 'text'"),
         ([["text"]], "has no rows"),
         ([], "has no rows"),

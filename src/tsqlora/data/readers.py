@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -32,6 +32,7 @@ French in cp1252 for iso8859-10, and German for cp1250."""
 
 TABLES = (".csv", ".tsv")
 """Formats without types: every cell is text."""
+SHEETS = ".xlsx"
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
@@ -309,13 +310,13 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def read_delimited(path: Path, dialect: Dialect) -> Records:
-    """Each record of a CSV or TSV file with the number of its first line; cells are text.
+    """Each record of a CSV or TSV file, or of a sheet, with the number of its first line; cells are text.
 
     Several columns may have no name if they are empty, as where a spreadsheet ends each line with ";;".
     In a file of one column a warning names a blank line between rows, which may be an empty cell.
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
-    rows = records(path, dialect)
+    rows = sheet_records(path, dialect) if path.suffix.lower() == SHEETS else records(path, dialect)
     first, header, _, before = next(rows, (1, [], 0, 0))
     _refuse_duplicates([name for name in header if name], f"{path}:{first}")
     unnamed = [place for place, name in enumerate(header) if not name]
@@ -457,11 +458,8 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: two columns are named '{twice[0]}'; rename one")
 
 
-SHEETS = ".xlsx"
-
-
-def read_sheet(path: Path, dialect: Dialect) -> Records:
-    """The rows of a spreadsheet with their numbers; cells are text, as it shows them, but dates as in ISO 8601.
+def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
+    """As `records`, of a spreadsheet, without offsets: cells as it shows them, but dates as in ISO 8601.
 
     Raises DataError where several sheets have rows and none is named, and for a formula without a value.
     """
@@ -476,28 +474,21 @@ def read_sheet(path: Path, dialect: Dialect) -> Records:
     with closing(values), closing(formulas):
         for sheet in (*values.worksheets, *formulas.worksheets):
             sheet.reset_dimensions()  # some programs write wrong ones
-        used = [
-            sheet.title for sheet in values.worksheets if sheet.sheet_state == "visible" and any(map(any, sheet.values))
-        ]
-        name = dialect.sheet or (used[0] if len(used) == 1 else "")
+        used = [one.title for one in values.worksheets if one.sheet_state == "visible" and any(map(any, one.values))]
+        name, width = dialect.sheet or (used[0] if len(used) == 1 else ""), 0
         if used and name not in {sheet.title for sheet in values.worksheets}:
             what = f"no sheet '{name}'" if name else "several sheets"
             cure = f"add --set data.sheet={quote(used[0])}, or another of {', '.join(map(repr, used))}"
             raise DataError(f"{path} has {what}; {cure}")
-        header = list[str]()
         both = zip(values[name].iter_rows(), formulas[name].iter_rows(), strict=True) if used else ()
         for number, (cells, written) in enumerate(both, start=1):
             texts = [*map(_cell_text, cells)]
             if bare := next((b for a, b in zip(texts, written, strict=True) if not a and b.data_type == "f"), None):
                 cure = "open the file in a spreadsheet, which computes it, and save it"
                 raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
-            if not header:
-                header = [text.strip() for text in texts] if any(texts) else header
-                _refuse_duplicates([text for text in header if text], f"{path}:{number}")
-            elif any(text and not column for text, column in zip_longest(texts, header)):
-                raise DataError(f"{path}:{number}: a value in a column without a name; name it in the first row")
-            elif any(texts):
-                yield number, {column: text for column, text in zip_longest(header, texts, fillvalue="") if column}
+            if last := max((place for place, text in enumerate(texts, start=1) if text), default=0):
+                width = width or last
+                yield number, [*texts[:last], *[""] * (width - last)], 0, 0
 
 
 def _cell_text(cell: Any) -> str:
@@ -519,7 +510,7 @@ READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
-    SHEETS: read_sheet,
+    SHEETS: read_delimited,
 }
 """Readers of rows; `parquet_file` is that of Parquet."""
 SUFFIXES = (*READERS, ".parquet")

@@ -4,10 +4,9 @@ import ast
 import copy
 import difflib
 from collections.abc import Mapping
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -295,9 +294,8 @@ class Config(Section):
 
 def _trainer_arguments() -> frozenset[str]:
     # From its source, since importing it takes seconds.
-    folder = cast(ModuleSpec, find_spec("transformers")).submodule_search_locations
-    tree = ast.parse(Path(*folder or (), "training_args.py").read_text(encoding="utf-8"))
-    own = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    source = Path(find_spec("transformers").origin).with_name("training_args.py")  # pyright: ignore
+    own = next(node for node in ast.parse(source.read_bytes()).body if getattr(node, "name", "") == "TrainingArguments")
     return frozenset(ast.unparse(node.target) for node in own.body if isinstance(node, ast.AnnAssign))
 
 
