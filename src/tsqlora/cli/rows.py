@@ -231,7 +231,7 @@ def audit(
 
     if model is not None:
         require_model(model)
-    for further in filter(None, (eval_, data)):
+    for further in filter(None, (eval_, data if prepared else None)):
         require_source(further)
     if is_yaml(str(source)):
         named = {} if model is None else {"model": {"path": model}}

@@ -364,9 +364,9 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                     doubted = True
             yield text
 
-    how = {"escapechar": "\\"} if dialect.quoting in ESCAPED else {}
+    escape = "\\" if dialect.quoting in ESCAPED else None
     quoting = csv.QUOTE_NONE if dialect.quoting == "literal" else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting, **how)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting, escapechar=escape)
     try:
         with _fields_of_any_length():
             for fields in reader:

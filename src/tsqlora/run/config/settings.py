@@ -295,7 +295,8 @@ class Config(Section):
 def _trainer_arguments() -> frozenset[str]:
     # From its source, since importing it takes seconds.
     source = Path(find_spec("transformers").origin).with_name("training_args.py")  # pyright: ignore
-    own = next(node for node in ast.parse(source.read_bytes()).body if getattr(node, "name", "") == "TrainingArguments")
+    classes = (node for node in ast.parse(source.read_bytes()).body if isinstance(node, ast.ClassDef))
+    own = next(node for node in classes if node.name == "TrainingArguments")
     return frozenset(ast.unparse(node.target) for node in own.body if isinstance(node, ast.AnnAssign))
 
 
