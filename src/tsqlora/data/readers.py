@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -468,27 +468,28 @@ def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]
     reading(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of styles and the like, which no row has
-            values, formulas = (load_workbook(path, read_only=True, data_only=shown) for shown in (True, False))
+            content = path.read_bytes()  # no file stays open where reading ends early
+            books = (load_workbook(io.BytesIO(content), read_only=True, data_only=shown) for shown in (True, False))
+            values, formulas = books
     except Exception as error:  # a damaged or hostile archive can make it raise anything
         raise DataError(f"{path} cannot be read as a spreadsheet ({error}); save it again") from error
-    with closing(values), closing(formulas):
-        for sheet in (*values.worksheets, *formulas.worksheets):
-            sheet.reset_dimensions()  # some programs write wrong ones
-        used = [one.title for one in values.worksheets if one.sheet_state == "visible" and any(map(any, one.values))]
-        name, width = dialect.sheet or (used[0] if len(used) == 1 else ""), 0
-        if used and name not in {sheet.title for sheet in values.worksheets}:
-            what = f"no sheet '{name}'" if name else "several sheets"
-            cure = f"add --set data.sheet={quote(used[0])}, or another of {', '.join(map(repr, used))}"
-            raise DataError(f"{path} has {what}; {cure}")
-        both = zip(values[name].iter_rows(), formulas[name].iter_rows(), strict=True) if used else ()
-        for number, (cells, written) in enumerate(both, start=1):
-            texts = [*map(_cell_text, cells)]
-            if bare := next((b for a, b in zip(texts, written, strict=True) if not a and b.data_type == "f"), None):
-                cure = "open the file in a spreadsheet, which computes it, and save it"
-                raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
-            if last := max((place for place, text in enumerate(texts, start=1) if text), default=0):
-                width = width or last
-                yield number, [*texts[:last], *[""] * (width - last)], 0, 0
+    for sheet in (*values.worksheets, *formulas.worksheets):
+        sheet.reset_dimensions()  # some programs write wrong ones
+    used = [one.title for one in values.worksheets if one.sheet_state == "visible" and any(map(any, one.values))]
+    name, width = dialect.sheet or (used[0] if len(used) == 1 else ""), 0
+    if used and name not in {sheet.title for sheet in values.worksheets}:
+        what = f"no sheet '{name}'" if name else "several sheets"
+        cure = f"add --set data.sheet={quote(used[0])}, or another of {', '.join(map(repr, used))}"
+        raise DataError(f"{path} has {what}; {cure}")
+    both = zip(values[name].iter_rows(), formulas[name].iter_rows(), strict=True) if used else ()
+    for number, (cells, written) in enumerate(both, start=1):
+        texts = [*map(_cell_text, cells)]
+        if bare := next((b for a, b in zip(texts, written, strict=True) if not a and b.data_type == "f"), None):
+            cure = "open the file in a spreadsheet, which computes it, and save it"
+            raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
+        if last := max((place for place, text in enumerate(texts, start=1) if text), default=0):
+            width = width or last
+            yield number, [*texts[:last], *[""] * (width - last)], 0, 0
 
 
 def _cell_text(cell: Any) -> str:
