@@ -430,7 +430,7 @@ def quoting_of(path: Path, dialect: Dialect) -> str | None:
         widths.add(len(fields))
         lines += 1
         enclosed += any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
-        places = [found.start() for found in inner.finditer(line)]
+        places = [sign.start() for sign in inner.finditer(line)]
         inside += len(places)
         escaped += sum(line[place - 1] == "\\" for place in places)
         if "\\" in re.sub(r'\\["\\]', "", line):
