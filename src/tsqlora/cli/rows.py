@@ -224,17 +224,17 @@ def audit(
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.sources import require_source
-    from tsqlora.run.config import load_config
+    from tsqlora.run.config import is_yaml, load_config, text_config
 
     if model is not None:
         require_model(model)
-    if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
+    for further in filter(None, (eval_, data if prepared else None)):
+        require_source(further)
+    if is_yaml(str(source)):
         named = {} if model is None else {"model": {"path": model}}
         require_inputs(load_config(str(source), set_ or [], sections=named))
     elif prepared is None:
         require_source(str(source))
-    from tsqlora.run.text_audit import text_config
-
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
@@ -304,13 +304,14 @@ def _audit_text(
     strict: bool,
     as_json: bool,
 ) -> None:
-    from tsqlora.run.job import hints_of
-    from tsqlora.run.text_audit import NO_TOKENIZER, audit_prepared, audit_text
-    from tsqlora.training.run_dir import dated
+    from tsqlora.run.config import NO_TOKENIZER
 
     model = model if config is None else config.model.path
     if model is None:
         raise SettingsError(NO_TOKENIZER)
+    from tsqlora.run.text_audit import audit_prepared, audit_text
+    from tsqlora.training.run_dir import dated
+
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:
@@ -321,7 +322,7 @@ def _audit_text(
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
-            options |= {"batch": config.training.batch_size, "hints": hints_of(config)}
+            options |= {"batch": config.training.batch_size, "hints": config.data.hints}
             result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):
