@@ -89,7 +89,8 @@ def _copies(rows: Sequence[Conversation]) -> dict[int, int]:
     for row in single:
         tagged = [divided(part)[0] ^ np.uint64(number) for number, part in enumerate(_parts(row))]
         own = np.sort(np.concatenate(tagged))
-        heads.append(own[: len(own) - int(NEAR * len(own)) + 1])
+        head = own[: len(own) - int(NEAR * len(own)) + 1]
+        heads.append(head[counts(head) > 1])
     keys, owners = np.concatenate(heads), np.repeat(np.arange(-1, len(single)), [*map(len, heads)])
     order = np.argsort(keys, kind="stable")
     keys, owners = keys[order], owners[order]
