@@ -98,7 +98,7 @@ def load(kind: Any, of: Any, *, trust_remote_code: bool = False, **how: Any) -> 
     return kind.from_pretrained(of, trust_remote_code=trust_remote_code, **how)
 
 
-def without_weights(kind: Any, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def without_weights(kind: Any, config: Any, *, trust_remote_code: bool = False) -> Any:
     """The model that an AutoModel class makes for a config; code of the model is run as by `load`."""
     return kind.from_config(config, trust_remote_code=trust_remote_code)
 

@@ -65,10 +65,10 @@ def words_of(text: str) -> list[str]:
 
 def _parts(row: Conversation) -> tuple[str, str, str]:
     """Prompt, answer and rejected answer."""
-    return _said(row.question), _said(row.messages[len(row.question) :]), _said(row.rejected or ())
+    return _text(row.question), _text(row.messages[len(row.question) :]), _text(row.rejected or ())
 
 
-def _said(messages: Iterable[Message]) -> str:
+def _text(messages: Iterable[Message]) -> str:
     """What messages say and call, with single blanks."""
     return " ".join(" ".join(f"{m.content} {dict(m.further) or ''}" for m in messages).split())
 
@@ -110,8 +110,8 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
     its own: an instruction alone is no leak.
     """
     equal = {hash(_parts(row)) for row in evaluation}
-    asked = Counter(_said(m for m in row.question or row.messages if m.role != "system") for row in evaluation)
-    prompts = [prompt for prompt, times in asked.items() if times <= max(2, len(evaluation) / 2)]
+    times_of = Counter(_text(m for m in row.question or row.messages if m.role != "system") for row in evaluation)
+    prompts = [prompt for prompt, times in times_of.items() if times <= max(2, len(evaluation) / 2)]
     firsts = {hash(part): (row, number) for row in rows for number, part in enumerate(_parts(row))}
     theirs, ours = _counts(prompts), _counts(_parts(row)[number] for row, number in firsts.values())
     few, many = _most(len(prompts)), max(_most(len(rows)), BOILERPLATE * len(rows))
@@ -141,8 +141,8 @@ def _span(text: str, stretches: Hashes, prompt: str, part: Hashes, own: Hashes) 
     """The text from a prompt's first own stretch to its last; "" if it lacks a part, or the wording of a short one."""
     words, places = [*_WORD.finditer(text)], np.flatnonzero(np.isin(stretches, own))
     span = text[words[places[0]].start() : words[places[-1] + WIDTH - 1].end()]
-    asked = [*_WORD.finditer(prompt)]
-    wording = "" if len(asked) >= 2 * WIDTH else prompt[asked[0].start() : asked[-1].end()].casefold()
+    needed = [*_WORD.finditer(prompt)]
+    wording = "" if len(needed) >= 2 * WIDTH else prompt[needed[0].start() : needed[-1].end()].casefold()
     return span if wording in text.casefold() and np.isin(part, stretches).mean() >= NEAR else ""
 
 
