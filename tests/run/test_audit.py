@@ -19,6 +19,7 @@ from seen import Seen
 from tables import cells_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.quality.duplicates import Contradiction
 from tsqlora.quality.judge import DOUBT, judge
 from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
@@ -92,17 +93,54 @@ def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: 
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {j}", "label": f"c{y}"} for j, y in enumerate(labels)])
     table = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))["train"]
     result, judgement = audit_of(features, labels, classes=[f"c{y}" for y in range(4)]), judge(features, labels, 4)
-    listing = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
-    assert LEAST < len(listing.rows) == judgement.left_out.sum()
-    assert {row.row for row in listing.rows} == set(np.flatnonzero(judgement.left_out).tolist())
-    chances = [row.wrong_probability or 0.0 for row in listing.rows]
+    every = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
+    listing = [row for row in every if row.kind == "suspect"]
+    assert LEAST < len(listing) == judgement.left_out.sum()
+    assert {row.row for row in listing} == set(np.flatnonzero(judgement.left_out).tolist())
+    chances = [row.wrong_probability or 0.0 for row in listing]
     assert chances == sorted(chances, reverse=True)
     assert chances[-1] > DOUBT
     summary = pipeline._summary(result)
     assert all(f"{value:.1%}" in summary for value in (result.rate, result.low, result.high))
-    assert f"{result.likely_wrong:,}" in summary
+    assert f"{result.likely_wrong:,} rows to look at, about {result.expected_wrong:,.0f} of them wrong" in summary
     assert "100" not in pipeline._summary(replace(result, low=0.0, high=1.0)), "that is no bound"
     assert "0.0% of" not in pipeline._summary(replace(result, rate=0.0004)), "some labels are called wrong"
+
+
+@pytest.mark.parametrize("evident", [False, True])
+def test_all_near_duplicates_with_different_labels_are_in_table_page_and_record(
+    evident: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """130 pairs; once they are most of the suspects, and once nothing is evident."""
+    rows = [
+        {"text": f"{row['text']} number {j}", "label": ("no", "yes")[j % 2]} for j, row in enumerate(make_rows(500))
+    ]
+    rows += [{"text": rows[j]["text"], "label": ("yes", "no")[j % 2]} for j in range(0, 390, 3)]
+    pairs = {(j, 500 + k) for k, j in enumerate(range(0, 390, 3))}
+    real = pipeline.audit
+
+    def judged(*args: Any, **options: Any) -> Any:
+        # The model of the test sees only some words; these are the pairs that a real one would see.
+        result = real(*args, **options)
+        return replace(
+            result, evident=evident, rate=0.2, duplicates=tuple(Contradiction(a, b) for a, b in sorted(pairs))
+        )
+
+    monkeypatch.setattr(pipeline, "audit", judged)
+    about = run_audit(str(write_jsonl(tmp_path / "rows.jsonl", rows)), model=str(place / "model"), out=tmp_path / "a")
+    assert {(a, b) for a, b in about["near_duplicates"]} == pairs
+    listed = {int(row["row"]): row for row in table_of(tmp_path / "a")}
+    assert {tuple(sorted((row, int(cells["near_row"])))) for row, cells in listed.items() if cells["near_row"]} == pairs
+    for row in (one for pair in pairs for one in pair):
+        assert (listed[row]["kind"] == "near-duplicate") <= (listed[row]["suggested_label"] != listed[row]["label"])
+    page = Seen((tmp_path / "a" / "audit.html").read_text(encoding="utf-8")).page_data()["rows"]
+    assert {row["row"] for row in page if row["near"] is not None} == {one for pair in pairs for one in pair}
+
+
+def test_two_rows_are_too_few_and_no_validation_rows_are_asked_for(place: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(2, labels=("no", "yes")))
+    with pytest.raises(DataError, match="2 rows are too few for an audit"):
+        run_audit(str(data), model=str(place / "model"), out=tmp_path / "a")
 
 
 def test_checks_are_no_suspects_and_come_evenly_from_the_classes() -> None:

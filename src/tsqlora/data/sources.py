@@ -53,7 +53,7 @@ ORDER = ("train", "trusted", "validation", "test")
 
 _SHOWN = 3
 """Files of a folder that a message names."""
-FIRST = 20
+FIRST = 200
 """Rows that tell what a file holds."""
 
 
@@ -212,18 +212,23 @@ def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
     """Return the columns of the first rows of a file, or of the first one that a pattern matches; else none."""
+    return tuple(dict.fromkeys(name for cells in first_rows(source, hints) for name in cells))
+
+
+def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]:
+    """Return the cells of the first rows of a file, or of the first one that a pattern matches; else none."""
     path = next(iter(_matching(source)), Path(os.path.expanduser(source)))
     if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
-        return ()
+        return []
     if path.suffix.lower() == ".parquet":
         with parquet_file(path) as file:
-            return tuple(file.schema_arrow.names)
+            none = dict.fromkeys(file.schema_arrow.names)
+            return next((batch.to_pylist() for batch in file.iter_batches(FIRST)), [none])
 
-    def names(dialect: Dialect) -> tuple[str, ...]:
-        rows = READERS[path.suffix.lower()](path, dialect)
-        return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+    def rows(dialect: Dialect) -> list[dict[str, Any]]:
+        return [cells for _, cells in islice(READERS[path.suffix.lower()](path, dialect), FIRST)]
 
-    return _either_way(path, sniff(path, hints), names)
+    return _either_way(path, sniff(path, hints), rows)
 
 
 def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:

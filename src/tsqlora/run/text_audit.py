@@ -29,7 +29,7 @@ from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
-from tsqlora.run.config import Config, load_config
+from tsqlora.run.config import Config, load_config, writes
 from tsqlora.run.job import hints_of
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.tasks import get_task
@@ -63,12 +63,17 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     if not is_yaml:
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
-    if is_yaml or "task.type" in keys:
+    given = model is not None or "model.path" in keys
+    if is_yaml or "type" in config.task.model_fields_set:
         texts = get_task(config.task.type).reading.causal
     else:
         names = first_columns(source, hints_of(config))
-        texts = bool(names and unlabelled_format(names, source))
-    if texts and not is_yaml and model is None and "model.path" not in keys:
+        format = unlabelled_format(names, source) if names else None
+        texts = format is not None
+        if format is not None and format.name == "text" and len(names) > 1:
+            # Another column may be that of labels, for which the audit of labels asks.
+            texts = given and writes(Path(config.model.path)) is not False
+    if texts and not is_yaml and not given:
         raise SettingsError(NO_TOKENIZER)
     return config if texts else None
 

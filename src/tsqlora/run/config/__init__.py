@@ -1,6 +1,6 @@
 """Settings: YAML in, a frozen typed `Config` out, and back."""
 
-from tsqlora.run.config.file import dump_config, load_config
+from tsqlora.run.config.file import dump_config, load_config, writes
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 from tsqlora.run.config.settings import PRESETS, Config, QualitySettings, RankSettings, Section
 from tsqlora.run.config.template import template
@@ -17,4 +17,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "template",
+    "writes",
 ]

@@ -14,8 +14,9 @@ from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
 from tsqlora.data.formats import are_answers
+from tsqlora.data.labels import SET, TAGS, several_of
 from tsqlora.data.readers import SUFFIXES, Hints
-from tsqlora.data.sources import first_columns, kind_of
+from tsqlora.data.sources import first_rows, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
@@ -154,16 +155,24 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
 def _with_task(config: Config) -> Config:
     """Where task.type is not set, set it for a folder of images or recordings, or for a model that reads such files.
 
-    Set it, too, for a model that writes text and a file of chats, or of prompts with answers.
+    Set it, too, for a model that writes text and a file of chats, or of prompts with answers; and for rows with tags or
+    with several labels.
     """
     if "type" in config.task.model_fields_set:
         return config
-    folder, model = Path(config.data.train), Path(config.model.path)
+    data, folder, model = config.data, Path(config.data.train), Path(config.model.path)
+    try:
+        rows = first_rows(data.train, Hints(data.delimiter, data.encoding, data.quoting))
+    except (DataError, ValueError, ArithmeticError, KeyError):  # reading the table raises it again, with its place
+        rows = []
     task = _processed(_settings_in(model / "preprocessor_config.json"))
     if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         task = kind_of(folder) and f"{kind_of(folder)}-classification"
-    if task is None and _writes(_settings_in(model / "config.json")) and _has_answers(config.data):
+    if task is None and writes(model) and _has_answers(data, rows):
         task = "causal-lm"
+    if task is None:
+        several = several_of(rows, text=data.text, text_pair=data.text_pair, label=data.label)
+        task = several and {SET: "multi-label-classification", TAGS: "token-classification"}[several]
     return config if task is None else config.model_copy(update={"task": config.task.model_copy(update={"type": task})})
 
 
@@ -181,20 +190,17 @@ def _processed(settings: Mapping[str, Any]) -> str | None:
     return f"{'audio' if 'sampling_rate' in settings else 'image'}-classification"
 
 
-def _writes(settings: Mapping[str, Any]) -> bool:
-    """Whether a model with these settings writes the text that follows a prompt."""
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in settings.get("architectures") or ())
+def writes(model: Path) -> bool | None:
+    """Whether the model in a folder writes the text that follows a prompt; None for what is no such folder."""
+    names = _settings_in(model / "config.json").get("architectures")
+    return None if names is None else any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _has_answers(data: DataSettings) -> bool:
+def _has_answers(data: DataSettings, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether settings or columns are those of chats, or of prompts with answers."""
     if data.messages or data.prompt or data.target or data.format:
         return True
-    try:
-        names = first_columns(data.train, Hints(data.delimiter, data.encoding, data.quoting))
-    except DataError:  # reading the rows raises it again
-        return False
-    return not (data.text or data.label) and are_answers(names)
+    return not (data.text or data.label) and are_answers([*dict.fromkeys(name for row in rows for name in row)])
 
 
 def _locate(path: str | None, beside: Path) -> str | None:
