@@ -25,7 +25,7 @@ from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
 from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing
-from tsqlora.run.config import load_config
+from tsqlora.run.config import file, load_config
 from tsqlora.run.job import read
 from tsqlora.run.review import apply_review
 
@@ -135,6 +135,57 @@ def test_all_near_duplicates_with_different_labels_are_in_table_page_and_record(
         assert (listed[row]["kind"] == "near-duplicate") <= (listed[row]["suggested_label"] != listed[row]["label"])
     page = Seen((tmp_path / "a" / "audit.html").read_text(encoding="utf-8")).page_data()["rows"]
     assert {row["row"] for row in page if row["near"] is not None} == {one for pair in pairs for one in pair}
+
+
+COLUMNS = [
+    ({"Frage": "Wo ist das {j} Haus?", "Klasse": "ort"}, "--set data.text=Frage --set data.label=Klasse"),
+    ({"text": "Where is house {j}?", "Klasse": "ort"}, "--set data.text=text --set data.label=Klasse"),
+    (
+        {"id": "{j}", "text": "Where is house {j}?", "the kind": "ort"},
+        "--set data.text=text --set 'data.label=the kind'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "command"), COLUMNS)
+@pytest.mark.parametrize("door", ["audit", "audit with a model", "train"])
+def test_an_unknown_column_of_labels_is_asked_for_with_the_command(
+    row: dict[str, str],
+    command: str,
+    door: str,
+    place: Path,
+    tmp_path: Path,
+    tsqlora: Callable[..., tuple[int, str, str]],
+) -> None:
+    rows = [{name: value.replace("{j}", str(j)) for name, value in row.items()} for j in range(60)]
+    rows = [one | {[*row][-1]: ("ort", "zeit")[j % 2]} for j, one in enumerate(rows)]
+    write_rows(tmp_path / "rows.csv", rows)
+    words = ["train", "--data", tmp_path / "rows.csv"] if door == "train" else ["audit", tmp_path / "rows.csv"]
+    words += [] if door == "audit" else ["--model", place / "model"]
+    code, _, err = tsqlora(*words)
+    assert (code, command in err, "needs its tokenizer" in err) == (3, True, False)
+
+
+def test_tokens_and_tags_open_their_door(place: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": row["text"].split(), "tags": ["O"] * len(row["text"].split())} for row in make_rows(60)]
+    for j, row in enumerate(rows):
+        row["tags"][0] = ("B-x", "B-y")[j % 2]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    about = run_audit(str(data), model=str(place / "model"), out=tmp_path / "a")
+    assert (about["task"], about["answer"]) == ("token-classification", "tags")
+
+
+def test_without_a_model_classes_of_text_are_for_the_embedded_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "package_folder", lambda name: tmp_path / name)
+    chats = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chats}] * 5)
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(9))
+    config = load_config(None, [f"data.train={data}"])
+    assert config.model.path == str(tmp_path / file.ENCODER / "model")
+    with pytest.raises(SettingsError, match=r"model\.path must be set .* causal-lm"):
+        load_config(None, [f"data.train={tmp_path / 'chats.jsonl'}"])
 
 
 def test_two_rows_are_too_few_and_no_validation_rows_are_asked_for(place: Path, tmp_path: Path) -> None:
@@ -340,7 +391,7 @@ def test_what_cannot_be_audited_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data, model = str(place / "train.jsonl"), str(place / "model")
-    monkeypatch.setattr(pipeline, "ENCODER", "no_such_package")
+    monkeypatch.setattr(file, "ENCODER", "no_such_package")
     refused: list[tuple[type[TsqLoraError], str, Callable[[], Any]]] = [
         (SettingsError, "--model", lambda: run_audit(data)),
         (SettingsError, "--out", lambda: run_audit(data, model=model, out=place / "audit")),

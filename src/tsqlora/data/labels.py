@@ -123,18 +123,18 @@ def several_of(rows: Sequence[Mapping[str, Any]], **named: str | None) -> LabelK
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
 
-    def found(tokens: bool) -> Columns:
+    def columns(tokens: bool) -> Columns:
         try:
             return find_columns(names, source="", tokens=tokens, **named)
         except DataError:
             return Columns("", None, None)
 
-    words, used = found(True), found(False)
+    words, used = columns(True), columns(False)
     both = [(row.get(words.text), row.get(words.label or "")) for row in rows]
     if rows and all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in both):
         return TAGS
     if used.label is None:
-        flags = one_hot_columns(rows, used, names)
+        flags = one_hot_columns(rows, used, names) if used.text else []
         return SET if flags and any(sum(is_one(row.get(name)) is True for name in flags) != 1 for row in rows) else None
     cells = [cell for row in rows if not is_missing(cell := row.get(used.label))]
     parts = [{*map(str, split_labels(cell))} for cell in {str(cell): cell for cell in cells}.values()]

@@ -114,7 +114,7 @@ def find_columns(
 
 
 def one_hot_columns(rows: Iterable[Mapping[str, Any]], used: Columns, names: Iterable[str]) -> list[str]:
-    """Columns beside the text that hold zeros and ones alone, each of which is a label; none if there are fewer than two.
+    """Columns beside the text that hold zeros and ones alone, each of which is a label; none if there is only one.
 
     >>> rows = [{"text": "a", "id": 7, "joy": 0, "love": 1.0}, {"text": "b", "id": 8, "joy": 1, "love": 0.0}]
     >>> one_hot_columns(rows, Columns("text", None, None), rows[0])
@@ -127,8 +127,8 @@ def one_hot_columns(rows: Iterable[Mapping[str, Any]], used: Columns, names: Ite
                 del ones[name]
             elif one:
                 ones[name] = True
-    found = [name for name, any_one in ones.items() if any_one]
-    return found if len(found) > 1 else []
+    labels = [name for name, any_one in ones.items() if any_one]
+    return labels if len(labels) > 1 else []
 
 
 def is_one(cell: Any) -> bool | None:

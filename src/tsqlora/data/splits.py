@@ -85,11 +85,11 @@ def read_data(
     first, tags, used = tables["train"], label is not None and label.by_token, None
     try:
         used, format = find(first.names, source=first.name, **(columns or {}))
-        if used.label is None and format is None and label is not None and not tags:
-            if found := one_hot_columns((row.cells for row in first), used, first.names):
-                used = replace(used, label="label", one_hot=found)
-                note = f"{first.name}: each of the columns {quoted(found)}, which hold zeros and ones, is a label"
-                tables["train"] = replace(first, notes=(*first.notes, note))
+        flags = used.label is None and format is None and label is not None and not tags
+        if flags and (names := one_hot_columns((row.cells for row in first), used, first.names)):
+            used = replace(used, label="label", one_hot=names)
+            note = f"{first.name}: each of the columns {quoted(names)}, which hold zeros and ones, is a label"
+            tables["train"] = replace(first, notes=(*first.notes, note))
         if used.label is None and format is None:
             raise NoColumnError(f"{first.name} has no label column")
     except DataError as error:
@@ -127,7 +127,7 @@ def _naming(table: Table, named: Mapping[str, str | None]) -> str:
     written = {name: [str(row.get(name)) for row in rows] for name in table.names if name.strip()}
     text = named.get("text") or max(written, key=lambda name: sum(map(len, written[name])))
     counts = {name: len({*cells}) for name, cells in written.items() if name not in (text, named.get("text_pair"))}
-    # One value in all rows says nothing, and a value of its own in each row is its number.
+    # Neither one value in all rows nor another one in each row is a label.
     likely = sorted(counts, key=lambda name: (not 1 < counts[name] <= max(MANY_CLASSES, len(rows) / 2), counts[name]))
     chosen = {"text": text, "label": named.get("label") or next(iter(likely), None)}
     words = [f"--set {quote(f'data.{key}={name}')}" for key, name in chosen.items() if name is not None]
@@ -319,7 +319,7 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
         )
         yield (
             f"other spellings are read as their class: {shown}{'; …' if len(spelled) > _GROUPS else ''}; if they are "
-            "classes of their own, give them names that differ in more than case, spaces or Unicode"
+            "different classes, give them names that differ in more than case, spaces or Unicode"
         )
 
 

@@ -232,7 +232,7 @@ def write_corrected(source: Table, out: Path, cells: Cells) -> None:
     """
     path = source.path
     if path is None:
-        write_rows(out, [row.cells | cells.get(row.id, {}) for row in source])
+        write_rows(out, [{**row.cells, **cells.get(row.id, {})} for row in source])
         return
     with _fitting(out), replacing(out, private=True) as unfinished:
         if path.suffix.lower() == ".parquet":

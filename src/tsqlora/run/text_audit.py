@@ -63,7 +63,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     if not is_yaml:
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml else None, overrides, sections=sections)
-    given = model is not None or "model.path" in keys
+    has_model = model is not None or "model.path" in keys
     if is_yaml or "type" in config.task.model_fields_set:
         texts = get_task(config.task.type).reading.causal
     else:
@@ -72,8 +72,8 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
         texts = format is not None
         if format is not None and format.name == "text" and len(names) > 1:
             # Another column may be that of labels, for which the audit of labels asks.
-            texts = given and writes(Path(config.model.path)) is not False
-    if texts and not is_yaml and not given:
+            texts = has_model and writes(Path(config.model.path)) is not False
+    if texts and not is_yaml and not has_model:
         raise SettingsError(NO_TOKENIZER)
     return config if texts else None
 

