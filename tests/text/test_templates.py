@@ -8,9 +8,9 @@ import pytest
 from families import FAMILIES, Family, tokenizer_of
 from tsqlora.data.formats import format_of
 from tsqlora.data.rows import Row
-from tsqlora.run.text_audit import audited
 from tsqlora.text.conversations import conversation
 from tsqlora.text.ledger import Line
+from tsqlora.text.raw import audited
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 
 QUESTION, ANSWER = "What is the capital of France, please?", "It is Paris, on the river Seine."
@@ -80,7 +80,7 @@ def test_a_template_that_rewrites_earlier_answers_trains_the_last_one_alone() ->
         family,
     )
     assert plain.findings == ["prompt_not_prefix"]
-    assert thinks.findings == ["reasoning_stripped", "prompt_not_prefix"]
+    assert thinks.findings == ["prompt_not_prefix", "reasoning_stripped"]
     assert {(line.fate, line.stop_trained) for line in (plain, thinks, fits)} == {("trained", True)}
     assert fits.findings == []
 
