@@ -151,7 +151,8 @@ def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
         way = next((other for other in others if text(*before, other) not in (None, without)), None)
         require(way, f"'{key}' ({reprlib.repr(value)})")
         messages[k] = way or message
-    require(not chat.tools or text(*messages) != text(*messages, tools=()), "'tools'")
+    whole = text(*messages)
+    require(not chat.tools or whole is None or whole != text(*messages, tools=()), "'tools'")
     return replace(chat, messages=tuple(messages))
 
 
@@ -280,6 +281,10 @@ class Tokenised:
     needs: int
     places: tuple[tuple[int, int, int], ...] = ()
     """Number of the message, start and end of each piece among the tokens; an end may lie beyond them."""
+    targets: int = 0
+    """Tokens of all targets, also of those that are cut."""
+    example: Example | Chat | None = None
+    pieces: Sequence[Piece] = ()
 
 
 def tokenise_generation(
@@ -308,8 +313,13 @@ def tokenise_generation(
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
-    examples = [format.read(row, manner) for row in rows]
-    tokenised = (_seq2seq if seq2seq else _causal)(examples, rows, tokenizer, max_length)
+    if seq2seq:
+        tokenised = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
+    else:
+        made = causal_rows(rows, format, manner, tokenizer, max_length)
+        for error in (one for one in made if isinstance(one, DataError)):
+            raise error
+        tokenised = [one for one in made if isinstance(one, Tokenised)]
     fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
     return of_rows(
         [tokenised[i].sample for i in fitting],
@@ -355,10 +365,15 @@ def require_room(max_length: int, special: int, texts: int) -> None:
         )
 
 
+def no_tokens(place: str) -> DataError:
+    """The error of a text without any token."""
+    return DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
+
+
 def require_tokens(ids: Sequence[int], place: str) -> None:
     """Raises DataError with the place for a text without any token."""
     if not ids:
-        raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
+        raise no_tokens(place)
 
 
 def require_some(split: Samples, source: str, max_length: int) -> None:
@@ -409,15 +424,28 @@ def input_of(row: Row, format: Format) -> str:
     return json.dumps([(message.role, message.content) for message in (example.messages if lone else before)])
 
 
-def _causal(
-    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Tokenised]:
-    pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
-    tokenised = []
-    for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
-        require_tokens(runs[-1].ids, rows[i].place)
-        tokenised.append(causal_sample(example, runs, tokenizer, max_length, rows[i].place))
-    return tokenised
+def causal_rows(
+    rows: Sequence[Row], format: Format, manner: Manner, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list["Tokenised | DataError"]:
+    """What a causal model reads of each row, or why nothing."""
+    read, made = list[tuple[Example | Chat, list[Piece]] | DataError](), list[Tokenised | DataError]()
+    for row in rows:
+        try:
+            example = format.read(row, manner)
+            read.append((example, pieces_of(example, tokenizer, row.place)))
+        except DataError as error:
+            read.append(error)
+    tokens = iter(tokens_of([one[1] for one in read if not isinstance(one, DataError)], tokenizer))
+    for row, one in zip(rows, read, strict=True):
+        if isinstance(one, DataError):
+            made.append(one)
+        elif (runs := next(tokens))[-1].ids:
+            sample = causal_sample(one[0], runs, tokenizer, max_length, row.place)
+            targets = sum(len(run.ids) for run in runs if run.trained)
+            made.append(replace(sample, example=one[0], pieces=one[1], targets=targets))
+        else:
+            made.append(no_tokens(row.place))
+    return made
 
 
 def causal_sample(

@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import ANSWER, REASONING, Chat, Example, Manner, Message
+from tsqlora.data.examples import ANSWER, REASONING, Chat, Manner, Message
 from tsqlora.data.formats import PREFERENCE, Format
-from tsqlora.data.generation import Piece, TemplateError, as_read, causal_sample, pieces_of, render, tokens_of
+from tsqlora.data.generation import Piece, TemplateError, as_read, causal_rows, render
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
 from tsqlora.text.conversations import Conversation
@@ -91,29 +91,24 @@ def _side(
     rows: Sequence[Row], format: Format, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Prepared]:
     manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template))
-    read, made = list[tuple[Row, Example | Chat, list[Piece]]](), dict[int, Prepared]()
-    for row in rows:
-        try:
-            example = format.read(row, manner)
-            read.append((row, example, pieces_of(example, tokenizer, row.place)))
-        except DataError as error:
-            finding = error.finding if isinstance(error, TemplateError) else "dropped"
-            made[row.id] = Prepared((), 0, finding=finding, reason=str(error).removeprefix(f"{row.place}: "))
-    for (row, example, pieces), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
-        targets = sum(len(run.ids) for run in runs if run.trained)
-        one = causal_sample(example, runs, tokenizer, max_length, row.place)
+    made = list[Prepared]()
+    for row, one in zip(rows, causal_rows(rows, format, manner, tokenizer, max_length), strict=True):
+        if isinstance(one, DataError):
+            finding = one.finding if isinstance(one, TemplateError) else "dropped"
+            made.append(Prepared((), 0, finding=finding, reason=str(one).removeprefix(f"{row.place}: ")))
+            continue
+        chat = one.example if isinstance(one.example, Chat) else None
         if one.needs > max_length:
-            what = "the last exchange" if isinstance(example, Chat) else "the answer"
+            what = "the answer" if chat is None else "the last exchange"
             why = f"{what} needs {one.needs} tokens, and {max_length} are read"
-            made[row.id] = Prepared((), targets, True, "answer_cut", why)
+            made.append(Prepared((), one.targets, True, "answer_cut", why))
             continue
         ids = np.asarray(one.sample["input_ids"], np.int32)
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
-        with_loss = int((labels != IGNORED).sum())
-        lost = max(0, targets - with_loss) if one.cut else 0
-        shows = dict(rewritten(example, pieces, tokenizer, row.place)) if isinstance(example, Chat) else {}
-        made[row.id] = Prepared((Trained(ids, labels, row.id, side, one.places),), lost, one.cut, shows=shows)
-    return [made[row.id] for row in rows]
+        lost = max(0, one.targets - int((labels != IGNORED).sum())) if one.cut else 0
+        shows = {} if chat is None else dict(rewritten(chat, one.pieces, tokenizer, row.place))
+        made.append(Prepared((Trained(ids, labels, row.id, side, one.places),), lost, one.cut, shows=shows))
+    return made
 
 
 def rewritten(
@@ -138,7 +133,7 @@ def rewritten(
         at = max(0, len(commonprefix([served, before])) - SHOWN // 3)  # noqa: RUF071  (texts, no paths)
         yield "prompt_not_prefix", f"{before[at : at + SHOWN]!r}, and when it is served {served[at : at + SHOWN]!r}"
     elif len(trained) == 1 < len(answers):
-        yield "prompt_not_prefix", repr(answers[0].content[:SHOWN])
+        yield "prompt_not_prefix", repr((answers[0].content or str(answers[0].further))[:SHOWN])
     text = "".join(piece.text for piece in pieces) + served
     for k, message in enumerate(messages):
         reasoning, ends, rest = message.content.rpartition(REASONING_ENDS)
