@@ -151,8 +151,8 @@ def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
         way = next((other for other in others if text(*before, other) not in (None, without)), None)
         require(way, f"'{key}' ({reprlib.repr(value)})")
         messages[k] = way or message
-    whole = text(*messages)
-    require(not chat.tools or whole is None or whole != text(*messages, tools=()), "'tools'")
+    if chat.tools and (whole := text(*messages)) is not None:
+        require(whole != text(*messages, tools=()), "'tools'")
     return replace(chat, messages=tuple(messages))
 
 
@@ -296,6 +296,7 @@ def tokenise_generation(
     seq2seq: bool,
     with_targets: bool = True,
     measured: bool = False,
+    refused: dict[int, DataError] | None = None,
 ) -> Samples:
     """One sample a row, not padded: input_ids, attention_mask, and labels if `with_targets`.
 
@@ -308,7 +309,8 @@ def tokenise_generation(
     A long prompt loses its beginning, after the tokens that open every text, and a long plain text its end. A chat
     loses whole exchanges, the oldest first, and keeps its system prompt. `truncated` counts all three. A row whose
     target, or a chat whose last exchange, does not fit whole is left out. Raises DataError with file and row for
-    missing values and empty targets.
+    missing values and empty targets, and for what a template refuses; or adds the errors of a causal model's rows to
+    `refused`, by the places of the rows in their file.
     """
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
@@ -317,8 +319,11 @@ def tokenise_generation(
         tokenised = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
     else:
         made = causal_rows(rows, format, manner, tokenizer, max_length)
-        for error in (one for one in made if isinstance(one, DataError)):
-            raise error
+        errors = {row.id: one for row, one in zip(rows, made, strict=True) if isinstance(one, DataError)}
+        if errors and refused is None:
+            raise next(iter(errors.values()))
+        (refused if refused is not None else {}).update(errors)
+        rows = [row for row in rows if row.id not in errors]
         tokenised = [one for one in made if isinstance(one, Tokenised)]
     fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
     return of_rows(
@@ -331,14 +336,20 @@ def tokenise_generation(
 
 
 def tokenise_pairs(
-    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Sequence[Row],
+    format: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    refused: dict[int, DataError] | None = None,
 ) -> Samples:
     """One sample a preference row: both answers, each after its prompt, in one list, and where the second begins.
 
     A row is left out if one of its answers does not fit whole.
     """
     chosen, rejected = (
-        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in format.sides
+        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False, refused=refused)
+        for one in format.sides
     )
     first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]

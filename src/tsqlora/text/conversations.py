@@ -1,6 +1,6 @@
 """A source row as the messages that its one reading has, in order; what cannot be trained on is there, too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ class Conversation:
     problem: str | None = None
     """Why the row has no messages."""
     rejected: tuple[Message, ...] | None = None
-    tools: Sequence[Any] = ()
     prompt: tuple[Message, ...] | None = None
     """Of a pair whose answers are whole chats with different prompts: the rejected one's prompt."""
     plain: bool = False
@@ -51,12 +50,11 @@ def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversa
     if not messages and (why := [str(one) for one in problems[0]]):
         return Conversation(row, (), why[0].removeprefix(f"{source.place}: "))
     plain = isinstance(examples[0], Example) and format.columns.label is None
-    tools = examples[0].tools if isinstance(examples[0], Chat) else ()
     if not others:
-        return Conversation(row, messages, tools=tools, plain=plain)
+        return Conversation(row, messages, plain=plain)
     *before, last = others[0] or messages
     prompt = None if before == [*messages[:-1]] else tuple(before)
-    return Conversation(row, messages, rejected=(last,), tools=tools, prompt=prompt)
+    return Conversation(row, messages, rejected=(last,), prompt=prompt)
 
 
 def _messages(example: Example | Chat) -> tuple[Message, ...]:
