@@ -9,6 +9,7 @@ from families import FAMILIES, Family, tokenizer_of
 from tsqlora.data.formats import format_of
 from tsqlora.data.rows import Row
 from tsqlora.text.conversations import conversation
+from tsqlora.text.findings import findings_of
 from tsqlora.text.ledger import Line
 from tsqlora.text.raw import audited
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
@@ -95,12 +96,13 @@ def test_completions_of_a_base_model_have_no_finding() -> None:
     assert not vocabulary.stops - {tokenizer.eos_token_id}
 
 
-def test_a_template_that_writes_no_stop_is_an_error_of_all_rows() -> None:
+def test_a_template_that_writes_no_stop_is_named() -> None:
     family = FAMILIES["qwen 2.5"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
     assert line.findings == ["stop_not_trained"]
+    assert [finding.severity for finding in findings_of([line])] == ["warning"]
 
 
 def test_a_stop_at_which_generation_does_not_stop() -> None:

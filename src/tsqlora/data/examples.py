@@ -123,8 +123,9 @@ def read_chat(row: Row, columns: Columns, manner: Manner, problems: Problems) ->
         return Chat(messages[:answered], tools, unanswered=messages[answered:])
     before = messages[: answered - 1] if answered == len(messages) or (answered and manner.measured) else messages
     if not before:
-        cure = "start it with a user's message"
-        problems.append(DataError(f"{row.place}: column '{column}' has nothing to answer; {cure}"))
+        problems.append(
+            DataError(f"{row.place}: column '{column}' has nothing to answer; start it with a user's message")
+        )
     return Chat(before, tools)
 
 
@@ -150,8 +151,9 @@ def _messages(row: Row, columns: Columns, manner: Manner, problems: Problems) ->
         return messages
     if messages[0].role != "system":
         return (system, *messages)
-    two = f"column '{columns.system}' and column '{column}' have two system prompts; remove one"
-    problems.append(DataError(f"{place}: {two}"))
+    problems.append(
+        DataError(f"{place}: column '{columns.system}' and column '{column}' have two system prompts; remove one")
+    )
     return messages
 
 
@@ -178,11 +180,9 @@ def _tools(row: Row, problems: Problems) -> Sequence[Any]:
 def _message(message: Any, where: str, row: Row, column: str, problems: Problems) -> Message | None:
     """A message with all its keys; None for one without a role."""
 
-    def problem(what: str) -> None:
-        problems.append(DataError(f"{row.place}: {where} {what}"))
-
+    at = f"{row.place}: {where}"
     if not isinstance(message, dict):
-        problem(f"is {_shown(message)}; write an object with role and content")
+        problems.append(DataError(f"{at} is {_shown(message)}; write an object with role and content"))
         return None
     # Arrow gives all messages in a column the keys of all.
     keys = SHAREGPT if is_missing(message.get("role")) and not is_missing(message.get("from")) else MESSAGES
@@ -192,15 +192,20 @@ def _message(message: Any, where: str, row: Row, column: str, problems: Problems
     calls = any(further.get(key) for key in CALLS)
     for key in (keys.role, keys.content):
         if key not in message and not (calls and key == keys.content):
-            problem(f"has no '{key}'; write role and content, or from and value")
+            problems.append(DataError(f"{at} has no '{key}'; write role and content, or from and value"))
     role, content, weight = message.get(keys.role), message.get(keys.content), message.get("weight")
     if not isinstance(role, str) or role not in keys.roles:
-        problem(f"has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
+        problems.append(DataError(f"{at} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}"))
     if keys.roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
-        problem(f"has the weight {weight!r}, and every answer is trained on alike; remove the message, or its weight")
+        problems.append(
+            DataError(
+                f"{at} has the weight {weight!r}, and every answer is trained on alike; "
+                "remove the message, or its weight"
+            )
+        )
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
-            problem(f"has a part of type {other.get('type')!r}, and only texts are read")
+            problems.append(DataError(f"{at} has a part of type {other.get('type')!r}, and only texts are read"))
         content = "".join(str(part.get("text") or "") for part in content)
     if is_missing(content):
         content = ""

@@ -185,15 +185,16 @@ def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | No
             continue
         kind, share = FINDINGS[name], len(places) / max(1, len(lines))
         severity = kind.severity
-        if kind.if_all and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
+        shown = next((f"row {line.row}: {line.shows[name]}" for line in lines if name in line.shows), None)
+        # What a template leaves out by its own rule is no error of all rows.
+        if kind.if_all and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
             severity = kind.if_all
         if name == "eval_leak" and share > LEAKS:
             severity = ERROR
         cause, cures = kind.cause, kind.cures
         if name in ("answer_cut", "prompt_not_prefix") and left_out[name]:
             cause += f"; {left_out[name]} of these rows are left out whole"
-        if shown := next((f"row {line.row}: {line.shows[name]}" for line in lines if name in line.shows), None):
-            cause += f" ({shown})"
+        cause += f" ({shown})" if shown else ""
         if name == "dropped" and any(details):
             cause += f": {next(filter(None, details))}"
             cures = cures if not all(details) else {}  # a longer limit would not help
