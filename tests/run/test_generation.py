@@ -287,8 +287,8 @@ def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refu
     with pytest.warns(UserWarning, match="^stop_not_trained: no stop is trained") as warned:
         plan = pipeline.dry_run(load_config(config))
     assert any(str(one.message) in plan["notes"] for one in warned)
-    template("; ")  # of the template, not of the rows
-    with pytest.warns(UserWarning, match="^stop_not_trained: .*the chat template writes none"):
+    template("; ")
+    with pytest.raises(DataError, match=r"all rows of .*train\.jsonl.*`tsqlora audit .*train\.jsonl --model .*model`"):
         pipeline.dry_run(load_config(config))
 
 

@@ -102,6 +102,10 @@ def test_a_template_that_writes_no_stop_is_named() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
     assert line.findings == ["stop_not_trained"]
+    assert [finding.severity for finding in findings_of([line])] == ["error"]
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"  # as GLM
+    (line,) = lines([turns(QUESTION, ANSWER, QUESTION, ANSWER)], vocabulary_of(tokenizer))
+    assert line.findings == ["stop_not_trained"]
     assert [finding.severity for finding in findings_of([line])] == ["warning"]
 
 

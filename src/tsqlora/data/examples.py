@@ -88,22 +88,11 @@ Problems = list[DataError]
 """Collects why a row cannot be trained on, while the rest of it is read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The keys of role and content in a message, and each role's name in chat templates."""
-
-    role: str
-    content: str
-    roles: Mapping[str, str]
-
-
-MESSAGES = Keys("role", "content", {name: name for name in ("system", "developer", "user", "assistant", "tool")})
-SHAREGPT = Keys(
-    "from",
-    "value",
-    {"system": "system", "human": "user", "user": "user", "tool": "tool"}
-    | dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), ANSWER),
+ROLES = {name: name for name in ("system", "developer", "user", ANSWER, "tool")}
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "tool": "tool"} | dict.fromkeys(
+    ("gpt", ANSWER, "chatgpt", "model"), ANSWER
 )
+"""Each role's name in chat templates, by that of the row."""
 
 
 def read_chat(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
@@ -179,24 +168,24 @@ def _tools(row: Row, problems: Problems) -> Sequence[Any]:
 
 def _message(message: Any, where: str, row: Row, column: str, problems: Problems) -> Message | None:
     """A message with all its keys; None for one without a role."""
-
     at = f"{row.place}: {where}"
     if not isinstance(message, dict):
         problems.append(DataError(f"{at} is {_shown(message)}; write an object with role and content"))
         return None
     # Arrow gives all messages in a column the keys of all.
-    keys = SHAREGPT if is_missing(message.get("role")) and not is_missing(message.get("from")) else MESSAGES
+    sharegpt = is_missing(message.get("role")) and not is_missing(message.get("from"))
+    by, holds, roles = ("from", "value", SHAREGPT) if sharegpt else ("role", "content", ROLES)
     # A key of null is as good as none, but templates ask whether a content is null.
-    own = {key: value for key, value in message.items() if value is not None or key == keys.content}
-    further = {key: value for key, value in own.items() if key not in (keys.role, keys.content) or value is None}
+    further = {key: value for key, value in message.items() if value is not None and key not in (by, holds)}
+    further |= {"content": None} if message.get(holds, "") is None else {}
     calls = any(further.get(key) for key in CALLS)
-    for key in (keys.role, keys.content):
-        if key not in message and not (calls and key == keys.content):
+    for key in (by, holds):
+        if key not in message and not (calls and key == holds):
             problems.append(DataError(f"{at} has no '{key}'; write role and content, or from and value"))
-    role, content, weight = message.get(keys.role), message.get(keys.content), message.get("weight")
-    if not isinstance(role, str) or role not in keys.roles:
-        problems.append(DataError(f"{at} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}"))
-    if keys.roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
+    role, content, weight = message.get(by), message.get(holds), message.get("weight")
+    if not isinstance(role, str) or role not in roles:
+        problems.append(DataError(f"{at} has an unknown {by}, {role!r}; {nearest(str(role), roles)}"))
+    if roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
         problems.append(
             DataError(
                 f"{at} has the weight {weight!r}, and every answer is trained on alike; "
@@ -211,12 +200,10 @@ def _message(message: Any, where: str, row: Row, column: str, problems: Problems
         content = ""
         if not calls:
             problems.append(MissingError(row.place, f"a message without text in column '{column}'"))
-    text = tried(problems, as_text, content, f"'{keys.content}' of {where}", row.place)
+    text = tried(problems, as_text, content, f"'{holds}' of {where}", row.place)
     if not isinstance(role, str):
         return None
-    return Message(
-        keys.roles.get(role) or tried(problems, as_text, role, f"'{keys.role}' of {where}", row.place), text, further
-    )
+    return Message(roles.get(role) or tried(problems, as_text, role, f"'{by}' of {where}", row.place), text, further)
 
 
 def _shown(value: Any) -> str:

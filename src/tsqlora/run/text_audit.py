@@ -39,7 +39,7 @@ from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
-from tsqlora.text.raw import audited, failed, prepared_rows
+from tsqlora.text.raw import audited, prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import digest
@@ -116,7 +116,7 @@ def audit_text(
             progress("ledger", len(lines), len(table))
 
     def sequences(places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
-        chosen = [] if lacks_template else list(replace(table, ids=np.array(sorted(places), np.int64)))
+        chosen = list(replace(table, ids=np.array(sorted(places), np.int64)))
         made = prepared_rows(chosen, format, tokenizer, max_length=limit)
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 

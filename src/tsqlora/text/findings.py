@@ -198,7 +198,7 @@ def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | No
         if name == "dropped" and any(details):
             cause += f": {next(filter(None, details))}"
             cures = cures if not all(details) else {}  # a longer limit would not help
-        if name == "template_error":
+        if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
         findings.append(Finding(name, severity, tuple(places), share, cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))
