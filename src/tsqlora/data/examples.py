@@ -175,9 +175,9 @@ def _message(message: Any, where: str, row: Row, column: str, problems: Problems
     # Arrow gives all messages in a column the keys of all.
     sharegpt = is_missing(message.get("role")) and not is_missing(message.get("from"))
     by, holds, roles = ("from", "value", SHAREGPT) if sharegpt else ("role", "content", ROLES)
-    # A key of null is as good as none, but templates ask whether a content is null.
+    # A key of null is as good as none, but some templates ask whether a content is null.
     further = {key: value for key, value in message.items() if value is not None and key not in (by, holds)}
-    further |= {"content": None} if message.get(holds, "") is None else {}
+    further |= {"content": None} if message.get(holds) is None else {}
     calls = any(further.get(key) for key in CALLS)
     for key in (by, holds):
         if key not in message and not (calls and key == holds):

@@ -120,8 +120,8 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
 def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
     """The chat with what its messages carry beside their contents where the template reads it.
 
-    What it reads shows in what it renders: reasoning may stand under another key, and a content that calls a function
-    may have to be null. Raises TemplateError for what is not rendered in either way.
+    What it reads shows in what it renders: reasoning may stand under another key. Raises TemplateError for what is not
+    rendered in either way.
     """
 
     def text(*messages: Message, tools: Sequence[Any] = chat.tools) -> str | None:
@@ -146,7 +146,6 @@ def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
         if made is None or made != without:  # what is refused as it stands is refused below
             continue
         others = [replace(bare, further={**bare.further, name: value}) for name in REASONING if key in REASONING]
-        others = others or [replace(message, further={**message.further, "content": None})]
         way = next((other for other in others if text(*before, other) not in (None, without)), None)
         require(way, f"'{key}' ({reprlib.repr(value)})")
         messages[k] = way or message
