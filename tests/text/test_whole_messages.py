@@ -251,10 +251,10 @@ def test_the_answer_behind_alpacas_prompt_is_in_its_place() -> None:
         [Row(ALPACA, "r", 1, 0)], format := format_of([*ALPACA], "r"), family.tokenizer, max_length=999
     )
     (one,) = made.sequences
-    asked, answered = spans_of(conversation(ALPACA, format, 0).messages, one, family)
-    assert asked is not None
+    question, answered = spans_of(conversation(ALPACA, format, 0).messages, one, family)
+    assert question is not None
     assert answered is not None
-    assert family.text(one.ids[asked.end : answered.start]) == b"\n\n### Response:\n"
+    assert family.text(one.ids[question.end : answered.start]) == b"\n\n### Response:\n"
     assert family.text(one.ids[answered.start : answered.end]) == b"It is 3."
 
 

@@ -88,7 +88,7 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
             raise TemplateError(f"{place}: the chat template does not write the last answer", "prompt_not_prefix")
         return commonprefix([whole, other]), whole  # noqa: RUF071  (texts, no paths)
 
-    asked = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
+    preceding = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
 
     def alone() -> list[Piece]:
         """The last answer as the one target; without one, the prompt for it."""
@@ -96,7 +96,7 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
         if messages[last].role != ANSWER:
             return [Piece(rendered(last + 1, prompt=True), False, last)]
         prompt, whole = turn(last)
-        return [Piece(prompt, False, asked[last]), Piece(_target(whole[len(prompt) :], tokenizer), True, last)]
+        return [Piece(prompt, False, preceding[last]), Piece(_target(whole[len(prompt) :], tokenizer), True, last)]
 
     pieces, seen = list[Piece](), ""
     for i in (i for i, message in enumerate(messages) if message.role == ANSWER):
@@ -107,7 +107,7 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
         if not prompt.startswith(seen):
             return alone()
         target = _target(whole[len(prompt) :], tokenizer)
-        pieces += [Piece(prompt[len(seen) :], False, asked[i]), Piece(target, i >= chat.context, i)]
+        pieces += [Piece(prompt[len(seen) :], False, preceding[i]), Piece(target, i >= chat.context, i)]
         seen = prompt + target
     if messages[-1].role != ANSWER:
         final = rendered(len(messages), prompt=True)

@@ -342,17 +342,17 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
     transcript = conversation.plain or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
     for message in messages:
         content = message.content
-        if found := vocabulary.markers.search(content):
-            findings.setdefault("template_twice", around(content, found))
-        elif found := ROLE_MARKERS.search(content):
-            findings.setdefault("broken_characters", around(content, found))
+        if match := vocabulary.markers.search(content):
+            findings.setdefault("template_twice", around(content, match))
+        elif match := ROLE_MARKERS.search(content):
+            findings.setdefault("broken_characters", around(content, match))
         if message.role == ANSWER and not transcript and not SPEAKERS.match(content):
-            found = SPEAKERS.search(content)
-            findings |= {"broken_characters": around(content, found)} if found else {}
-        if found := CONTROL.search(content) or (None if content.isascii() else BADNESS_RE.search(content)):
-            findings.setdefault("broken_characters", around(content, found))
-        if HTML.search(content) and (found := HTML.search(code_free := CODE.sub("", content))):
-            findings.setdefault("html", around(code_free, found))
+            match = SPEAKERS.search(content)
+            findings |= {"broken_characters": around(content, match)} if match else {}
+        if match := CONTROL.search(content) or (None if content.isascii() else BADNESS_RE.search(content)):
+            findings.setdefault("broken_characters", around(content, match))
+        if HTML.search(content) and (match := HTML.search(code_free := CODE.sub("", content))):
+            findings.setdefault("html", around(code_free, match))
     prompt = conversation.question[-1].content.strip() if conversation.question else ""
     if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
         findings["copies_prompt"] = repr(prompt[:SHOWN])
@@ -366,13 +366,13 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
     return findings
 
 
-def around(text: str, found: re.Match[str]) -> str:
+def around(text: str, match: re.Match[str]) -> str:
     """Return a match with the text around it.
 
     >>> around("It is Paris.\\n### Instruction: more", re.search("###", "It is Paris.\\n### Instruction: more"))
     "'It is Paris.\\\\n### Instruction: more'"
     """
-    return repr(text[max(0, found.start() - SHOWN // 3) : found.end() + SHOWN // 3])
+    return repr(text[max(0, match.start() - SHOWN // 3) : match.end() + SHOWN // 3])
 
 
 def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
