@@ -206,7 +206,10 @@ def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> Non
     assert (out / "quarantine.jsonl").read_bytes() == lines[4]
     assert (out / "clean.jsonl").read_bytes() == b"".join(lines[:4] + lines[5:])
     code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
-    assert (code, json.loads(shown)["dropped"]) == (0, 2)
+    assert (code, json.loads(shown)["dropped"], json.loads(shown)["dropped_before"]) == (0, 3, 1)
+    assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[4] + lines[20]  # a drop stays, until it is kept
+    (place / "reviewed.csv").write_text("row,finding,reviewed\n4,duplicate,keep\n3,empty_answer,\n")
+    assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 0
     assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
     for without in ("row,finding\n4,duplicate\n", "finding,reviewed\nduplicate,keep\n"):
         (place / "reviewed.csv").write_text(without)
