@@ -50,7 +50,8 @@ def masked(tokenizer: Any, chat: Sequence[dict[str, str]], mask: str = "answers"
     if mask == "all turns":
         labels = [j if j in stops else k for j, k in zip(ids, labels, strict=True)]
     if mask.endswith("without stop"):
-        last = max(k for k, j in enumerate(ids) if j not in {*stops, *tokens(tokenizer, "\n")})
+        ends = {*stops, *tokens(tokenizer, "\n")}
+        last = max(k for k, j in enumerate(ids) if j not in ends)
         labels[last + 1 :] = [SPECIAL] * (len(ids) - last - 1)
     return {"input_ids": ids, "labels": labels}
 

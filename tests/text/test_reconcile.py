@@ -16,7 +16,7 @@ from tsqlora.text.findings import OF_LABELS, OF_TOKENS
 from tsqlora.text.reconcile import Reconciled, audit_sequences
 from tsqlora.text.vocabulary import vocabulary_of
 
-ROWS, PLANTED = 80, 4
+ROWS, PLANTED = 40, 3
 MASKS = ("answers", "everything", "all turns")
 
 
@@ -91,7 +91,7 @@ def test_rows_at_the_limit_without_a_stop_are_cut() -> None:
 def test_sequences_that_share_a_row_are_rows_of_their_own() -> None:
     tokenizer, rows = tokenizer_of(FAMILIES["qwen 2.5"]), chats(ROWS)
     rows[7] = [*rows[7][:-1], {"role": "assistant", "content": ""}]
-    rows[70] = rows[69]
+    rows[33] = rows[32]
     parts = [masked(tokenizer, row) for row in rows]
     made = [
         {
@@ -102,7 +102,7 @@ def test_sequences_that_share_a_row_are_rows_of_their_own() -> None:
         for k in range(0, ROWS, 3)
     ]
     result = read(made, tokenizer)
-    assert places(result) == {"empty_answer": [7], "duplicate": [70]}
+    assert places(result) == {"empty_answer": [7], "duplicate": [33]}
     assert {one.row for one in result.of([7])[7]} == {7}
 
 
