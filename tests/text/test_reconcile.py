@@ -26,7 +26,7 @@ def places(result: Reconciled) -> dict[str, list[int]]:
     for line in result.lines:
         for name in line.findings:
             rows[name].append(line.row)
-    rows |= {name: found for name, found in among_rows(result.rows, result.lines).items() if found}
+    rows |= {name: group for name, group in among_rows(result.rows, result.lines).items() if group}
     rows.pop("prompt_trained", None)
     return dict(rows)
 
@@ -41,7 +41,7 @@ def read(made: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Reconcil
 def test_faults_that_labels_show_are_found_in_their_rows_and_no_others(name: str, mask: str) -> None:
     tokenizer, rows = tokenizer_of(FAMILIES[name]), chats(ROWS)
     assert places(read([masked(tokenizer, row, mask) for row in rows], tokenizer)) == {}
-    empty = range(10, 10 + PLANTED) if mask != "everything" else range(0)  # which says nothing of where answers are
+    empty = range(10, 10 + PLANTED) if mask != "everything" else range(0)  # whose labels do not show where answers are
     unstopped = range(20, 20 + PLANTED)
     for j in empty:
         rows[j] = [*rows[j][:-1], {"role": "assistant", "content": ""}]
@@ -54,7 +54,7 @@ def test_faults_that_labels_show_are_found_in_their_rows_and_no_others(name: str
     ]
     result = read(made, tokenizer)
     expected = {"empty_answer": [*empty], "stop_not_trained": [*unstopped], "duplicate": [*range(ROWS, len(rows))]}
-    assert places(result) == {finding: found for finding, found in expected.items() if found}
+    assert places(result) == {finding: group for finding, group in expected.items() if group}
     trained = [sum(label != SPECIAL for label in one["labels"][1:]) for one in made]
     assert [line.trained_tokens for line in result.lines] == trained
 
@@ -82,10 +82,10 @@ def test_rows_at_the_limit_without_a_stop_are_cut() -> None:
     limit = int(np.quantile([len(one["input_ids"]) for one in made], 0.8))
     cut = [j for j, one in enumerate(made) if len(one["input_ids"]) > limit]
     short = [{name: values[:limit] for name, values in one.items()} for one in made]
-    found = places(read(short, tokenizer))
+    by_name = places(read(short, tokenizer))
     inside = [j for j in cut if short[j]["labels"][-1] not in (SPECIAL, tokenizer.eos_token_id)]
-    assert found.pop("answer_cut") == inside
-    assert found.keys() <= {"nothing_trained"}, "where the limit took more than the end of an answer"
+    assert by_name.pop("answer_cut") == inside
+    assert by_name.keys() <= {"nothing_trained"}, "where the limit took more than the end of an answer"
 
 
 def test_sequences_that_share_a_row_are_rows_of_their_own() -> None:

@@ -295,7 +295,7 @@ def finish(
     errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
     findings = findings_of(lines, further, errors, limit=about["max_length"])
     why_not = impossible(finds, evaluation=evaluation is not None, answers=bool(answers.turns))
-    found = {finding.name for finding in findings}.difference(OF_ALL)
+    shown_names = {finding.name for finding in findings}.difference(OF_ALL)
     fates = Counter(line.fate.partition(" of ")[0] for line in lines)
     about = {
         **about,
@@ -305,7 +305,7 @@ def finish(
         "fates": dict(sorted(fates.items(), key=lambda one: one[0] != "trained")),
         "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
-        "cannot": {name: why for name, why in why_not.items() if name not in found},
+        "cannot": {name: why for name, why in why_not.items() if name not in shown_names},
     }
     if out is None:
         return {**about, "ledger": pa.table(columns)}
