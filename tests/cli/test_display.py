@@ -1,6 +1,7 @@
 """What a user sees fits a terminal of 80 columns, and says what happened."""
 
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -371,3 +372,10 @@ def test_ranks_that_are_all_alike_are_one_line() -> None:
     assert shown(show_ranks, ranks).split() == ["ranks", "8", "in", "each", "of", "24", "layers"]
     assert "rank in block" in shown(show_ranks, ranks | {"layer.3.query": 9})
     assert shown(show_ranks, {}) == ""
+
+
+def test_numbers_that_json_lacks_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"loss": float("nan"), "rows": [{"p": float("-inf")}, {"p": 0.5}], "NaN": "NaN"}
+    console.show(result, as_json=True, table=lambda *_: None)
+    strict = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert strict == {"loss": None, "rows": [{"p": None}, {"p": 0.5}], "NaN": "NaN"}

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import LlamaConfig
 
+from families import FAMILIES, tokenizer_of
+from masked import chats, masked
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.run import prepared_rows
+
+ROWS, EMPTY, COPY = 24, (2, 3), 5
 
 
 @dataclass
@@ -33,7 +37,11 @@ class Settings(dict[str, Any]):
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    rows = Dataset.from_list([{"input_ids": [1, 2, j], "labels": [-100, 2, j]} for j in range(10)])
+    tokenizer, rows = tokenizer_of(FAMILIES["qwen 2.5"]), chats(ROWS)
+    for j in EMPTY:
+        rows[j] = [*rows[j][:-1], {"role": "assistant", "content": ""}]
+    rows[COPY] = rows[0]
+    rows = Dataset.from_list([masked(tokenizer, row, "all turns") for row in rows])
     contents = {
         "axolotl": {},
         "axolotl.integrations": {},
@@ -41,7 +49,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "axolotl.common": {},
         "axolotl.common.datasets": {
             "TrainDatasetMeta": TrainDatasetMeta,
-            "load_datasets": lambda *, cfg: TrainDatasetMeta(rows, None, 10),
+            "load_datasets": lambda *, cfg: TrainDatasetMeta(rows, None, ROWS),
         },
         "axolotl.utils": {},
         "axolotl.utils.trainer": {"calculate_total_num_steps": lambda cfg, rows: len(rows)},
@@ -51,8 +59,6 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "tsqlora.plugins.axolotl", raising=False)
-    found = {"findings": [{"name": "empty_answer", "places": [2, 3]}, {"name": "duplicate", "places": [5]}]}
-    monkeypatch.setattr(prepared_rows, "audit_prepared", lambda *_, **__: found)
     from tsqlora.plugins.axolotl import Plugin
 
     yield Plugin()
@@ -60,25 +66,32 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def settings(folder: Path, **values: Any) -> Settings:
-    return Settings(base_model="model", output_dir=str(folder), **values)
+    tokenizer = tokenizer_of(FAMILIES["qwen 2.5"])
+    tokenizer.save_pretrained(folder / "model")
+    LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder / "model")
+    return Settings(base_model=str(folder / "model"), output_dir=str(folder / "out"), **values)
 
 
 def test_rows_of_named_findings_are_left_out_and_steps_are_counted_again(plugin: Any, tmp_path: Path) -> None:
-    cfg = settings(tmp_path, tsqlora={"drop": ["empty_answer"]}, total_num_tokens=30)
+    cfg = settings(tmp_path, tsqlora={"drop": ["empty_answer", "duplicate"]}, total_num_tokens=30)
+    whole = plugin.load_datasets(settings(tmp_path / "whole")).train_dataset
     plugin.register(cfg)
     meta = plugin.load_datasets(cfg)
-    assert [row["input_ids"][2] for row in meta.train_dataset] == [0, 1, 4, 5, 6, 7, 8, 9]
-    assert meta.total_num_steps == 8
+    left = [j for j in range(ROWS) if j not in (*EMPTY, COPY)]
+    assert meta.train_dataset["input_ids"][:] == whole.select(left)["input_ids"][:]
+    assert meta.total_num_steps == len(left)
     assert cfg.total_num_tokens is None
 
 
 def test_without_a_block_the_rows_stay(plugin: Any, tmp_path: Path) -> None:
     meta = plugin.load_datasets(settings(tmp_path))
-    assert (len(meta.train_dataset), meta.total_num_steps) == (10, 10)
+    assert (len(meta.train_dataset), meta.total_num_steps) == (ROWS, ROWS)
 
 
 def test_a_finding_that_does_not_exist_and_preferences_are_refused(plugin: Any, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="empty_answer"):
-        plugin.register(settings(tmp_path, tsqlora={"drop": ["empty_answers"]}))
+    for block in ({"drop": ["empty_answers"]}, {"drop": ["roles"]}, {"drop": ["eval_leak"]}, {"drop": ["cut_answer"]}):
+        with pytest.raises(SettingsError, match=block["drop"][0]):
+            plugin.register(settings(tmp_path, tsqlora=block))
+    plugin.register(settings(tmp_path, tsqlora={"drop": ["cut_answer"], "answers": True}))
     with pytest.raises(UnsupportedError, match="dpo"):
         plugin.load_datasets(settings(tmp_path, rl="dpo"))

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
+from masked import chats, masked
 from runs import make_rows, write_jsonl
 from tsqlora.errors import DataError
 from tsqlora.run.config import load_config, text_config
@@ -65,7 +66,9 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(place: Path
     # The reason stands with the finding; a longer limit is no cure for a row that cannot be read.
     assert findings["dropped"]["cause"].startswith("the preparation left these rows out: ")
     assert findings["dropped"]["cure"] == {}
-    assert findings["answer_cut"]["cure"]
+    assert findings["answer_cut"]["cure"]["TRL"] == "SFTConfig(max_length=2048)", (
+        "512 and the 1,001 tokens that are lost"
+    )
     assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*findings["duplicate"]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
     assert [line["row"] for line in lines] == [*range(21)]
@@ -145,6 +148,7 @@ def test_rows_of_very_different_length_are_much_padding(place: Path, tsqlora: Ru
     result = json.loads(shown)
     assert code == 0
     assert "lengths" in [finding["name"] for finding in result["findings"]]
+    assert "lengths" not in (place / "lengths" / "suspects.csv").read_text(), "no row can be left out for it"
     lengths = json.loads((place / "lengths" / "findings.json").read_text())["lengths"]
     assert lengths["rows"] == sum(entry["rows"] for entry in lengths["histogram"]) == 40
     assert lengths["packed"] < 40 * (1 - lengths["padding"]) + 1
@@ -208,7 +212,10 @@ def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> Non
     assert (out / "quarantine.jsonl").read_bytes() == lines[4]
     assert (out / "clean.jsonl").read_bytes() == b"".join(lines[:4] + lines[5:])
     code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
-    assert (code, json.loads(shown)["dropped"]) == (0, 2)
+    assert (code, json.loads(shown)["dropped"], json.loads(shown)["dropped_before"]) == (0, 3, 1)
+    assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[4] + lines[20]  # a drop stays, until it is kept
+    (place / "reviewed.csv").write_text("row,finding,reviewed\n4,duplicate,keep\n3,empty_answer,\n")
+    assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 0
     assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
     for without in ("row,finding\n4,duplicate\n", "finding,reviewed\nduplicate,keep\n"):
         (place / "reviewed.csv").write_text(without)
@@ -256,6 +263,41 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run)
     assert (code, [f["name"] for f in json.loads(shown)["findings"]]) == (0, ["nothing_trained"])
 
 
+def test_an_audit_without_source_rows_offers_no_review_and_says_why(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    tokenizer, out = tokenizer_of(FAMILIES["qwen 2.5"]), tmp_path / "out"
+    rows = chats(20)
+    Dataset.from_list([masked(tokenizer, row) for row in [*rows, rows[0]]]).save_to_disk(tmp_path / "prepared")
+    command = ("audit", "--prepared", tmp_path / "prepared", "--model", place / "model", "--no-model", "--out")
+    code, shown, err = tsqlora(*command, out)
+    assert code == 0, err
+    assert "duplicate" in shown
+    assert "--apply" not in shown + (out / "audit.html").read_text(encoding="utf-8")
+    for name, why in (("roles", "--data"), ("eval_leak", "--eval"), ("cut_answer", "model"), ("lengths", "all rows")):
+        code, _, err = tsqlora("audit", "--drop-findings", name, "--out", out)
+        assert (code, name in err, why in err) == (2, True, True)
+    code, _, err = tsqlora("audit", "--drop-findings", "duplicate", "--out", out)
+    assert (code, "--data" in err) == (2, True)
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in [*rows, rows[0]]])
+    assert tsqlora(*command, tmp_path / "of rows", "--data", source)[0] == 0
+    assert "--apply" in (tmp_path / "of rows" / "audit.html").read_text(encoding="utf-8")
+    assert tsqlora("audit", "--drop-findings", "duplicate", "--out", tmp_path / "of rows")[0] == 0
+    assert (tmp_path / "of rows" / "clean.jsonl").read_bytes() == b"".join(source.read_bytes().splitlines(True)[:-1])
+
+
+@pytest.mark.parametrize("source", [False, True])
+def test_a_set_that_trains_prompts_and_no_answer_is_an_error(
+    source: bool, place: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    tokenizer, rows = tokenizer_of(FAMILIES["qwen 2.5"]), chats(12)
+    Dataset.from_list([masked(tokenizer, row, "prompts") for row in rows]).save_to_disk(tmp_path / "prepared")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows])
+    command = ("audit", "--prepared", tmp_path / "prepared", "--model", place / "model", "--no-model", "--strict")
+    code, shown, err = tsqlora(*command, "--json", "--out", tmp_path / "out", *(("--data", data) if source else ()))
+    (error,) = [finding for finding in json.loads(shown)["findings"] if finding["severity"] == "error"]
+    assert (code, error["name"], error["rows"]) == (4, "nothing_trained", 12), err
+    assert "prompt" in error["cause"]
+
+
 def test_a_packed_row_with_a_finding_is_left_out_whole_and_says_so(place: Path, tmp_path: Path) -> None:
     prompt, answer = [9, 10, 11], [12, 13, tokenizer_of(FAMILIES["qwen 2.5"]).eos_token_id]
     masked = [[False] * 3, [False, True, False], [True, True, False], [False] * 3, [False] * 3]
@@ -301,6 +343,9 @@ def test_options_that_do_not_go_together_are_named(place: Path, tsqlora: Run) ->
 def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:
     out, model = place / "options", ("--model", place / "model")
     for words in (
+        ("audit", "--apply", place / "chats.jsonl", "--baseline", "x.jsonl"),
+        ("audit", "--apply", place / "chats.jsonl", "--max-length", "9"),
+        ("audit", "--drop-findings", "duplicate", "--strict"),
         ("audit", place / "chats.jsonl", *model, "--data", "x.jsonl"),
         ("audit", "--prepared", place, *model, "--max-length", "9"),
         ("audit", write_jsonl(place / "labels.jsonl", make_rows(20)), *model, "--strict"),

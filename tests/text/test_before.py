@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tsqlora as tsq
 from tsqlora.data.batches import GenerationCollator, PairCollator
@@ -19,7 +19,7 @@ from tsqlora.quality.rule import Compute
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks import get_task
 from tsqlora.text.answers import Turn, turns_in
-from tsqlora.text.before import look_before
+from tsqlora.text.before import PACKED, look_before
 from tsqlora.text.look import FOREIGN, SWAPPED, look_at_answers
 from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import vocabulary_of
@@ -107,16 +107,28 @@ def test_where_all_answers_fit_none_is_called_wrong() -> None:
 
 @pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
 @pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
-def test_a_training_leaves_them_out(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(samples(), 0.5)
+@pytest.mark.filterwarnings("ignore:of 80 rows these are left out")
+@pytest.mark.filterwarnings("ignore:rows are packed")
+@pytest.mark.parametrize(("flat", "packed"), [(False, 1), (True, 1), (True, 3)])
+def test_a_training_leaves_them_out(flat: bool, packed: int, tmp_path: Path) -> None:
+    rows = samples()
+    parts = [rows[k : k + packed] for k in range(0, ROWS, packed)]
+    rows = [{name: [j for one in some for j in one[name]] for name in ("input_ids", "labels")} for some in parts]
+    for row, some in zip(rows, parts, strict=True) if packed > 1 else ():  # as TRL's `bfd` packs them
+        row["position_ids"] = [j for one in some for j in range(len(one["input_ids"]))]
+    wrong = {j // packed for j in FOREIGN_ROWS}
+    data = tsq.QualitySubset(rows, 0.5)
     callback = tsq.QualityCallback(data)
     common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(str(tmp_path), num_train_epochs=1, **common)
-    Trainer(model(), args, train_dataset=data, callbacks=[callback], processing_class=tokenizer()).train()
+    collate = DataCollatorWithFlattening() if flat else None  # as TRL's `padding_free`
+    options: dict[str, Any] = {"data_collator": collate, "callbacks": [callback], "processing_class": tokenizer()}
+    Trainer(model(), args, train_dataset=data, **options).train()
+    assert (PACKED in callback.notes) == (packed > 1)
     scores = Scores.load(tmp_path / "scores.parquet")
     left_out = scores.left_out_as("foreign answer")
-    assert set(scores.row_ids[left_out].tolist()) <= set(FOREIGN_ROWS)
-    assert left_out.sum() >= 0.8 * len(FOREIGN_ROWS)
+    assert set(scores.row_ids[left_out].tolist()) <= wrong
+    assert left_out.sum() >= 0.8 * len(wrong)
     assert scores.predictions["wrong_probability"][left_out].min() > 0.5
     assert any("foreign_answer" in note for note in callback.notes)
     assert any(f"{left_out.sum()} as 'foreign answer'" in note for note in callback.notes)

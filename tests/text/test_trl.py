@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -17,6 +18,7 @@ from transformers import (
 
 import tsqlora as tsq
 from families import FAMILIES, tokenizer_of
+from masked import masked
 from tsqlora.errors import UnsupportedError
 from tsqlora.text.reconcile import Reconciled, audit_sequences
 from tsqlora.text.vocabulary import vocabulary_of
@@ -186,6 +188,21 @@ def test_a_draw_of_a_trainer_is_audited_by_the_numbers_of_its_rows(tmp_path: Pat
     trainer.train_dataset = tsq.QualitySubset(trainer.train_dataset, fraction=0.5, seed=3)
     drawn = tsq.audit(trainer)
     assert drawn["ledger"].equals(whole["ledger"])
+
+
+def test_a_trainer_whose_mask_is_inverted_is_an_error(tmp_path: Path) -> None:
+    trainer = trained(COMPLETIONS, tmp_path)
+    trainer = Trainer(
+        trainer.model,
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        DataCollatorForSeq2Seq(TOKENIZER),
+        train_dataset=Dataset.from_list([masked(TOKENIZER, chat, "prompts") for chat in CHATS]),
+        processing_class=TOKENIZER,
+    )
+    for rows in (COMPLETIONS, None):
+        result = tsq.audit(trainer, data=rows)
+        errors = {finding["name"]: finding["rows"] for finding in result["findings"] if finding["severity"] == "error"}
+        assert errors == {"nothing_trained": len(CHATS)}
 
 
 def test_a_trainer_without_rows_to_look_at_is_refused(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 def show(result: Mapping[str, Any], as_json: bool, table: Callable[[Console, Mapping[str, Any]], None]) -> None:
     """Print a command's result: as one JSON object, or as its table, without notes that were printed as warnings."""
-    if as_json:
-        stdout.out(json.dumps(result), highlight=False)
+    if as_json:  # NaN and infinity are no JSON
+        stdout.out(json.dumps(json.loads(json.dumps(result), parse_constant=lambda _: None)), highlight=False)
         return
     if "notes" in result:
         result = {**result, "notes": [note for note in result["notes"] if note not in _warned]}

@@ -284,7 +284,8 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
         say(console, [f"rows by finding, since the baseline: {', '.join(changes) or 'no change'}"])
     if result["answers"] is not None:
         say(console, result["answers"]["says"])
-    review = f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
+    command = f", export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
+    review = f"review {result['page']}{command if result['sha256'] else ''}"
     say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 
 

@@ -206,18 +206,20 @@ def audit(
     Example: tsqlora audit chats.jsonl --model M --eval test.jsonl --out audit
     """
     _require_one(source, apply, drop_findings, prepared, out)
-    if (apply or drop_findings) and (reviewed_text := _reviewed_text(apply, drop_findings, out)) is not None:
-        console.show(reviewed_text, as_json, show_numbers)
-        return
+    of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
+    of_raw = {"--max-length": max_length, "--chat-template": chat_template}
+    if apply or drop_findings:
+        others = {"--data": data, "--model": model, "--review": review}
+        _refuse({**of_text, **of_raw, **others}, "to apply a review, which only needs --out")
+        if (reviewed_text := _reviewed_text(apply, drop_findings, out, set_)) is not None:
+            console.show(reviewed_text, as_json, show_numbers)
+            return
     if apply is not None:
         from tsqlora.run.config import load_config
         from tsqlora.run.review import apply_review
 
-        others = [override for override in set_ or [] if not override.startswith("data.encoding=")]
-        if model is not None or review or others:
-            raise SettingsError(
-                "--apply only corrects labels; remove --model, --review and each --set but data.encoding"
-            )
+        if not all(override.startswith("data.encoding=") for override in set_ or []):
+            raise SettingsError("--apply only corrects labels; remove each --set but data.encoding")
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
         console.show(apply_review(apply, out, encoding=encoding), as_json, show_review)
@@ -236,19 +238,17 @@ def audit(
     elif prepared is None:
         require_source(str(source))
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
-    of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
-    of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
-        _refuse({**of_raw, "--review": review, "--set": set_}, "--prepared")
+        _refuse({**of_raw, "--review": review, "--set": set_}, "in an audit of a prepared set")
         _audit_text(None, prepared, model, out, {"data": data, **both}, strict=strict, as_json=as_json)
         return
     if config is not None:
-        _refuse({"--data": data, "--review": review}, "text")
+        _refuse({"--data": data, "--review": review}, "in an audit of text")
         options = {**both, "max_length": max_length, "chat_template": chat_template}
         _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
         return
-    _refuse({**of_text, **of_raw, "--data": data}, "labels")
+    _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
@@ -274,7 +274,9 @@ def _require_one(
     raise SettingsError(f"{'DATA' if source else '--prepared'} and {later.split()[0]} do not go together; {why}")
 
 
-def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> dict[str, Any] | None:
+def _reviewed_text(
+    apply: Path | None, names: str | None, out: Path | None, set_: list[str] | None
+) -> dict[str, Any] | None:
     """Part the rows of a text audit by its review; None for an audit of labels."""
     from tsqlora.run.text_review import apply_text_review, is_text_audit
 
@@ -285,13 +287,14 @@ def _reviewed_text(apply: Path | None, names: str | None, out: Path | None) -> d
                 f"--drop-findings needs the audit of a text file, and {folder} has none; give its --out"
             )
         return None
+    _refuse({"--set": set_}, "to apply a review of text")
     return apply_text_review(folder, apply, [name.strip() for name in names.split(",")] if names else ())
 
 
 def _refuse(options: dict[str, Any], what: str) -> None:
     """Raise SettingsError for options that are given and have no effect."""
     if idle := [name for name, value in options.items() if value]:
-        raise SettingsError(f"{', '.join(idle)} cannot be used in an audit of {what}; leave it out")
+        raise SettingsError(f"{', '.join(idle)} cannot be used {what}; leave it out")
 
 
 def _audit_text(

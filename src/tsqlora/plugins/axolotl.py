@@ -30,7 +30,7 @@ class Plugin(BasePlugin):
         from tsqlora.run.prepared_rows import require_findings
 
         block = cfg.get("tsqlora") or {}
-        require_findings(block.get("drop") or ())
+        require_findings(block.get("drop") or (), answers=bool(block.get("answers")))
 
     def get_input_args(self):
         return "tsqlora.plugins.axolotl.Args"

@@ -52,6 +52,7 @@ def text_page(
             name=Path(about["source"]).name,
             findings=findings,
             on_page=ON_PAGE,
+            reviewable=about["sha256"] is not None,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
             unexpected=bool(losses),
             data=htmlsafe_json_dumps(data, dumps=json.dumps),

@@ -25,7 +25,7 @@ def llamafactory(
         raise SettingsError("LLaMA-Factory is not installed here; install tsqlora where `llamafactory-cli` runs")
     if out.exists() and any(out.iterdir()):
         raise SettingsError(f"--out {out} is not empty; name another directory")
-    require_findings(drop)
+    require_findings(drop, answers=answers)
     values = load_yaml(config.read_bytes())
     if not isinstance(values, dict):
         raise SettingsError(f"{config} holds no settings of LLaMA-Factory")

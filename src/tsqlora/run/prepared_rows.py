@@ -6,20 +6,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tsqlora.errors import DataError, SettingsError, nearest
+from tsqlora.errors import DataError
 from tsqlora.run.text_audit import audit_prepared
-from tsqlora.text.findings import FINDINGS
+from tsqlora.text.findings import OF_LABELS, impossible, require_possible
 from tsqlora.text.prepared import is_packed, sequences_of
 
 MOST = 0.5
 """Share of the rows that findings may leave out."""
 
 
-def require_findings(names: Collection[str]) -> None:
-    """Raise SettingsError for a name that no finding has."""
-    for name in names:
-        if name not in FINDINGS:
-            raise SettingsError(f"unknown finding '{name}'; {nearest(name, FINDINGS)}")
+def require_findings(names: Collection[str], *, answers: bool) -> None:
+    """Raise SettingsError for a name that no finding has, or that no row of a set without texts can have."""
+    require_possible(names, impossible(OF_LABELS, evaluation=False, answers=answers))
 
 
 def without_findings(
@@ -28,12 +26,12 @@ def without_findings(
     """Write the audit of a prepared `datasets.Dataset` to `out`; return the set without the rows of `drop`.
 
     A packed row with such a sequence is left out whole, with a warning. With `answers` the model reads the answers.
-    Raises DataError if more than half of the rows would be left out.
+    Raises DataError if more than half of the rows would be left out, SettingsError for a finding that none can have.
     """
-    require_findings(drop)
     with tempfile.TemporaryDirectory() as folder:
         made.save_to_disk(folder)
         result = audit_prepared(Path(folder), model=model, out=out, answers=answers)
+    require_possible(drop, result["cannot"])
     places = {place for one in result["findings"] if one["name"] in drop for place in one["places"]}
     rows = _packed_rows(made) if places else None
     dropped = places if rows is None else {rows[place] for place in places}

@@ -15,7 +15,7 @@ from tsqlora.compat.hub import cached_model
 from tsqlora.compat.transformers import load
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
-from tsqlora.text.answers import Turn, behind, read_answers, turns_of
+from tsqlora.text.answers import Turn, behind, read_answers, turns_in, turns_of
 from tsqlora.text.conversations import Conversation
 from tsqlora.text.look import LEAST_TURNS, SAMPLE, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Trained
@@ -38,6 +38,7 @@ def answers_of(
     *,
     every: bool = False,
     trust_remote_code: bool = False,
+    labels: bool = False,
     parts: Path | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -45,7 +46,7 @@ def answers_of(
 ) -> AnswerLook:
     """Look at a sample of the rows, or at all; a model that cannot be read here leaves only a note.
 
-    `tell` gets the estimate of the time before the first batch.
+    `labels` says that these show where the answers are. `tell` gets the estimate of the time before the first batch.
     """
     if why := no_judge(model):
         return AnswerLook([], notes=[f"the model read no answers: {why}"])
@@ -55,6 +56,8 @@ def answers_of(
     made = sequences({*chosen.tolist()})
     by_row = {row.row: row for row in rows}
     turns = [turn for row in chosen.tolist() for turn in turns_of(by_row[row], made.get(row, ()), vocabulary)]
+    if labels:
+        turns = turns_in((one for row in chosen.tolist() for one in made.get(row, ())), vocabulary)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     net = net.to(device)
     compute = Compute(BATCH, torch.bfloat16, parts=parts, progress=progress)

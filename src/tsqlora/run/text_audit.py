@@ -33,7 +33,7 @@ from tsqlora.run.audit import source_digest
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation
-from tsqlora.text.findings import Finding, findings_of
+from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, Finding, findings_of, impossible
 from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
@@ -132,8 +132,8 @@ def audit_prepared(
 ) -> dict[str, Any]:
     """Reconcile a set that a trainer has prepared with the rows that it was made of.
 
-    The rows are those of `data`; without it the set's own columns of texts, where it has kept them, else none: then
-    only what tokens and labels say is found. Raises DataError for a directory that holds no prepared set.
+    The rows are those of `data`; without it the set's own columns of texts, where it has kept them, else what its
+    labels say. Raises DataError for a directory that holds no prepared set.
     """
     start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
@@ -153,9 +153,9 @@ def audit_prepared(
         "unmatched": result.unmatched,
         "lengths": lengths_of(result.lengths, BATCH, result.longest),
     }
-    read = partial(answers_of, model, result.rows, result.of, vocabulary, every=every, progress=progress, tell=tell)
-    look = read if answers else None
-    written = finish(out, about, result.rows, result.lines, evaluated, result.of, vocabulary, look)
+    options: dict[str, Any] = {"every": every, "labels": result.finds is OF_LABELS, "progress": progress, "tell": tell}
+    look = partial(answers_of, model, result.rows, result.of, vocabulary, **options) if answers else None
+    written = finish(out, about, result.rows, result.lines, evaluated, result.of, vocabulary, look, result.finds)
     return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
 
 
@@ -188,7 +188,8 @@ def audit_trainer(
         "unmatched": result.unmatched,
         "lengths": lengths_of(result.lengths, trainer.args.train_batch_size, result.longest),
     }
-    audited = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary)
+    rows = conversations_of(evaluation)
+    audited = finish(out, about, result.rows, result.lines, rows, result.of, vocabulary, finds=result.finds)
     return {**audited, "seconds": time.perf_counter() - start}
 
 
@@ -250,10 +251,11 @@ def finish(
     sequences: Sequences,
     vocabulary: Vocabulary,
     look: Callable[[], AnswerLook] | None = None,
+    finds: Collection[str] = FINDINGS.keys(),
 ) -> dict[str, Any]:
     """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger.
 
-    The ledger is written before `look` reads the answers.
+    The ledger is written before `look` reads the answers. `finds` are the findings that the rows can show.
     """
     further = among_rows(rows, lines, evaluation)
     names = [field.name for field in fields(Line) if field.name != "shows"]
@@ -270,7 +272,9 @@ def finish(
     further |= {name: sorted(places) for name, places in suspects.items()}
     if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
-    findings = findings_of(lines, further)
+    findings = findings_of(lines, further, limit=about["max_length"])
+    why_not = impossible(finds, evaluation=evaluation is not None, answers=bool(answers.turns))
+    shown_names = {finding.name for finding in findings}.difference(OF_ALL)
     fates = Counter(line.fate.partition(" of ")[0] for line in lines)
     about = {
         **about,
@@ -280,6 +284,7 @@ def finish(
         "fates": dict(sorted(fates.items(), key=lambda one: one[0] != "trained")),
         "answers": None if look is None else answers.summary(),
         "findings": [finding.to_dict() for finding in findings],
+        "cannot": {name: why for name, why in why_not.items() if name not in shown_names},
     }
     if out is None:
         return {**about, "ledger": pa.table(columns)}
@@ -320,7 +325,7 @@ def _write(
     suspects: Mapping[str, Mapping[int, float]],
     losses: Losses,
 ) -> None:
-    names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings")
+    names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings", "cannot")
     write_json(out / FINDINGS_FILE, {name: about[name] for name in names if name in about})
     cells = [
         {
@@ -332,6 +337,7 @@ def _write(
             "reviewed": "",
         }
         for finding in findings
+        if finding.name not in OF_ALL
         for place in finding.places
     ]
     none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")

@@ -78,6 +78,8 @@ def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]
     turns, empty = list[Turn](), empty_tokens(vocabulary)
     for one in sequences:
         for before, start, end, ends in stretches(one, vocabulary.stops, empty):
+            if start == end:
+                continue
             texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
             question, text = (part.replace(b"\0", b"").decode(errors="replace") for part in texts)
             turns.append(
@@ -89,16 +91,15 @@ def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]
 def stretches(one: Trained, stops: Collection[int], empty: Collection[int]) -> Iterator[tuple[int, int, int, bool]]:
     """Yield the end of the stretch before, start and end of each trained stretch, and whether a stop follows it.
 
-    Tokens at its end that stop or are `empty` do not belong to it.
+    Labels at its end that stop or are `empty` do not belong to it; if it has no others, its start is its end.
     """
     trained, before = one.trained, 0
-    for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
-        start, end = (int(stretch[0]), int(stretch[-1]) + 1) if len(stretch) else (0, 0)
-        ends = any(j in stops for j in one.ids[start:end].tolist())
-        while end > start and (int(one.ids[end - 1]) in stops or int(one.ids[end - 1]) in empty):
+    for stretch in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1) if len(trained) else ():
+        start, end = int(stretch[0]), int(stretch[-1]) + 1
+        ends = any(j in stops for j in one.targets[start:end].tolist())
+        while end > start and (int(one.targets[end - 1]) in stops or int(one.targets[end - 1]) in empty):
             end -= 1
-        if end > start:
-            yield before, start, end, ends
+        yield before, start, end, ends
         before = end
 
 

@@ -107,7 +107,8 @@ def answer_columns(
     for one in sequences_of(dataset, collate):  # pyright: ignore[reportArgumentType]
         trained[one.row] += len(one.trained)
         for _, start, end, ends in stretches(one, stops, empty):
-            turns.append(Turn(one.row, "", one.ids[:start], one.ids[:0], one.ids[start:end], ends, "", ""))
+            if start < end:
+                turns.append(Turn(one.row, "", one.ids[:start], one.ids[:0], one.ids[start:end], ends, "", ""))
     turns = opened(turns, made["opening"], int(made["bos"][0]))
     columns = {"loss": np.full(n, np.nan), "wrong_probability": np.full(n, np.nan)}
     columns["reason"] = np.full(n, "kept", dtype="U20")

@@ -18,7 +18,7 @@ from tsqlora.text.faults import LEVELS
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
 from tsqlora.text.look import CUT, FOREIGN, SAMPLE, SWAPPED, AnswerLook, look_at_answers
-from tsqlora.text.prepared import Collate, sequences_of
+from tsqlora.text.prepared import Collate, is_packed, sequences_of
 from tsqlora.text.raw import audited
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -27,6 +27,7 @@ ROWS = 500
 SHOWN = 3
 UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
 """Reasons for which rows are left out, by fault."""
+PACKED = "rows are packed: one with a wrong answer is left out whole; packing=False leaves out that answer alone"
 OF_ANSWERS = {*UNFIT.values(), OTHER}
 
 
@@ -83,8 +84,9 @@ def look_before(
     order, look = np.random.default_rng([seed, 45]).permutation(len(samples)), AnswerLook([])
     for some in (order[:SAMPLE], order):
         places = np.sort(some).tolist()
-        sequences = (replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate))
+        sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
         look = look_at_answers(model, turns_in(sequences, vocabulary), vocabulary, compute, seed=seed)
+        look.notes += [PACKED] if is_packed(sequences) else []
         if len(places) == len(samples) or not any(map(len, look.listed.values())):
             break
     return look

@@ -1,10 +1,11 @@
 """What is wrong with the rows of a text audit: names, severities, causes and cures."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tsqlora.errors import SettingsError, nearest
 from tsqlora.text.ledger import Line
 
 ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
@@ -28,13 +29,13 @@ def _cures(trl: str, axolotl: str, llamafactory: str) -> dict[str, str]:
     return {"TRL": trl, "axolotl": axolotl, "LLaMA-Factory": llamafactory}
 
 
-_LONGER = _cures("SFTConfig(max_length=2048)", "sequence_len: 2048", "cutoff_len: 2048")
+_LONGER = _cures("SFTConfig(max_length={longer})", "sequence_len: {longer}", "cutoff_len: {longer}")
 
 FINDINGS: dict[str, Kind] = {
     "nothing_trained": Kind(
         WARNING,
-        "no token of these rows has a loss",
-        _cures("SFTConfig(max_length=None)", "train_on_inputs: false, sequence_len: 2048", "cutoff_len: 2048"),
+        "no token of an answer has a loss",
+        _cures("SFTConfig(max_length=None)", "train_on_inputs: false, sequence_len: {longer}", "cutoff_len: {longer}"),
         ERROR,
     ),
     "answer_cut": Kind(WARNING, "the length limit takes tokens of an answer", _LONGER),
@@ -138,6 +139,35 @@ FINDINGS: dict[str, Kind] = {
     "length_bias": Kind(NOTE, "the chosen answer is the longer one far more often than not"),
 }
 """By name; the names are a contract."""
+OF_TOKENS = frozenset({"nothing_trained", "bos", "vocabulary", "untrained_tokens"})
+"""What tokens show without the rows that they were made of."""
+OF_LABELS = OF_TOKENS | {
+    *("answer_cut", "stop_not_trained", "stop_mismatch", "empty_answer", "broken_characters", "html"),
+    *("duplicate", "eval_leak", "conflicting_answers", "one_answer", "pair_equal", "pair_prompt", "pair_conflict"),
+    *("foreign_answer", "cut_answer", "disordered_answer", "swapped_pair"),
+}
+"""What tokens and labels show, which say where the answers are."""
+OF_ALL = ("lengths", "length_bias")
+"""What all rows have together, so that none can be left out for it."""
+
+
+def impossible(finds: Collection[str], *, evaluation: bool, answers: bool) -> dict[str, str]:
+    """Return the findings that no row of an audit can have, and why; `finds` are those that its kind of rows shows."""
+    why = dict.fromkeys(OF_ALL, "it is of all rows together")
+    why |= {name: "only the source rows show it (--data)" for name in FINDINGS if name not in (*finds, *why)}
+    why |= {} if evaluation else {"eval_leak": "it needs evaluation rows (--eval)"}
+    faults = ("foreign_answer", "cut_answer", "disordered_answer", "swapped_pair")
+    return why | ({} if answers else dict.fromkeys(faults, "no model has read the answers"))
+
+
+def require_possible(names: Collection[str], why_not: Mapping[str, str]) -> None:
+    """Raise SettingsError for a name that no finding has, or that no row of an audit can have."""
+    for name in names:
+        if name not in FINDINGS:
+            raise SettingsError(f"unknown finding '{name}'; {nearest(name, FINDINGS)}")
+        if name in why_not:
+            cure = "leave the name out, or audit with what it needs"
+            raise SettingsError(f"no row can have the finding '{name}' here: {why_not[name]}; {cure}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +194,16 @@ class Finding:
         }
 
 
-def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None) -> list[Finding]:
-    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first."""
+def findings_of(
+    lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None, *, limit: int = 0
+) -> list[Finding]:
+    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first.
+
+    `limit` is the most tokens of a row, by default those of the longest; a cure names a power of two that holds what
+    the limit took.
+    """
+    limit = limit or max((line.tokens for line in lines), default=0)
+    longer = str(1 << (limit + max((line.lost_tokens or 0 for line in lines), default=0)).bit_length())
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     dropped = [line for line in lines if line.fate == "dropped"]
     left_out = Counter(name for line in dropped for name in line.findings)
@@ -191,7 +229,11 @@ def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | No
             severity = kind.if_all
         if name == "eval_leak" and share > LEAKS:
             severity = ERROR
-        cause, cures = kind.cause, kind.cures
+        cause, cures = kind.cause, {one: cure.replace("{longer}", longer) for one, cure in kind.cures.items()}
+        if name == "nothing_trained" and (
+            prompts := sum(line.trained_tokens > 0 for line in lines if name in line.findings)
+        ):
+            cause, cures = f"{cause}; {prompts} of these rows train their prompt: is the mask inverted?", {}
         if name in ("answer_cut", "prompt_not_prefix") and left_out[name]:
             cause += f"; {left_out[name]} of these rows are left out whole"
         cause += f" ({shown})" if shown else ""

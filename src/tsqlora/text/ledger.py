@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -187,11 +187,13 @@ def line_of(
     limit: int = 0,
     lost: int | None = None,
     cut: bool | None = None,
+    spans: Mapping[str, Sequence[Span | None]] | None = None,
 ) -> Line:
     """Reconcile one row with the sequences that were made of it.
 
     `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `cut` says whether something
-    was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so.
+    was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so. `spans` are
+    those of each side's messages, where the labels have shown them.
     """
     line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
     for name, shown in content_findings(conversation, vocabulary).items():
@@ -213,12 +215,15 @@ def line_of(
         ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
         whole = Trained(ids, targets, parts[0].row, side, parts[0].places)
         full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
-        taken += _reconcile(line, conversation.side(side), whole, vocabulary, full)
+        taken += _reconcile(
+            line, conversation.side(side), whole, vocabulary, full, None if spans is None else spans[side]
+        )
     if conversation.messages:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
-        line.fate = "nothing to train"
         line.findings.append("nothing_trained")
+    if "nothing_trained" in line.findings:
+        line.fate = "nothing to train"
     elif line.lost_tokens:
         line.fate = "cut"
     if line.lost_tokens:
@@ -227,7 +232,14 @@ def line_of(
     return line
 
 
-def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, cut: bool) -> int:
+def _reconcile(
+    line: Line,
+    messages: Sequence[Message],
+    one: Trained,
+    vocabulary: Vocabulary,
+    cut: bool,
+    spans: Sequence[Span | None] | None,
+) -> int:
     """Add what one sequence says; return how many tokens of answers are missing.  Only of one that is `cut` may be."""
     if _bos_doubled(one.ids, vocabulary):
         line.findings.append("bos")
@@ -238,7 +250,7 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
         line.find("untrained_tokens", ", ".join(vocabulary.tokens[j].decode() for j in sorted(own)))
     if not messages:
         return 0
-    spans = spans_of(messages, one, vocabulary)
+    spans = spans_of(messages, one, vocabulary) if spans is None else spans
     has_loss = one.targets != IGNORED
     pairs = list(zip(messages, spans, strict=True))
     answers = [span for message, span in pairs if message.role == ANSWER and span is not None]
@@ -247,9 +259,12 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
     if one.places is None:
         line.findings += _lost(pairs, one, vocabulary, cut)
+    trained = [has_loss[span.start : span.end].any() for span in answers]
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
-    trained = [has_loss[span.start : span.end].any() for span in answers]
+        gone = cut and any(span is None for message, span in pairs if message.role == ANSWER)
+        if not any(trained) and (line.answer_tokens or gone):
+            line.findings.append("nothing_trained")
     if len(answers) > 1 and trained[-1] and not all(trained):
         line.findings.append("only_last_answer")
     last = pairs[-1] if pairs else None

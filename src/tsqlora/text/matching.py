@@ -18,6 +18,8 @@ ANCHORS = 8
 """Most anchors of a content, evenly spaced."""
 CANDIDATES = 8
 """Rows that are compared with a sequence, those with the most anchors in it first."""
+COMMON = 64
+"""Rows that share an anchor, such as one of a system prompt, above which it is not read, unless there is no other."""
 BEHIND = 4
 """Tokens behind an answer among which its stop is, blanks and line feeds included."""
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(KEY)], np.uint64)
@@ -51,7 +53,8 @@ def match(
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
         votes = defaultdict(float)
-        for anchor in {anchor for one in unit for anchor in _windows(vocabulary.text(one.ids), anchors)}:
+        there = {anchor for one in unit for anchor in _windows(vocabulary.text(one.ids), anchors)}
+        for anchor in [anchor for anchor in there if len(by_anchor[anchor]) <= COMMON] or there:
             for j in by_anchor[anchor]:
                 votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
         likely = sorted(votes, key=lambda j: (-votes[j], j in taken, sizes[j], j))

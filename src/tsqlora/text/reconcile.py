@@ -1,18 +1,24 @@
 """Reconcile a set that a trainer has prepared with the rows that it was made of."""
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.formats import Format, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
-from tsqlora.text.conversations import Conversation, conversation
-from tsqlora.text.ledger import Line, line_of
+from tsqlora.text.answers import empty_tokens, stretches
+from tsqlora.text.conversations import ANSWER, Conversation, Message, conversation
+from tsqlora.text.findings import FINDINGS, NEARLY_ALL, OF_LABELS, OF_TOKENS
+from tsqlora.text.ledger import ROLE_MARKERS, SPEAKERS, Line, Span, line_of
 from tsqlora.text.matching import match, unwrapped
 from tsqlora.text.prepared import Collate, Trained, is_packed, sequences_of
 from tsqlora.text.vocabulary import Vocabulary
@@ -21,6 +27,8 @@ PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
 """Columns of a prepared set that are no source."""
 MOST_UNMATCHED = 0.01
 MOST_ALIKE = 0.9
+EMPTY_REASONING = re.compile(r"<think>\s*</think>")
+"""What a template may write before an answer without reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Reconciled:
     longest: int
     lengths: list[int]
     """Tokens of each row of the set, of which a batch is made; none of packed rows."""
+    finds: Collection[str]
+    """The findings that its rows can show: all, those of labels, or those of tokens."""
 
     def of(self, places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
         """The sequences of some rows."""
@@ -48,7 +58,7 @@ def audit_sequences(
     data: Any = None,
     progress: Progress | None = None,
 ) -> Reconciled:
-    """Reconcile a prepared set with source rows: a file, rows, or the set's own columns.
+    """Reconcile a prepared set with source rows: a file, rows, the set's own columns, or else what its labels say.
 
     Where more than MOST_UNMATCHED of the sequences have no row, no row is called dropped.
     """
@@ -58,11 +68,13 @@ def audit_sequences(
         if progress is not None and number % 1000 == 0:
             progress("ledger", one.row, len(made))
     names, unmatched = list(getattr(made, "column_names", None) or made[0]), 0
-    packed = is_packed(sequences)
+    packed, wrapped = is_packed(sequences), _may_be_wrapped(names, sequences)
+    longest = max((len(one.ids) for one in sequences), default=0)
+    finds, lines = FINDINGS.keys(), None
     if data is not None:
         rows = conversations_of(data)
         assert rows is not None
-        if _may_be_wrapped(names, sequences):
+        if wrapped:
             parts = unwrapped(rows, sequences, vocabulary)
             sequences = parts if len(parts) > len(rows) / 2 else sequences  # rows cut to one length are hardly whole
         by_row, sure, left = match(rows, sequences, vocabulary)
@@ -71,17 +83,92 @@ def audit_sequences(
         rows = [_without_end(conversation(made[j], format, j), vocabulary) for j in range(len(made))]
         by_row, sure = _by_row(sequences), {}
     else:
-        by_row = {j: [one] for j, one in enumerate(sequences)} if packed else _by_row(sequences)
+        by_row = _by_row(replace(one, row=j) for j, one in enumerate(sequences)) if packed else _by_row(sequences)
         rows, sure = [Conversation(j, ()) for j in range(len(by_row) if packed else len(made))], {}
-    longest = max((len(one.ids) for one in sequences), default=0)
-    lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
+        finds = OF_TOKENS
+        if not wrapped:  # a part of a stream begins and ends anywhere
+            rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
+    if lines is None:
+        lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
     unsure = unmatched > MOST_UNMATCHED * len(sequences)
     for line in lines:
         line.match = sure.get(line.row, line.match)
         if unsure and line.match == "unmatched":
             line.fate = "unknown"
     lengths = [] if packed else [len(one.ids) for one in sequences]
-    return Reconciled(rows, lines, by_row, unmatched, longest, lengths)
+    return Reconciled(rows, lines, by_row, unmatched, longest, lengths, finds)
+
+
+def _by_labels(
+    rows: Iterable[Conversation], by_row: Mapping[int, Sequence[Trained]], vocabulary: Vocabulary, longest: int
+) -> tuple[list[Conversation], list[Line]]:
+    """Read rows by their labels: trained stretches are answers, and what precedes them is their prompt.
+
+    Where text follows the last trained token of nearly all rows, prompts are trained in place of answers. Rows of the
+    greatest length are cut if they, unlike others, have no stop.
+    """
+    empty, before = empty_tokens(vocabulary), Counter[int]()
+    behind = list[bool]()
+    for one in (one for parts in by_row.values() for one in parts):
+        answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, empty) if start < end]
+        before.update(int(one.ids[start - 1]) for start, _ in answers)
+        behind += [bool(_text(one.ids[end:], vocabulary).strip()) for _, end in answers[-1:] if not one.side]
+    inverted = sum(behind) > NEARLY_ALL * len(behind)
+    ((header, count),) = before.most_common(1) or [(-1, 0)]
+    header = header if count > MOST_ALIKE * before.total() else None
+    made, lines = list[Conversation](), list[Line]()
+    for row in rows:
+        parts = by_row.get(row.row, ())
+        read = {one.side: [] if inverted else _turns(one, vocabulary, empty, header) for one in parts}
+        messages, *others = [tuple(message for message, _ in turns) for turns in read.values()] or [()]
+        row = replace(row, messages=messages, plain=[one.role for one in messages[:1]] == [ANSWER])
+        for other in others:
+            prompt = None if other[:-1] == messages[:-1] else other[:-1]
+            row = replace(row, rejected=other[-1:], prompt=prompt)
+        spans = {side: [span for _, span in turns] for side, turns in read.items()}
+        line = line_of(row, parts, vocabulary, spans=spans)
+        if inverted and line.trained_tokens:
+            line.fate, line.findings = "nothing to train", [*line.findings, "nothing_trained"]
+        made.append(row)
+        lines.append(line)
+    at_limit = [line for line in lines if line.tokens == longest and "stop_not_trained" in line.findings]
+    if len(at_limit) > 1 and any(line.stop_trained for line in lines):
+        for line in at_limit:
+            line.fate, line.stop_trained = "cut", None
+            line.findings = ["answer_cut" if name == "stop_not_trained" else name for name in line.findings]
+    return made, lines
+
+
+def _turns(
+    one: Trained, vocabulary: Vocabulary, empty: Collection[int], header: int | None
+) -> list[tuple[Message, Span]]:
+    """The prompts and answers of a sequence; a trained stop alone is an empty answer behind what opens answers."""
+    turns, place = list[tuple[Message, Span]](), 0
+    answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, empty)]
+    if one.side and not answers:  # an answer without tokens
+        answers = [(len(one.ids), len(one.ids))]
+    for start, end in answers:
+        if start == end and header not in (None, int(one.ids[start - 1])):
+            continue  # the stop of a prompt, as axolotl's `train_on_eos: all` trains it
+        if start > 1:  # nothing predicts the first token
+            prompt = _unmarked(_text(one.ids[place:start], vocabulary))
+            place += int((one.targets[place:start] == IGNORED).argmax())
+            turns.append((Message("user", prompt), Span(place, start)))
+        answer = EMPTY_REASONING.sub("", _text(one.ids[start:end], vocabulary))
+        # A template's own "### Instruction:" is no fault, of a prompt or of a text that is trained whole.
+        turns.append((Message(ANSWER, answer if start > 1 else _unmarked(answer)), Span(start, end)))
+        place = end
+    return turns
+
+
+def _unmarked(text: str) -> str:
+    """The text without the names of roles that a template writes."""
+    return SPEAKERS.sub("", ROLE_MARKERS.sub("", text))
+
+
+def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text of some tokens without special ones, and without a character of which a part is missing."""
+    return vocabulary.plain(ids).replace(b"\0", b"").decode(errors="ignore")
 
 
 def _may_be_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:

@@ -3,17 +3,21 @@
 
   // ------------------------------------------------------------------ what was chosen, in this browser
   const place = `tsqlora-text-${data.key}`;
-  let dropped = new Set();
-  try { dropped = new Set(JSON.parse(localStorage.getItem(place)) || []); } catch { /* a browser may forbid it */ }
+  let words = new Map(); // row number → "drop", or "keep" for one that an earlier table dropped
+  try { words = new Map(JSON.parse(localStorage.getItem(place)) || []); } catch { /* a browser may forbid it */ }
+  const dropped = () => [...words.keys()].filter((row) => words.get(row) === "drop");
   const items = new Map(); // row number → its items, one in each finding
   let shown = [], current = null;
   const choose = (row, drop) => {
-    if (drop) dropped.add(row); else dropped.delete(row);
-    try { localStorage.setItem(place, JSON.stringify([...dropped])); } catch { /* see above */ }
+    words.set(row, drop ? "drop" : "keep");
+    try { localStorage.setItem(place, JSON.stringify([...words])); } catch { /* see above */ }
     paint(row); count();
   };
-  const paint = (row) => { for (const item of items.get(row) || []) { item.classList.toggle("drop", dropped.has(row)); item.querySelector("button").setAttribute("aria-pressed", String(dropped.has(row))); } };
-  const count = () => { if (byId("count")) byId("count").textContent = `${dropped.size} rows to drop`; };
+  const paint = (row) => {
+    const drop = words.get(row) === "drop";
+    for (const item of items.get(row) || []) { item.classList.toggle("drop", drop); item.querySelector("button")?.setAttribute("aria-pressed", String(drop)); }
+  };
+  const count = () => { if (byId("count")) byId("count").textContent = `${dropped().length} rows to drop`; };
 
   // ------------------------------------------------------------------ one row
   const tokens = (part) => {
@@ -25,9 +29,12 @@
     const row = data.rows[number];
     const lost = row.lost ? `, ${row.lost} tokens of its answer lost` : "";
     const about = `row ${number} · ${row.fate} · ${row.trained} tokens trained${lost}${row.detail ? ` · ${row.detail}` : ""}`;
-    const button = make("button", { type: "button" }, "drop");
-    const item = make("li", {}, make("span", { className: "small" }, about), ...row.parts.flatMap(tokens), button);
-    button.addEventListener("click", () => { go(item, false); choose(number, !dropped.has(number)); });
+    const item = make("li", {}, make("span", { className: "small" }, about), ...row.parts.flatMap(tokens));
+    if (byId("export")) {
+      const button = make("button", { type: "button" }, "drop");
+      item.append(button);
+      button.addEventListener("click", () => { go(item, false); choose(number, words.get(number) !== "drop"); });
+    }
     item.number = number;
     if (!items.has(number)) items.set(number, []);
     items.get(number).push(item);
@@ -53,14 +60,14 @@
     if (event.ctrlKey || event.metaKey || event.altKey || !current) return;
     const step = { j: 1, k: -1 }[event.key];
     if (step) { const next = shown[shown.indexOf(current) + step]; if (next) go(next); }
-    else if (event.key === "d") choose(current.number, true);
-    else if (event.key === "u") choose(current.number, false);
+    else if (byId("export") && event.key === "d") choose(current.number, true);
+    else if (byId("export") && event.key === "u") choose(current.number, false);
   });
 
   // ------------------------------------------------------------------ the table
   const names = (row) => data.findings.filter((one) => one.places.includes(row)).map((one) => one.name).join("|");
   if (byId("export")) byId("export").addEventListener("click", () => {
-    const lines = [...dropped].sort((a, b) => a - b).map((row) => [row, cell(names(row)), "drop", cell(data.rows[row] ? data.rows[row].answer : "")].join(","));
+    const lines = [...words.keys()].sort((a, b) => a - b).map((row) => [row, cell(names(row)), words.get(row), cell(data.rows[row] ? data.rows[row].answer : "")].join(","));
     save(["row,finding,reviewed,answer", ...lines].join("\n") + "\n");
   });
 
