@@ -26,7 +26,7 @@ from models import (
     tiny_mpnet,
 )
 from scoring import assert_unchanged, fingerprint, trainable
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.forward_pass import Forward, find_head, forward_pass
@@ -35,7 +35,6 @@ from tsqlora.quality.linear_head import row_losses
 from tsqlora.quality.look import Look, look, require_scorable
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import split_labels
 
@@ -73,8 +72,7 @@ def of_numbers() -> nn.Module:
 def started(
     model: nn.Module, rows: Rows, *, task: Task = CLASSES, trusted: Rows | None = None, collate: Any = collate
 ) -> Started:
-    apart = None if trusted is None else Trusted(trusted)
-    return start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=apart))
+    return start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=trusted))
 
 
 def looked(
@@ -83,7 +81,7 @@ def looked(
     *,
     rule: ScoringRule | None = None,
     task: Task = CLASSES,
-    trusted: Trusted | None = None,
+    trusted: Rows | None = None,
     collate: Any = collate,
     lengths: list[int] | None = None,
     batch_size: int = 32,
@@ -237,7 +235,7 @@ def test_copies_of_trusted_rows_leave_the_pool_before_anything_is_fitted() -> No
     pool = [*rows, *(5 * trusted)]
     twins = np.arange(300) >= 100
     model = wrapped()
-    request = LookRequest(dataset=pool, collate=collate, task=CLASSES, trusted=Trusted(trusted, twins=twins))
+    request = LookRequest(dataset=pool, collate=collate, task=CLASSES, trusted=trusted, excluded=twins)
     head, alone = start_head(model, request).head, started(wrapped(), rows, trusted=trusted).head
     assert head is not None
     assert alone is not None
@@ -278,7 +276,7 @@ def test_text_is_drawn_by_the_density_ratio_of_its_hidden_states(family: str) ->
         row["labels"] = [token if token < 0 else 1 + token % 5 for token in row["labels"]]
     pool, trusted = [*of_its_own[:15], *others], of_its_own[15:]
     before = fingerprint(model)
-    result = looked(model, pool, task=task, trusted=Trusted(trusted), collate=batches, batch_size=8)
+    result = looked(model, pool, task=task, trusted=trusted, collate=batches, batch_size=8)
     assert_unchanged(before, model)
     scores = result.scores
     assert scores.record.weights == {"density_ratio": 4.0}
@@ -296,7 +294,7 @@ def test_text_is_drawn_by_the_density_ratio_of_its_hidden_states(family: str) ->
         states = [states_twin(model, batches([row])) for row in pool]
         np.testing.assert_allclose(of_pool.mean, states, rtol=1e-2, atol=1e-2)
     assert scores.quality[:15].mean() > scores.quality[15:].mean()
-    assert result.trusted_cost.forward == result.cost.backward == 0
+    assert result.cost.backward == 0
     assert result.cost.forward == len(pool) + len(trusted)
 
 
@@ -313,7 +311,7 @@ def states_twin(model: nn.Module, batch: dict[str, Any]) -> np.ndarray:
 def test_text_is_drawn_evenly_where_trusted_rows_look_like_the_pool() -> None:
     model = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
     rows = texts(model, 60)
-    trusted = Trusted(rows[::3])
+    trusted = rows[::3]
     pool = [row for j, row in enumerate(rows) if j % 3]
     scores = looked(model, pool, task=get_task("causal-lm"), trusted=trusted, collate=text_collator(model)).scores
     assert scores.even
@@ -342,7 +340,7 @@ def test_the_density_ratio_stands_beside_other_terms(rule: ScoringRule, like_the
     task, batches = get_task("causal-lm"), text_collator(model)
     pool = [row for j, row in enumerate(rows) if j % 3]
     require_scorable(model, pool[:2], batches, task=task, rule=rule)
-    scores = looked(model, pool, rule=rule, task=task, trusted=Trusted(rows[::3]), collate=batches).scores
+    scores = looked(model, pool, rule=rule, task=task, trusted=rows[::3], collate=batches).scores
     assert ("density_ratio" in scores.terms) != like_the_pool
     assert {*rule.terms} - {"density_ratio"} <= {*scores.terms}
     assert ("why_not" in (scores.record.gate or {})) == like_the_pool
@@ -444,7 +442,7 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
         return collate(batch)
 
     before = fingerprint(model)
-    run = partial(tsq.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=Trusted(trusted, 1e-3))
+    run = partial(tsq.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=trusted)
     scores = run()
     assert scores.record.head_start["replaced"]
     assert_unchanged(before, model)
@@ -453,6 +451,11 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
         with pytest.raises(Breaks):
             run()
         assert_unchanged(before, model)
+
+
+def test_one_trusted_row_is_too_few() -> None:
+    with pytest.raises(SettingsError, match="1 trusted rows are too few; give at least 2"):
+        tsq.score(wrapped(), learnable(12), collate, trusted=learnable(1, seed=1))
 
 
 def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
@@ -472,7 +475,7 @@ def into_one_class(rows: Rows) -> tuple[Rows, np.ndarray]:
 @pytest.mark.parametrize("trusted", [False, True])
 def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: ScoringRule, trusted: bool) -> None:
     rows, wrong = into_one_class(learnable(600))
-    apart = Trusted(shifted(learnable(60, seed=1))) if trusted else None
+    apart = shifted(learnable(60, seed=1)) if trusted else None
     scores = looked(wrapped(), rows, rule=rule, trusted=apart).scores
     out = scores.left_out_as("confident negative")
     assert (scores.caution is not None) == (rule.weights is not None)
@@ -519,4 +522,4 @@ def test_a_label_that_the_loss_cannot_use_is_named_with_its_row(at: int, label: 
     with pytest.raises(DataError, match=f"^row {at + 7} has the label {label}"):
         start_head(model, LookRequest(dataset=wrong, collate=collate, task=task, rows=RowNames(ids=np.arange(100) + 7)))
     with pytest.raises(DataError, match=f"^trusted row {at} has the label {label}"):
-        start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=Trusted(wrong)))
+        start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=wrong))

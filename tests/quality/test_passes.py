@@ -16,7 +16,6 @@ from tsqlora.errors import SettingsError
 from tsqlora.quality import passes
 from tsqlora.quality.passes import empty
 from tsqlora.quality.rule import PAPER_TERMS
-from tsqlora.quality.trusted import Trusted
 
 N = 14
 HASHES = [f"h{j}" for j in range(N)]
@@ -97,7 +96,7 @@ def test_a_scoring_with_trusted_rows_may_be_cut_off_in_each_pass(learned: Any, b
     trusted = samples(60, 3, seed=1)
     for row, label in zip(trusted, logits_of(learned[0], trusted).argmax(1).tolist(), strict=True):
         row["labels"] = label
-    options: dict[str, Any] = {"terms": PAPER_TERMS, "trusted": Trusted(trusted, learning_rate=1e-3)}
+    options: dict[str, Any] = {"terms": PAPER_TERMS, "trusted": trusted}
     every = Collate()
     undisturbed = score(learned, every, None, **options)
     before = fingerprint(learned[0])

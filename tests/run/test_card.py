@@ -150,7 +150,6 @@ USED = {"enabled": True, "used": True, "fraction": 0.5}
         (USED | {"scores": {"draw": "softmax"}}, "50% of the rows in each epoch, drawn by quality (default)"),
         (USED | {"scores": {"draw": "even", "noise": {"evident": True}}}, "whose label seemed right"),
         (USED | {"scores": {"draw": "even", "noise": None}}, "a random 50% of the rows in each epoch: their quality"),
-        (USED | {"scores": {"draw": "even", "gate": {"name": "swapped", "left_out": 3}}}, "that passed the gate"),
         (USED | {"looks": looks_of(60)}, "Look 1 at all rows, before step 1: A head fitted on 60 rows replaced"),
         (USED | {"used": False}, "a random 50% of the rows in each epoch: quality was not used"),
         ({"enabled": False, "fraction": 1.0}, "Trained on every row in each epoch."),

@@ -34,7 +34,7 @@ def pairs(words: range, answer: str) -> list[dict[str, str]]:
 def test_rows_like_the_trusted_ones_are_drawn() -> None:
     pool = Dataset.from_list([*pairs(range(40), "w1"), *pairs(range(40), "w2")])
     trusted = pairs(range(5, 25), "w1")
-    chosen = tsq.select(adapted(), pool, processing_class=TOKENIZER, trusted=trusted, fraction=0.25, learning_rate=2e-2)
+    chosen = tsq.select(adapted(), pool, processing_class=TOKENIZER, trusted=trusted, fraction=0.25)
     assert isinstance(chosen, Dataset)
     assert chosen.column_names == pool.column_names
     assert len(chosen) == 20
@@ -47,7 +47,7 @@ def talk(word: int) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": f"w{word}"}, {"role": "assistant", "content": "w1"}]}
 
 
-@pytest.mark.filterwarnings("ignore:trusted rows teach nothing", "ignore:3 trusted rows are too few")
+@pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2", "ignore:3 trusted rows are too few")
 @pytest.mark.parametrize("of", ["chats", "preferences", "texts"])
 def test_every_kind_of_text_has_its_rows(of: str) -> None:
     rows = {

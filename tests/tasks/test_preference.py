@@ -77,20 +77,24 @@ def test_the_loss_is_the_twins_whatever_the_batch_and_the_padding(kind: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2")
+@pytest.mark.parametrize("trusted", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_gradient_terms_are_the_twins(kind: str) -> None:
+def test_gradient_terms_are_the_twins(kind: str, trusted: bool) -> None:
+    """Also those whose reference is the trusted pairs."""
     model, rows = moved(kind), pairs(7)
+    few = pairs(4, seed=1) if trusted else []
     before = fingerprint(model)
     twin = slow_scores(
         SlowPair(model),
-        [alone(row, ratio) for row, ratio in zip(rows, ratios(model, rows), strict=True)],
+        [alone(row, ratio) for row, ratio in zip(rows + few, ratios(model, rows + few), strict=True)],
         sample_loss=slow_dpo_loss(BETA),
         theta=trainable(model),
-        reference=REFERENCE,
+        reference=[7, 8, 9, 10] if trusted else REFERENCE,
     )
+    how: dict[str, Any] = {"task": TASK} | ({"trusted": few} if trusted else {"reference": REFERENCE})
     for batch_size, collate in ((3, collator()), (7, collator(left=True, multiple=8))):
-        scores = score_by(model, rows, collate, task=TASK, reference=REFERENCE, batch_size=batch_size)
-        assert_agree(scores, twin, rtol=1e-4)
+        scores = score_by(model, rows, collate, batch_size=batch_size, **how)
+        assert_agree(scores, twin, rtol=1e-4, rows=7)
     assert_unchanged(before, model)
     np.testing.assert_allclose(scores.terms["loss"], np.log(2), rtol=1e-5)
     assert scores.even
@@ -110,11 +114,11 @@ def talk(text: str, role: str = "assistant") -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def preference(j: int, kind: str, *, swapped: bool = False) -> dict[str, Any]:
+def preference(j: int, kind: str) -> dict[str, Any]:
     """Prompts of two words, after which w1 is the right answer and w2 the wrong one."""
-    prompt, answers = f"w{3 + j % 30} w{3 + j // 30}", ("w2", "w1") if swapped else ("w1", "w2")
+    prompt, answers = f"w{3 + j % 30} w{3 + j // 30}", ("w1", "w2")
     if kind == "texts":
-        made: dict[str, Any] = {"prompt": prompt, "chosen": f" {answers[0]}", "rejected": f" {answers[1]}"}
+        made: dict[str, Any] = {"prompt": prompt, "chosen": " w1", "rejected": " w2"}
     else:
         before = talk(prompt, "user")
         turns = [talk(answer) if kind == "chats" else [*before, *talk(answer)] for answer in answers]
@@ -124,17 +128,18 @@ def preference(j: int, kind: str, *, swapped: bool = False) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", ["texts", "chats", "whole chats"])
-def test_swapped_pairs_are_found_and_dpo_trains_on_the_rest(kind: str, tmp_path: Path) -> None:
-    pool = Dataset.from_list([preference(j, kind, swapped=j % 5 == 0) for j in range(60)])
-    trusted = [preference(j, kind) for j in range(100, 116)]
+def test_dpo_trains_on_an_even_draw_without_the_pairs_that_are_trusted(kind: str, tmp_path: Path) -> None:
+    pool = Dataset.from_list([preference(j, kind) for j in range(60)])
+    trusted = [preference(j, kind) for j in range(50, 66)]
     torch.manual_seed(0)
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = fingerprint(model)
-    chosen = tsq.select(model, pool, processing_class=tokenizer(), trusted=trusted, fraction=0.5, learning_rate=5e-3)
+    with pytest.warns(UserWarning, match="the DPO loss of every pair is ln 2"):
+        chosen = tsq.select(model, pool, processing_class=tokenizer(), trusted=trusted, fraction=0.5)
     assert_unchanged({name: before[name] for name in ("weights", "trains", "modes")}, model)
     assert chosen.column_names == pool.column_names
     assert len(chosen) == 30
-    assert sum(row["number"] % 5 == 0 for row in chosen) <= 1
+    assert max(chosen["number"]) < 50
     trainer = DPOTrainer(
         model,
         args=DPOConfig(
@@ -155,7 +160,7 @@ def test_swapped_pairs_are_found_and_dpo_trains_on_the_rest(kind: str, tmp_path:
 
 
 def test_without_trusted_rows_the_draw_is_even_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="ln 2.*trusted"):
+    with pytest.warns(UserWarning, match="ln 2.*drawn evenly"):
         chosen = tsq.select(llama(), [preference(j, "texts") for j in range(12)], processing_class=tokenizer())
     assert len(chosen) == 6
 

@@ -139,13 +139,13 @@ def test_what_to_drop_is_named_exactly() -> None:
         tsq.select(model(), [{"text": "a"}], processing_class=tokenizer(), drop="evidnt")  # type: ignore[arg-type]
 
 
-def dropped(rows: list[dict[str, Any]]) -> tuple[set[int], list[str]]:
+def dropped(rows: list[dict[str, Any]], trusted: list[dict[str, Any]] | None = None) -> tuple[set[int], list[str]]:
     """Numbers of the rows that `drop="evident"` leaves out, and the warnings."""
     plain = tokenizer()
     plain.chat_template = None
     with warnings.catch_warnings(record=True) as texts:
         warnings.simplefilter("always")
-        chosen = tsq.select(model(), rows, processing_class=plain, fraction=1.0, drop="evident")
+        chosen = tsq.select(model(), rows, processing_class=plain, trusted=trusted, fraction=1.0, drop="evident")
     return {*range(ROWS)} - {*chosen["number"]}, [str(one.message) for one in texts]
 
 
@@ -180,11 +180,12 @@ class Prefers(Trainer):
 
 
 @pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
-def test_a_training_leaves_swapped_pairs_out(tmp_path: Path) -> None:
-    data, collate = (
-        tsq.QualitySubset(pair_samples(FOREIGN_ROWS), 0.5),
-        PairCollator(GenerationCollator(0, False, 8, False)),
-    )
+@pytest.mark.parametrize("copies", [(), range(40, 56)])
+def test_a_training_leaves_swapped_pairs_out(copies: Sequence[int], tmp_path: Path) -> None:
+    """Also where some pairs are trusted: these are mixed in, and decide nothing."""
+    trusted = [pair_samples(())[j] for j in copies]
+    data = tsq.QualitySubset(pair_samples(FOREIGN_ROWS), 0.5, trusted=trusted)
+    collate = PairCollator(GenerationCollator(0, False, 8, False))
     callback = tsq.QualityCallback(data, task=get_task("preference"))
     common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(str(tmp_path), max_steps=2, remove_unused_columns=False, **common)
@@ -194,21 +195,26 @@ def test_a_training_leaves_swapped_pairs_out(tmp_path: Path) -> None:
     left_out = scores.row_ids[scores.left_out_as("swapped pair")].tolist()
     assert {*left_out} <= {*FOREIGN_ROWS}
     assert len(left_out) >= 0.8 * len(FOREIGN_ROWS)
+    assert scores.row_ids[scores.left_out_as("trusted row")].tolist() == [*copies]
+    assert scores.even
+    assert data.plan.trusted_from is None
+    assert {*range(ROWS, ROWS + len(copies))} <= {*data.draw(0).tolist()}
     assert any("swapped_pair" in note for note in callback.notes)
     assert any(f"{len(left_out)} as 'swapped pair'" in note for note in callback.notes)
     assert "most pairs" in explain_row(scores, left_out[0])["why"]
 
 
 @pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2")
-@pytest.mark.parametrize("swapped", [(), FOREIGN_ROWS])
-def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("swapped", "trusted"), [((), False), (FOREIGN_ROWS, False), (FOREIGN_ROWS, True)])
+def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple[int, ...], trusted: bool) -> None:
     rng, rows = np.random.default_rng(0), []
     words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
     for j, own in enumerate(words):
         sides = [" " + " ".join(rng.permutation(answer)) for answer in (own, words[(j + 1) % ROWS])]
         chosen, rejected = sides[::-1] if j in swapped else sides
         rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
-    left_out, texts = dropped(rows)
+    few = [{**row, "prompt": f"w0 {row['prompt']}"} for row in rows[40:56]]
+    left_out, texts = dropped(rows, few if trusted else None)
     assert any("swapped_pair" in text and "planted" in text for text in texts)
     assert left_out <= {*swapped}
     assert len(left_out) >= 0.8 * len(swapped)

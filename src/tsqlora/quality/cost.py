@@ -25,7 +25,7 @@ class PhaseCost:
 
 
 def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: int = 0) -> PhaseCost:
-    """Return the cost of a look that measures these terms, without the trusted model.
+    """Return the cost of a look that measures these terms.
 
     Every row and every trusted row goes forward once. If a term needs gradients, all rows go forward and backward, and
     the reference goes forward for calibration, and forward and backward for its mean gradient. Look-ahead terms take
@@ -36,8 +36,3 @@ def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: 
         cost.add(forward=rows + 2 * reference, backward=rows + reference)
     cost.add(forward=rows * any(term.lookahead for term in terms))
     return cost
-
-
-def trusted_cost(rows: int, *, steps: int, batch_size: int) -> PhaseCost:
-    """Return the cost of the trusted model: its steps, and a forward pass over all rows."""
-    return PhaseCost(forward=steps * batch_size + rows, backward=steps * batch_size)

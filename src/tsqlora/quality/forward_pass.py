@@ -301,5 +301,5 @@ def with_reference(model: nn.Module, request: LookRequest) -> LookRequest:
     compute, trusted = request.compute, request.trusted
     pool = measured(request.dataset, compute=compute, rows=request.rows)
     if trusted is not None:
-        trusted = replace(trusted, rows=measured(trusted.rows, compute=replace(compute, parts=None, progress=None)))
+        trusted = measured(trusted, compute=replace(compute, parts=None, progress=None))
     return replace(request, dataset=pool, trusted=trusted)

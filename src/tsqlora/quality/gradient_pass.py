@@ -47,7 +47,7 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> tuple[dict[str, np.
     one_process = replace(compute, parts=None, progress=None, workers=0)
     with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
         batch = distributed.together(lambda: collate(samples[: compute.batch_size]))
-        terms = {name: term for name, term in terms_of_batch(rule, task, batch).items() if not term.later}
+        terms = {name: term for name, term in terms_of_batch(rule, task, batch).items() if not term.probe}
         sites = find_sites(model)
 
         def settle() -> Reference:

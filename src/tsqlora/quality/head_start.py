@@ -220,8 +220,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     run = partial(forward_pass, model, collate=request.collate, task=task, mean=mean)
     every, of_trusted = partial(run, request.dataset, compute=compute, rows=request.rows), None
     if isinstance(request.dataset, WithReference):
-        few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, WithReference) else None
-        return Started(None, None, request.dataset.forward(), few)
+        return Started(None, None, request.dataset.forward(), None)
     if rule.head_start and task.reading.by_token:
         # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
         layer, units, head = _of_tokens(model, request)
@@ -229,7 +228,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     else:
         (pool, layer), units = every(), None
         if trusted is not None:
-            of_trusted, _ = run(trusted.rows, compute=replace(compute, parts=None, progress=None), kind="trusted row")
+            of_trusted, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
         head, own = None, ~request.twins
         if layer is not None and task.answers is not None and own.sum() >= FOLDS and rule.head_start:
             head = distributed.once(partial(_fit, pool, of_trusted, task.answers, layer, rule.seed, own))

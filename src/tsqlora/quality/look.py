@@ -1,7 +1,6 @@
 """The look: score every row before it is trained on.
 
-A forward pass over all rows fits the head, and judges the labels. Terms with gradients take a second pass, the trusted
-model of preference pairs one more.
+A forward pass over all rows fits the head, and judges the labels. Terms with gradients take a second pass.
 """
 
 import time
@@ -20,10 +19,10 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import batch_coupled, find_sites, plain_name
 from tsqlora.oom import halves, retry_on_oom
-from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
+from tsqlora.quality.cost import PhaseCost, look_cost
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.exact import require_exact, require_own_loss
-from tsqlora.quality.forward_pass import Forward, forward_pass, with_reference
+from tsqlora.quality.forward_pass import Forward, with_reference
 from tsqlora.quality.gradient_pass import columns_of, gradient_pass
 from tsqlora.quality.head_start import Started, features_with, fitted_parameters, start_head
 from tsqlora.quality.judge import FEWEST, Judgement, Verdict, judge
@@ -34,19 +33,13 @@ from tsqlora.quality.rule import (
     ScoringRule,
     needs_gradients,
     needs_probe,
-    needs_trusted,
     require_precision,
     terms_of_batch,
 )
-from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.terms import Measured
-from tsqlora.quality.trusted import STEPS, left_out, trusted_model
-from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Collate, Task
 from tsqlora.tasks.forward import each_its_row, precision, require_usable, split_labels
-
-NOTHING_BEYOND = "trusted rows teach nothing beyond what the model knows"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +50,6 @@ class Look:
     why_not: str | None
     """Why the model's gradients carry no information yet; None if they do."""
     cost: PhaseCost
-    trusted_cost: PhaseCost
-    """Cost of the trusted model, which `cost` does not include."""
     undo: Callable[[], None] = lambda: None
     """Restores the model's own head."""
     head: Mapping[str, Tensor] = field(default_factory=dict)
@@ -83,17 +74,14 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     rule.require_trusted(trusted is not None)
     rule.require_texts(task)
     if trusted is not None and isinstance(rule.reference, int):
-        rule = replace(rule, reference=trusted.rows)
+        rule = replace(rule, reference=trusted)
     request = replace(request, rule=rule)
     judges = request.first is None and rule.judge and rule.select and task.reading.stratified
     started = start_head(model, request, mean=judges)
     try:
         why_not = distributed.once(lambda: started.why_not(task))
-        trusted_loss, cost_of_trusted = None, PhaseCost()
-        if needs_trusted(rule.measured()):
-            trusted_loss, cost_of_trusted = _trusted_loss(model, request)
-        ratio, why_even = distributed.once(lambda: _of_trusted_rows(request, started, trusted_loss))
-        if (why_not and needs_gradients(rule.measured())) or (why_even and needs_trusted(rule.measured())):
+        ratio, why_even = distributed.once(lambda: _density_ratio(request, started))
+        if why_not and needs_gradients(rule.measured()):
             rule = replace(rule, weights=None, temperature=1.0, terms=())
         elif why_even:
             rule = rule.without_probe()
@@ -106,7 +94,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
         def scores() -> tuple[Scores, Verdict | None]:
             judgement = _judged(request, started) if judges else None
             verdict = None if judgement is None else judgement.verdict
-            return _scores(request, rule, started, judgement, trusted_loss, columns, record, why_not, why_even), verdict
+            return _scores(request, rule, started, judgement, columns, record, why_not, why_even), verdict
 
         # In one process: a draw must not depend on which process makes it.
         shared, verdict = distributed.once(scores)
@@ -116,8 +104,8 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     terms, n, lengths = rule.measured().values(), len(request.dataset), request.rows.lengths
     cost = look_cost(terms, rows=n, reference=record.get("reference_rows", 0), trusted=request.trusted_rows)
     tokens = 0 if lengths is None else cost.forward // n * sum(lengths)  # without the few of the reference
-    cost.add(seconds=time.perf_counter() - begin - cost_of_trusted.seconds, tokens=tokens)
-    return Look(shared, why_not, cost, cost_of_trusted, started.undo, _head(model, started), verdict)
+    cost.add(seconds=time.perf_counter() - begin, tokens=tokens)
+    return Look(shared, why_not, cost, started.undo, _head(model, started), verdict)
 
 
 def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
@@ -128,49 +116,15 @@ def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
     return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
 
 
-def _trusted_loss(model: nn.Module, request: LookRequest) -> tuple[np.ndarray | None, PhaseCost]:
-    """Train the trusted model; return its loss on every row, or None where it taught nothing."""
-    trusted, compute, begin = request.trusted, request.compute, time.perf_counter()
-    assert trusted is not None
-    if trusted.loss is not None:
-        return trusted.loss, PhaseCost()
-    forward = None
-    with trusted_model(
-        model,
-        trusted,
-        request.collate,
-        task=request.task,
-        at_once=compute.batch_size,
-        autocast=compute.autocast,
-        rng=stream("trusted model", request.rule.seed),
-    ) as lesson:
-        if lesson.teaches:
-            forward, _ = forward_pass(
-                model, request.dataset, request.collate, task=request.task, compute=compute, rows=request.rows
-            )
-    batch = min(len(trusted.rows), trusted.batch_size)
-    cost = trusted_cost(len(request.dataset), steps=lesson.trainings * STEPS, batch_size=batch)
-    cost.add(seconds=time.perf_counter() - begin)
-    return None if forward is None else forward.loss, cost
-
-
-def _of_trusted_rows(
-    request: LookRequest, started: Started, trusted_loss: np.ndarray | None
-) -> tuple[np.ndarray | None, str]:
-    """Return the density ratio of every row if the rule has it, and why a term of trusted rows cannot be measured.
-
-    In the first process.
-    """
-    terms, pool, few, trusted = request.rule.measured(), started.pool, started.trusted, request.trusted
-    if needs_trusted(terms) and trusted_loss is None:
-        return None, NOTHING_BEYOND
-    if not needs_probe(terms):
+def _density_ratio(request: LookRequest, started: Started) -> tuple[np.ndarray | None, str]:
+    """Return the density ratio of every row if the rule has it, and why it cannot be measured; in the first process."""
+    pool, few = started.pool, started.trusted
+    if not needs_probe(request.rule.measured()):
         return None, ""
     assert few is not None
-    assert trusted is not None
     if pool.mean is None or few.mean is None:
         return None, "the model returns no hidden states of its tokens"
-    return log_density_ratio(pool.mean, few.mean, trusted.twins, lengths=(pool.labels, few.labels))
+    return log_density_ratio(pool.mean, few.mean, request.excluded, lengths=(pool.labels, few.labels))
 
 
 def _judged(request: LookRequest, started: Started) -> Judgement | None:
@@ -190,7 +144,6 @@ def _scores(
     rule: ScoringRule,
     started: Started,
     judgement: Judgement | None,
-    trusted_loss: np.ndarray | None,
     columns: dict[str, np.ndarray],
     record: dict[str, Any],
     why_not: str | None,
@@ -203,7 +156,7 @@ def _scores(
         predicting = predicting.copy()  # the terms are of the head that training begins with
         predicting[own] = judgement.logits
     scores = from_terms(
-        _terms(columns, pool, logits, trusted_loss, rule, task),
+        _terms(columns, pool, logits, rule, task),
         labels=pool.labels,
         stratified=task.reading.stratified,
         weights=rule.q,
@@ -226,8 +179,7 @@ def _scores(
         return scores.judged_as(request.first)
     if why_even:
         how = "all rows are drawn evenly" if scores.even else "the other terms draw the rows"
-        name = "density ratio" if needs_probe(request.rule.measured()) else "swapped"
-        scores = scores.noted(gate={"name": name, "why_not": f"{why_even}: {how}"})
+        scores = scores.noted(gate={"name": "density ratio", "why_not": f"{why_even}: {how}"})
     if not own.all():
         scores = scores.drop(~own, "trusted row")
     if judgement is not None:
@@ -237,14 +189,6 @@ def _scores(
         if judgement.evident:
             scores = replace(scores, predictions={**scores.predictions, "wrong_probability": p_wrong})
         scores = scores.drop(wrong, "confident negative") if wrong.any() else scores
-    if trusted_loss is not None:
-        # Those whose rejected answer the trusted model prefers, compared with the reference model; half of the rows are
-        # enough for an even draw, which may repeat them.
-        size = draw_size(len(scores), request.fraction)
-        least = (-(-size // 2) if rule.even else size) + int((~scores.kept).sum())
-        swapped = left_out(np.where(scores.kept, np.log(2) - trusted_loss, np.inf), least)
-        scores = scores.noted(gate={"name": "swapped", "left_out": int(swapped.sum())})
-        scores = scores.drop(swapped, "swapped pair") if swapped.any() else scores
     return scores
 
 
@@ -267,7 +211,6 @@ def _terms(
     columns: dict[str, np.ndarray],
     pool: Forward,
     logits: np.ndarray | None,
-    trusted_loss: np.ndarray | None,
     rule: ScoringRule,
     task: Task,
 ) -> dict[str, np.ndarray]:
@@ -279,16 +222,15 @@ def _terms(
         logits=None if logits is None else torch.from_numpy(logits),
         labels=labels,
         loss=loss,
-        trusted_loss=None if trusted_loss is None else torch.from_numpy(trusted_loss),
     )
     terms: dict[str, np.ndarray] = {}
     for name, term in rule.measured().items():
         missing = term.gradient or (term.answers and logits is None)
         if name in columns:
             terms[name] = columns[name]
-        elif not missing and (trusted_loss is not None or not term.trusted):
+        elif not missing:
             terms[name] = term.of(measured).numpy()
-    return terms if trusted_loss is None else {**terms, "trusted_loss": trusted_loss}
+    return terms
 
 
 def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None) -> dict[str, np.ndarray]:
@@ -333,7 +275,7 @@ def require_scorable(
         # In one batch: only a batch shows whether samples share a row.
         terms = terms_of_batch(rule, task, collate(list(rows)))
         sites = find_sites(model) if needs_gradients(terms) else {}
-        free = {name: term for name, term in terms.items() if not (term.gradient or term.later)}
+        free = {name: term for name, term in terms.items() if not (term.gradient or term.probe)}
 
         def check(size: int) -> None:
             batch = collate(list(rows[:size]))

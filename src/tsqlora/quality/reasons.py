@@ -23,9 +23,8 @@ WHY = {
     "duplicate": "near-duplicate of another row",
     "outlier": "gradient far larger than is usual in its class",
     "confident negative": "likely wrong label",
-    "gated": "the trusted model disagrees with its label",
     "trusted row": "same input as a trusted row, which is trained on instead",
-    "swapped pair": "the rejected answer is the better one, by the trusted pairs or by how most pairs differ",
+    "swapped pair": "the rejected answer is the better one, by how most pairs differ",
     "foreign answer": "the answer belongs to another prompt",
     "cut answer": "the answer stops in the middle",
     "unfit answer": "the answer looks like those with a planted fault",
@@ -39,9 +38,7 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
 
     A hard class is not suspected as a whole. docs/research/log.md compares this with other measures.
     """
-    # Before training, the losses of all preference pairs are equal.
-    pairs = scores.record.format == PREFERENCE and "trusted_loss" in scores.terms
-    loss = scores.terms["trusted_loss" if pairs else "loss"].astype(np.float64)
+    loss = scores.terms["loss"].astype(np.float64)
     groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata
     for group in np.unique(groups):
         loss[groups == group] -= np.median(loss[groups == group])

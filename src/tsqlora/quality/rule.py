@@ -16,13 +16,14 @@ from tsqlora.progress import Progress
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.terms import REDUCIBLE_LOSS, Term, TermSpec, get_terms
-from tsqlora.quality.trusted import Trusted
+from tsqlora.quality.terms import Term, TermSpec, get_terms
 from tsqlora.tasks import Batch, Collate, Task
 from tsqlora.tasks.forward import require_labels
 
 EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
 """Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
+TEXT_WEIGHTS: Mapping[str, float] = {"density_ratio": 4.0}
+"""Q of texts with trusted rows, if no other weights are given: choosy, since few rows that miss the point do harm."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Always measured where available, since they cost nothing more."""
@@ -52,7 +53,7 @@ class ScoringRule:
     calibration: bool = True
     """Whether to remove the bias of the logits towards one class or side before scoring."""
     seed: int = 0
-    """Seed of the reference rows, the head's folds, and the trusted model of pairs."""
+    """Seed of the reference rows and of the head's folds."""
     head_start: bool = True
     """Whether to fit the head before the first step, if that is better than the model's own."""
     look_again: bool = True
@@ -86,14 +87,10 @@ class ScoringRule:
         return _with_free_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """Return the rule for a task: with trusted rows and without weights, the task's own draw the rows.
-
-        Where there is a reference model, the trusted model drops the pairs that look swapped, whatever the weights.
-        """
-        if not (trusted and self.select and task.reading.trusted_weights):
+        """Return the rule for a task: with trusted rows and without weights, the density ratio draws texts."""
+        if not (trusted and self.select) or task.writer is None:
             return self
-        terms = [REDUCIBLE_LOSS, *self.terms] if task.reading.has_reference else self.terms
-        return replace(self, weights=self.weights or task.reading.trusted_weights, terms=terms)
+        return replace(self, weights=self.weights or TEXT_WEIGHTS)
 
     def without_probe(self) -> "ScoringRule":
         """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
@@ -110,7 +107,7 @@ class ScoringRule:
 
     def require_trusted(self, trusted: bool) -> None:
         """Raise SettingsError if the rule needs trusted rows and there are none."""
-        needing = [name for name, term in self.measured().items() if term.later]
+        needing = [name for name, term in self.measured().items() if term.probe]
         if needing and not trusted:
             raise SettingsError(
                 f"term '{needing[0]}' needs trusted rows: name them in data.trusted, or pass trusted=rows"
@@ -168,10 +165,6 @@ def needs_gradients(terms: Mapping[str, Term]) -> bool:
     return any(term.gradient for term in terms.values())
 
 
-def needs_trusted(terms: Mapping[str, Term]) -> bool:
-    return any(term.trusted for term in terms.values())
-
-
 def needs_probe(terms: Mapping[str, Term]) -> bool:
     return any(term.probe for term in terms.values())
 
@@ -216,19 +209,22 @@ class LookRequest:
     rule: ScoringRule = ScoringRule()
     rows: RowNames = RowNames()
     compute: Compute = Compute()
-    trusted: Trusted | None = None
-    fraction: float = 1.0
-    """The share of the rows that a draw needs: pairs that look swapped are dropped only beyond it."""
-
+    trusted: Dataset | None = None
+    """Rows that represent what the model should be good at."""
+    excluded: Bool[np.ndarray, " n"] | None = None
+    """Rows with the input of a trusted row; they are not drawn."""
     first: Scores | None = None
     """Scores of the run's first look, for a later one, which judges no labels."""
 
+    def __post_init__(self) -> None:
+        if self.trusted is not None and len(self.trusted) < 2:
+            raise SettingsError(f"{len(self.trusted)} trusted rows are too few; give at least 2, better about 100")
+
     @property
     def trusted_rows(self) -> int:
-        return 0 if self.trusted is None else len(self.trusted.rows)
+        return 0 if self.trusted is None else len(self.trusted)
 
     @property
     def twins(self) -> Bool[np.ndarray, " n"]:
         """Rows that equal a trusted row: they leave the pool before anything is fitted."""
-        twins = None if self.trusted is None else self.trusted.twins
-        return np.zeros(len(self.dataset), dtype=np.bool_) if twins is None else twins
+        return np.zeros(len(self.dataset), dtype=np.bool_) if self.excluded is None else self.excluded

@@ -173,7 +173,7 @@ def save_look(
         "rows": len(request.dataset),
         "rows_hash": hash_of_some(request.dataset),
         "trusted_rows": request.trusted_rows,
-        "trusted_hash": None if trusted is None else hash_of(trusted.rows),
+        "trusted_hash": None if trusted is None else hash_of(trusted),
         "rule": asdict_of(rule),
         "look": {
             **summary,
@@ -181,7 +181,7 @@ def save_look(
             "rows": len(scores),
             "kept": int(scores.kept.sum()),
         },
-        "cost": {} if look is None else {"look": asdict(look.cost), "trusted model": asdict(look.trusted_cost)},
+        "cost": {} if look is None else {"look": asdict(look.cost)},
     }
     verdict = None if look is None else look.verdict
     saved = SavedLook(path, scores, {} if look is None else look.head, about, verdict, answers)

@@ -14,7 +14,6 @@ from tsqlora.quality.rows import Dataset, require_reference
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule, require_precision
 from tsqlora.quality.scores import Scores, require_row_names
 from tsqlora.quality.subset import equals
-from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.tasks.forward import each_its_row
 
@@ -28,8 +27,7 @@ def scoring_request(
     task: Task | None,
     rows: RowNames,
     compute: Compute,
-    trusted: Trusted | Dataset | None,
-    fraction: float,
+    trusted: Dataset | None,
 ) -> LookRequest:
     """Check what `score` was given, and return it as a request; the task follows from the model if it is None."""
     model = distributed.unwrapped(model)
@@ -51,8 +49,6 @@ def scoring_request(
         with eval_mode(model):
             distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
         task = own_task
-    if trusted is not None and not isinstance(trusted, Trusted):
-        trusted = Trusted(trusted, twins=equals(dataset, trusted))
     return LookRequest(
         dataset=dataset,
         collate=collate,
@@ -61,7 +57,7 @@ def scoring_request(
         rows=rows,
         compute=compute,
         trusted=trusted,
-        fraction=fraction,
+        excluded=None if trusted is None else equals(dataset, trusted),
     )
 
 
@@ -75,8 +71,7 @@ def score(
     task: Task | None = None,
     rows: RowNames | None = None,
     compute: Compute | None = None,
-    trusted: Trusted | Dataset | None = None,
-    fraction: float = 1.0,
+    trusted: Dataset | None = None,
 ) -> Scores:
     """Score every sample for the model, with a fitted head where its own is no better than a random one.
 
@@ -89,7 +84,6 @@ def score(
         rows: ids, hashes and lengths of the rows.
         compute: batch size, precision, progress, and a folder for finished parts.
         trusted: rows that represent what the model should be good at, in the format of the data set.
-        fraction: share of the rows that a draw needs: pairs that look swapped are dropped only beyond it.
 
     If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
     Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
@@ -103,14 +97,11 @@ def score(
         rows=rows or RowNames(),
         compute=compute or Compute(),
         trusted=trusted,
-        fraction=fraction,
     )
     result = look(model, request)
     result.undo()
     if request.task.reading.has_reference and result.scores.even:
-        even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
-        gate = result.scores.record.gate
-        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
+        warnings.warn("the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly", stacklevel=3)
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
     if result.scores.caution:

@@ -21,7 +21,7 @@ _NOT_TERMS = ("id", "hash", "label", "quality", "probability", "reason")
 JSON = Mapping[str, Any]
 
 REASONS = (
-    *("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair"),
+    *("kept", "duplicate", "outlier", "confident negative", "trusted row", "swapped pair"),
     *("foreign answer", "cut answer", "unfit answer", "unseen class"),
 )
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
@@ -280,7 +280,7 @@ def written_elsewhere(path: Path) -> bool:
 
 def reasons_of(table: pa.Table, path: str | Path) -> np.ndarray:
     """Return indices into REASONS, whatever order of reasons the file has."""
-    column = table["reason"].combine_chunks().dictionary_encode()
+    column = table["reason"].cast(pa.string()).combine_chunks().dictionary_encode()  # only reasons that a row has
     names = column.dictionary.to_pylist()
     if unknown := set(names) - set(REASONS):
         raise DataError(f"{path}: unknown reason '{unknown.pop()}'; score again ({', '.join(REASONS)})")

@@ -33,8 +33,6 @@ class Measured:
     reference_norm: float | None = None
     stepped_loss: Float[Tensor, " n"] | None = None
     """Loss after a step on the sample alone."""
-    trusted_loss: Float[Tensor, " n"] | None = None
-    """Loss of the trusted model θ_R."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +46,8 @@ class Term:
     """Needs the stepped loss: one more forward pass."""
     answers: bool = False
     """Exists only where a sample has one answer, a class or a number."""
-    trusted: bool = False
-    """Needs the trusted model's loss: its training and a forward pass."""
     probe: bool = False
-    """Needs hidden states of text and of trusted rows, which the forward pass gives."""
-
-    @property
-    def later(self) -> bool:
-        """Whether it needs trusted rows, which a pass over batches does not know."""
-        return self.trusted or self.probe
+    """Needs hidden states of text and of trusted rows: the look's forward pass gives them, a pass over batches not."""
 
 
 def _required(value: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
@@ -89,11 +80,6 @@ def _el2n(m: Measured) -> Float[Tensor, " n"]:
     return (logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)
 
 
-def reducible_loss(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(θ) − ℓ(θ_R) of preference pairs, eq. 3′ (after RHO-loss and CoLoR-Filter)."""
-    return m.loss - _required(m.trusted_loss)
-
-
 def _density_ratio(m: Measured) -> Float[Tensor, " n"]:
     """log p(row | trusted) − log p(row | pool), which the look fits on all rows (`quality/density_ratio.py`)."""
     raise AssertionError("no batch has it")
@@ -108,9 +94,6 @@ TERMS: dict[str, Term] = {
     "el2n": Term(_el2n, answers=True),
     "density_ratio": Term(_density_ratio, probe=True),
 }
-
-REDUCIBLE_LOSS = Term(reducible_loss, trusted=True)
-"""The look takes it where preference pairs have trusted rows; it is no choice elsewhere."""
 
 TermSpec = str | Term | Callable[[Measured], Any]
 """A name in TERMS, or a custom term: a function of Measured, or a Term if it needs gradients."""

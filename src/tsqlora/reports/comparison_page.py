@@ -21,7 +21,7 @@ VERDICTS = {
 """Kinds of verdict, as in legends, with their marks."""
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
-_PHASES = ("building", "look", "trusted model", "ranks", "training")
+_PHASES = ("building", "look", "ranks", "training")
 _ROW, _FRAME = 46, 100
 """Pixels per method, and for axis and legend."""
 

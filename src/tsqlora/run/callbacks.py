@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.data.table import Samples
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
-from tsqlora.quality.subset import QualitySubset, equals
-from tsqlora.quality.trusted import Trusted
+from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job
 from tsqlora.tasks import has_own_loss
@@ -20,12 +20,12 @@ from tsqlora.training.rank_callback import RankCallback
 
 def subset(job: Job, fraction: float) -> QualitySubset:
     """The training rows, with this share of them in an epoch."""
-    samples, training, trusted = job.train.samples, job.config.training, job.data.get("trusted")
+    samples, training = job.train.samples, job.config.training
     return QualitySubset(
         samples,
         fraction,
         training.seed,
-        trusted=None if trusted is None else trusted.samples,
+        trusted=trusted_of(job),
         resample=job.config.quality.resample,
         lengths=samples.lengths,
         batch_size=training.batch_size,
@@ -51,12 +51,9 @@ def control_rule(config: Config) -> ScoringRule:
     return ScoringRule(select=False, head_start=True, seed=config.training.seed)
 
 
-def trusted_of(job: Job) -> Trusted | None:
-    """The rows of data.trusted, and how a model is trained on them alone."""
-    if "trusted" not in job.data:
-        return None
-    rows, training = job.data["trusted"].samples, job.config.training
-    return Trusted(rows, training.learning_rate, training.batch_size, twins=equals(job.train.samples, rows))
+def trusted_of(job: Job) -> Samples | None:
+    """The rows of data.trusted."""
+    return job.data["trusted"].samples if "trusted" in job.data else None
 
 
 def row_names(job: Job, **about: Any) -> RowNames:

@@ -114,8 +114,6 @@ def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
         return f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
     if (scores.get("noise") or {}).get("evident"):
         return f"{fraction:.0%} of the rows in each epoch, at random among those whose label seemed right"
-    if (scores.get("gate") or {}).get("left_out"):
-        return f"{fraction:.0%} of the rows in each epoch, at random among those that passed the gate"
     return f"{random}: their quality gave no reason for another draw"
 
 

@@ -1,4 +1,4 @@
-"""Explain why training rows were drawn, gated or suspected, from a run or a file of scores."""
+"""Explain why training rows were drawn, left out or suspected, from a run or a file of scores."""
 
 from dataclasses import replace
 from pathlib import Path

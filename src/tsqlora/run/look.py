@@ -27,7 +27,6 @@ from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
 from tsqlora.quality.score import scoring_request
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.trusted import Trusted
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.finished import device_of
@@ -53,7 +52,7 @@ def look(
     task: Task | None = None,
     rows: RowNames | None = None,
     compute: Compute | None = None,
-    trusted: Trusted | Dataset | None = None,
+    trusted: Dataset | None = None,
     processing_class: Any = None,
 ) -> SavedLook:
     """Take the look that `QualityCallback` takes, and save it in a folder, for `QualityCallback(data, look=out)`.
@@ -84,11 +83,9 @@ def look(
         rows=names,
         compute=compute or Compute(),
         trusted=trusted,
-        fraction=1.0,
     )
-    answers, judges, result, reading = AnswerLook([]), dict[str, np.ndarray](), None, request.task.reading
-    decided = trusted is not None and reading.has_reference  # trusted pairs say which side is better
-    if reading.causal and not decided and getattr(processing_class, "is_fast", False):
+    answers, judges, result = AnswerLook([]), dict[str, np.ndarray](), None
+    if request.task.reading.causal and getattr(processing_class, "is_fast", False):
         inner = cast(Any, distributed.unwrapped(model))
         vocabulary = vocabulary_of_model(processing_class, inner.config, inner.generation_config, size_of=inner)
         options = {"collate": collate, "seed": request.rule.seed}

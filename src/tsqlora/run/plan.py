@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.table import Samples, Table
-from tsqlora.quality.cost import look_cost, trusted_cost
+from tsqlora.quality.cost import look_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
-from tsqlora.quality.rule import ScoringRule, needs_trusted
-from tsqlora.quality.trusted import RATES, STEPS
+from tsqlora.quality.rule import ScoringRule
 from tsqlora.ranks.allocate import used
 from tsqlora.ranks.moves import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
@@ -48,7 +47,7 @@ def plan(
         "rows_an_epoch": len(data),
         "epochs": math.ceil(epochs),
         "steps": steps,
-        "passes": _passes(task, method, epochs=epochs, batch=args.train_batch_size * args.gradient_accumulation_steps),
+        "passes": _passes(task, method, epochs=epochs),
         "ranks": ranks,
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
@@ -88,7 +87,7 @@ def _classes(task: Task, model: Any, rows: Samples) -> dict[str, int] | None:
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
 
 
-def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[str, dict[str, int]]:
+def _passes(task: Task, method: Method, *, epochs: float) -> dict[str, dict[str, int]]:
     """Rows forward and backward in each phase: the first look, and the steps."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
     phases: dict[str, dict[str, int]] = {}
@@ -96,9 +95,6 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
     if quality is not None and quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
         phases["look"] = _look(rule, task, rows=n, trusted=trusted)
-        if needs_trusted(rule.measured()):
-            cost = trusted_cost(n, steps=len(RATES) * STEPS, batch_size=min(trusted, batch))  # at most
-            phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
     elif quality is not None and not quality.rule.select and task.writer is None:
         phases["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:

@@ -21,8 +21,6 @@ from tsqlora.quality.epochs import sample
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import equals
-from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import Task, task_of
 from tsqlora.text.before import look_before, without_unfit
@@ -40,18 +38,15 @@ def select(
     fraction: float = 0.5,
     seed: int = 0,
     rule: ScoringRule | None = None,
-    learning_rate: float = 5e-4,
     batch_size: int = 8,
     max_length: int | None = None,
     drop: Literal["evident"] | None = None,
 ) -> Any:
     """The rows of a pool that are most like trusted rows, as a `datasets.Dataset` with the same columns.
 
-    Texts are drawn by how much likelier they are among the trusted rows than in the pool, by their hidden states. For
-    preference rows, a model is first trained on the trusted rows alone: pairs are drawn by how far this lowers their
-    DPO loss, without those that look swapped. A model with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster
-    there. Call it before you build an SFTTrainer or DPOTrainer, and train on the result and the trusted rows: on texts
-    together, else on the trusted rows last. The model stays unchanged.
+    Texts are drawn by how much likelier they are among the trusted rows than in the pool, by their hidden states,
+    preference pairs evenly. Call it before you build an SFTTrainer or DPOTrainer, and train on the result and the
+    trusted rows: on texts and pairs together, else on the trusted rows last. The model stays unchanged.
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
@@ -59,12 +54,12 @@ def select(
         processing_class: the tokenizer, image processor or feature extractor.
         trusted: rows with the same columns, of the kind that the model must handle well; about 100 are enough.
         fraction: share of the pool's rows to return.
-        learning_rate, batch_size: of the later training; the trusted model starts at twice that rate.
+        batch_size: rows that the model reads at once.
         max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of
             20 ms; by default all.
         drop: "evident" leaves out texts whose answer belongs to another prompt, or is cut or in disorder, if there
-            is evidence of such a fault, and says so. Of preference rows without trusted ones it leaves out those whose
-            sides seem swapped, compared with most pairs. A fraction of 1 returns all others.
+            is evidence of such a fault, and says so. Of preference rows it leaves out those whose sides seem swapped,
+            compared with most pairs. A fraction of 1 returns all others.
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
@@ -80,9 +75,7 @@ def select(
             None if few is None else _with_paths(few, task, f"{folder}/trusted"),
             processing_class,
             task=task,
-            fraction=fraction,
             rule=rule or ScoringRule(seed=seed),
-            learning_rate=learning_rate,
             batch_size=batch_size,
             max_length=max_length,
             drop=drop == "evident",
@@ -104,9 +97,7 @@ def score_pool(
     tokenizer: Any,
     *,
     task: Task,
-    fraction: float,
     rule: ScoringRule,
-    learning_rate: float,
     batch_size: int,
     max_length: int | None,
     drop: bool = False,
@@ -129,10 +120,7 @@ def score_pool(
     for note in notes_of(data):
         if note not in warned:
             warnings.warn(note, stacklevel=4)
-    samples, reference = data["train"].samples, None
-    if "trusted" in data:
-        own = data["trusted"].samples
-        reference = Trusted(own, learning_rate, batch_size, twins=equals(samples, own))
+    samples = data["train"].samples
     compute = Compute(batch_size, progress=bars(len(samples)))
     scores = score(
         model,
@@ -142,15 +130,12 @@ def score_pool(
         task=task,
         rows=RowNames(samples.ids, samples.hashes, samples.lengths),
         compute=compute,
-        trusted=reference,
-        fraction=fraction,
+        trusted=data["trusted"].samples if "trusted" in data else None,
     )
     if not drop:
         return scores
     if not task.reading.causal:
         raise SettingsError(f"drop='evident' judges answers that a causal model writes; the task is {task.name}")
-    if "trusted_loss" in scores.terms:  # trusted pairs decide which side is better, and no majority
-        return scores
     about = (tokenizer, cast(Any, model).config, cast(Any, model).generation_config)
     look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), compute, seed=rule.seed)
     for sentence in look.sentences():

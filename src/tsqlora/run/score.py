@@ -63,7 +63,6 @@ def score_rows(
             rows=row_names(job, held_out=held_out_rows(job.data)),
             compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),
             trusted=trusted_of(job),
-            fraction=job.config.quality.fraction,
         )
         scores.save(out)
     return scores

@@ -54,7 +54,6 @@ PAIRS = replace(
     settings=(),
     foreign=dict.fromkeys((*OF_TEXTS, "data.label", "data.text_pair", "data.text")),
     has_reference=True,
-    trusted_weights={"reducible_loss": 1.0},
 )
 
 

@@ -51,8 +51,6 @@ class Reading:
     """Whether the logits at a token predict the next one."""
     has_reference: bool = False
     """Whether the loss compares the model with itself before training: rows are scored, and another trains."""
-    trusted_weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights of Q where there are trusted rows and no other weights."""
 
     @property
     def stratified(self) -> bool:

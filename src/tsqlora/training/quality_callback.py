@@ -25,7 +25,6 @@ from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
-from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
@@ -365,13 +364,6 @@ class QualityCallback(PartCallback):
             rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
             progress = bars(len(data.dataset))
-        trusted, scores = None, data.scores
-        if len(data.trusted):
-            # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
-            scored = scores is not None and "trusted_loss" in scores.terms
-            loss = scores.terms["trusted_loss"].copy() if scores is not None and scored else None
-            size, twins = self.schedule.step_size, data.plan.excluded
-            trusted = Trusted(data.trusted, args.learning_rate, size, twins=twins, loss=loss)
         lookahead = any(term.lookahead for term in self.rule.measured().values())
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return LookRequest(
@@ -386,8 +378,8 @@ class QualityCallback(PartCallback):
                 workers=args.dataloader_num_workers,
                 progress=progress,
             ),
-            trusted=trusted,
-            fraction=data.plan.fraction,
+            trusted=data.trusted if len(data.trusted) else None,
+            excluded=data.plan.excluded,
         )
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
@@ -397,9 +389,7 @@ class QualityCallback(PartCallback):
         if self.looks:
             request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
         result = look(model, request)
-        for phase, cost in (("look", result.cost), ("trusted model", result.trusted_cost)):
-            if cost.forward:
-                self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
+        self._spent.setdefault("look", PhaseCost()).add(**asdict(result.cost))
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
@@ -465,8 +455,7 @@ class QualityCallback(PartCallback):
         if self.into is None and task.writer is not None:  # `tsqlora train` has looked itself
             for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
                 self._note(finding)
-        decided = task.reading.has_reference and len(self.data.trusted)  # trusted pairs say which side is better
-        if answers and self.rule.select and not decided:
+        if answers and self.rule.select:
             self._answers = self._look_at_answers(args, model, collate, vocabulary)
 
     def _look_at_answers(

@@ -142,13 +142,8 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         sentences = [_head_in_words(look.get("head_start"))] if j == 1 else []
         if look.get("not_ready"):
             sentences.append(f"Rows are drawn evenly and ranks stay: {look['not_ready']}.")
-        if (gate := look.get("gate")) is not None:
-            sentences.append(
-                f"Not used ({gate['name']}): {gate['why_not']}."
-                if "why_not" in gate
-                else f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model "
-                "disagrees."
-            )
+        if why := (gate := look.get("gate") or {}).get("why_not"):
+            sentences.append(f"Not used ({gate['name']}): {why}.")
         if (noise := look.get("noise")) is not None:
             bounds = f", between {noise['low']:.0%} and {noise['high']:.0%}" if noise.get("high", 1) < 1 else ""
             sentences.append(

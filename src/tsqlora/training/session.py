@@ -40,7 +40,7 @@ from tsqlora.training.checkpoints import (
 from tsqlora.training.record import RunRecord, logged, metrics_of
 from tsqlora.training.steps import EPOCH_ERROR, epoch_of, passed
 
-PHASES = ("look", "trusted model", "ranks", "training")
+PHASES = ("look", "ranks", "training")
 """In the order in which they begin."""
 EVERY = 3.0
 """Seconds between two writings of run.json."""

@@ -24,9 +24,9 @@ ENOUGH_TRUSTED = 32
 def come_last(trusted: Dataset, task: Task, model: nn.Module, collate: Collate) -> tuple[bool, int]:
     """Whether trusted rows come last, and how many classes have none of them.
 
-    Texts do not, and neither do rows that lack a class, which would be forgotten.
+    Texts and pairs do not, and neither do rows that lack a class, which would be forgotten.
     """
-    if task.writer is not None:
+    if task.writer is not None or task.reading.has_reference:
         return False, 0
     if task.reading.label is None:
         return True, 0

@@ -56,7 +56,7 @@ REMOVED_SETTINGS: Mapping[str, Removed] = {
     "quality.gate": Removed(None, "trusted rows come last in place of a gate, which taught less; remove it"),
     "quality.trusted_last": Removed(None, "trusted rows come last, texts are mixed in; remove it"),
     "quality.weights.reducible_loss": Removed(
-        None, "trusted rows come last in its place; preference pairs are drawn by it anyway; remove it"
+        None, "trusted rows come last, texts and preference pairs are mixed in; remove it"
     ),
     "quality.warmup": Removed(1.0, "rows are looked at before the first step; remove it"),
     "quality.warmup_limit": Removed(0.5, "rows are looked at before the first step; remove it"),
