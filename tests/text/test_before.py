@@ -68,7 +68,6 @@ def test_stretches_with_loss_are_answers() -> None:
 
 def test_answers_of_other_prompts_are_found() -> None:
     look = look_before(model(), samples(), vocabulary_of(tokenizer()), Compute(16))
-    assert look.detections[FOREIGN].evident
     assert set(look.rows(FOREIGN)) <= set(FOREIGN_ROWS)
     assert len(look.rows(FOREIGN)) >= 0.8 * len(FOREIGN_ROWS)
 
@@ -90,23 +89,25 @@ def test_swapped_pairs_are_found_by_the_majority(swapped: tuple[int, ...]) -> No
     look = look_at_answers(model(), pairs(swapped), vocabulary_of(tokenizer()), Compute(16))
     assert {*look.rows(SWAPPED)} <= {*swapped}
     assert len(look.rows(SWAPPED)) >= 0.8 * len(swapped)
-    assert look.detections[SWAPPED].evident == bool(swapped)
+    assert look.detections[SWAPPED].found > 0.8
 
 
 def test_where_the_sides_do_not_differ_no_pair_is_called_swapped() -> None:
     look = look_at_answers(model(), pairs(FOREIGN_ROWS, alike=True), vocabulary_of(tokenizer()), Compute(16))
     assert not look.rows(SWAPPED)
-    assert any("rows do not differ enough" in text for text in look.sentences())
+    first = look.sentences()[0]
+    assert first.startswith("swapped_pair: this model cannot tell")
+    assert "%" not in first
 
 
 def test_where_all_answers_fit_none_is_called_wrong() -> None:
     look = look_before(model(), samples(()), vocabulary_of(tokenizer()), Compute(16))
-    assert not look.detections[FOREIGN].evident
     assert not look.rows(FOREIGN)
+    assert look.detections[FOREIGN].found > 0.5
 
 
 @pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
-@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
+@pytest.mark.filterwarnings("ignore:.*of 240 rows these are left out")
 def test_a_training_leaves_them_out(tmp_path: Path) -> None:
     data = tsq.QualitySubset(samples(), 0.5)
     callback = tsq.QualityCallback(data)
@@ -144,7 +145,7 @@ def test_a_selection_for_another_trainer_leaves_them_out() -> None:
         answer = rng.permutation(words[(j + 1) % ROWS] if j in FOREIGN_ROWS else own)
         rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
     left_out, texts = dropped(rows)
-    assert any("foreign_answer" in text and "listed" in text for text in texts)
+    assert any("foreign_answer: " in text and "would list" in text for text in texts)
     assert left_out <= {*FOREIGN_ROWS}
     assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)
 
@@ -167,7 +168,7 @@ class Prefers(Trainer):
         return task.loss(task.reading.logits(model, inputs), inputs["labels"]).mean()
 
 
-@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
+@pytest.mark.filterwarnings("ignore:.*of 240 rows these are left out")
 def test_a_training_leaves_swapped_pairs_out(tmp_path: Path) -> None:
     data, collate = (
         tsq.QualitySubset(pair_samples(FOREIGN_ROWS), 0.5),
@@ -197,6 +198,6 @@ def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple
         chosen, rejected = sides[::-1] if j in swapped else sides
         rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
     left_out, texts = dropped(rows)
-    assert any("swapped_pair" in text and "planted" in text for text in texts)
+    assert any("swapped_pair: " in text and "would list" in text for text in texts)
     assert left_out <= {*swapped}
     assert len(left_out) >= 0.8 * len(swapped)
