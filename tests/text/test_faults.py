@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import norm
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from byte_tokenizers import byte_tokenizer
 from text.test_ledger import TEMPLATE, chat, trained
@@ -16,6 +17,7 @@ from tsqlora.quality.rule import Compute
 from tsqlora.text import answers
 from tsqlora.text import look as text_look
 from tsqlora.text.answers import Turn, turns_of
+from tsqlora.text.before import in_one_line
 from tsqlora.text.faults import (
     ALIKE,
     cross_fitted,
@@ -271,3 +273,37 @@ def test_good_answers_are_left_alone(tokenizer: Any) -> None:
     result = look(tokenizer, vocabulary_of(tokenizer))
     assert not result.rows(FOREIGN)
     assert not result.rows(CUT)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_model_of_random_weights_calls_no_clean_answer_wrong_and_says_that_it_cannot_tell(
+    tokenizer: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.3}
+    config = LlamaConfig(**sizes)
+    rng, vocabulary = np.random.default_rng(seed), vocabulary_of(tokenizer)
+    rows = []
+    for k in range(130):
+        one, other = rng.choice(SUBJECTS, 2, replace=False)
+        long = " ".join(rng.choice(SUBJECTS, int(rng.lognormal(2, 0.8)) + 1))
+        answer = f"The number is {k % 9} for this question." if k % 8 == 0 else f"Of the {one}: {long}."
+        rows.append(chat(f"What of the {one} and the {other} in {k}?", answer, row=k))
+    turns = [one for row in rows for one in turns_of(row, [trained(tokenizer, row)], vocabulary)]
+    result = look_at_answers(LlamaForCausalLM(config).eval(), turns, vocabulary, Compute(batch_size=32))
+    assert {name for name in result.detections if result.rows(name)} == set()
+    assert not result.detections[CUT].usable
+    assert "cannot tell" in result.sentences()[0]
+    assert "%" not in result.sentences()[0]
+    assert "cannot tell" in in_one_line(result, {}, 130).split(";")[0]
+
+
+def test_the_end_of_a_long_answer_is_judged_and_what_is_not_read_is_counted(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (answers, text_look):
+        monkeypatch.setattr(module, "MOST_ANSWER", 16)
+    result = look(tokenizer, vocabulary_of(tokenizer))
+    assert np.isfinite(result.detections[CUT].score).all()  # all answers are longer
+    assert any(text.startswith("140 of 140 answers have more than 16 tokens") for text in result.sentences())

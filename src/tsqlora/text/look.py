@@ -197,7 +197,7 @@ def look_at_answers(
     prompted = read("prompted", [behind(one.prompt, one.answer, at) for one, at in zip(turns, places, strict=True)])
     alone = read("alone", [behind(one.opening, one.answer) for one in turns])
     own = features_of(prompted, alone)
-    _find_cut(look, *prompted["stop"].T, cuts > 0, folds, rng)
+    _find_cut(look, prompted["stop"], cuts > 0, folds, rng)
     most = longest_prompt(model)
     _find_foreign(look, own, alone, folds, planted, rng, read, most=most)
     if long := sum(len(turn.prompt) > MOST_PROMPT for turn in turns):
@@ -236,25 +236,28 @@ def _find_swapped(look: AnswerLook, seed: int, read: Read) -> None:
 
 def _find_cut(
     look: AnswerLook,
-    stops: Float[np.ndarray, " n"],
-    inside: Float[np.ndarray, " n"],
+    stops: Float[np.ndarray, "n 2"],
     cut: Bool[np.ndarray, " n"],
     folds: np.ndarray,
     rng: np.random.Generator,
 ) -> None:
-    """Cut in the middle: the model expects no stop there. Answers that a stop follows are judged."""
+    """Cut in the middle: the model expects no stop there. Answers that a stop follows are judged.
+
+    `stops` are its log-probabilities where an answer ends, and where it may be `cut`.
+    """
     whole = np.array([one.ends for one in look.turns])
     planted = rng.permutation(np.flatnonzero(whole & cut))
     if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers are whole and long enough to judge cuts")
         return
     # A model that was not trained to stop, or not on this template, ranks the ends of answers by anything else.
-    above = float((stops[planted] > inside[planted]).mean())
+    above = float((stops[planted, 0] > stops[planted, 1]).mean())
     by_chance = -np.log(1 + np.mean([min(len(one.answer), MOST_ANSWER) for one in look.turns]))
-    calibrated = above >= CALIBRATED and float(np.median(stops[whole])) > by_chance
+    calibrated = above >= CALIBRATED and float(np.median(stops[whole, 0])) > by_chance
     planted = planted[:PLANTED]
-    taught = stops[whole, None], inside[planted, None]
-    detection = detect(*cross_fitted(*taught, folds[whole], folds[planted]))
+    taught = stops[whole, :1], stops[planted, 1:]
+    scores, bad = cross_fitted(*taught, folds[whole], folds[planted])
+    detection = detect(scores, bad)
     if not calibrated:
         detection = replace(detection, found=0.0, listed=detection.listed[:0])
     _add(look, CUT, np.flatnonzero(whole), detection, taught)
