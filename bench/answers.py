@@ -203,10 +203,8 @@ def short(rows: int, model: str) -> dict[str, Any]:
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
     """The look's result where a share of the answers is another row's."""
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, order, seed)
-    folds, owner = np.array(cell["folds"]), np.array(cell["orders"]["near"])
-    near = np.random.default_rng([seed, 4]).permutation(len(own))[: len(own) // 4]
-    hard = features_of(part_of(cell, "near"), part_of(cell, "alone"), owner)[near]
-    return judged(looked(own, bad, folds, folds[planted], loss, decoys, (hard, folds[near])), faulty)
+    folds = np.array(cell["folds"])
+    return judged(looked(own, bad, folds, folds[planted], loss, decoys), faulty)
 
 
 def part_of(cell: dict[str, Any], key: str) -> dict[str, np.ndarray]:
@@ -261,12 +259,11 @@ def looked(
     bad_folds: np.ndarray,
     loss: np.ndarray,
     decoys: np.ndarray,
-    *hard: tuple[np.ndarray, np.ndarray],
 ) -> Detection:
     """The detection; of planted answers one in nine fits its prompt best, as one of nine equals."""
-    scores, planted, *some = cross_fitted(own, bad, folds, bad_folds, *hard)
+    scores, planted = cross_fitted(own, bad, folds, bad_folds)
     fits = np.r_[loss < decoys, np.random.default_rng(0).random(len(bad)) < 1 / (1 + DECOYS)]
-    return detect(scores, planted, plantings(len(own), np.arange(len(bad))), fits, some)
+    return detect(scores, planted, plantings(len(own), np.arange(len(bad))), fits)
 
 
 def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from tsqlora.text.answers import Turn, turns_of
 from tsqlora.text.before import in_one_line
 from tsqlora.text.faults import (
     ALIKE,
-    cross_fitted,
     cut_place,
     detect,
     disordered,
@@ -28,7 +27,6 @@ from tsqlora.text.faults import (
     few_answers,
     folds_of,
     judged,
-    near_donors_of,
     p_of,
 )
 from tsqlora.text.look import CUT, FOREIGN, AnswerLook, look_at_answers
@@ -132,41 +130,6 @@ def test_donors_are_of_the_fold_and_fit_neither_in_prompt_nor_in_answer() -> Non
         for a, b in ((turns[row].question, turns[donors[row]].question), (turns[row].text, turns[donors[row]].text)):
             one, other = {*a.lower().split()}, {*b.lower().split()}
             assert len(one & other) / len(one | other) <= ALIKE
-
-
-def test_the_bound_holds_for_faults_that_are_harder_to_see() -> None:
-    rng = np.random.default_rng(0)
-    own, planted, hard = rng.normal(0, 1, 1000), rng.normal(4, 1, 512), rng.normal(2, 1, 128)
-    own[:200] += 2
-    assert detect(own, planted).high < 0.2
-    assert detect(own, planted, hard=[hard]).high >= 0.2
-
-
-def test_near_donors_have_the_nearest_prompt_of_the_fold_and_another_answer() -> None:
-    texts = [f"{SUBJECTS[k % 14]} {SUBJECTS[14 + k // 14]}" for k in range(100)]
-    turns = [turn(k, f"Tell me of the {text}", SUBJECTS[k % 28]) for k, text in enumerate(texts)]
-    turns.append(turn(100, turns[0].question, "quite another one"))
-    folds = folds_of(turns, seed=0)
-    donors = near_donors_of(turns, folds, np.arange(100))
-    assert (donors >= 0).all()
-    assert (folds[donors] == folds[:100]).all()
-    for row, donor in enumerate(donors.tolist()):
-        own, other = ({*turns[j].question.split()} for j in (row, donor))
-        assert own != other, "equal prompts may have each other's answers"
-        assert turns[row].text != turns[donor].text
-    assert np.mean([len({*texts[j].split()} & {*texts[k].split()}) for j, k in enumerate(donors)]) > 0.9
-
-
-def test_further_rows_are_scored_and_do_not_teach() -> None:
-    rng, fold = np.random.default_rng(4), np.arange(200) % 5
-    own, planted, further = rng.normal(0, 1, (200, 2)), rng.normal(2, 1, (200, 2)), rng.normal(1, 1, (40, 2))
-    alone = cross_fitted(own, planted, fold, fold)
-    *both, scores = cross_fitted(own, planted, fold, fold, (further, fold[:40]))
-    for one, other in zip(alone, both, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert alone[0].mean() < scores.mean() < alone[1].mean()
-    again = cross_fitted(own, planted, fold, fold, (further[:1], fold[:1]))[2]
-    np.testing.assert_allclose(again, scores[:1])
 
 
 def test_a_cut_lies_behind_a_word_and_not_behind_a_sentence() -> None:

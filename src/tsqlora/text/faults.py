@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -15,7 +14,6 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import betaincinv
 from scipy.stats import beta
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -99,24 +97,6 @@ def donors_of(
     return donors
 
 
-def near_donors_of(
-    turns: Sequence[Turn], folds: Int[np.ndarray, " n"], rows: Int[np.ndarray, " m"]
-) -> Int[np.ndarray, " m"]:
-    """Return for each row the turn of its fold with the nearest other prompt and another answer; -1 for none."""
-    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
-    prompts = words.fit_transform([turn.question for turn in turns])
-    donors = np.full(len(rows), -1)
-    for fold in range(FOLDS):
-        within, judged = np.flatnonzero(folds == fold), np.flatnonzero(folds[rows] == fold)
-        alike = (prompts[rows[judged]] @ prompts[within].T).toarray()
-        for k, near in zip(judged.tolist(), np.argsort(-alike, axis=1)[:, :TRIES], strict=True):
-            row = turns[rows[k]]
-            question, answer = words_of(row.question), {*words_of(row.text)}
-            others = (j for j in within[near].tolist() if words_of(turns[j].question) != question)
-            donors[k] = next((j for j in others if _near({*words_of(turns[j].text)}, answer) <= ALIKE), -1)
-    return donors
-
-
 def _near(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
@@ -140,23 +120,23 @@ class Detection:
     """The result for one kind of fault among n turns."""
 
     planted: int
-    area: float
-    """Chance that a planted fault scores above a row as it is (area under ROC)."""
     rate: float
     """Estimated share of the turns that have this fault; it errs upward."""
-    high: float
-    """With 95 % confidence no more have it."""
     score: Float[np.ndarray, " n"]
     """The higher, the more a turn looks like a planted one."""
     probability: Float[np.ndarray, " n"]
     """That the turn has the fault, given the rate."""
+    suspects: Int[np.ndarray, " s"]
+    """The worst of the turns that are likely faulty, which deserve other prompts."""
     listed: Int[np.ndarray, " k"]
     """Turns that are called wrong, worst first; none without evidence beyond hard rows."""
-    found: float
+    high: float = 1.0
+    """With 95 % confidence no more have a fault that looks like the planted ones."""
+    found: float = 0.0
     """Share of planted faults in the place of SHARE of the rows that the same rule would list, the mean of DRAWS."""
-    between: tuple[float, float]
+    between: tuple[float, float] = (0.0, 0.0)
     """The share lies between these in 90 % of the draws."""
-    right: float
+    right: float = 0.0
     """Rows as they are that it would list besides, and does not list without the planted ones."""
 
     @property
@@ -176,22 +156,16 @@ def cross_fitted(
     planted: Float[np.ndarray, "m d"],
     fold: Int[np.ndarray, " n"],
     planted_fold: Int[np.ndarray, " m"],
-    *further: tuple[Float[np.ndarray, "k d"], Int[np.ndarray, " k"]],
-) -> tuple[Float[np.ndarray, " _"], ...]:
-    """Return log-odds that a row is planted, by a logistic regression that has not seen its fold.
-
-    There is an array for rows as they are, one for planted ones, and one for each of `further` rows with their folds,
-    which do not teach.
-    """
-    judged = ((own, fold), (planted, planted_fold), *further)
-    scores = tuple(np.zeros(len(values)) for values, _ in judged)
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
+    """Return log-odds that a row is planted, of rows as they are and of planted ones, by a logistic regression each
+    time that has not seen their fold."""
+    scores, bad = np.zeros(len(own)), np.zeros(len(planted))
     for one in range(FOLDS):
-        a, b = fold != one, planted_fold != one
-        scaler, model = _fitted(own[a], planted[b])
-        for (values, folds), out in zip(judged, scores, strict=True):
+        scaler, model = _fitted(own[fold != one], planted[planted_fold != one])
+        for values, folds, out in ((own, fold, scores), (planted, planted_fold, bad)):
             if (folds == one).any():
                 out[folds == one] = model.decision_function(scaler.transform(values[folds == one]))
-    return scores
+    return scores, bad
 
 
 def _fitted(
@@ -258,65 +232,49 @@ def detect(
     planted: Float[np.ndarray, " m"],
     tables: Sequence[Int[np.ndarray, " n"]] | None = None,
     fits: Bool[np.ndarray, " n+m"] | None = None,
-    hard: Sequence[Float[np.ndarray, " k"]] = (),
 ) -> Detection:
     """Judge turns by their scores and those of planted faults, none of which its own fit has seen.
 
     The same rule judges the tables of `plantings`, to measure what could have been found. `fits` says of rows and of
-    planted faults whether their own prompt is the best. `hard` faults are harder to see, so that more turns may have
-    them: they count for the upper bound.
+    planted faults whether their own prompt is the best.
     """
     n, every = len(scores), np.concatenate([scores, planted])
     tables = plantings(n, np.arange(len(planted))) if tables is None else tables
     as_is, *again = (judged(every[table], planted, None if fits is None else fits[table]) for table in tables)
     listed = [table[one.listed] for table, one in zip(tables[1:], again, strict=True)]
     shares = [(some >= n).sum() / (table >= n).sum() for table, some in zip(tables[1:], listed, strict=True)]
-    others = [len(np.setdiff1d(some[some < n], as_is.listed)) for some in listed]
     low, high = np.quantile(shares, (0.05, 0.95))
-    detection = Detection(
-        planted=len(planted),
-        area=float(p_of(planted, scores).mean()),
-        rate=as_is.rate,
-        high=max(upper_bound(p_of(scores, some), len(some)) for some in (planted, *hard)),
-        score=scores,
-        probability=as_is.probability,
-        listed=as_is.listed,
+    detection = replace(
+        as_is,
+        high=upper_bound(p_of(scores, planted), len(planted)),
         found=float(np.mean(shares)),
         between=(float(low), float(high)),
-        right=float(np.mean(others)),
+        right=float(np.mean([len(np.setdiff1d(some[some < n], as_is.listed)) for some in listed])),
     )
     return detection if detection.usable else replace(detection, listed=as_is.listed[:0])
 
 
-class Judged(NamedTuple):
-    """What the rule says of a table."""
-
-    rate: float
-    probability: Float[np.ndarray, " n"]
-    suspects: Int[np.ndarray, " s"]
-    """The worst of the rows that are likely faulty, which deserve other prompts."""
-    listed: Int[np.ndarray, " k"]
-
-
 def judged(
     scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], fits: Bool[np.ndarray, " n"] | None = None
-) -> Judged:
+) -> Detection:
     """Judge a table: likely rows are called wrong, at most as many as the rate says, where the fault is evident.
 
     `fits` says whether a row's own prompt is the best: such a row is not called wrong, and a fault is evident where
     most suspects fit other prompts better. Without it the share of rows beyond what good ones reach is the evidence.
     """
     p = p_of(scores, planted)
-    rate = storey(p, floor_of(p, len(planted)))
+    rate = rate_of(p, len(planted))
     probability = posterior(p, rate)
     order = np.argsort(-scores, kind="stable")
+    # Half of the planted faults lie below rows where the two are alike.
     likely = order[probability[order] > 0.5] if p_of(planted, scores).mean() >= LEAST_AREA else order[:0]
     suspects = likely[: round(SUSPECTS * len(scores))]
     if fits is None:
         chosen, evident = likely, exceeds(p, rate)
     else:
         chosen, evident = suspects[~fits[suspects]], len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
-    return Judged(rate, probability, suspects, chosen[: round(rate * len(scores)) if evident else 0])
+    listed = chosen[: round(rate * len(scores)) if evident else 0]
+    return Detection(len(planted), rate, scores, probability, suspects, listed)
 
 
 def exceeds(p: Float[np.ndarray, " n"], rate: float) -> bool:
@@ -346,8 +304,8 @@ def p_of(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"]) -> F
     return (below + upto) / 2 / len(ordered)
 
 
-def floor_of(p: Float[np.ndarray, " n"], planted: int) -> float:
-    """Return the floor of Storey's estimate.
+def rate_of(p: Float[np.ndarray, " n"], planted: int) -> float:
+    """Return the share of uniform values, by those above a floor (Storey 2002).
 
     Above a floor lies a known share of the faults, and of good rows the fewer the higher the floor is. A higher floor
     counts where its estimate is lower by more than four standard errors, of its count and of the planted quantile.
@@ -357,12 +315,7 @@ def floor_of(p: Float[np.ndarray, " n"], planted: int) -> float:
     rates = count / len(p) / (1 - floors)
     errors = np.hypot(np.sqrt(count + 1) / len(p) / (1 - floors), rates * np.sqrt(floors / (1 - floors) / planted))
     lower = np.flatnonzero(rates + 4 * errors < rates[0])
-    return FLOORS[lower[-1] if len(lower) else 0]
-
-
-def storey(p: Float[np.ndarray, " n"], floor: float) -> float:
-    """Return the share of uniform values, by those above a floor (Storey 2002)."""
-    return min(1.0, float((p > floor).mean()) / (1 - floor))
+    return min(1.0, float(rates[lower[-1] if len(lower) else 0]))
 
 
 def upper_bound(p: Float[np.ndarray, " n"], planted: int) -> float:

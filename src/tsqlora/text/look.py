@@ -42,7 +42,6 @@ from tsqlora.text.faults import (
     few_answers,
     folds_of,
     judged,
-    near_donors_of,
     plantings,
 )
 from tsqlora.text.prepared import SIDES
@@ -56,14 +55,11 @@ LEAST_TURNS = 50
 DECOYS, POOL = 8, 64
 """Other prompts that suspects are read behind, and planted faults that are, to measure what could have been found."""
 OWNERS, LEAST_SHIFTED = 200, 5
-NEAR = 128
-"""Rows that get the answer of the nearest prompt, for the upper bound: a quarter of the planted ones, at most."""
 CALIBRATED = 0.9
 """Share of whole answers behind which a stop must be likelier than where the same answer is cut, to judge cuts."""
 PHASES = {
     "prompted": "answers with their prompts",
     "alone": "answers alone",
-    "near": "planted faults, similar prompts",
     "foreign": "planted faults",
     "decoys": "answers under other prompts",
     "whole": "answers under whole prompts",
@@ -258,9 +254,8 @@ def _find_cut(
     taught = stops[whole, :1], stops[planted, 1:]
     scores, bad = cross_fitted(*taught, folds[whole], folds[planted])
     detection = detect(scores, bad)
-    if not calibrated:
-        detection = replace(detection, found=0.0, listed=detection.listed[:0])
-    _add(look, CUT, np.flatnonzero(whole), detection, taught)
+    unable = replace(detection, found=0.0, listed=detection.listed[:0])
+    _add(look, CUT, np.flatnonzero(whole), detection if calibrated else unable, taught)
 
 
 def _find_foreign(
@@ -280,17 +275,9 @@ def _find_foreign(
     if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers differ enough to tell whose they are")
         return
-    near = planted[np.linspace(0, len(planted) - 1, int(np.clip(len(planted) // 4, LEAST_TURNS, NEAR))).astype(int)]
-    nearest = near_donors_of(turns, folds, near)
-    near, nearest = near[nearest >= 0], nearest[nearest >= 0]
-
-    def copies(phase: str, rows: np.ndarray, donors: np.ndarray) -> np.ndarray:
-        some = [behind(turns[j].prompt, turns[k].answer) for j, k in zip(rows, donors, strict=True)]
-        return features_of(read(phase, some), alone, donors)
-
-    further = [(copies("near", near, nearest), folds[near])] if len(near) >= LEAST_TURNS else []
-    taught = own, copies("foreign", planted, donors)
-    scores, bad, *hard = cross_fitted(*taught, folds, folds[planted], *further)
+    copies = [behind(turns[j].prompt, turns[k].answer) for j, k in zip(planted, donors, strict=True)]
+    taught = own, features_of(read("foreign", copies), alone, donors)
+    scores, bad = cross_fitted(*taught, folds, folds[planted])
     # Rows that are suspects as they are, or among planted faults in their place; these stand behind the rows.
     every, n = np.concatenate([scores, bad]), len(turns)
     tables = plantings(n, np.linspace(0, len(bad) - 1, min(len(bad), POOL)).astype(int))
@@ -308,7 +295,7 @@ def _find_foreign(
         behind_own = np.concatenate(taught)[suspects, 0] * np.maximum(alone["tokens"][answers[suspects]], 1)
         some = [replace(turns[prompts[j]], answer=turns[answers[j]].answer) for j in suspects]
         fits[suspects] = fits_own(some, behind_own, losses.min(1), partial(read, "whole"), most=most)
-    _add(look, FOREIGN, np.arange(n), detect(scores, bad, tables, fits, hard), taught)
+    _add(look, FOREIGN, np.arange(n), detect(scores, bad, tables, fits), taught)
     if len(look.detections[FOREIGN].listed):
         _find_owners(look, read)
 
