@@ -86,7 +86,8 @@ def planted_afresh(rng: np.random.Generator, own: np.ndarray, planted: np.ndarra
     return float(np.isin(rows, listed).mean()), len(np.setdiff1d(listed, rows))
 
 
-AREAS = (0.5, 0.58, 0.7, 0.78, 0.86, 0.92, 0.98)
+AREAS = (0.5, 0.58, 0.76, 0.86, 0.92, 0.98)
+"""Of detectors: from none to one that tells nearly all planted faults from rows as they are."""
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])

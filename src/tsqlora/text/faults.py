@@ -3,6 +3,7 @@
 A row is judged by a fit that saw neither it, nor a copy of its prompt, nor another turn of its conversation.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -283,16 +284,16 @@ def exceeds(p: Float[np.ndarray, " n"], rate: float) -> bool:
     The scores of good and of planted rows are taken as logistic, so that the odds of p > x are those of 1 − x, divided
     by a constant c: the share of rows between NEAR_GOOD and x gives it, as the larger root of a quadratic equation. A
     twofold share beyond x, with 95 % confidence, is evidence. Among swapped pairs, planted ones are as often right as
-    rows are wrong: these do not count.
+    rows are wrong: the second begins behind these.
     """
-    for end in BEYOND:
-        start = min(max(NEAR_GOOD, rate), 0.8 * end)
+    for start, end in itertools.product((NEAR_GOOD, min(max(NEAR_GOOD, rate), 0.8 * BEYOND[0])), BEYOND):
         beyond, near = int((p > end).sum()), float(((p > start) & (p <= end)).mean())
         a, b = start / (1 - start), end / (1 - end)
         half = b - a - near * (a + b)
         twice = half + np.sqrt(max(half**2 - 4 * near**2 * a * b, 0))  # 2·a·b·c·near
         tail = 2 * near * a / (2 * near * a + max(twice, 0)) if near else 0.0
-        if beyond >= LEAST_BEYOND and betaincinv(beyond, len(p) - beyond + 1, 0.05) > 2 * tail + SLACK * (1 - end):
+        least = betaincinv(beyond, len(p) - beyond + 1, 0.05) if beyond >= LEAST_BEYOND else 0.0
+        if least > 2 * tail + SLACK * (1 - end):
             return True
     return False
 
