@@ -55,8 +55,8 @@ LEAST_TURNS = 50
 DECOYS, POOL = 8, 64
 """Other prompts that suspects are read behind, and planted faults that are, to measure what could have been found."""
 OWNERS, LEAST_SHIFTED = 200, 5
-CALIBRATED = 0.9
-"""Share of whole answers behind which a stop must be likelier than where the same answer is cut, to judge cuts."""
+CALIBRATED, LIKELIER = 0.75, 20
+"""Share of whole answers behind which a stop must be so many times likelier than where the same answer is cut."""
 PHASES = {
     "prompted": "answers with their prompts",
     "alone": "answers alone",
@@ -247,9 +247,7 @@ def _find_cut(
         look.notes.append("too few answers are whole and long enough to judge cuts")
         return
     # A model that was not trained to stop, or not on this template, ranks the ends of answers by anything else.
-    above = float((stops[planted, 0] > stops[planted, 1]).mean())
-    by_chance = -np.log(1 + np.mean([min(len(one.answer), MOST_ANSWER) for one in look.turns]))
-    calibrated = above >= CALIBRATED and float(np.median(stops[whole, 0])) > by_chance
+    calibrated = (stops[planted, 0] - stops[planted, 1] > np.log(LIKELIER)).mean() >= CALIBRATED
     planted = planted[:PLANTED]
     taught = stops[whole, :1], stops[planted, 1:]
     scores, bad = cross_fitted(*taught, folds[whole], folds[planted])
