@@ -300,6 +300,7 @@ def judged(detection: Detection, faulty: np.ndarray) -> dict[str, Any]:
         "high": detection.high,
         "found": detection.found,
         "usable": detection.usable,
+        "evident": bool(len(chosen)),
         "listed": len(chosen),
         "right": int(faulty[chosen].sum()),
         "average_precision": float(average_precision_score(faulty, detection.score)) if faulty.any() else None,
