@@ -6,6 +6,7 @@
     python bench/answers.py pairs
     python bench/answers.py real --model DIR
     python bench/answers.py short [--rows 150] --model DIR
+    python bench/answers.py cuts [--rows 500] --model DIR
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
@@ -15,13 +16,14 @@ writes the look's results: bench/results/answers.json. `apply` judges the half o
 itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `pairs` has a row's
 answer as the chosen one and a faulty one as rejected, and swaps a share: bench/results/answers_pairs.json. `real` looks
 at machine-written summaries that people judged: bench/results/answers_real.json. `short` looks at SciTLDR as it is,
-with abstracts cut to 160 tokens: bench/results/answers_short.json.
+with abstracts cut to 160 tokens: bench/results/answers_short.json. `cuts` reads Alpaca's answers once, with the stop
+behind every token, and looks at 300 of them and at 15 more that are cut in the middle of a sentence, by 20 seeds:
+bench/results/answers_cuts.json.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,17 @@ from tsqlora.run.text_audit import load_vocabulary
 from tsqlora.text import answers
 from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
 from tsqlora.text.conversations import conversation
-from tsqlora.text.faults import Detection, FaultJudge, cross_fitted, cut_places, detect, donors_of, folds_of, listed
-from tsqlora.text.look import DECOYS, LEAST_SUSPECTS, SUSPECTS, look_at_answers
+from tsqlora.text.faults import (
+    Detection,
+    FaultJudge,
+    cross_fitted,
+    cut_place,
+    detect,
+    donors_of,
+    folds_of,
+    plantings,
+)
+from tsqlora.text.look import CUT, DECOYS, AnswerLook, _find_cut, look_at_answers
 from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
@@ -116,9 +127,9 @@ def features(name: str, rows: int, model: str, prompt: int | None = None) -> dic
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
     n, folds = len(turns), folds_of(turns, 0)
-    tokens = [[vocabulary.tokens[j] for j in one.answer[: answers.MOST_ANSWER]] for one in turns]
-    cuts = [cut_places(one, some, rng) for one, some in zip(turns, tokens, strict=True)]
-    places = [(len(some), *cut, max(1, len(some) // 2)) for some, cut in zip(tokens, cuts, strict=True)]
+    tokens = [[vocabulary.tokens[j] for j in one.answer[answers.ends_of(len(one.answer))]] for one in turns]
+    cuts = [cut_place(some, rng) for some in tokens]
+    places = [(len(some), cut, max(1, len(some) // 2)) for some, cut in zip(tokens, cuts, strict=True)]
     order = {
         "next": np.arange(1, n + 1) % n,
         "near": nearest(turns),
@@ -149,7 +160,7 @@ def features(name: str, rows: int, model: str, prompt: int | None = None) -> dic
         "folds": folds.tolist(),
         "row": [one.row for one in turns],
         "whole": [len(one.answer) <= answers.MOST_ANSWER for one in turns],
-        "cuts": [list(cut) for cut in cuts],
+        "cuts": cuts,
         "machine": machine(),
         "commit": commit(),
     }
@@ -192,11 +203,8 @@ def short(rows: int, model: str) -> dict[str, Any]:
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
     """The look's result where a share of the answers is another row's."""
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, order, seed)
-    folds, owner = np.array(cell["folds"]), np.array(cell["orders"]["near"])
-    near = np.random.default_rng([seed, 4]).permutation(len(own))[: len(own) // 4]
-    hard = features_of(part_of(cell, "near"), part_of(cell, "alone"), owner)[near]
-    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys, (hard, folds[near]))
-    return judged(detection, detection.evident, fits, faulty)
+    folds = np.array(cell["folds"])
+    return judged(looked(own, bad, folds, folds[planted], loss, decoys), faulty)
 
 
 def part_of(cell: dict[str, Any], key: str) -> dict[str, np.ndarray]:
@@ -208,13 +216,12 @@ def foreign_apart(cell: dict[str, Any], share: float, seed: int) -> dict[str, An
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, "next", seed)
     folds = np.array(cell["folds"])
     seen = np.random.default_rng([seed, 3]).permutation(len(own)) < len(own) // 2
-    detection, fits = looked(
+    detection = looked(
         own[seen], bad[seen[planted]], folds[seen], folds[planted[seen[planted]]], loss[seen], decoys[seen]
     )
-    judge = FaultJudge.fit(own[seen], bad[seen[planted]], detection, listed(detection, fits))
+    judge = FaultJudge.fit(own[seen], bad[seen[planted]], detection)
     alone = judge.of(own)[1] & (loss >= decoys)
-    detection, fits = looked(own, bad, folds, folds[planted], loss, decoys)
-    together = np.isin(np.arange(len(own)), listed(detection, fits))
+    together = np.isin(np.arange(len(own)), looked(own, bad, folds, folds[planted], loss, decoys).listed)
     return {
         "faulty": int(faulty[~seen].sum()),
         "rows": int((~seen).sum()),
@@ -252,17 +259,11 @@ def looked(
     bad_folds: np.ndarray,
     loss: np.ndarray,
     decoys: np.ndarray,
-    *hard: tuple[np.ndarray, np.ndarray],
-) -> tuple[Detection, np.ndarray]:
-    """The detection, and which answers fit their own prompts best."""
-    scores, planted, *some = cross_fitted(own, bad, folds, bad_folds, *hard)
-    detection = detect(scores, planted, hard=some)
-    suspects = np.argsort(-detection.score)[: round(SUSPECTS * len(own))]
-    suspects = suspects[detection.probability[suspects] > 0.5] if detection.usable else suspects[:0]
-    fits = np.ones(len(own), np.bool_)
-    fits[suspects] = loss[suspects] < decoys[suspects]
-    evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
-    return replace(detection, evident=evident), fits
+) -> Detection:
+    """The detection; of planted answers one in nine fits its prompt best, as one of nine equals."""
+    scores, planted = cross_fitted(own, bad, folds, bad_folds)
+    fits = np.r_[loss < decoys, np.random.default_rng(0).random(len(bad)) < 1 / (1 + DECOYS)]
+    return detect(scores, planted, plantings(len(own), np.arange(len(bad))), fits)
 
 
 def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
@@ -273,42 +274,76 @@ def cut_draw(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
     stops, cuts = stops[whole], cuts[whole]
     faulty = np.zeros(len(stops), np.bool_)
     faulty[rng.permutation(len(stops))[: round(share * len(stops))]] = True
-    own = np.where(faulty, stops[:, 4], stops[:, 0])[:, None]
-    turn, kind = np.nonzero(cuts[:, :2])
-    scores, planted = cross_fitted(own, stops[turn, kind + 1][:, None], folds, folds[turn])
-    detection = detect(scores, planted)
-    return judged(detection, detection.evident, np.zeros(len(stops), np.bool_), faulty)
+    own, turn = np.where(faulty, stops[:, 2], stops[:, 0])[:, None], np.flatnonzero(cuts)
+    return judged(detect(*cross_fitted(own, stops[turn, 1:2], folds, folds[turn])), faulty)
 
 
 def swapped_draw(cell: dict[str, Any], share: float, kind: str, seed: int) -> dict[str, Any]:
     """The look's result where a share of the pairs has the chosen answer as the rejected one."""
     folds, stops = np.array(cell["folds"]), np.array(cell["columns"]["prompted.stop"])
     if kind == "cut":
-        right = (stops[:, 0] - stops[:, 4])[:, None]
+        right = (stops[:, 0] - stops[:, 2])[:, None]
     else:
         prompted, alone, other = (part_of(cell, key) for key in ("prompted", "alone", kind))
         right = features_of(prompted, alone) - features_of(other, alone, np.array(cell["orders"][kind]))
     faulty = np.zeros(len(right), np.bool_)
     faulty[np.random.default_rng([seed, 5]).permutation(len(right))[: round(share * len(right))]] = True
     pairs = np.where(faulty[:, None], -right, right)
-    scores, planted = cross_fitted(pairs, -pairs, folds, folds)
-    detection = detect(scores, planted)
-    return judged(detection, detection.evident, np.zeros(len(pairs), np.bool_), faulty)
+    return judged(detect(*cross_fitted(pairs, -pairs, folds, folds)), faulty)
 
 
-def judged(detection: Any, evident: bool, fits: np.ndarray, faulty: np.ndarray) -> dict[str, Any]:
-    chosen = listed(replace(detection, evident=bool(evident)), fits)
+def judged(detection: Detection, faulty: np.ndarray) -> dict[str, Any]:
+    chosen = detection.listed
     return {
         "share": float(faulty.mean()),
         "rate": detection.rate,
         "high": detection.high,
-        "recall": detection.recall[0.01],
+        "found": detection.found,
         "usable": detection.usable,
-        "evident": bool(evident),
+        "evident": bool(len(chosen)),
         "listed": len(chosen),
         "right": int(faulty[chosen].sum()),
         "average_precision": float(average_precision_score(faulty, detection.score)) if faulty.any() else None,
     }
+
+
+def stops_of_table(rows: int, model: str) -> dict[str, Any]:
+    """The log-probability of a stop behind every token of Alpaca's answers that are read whole."""
+    vocabulary, _ = load_vocabulary(model, None)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    turns = [one for one in turns_of_table("alpaca", rows, vocabulary) if len(one.answer) <= answers.MOST_ANSWER]
+    places = range(answers.MOST_ANSWER + 1)
+    samples = [behind(one.prompt, one.answer, [min(k, len(one.answer)) for k in places]) for one in turns]
+    stops = read_answers(net, samples, vocabulary.stops, Compute(16, torch.bfloat16), phase="stops")["stop"]
+    return {
+        "settings": {"table": "alpaca", "rows": rows, "answers": len(turns), "model": Path(model).name},
+        "stops": [np.round(row[: len(one.answer) + 1], 4).tolist() for row, one in zip(stops, turns, strict=True)],
+        "tokens": [[vocabulary.tokens[j].decode("latin-1") for j in one.answer] for one in turns],
+    }
+
+
+def cuts(table: dict[str, Any]) -> dict[str, Any]:
+    """The look's result for 300 answers as they are, and for 15 more that are cut, by seed."""
+    tokens = [[text.encode("latin-1") for text in some] for some in table["tokens"]]
+    results = list[dict[str, Any]]()
+    for seed, cut in itertools.product(range(20), (0, 15)):
+        rng = np.random.default_rng([seed, 6])
+        sizes = {j: len(tokens[j]) for j in rng.permutation(len(tokens)).tolist()}
+        bad = [j for j, size in sizes.items() if size > 15][:cut]
+        sizes |= {j: place for j in bad if (place := cut_place(tokens[j], rng))}
+        chosen = [*bad, *[j for j in sizes if j not in bad][:300]]
+        look = AnswerLook([Turn(j, "", *[np.arange(sizes[j])] * 3, True, f"{j}", "") for j in chosen])
+        inside = np.array([cut_place(tokens[j][: sizes[j]], rng) for j in chosen])
+        stops = [[table["stops"][j][k] for k in (sizes[j], at)] for j, at in zip(chosen, inside.tolist(), strict=True)]
+        _find_cut(look, np.array(stops), inside > 0, folds_of(look.turns, 0), rng)
+        found = {*look.rows(CUT)}
+        one = look.detections[CUT]
+        results.append(
+            {"seed": seed, "cut": len(bad), "right": len(found & {*bad}), "wrong": len(found - {*bad})}
+            | {"found": one.found, "between": list(one.between), "rate": one.rate, "high": one.high}
+        )
+        print(results[-1], flush=True)
+    return {"settings": table["settings"], "results": results, "machine": machine(), "commit": commit()}
 
 
 def apart() -> dict[str, Any]:
@@ -357,7 +392,7 @@ KINDS: dict[str, dict[str, Draw]] = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real", "short"))
+    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real", "short", "cuts"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
@@ -374,6 +409,10 @@ def main() -> None:
         return
     if request.what == "short":
         write(RESULTS / "answers_short.json", short(request.rows, request.model))
+        return
+    if request.what == "cuts":
+        path = CACHE.parent / f"cuts.{Path(request.model).name}.json"
+        write(RESULTS / "answers_cuts.json", cuts(stored(path, partial(stops_of_table, request.rows, request.model))))
         return
     for name in request.tables.split(","):
         path = CACHE / f"{name}.{Path(request.model).name}.json"

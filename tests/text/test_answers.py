@@ -115,12 +115,31 @@ def test_a_look_that_was_cut_off_goes_on_where_it_was(
         np.testing.assert_array_equal(again[name], values)
 
 
-def test_a_long_prompt_keeps_both_ends_and_a_long_answer_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_and_a_long_answer_keep_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_PROMPT", 4)
-    monkeypatch.setattr(module, "MOST_ANSWER", 3)
+    monkeypatch.setattr(module, "MOST_ANSWER", 6)
     one = behind(np.arange(10), np.arange(20, 30))
     assert one.before.tolist() == [0, 1, 8, 9]
-    assert one.answer.tolist() == [20, 21, 22]
+    assert one.answer.tolist() == [20, 21, 22, 27, 28, 29]
+    for size in range(12):
+        assert len(behind(np.arange(size), np.arange(size)).answer) == min(size, 6)
+
+
+LENGTHS = (1, 2, *(size + more for size in range(8, 73, 8) for more in (-1, 0, 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [0, 1, 8])
+def test_every_length_says_what_one_answer_at_a_time_says(model: LlamaForCausalLM, before: int) -> None:
+    rng = np.random.default_rng(1)
+    for size in LENGTHS:
+        ids = rng.integers(3, 50, before + size)
+        one = Sample(ids[:before], ids[before:], (size, size // 2))
+        columns = read(model, [one, Sample(ids[:before], ids[before : before + 1], (1, 1))])
+        twin = slow_twin(model, one) if before + size > 1 else {"loss": 0.0, "tokens": 0}
+        for name, value in twin.items():
+            if name != "stop" or (before and size > 1):
+                np.testing.assert_allclose(columns[name][0], value, rtol=1e-5, atol=1e-6, err_msg=f"{name}, {size}")
 
 
 def test_each_trained_answer_is_a_turn_behind_all_that_precedes_it(tokenizer: Any, vocabulary: Vocabulary) -> None:

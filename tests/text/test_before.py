@@ -68,7 +68,6 @@ def test_stretches_with_loss_are_answers() -> None:
 
 def test_answers_of_other_prompts_are_found() -> None:
     look = look_before(model(), samples(), vocabulary_of(tokenizer()), Compute(16))
-    assert look.detections[FOREIGN].evident
     assert set(look.rows(FOREIGN)) <= set(FOREIGN_ROWS)
     assert len(look.rows(FOREIGN)) >= 0.8 * len(FOREIGN_ROWS)
 
@@ -90,24 +89,26 @@ def test_swapped_pairs_are_found_by_the_majority(swapped: tuple[int, ...]) -> No
     look = look_at_answers(model(), pairs(swapped), vocabulary_of(tokenizer()), Compute(16))
     assert {*look.rows(SWAPPED)} <= {*swapped}
     assert len(look.rows(SWAPPED)) >= 0.8 * len(swapped)
-    assert look.detections[SWAPPED].evident == bool(swapped)
+    assert look.detections[SWAPPED].found > 0.8
 
 
 def test_where_the_sides_do_not_differ_no_pair_is_called_swapped() -> None:
     look = look_at_answers(model(), pairs(FOREIGN_ROWS, alike=True), vocabulary_of(tokenizer()), Compute(16))
     assert not look.rows(SWAPPED)
-    assert any("rows do not differ enough" in text for text in look.sentences())
+    first = look.sentences()[0]
+    assert first.startswith("swapped_pair: this model cannot tell")
+    assert "%" not in first
 
 
 def test_where_all_answers_fit_none_is_called_wrong() -> None:
     look = look_before(model(), samples(()), vocabulary_of(tokenizer()), Compute(16))
-    assert not look.detections[FOREIGN].evident
     assert not look.rows(FOREIGN)
+    assert look.detections[FOREIGN].found > 0.5
 
 
 @pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")
-@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
-@pytest.mark.filterwarnings("ignore:of 80 rows these are left out")
+@pytest.mark.filterwarnings("ignore:.*of 240 rows these are left out")
+@pytest.mark.filterwarnings("ignore:.*of 80 rows these are left out")
 @pytest.mark.filterwarnings("ignore:rows are packed")
 @pytest.mark.parametrize(("flat", "packed"), [(False, 1), (True, 1), (True, 3)])
 def test_a_training_leaves_them_out(flat: bool, packed: int, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_selection_for_another_trainer_leaves_them_out() -> None:
         answer = rng.permutation(words[(j + 1) % ROWS] if j in FOREIGN_ROWS else own)
         rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
     left_out, texts = dropped(rows)
-    assert any("foreign_answer" in text and "listed" in text for text in texts)
+    assert any("foreign_answer: " in text and "would list" in text for text in texts)
     assert left_out <= {*FOREIGN_ROWS}
     assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)
 
@@ -179,7 +180,7 @@ class Prefers(Trainer):
         return task.loss(task.reading.logits(model, inputs), inputs["labels"]).mean()
 
 
-@pytest.mark.filterwarnings("ignore:of 240 rows these are left out")
+@pytest.mark.filterwarnings("ignore:.*of 240 rows these are left out")
 @pytest.mark.parametrize("copies", [(), range(40, 56)])
 def test_a_training_leaves_swapped_pairs_out(copies: Sequence[int], tmp_path: Path) -> None:
     """Also where some pairs are trusted: these are mixed in, and decide nothing."""
@@ -215,6 +216,6 @@ def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple
         rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
     few = [{**row, "prompt": f"w0 {row['prompt']}"} for row in rows[40:56]]
     left_out, texts = dropped(rows, few if trusted else None)
-    assert any("swapped_pair" in text and "planted" in text for text in texts)
+    assert any("swapped_pair: " in text and "would list" in text for text in texts)
     assert left_out <= {*swapped}
     assert len(left_out) >= 0.8 * len(swapped)

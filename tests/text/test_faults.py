@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from byte_tokenizers import byte_tokenizer
 from text.test_ledger import TEMPLATE, chat, trained
@@ -15,17 +17,16 @@ from tsqlora.quality.rule import Compute
 from tsqlora.text import answers
 from tsqlora.text import look as text_look
 from tsqlora.text.answers import Turn, turns_of
+from tsqlora.text.before import in_one_line
 from tsqlora.text.faults import (
     ALIKE,
-    cross_fitted,
-    cut_places,
+    cut_place,
     detect,
     disordered,
     donors_of,
     few_answers,
     folds_of,
-    listed,
-    near_donors_of,
+    judged,
     p_of,
 )
 from tsqlora.text.look import CUT, FOREIGN, AnswerLook, look_at_answers
@@ -59,26 +60,48 @@ def test_rates_of_separable_faults_are_right() -> None:
     for share in (0.0, 0.1, 0.3):
         result = detect(*scores(np.random.default_rng(1), 1000, share, 6.0))
         assert result.rate == pytest.approx(share, abs=0.05)
-        assert result.evident == (share > 0)
-        assert result.recall[0.01] > 0.95
+        assert bool(len(result.listed)) == (share > 0)
+        assert result.found > 0.9
 
 
 @pytest.mark.parametrize("apart", [0.3, 1.0, 2.0, 4.0])
 def test_a_table_without_faults_lists_none(apart: float) -> None:
     for k in range(10):
         result = detect(*scores(np.random.default_rng([9, k]), 600, 0.0, apart))
-        assert not len(listed(result, np.zeros(600, np.bool_))), (apart, result.low, result.recall)
+        assert not len(result.listed), apart
 
 
 def test_without_power_rows_are_ordered_and_none_is_called_wrong() -> None:
     result = detect(*scores(np.random.default_rng(2), 1000, 0.3, 0.8))
     assert not result.usable
-    assert not len(listed(result, np.zeros(1000, np.bool_)))
+    assert not len(result.listed)
 
 
-def test_recall_does_not_count_the_users_own_faults_as_false_alarms() -> None:
-    result = detect(*scores(np.random.default_rng(3), 1000, 0.2, 6.0))
-    assert result.recall[0.01] > 0.9
+def planted_afresh(rng: np.random.Generator, own: np.ndarray, planted: np.ndarray, apart: float) -> tuple[float, int]:
+    """Plant new faults in 5 % of the rows, and return the share of them that the rule lists, and its other rows."""
+    rows = rng.permutation(len(own))[: round(0.05 * len(own))]
+    own = own.copy()
+    own[rows] = rng.normal(apart, 1, len(rows))
+    listed = judged(own, planted).listed
+    return float(np.isin(rows, listed).mean()), len(np.setdiff1d(listed, rows))
+
+
+AREAS = (0.5, 0.58, 0.76, 0.86, 0.92, 0.98)
+"""Of detectors: from none to one that tells nearly all planted faults from rows as they are."""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("area", AREAS)
+def test_what_could_have_been_found_is_what_faults_planted_afresh_give(area: float, share: float) -> None:
+    apart, said, true = float(2**0.5 * norm.ppf(area)), [], []
+    for k in range(200):
+        rng = np.random.default_rng([11, k])
+        own, planted = scores(rng, 300, share, apart)
+        said.append(detect(own, planted).found)
+        true += [planted_afresh(rng, own, planted, apart)[0] for _ in range(4)]
+    assert np.mean(said) == pytest.approx(np.mean(true), abs=0.03)
+    if area < 0.75:
+        assert not detect(own, planted).usable
 
 
 def test_planted_rows_have_a_uniform_p() -> None:
@@ -110,47 +133,13 @@ def test_donors_are_of_the_fold_and_fit_neither_in_prompt_nor_in_answer() -> Non
             assert len(one & other) / len(one | other) <= ALIKE
 
 
-def test_the_bound_holds_for_faults_that_are_harder_to_see() -> None:
-    rng = np.random.default_rng(0)
-    own, planted, hard = rng.normal(0, 1, 1000), rng.normal(4, 1, 512), rng.normal(2, 1, 128)
-    own[:200] += 2
-    assert detect(own, planted).high < 0.2
-    assert detect(own, planted, hard=[hard]).high >= 0.2
-
-
-def test_near_donors_have_the_nearest_prompt_of_the_fold_and_another_answer() -> None:
-    texts = [f"{SUBJECTS[k % 14]} {SUBJECTS[14 + k // 14]}" for k in range(100)]
-    turns = [turn(k, f"Tell me of the {text}", SUBJECTS[k % 28]) for k, text in enumerate(texts)]
-    turns.append(turn(100, turns[0].question, "quite another one"))
-    folds = folds_of(turns, seed=0)
-    donors = near_donors_of(turns, folds, np.arange(100))
-    assert (donors >= 0).all()
-    assert (folds[donors] == folds[:100]).all()
-    for row, donor in enumerate(donors.tolist()):
-        own, other = ({*turns[j].question.split()} for j in (row, donor))
-        assert own != other, "equal prompts may have each other's answers"
-        assert turns[row].text != turns[donor].text
-    assert np.mean([len({*texts[j].split()} & {*texts[k].split()}) for j, k in enumerate(donors)]) > 0.9
-
-
-def test_further_rows_are_scored_and_do_not_teach() -> None:
-    rng, fold = np.random.default_rng(4), np.arange(200) % 5
-    own, planted, further = rng.normal(0, 1, (200, 2)), rng.normal(2, 1, (200, 2)), rng.normal(1, 1, (40, 2))
-    alone = cross_fitted(own, planted, fold, fold)
-    *both, scores = cross_fitted(own, planted, fold, fold, (further, fold[:40]))
-    for one, other in zip(alone, both, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert alone[0].mean() < scores.mean() < alone[1].mean()
-    again = cross_fitted(own, planted, fold, fold, (further[:1], fold[:1]))[2]
-    np.testing.assert_allclose(again, scores[:1])
-
-
-def test_cuts_lie_in_a_word_behind_one_and_behind_a_sentence() -> None:
+def test_a_cut_lies_behind_a_word_and_not_behind_a_sentence() -> None:
     texts = [b"One", b" sen", b"tence", b" is", b" he", b"re", b".", b" Ano", b"ther", b" fol", b"lows", b" it", b"."]
-    word, space, sentence = cut_places(turn(0, "", ""), texts, np.random.default_rng(0))
-    assert texts[word][:1].isalpha()
-    assert texts[space][:1] == b" "
-    assert sentence == 7
+    places = {cut_place(texts, np.random.default_rng(k)) for k in range(50)}
+    assert places == {1, 3, 4, 9, 11}
+    unspaced = [character.encode() for character in "我们在这里看到一个很长的句子。还有一个"]
+    assert cut_place(unspaced, np.random.default_rng(0)) > 0  # scripts without blanks can be cut, too
+    assert 15 not in {cut_place(unspaced, np.random.default_rng(k)) for k in range(99)}
 
 
 def test_disorder_keeps_the_sentences() -> None:
@@ -224,8 +213,7 @@ def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: 
     assert step == 1
     assert {*range(first, last + 1)} <= rows  # what is announced is listed
     assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
-    assert {*result.summary()["faults"][FOREIGN]["kinds"]} == {"from the nearest prompt"}
-    assert any("from the nearest prompt" in text for text in result.sentences())
+    assert 0.5 < result.detections[FOREIGN].found <= 1
 
 
 def test_an_answer_about_the_middle_of_a_long_prompt_is_not_foreign(
@@ -249,3 +237,37 @@ def test_good_answers_are_left_alone(tokenizer: Any) -> None:
     result = look(tokenizer, vocabulary_of(tokenizer))
     assert not result.rows(FOREIGN)
     assert not result.rows(CUT)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_model_of_random_weights_calls_no_clean_answer_wrong_and_says_that_it_cannot_tell(
+    tokenizer: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.3}
+    config = LlamaConfig(**sizes)
+    rng, vocabulary = np.random.default_rng(seed), vocabulary_of(tokenizer)
+    rows = []
+    for k in range(130):
+        one, other = rng.choice(SUBJECTS, 2, replace=False)
+        long = " ".join(rng.choice(SUBJECTS, int(rng.lognormal(2, 0.8)) + 1))
+        answer = f"The number is {k % 9} for this question." if k % 8 == 0 else f"Of the {one}: {long}."
+        rows.append(chat(f"What of the {one} and the {other} in {k}?", answer, row=k))
+    turns = [one for row in rows for one in turns_of(row, [trained(tokenizer, row)], vocabulary)]
+    result = look_at_answers(LlamaForCausalLM(config).eval(), turns, vocabulary, Compute(batch_size=32))
+    assert {name for name in result.detections if result.rows(name)} == set()
+    assert not result.detections[CUT].usable
+    assert "cannot tell" in result.sentences()[0]
+    assert "%" not in result.sentences()[0]
+    assert "cannot tell" in in_one_line(result, {}, 130).split(";")[0]
+
+
+def test_the_end_of_a_long_answer_is_judged_and_what_is_not_read_is_counted(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (answers, text_look):
+        monkeypatch.setattr(module, "MOST_ANSWER", 16)
+    result = look(tokenizer, vocabulary_of(tokenizer))
+    assert np.isfinite(result.detections[CUT].score).all()  # all answers are longer
+    assert any(text.startswith("140 of 140 answers have more than 16 tokens") for text in result.sentences())

@@ -23,7 +23,7 @@ from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
 MOST_PROMPT, MOST_ANSWER = 512, 256
-"""Tokens that are read: of a longer prompt both ends, of a longer answer the beginning."""
+"""Tokens that are read: of a longer prompt and of a longer answer both ends."""
 WHOLE = 2048
 """Tokens of a suspect's own prompt: what its answer is about may stand in the middle."""
 CHUNK = 2**23
@@ -144,7 +144,7 @@ class Sample:
     before: Int[np.ndarray, " p"]
     answer: Int[np.ndarray, " a"]
     places: tuple[int, ...] = ()
-    """Numbers of answer tokens after which the probability of a stop is measured."""
+    """Numbers of the answer's tokens that are read, after which the probability of a stop is measured."""
 
 
 def behind(
@@ -156,9 +156,13 @@ def behind(
 ) -> Sample:
     """Return an answer behind a prompt; of long ones what is read."""
     most = MOST_PROMPT if most is None else most
-    half = most // 2
-    prompt = prompt if len(prompt) <= most else np.concatenate([prompt[:half], prompt[-half:]])
-    return Sample(prompt, answer[:MOST_ANSWER], tuple(min(place, MOST_ANSWER) for place in places))
+    return Sample(prompt[ends_of(len(prompt), most)], answer[ends_of(len(answer))], tuple(places))
+
+
+def ends_of(size: int, most: int | None = None) -> Int[np.ndarray, " r"]:
+    """Return the places of the tokens that are read: of more than `most` both ends, by default of an answer."""
+    most = MOST_ANSWER if most is None else most
+    return np.arange(size) if size <= most else np.r_[: most // 2, size - most // 2 : size]
 
 
 def longest_prompt(model: nn.Module) -> int:
@@ -246,7 +250,8 @@ def read_answers(
 
 def _padded(samples: Sequence[Any]) -> dict[str, Tensor]:
     """Pad on the left, so that all answers end together and logits are made for them alone."""
-    width = -(-max(len(one.before) + len(one.answer) for one in samples) // MULTIPLE) * MULTIPLE
+    # What precedes the first token predicts it: where nothing does, a place that no token takes.
+    width = -(-max(max(len(one.before), 1) + len(one.answer) for one in samples) // MULTIPLE) * MULTIPLE
     ids, mask = (np.zeros((len(samples), width), np.int64) for _ in range(2))
     for j, one in enumerate(samples):
         row = np.concatenate([one.before, one.answer])

@@ -132,15 +132,14 @@ def _judge(
     columns: dict[str, np.ndarray],
 ) -> None:
     """Fill the columns of the turns' rows."""
-    ends = np.array([len(turn.answer) for turn in turns])
-    samples = [behind(turn.prompt, turn.answer, (end,)) for turn, end in zip(turns, ends.tolist(), strict=True)]
+    samples = [behind(turn.prompt, turn.answer, (min(len(turn.answer), MOST_ANSWER),)) for turn in turns]
     prompted = read_answers(model, samples, stops, compute, phase=PHASES["prompted"])
     samples = [behind(turn.opening, turn.answer) for turn in turns]
     features = features_of(prompted, read_answers(model, samples, stops, compute, phase=PHASES["alone"]))
     row = np.array([turn.row for turn in turns])
     sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
     columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
-    whole = np.array([turn.ends for turn in turns]) & (ends <= MOST_ANSWER)
+    whole = np.array([turn.ends for turn in turns])
     for fault, judge in judges_in(made).items():
         judged = np.flatnonzero(whole if fault == CUT else np.ones(len(turns), np.bool_))
         p, wrong = judge.of((prompted["stop"] if fault == CUT else features)[judged])

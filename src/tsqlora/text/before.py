@@ -14,7 +14,7 @@ from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.text.answers import turns_in
 from tsqlora.text.conversations import Conversation, conversation
-from tsqlora.text.faults import LEVELS
+from tsqlora.text.faults import SHARE
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
 from tsqlora.text.look import CUT, FOREIGN, SAMPLE, SWAPPED, AnswerLook, look_at_answers
@@ -87,7 +87,7 @@ def look_before(
         sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
         look = look_at_answers(model, turns_in(sequences, vocabulary), vocabulary, compute, seed=seed)
         look.notes += [PACKED] if is_packed(sequences) else []
-        if len(places) == len(samples) or not any(map(len, look.listed.values())):
+        if len(places) == len(samples) or not look.lists:
             break
     return look
 
@@ -118,12 +118,15 @@ def in_one_line(look: AnswerLook, dropped: Mapping[str, int], rows: int) -> str:
     "of 240 rows these are left out: 12 as 'foreign answer'"
     """
     why = ", ".join(f"{count} as '{reason}'" for reason, count in dropped.items() if reason in OF_ANSWERS)
-    parts = [f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer"]
-    usable = {name: one for name, one in look.detections.items() if one.usable}
-    finds = ", ".join(f"{one.recall[LEVELS[0]]:.0%} of {name}" for name, one in usable.items())
-    parts += [f"of planted faults are found at 1 % false alarms: {finds}"] if finds else []
-    unseen = ", ".join(name for name in look.detections if name not in usable)
-    return "; ".join([*parts, *([f"not detectable here: {unseen}"] if unseen else [])])
+    unseen = ", ".join(name for name, one in look.detections.items() if not one.usable)
+    finds = ", ".join(f"{one.found:.0%} of {name}" for name, one in look.detections.items() if one.usable)
+    parts = [f"this model cannot tell which rows have {unseen}"] if unseen else []
+    parts += [
+        f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer"
+    ]
+    return "; ".join(
+        [*parts, *([f"with {SHARE:.0%} of the rows faulty, the look would find {finds}"] if finds else [])]
+    )
 
 
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:

@@ -3,17 +3,18 @@
 A row is judged by a fit that saw neither it, nor a copy of its prompt, nor another turn of its conversation.
 """
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
+from scipy.special import betaincinv
 from scipy.stats import beta
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -27,16 +28,22 @@ PLANTED = 512
 ALIKE = 0.5
 """Share of common words above which texts are near, and one's answer may fit the other."""
 TRIES = 20
-FLOORS = (0.5, 0.6, 0.7, 0.8, 0.9)
+SENTENCE_ENDS = tuple(end.encode() for end in ".!?\n。！？")
+FLOORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Values of p, which is uniform for faults, above which few good rows lie."""
-LEVELS = (0.01, 0.05)
-"""False alarms at which recall is measured."""
-LEAST_RECALL = 0.4
-"""Where fewer planted faults are found at 1 % false alarms, rows are ordered and none is called wrong. A weak detector
-takes hard rows for faults, which makes its recall look up to 0.1 better."""
+NEAR_GOOD, BEYOND = 0.05, (0.3, 0.5)
+"""What good rows reach: the rows with p between the first and another show how many more have a higher one."""
+LEAST_BEYOND, SLACK = 4, 0.005
+"""Rows, and the share of all, that must lie beyond what good rows reach."""
 LEAST_AREA = 0.78
-"""A perfect detector has this area where 44 % of the rows are faulty."""
-DRAWS = 200
+"""A perfect detector has this area where 44 % of the rows are faulty. With a smaller one no row is called wrong: a
+detector without power and a table that is half wrong look alike."""
+SUSPECTS, LEAST_SUSPECTS = 0.15, 5
+"""Share of the answers that are read behind other prompts, and how many of them are evidence."""
+SHARE, DRAWS = 0.05, 50
+"""Share of the rows whose place planted faults take, and how often, to measure what could have been found."""
+LEAST_FOUND = 0.1
+"""Where the rule lists fewer of these, the model cannot tell, and no row is called wrong."""
 
 FAULTS: dict[str, Callable[[str, str, np.random.Generator], str]] = {}
 """Faults besides another row's answer and a cut: a function of prompt and answer gives the answer with the fault, or
@@ -91,89 +98,58 @@ def donors_of(
     return donors
 
 
-def near_donors_of(
-    turns: Sequence[Turn], folds: Int[np.ndarray, " n"], rows: Int[np.ndarray, " m"]
-) -> Int[np.ndarray, " m"]:
-    """Return for each row the turn of its fold with the nearest other prompt and another answer; -1 for none."""
-    words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
-    prompts = words.fit_transform([turn.question for turn in turns])
-    donors = np.full(len(rows), -1)
-    for fold in range(FOLDS):
-        within, judged = np.flatnonzero(folds == fold), np.flatnonzero(folds[rows] == fold)
-        alike = (prompts[rows[judged]] @ prompts[within].T).toarray()
-        for k, near in zip(judged.tolist(), np.argsort(-alike, axis=1)[:, :TRIES], strict=True):
-            row = turns[rows[k]]
-            question, answer = words_of(row.question), {*words_of(row.text)}
-            others = (j for j in within[near].tolist() if words_of(turns[j].question) != question)
-            donors[k] = next((j for j in others if _near({*words_of(turns[j].text)}, answer) <= ALIKE), -1)
-    return donors
-
-
 def _near(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
-def cut_places(turn: Turn, texts: Sequence[bytes], rng: np.random.Generator) -> tuple[int, int, int]:
-    """Return numbers of tokens after which an answer would be cut in a word, behind one, and behind a sentence.
+def cut_place(texts: Sequence[bytes], rng: np.random.Generator) -> int:
+    """Return a number of tokens, whose bytes are `texts`, after which a cut is not the end of a sentence.
 
-    `texts` are the tokens' bytes. A place lies in the middle four fifths of the answer; 0 where there is none.
+    It lies in the middle four fifths, and behind a word where there is such a place; 0 where there is none.
     """
     size = len(texts)
-    kinds = dict[int, list[int]]({0: [], 1: [], 2: []})
+    after_word, others = list[int](), list[int]()
     for k in range(max(1, size // 10), size - max(1, size // 10)):
-        before, after = b"".join(texts[max(0, k - 3) : k]), texts[k]
-        if before.rstrip()[-1:] in b".!?" and after[:1].isspace():
-            kinds[2].append(k)
-        elif after[:1].isspace() and before[-1:].isalnum():
-            kinds[1].append(k)
-        elif after[:1].isalpha() and before[-1:].isalpha():
-            kinds[0].append(k)
-    return tuple(int(rng.choice(kinds[kind])) if kinds[kind] else 0 for kind in range(3))  # pyright: ignore
+        before = b"".join(texts[max(0, k - 3) : k])
+        if not before.rstrip(b" ").endswith(SENTENCE_ENDS):
+            (after_word if texts[k][:1].isspace() and before[-1:].isalnum() else others).append(k)
+    return int(rng.choice(after_word or others or [0]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detection:
-    """What is known of one kind of fault among n turns."""
+    """The result for one kind of fault among n turns."""
 
     planted: int
-    recall: Mapping[float, float]
-    """Share of the planted faults that is found, by the share of false alarms."""
-    area: float
-    """Chance that a planted fault scores above a row as it is (area under ROC)."""
     rate: float
     """Estimated share of the turns that have this fault; it errs upward."""
-    high: float
-    """With 95 % confidence no more have it."""
-    low: float
-    """With 95 % confidence the estimate is above this, by a bootstrap; no lower bound of the share itself."""
     score: Float[np.ndarray, " n"]
     """The higher, the more a turn looks like a planted one."""
     probability: Float[np.ndarray, " n"]
     """That the turn has the fault, given the rate."""
-
-    evident: bool
-    """Whether there is evidence of this fault beyond hard rows."""
-    kinds: Mapping[str, float] = field(default_factory=dict)
-    """Share of the planted faults of a kind that is found at 1 % false alarms; some kinds do not teach."""
+    suspects: Int[np.ndarray, " s"]
+    """The worst of the turns that are likely faulty, which deserve other prompts."""
+    listed: Int[np.ndarray, " k"]
+    """Turns that are called wrong, worst first; none without evidence beyond hard rows."""
+    high: float = 1.0
+    """With 95 % confidence no more have a fault that looks like the planted ones."""
+    found: float = 0.0
+    """Share of planted faults in the place of SHARE of the rows that the same rule would list, the mean of DRAWS."""
+    between: tuple[float, float] = (0.0, 0.0)
+    """The share lies between these in 90 % of the draws."""
+    right: float = 0.0
+    """Rows as they are that it would list besides, and does not list without the planted ones."""
 
     @property
     def usable(self) -> bool:
-        """Whether enough planted faults are found to call rows wrong.
-
-        A detector without power and a table that is half wrong look alike: then nothing is called wrong either.
-        """
-        return self.recall[LEVELS[0]] >= LEAST_RECALL and self.area >= LEAST_AREA
+        """Whether enough planted faults would be listed to call rows wrong."""
+        return self.found >= LEAST_FOUND
 
     def over(self, judged: Int[np.ndarray, " k"], size: int) -> "Detection":
         """Return the same for `size` turns, of which only some were judged; the others are nan."""
         score, probability = np.full(size, np.nan), np.full(size, np.nan)
         score[judged], probability[judged] = self.score, self.probability
-        return replace(self, score=score, probability=probability)
-
-
-def clean_rate(recall: float) -> float:
-    """The rate that tables without faults seem to have, by the recall of planted faults at 1 % false alarms."""
-    return 0.01 + 0.25 * (1 - recall)
+        return replace(self, score=score, probability=probability, listed=judged[self.listed])
 
 
 def cross_fitted(
@@ -181,22 +157,16 @@ def cross_fitted(
     planted: Float[np.ndarray, "m d"],
     fold: Int[np.ndarray, " n"],
     planted_fold: Int[np.ndarray, " m"],
-    *further: tuple[Float[np.ndarray, "k d"], Int[np.ndarray, " k"]],
-) -> tuple[Float[np.ndarray, " _"], ...]:
-    """Return log-odds that a row is planted, by a logistic regression that has not seen its fold.
-
-    There is an array for rows as they are, one for planted ones, and one for each of `further` rows with their folds,
-    which do not teach.
-    """
-    judged = ((own, fold), (planted, planted_fold), *further)
-    scores = tuple(np.zeros(len(values)) for values, _ in judged)
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
+    """Return log-odds that a row is planted, of rows as they are and of planted ones, by a logistic regression each
+    time that has not seen their fold."""
+    scores, bad = np.zeros(len(own)), np.zeros(len(planted))
     for one in range(FOLDS):
-        a, b = fold != one, planted_fold != one
-        scaler, model = _fitted(own[a], planted[b])
-        for (values, folds), out in zip(judged, scores, strict=True):
+        scaler, model = _fitted(own[fold != one], planted[planted_fold != one])
+        for values, folds, out in ((own, fold, scores), (planted, planted_fold, bad)):
             if (folds == one).any():
                 out[folds == one] = model.decision_function(scaler.transform(values[folds == one]))
-    return scores
+    return scores, bad
 
 
 def _fitted(
@@ -226,7 +196,6 @@ class FaultJudge:
         own: Float[np.ndarray, "n d"],
         planted: Float[np.ndarray, "m d"],
         detection: Detection,
-        chosen: Int[np.ndarray, " k"],
     ) -> "FaultJudge":
         """Fit on all turns and planted faults; probabilities and `least` are those of the look's own scores."""
         scaler, model = _fitted(own, planted)
@@ -234,7 +203,7 @@ class FaultJudge:
         order = np.argsort(detection.score, kind="stable")
         p = np.maximum.accumulate(detection.probability[order])
         new = np.r_[True, np.diff(p) > 0]
-        least = detection.score[chosen].min(initial=np.inf)
+        least = detection.score[detection.listed].min(initial=np.inf)
         bias = np.asarray(model.intercept_)[0] - weights @ np.asarray(scaler.mean_)
         return cls(weights, np.asarray(bias), detection.score[order][new], p[new], np.asarray(least))
 
@@ -245,38 +214,88 @@ class FaultJudge:
         return self.probability[np.maximum(place, 0)], scores >= self.least
 
 
+def plantings(rows: int, pool: Int[np.ndarray, " m"], seed: int = 0) -> list[Int[np.ndarray, " n"]]:
+    """Return tables in which planted faults of a pool, by number, have taken the place of SHARE of the rows, at random.
+
+    A table has the numbers of its rows; those of the planted ones begin behind the last row. The first is as it is.
+    """
+    rng, tables = np.random.default_rng([seed, 48]), [np.arange(rows)]
+    for _ in range(DRAWS):
+        table = np.arange(rows)
+        table[rng.permutation(rows)[: max(1, round(SHARE * rows))]] = rows
+        table[table == rows] += rng.choice(pool, (table == rows).sum())
+        tables.append(table)
+    return tables
+
+
 def detect(
     scores: Float[np.ndarray, " n"],
     planted: Float[np.ndarray, " m"],
-    seed: int = 0,
-    kinds: Mapping[str, Float[np.ndarray, " k"]] | None = None,
-    hard: Sequence[Float[np.ndarray, " k"]] = (),
+    tables: Sequence[Int[np.ndarray, " n"]] | None = None,
+    fits: Bool[np.ndarray, " n+m"] | None = None,
 ) -> Detection:
     """Judge turns by their scores and those of planted faults, none of which its own fit has seen.
 
-    `kinds` are scores of faults of one kind, for their recall alone. `hard` ones are harder to see, so that more turns
-    may have them: they count for the upper bound.
+    The same rule judges the tables of `plantings`, to measure what could have been found. `fits` says of rows and of
+    planted faults whether their own prompt is the best.
+    """
+    n, every = len(scores), np.concatenate([scores, planted])
+    tables = plantings(n, np.arange(len(planted))) if tables is None else tables
+    as_is, *again = (judged(every[table], planted, None if fits is None else fits[table]) for table in tables)
+    listed = [table[one.listed] for table, one in zip(tables[1:], again, strict=True)]
+    shares = [(some >= n).sum() / (table >= n).sum() for table, some in zip(tables[1:], listed, strict=True)]
+    low, high = np.quantile(shares, (0.05, 0.95))
+    detection = replace(
+        as_is,
+        high=upper_bound(p_of(scores, planted), len(planted)),
+        found=float(np.mean(shares)),
+        between=(float(low), float(high)),
+        right=float(np.mean([len(np.setdiff1d(some[some < n], as_is.listed)) for some in listed])),
+    )
+    return detection if detection.usable else replace(detection, listed=as_is.listed[:0])
+
+
+def judged(
+    scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], fits: Bool[np.ndarray, " n"] | None = None
+) -> Detection:
+    """Judge a table: likely rows are called wrong, at most as many as the rate says, where the fault is evident.
+
+    `fits` says whether a row's own prompt is the best: such a row is not called wrong, and a fault is evident where
+    most suspects fit other prompts better. Without it the share of rows beyond what good ones reach is the evidence.
     """
     p = p_of(scores, planted)
-    floor = floor_of(p, len(planted))
-    rate = storey(p, floor)
-    faulty = posterior(p, rate)
-    rng = np.random.default_rng([seed, 48])
-    resampled = (p_of(rng.choice(scores, len(scores)), rng.choice(planted, len(planted))) for _ in range(DRAWS))
-    again = [storey(one, floor) for one in resampled]
-    detection = Detection(
-        len(planted),
-        {level: found_at(scores, planted, faulty, level) for level in LEVELS},
-        float(p_of(planted, scores).mean()),
-        rate,
-        max(upper_bound(p_of(scores, some), len(some)) for some in (planted, *hard)),
-        float(np.quantile(again, 0.05)),
-        scores,
-        faulty,
-        evident=False,
-        kinds={name: found_at(scores, some, faulty, LEVELS[0]) for name, some in (kinds or {}).items()},
-    )
-    return replace(detection, evident=detection.usable and detection.low > clean_rate(detection.recall[LEVELS[0]]))
+    rate = rate_of(p, len(planted))
+    probability = posterior(p, rate)
+    order = np.argsort(-scores, kind="stable")
+    # Half of the planted faults lie below rows where the two are alike.
+    likely = order[probability[order] > 0.5] if p_of(planted, scores).mean() >= LEAST_AREA else order[:0]
+    suspects = likely[: round(SUSPECTS * len(scores))]
+    if fits is None:
+        chosen, evident = likely, exceeds(p, rate)
+    else:
+        chosen, evident = suspects[~fits[suspects]], len(suspects) >= LEAST_SUSPECTS and fits[suspects].mean() < 0.5
+    listed = chosen[: round(rate * len(scores)) if evident else 0]
+    return Detection(len(planted), rate, scores, probability, suspects, listed)
+
+
+def exceeds(p: Float[np.ndarray, " n"], rate: float) -> bool:
+    """Whether more rows look faulty than good rows explain.
+
+    The scores of good and of planted rows are taken as logistic, so that the odds of p > x are those of 1 − x, divided
+    by a constant c: the share of rows between NEAR_GOOD and x gives it, as the larger root of a quadratic equation. A
+    twofold share beyond x, with 95 % confidence, is evidence. Among swapped pairs, planted ones are as often right as
+    rows are wrong: the second begins behind these.
+    """
+    for start, end in itertools.product((NEAR_GOOD, min(max(NEAR_GOOD, rate), 0.8 * BEYOND[0])), BEYOND):
+        beyond, near = int((p > end).sum()), float(((p > start) & (p <= end)).mean())
+        a, b = start / (1 - start), end / (1 - end)
+        half = b - a - near * (a + b)
+        twice = half + np.sqrt(max(half**2 - 4 * near**2 * a * b, 0))  # 2·a·b·c·near
+        tail = 2 * near * a / (2 * near * a + max(twice, 0)) if near else 0.0
+        least = betaincinv(beyond, len(p) - beyond + 1, 0.05) if beyond >= LEAST_BEYOND else 0.0
+        if least > 2 * tail + SLACK * (1 - end):
+            return True
+    return False
 
 
 def p_of(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
@@ -286,8 +305,8 @@ def p_of(scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"]) -> F
     return (below + upto) / 2 / len(ordered)
 
 
-def floor_of(p: Float[np.ndarray, " n"], planted: int) -> float:
-    """Return the floor of Storey's estimate.
+def rate_of(p: Float[np.ndarray, " n"], planted: int) -> float:
+    """Return the share of uniform values, by those above a floor (Storey 2002).
 
     Above a floor lies a known share of the faults, and of good rows the fewer the higher the floor is. A higher floor
     counts where its estimate is lower by more than four standard errors, of its count and of the planted quantile.
@@ -297,12 +316,7 @@ def floor_of(p: Float[np.ndarray, " n"], planted: int) -> float:
     rates = count / len(p) / (1 - floors)
     errors = np.hypot(np.sqrt(count + 1) / len(p) / (1 - floors), rates * np.sqrt(floors / (1 - floors) / planted))
     lower = np.flatnonzero(rates + 4 * errors < rates[0])
-    return FLOORS[lower[-1] if len(lower) else 0]
-
-
-def storey(p: Float[np.ndarray, " n"], floor: float) -> float:
-    """Return the share of uniform values, by those above a floor (Storey 2002)."""
-    return min(1.0, float((p > floor).mean()) / (1 - floor))
+    return min(1.0, float(rates[lower[-1] if len(lower) else 0]))
 
 
 def upper_bound(p: Float[np.ndarray, " n"], planted: int) -> float:
@@ -326,34 +340,9 @@ def posterior(p: Float[np.ndarray, " n"], rate: float) -> Float[np.ndarray, " n"
     """Return P(fault | p): the rate over the density of p, which falls (Grenander 1956)."""
     bins = int(np.clip(len(p) // 10, 5, 50))
     count, edges = np.histogram(p, bins, (0, 1))
-    density = IsotonicRegression(increasing=False).fit_transform(np.arange(bins), count / len(p) * bins)
+    density = isotonic_regression(count / len(p) * bins, increasing=False).x
     place = np.clip(np.digitize(p, edges) - 1, 0, bins - 1)
     return np.minimum(1, rate / np.maximum(density[place], 1e-9))
-
-
-def found_at(
-    scores: Float[np.ndarray, " n"], planted: Float[np.ndarray, " m"], faulty: Float[np.ndarray, " n"], level: float
-) -> float:
-    """Return the share of planted faults above a threshold that this share of the good rows passes.
-
-    Rows that are probably `faulty` are no false alarms: they are the user's own faults.
-    """
-    order, good = np.argsort(-scores), faulty <= 0.5
-    alarms = np.cumsum(good[order]) / max(good.sum(), 1)
-    passed = int((alarms <= level).sum())
-    return float((planted > scores[order[passed]]).mean()) if passed < len(order) else 1.0
-
-
-def listed(detection: Detection, fits: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
-    """Return the turns that are called wrong, worst first: likely ones whose own prompt does not fit best.
-
-    There are at most as many as the rate says; none where the fault is not evident.
-    """
-    if not detection.evident:
-        return np.empty(0, np.int64)
-    order = np.argsort(-detection.score, kind="stable")
-    chosen = order[(detection.probability[order] > 0.5) & ~fits[order]]
-    return chosen[: round(detection.rate * len(detection.score))]
 
 
 def few_answers(texts: Collection[str]) -> bool:

@@ -22,6 +22,7 @@ from tsqlora.text.answers import (
     Sample,
     Turn,
     behind,
+    ends_of,
     features_of,
     fits_own,
     longest_prompt,
@@ -30,18 +31,18 @@ from tsqlora.text.answers import (
 from tsqlora.text.faults import (
     FAULTS,
     FOLDS,
-    LEVELS,
     PLANTED,
+    SHARE,
     Detection,
     FaultJudge,
     cross_fitted,
-    cut_places,
+    cut_place,
     detect,
     donors_of,
     few_answers,
     folds_of,
-    listed,
-    near_donors_of,
+    judged,
+    plantings,
 )
 from tsqlora.text.prepared import SIDES
 from tsqlora.text.vocabulary import Vocabulary
@@ -51,17 +52,14 @@ SAMPLE = 2_000
 """Rows that are looked at by default."""
 LEAST_TURNS = 50
 """With fewer answers nothing is judged."""
-SUSPECTS, DECOYS = 0.15, 8
-"""Share of the answers that are read behind other prompts, and how many."""
-LEAST_SUSPECTS = 5
+DECOYS, POOL = 8, 64
+"""Other prompts that suspects are read behind, and planted faults that are, to measure what could have been found."""
 OWNERS, LEAST_SHIFTED = 200, 5
-NEAR = 128
-"""Rows that get the answer of the nearest prompt, for its recall: a quarter of the planted ones, at most."""
-CUTS = ("in a word", "after a word", "after a sentence")
+CALIBRATED, LIKELIER = 0.75, 20
+"""Share of whole answers behind which a stop must be so many times likelier than where the same answer is cut."""
 PHASES = {
     "prompted": "answers with their prompts",
     "alone": "answers alone",
-    "near": "planted faults, similar prompts",
     "foreign": "planted faults",
     "decoys": "answers under other prompts",
     "whole": "answers under whole prompts",
@@ -80,8 +78,6 @@ class AnswerLook:
 
     turns: list[Turn]
     detections: dict[str, Detection] = field(default_factory=dict)
-    listed: dict[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
-    """Turns that are called wrong, worst first."""
     judges: dict[str, FaultJudge] = field(default_factory=dict)
     """By a fault that can be found: what judges turns that the look has not seen."""
     owners: dict[int, int] = field(default_factory=dict)
@@ -94,12 +90,18 @@ class AnswerLook:
     """Tokens that the model read, by pass."""
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def lists(self) -> bool:
+        """Whether any answer is called wrong."""
+        return any(len(one.listed) for one in self.detections.values())
+
     def rows(self, fault: str) -> dict[int, float]:
         """Rows that are called wrong, and the probability of the worst turn of each."""
         rows = dict[int, float]()
-        for turn in self.listed.get(fault, ()):
-            row = self.turns[turn].row
-            rows[row] = max(rows.get(row, 0.0), float(self.detections[fault].probability[turn]))
+        if one := self.detections.get(fault):
+            for turn in one.listed:
+                row = self.turns[turn].row
+                rows[row] = max(rows.get(row, 0.0), float(one.probability[turn]))
         return rows
 
     def by_token(self) -> Losses:
@@ -107,7 +109,8 @@ class AnswerLook:
         losses = dict[tuple[int, str], dict[int, float]]()
         for j, each in self.losses.items():
             turn = self.turns[j]
-            losses.setdefault((turn.row, turn.side), {}).update(enumerate(each.tolist(), start=len(turn.prompt)))
+            places = len(turn.prompt) + ends_of(len(turn.answer))
+            losses.setdefault((turn.row, turn.side), {}).update(zip(places.tolist(), each.tolist(), strict=True))
         return losses
 
     def summary(self) -> dict[str, Any]:
@@ -115,11 +118,9 @@ class AnswerLook:
         faults = {
             name: {
                 "planted": one.planted,
-                "recall": {f"{level:g}": one.recall[level] for level in LEVELS},
-                "kinds": dict(one.kinds),
+                "found": {"share": one.found, "between": list(one.between), "right": one.right} if one.usable else None,
                 "rate": one.rate if one.usable else None,
                 "high": one.high,
-                "evident": one.evident,
                 "listed": len(self.rows(name)),
             }
             for name, one in self.detections.items()
@@ -130,20 +131,19 @@ class AnswerLook:
     def sentences(self, *, faults: bool = True) -> list[str]:
         """Say first what can be found, then what was; without `faults` only what concerns all of them."""
         texts = list[str]()
-        judged = "pairs" if SWAPPED in self.detections else "answers"
-        for name, one in self.detections.items() if faults else ():
-            power = f"{name}: {one.recall[LEVELS[0]]:.0%} of {one.planted} planted ones are found at 1 % false alarms"
-            if one.kinds:
-                power += f" ({', '.join(f'{recall:.0%} {kind}' for kind, recall in one.kinds.items())})"
+        of = "pairs" if SWAPPED in self.detections else "answers"
+        by_power = sorted(self.detections.items(), key=lambda item: item[1].usable)
+        for name, one in by_power if faults else ():
             if not one.usable:
-                texts.append(f"{power}; rows do not differ enough from these to call any wrong")
-            elif not one.evident:
-                texts.append(f"{power}; there is no evidence of any in these rows, and at most {one.high:.1%} have one")
-            else:
-                rows = len(self.rows(name))
-                texts.append(
-                    f"{power}; about {one.rate:.1%} of the {judged} have one, at most {one.high:.1%}; {rows} listed"
-                )
+                texts.append(f"{name}: this model cannot tell which {of} have it, and calls none wrong")
+                continue
+            low, high = one.between
+            could = (
+                f"If {SHARE:.0%} of the {of} had it, this look would list {one.found:.0%} of those "
+                f"({low:.0%} to {high:.0%}), and {one.right:.1g} right ones"
+            )
+            share = f"about {one.rate:.1%} of the {of}" if len(one.listed) else f"at most {one.high:.1%} of the {of}"
+            texts.append(f"{name}: {len(self.rows(name)):,} rows are likely wrong; {share} have it. {could}")
         for first, last, step in self.shifts:
             texts.append(
                 f"rows {first} to {last} have the answers of the rows {'after' if step > 0 else 'before'} them"
@@ -187,15 +187,13 @@ def look_at_answers(
 
     folds = folds_of(turns, seed)
     planted = np.sort(rng.permutation(len(turns))[:PLANTED])
-    cuts = np.array([cut_places(one, [vocabulary.tokens[j] for j in one.answer[:MOST_ANSWER]], rng) for one in turns])
-    ends = np.array([len(one.answer) for one in turns])
-    prompted = read(
-        "prompted",
-        [behind(one.prompt, one.answer, (end, *cut)) for one, end, cut in zip(turns, ends, cuts, strict=True)],
-    )
+    shown = [one.answer[ends_of(len(one.answer))] for one in turns]
+    cuts = np.array([cut_place([vocabulary.tokens[j] for j in some], rng) for some in shown])
+    places = [(len(some), int(cut)) for some, cut in zip(shown, cuts, strict=True)]
+    prompted = read("prompted", [behind(one.prompt, one.answer, at) for one, at in zip(turns, places, strict=True)])
     alone = read("alone", [behind(one.opening, one.answer) for one in turns])
     own = features_of(prompted, alone)
-    _find_cut(look, prompted["stop"], ends, cuts, folds, rng)
+    _find_cut(look, prompted["stop"], cuts > 0, folds, rng)
     most = longest_prompt(model)
     _find_foreign(look, own, alone, folds, planted, rng, read, most=most)
     if long := sum(len(turn.prompt) > MOST_PROMPT for turn in turns):
@@ -203,10 +201,15 @@ def look_at_answers(
             f"{long:,} of {len(turns):,} prompts have more than {MOST_PROMPT} tokens: the model reads both ends, and "
             f"up to {most:,} tokens where an answer seems foreign"
         )
+    if long := sum(len(turn.answer) > MOST_ANSWER for turn in turns):
+        look.notes.append(
+            f"{long:,} of {len(turns):,} answers have more than {MOST_ANSWER} tokens: the model reads the first "
+            f"{MOST_ANSWER // 2} and the last {MOST_ANSWER // 2}, and not what is between them"
+        )
     for name, fault in (FAULTS if faults is None else faults).items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
-    for turn in {int(j) for chosen in look.listed.values() for j in chosen}:
-        look.losses[turn] = prompted["each"][turn, : len(turns[turn].answer)]
+    for turn in {int(j) for one in look.detections.values() for j in one.listed}:
+        look.losses[turn] = prompted["each"][turn, : len(shown[turn])]
     return look
 
 
@@ -218,7 +221,7 @@ def _find_swapped(look: AnswerLook, seed: int, read: Read) -> None:
         look.notes.append(f"{len(look.turns)} pairs are too few to judge; {LEAST_TURNS} are needed")
         return
     both = [last[turn.row, side] for side in SIDES for turn in look.turns]
-    prompted = read("prompted", [behind(one.prompt, one.answer, (len(one.answer),)) for one in both])
+    prompted = read("prompted", [behind(one.prompt, one.answer, (min(len(one.answer), MOST_ANSWER),)) for one in both])
     alone = read("alone", [behind(one.opening, one.answer) for one in both])
     chosen, rejected = np.split(np.hstack([features_of(prompted, alone), prompted["stop"]]), 2)
     folds = folds_of(look.turns, seed)
@@ -228,21 +231,29 @@ def _find_swapped(look: AnswerLook, seed: int, read: Read) -> None:
 
 
 def _find_cut(
-    look: AnswerLook, stops: np.ndarray, ends: np.ndarray, cuts: np.ndarray, folds: np.ndarray, rng: np.random.Generator
+    look: AnswerLook,
+    stops: Float[np.ndarray, "n 2"],
+    cut: Bool[np.ndarray, " n"],
+    folds: np.ndarray,
+    rng: np.random.Generator,
 ) -> None:
-    """Cut in the middle: the model expects no stop there. Only answers that were read whole are judged."""
-    judged = np.array([one.ends for one in look.turns]) & (ends <= MOST_ANSWER)
-    kinds = [(j, k) for j in np.flatnonzero(judged) for k in (1, 2) if cuts[j, k - 1]]
-    if judged.sum() < LEAST_TURNS or len(kinds) < LEAST_TURNS:
+    """Cut in the middle: the model expects no stop there. Answers that a stop follows are judged.
+
+    `stops` are its log-probabilities where an answer ends, and where it may be `cut`.
+    """
+    whole = np.array([one.ends for one in look.turns])
+    planted = rng.permutation(np.flatnonzero(whole & cut))
+    if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers are whole and long enough to judge cuts")
         return
-    turn, kind = np.array([kinds[j] for j in np.sort(rng.permutation(len(kinds))[:PLANTED])]).T
-    each = [np.flatnonzero(judged & (cuts[:, k] > 0))[:PLANTED] for k in range(len(CUTS))]
-    further = [(stops[rows, k + 1][:, None], folds[rows]) for k, rows in enumerate(each)]
-    taught = stops[judged, :1], stops[turn, kind][:, None]
-    scores, planted, *some = cross_fitted(*taught, folds[judged], folds[turn], *further)
-    by_kind = {name: one for name, one in zip(CUTS, some, strict=True) if len(one) >= LEAST_TURNS}
-    _add(look, CUT, np.flatnonzero(judged), detect(scores, planted, kinds=by_kind), taught=taught)
+    # A model that was not trained to stop, or not on this template, ranks the ends of answers by anything else.
+    calibrated = (stops[planted, 0] - stops[planted, 1] > np.log(LIKELIER)).mean() >= CALIBRATED
+    planted = planted[:PLANTED]
+    taught = stops[whole, :1], stops[planted, 1:]
+    scores, bad = cross_fitted(*taught, folds[whole], folds[planted])
+    detection = detect(scores, bad)
+    unable = replace(detection, found=0.0, listed=detection.listed[:0])
+    _add(look, CUT, np.flatnonzero(whole), detection if calibrated else unable, taught)
 
 
 def _find_foreign(
@@ -262,34 +273,28 @@ def _find_foreign(
     if len(planted) < LEAST_TURNS:
         look.notes.append("too few answers differ enough to tell whose they are")
         return
-    near = planted[np.linspace(0, len(planted) - 1, int(np.clip(len(planted) // 4, LEAST_TURNS, NEAR))).astype(int)]
-    nearest = near_donors_of(turns, folds, near)
-    near, nearest = near[nearest >= 0], nearest[nearest >= 0]
-
-    def copies(phase: str, rows: np.ndarray, donors: np.ndarray) -> np.ndarray:
-        some = [behind(turns[j].prompt, turns[k].answer) for j, k in zip(rows, donors, strict=True)]
-        return features_of(read(phase, some), alone, donors)
-
-    further = [(copies("near", near, nearest), folds[near])] if len(near) >= LEAST_TURNS else []
-    taught = own, copies("foreign", planted, donors)
-    scores, bad, *some = cross_fitted(*taught, folds, folds[planted], *further)
-    detection = detect(scores, bad, kinds=dict(zip(["from the nearest prompt"], some, strict=False)), hard=some)
-    order = np.argsort(-scores, kind="stable")[: round(SUSPECTS * len(turns))]
-    suspects = order[detection.probability[order] > 0.5] if detection.usable else order[:0]
-    fits, evident = np.ones(len(turns), np.bool_), False
+    copies = [behind(turns[j].prompt, turns[k].answer) for j, k in zip(planted, donors, strict=True)]
+    taught = own, features_of(read("foreign", copies), alone, donors)
+    scores, bad = cross_fitted(*taught, folds, folds[planted])
+    # Rows that are suspects as they are, or among planted faults in their place; these stand behind the rows.
+    every, n = np.concatenate([scores, bad]), len(turns)
+    tables = plantings(n, np.linspace(0, len(bad) - 1, min(len(bad), POOL)).astype(int))
+    suspects = np.unique(np.concatenate([table[judged(every[table], bad).suspects] for table in tables]))
+    fits = np.ones(len(every), np.bool_)
     if len(suspects):
-        others = [rng.choice(np.delete(np.arange(len(turns)), j), DECOYS, replace=False) for j in suspects]
+        prompts, answers = np.r_[np.arange(n), planted], np.r_[np.arange(n), donors]
+        others = [rng.choice(np.delete(np.arange(n), prompts[j]), DECOYS, replace=False) for j in suspects]
         decoys = [
-            behind(turns[k].prompt, turns[j].answer) for j, some in zip(suspects, others, strict=True) for k in some
+            behind(turns[k].prompt, turns[answers[j]].answer)
+            for j, some in zip(suspects, others, strict=True)
+            for k in some
         ]
         losses = read("decoys", decoys)["loss"].reshape(-1, DECOYS)
-        behind_own = own[suspects, 0] * np.maximum(alone["tokens"][suspects], 1)
-        some = [turns[j] for j in suspects]
+        behind_own = np.concatenate(taught)[suspects, 0] * np.maximum(alone["tokens"][answers[suspects]], 1)
+        some = [replace(turns[prompts[j]], answer=turns[answers[j]].answer) for j in suspects]
         fits[suspects] = fits_own(some, behind_own, losses.min(1), partial(read, "whole"), most=most)
-        evident = len(suspects) >= LEAST_SUSPECTS and bool(fits[suspects].mean() < 0.5)
-    detection = replace(detection, evident=evident)
-    _add(look, FOREIGN, np.arange(len(turns)), detection, fits, taught)
-    if len(look.listed[FOREIGN]):
+    _add(look, FOREIGN, np.arange(n), detect(scores, bad, tables, fits), taught)
+    if len(look.detections[FOREIGN].listed):
         _find_owners(look, read)
 
 
@@ -318,7 +323,7 @@ def _find_planted(
     alone = read(f"{name} alone", [behind(turns[j].opening, one) for j, one in zip(rows, answers, strict=True)])
     taught = own, features_of(prompted, alone)
     scores, bad = cross_fitted(*taught, folds, folds[rows])
-    _add(look, name, np.arange(len(turns)), detect(scores, bad), taught=taught)
+    _add(look, name, np.arange(len(turns)), detect(scores, bad), taught)
 
 
 def _add(
@@ -326,20 +331,18 @@ def _add(
     fault: str,
     judged: Int[np.ndarray, " k"],
     detection: Detection,
-    fits: Bool[np.ndarray, " k"] | None = None,
     taught: tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "m d"]] | None = None,
 ) -> None:
     """Add the result of the judged turns; `taught` are their features and those of planted faults."""
-    chosen = listed(detection, np.zeros(len(judged), np.bool_) if fits is None else fits)
     if taught is not None and detection.usable:
-        look.judges[fault] = FaultJudge.fit(*taught, detection, chosen)
-    look.listed[fault] = judged[chosen]
+        look.judges[fault] = FaultJudge.fit(*taught, detection)
     look.detections[fault] = detection.over(judged, len(look.turns))
 
 
 def _find_owners(look: AnswerLook, read: Read) -> None:
     """Whose answers the foreign ones are: the neighbours' of their rows, or of the rows whose prompts are near."""
-    turns, wrong = look.turns, look.listed[FOREIGN][:OWNERS].tolist()
+    turns, foreign = look.turns, look.detections[FOREIGN]
+    wrong = foreign.listed[:OWNERS].tolist()
     by_row = {turn.row: j for j, turn in reversed([*enumerate(turns)])}
     words = TfidfVectorizer(analyzer=words_of, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
     prompts = words.fit_transform([turn.question for turn in turns])
@@ -372,7 +375,7 @@ def _find_owners(look: AnswerLook, read: Read) -> None:
         losses = read("moved", [behind(turns[k].prompt, turns[j].answer) for j, m in others for k in (j, m)])["loss"]
         moved = [one for one, (own, other) in zip(others, losses.reshape(-1, 2), strict=True) if other < own]
         look.owners |= {j: turns[k].row for j, k in moved}
-        more = np.array([j for j, _ in moved if j not in look.listed[FOREIGN]], np.int64)
-        p = look.detections[FOREIGN].probability
-        p[more] = np.maximum(p[more], p[look.listed[FOREIGN]].min())  # the answers around them are foreign
-        look.listed[FOREIGN] = np.r_[look.listed[FOREIGN], more]
+        more = np.array([j for j, _ in moved if j not in foreign.listed], np.int64)
+        p = foreign.probability
+        p[more] = np.maximum(p[more], p[foreign.listed].min())  # the answers around them are foreign
+        look.detections[FOREIGN] = replace(foreign, listed=np.r_[foreign.listed, more])

@@ -195,7 +195,7 @@ class QualityCallback(PartCallback):
     def _draw_texts_evenly(self, collate: Collate) -> None:
         """Without trusted rows no text is preferred; answers that do not fit are left out."""
         line = ""
-        if self._answers is not None and any(map(len, self._answers.listed.values())):
+        if self._answers is not None and self._answers.lists:
             self._draw_fitting(self._answers, collate)
         elif self._answers is not None:
             line = in_one_line(self._answers, {}, len(self.data.dataset))
@@ -393,7 +393,7 @@ class QualityCallback(PartCallback):
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
-            say = self._note if any(map(len, self._answers.listed.values())) else self.notes.append
+            say = self._note if self._answers.lists else self.notes.append
             say(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
