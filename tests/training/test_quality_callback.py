@@ -205,7 +205,7 @@ def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_on
     def judge(_features: Any, labels: np.ndarray, width: int) -> Judgement:
         p = np.where(wrong, 0.9, 0.0)
         logits, p_true = np.zeros((ROWS, width), dtype=np.float32), np.full((ROWS, width), 0.5)
-        judgements.append(Judgement(logits, p_true, p, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
+        judgements.append(Judgement(logits, p_true, p, wrong, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
         return judgements[-1]
 
     monkeypatch.setattr("tsqlora.quality.look.judge", judge)
