@@ -42,7 +42,7 @@ LESS_GAIN = 0.01
 PRIOR_ROWS = 30.0
 """Weight in rows of the uniform prior of wrong labels, where their distribution is fitted."""
 ROWS = 5_000
-"""Fit about this many rows; predict this many at once."""
+"""Fit about this many rows."""
 FEW_CLASSES = 20
 """With more classes the bounds hold the offsets fixed."""
 MOST = 0.95
@@ -68,8 +68,6 @@ class LabelNoise:
     """Uniform over the classes that occur, the labels' frequency, or fitted: errors may concentrate in few classes."""
     scale: float
     offsets: Float[np.ndarray, " k"]
-    rows: int
-    """Number of fitted rows, to which the statistic and the bounds refer."""
 
     @property
     def evident(self) -> bool:
@@ -81,17 +79,6 @@ class LabelNoise:
     def class_probabilities(self, logits: Logits) -> Logits:
         """Return the probability of each class to be the true one, before the label is known."""
         return softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
-
-    def p_wrong(self, logits: Logits, labels: Labels) -> Float[np.ndarray, " n"]:
-        """Return the probability that each label is wrong; 0 for all where the rate is 0."""
-        p_wrong = np.zeros(len(labels))
-        for start in range(0, len(labels) if self.blind else 0, ROWS):
-            part = slice(start, start + ROWS)
-            own = labels[part]
-            p = self.class_probabilities(logits[part])[np.arange(len(own)), own]
-            wrong = self.blind * self.drawn[own] * (1 - p)
-            p_wrong[part] = wrong / ((1 - self.blind) * p + self.blind * self.drawn[own] + TINY)
-        return p_wrong
 
 
 def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
@@ -119,7 +106,7 @@ def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
     occur, labels = np.unique(labels, return_inverse=True)
     if len(occur) == 1:
         offsets[occur], drawn[occur] = 0.0, 1.0
-        return LabelNoise(0.0, 0.0, 0.0, 0.0, 0.0, drawn, 1.0, offsets, n)
+        return LabelNoise(0.0, 0.0, 0.0, 0.0, 0.0, drawn, 1.0, offsets)
     logits, k = logits[:, occur].astype(np.float64), len(occur)
     rate, scale, share, offset = np.zeros((4, 2 + 2 * k), dtype=bool)  # the parameters, as masks
     rate[0], scale[1], share[2 : 2 + k], offset[2 + k :] = True, True, True, True
@@ -162,7 +149,7 @@ def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
     offsets[occur] = best[2 + k :] + steep * constants
     p = softmax(steep * logits + best[2 + k :], axis=1)
     wrong = 1 - float(drawn[occur] @ np.average(p, axis=0, weights=weights))  # others have their class by chance
-    return LabelNoise(blind * wrong, low * wrong, high * wrong, statistic, blind, drawn, float(steep * by), offsets, n)
+    return LabelNoise(blind * wrong, low * wrong, high * wrong, statistic, blind, drawn, float(steep * by), offsets)
 
 
 def gain_at(level: float) -> float:
