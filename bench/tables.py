@@ -554,6 +554,11 @@ WRONG = {
     "one-0.1": "10 %, all of one class",
     "one-0.2": "20 %, all of one class",
     "weak-0.2": "20 %, a weak model's",
+    "even-0.01": "1 %, any class",
+    "even-0.03": "3 %, any class",
+    "drawn-0.05": "5 %, redrawn",
+    "one-0.03": "3 %, all of one class",
+    "one-0.05": "5 %, all of one class",
 }
 """What the noise of bench/judge.py is called, in the table's order."""
 
@@ -611,6 +616,20 @@ def judge_coverage(results: Results) -> Rows:
             )
     order = list(WRONG.values())
     return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
+
+
+def judge_order(results: Results) -> Rows:
+    """Average precision of the judge's order, of self-confidence, and of each distribution of wrong labels."""
+    ways = ("order", "self_confidence", "uniform", "frequency", "likelier", "fitted")
+    return [
+        {
+            "table": f"{table}, {cells.rows.max():,} rows",
+            "wrong labels": WRONG[noise],
+            **{name.replace("_", "-"): f"{cells[name].mean():.3f}" for name in ways},
+        }
+        for (part, table, noise), cells in _judged(results)
+        if part == "order"
+    ]
 
 
 def sample(results: Results) -> Rows:
@@ -845,6 +864,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "llamacpp": llamacpp,
     "judge": judge,
     "judge-coverage": judge_coverage,
+    "judge-order": judge_order,
     "claims-train": claims_train,
     "rank_cost": rank_cost,
     "answers": answers,

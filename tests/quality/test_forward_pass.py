@@ -142,6 +142,16 @@ def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped
         assert wrapped or (head.dense is not None and head.activation == activation)
 
 
+def test_a_pooler_that_was_trained_is_not_whitened() -> None:
+    model = FAMILIES["bert"][0]().eval()
+    new = find_head(model, inputs_of("bert"), CLASSES)
+    torch.nn.init.normal_(model.bert.pooler.dense.bias)
+    trained = find_head(model, inputs_of("bert"), CLASSES)
+    assert new is not None
+    assert trained is not None
+    assert (new.dense is None, trained.dense is None) == (False, True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_dense_layer_without_bias_is_not_whitened_as_its_centre_would_be_lost(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2)).eval()

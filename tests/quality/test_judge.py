@@ -4,11 +4,14 @@ import inspect
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import average_precision_score
 
 from tsqlora.errors import DataError
 from tsqlora.quality import judge as module
 from tsqlora.quality.judge import DOUBT, FEWEST, judge, judge_logits
 from tsqlora.quality.linear_head import out_of_fold_logits
+from tsqlora.quality.suspects import audit_of_judgement
 
 
 def table(
@@ -206,3 +209,52 @@ def test_the_fitted_judge_finds_wrong_labels_of_rows_that_it_has_not_seen() -> N
     assert listed[wrong].mean() >= 0.6
     assert (listed == together.left_out[new]).mean() > 0.98
     assert logits.shape == (1_500, 6)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(60_000, 8), (300_000, 30)])
+def test_no_rare_class_is_left_out_whole(rows: int, each: int) -> None:
+    # The fit samples rows: a class that it does not see would get no probability, and all its rows would look wrong.
+    rng = np.random.default_rng(0)
+    rare = np.repeat(np.arange(10, 30), each)
+    true = rng.permutation(np.concatenate([rng.integers(10, size=rows - len(rare)), rare]))
+    labels = np.where((true < 10) & (rng.random(rows) < 0.05), rng.integers(10, size=rows), true)
+    logits = (rng.normal(size=(rows, 30)) + 9.0 * (np.arange(30) == true[:, None])).astype(np.float32)
+    judgement, wrong = judge_logits(logits, labels), labels != true
+    assert judgement.evident
+    assert judgement.left_out[wrong].mean() > 0.9
+    assert [judgement.left_out[labels == c].mean() < 0.2 for c in range(10, 30)] == [True] * 20
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4])
+def test_where_many_labels_are_wrong_rows_whose_features_say_nothing_stay(share: float) -> None:
+    # More than DOUBT of them are wrong, and so is each row of which nothing else is known.
+    features, true, rng = table(0, 3, 4_000)
+    silent = rng.random(4_000) < 0.3
+    features[silent] = rng.normal(size=(int(silent.sum()), 48)) / 48**0.5
+    labels = np.where(rng.random(4_000) < share, (true + rng.integers(1, 3, size=4_000)) % 3, true)
+    judgement, right = judge(features, labels, 3), labels == true
+    assert judgement.evident
+    for label in range(3):
+        own = labels == label
+        assert judgement.left_out[own].sum() <= round(judgement.p_wrong[own].sum())
+        assert judgement.left_out[own & right].mean() < 0.2
+    assert judgement.left_out[~silent & ~right].mean() > 0.85
+
+
+@pytest.mark.parametrize(("classes", "share"), [(12, 0.01), (12, 0.03), (12, 0.1), (4, 0.03)])
+@pytest.mark.parametrize("kind", ["uniform", "frequency", "one"])
+def test_the_order_is_not_behind_that_of_the_loss_whatever_draws_the_wrong_labels(
+    classes: int, share: float, kind: str
+) -> None:
+    # Classes of very different size, as intents are: wrong labels that are uniform are most of those of a rare class.
+    rng = np.random.default_rng(0)
+    true = rng.choice(classes, size=6_000, p=softmax(-np.arange(classes) * 6.0 / classes))
+    logits = 2.0 * rng.normal(size=(6_000, classes)) + 8.0 * (np.arange(classes) == true[:, None])
+    drawn = {"uniform": rng.integers(classes, size=6_000), "frequency": rng.permutation(true), "one": 1}[kind]
+    labels = np.where(rng.random(6_000) < share, drawn, true)
+    judgement, wrong = judge_logits(logits, labels), labels != true
+    losses = -log_softmax(logits, axis=1)[np.arange(6_000), labels]
+    order = audit_of_judgement(judgement, labels).ids
+    place = np.empty(6_000)
+    place[order] = np.arange(6_000)
+    assert average_precision_score(wrong, -place) > average_precision_score(wrong, losses) - 0.01

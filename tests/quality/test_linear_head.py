@@ -1,14 +1,13 @@
 """Linear fits on features: the strength by folds, and predictions of rows that were not seen."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 
 from tsqlora.quality import linear_head
-from tsqlora.quality.linear_head import ENOUGH, STRENGTHS, fit_head, out_of_fold_logits, row_losses
+from tsqlora.quality.linear_head import ENOUGH, STRENGTHS, _folds, fit_head, out_of_fold_logits, row_losses
 
 
 def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -30,34 +29,20 @@ def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
     assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
 
 
-def test_features_are_copied_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_head, "ROWS_TO_CHOOSE", 300)
-    x, y = classes(20_000, 2, d=64)
-    x = x.astype(np.float32)
-    tracemalloc.start()
-    try:
-        fit_head(x, y, link="softmax", width=2, other=x + 1, rng=np.random.default_rng(0))
-        peak = tracemalloc.get_traced_memory()[1] / x.nbytes - 1  # the other features are held as well
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.9
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_the_strength_is_that_of_all_folds_although_a_bad_one_is_left_early(seed: int) -> None:
     """The slow twin fits every fold of every strength by scikit-learn."""
     x, y = classes(150, 4, d=16, spread=2.0, seed=seed)
     fit = fit_head(x, y, link="softmax", width=4, rng=np.random.default_rng(seed))
 
-    same = np.random.default_rng(seed)
-    same.permutation(len(x))
     unit = x - x.mean(0)
     unit /= np.sqrt(np.square(unit).sum(1).mean())
-    folds = list(StratifiedKFold(3, shuffle=True, random_state=int(same.integers(2**31))).split(x, y))
+    of = _folds(y, None, np.random.default_rng(int(np.random.default_rng(seed).integers(2**31))))
+    folds = [np.nonzero(part) for fold in range(3) for part in (of != fold, of == fold)]
     best = np.inf
     for strength in STRENGTHS:
         losses = np.empty(len(y))
-        for train, test in folds:
+        for (train,), (test,) in zip(folds[::2], folds[1::2], strict=True):
             p = LogisticRegression(C=strength, max_iter=1000).fit(unit[train], y[train]).predict_log_proba(unit[test])
             losses[test] = -p[np.arange(len(test)), y[test]]
         if losses.mean() > ENOUGH * best:
@@ -73,7 +58,7 @@ def test_no_row_is_predicted_by_a_fit_that_has_seen_its_group(
 ) -> None:
     """Labels are random, so that only a fit that has seen a row, or a copy of it, knows its label."""
     if most is not None:
-        monkeypatch.setattr(linear_head, "ROWS_TO_CHOOSE", most)
+        monkeypatch.setattr(linear_head, "LEAST_TO_FIT", most)
         monkeypatch.setattr(linear_head, "OUTPUTS_TO_FIT", 0)
     rng = np.random.default_rng(0)
     x, y = np.repeat(rng.normal(size=(60, 80)), 4, axis=0), np.repeat(rng.integers(2, size=60), 4)
@@ -116,6 +101,34 @@ def test_samples_of_one_group_share_a_fold() -> None:
     )
     assert alone < 0.3, "near copies in other folds give the label away"
     assert together > 0.6
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), alike=st.integers(1, 4), seed=st.integers(0, 2**32 - 1)
+)
+def test_each_fold_has_its_share_of_every_class_and_whole_groups(sizes: list[int], alike: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    of = _folds(labels, None, rng)
+    for label, size in enumerate(sizes):
+        counts = np.bincount(of[labels == label], minlength=3)
+        assert counts.sum() == size
+        assert np.ptp(counts) <= 1, "a class of few rows is in every fit"
+    groups = rng.permutation(np.repeat(np.arange(3, 3 + len(labels)), alike))
+    together = _folds(np.repeat(labels, alike), groups, rng)
+    if len(labels) >= 3:
+        assert all(len(np.unique(together[groups == group])) == 1 for group in np.unique(groups))
+        assert len(np.unique(together)) == 3
+
+
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_features_of_a_large_spread_that_say_nothing_hide_nothing(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    x, y = classes(1_000, 3, d=24, spread=0.4)
+    x = np.concatenate([x, spread * rng.normal(size=(1_000, 3))], axis=1).astype(np.float32)
+    logits, head = out_of_fold_logits(x, y, 3, rng=rng)
+    assert (logits.argmax(axis=1) == y).mean() > 0.95
+    assert (head.logits(x).argmax(axis=1) == y).mean() > 0.95
 
 
 def test_copies_make_the_loss_no_lower_and_the_penalty_no_weaker() -> None:

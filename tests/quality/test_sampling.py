@@ -10,12 +10,14 @@ from scipy import stats
 from oracles import slow_successive_sampling
 from tsqlora.errors import SettingsError
 from tsqlora.quality.sampling import (
+    LEAST_OF_CLASS,
     capped_sizes,
     draw,
     draw_size,
     effective_sample_size,
     gumbel_top_k,
     probabilities,
+    rows_to_fit,
     stratum_sizes,
 )
 
@@ -144,3 +146,23 @@ def test_gumbel_top_k_is_successive_sampling() -> None:
     assert stats.chi2_contingency(counts).pvalue > 0.01
     exact = np.array([p[i] * p[j] / (1 - p[i]) for i, j in pairs])
     assert stats.chisquare(counts[0], draws * exact).pvalue > 0.01
+
+
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=12).filter(any),
+    size=st.integers(1, 2_000),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_sample_of_a_fit_has_rows_of_each_class_and_weights_that_restore_its_share(
+    counts: list[int], size: int, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    rows, weights = rows_to_fit(labels, size)
+    drawn = np.bincount(labels[rows], minlength=len(counts))
+    assert len(np.unique(rows)) == len(rows)
+    assert (np.diff(rows) > 0).all()
+    assert (drawn >= np.minimum(counts, LEAST_OF_CLASS)).all()
+    assert len(rows) <= size + LEAST_OF_CLASS * len(counts)
+    np.testing.assert_allclose(np.bincount(labels[rows], weights, len(counts)) / len(rows), counts / np.sum(counts))
+    if size >= len(labels):
+        assert np.array_equal(rows, np.arange(len(labels)))

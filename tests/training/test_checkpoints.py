@@ -41,7 +41,7 @@ class Fail(TrainerCallback):
 
 def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
     """Five epochs of four steps, looks before the first and the third; `order` is of quality, ranks and the crash."""
-    subset = tsq.QualitySubset(DATA, 0.5)
+    subset = tsq.QualitySubset(DATA, 0.5, seed=0)
     quality = quality_by(subset, reference=40, weights={"loss": -1.0})
     callbacks = (
         quality,
@@ -225,7 +225,7 @@ def test_each_callback_alone_seals_also_where_a_run_goes_on_without_the_other(on
     if one == 0:
         trainer(run, (0,)).train(resume_from_checkpoint=str(run / "checkpoint-12"))
     else:
-        data = tsq.QualitySubset(DATA, 0.5)
+        data = tsq.QualitySubset(DATA, 0.5, seed=0)
         data.use(tsq.Scores.load(run / "scores.parquet"), 2)
         ranks = tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2))
         options = {"save_strategy": "epoch", "num_train_epochs": 5}

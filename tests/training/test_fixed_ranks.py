@@ -97,7 +97,7 @@ def test_ranks_that_were_set_once_go_on_where_training_was_cut_off(tmp_path: Pat
 def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    data = tsq.QualitySubset(ROWS, 0.5)
+    data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     quality, ranks = tsq.QualityCallback(data), tsq.RankCallback(interval=2)
     args = {"num_train_epochs": 2, "save_strategy": "epoch"}
     trainer = make_trainer(lora(**options), data, tmp_path, [quality, ranks], **args)
@@ -111,7 +111,7 @@ def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(
 
 
 def test_several_gpus_in_one_process_choose_rows_and_set_ranks_once(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(ROWS, 0.5)
+    data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     quality, ranks = tsq.QualityCallback(data), tsq.RankCallback(interval=2)
     trainer = make_trainer(slotted_bert(), data, tmp_path, [quality, ranks, tsq.GuardCallback(data)])
     trainer.args._n_gpu = 2  # the Trainer wraps the model in DataParallel, which without GPUs calls it as it is
@@ -133,7 +133,7 @@ def test_a_callback_that_comes_when_the_optimizer_is_made_leaves_ranks_as_they_a
 
 
 def test_a_second_train_goes_on_and_moves_ranks_where_slots_were_kept(tmp_path: Path) -> None:
-    data, ranks = tsq.QualitySubset(ROWS, 0.5), tsq.RankCallback(interval=2, finalize=False)
+    data, ranks = tsq.QualitySubset(ROWS, 0.5, seed=0), tsq.RankCallback(interval=2, finalize=False)
     trainer = make_trainer(slotted_bert(), data, tmp_path, [tsq.QualityCallback(data), ranks], num_train_epochs=3)
     trainer.train()
     first = ranks.events
@@ -144,7 +144,7 @@ def test_a_second_train_goes_on_and_moves_ranks_where_slots_were_kept(tmp_path: 
 
 
 def test_a_second_train_of_a_plain_model_keeps_its_ranks(tmp_path: Path) -> None:
-    data, ranks = tsq.QualitySubset(ROWS, 0.5), tsq.RankCallback(interval=2)
+    data, ranks = tsq.QualitySubset(ROWS, 0.5, seed=0), tsq.RankCallback(interval=2)
     trainer = make_trainer(slotted_bert(), data, tmp_path, [tsq.QualityCallback(data), ranks], num_train_epochs=3)
     trainer.train()
     shapes = {name: p.shape for name, p in weights(trainer.model).items()}
@@ -154,7 +154,7 @@ def test_a_second_train_of_a_plain_model_keeps_its_ranks(tmp_path: Path) -> None
 
 
 def test_the_same_callbacks_in_a_second_trainer_begin_anew(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(ROWS, 0.5)
+    data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     callbacks = [tsq.QualityCallback(data), tsq.RankCallback(interval=2)]
     models = [slotted_bert(), slotted_bert()]
     for place, model in zip(("a", "b"), models, strict=True):
@@ -164,7 +164,7 @@ def test_the_same_callbacks_in_a_second_trainer_begin_anew(tmp_path: Path) -> No
 
 
 def test_each_model_of_model_init_begins_anew_as_in_a_search(tmp_path: Path) -> None:
-    data, ranks = tsq.QualitySubset(ROWS, 0.5), tsq.RankCallback(interval=2)
+    data, ranks = tsq.QualitySubset(ROWS, 0.5, seed=0), tsq.RankCallback(interval=2)
     passed = make_trainer(slotted_bert(), data, tmp_path, [])
     trainer = Trainer(
         model_init=lambda: slotted_bert(),

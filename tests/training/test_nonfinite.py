@@ -67,7 +67,9 @@ class Watch(TrainerCallback):
 def trainer(folder: Path, *callbacks: TrainerCallback, data: Any = None, **further: Any) -> Trainer:
     """Four epochs of five steps."""
     options = {"learning_rate": 0.02, "num_train_epochs": 4} | further
-    return make_trainer(slotted_bert(), data or tsq.QualitySubset(ROWS, 1.0), folder, list(callbacks), **options)
+    return make_trainer(
+        slotted_bert(), data or tsq.QualitySubset(ROWS, 1.0, seed=0), folder, list(callbacks), **options
+    )
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -137,7 +139,7 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
 def test_the_rows_of_a_skipped_step_are_named(accumulation: int, tmp_path: Path) -> None:
     """In the order in which the Trainer shuffles them."""
     broken = [row | {"input_ids": [STRANGE, *row["input_ids"][1:]]} if j == 21 else row for j, row in enumerate(ROWS)]
-    data = tsq.QualitySubset(broken, 1.0)
+    data = tsq.QualitySubset(broken, 1.0, seed=0)
     guard = tsq.GuardCallback(data, limit=9)
     sizes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     options = {"train_sampling_strategy": "random", "eval_strategy": "steps", "eval_steps": 2}
@@ -150,7 +152,7 @@ def test_the_rows_of_a_skipped_step_are_named(accumulation: int, tmp_path: Path)
 
 
 def test_rows_are_named_by_their_places_in_the_file_where_those_are_known(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(ROWS, 1.0)
+    data = tsq.QualitySubset(ROWS, 1.0, seed=0)
     guards = [tsq.GuardCallback(data, ids=ids) for ids in (None, np.arange(100, 140))]
     for guard in guards:
         trainer(tmp_path, Poison(2), guard, data=data, num_train_epochs=1).train()
@@ -160,7 +162,7 @@ def test_rows_are_named_by_their_places_in_the_file_where_those_are_known(tmp_pa
 
 @pytest.mark.parametrize("how", ["no subset given", "workers", "compiled"])
 def test_rows_that_cannot_be_known_are_said_to_be_so(how: str, tmp_path: Path) -> None:
-    data = tsq.QualitySubset(ROWS, 1.0)
+    data = tsq.QualitySubset(ROWS, 1.0, seed=0)
     guard = tsq.GuardCallback(None if how == "no subset given" else data)
     options = {"dataloader_num_workers": 1} if how == "workers" else {}
     made = trainer(tmp_path, Poison(6, what="lora_A"), guard, data=data, num_train_epochs=2, **options)
@@ -193,7 +195,7 @@ def test_a_training_that_failed_leaves_nothing_on_model_and_data(tmp_path: Path)
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError
 
-    data = tsq.QualitySubset(ROWS, 1.0)
+    data = tsq.QualitySubset(ROWS, 1.0, seed=0)
     made = trainer(tmp_path, tsq.GuardCallback(data), Fail(), data=data)
     with pytest.raises(ZeroDivisionError):
         made.train()

@@ -56,7 +56,7 @@ def train_a_step(data: Any, callback: Any, folder: Path, **options: Any) -> None
 
 
 def test_text_without_trusted_rows_is_said_to_be_drawn_evenly(tmp_path: Path) -> None:
-    data = tsq.QualitySubset([{"input_ids": [5, 6, 7 + j], "labels": [5, 6, 7 + j]} for j in range(8)], 0.5)
+    data = tsq.QualitySubset([{"input_ids": [5, 6, 7 + j], "labels": [5, 6, 7 + j]} for j in range(8)], 0.5, seed=0)
     with pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"):
         train_a_step(data, tsq.QualityCallback(data), tmp_path)
 
@@ -85,7 +85,7 @@ def make(
     further: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[tsq.QualityCallback, Trainer]:
-    subset = tsq.QualitySubset(data, 0.5, **(draws or {}))
+    subset = tsq.QualitySubset(data, 0.5, **({"seed": 0} | (draws or {})))
     quality = quality_by(subset, **({"reference": 40} | options))
     further = {"num_train_epochs": EPOCHS} | (further or {})
     return quality, make_trainer(slotted_bert(), subset, folder, [*also, quality], **further)
@@ -185,7 +185,7 @@ def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(even: Save
     scores = scores_of(even.quality)
     assert (scores.even, scores.record.noise["evident"], list(scores.terms)) == (True, False, ["loss", "el2n"])
     assert scores.kept.all()
-    control = tsq.QualitySubset(DATA, 0.5)
+    control = tsq.QualitySubset(DATA, 0.5, seed=0)
     for epoch in range(EPOCHS):
         assert even.quality.data.draw(epoch).tolist() == control.draw(epoch).tolist()
 
@@ -205,7 +205,7 @@ def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_on
     def judge(_features: Any, labels: np.ndarray, width: int) -> Judgement:
         p = np.where(wrong, 0.9, 0.0)
         logits, p_true = np.zeros((ROWS, width), dtype=np.float32), np.full((ROWS, width), 0.5)
-        judgements.append(Judgement(logits, p_true, p, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
+        judgements.append(Judgement(logits, p_true, p, wrong, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
         return judgements[-1]
 
     monkeypatch.setattr("tsqlora.quality.look.judge", judge)
@@ -289,7 +289,7 @@ def test_a_model_at_chance_is_trained_on_random_draws_with_a_warning(tmp_path: P
 
 @UNLEARNED
 def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
-    subset = tsq.QualitySubset(noise(), 0.5)
+    subset = tsq.QualitySubset(noise(), 0.5, seed=0)
     ranks = tsq.RankCallback(interval=2)
     model = slotted_bert()
     callbacks = [quality_by(subset, reference=40), ranks]
@@ -301,7 +301,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
 
 @UNLEARNED
 def test_a_second_look_sets_the_ranks_of_a_model_that_has_learned_by_then(tmp_path: Path) -> None:
-    subset, watch = tsq.QualitySubset(DATA, 0.5), Watch()
+    subset, watch = tsq.QualitySubset(DATA, 0.5, seed=0), Watch()
     quality = quality_by(subset, reference=40, head_start=False)
     ranks = tsq.RankCallback(interval=4, samples=16, schedule=tsq.RankSchedule(moves=3))
     make_trainer(slotted_bert(), subset, tmp_path, [watch, quality, ranks], num_train_epochs=9).train()
@@ -324,7 +324,7 @@ class Weighted(BertForSequenceClassification):
 @UNLEARNED
 def test_a_model_with_a_loss_of_its_own_is_refused_before_the_look(tmp_path: Path) -> None:
     def trainer(**options: Any) -> Trainer:
-        subset = tsq.QualitySubset(DATA, 0.5)
+        subset = tsq.QualitySubset(DATA, 0.5, seed=0)
         torch.manual_seed(1)  # of two classes that a model finds equally likely weights do not show
         model = tsq.wrap(Weighted(base_bert().config))
         quality = quality_by(subset, reference=40, **options)
@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 def test_what_cannot_be_scored_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
     made, data, options, text = REFUSED[case]
     model: Any = made()
-    subset, watch = tsq.QualitySubset(data, 0.5), Watch()
+    subset, watch = tsq.QualitySubset(data, 0.5, seed=0), Watch()
     trainer = make_trainer(model, subset, tmp_path, [watch, quality_by(subset, reference=40, **options)])
     trainer.data_collator = padded
     with pytest.raises(tsq.TsqLoraError, match=text):
@@ -439,9 +439,9 @@ def test_a_run_resumed_after_its_look_does_not_look_again(
 
 
 def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
-    quality = quality_by(tsq.QualitySubset(DATA, 0.5))
+    quality = quality_by(tsq.QualitySubset(DATA, 0.5, seed=0))
     with pytest.raises(tsq.SettingsError, match="need the same QualitySubset"):
-        make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
+        make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5, seed=0), tmp_path, [quality]).train()
 
 
 def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def trained(folder: Path, *callbacks: Any, data: Any = ROWS, model: PeftModel | 
 
 
 def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
-    data = tsq.QualitySubset(ROWS, 0.5)
+    data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     return data, [tsq.QualityCallback(data), tsq.RankCallback(interval=2, **further)]
 
 
@@ -183,7 +183,7 @@ def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_batches_that_the_loader_drops_cost_nothing(drawn: bool, accumulated: int, tmp_path: Path) -> None:
     rows = moods(30)
-    data: Any = tsq.QualitySubset(rows, 1.0) if drawn else rows
+    data: Any = tsq.QualitySubset(rows, 1.0, seed=0) if drawn else rows
     options = {"num_train_epochs": 3, "gradient_accumulation_steps": accumulated, "dataloader_drop_last": True}
     trained(tmp_path, tsq.GuardCallback(), data=data, **options)
     assert RunRecord.load(tmp_path).cost["training"].forward == 3 * 24

@@ -25,7 +25,7 @@ KINDS = pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.RankCallback, 
 
 
 def half(**options: Any) -> tsq.QualitySubset:
-    return tsq.QualitySubset(DATA, 0.5, **options)
+    return tsq.QualitySubset(DATA, 0.5, seed=0, **options)
 
 
 def made(kind: Any, data: tsq.QualitySubset, **options: Any) -> Any:
@@ -208,9 +208,25 @@ def test_a_sampler_by_place_passes_in_silence(strategy: str, processes: int, tmp
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_sampler_that_fits_certain_rows_is_named_in_a_warning(processes: int, tmp_path: Path) -> None:
+def test_a_sampler_that_fits_certain_rows_is_refused(processes: int, tmp_path: Path) -> None:
     weighted = WeightedRandomSampler([1.0] * 8, 8)
     loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
     loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
-    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler"):
+    with pytest.raises(SettingsError, match="WeightedRandomSampler"):
         require_fresh_draws(TrainingArguments(str(tmp_path), use_cpu=True), loader)
+
+
+def test_the_trainers_seed_decides_rows_and_order_unless_the_subset_has_its_own(tmp_path: Path) -> None:
+    def rows(name: str, seed: int, **options: Any) -> list[list[int]]:
+        data = tsq.QualitySubset(DATA, 0.5, **options)
+        drawn = [list[int]()]
+        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.RankCallback, data)], seed=seed)
+        with data.announcing(drawn[0].extend):
+            trainer.train()
+        return drawn
+
+    first, again, other = rows("first", 1), rows("again", 1), rows("other", 2)
+    assert first == again
+    assert set(first[0][: len(DATA)]) == set(other[0][: len(DATA)]), "two epochs of a half have all rows"
+    assert sorted(first[0][: len(DATA) // 2]) != sorted(other[0][: len(DATA) // 2])
+    assert rows("own", 1, seed=5) == rows("own too", 2, seed=5) != first

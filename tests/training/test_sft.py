@@ -135,7 +135,7 @@ def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_p
     ranks = tsq.RankCallback(interval=3)
     options = {"assistant_only_loss": True} if data is TALKS else {}
     trainer = make(tmp_path, [ranks], data, max_steps=-1, num_train_epochs=12, **options)
-    rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
+    rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)
     trainer.train_dataset = rows
     trainer.add_callback(quality_by(rows, weights={"convergence": 1.0}, scores_path=tmp_path / "s.parquet"))
     trainer.train()
@@ -175,7 +175,7 @@ def test_samples_that_share_a_row_are_refused_by_quality_before_the_first_step(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     trainer = make(tmp_path, [], **options)
-    trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
+    trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)
     trainer.add_callback(quality_by(rows, weights={"loss": -1.0}))
     with pytest.raises(tsq.UnsupportedError, match=r"1 row\(s\).*tsqlora\.select"):
         trainer.train()
@@ -185,7 +185,7 @@ def test_samples_that_share_a_row_are_refused_by_quality_before_the_first_step(
 def test_rows_that_trl_has_cut_out_of_the_text_are_samples(tmp_path: Path) -> None:
     options = {"packing": True, "packing_strategy": "wrapped", "max_length": 6}
     trainer = make(tmp_path, [], max_steps=-1, num_train_epochs=12, **options)
-    trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
+    trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)
     trainer.add_callback(quality_by(rows, weights={"loss": -1.0}, scores_path=tmp_path / "s.parquet"))
     trainer.train()
     assert rows.scores is not None

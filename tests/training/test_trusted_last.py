@@ -67,7 +67,7 @@ def make(
     **further: Any,
 ) -> tuple[Trainer, tsq.QualityCallback]:
     """Five epochs of four steps; with trusted rows those from step 14 on train on them."""
-    data = tsq.QualitySubset(POOL, 0.5, trusted=trusted)
+    data = tsq.QualitySubset(POOL, 0.5, seed=0, trusted=trusted)
     quality = quality_by(data, **(rule or {}))
     options = {"num_train_epochs": 5, "train_sampling_strategy": "random"} | further
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
@@ -124,7 +124,7 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, last: bool, t
     trusted = [rows[j % len(rows)] for j in range(12) for rows in by_class][:12]
 
     def trainer(*also: TrainerCallback) -> tuple[Trainer, tsq.QualityCallback]:
-        data = tsq.QualitySubset(pool, 0.5, trusted=trusted)
+        data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
         base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
         quality = quality_by(data)
         options: dict[str, Any] = {"num_train_epochs": 5, "train_sampling_strategy": "random"}

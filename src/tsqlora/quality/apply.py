@@ -14,7 +14,6 @@ from tsqlora.data.labels import UNSEEN
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import plain_name
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
-from tsqlora.quality.judge import DOUBT
 from tsqlora.quality.look import predictions
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
@@ -65,7 +64,8 @@ def columns_of_rows(
     columns = _with_own(columns, look.scores, rows.hashes)
     for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
         columns[name][unseen] = np.nan
-    wrong = columns.get("wrong_probability", np.zeros(len(clamped))) > DOUBT
+    doubt = 1.0 if look.verdict is None else look.verdict.doubt[clamped]
+    wrong = columns.get("wrong_probability", np.zeros(len(clamped))) > doubt
     columns["reason"] = np.select([unseen, wrong], ["unseen class", "confident negative"], "kept")
     return columns
 

@@ -176,7 +176,9 @@ def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> Hea
         if logits.dim() == 2:
             x, output = (pooled(values, model, inputs) for values in (x, output))
         if output.shape == logits.shape and torch.allclose(output.to(logits), logits, atol=1e-5):
-            return Head(name, linear) if logits.dim() == 3 else Head(name, linear, *_dense_before(calls, linear, x))
+            return (
+                Head(name, linear) if logits.dim() == 3 else Head(name, linear, *_dense_before(model, calls, linear, x))
+            )
     return None
 
 
@@ -258,11 +260,17 @@ def pooled(values: Float[Tensor, "n *t d"], model: nn.Module, inputs: Mapping[st
     return values[torch.arange(len(values)), (places * (ids != pad)).argmax(1).to(values.device)]
 
 
-def _dense_before(calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"]) -> tuple[nn.Linear | None, str]:
+def _dense_before(
+    model: nn.Module, calls: Calls, linear: nn.Linear, features: Float[Tensor, "n d"]
+) -> tuple[nn.Linear | None, str]:
+    inner = base_model(model)
+    body = inner.base_model if isinstance(inner, PreTrainedModel) else inner
+    inside = set() if body is inner else {*body.modules()}
     for module, (x, output) in calls.items():
         if not isinstance(module, nn.Linear) or module is linear or module.bias is None or x.dim() != 2:
             continue
-        if output.shape != features.shape:
+        # A layer of the body was trained before, as BERT's pooler, unless its bias is zero.
+        if (module in inside and module.bias.any()) or output.shape != features.shape:
             continue
         for name, activation in ACTIVATIONS.items():
             if torch.allclose(activation(output).to(features), features, atol=1e-5):

@@ -23,6 +23,7 @@ from tsqlora.quality.linear_head import FOLDS, HeadFit, LinearHead, fit_head, ro
 from tsqlora.quality.passes import Columns, empty, run_pass
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.quality.rule import Compute, LookRequest, needs_probe
+from tsqlora.quality.sampling import rows_to_fit
 from tsqlora.quality.units import Units, token_units
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Batch, Collate, Task
@@ -31,8 +32,8 @@ from tsqlora.tasks.task import Link
 
 MARGIN = 2.0
 """Standard errors by which the model's mean loss must beat a constant guess."""
-ROWS_TO_FIT = 50_000
-"""Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
+ROWS_TO_FIT = 10_000
+"""Fit a head on about this many rows: more hardly change it, and their features may not fit in memory."""
 ROWS_OF_TAGS = 1_000
 """Fit a head for tags on the tokens of at most this many random rows."""
 LEAST_TRUSTED = 8
@@ -152,7 +153,7 @@ class HeadStart:
             "replaced": self.replaces,
             "out_of_fold_loss": self.fit.loss,
             "present_loss": self.present,
-            "rows": len(self.fit.rows),
+            "rows": len(self.fit.losses),
             "strength": self.fit.strength,
             "scale": self.scale,
             "whitened": self.dense is not None,
@@ -198,7 +199,8 @@ class Started:
         if head is not None and head.replaces and not head.trusted:
             constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
             chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
-            test = learned(torch.from_numpy(head.fit.losses), torch.from_numpy(chance))
+            weights = head.fit.weights
+            test = learned(torch.from_numpy(weights * head.fit.losses), torch.from_numpy(weights * chance))
         else:
             test = against_chance(answers, torch.from_numpy(logits), labels)
             if not test.passed and task.reading.stratified:
@@ -251,20 +253,23 @@ def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Uni
     if result is None:
         return None, None, None
     layer, units = result
-    own = ~request.twins[rows[units.rows]]
+    own = np.flatnonzero(~request.twins[rows[units.rows]])
     assert units.losses is not None
     require_finite(torch.from_numpy(units.losses))
     if len(np.unique(units.rows[own])) < FOLDS:
         return layer, units, None
+    chosen, weights = rows_to_fit(units.labels[own], ROWS_TO_FIT)
+    chosen = own[chosen]
     fit = partial(
         fit_start,
-        units.features[own],
-        units.labels[own],
-        units.losses[own].astype(np.float64),
+        units.features[chosen],
+        units.labels[chosen],
+        units.losses[chosen].astype(np.float64),
         link="softmax",
         width=units.width,
         intercept=layer.linear.bias is not None,
-        groups=units.rows[own],
+        weights=weights,
+        groups=units.rows[chosen],
         rng=lambda: stream("head folds", rule.seed),
     )
     return layer, units, distributed.once(fit)
@@ -278,13 +283,15 @@ def _fit(
     for forward in (pool, trusted):
         if forward is not None:
             require_finite(torch.from_numpy(forward.loss))
-    weights = answers.class_weights
-    chosen = np.sort(stream("head start", seed).permutation(np.flatnonzero(own))[:ROWS_TO_FIT])
+    class_weights, rows = answers.class_weights, np.flatnonzero(own)
+    classes = pool.labels[rows] if answers.link == "softmax" else np.zeros(len(rows), np.int64)
+    chosen, weights = rows_to_fit(classes, ROWS_TO_FIT)
+    chosen = rows[chosen]
     options: dict[str, Any] = {
         "link": answers.link,
         "width": layer.linear.out_features,
         "intercept": layer.linear.bias is not None,
-        "class_weights": None if weights is None else weights.numpy(force=True),
+        "class_weights": None if class_weights is None else class_weights.numpy(force=True),
         "rng": lambda: stream("head folds", seed),
     }
     start = fit_start(
@@ -294,6 +301,7 @@ def _fit(
         row_losses(pool.logits[chosen].astype(np.float64), pool.labels[chosen], answers.link),
         dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
         activation=layer.activation,
+        weights=weights,
         **options,
     )
     if trusted is None or len(trusted.labels) < LEAST_TRUSTED:
@@ -311,6 +319,7 @@ def fit_start(
     width: int,
     intercept: bool,
     class_weights: Float[np.ndarray, " k"] | None = None,
+    weights: Float[np.ndarray, " n"] | None = None,
     groups: Int[np.ndarray, " n"] | None = None,
     dense_inputs: Float[np.ndarray, "n i"] | None = None,
     activation: str = "identity",
@@ -325,9 +334,9 @@ def fit_start(
         whitening = whiten(dense_inputs, features.shape[1])
         outputs = ACTIVATIONS[activation](torch.from_numpy(whitening.logits(dense_inputs))).numpy()
     options = {"link": link, "width": width, "intercept": intercept, "class_weights": class_weights}
-    fit = fit_head(features, targets, **options, groups=groups, other=outputs, rng=rng())
-    present, dense = losses[fit.rows], whitening if fit.of_other else None
-    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, scale=scale_of(link, intercept))
+    fit = fit_head(features, targets, **options, weights=weights, groups=groups, other=outputs, rng=rng())
+    present, dense = float(np.average(losses, weights=fit.weights)), whitening if fit.of_other else None
+    return HeadStart(fit, present, fit.better_than(losses), dense, scale=scale_of(link, intercept))
 
 
 def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
@@ -337,7 +346,7 @@ def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: F
     assert present is not None
     rng = options.pop("rng")
     fit = fit_head(features, trusted.labels, **options, rng=rng())
-    losses = row_losses(present.astype(np.float64), trusted.labels, link)[fit.rows]
+    losses = row_losses(present.astype(np.float64), trusted.labels, link)
     dense = start.dense if start.replaces else None  # as for the features
     scale = scale_of(link, options["intercept"])
     return HeadStart(fit, float(losses.mean()), fit.better_than(losses), dense, trusted=True, scale=scale)

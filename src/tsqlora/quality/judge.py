@@ -21,14 +21,25 @@ from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import DataError
 from tsqlora.quality.copies import distinct
 from tsqlora.quality.duplicates import labels_of_nearest
-from tsqlora.quality.label_noise import GAIN, LabelNoise, Labels, Logits, label_noise
+from tsqlora.quality.label_noise import (
+    BOUND,
+    GAIN,
+    PRIOR_ROWS,
+    LabelNoise,
+    Labels,
+    Logits,
+    gain_at,
+    label_noise,
+    root,
+)
 from tsqlora.quality.linear_head import FOLDS, LinearHead, out_of_fold_logits
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
+from tsqlora.quality.sampling import rows_to_fit
 from tsqlora.seeds import stream
 
 DOUBT = 0.2
 """Leave out rows whose label is wrong with more than this probability: a wrong label in training costs more than the
-loss of a correct one."""
+loss of a correct one. At the lower bound of the rate: hard rows pass for wrong ones before wrong ones pass for hard."""
 FEWEST = 5
 """Rows that a class needs to be judged: with fewer, the other rows do not define the class, and all look wrong."""
 SOME_BLIND = 1e-3
@@ -40,8 +51,6 @@ ROWS_TO_ASK = 1_000
 """Ask for the labels of the nearest rows of at most this many."""
 ROWS_TO_FIT = 50_000
 ROUNDS = 8
-PRIOR_ROWS = 30.0
-"""Weight of the prior, labels drawn blindly, in rows per class."""
 LEAST_RATE = 0.03
 """Share of blind labels in the prior, at least: where each class loses labels to one other, none is drawn blindly."""
 SHARPER = (1.0, 2.0)
@@ -68,6 +77,8 @@ class Verdict:
     weight: Float[np.ndarray, "k d"]
     """Of the mean of the fits in folds, empty where the logits come from elsewhere."""
     bias: Float[np.ndarray, " k"]
+    doubt: Float[np.ndarray, " k"]
+    """Rows of each label are left out whose label is wrong with more than this probability."""
 
     def of(self, features: Float[np.ndarray, "n d"], labels: Labels) -> tuple[Logits, Float[np.ndarray, " n"]]:
         """Return calibrated logits, and the probability that each label is wrong."""
@@ -91,6 +102,9 @@ class Judgement:
     """Probability of each class to be the true one, given the label."""
     p_wrong: Float[np.ndarray, " n"]
     """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
+    left_out: Bool[np.ndarray, " n"]
+    """Rows that training leaves out: wrong with more than DOUBT, but of no label more than the sum of its rows'
+    probabilities. Where more than DOUBT of the labels are wrong, rows whose features say nothing would go otherwise."""
     judged: Bool[np.ndarray, " n"]
     """Labels of classes with FEWEST rows or more."""
     evident: bool
@@ -105,11 +119,6 @@ class Judgement:
     """The fitted judge, for other rows."""
     copies: int = 0
     """Rows with the features and the label of an earlier one, which is judged for them."""
-
-    @property
-    def left_out(self) -> Bool[np.ndarray, " n"]:
-        """Rows that training leaves out, whatever their class."""
-        return (self.p_wrong > DOUBT) & self.evident
 
     def to_dict(self) -> dict[str, float | bool]:
         """Summarise the judgement for the record."""
@@ -141,7 +150,7 @@ def judge(
         first, of = distinct(features, labels, along)
         if FOLDS <= len(first) < len(labels) and np.bincount(labels[first]).max() >= FEWEST:
             once = judge(features[first], labels[first], width, excluded=None if excluded is None else excluded[first])
-            each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "judged")}
+            each = {name: getattr(once, name)[of] for name in ("logits", "p_true", "p_wrong", "left_out", "judged")}
             return replace(once, **each, copies=len(labels) - len(first))
     else:
         joined = _joined(groups, features, along)
@@ -183,9 +192,9 @@ def judge_logits(
         raise DataError(f"every class has fewer than {FEWEST} rows, too few to learn it from; give more rows")
     places = np.flatnonzero(judged)
     noise = label_noise(logits[judged], labels[judged])
-    some = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_TO_FIT)).astype(int)]
-    fitted = fit_transitions(noise, logits[some], labels[some])
-    # At the lower bound of the rate: hard rows pass for wrong ones before wrong ones pass for hard.
+    some, weights = rows_to_fit(labels[judged], ROWS_TO_FIT)
+    some = places[some]
+    fitted = fit_transitions(noise, logits[some], labels[some], weights)
     careful = replace(noise, blind=noise.blind * (noise.low / noise.rate if noise.rate else 0.0))
     model, matrix = (careful, blind_transitions(careful, SOME_BLIND)) if fitted is None else fitted
     p_true = model.class_probabilities(logits)
@@ -205,9 +214,15 @@ def judge_logits(
     evident, low, high = why_not is None, 0.0, 1.0
     if evident and fitted is None:
         low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
+    doubt = np.full(len(enough), DOUBT)
+    for label in np.unique(labels):
+        own = np.sort(p_wrong[labels == label])[::-1]
+        doubt[label] = max(DOUBT, own[min(round(own.sum()), len(own) - 1)])
+    left_out = (p_wrong > doubt[labels]) & evident
     parts = (temperature, model.scale, model.offsets, matrix, enough, otherwise, evident)
-    verdict = Verdict(*parts, np.empty((len(enough), 0)), np.zeros(len(enough)))
-    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high, verdict)
+    verdict = Verdict(*parts, np.empty((len(enough), 0)), np.zeros(len(enough)), doubt)
+    rate = rate if evident else 0.0
+    return Judgement(logits, p_true, p_wrong, left_out, judged, evident, why_not, rate, low, high, verdict)
 
 
 def _shared(
@@ -229,23 +244,37 @@ def blind_transitions(noise: LabelNoise, least: float = 0.0) -> Transitions:
     return matrix
 
 
-def fit_transitions(noise: LabelNoise, logits: Logits, labels: Labels) -> tuple[LabelNoise, Transitions] | None:
+def fit_transitions(
+    noise: LabelNoise, logits: Logits, labels: Labels, weights: Float[np.ndarray, " n"]
+) -> tuple[LabelNoise, Transitions] | None:
     """Fit transitions to out-of-fold logits; also return the noise, with the scale of the logits that suits them.
 
+    Of the transitions the lower bound: the least share of them that is not much less likely.
     None where a fit on half of the rows does not predict the other half better than labels drawn blindly.
     """
     prior, half = blind_transitions(noise, LEAST_RATE), stream("audit halves", 0).permutation(len(labels)) % 2 == 0
-    before = _log_likelihood(noise.class_probabilities(logits), labels, blind_transitions(noise))
+    before = _log_likelihood(noise.class_probabilities(logits), labels, blind_transitions(noise), weights)
     best = None
     # Labels that each class loses to one other make the logits look less sure than they are.
     for factor in SHARPER:
         sharper = replace(noise, scale=noise.scale * factor, offsets=noise.offsets * factor)
         p, gain = sharper.class_probabilities(logits), -before
         for rows in (half, ~half):
-            gain += _log_likelihood(p[rows], labels[rows], _fit(p[~rows], labels[~rows], prior))
+            fitted = _fit(p[~rows], labels[~rows], prior, weights[~rows])
+            gain += _log_likelihood(p[rows], labels[rows], fitted, weights[rows])
         if gain > (GAIN * len(labels) if best is None else best[0]):
             best = gain, sharper, p
-    return None if best is None else (best[1], _fit(best[2], labels, prior))
+    if best is None:
+        return None
+    _, sharper, p = best
+    lost = _fit(p, labels, prior, weights) - np.eye(len(prior))
+    most = _log_likelihood(p, labels, np.eye(len(prior)) + lost, weights)
+
+    def beyond(share: float) -> float:
+        """Return a positive number for a share below the bound."""
+        return 2 * (most - _log_likelihood(p, labels, np.eye(len(prior)) + share * lost, weights)) - gain_at(BOUND)
+
+    return sharper, np.eye(len(prior)) + (root(beyond, 0.0, 1.0) if beyond(0.0) > 0 else 1.0) * lost
 
 
 def true_class(p: Probabilities, labels: Labels, transitions: Transitions) -> Probabilities:
@@ -254,9 +283,9 @@ def true_class(p: Probabilities, labels: Labels, transitions: Transitions) -> Pr
     return joint / joint.sum(axis=1, keepdims=True)
 
 
-def _fit(p: Probabilities, labels: Labels, prior: Transitions) -> Transitions:
+def _fit(p: Probabilities, labels: Labels, prior: Transitions, weights: Float[np.ndarray, " n"]) -> Transitions:
     n, k = p.shape
-    by_label = csr_array((np.ones(n), (labels, np.arange(n))), shape=(k, n))
+    by_label = csr_array((weights, (labels, np.arange(n))), shape=(k, n))
     matrix = prior
     for _ in range(ROUNDS):
         counts = np.asarray(by_label @ true_class(p, labels, matrix)).T
@@ -264,5 +293,5 @@ def _fit(p: Probabilities, labels: Labels, prior: Transitions) -> Transitions:
     return matrix
 
 
-def _log_likelihood(p: Probabilities, labels: Labels, matrix: Transitions) -> float:
-    return float(np.log(np.einsum("nk,nk->n", p, matrix.T[labels]) + 1e-30).sum())
+def _log_likelihood(p: Probabilities, labels: Labels, matrix: Transitions, weights: Float[np.ndarray, " n"]) -> float:
+    return float(weights @ np.log(np.einsum("nk,nk->n", p, matrix.T[labels]) + 1e-30))

@@ -1,6 +1,6 @@
 """Sampling by quality: softmax, Gumbel top-k without replacement, strata.  docs/method.md eq. 5.
 
-Pure functions of numbers; randomness is an argument.
+Also the sample of rows that a fit uses. Pure functions of numbers; randomness is an argument.
 """
 
 import math
@@ -9,6 +9,28 @@ import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import SettingsError
+
+LEAST_OF_CLASS = 20
+"""Rows of each class in the sample of a fit, if it has so many: a fit without one calls the class wrong."""
+
+
+def rows_to_fit(labels: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Return about `size` rows, ascending, evenly spaced within each class, and weights of mean 1.
+
+    Each class has at least LEAST_OF_CLASS rows, or all that it has; the weights restore its share.
+
+    >>> rows, weights = rows_to_fit(np.repeat([0, 1], [400, 20]), 40)
+    >>> np.bincount(np.repeat([0, 1], [400, 20])[rows]), weights[[0, -1]].round(2)
+    (array([38, 20]), array([1.45, 0.14]))
+    """
+    counts = np.bincount(labels)
+    sizes = counts if size >= len(labels) else np.maximum(counts * size // len(labels), counts.clip(max=LEAST_OF_CLASS))
+    order = np.argsort(labels, kind="stable")
+    own = labels[order]
+    place = np.arange(len(labels)) - (np.cumsum(counts) - counts)[own]
+    chosen = place * sizes[own] // counts[own] < (place + 1) * sizes[own] // counts[own]
+    rows = np.sort(order[chosen])
+    return rows, (counts / sizes.clip(1))[labels[rows]] * (len(rows) / max(len(labels), 1))
 
 
 def probabilities(quality: Float[np.ndarray, " n"], *, temperature: float) -> Float[np.ndarray, " n"]:

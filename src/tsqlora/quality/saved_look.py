@@ -19,7 +19,7 @@ from tsqlora.compat.deepspeed import gathered, whole_shape
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, replacing, write_json, write_tensors
 from tsqlora.gradients.sites import plain_name
-from tsqlora.quality.judge import Verdict
+from tsqlora.quality.judge import DOUBT, Verdict
 from tsqlora.quality.look import Look
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import LookRequest, RowNames, ScoringRule
@@ -208,7 +208,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 def _verdict(path: Path) -> Verdict:
     arrays = _arrays(path)
     single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "otherwise", "evident")}
-    values: dict[str, Any] = {**arrays, **single}
+    values: dict[str, Any] = {"doubt": np.full(len(arrays["judged"]), DOUBT), **arrays, **single}
     return Verdict(**values)
 
 

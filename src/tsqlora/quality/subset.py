@@ -28,6 +28,7 @@ class QualitySubset(Dataset[Any]):
     Args:
         dataset: any map-style data set.
         fraction: share of its rows per epoch, 0 < fraction ≤ 1.
+        seed: of the draws and their order; by default 0, and in a Trainer with a callback its TrainingArguments.seed.
         trusted: checked rows of the kind that the model must handle well, in the format of the data set; about 100 are
             enough. They do not change the length of an epoch. With QualityCallback a run trains on them last.
         resample: as in EpochPlan.
@@ -39,7 +40,7 @@ class QualitySubset(Dataset[Any]):
         self,
         dataset: Any,
         fraction: float = 0.5,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         trusted: Rows | None = None,
         resample: bool = True,
@@ -64,8 +65,14 @@ class QualitySubset(Dataset[Any]):
             raise SettingsError(f"there are {len(lengths)} lengths for {len(dataset)} rows")
         self.dataset = dataset
         self.trusted: Rows = () if trusted is None else trusted
+        self.seed = seed
         self.plan = EpochPlan(
-            len(dataset), fraction, seed, resample, trusted=len(self.trusted), excluded=equals(dataset, self.trusted)
+            len(dataset),
+            fraction,
+            seed or 0,
+            resample,
+            trusted=len(self.trusted),
+            excluded=equals(dataset, self.trusted),
         )
         self.lengths, self.batch_size = lengths, batch_size
         if lengths is not None and len(self.trusted):

@@ -16,7 +16,7 @@ from tsqlora.data.labels import OUTSIDE
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
 from tsqlora.quality.duplicates import Contradiction, contradictions
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.judge import DOUBT, Judgement, judge
+from tsqlora.quality.judge import Judgement, judge
 from tsqlora.quality.label_noise import Labels, Logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
@@ -43,7 +43,8 @@ class ClassPair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audit:
-    """All labels, the likeliest wrong one first, as indices into `classes`; a row with several labels has several.
+    """All labels, as indices into `classes`: those that training leaves out, then the others, each the likeliest wrong
+    one first; a row with several labels has several.
 
     Unless wrong labels are `evident`, only the order is informative.
     """
@@ -68,6 +69,8 @@ class Audit:
     """Why there is no evidence of wrong labels; None if there is."""
     unjudged: int
     """Labels of classes with too few rows to be judged."""
+    likely_wrong: int
+    """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
     copies: int
     """Rows that repeat an earlier one with its label; it is judged for them."""
     pairs: tuple[ClassPair, ...]
@@ -81,11 +84,6 @@ class Audit:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def likely_wrong(self) -> int:
-        """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
-        return int((self.probability > DOUBT).sum()) if self.evident else 0
 
     @property
     def expected_wrong(self) -> float:
@@ -196,7 +194,7 @@ def audit_of_judgement(
     others[rows, labels] = -2  # least, also where every class is excluded: a row with all labels loses this one
     suggested = others.argmax(axis=1)
     # The logits order rows that are all but certain.
-    order = np.lexsort((judgement.logits[rows, labels], -wrong))
+    order = np.lexsort((judgement.logits[rows, labels], -wrong, ~judgement.left_out))
     return Audit(
         ids=(rows if ids is None else ids)[order],
         labels=labels[order],
@@ -210,6 +208,7 @@ def audit_of_judgement(
         evident=judgement.evident,
         why_not=judgement.why_not,
         unjudged=int((~judgement.judged).sum()),
+        likely_wrong=int(judgement.left_out.sum()),
         copies=judgement.copies,
         pairs=_pairs(labels, suggested, wrong, judgement.logits),
     )

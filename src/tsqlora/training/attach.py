@@ -17,7 +17,7 @@ def attach(
     *,
     fraction: float = 0.5,
     trusted: Dataset | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     rule: ScoringRule | None = None,
     look: str | Path | None = None,
 ) -> QualityCallback:

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -272,6 +272,8 @@ class PartCallback(TrainerCallback, ABC):
             raise SettingsError(f"the Trainer has two {self.name}s; give it one of each kind at most")
         session.references.append(weakref.ref(self))
         session.drawn = session.drawn or self.data
+        if session.drawn is not None and session.drawn.seed is None:
+            session.drawn.plan = replace(session.drawn.plan, seed=args.seed)
         self.begin(args, state, session.resumed, **kwargs)
         if session.record is None:
             session.finishes = self.into is None
@@ -398,8 +400,8 @@ def require_fresh_draws(args: TrainingArguments, loader: DataLoader[Any]) -> Non
             "mixes them again; set train_sampling_strategy to 'sequential', or leave lengths and batch_size out"
         )
     if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
-        warnings.warn(
-            f"the Trainer's sampler is a {type(sampler).__name__}; it fits the first draw "
-            "only, since a QualitySubset has other rows in the next epoch",
-            stacklevel=3,
+        raise SettingsError(
+            f"the Trainer's sampler is a {type(sampler).__name__}, which fits the first draw only: a QualitySubset has "
+            "other rows in the same places in the next epoch; leave the sampler out of get_train_dataloader, and to "
+            "see some rows more often repeat them in the data set"
         )
