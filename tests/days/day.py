@@ -9,12 +9,15 @@ from typing import Any
 from days.families import FAMILIES, POSITIONS, tokenizer_of
 from days.files import FILES, holds
 from days.labels import LABELS, labelled
+from days.prepared import MASKS
 from days.rows import CHATS, FAULTS, FLAT, KEYS, TEXTS, Drawn, Maker, drawn
 from days.values import EXACT, SCRIPTS
 
 MOST_TOKENS = 4_000
 """Of all answers of a day, where each has the same length: a day lasts a few seconds."""
-TEXT_DOORS = ("audit", "train", "prepared", "dry run", "look", "callback", "select", "apply")
+SEEN_IN_TOKENS = ("empty answer", "copy", "contradiction", "mojibake", "prompt repeated", "html")
+"""Faults that a prepared set shows, too."""
+TEXT_DOORS = ("audit", "train", "prepared", "dry run", "look", "callback", "select", "apply", "run")
 LABEL_DOORS = ("audit", "train", "dry run", "apply", "run")
 
 
@@ -34,6 +37,8 @@ class Day:
     key: str = "inline"
     odd: bool = False
     fault: str = ""
+    mask: str = ""
+    """The fault of a prepared set's labels."""
     limit: int = POSITIONS
     source: bool = True
     """Whether a prepared set is audited beside its rows."""
@@ -83,11 +88,25 @@ def _possible(one: Day) -> Day:
         one = replace(one, limit=POSITIONS)
     if one.door not in ("audit", "prepared", "apply"):
         one = replace(one, fault="")
-    if one.kind in ("pairs", "pair chats") and one.door in ("train", "dry run", "callback"):
+    if one.kind == "numbers" and one.door in ("audit", "apply"):
+        one = replace(one, door="run")
+    if one.door == "prepared":
+        one = _of_masks(one)
+    if one.kind in ("pairs", "pair chats") and one.door in ("train", "dry run", "callback", "run"):
         one = replace(one, door="audit")
     if isinstance(one.lengths, int):
         one = replace(one, rows=min(one.rows, max(4, MOST_TOKENS // one.lengths)))
     return replace(one, fault="") if one.rows < 12 else one
+
+
+def _of_masks(one: Day) -> Day:
+    """A prepared day: half of those without a fault of their rows have one of their masks."""
+    if one.kind in ("pairs", "pair chats", "text") or one.limit < POSITIONS:
+        return replace(one, door="audit")
+    names = [name for name in MASKS if name != "two BOS" or FAMILIES[one.family].bos]
+    rng = random.Random(f"{one.number} mask")
+    mask = rng.choice(names) if not one.fault and rng.random() < 0.6 else ""
+    return replace(one, mask=mask, fault=one.fault if one.fault in SEEN_IN_TOKENS else "")
 
 
 def rows_of(one: Day) -> Drawn:
@@ -117,6 +136,7 @@ SIMPLER: dict[str, tuple[Any, ...]] = {
     "rows": (4, 8, 12, 20),
     "family": ("qwen 2.5", "llama 3", "gpt-2"),
     "fault": ("",),
+    "mask": ("",),
     "key": ("inline",),
     "kind": ("chat", "prompt"),
     "door": ("audit",),

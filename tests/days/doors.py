@@ -43,6 +43,7 @@ def _quiet() -> Iterator[io.StringIO]:
     ):
         warnings.simplefilter("ignore")
         quieten()
+        transformers.utils.logging.set_verbosity_error()
         warnings.filterwarnings("always", module="tsqlora")
         warnings.showwarning = lambda message, *_, **__: said.write(f"{message}\n") and None
         yield said

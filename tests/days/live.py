@@ -1,19 +1,22 @@
 """Live a day: write its rows, go through its door, and see which laws hold."""
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+
 from days import laws
 from days.day import Day, rows_of
-from days.doors import Outcome, batches, command, ledger_of
+from days.doors import Outcome, batches, command, ledger_of, script
 from days.families import FAMILIES, POSITIONS, model_folder, tokenizer_of
-from days.files import ARROW, save
+from days.files import ARROW, DELIMITED, columns_of, save
 from days.laws import Findings, Seen
+from days.live_labels import LABEL_DOORS, LabelDay, after_training
 from days.oracle import Expected, expected
-
-NAMED: dict[str, tuple[str, ...]] = {}
-"""Settings of kinds whose columns have no usual names."""
+from days.prepared import MASKS, sample_of, spoil
 
 
 class TextDay:
@@ -22,13 +25,12 @@ class TextDay:
     def __init__(self, one: Day, folder: Path) -> None:
         self.day, self.folder, self.seen = one, folder, Seen()
         self.tokenizer, self.drawn = tokenizer_of(one.family), rows_of(one)
-        family = FAMILIES[one.family]
-        opening = str(family.bos) if family.adds_bos else ""
         arrow = one.file in ARROW
         self.expected: list[Expected | None] = [
-            expected(row, one.kind, self.tokenizer, opening, arrow=arrow) for row in self.drawn.rows
+            expected(row, one.kind, self.tokenizer, arrow=arrow) for row in self.drawn.rows
         ]
         self.source = save(one.file, folder, self.drawn.rows)
+        self.rng = random.Random(f"{one.number} door")
         self.model = model_folder(one.family)
         self.task = ("--set", "task.type=" + ("preference" if "pair" in one.kind else "causal-lm"))
         self.limit = () if one.limit == POSITIONS else ("--max-length", one.limit)
@@ -69,8 +71,7 @@ class TextDay:
         return outcome
 
     def ledger(self, out: Path, outcome: Outcome) -> None:
-        lines, limit, drawn = ledger_of(out), self.day.limit, self.drawn
-        findings: Findings = {one["name"]: one for one in outcome.result["findings"]}
+        lines, limit, drawn, findings = ledger_of(out), self.day.limit, self.drawn, self.record(out, outcome)
         self.hold(
             laws.rows_out_are_rows_in(lines, len(drawn.rows)),
             laws.clean_rows_have_no_finding(lines, findings, self.expected, drawn.planted, limit),
@@ -78,10 +79,16 @@ class TextDay:
             laws.lost_content_is_said(lines, findings, self.expected),
             laws.planted_faults_are_named(lines, findings, drawn.planted),
             laws.counts_are_the_templates(lines, self.expected, limit, drawn.planted),
-            laws.no_skill_accuses_nobody(findings, str(outcome.result.get("answers") or "")),
         )
+        self.seen.unlucky += laws.no_skill_accuses_nobody(findings)
+        self.seen.unlucky += laws.no_recall_without_skill(json.dumps(outcome.result.get("answers") or {}))
+
+    def record(self, out: Path, outcome: Outcome) -> Findings:
+        """Keep what a user relies on, and return the findings by name."""
+        findings: Findings = {one["name"]: one for one in outcome.result["findings"]}
         self.seen.findings = {name: [one["severity"], sorted(one["places"])] for name, one in sorted(findings.items())}
-        self.seen.reasons = {str(line["row"]): line["fate"] for line in lines if line["fate"] != "trained"}
+        self.seen.reasons = {str(line["row"]): line["fate"] for line in ledger_of(out) if line["fate"] != "trained"}
+        return findings
 
     def train_options(self, steps: int) -> list[object]:
         held_out = save("jsonl", _new(self.folder / "held out"), self.drawn.evaluation)
@@ -96,6 +103,16 @@ class TextDay:
         }
         options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         return [*self.task, *options]
+
+    def generation(self) -> tuple[object, ...]:
+        return ("--max-new-tokens", 2)
+
+    def run(self) -> None:
+        """Train, predict, export, and ask the doctor."""
+        run, options = self.folder / "run", self.train_options(2)
+        outcome = command("train", "--model", self.model, "--data", self.source, *options, "--out", run)
+        if self.ended(outcome):
+            after_training(self, run, self.source, len(self.drawn.rows))
 
     def train(self) -> None:
         """Audit, and train on all rows once: both must be of the same tokens."""
@@ -118,6 +135,138 @@ class TextDay:
         outcome = command("train", "--model", self.model, "--data", self.source, *self.train_options(3), "--dry-run")
         self.ended(outcome)
 
+    def prepared(self) -> None:
+        """Audit the set that a trainer made of the rows, beside its rows or alone."""
+        from datasets import Dataset, disable_progress_bars
+
+        disable_progress_bars()
+        whole = [None if one is None else sample_of(one, self.tokenizer) for one in self.expected]
+        rows = [place for place, sample in enumerate(whole) if sample is not None]
+        samples = [sample for sample in whole if sample is not None]
+        if not samples:
+            return
+        spoiled, family = list[int](), FAMILIES[self.day.family]
+        if self.day.mask:
+            rng = random.Random(f"{self.day.number} spoiled")
+            spoiled = spoil(samples, self.day.mask, self.tokenizer, family.stops, rng)
+        Dataset.from_list(samples).save_to_disk(str(self.folder / "prepared"))
+        source = ("--data", self.source) if self.day.source else ()
+        out = self.folder / "audit"
+        outcome = command(
+            "audit", "--prepared", self.folder / "prepared", "--model", self.model, *source, "--no-model", "--out", out
+        )
+        if not self.ended(outcome):
+            return
+        lines, findings = ledger_of(out), self.record(out, outcome)
+        self.hold(laws.rows_out_are_rows_in(lines, len(self.drawn.rows) if source else len(samples)))
+        place_of = (lambda j: rows[j]) if source else (lambda j: j)
+        back = {place: j for j, place in enumerate(rows)}
+        planted = {
+            (place if source else back[place]): names
+            for place, names in self.drawn.planted.items()
+            if source or place in back
+        }
+        for j in spoiled:
+            name = MASKS[self.day.mask][0]
+            planted[place_of(j)] = {name}
+        self.hold(laws.planted_faults_are_named(lines, findings, planted))
+        if self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples):
+            if not any(one["severity"] == "error" for one in findings.values()):
+                self.seen.broken.append(f"no token of any answer is trained ({self.day.mask}), and no error says so")
+        told = [lines[place_of(j)] for j in range(len(samples)) if place_of(j) < len(lines)]
+        self.hold(laws.ledger_is_the_sets(told, samples))
+        clean = [line for j, line in enumerate(told) if j not in spoiled]
+        seen = [self.expected[rows[j]] for j in range(len(samples)) if j not in spoiled]
+        self.hold(laws.clean_rows_have_no_finding(clean, findings, seen, planted, POSITIONS))
+
+    def callback(self) -> None:
+        """Train with QualityCallback; a model with random weights leaves no row out."""
+        whole = [None if one is None else sample_of(one, self.tokenizer) for one in self.expected]
+        samples = [sample for sample in whole if sample is not None]
+        if len(samples) < 4:
+            return
+        self.model_of(samples)
+
+    def model_of(self, samples: list[Any]) -> None:
+        import tsqlora as tsq
+
+        net: Any = tsq.wrap(AutoModelForCausalLM.from_pretrained(self.model, trust_remote_code=False), mean_rank=2)
+        data = tsq.QualitySubset(samples, fraction=1.0)
+        quality = tsq.QualityCallback(data)
+        args = TrainingArguments(
+            str(self.folder / "out"),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        collate = DataCollatorForSeq2Seq(self.tokenizer, padding=True)
+
+        def built(rows: Any, *callbacks: Any) -> Any:
+            options = {"data_collator": collate, "processing_class": self.tokenizer, "callbacks": [*callbacks]}
+            trainer = Trainer(net, args, train_dataset=rows, **options)
+            trainer.remove_callback(PrinterCallback)
+            return trainer
+
+        result, outcome = script(tsq.audit, built(samples))
+        if self.ended(outcome):
+            lines = result["ledger"].to_pylist()
+            self.hold(laws.rows_out_are_rows_in(lines, len(samples)), laws.ledger_is_the_sets(lines, samples))
+        with batches() as seen:
+            _, outcome = script(built(data, quality).train)
+        if not self.ended(outcome):
+            return
+        self.hold(laws.batches_are_of_the_set(seen, samples))
+        kept = quality.looks[-1].get("kept") if quality.looks else None
+        if kept is not None and kept < len(samples):
+            self.seen.unlucky.append(
+                f"QualityCallback with random weights leaves out {len(samples) - kept} of {len(samples)}: {quality.notes}"
+            )
+        self.seen.unlucky += laws.no_recall_without_skill(" ".join(quality.notes))
+
+    def select(self) -> None:
+        """Choose rows for another trainer: each that comes out is one that went in."""
+        import tsqlora as tsq
+
+        net = AutoModelForCausalLM.from_pretrained(self.model, trust_remote_code=False)
+        fraction = self.rng.choice((0.5, 1.0))
+        drop = "evident" if fraction == 1.0 else None
+        rows, options = self.drawn.rows, {"processing_class": self.tokenizer, "fraction": fraction, "drop": drop}
+        chosen, outcome = script(tsq.select, net, rows, **options, max_length=POSITIONS)
+        if not self.ended(outcome):
+            return
+        columns = columns_of(rows)
+        if {*chosen.column_names} != {*columns}:
+            self.seen.broken.append(f"columns {sorted({*columns} - {*chosen.column_names})} are lost")
+        if self.clean and len(chosen) != round(fraction * len(rows)):
+            self.seen.unlucky.append(f"{len(chosen)} of {len(rows)} rows are chosen, for a fraction of {fraction}")
+        self.hold(laws.rows_are_of(chosen.to_list(), rows))
+
+    def apply(self) -> None:
+        """Drop rows by a review: each row lands in one of two files, unchanged."""
+        if not self.ended(self.audit()):
+            return
+        out, rows = self.folder / "audit", self.drawn.rows
+        dropped = sorted(self.rng.sample(range(len(rows)), 2)) if len(rows) > 2 else [0]
+        review = self.folder / "reviewed.csv"
+        review.write_text("row,reviewed\n" + "".join(f"{row},drop\n" for row in dropped), encoding="utf-8")
+        outcome = command("audit", "--apply", review, "--out", out)
+        if not self.ended(outcome):
+            return
+        parts = [
+            [json.loads(line) for line in (out / name).read_text("utf-8").splitlines()]
+            for name in ("clean.jsonl", "quarantine.jsonl")
+        ]
+        expected_parts = [[rows[j] for j in range(len(rows)) if (j in dropped) == away] for away in (False, True)]
+        for got, right in zip(parts, expected_parts, strict=True):
+            if len(got) != len(right):
+                self.seen.broken.append(f"{len(got)} rows are written in place of {len(right)}")
+            texts = self.day.file in DELIMITED
+            self.hold(laws.rows_are_equal(got, right, texts=texts))
+
     def look(self) -> None:
         """Audit with the model, which has random weights."""
         self.audit("--all")
@@ -128,16 +277,25 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-DOORS: dict[str, Callable[[TextDay], Any]] = {
+TEXT_DOORS: dict[str, Callable[[TextDay], Any]] = {
     "audit": TextDay.audit,
     "train": TextDay.train,
     "dry run": TextDay.dry_run,
     "look": TextDay.look,
+    "prepared": TextDay.prepared,
+    "callback": TextDay.callback,
+    "select": TextDay.select,
+    "apply": TextDay.apply,
+    "run": TextDay.run,
 }
 
 
 def live(one: Day, folder: Path) -> Seen:
     """Live the day in an empty folder."""
-    lived = TextDay(one, folder)
-    DOORS[one.door](lived)
+    if one.of_texts:
+        lived: Any = TextDay(one, folder)
+        TEXT_DOORS[one.door](lived)
+    else:
+        lived = LabelDay(one, folder)
+        LABEL_DOORS[one.door](lived)
     return lived.seen

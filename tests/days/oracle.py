@@ -1,6 +1,7 @@
 """What a family's template makes of a row, by the template alone: nothing of ours is imported."""
 
 import copy
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +26,18 @@ class Expected:
     """Texts of the row that the template leaves out."""
     ids: tuple[int, ...] = ()
     trained_tokens: int = 0
+    stops: bool = True
+    """Whether an end token closes the last answer."""
+    plain: bool = False
+    """Whether the tokenizer writes the special tokens, and no template."""
 
     @property
     def trained(self) -> str:
         return "".join(self.targets or ())
 
 
-def expected(row: Row, kind: str, tokenizer: Any, opening: str, *, arrow: bool = False) -> Expected | None:
-    """What training makes of the row; None for kinds that have no one text.  `opening` is the BOS of plain texts."""
+def expected(row: Row, kind: str, tokenizer: Any, *, arrow: bool = False) -> Expected | None:
+    """What training makes of the row; None for kinds that have no one text."""
     if kind in ("pairs", "pair chats"):
         return None
     chat = _chat(row, kind, bool(tokenizer.chat_template), arrow=arrow)
@@ -40,7 +45,7 @@ def expected(row: Row, kind: str, tokenizer: Any, opening: str, *, arrow: bool =
     if chat is None:
         prompt, target = _plain(row, kind)
         target = target if target.endswith(end) else target + end
-        return _counted(Expected(opening + prompt + target, (target,)), tokenizer)
+        return _counted(Expected(prompt + target, (target,)), tokenizer, plain=True)
     if not tokenizer.chat_template:
         return Expected(refusal="no chat template")
     messages, tools, context = chat
@@ -144,10 +149,12 @@ def _rendered(messages: list[Row], tools: list[Row], context: int, tokenizer: An
     return _counted(made, tokenizer)
 
 
-def _counted(one: Expected, tokenizer: Any) -> Expected:
-    ids = tokenizer(one.text, add_special_tokens=False)["input_ids"]
+def _counted(one: Expected, tokenizer: Any, *, plain: bool = False) -> Expected:
+    """With its tokens; a template writes the special tokens of a chat, the tokenizer those of a plain text."""
+    ids = tokenizer(one.text, add_special_tokens=plain)["input_ids"]
     trained = sum(len(tokenizer(target, add_special_tokens=False)["input_ids"]) for target in one.targets or ())
-    return replace(one, ids=tuple(ids), trained_tokens=trained)
+    stops = one.text.endswith(str(tokenizer.eos_token))
+    return replace(one, ids=tuple(ids), trained_tokens=trained, stops=stops, plain=plain)
 
 
 def _lost(messages: list[Row], whole: str) -> list[str]:
@@ -158,4 +165,4 @@ def _lost(messages: list[Row], whole: str) -> list[str]:
         texts += [part for part in content.replace("<think>", "</think>").split("</think>") if part.strip()]
         texts += [message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)]
         texts += [call["function"]["name"] for call in message.get("tool_calls") or []]
-    return [text for text in texts if text.strip() not in whole]
+    return [text for text in texts if text.strip() not in whole and json.dumps(text)[1:-1] not in whole]

@@ -196,7 +196,7 @@ def drawn(kind: str, make: Maker, count: int, odd: bool) -> Drawn:
     """Rows without a fault; `odd` ones have columns that are about them, with whatever people leave in cells."""
     rows = [MAKERS[kind](make, k) for k in range(count)]
     if odd:
-        rows = [row | {"note": make.rng.choice(VALUES), "score": make.rng.choice((None, 0.5, 3.0))} for row in rows]
+        rows = [row | {"note": make.rng.choice(VALUES), "votes": make.rng.choice((None, 0.5, 3.0))} for row in rows]
     return Drawn(rows, [MAKERS[kind](make, count + 100 + k) for k in range(4)])
 
 
