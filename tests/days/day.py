@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from days.families import FAMILIES, POSITIONS, tokenizer_of
-from days.files import FILES, holds
-from days.labels import LABELS, labelled
+from days.files import DELIMITED, FILES, holds
+from days.labels import LABEL_FAULTS, LABELS, labelled
 from days.prepared import MASKS
 from days.rows import CHATS, FAULTS, FLAT, KEYS, TEXTS, Drawn, Maker, drawn
 from days.values import EXACT, SCRIPTS
@@ -60,6 +60,7 @@ def day(number: int) -> Day:
     families = [name for name, family in FAMILIES.items() if family.template or kind in (*FLAT, "squad")]
     lengths = rng.choice(("log-normal", "log-normal", *EXACT, "limit"))
     faults = [name for name, (kinds, _) in FAULTS.items() if kind in kinds]
+    faults += LABEL_FAULTS if kind == "classes" else []
     limit = rng.choice((POSITIONS, POSITIONS, 512, 256))
     one = Day(
         number,
@@ -73,7 +74,7 @@ def day(number: int) -> Day:
         constant=rng.choice(("", "", "instruction", "schema", "system")),
         key=rng.choice(KEYS),
         odd=rng.random() < 0.3,
-        fault=rng.choice(faults) if faults and of_texts and rng.random() < 0.4 else "",
+        fault=rng.choice(faults) if faults and rng.random() < 0.4 else "",
         limit=limit,
         source=rng.random() < 0.5,
     )
@@ -86,6 +87,10 @@ def _possible(one: Day) -> Day:
         one = replace(one, limit=min(one.limit, 512), fault="", lengths=min(one.limit, 512))
     elif one.limit < POSITIONS:
         one = replace(one, limit=POSITIONS)
+    if one.kind == "classes":
+        one = replace(one, rows=40, lengths=16, limit=POSITIONS)
+        csv = one.fault == "lone quote" and one.file not in DELIMITED[:4]
+        return replace(one, file="csv") if csv else one
     if one.door not in ("audit", "prepared", "apply"):
         one = replace(one, fault="")
     if one.kind == "numbers" and one.door in ("audit", "apply"):

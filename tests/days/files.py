@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from days.labels import FLAT_LABELS, MEDIA
+from days.labels import FLAT_LABELS, LONE, MEDIA
 from days.rows import FLAT
 
 Rows = Sequence[Mapping[str, Any]]
@@ -37,9 +37,14 @@ def columns_of(rows: Rows) -> list[str]:
 def _delimited(delimiter: str) -> Callable[[Path, Rows], None]:
     def write(path: Path, rows: Rows) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns_of(rows), delimiter=delimiter)
+            quoting = (
+                csv.QUOTE_ALL if any(LONE in str(cell) for row in rows for cell in row.values()) else csv.QUOTE_MINIMAL
+            )
+            writer = csv.DictWriter(file, columns_of(rows), delimiter=delimiter, quoting=quoting)
             writer.writeheader()
             writer.writerows([{name: row.get(name) for name in columns_of(rows)} for row in rows])
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(f'""{LONE}', '"').replace(f'{LONE}""', '"'), encoding="utf-8", newline="")
 
     return write
 

@@ -1,6 +1,7 @@
 """Rows with labels: classes, numbers, tags, sets of labels, pairs of texts, images; and a tiny encoder for them."""
 
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,31 @@ def labelled(kind: str, rng: random.Random, day: "Day") -> Drawn:
     rows = [_row(kind, rng, day, k, blind) for k in range(max(day.rows, 24))]
     if day.odd:
         rows = [row | {"note": rng.choice(VALUES)} for row in rows]
+    for place in rng.sample(range(len(rows)), 2 if len(rows) >= 40 else 1) if day.fault else ():
+        LABEL_FAULTS[day.fault](rows[place])
     return Drawn(rows)
+
+
+def _misspelt(row: Row) -> None:
+    row["label"] = f" {row['label'].capitalize()} "
+
+
+def _unlabelled(row: Row) -> None:
+    row["label"] = None
+
+
+def _quoted(row: Row) -> None:
+    row["text"] = f'she said "{LONE}no{LONE}" twice {row["text"]}'
+
+
+LONE = "\u2060"
+"""Beside a quote: a careless export did not double it."""
+LABEL_FAULTS: dict[str, Callable[[Row], None]] = {
+    "spelling": _misspelt,
+    "no label": _unlabelled,
+    "lone quote": _quoted,
+}
+"""What is wrong with cells of rows with classes."""
 
 
 def _row(kind: str, rng: random.Random, day: "Day", k: int, blind: bool) -> Row:
