@@ -94,7 +94,8 @@ def template_of(family: Family) -> str | None:
     if not family.template:
         return None
     trl = find_spec("trl")
-    assert trl is not None and trl.origin is not None
+    assert trl is not None
+    assert trl.origin is not None
     paths = [folder / f"{family.template}.jinja" for folder in (OWN, Path(trl.origin).parent / "chat_templates")]
     return next(path for path in paths if path.exists()).read_text(encoding="utf-8")
 

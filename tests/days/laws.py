@@ -142,7 +142,7 @@ def counts_are_the_templates(
         if abs(line["tokens"] - len(one.ids)) > slack:
             yield f"row {line['row']} has {line['tokens']} tokens; the template writes {len(one.ids)}"
         elif one.targets is not None and abs(line["trained_tokens"] - one.trained_tokens) > slack:
-            yield f"row {line['row']} trains {line['trained_tokens']} tokens; the template's answers have {one.trained_tokens}"
+            yield f"row {line['row']} trains {line['trained_tokens']} tokens; its answers have {one.trained_tokens}"
 
 
 def batches_are_the_ledgers(lines: Sequence[Line], batches: Sequence[Batch]) -> Iterator[str]:
@@ -185,7 +185,8 @@ def batches_are_the_templates(
         if whole not in wholes:
             near = max(wholes, key=lambda text: len(_common(text, whole)), default="")
             at = len(_common(near, whole))
-            yield f"a batch reads {whole[max(0, at - 20) : at + 50]!r}; the template writes {near[max(0, at - 20) : at + 50]!r}"
+            got, right = (text[max(0, at - 20) : at + 50] for text in (whole, near))
+            yield f"a batch reads {got!r}; the template writes {right!r}"
         elif not any(text == whole and (right is None or _is_trained(right, target)) for text, right in texts):
             yield f"of {whole[-60:]!r} is trained {target[:60]!r}; the template's answers are others"
 
@@ -228,7 +229,7 @@ def ledger_is_the_sets(lines: Sequence[Line], samples: Sequence[Mapping[str, lis
         right = (len(sample["input_ids"]), len(places), *ends)
         told = tuple(line[name] for name in ("tokens", "trained_tokens", "first_trained", "last_trained"))
         if told != right:
-            yield f"row {line['row']} has {told} in the ledger, and {right} in the set ({line['fate']}, {line['match']})"
+            yield f"row {line['row']} is {told} in the ledger, {right} in the set ({line['fate']}, {line['match']})"
 
 
 def batches_are_of_the_set(batches: Sequence[Batch], samples: Sequence[Mapping[str, list[int]]]) -> Iterator[str]:
@@ -254,8 +255,9 @@ def _plain(value: Any, *, texts: bool) -> Any:
 def rows_are_equal(got: Sequence[Any], right: Sequence[Any], *, texts: bool) -> Iterator[str]:
     """Untouched rows stay equal."""
     for place, (one, other) in enumerate(zip(got, right, strict=False)):
-        if _plain(one, texts=texts) != _plain(other, texts=texts):
-            yield f"row {place} became {str(_plain(one, texts=texts))[:150]}; it was {str(_plain(other, texts=texts))[:150]}"
+        now, was = _plain(one, texts=texts), _plain(other, texts=texts)
+        if now != was:
+            yield f"row {place} became {str(now)[:150]}; it was {str(was)[:150]}"
             return
 
 

@@ -170,9 +170,9 @@ class TextDay:
             name = MASKS[self.day.mask][0]
             planted[place_of(j)] = {name}
         self.hold(laws.planted_faults_are_named(lines, findings, planted))
-        if self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples):
-            if not any(one["severity"] == "error" for one in findings.values()):
-                self.seen.broken.append(f"no token of any answer is trained ({self.day.mask}), and no error says so")
+        masked = self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples)
+        if masked and not any(one["severity"] == "error" for one in findings.values()):
+            self.seen.broken.append(f"no token of any answer is trained ({self.day.mask}), and no error says so")
         told = [lines[place_of(j)] for j in range(len(samples)) if place_of(j) < len(lines)]
         self.hold(laws.ledger_is_the_sets(told, samples))
         clean = [line for j, line in enumerate(told) if j not in spoiled]
@@ -223,7 +223,7 @@ class TextDay:
         kept = quality.looks[-1].get("kept") if quality.looks else None
         if kept is not None and kept < len(samples):
             self.seen.unlucky.append(
-                f"QualityCallback with random weights leaves out {len(samples) - kept} of {len(samples)}: {quality.notes}"
+                f"QualityCallback leaves out {len(samples) - kept} of {len(samples)}: {quality.notes}"
             )
         self.seen.unlucky += laws.no_recall_without_skill(" ".join(quality.notes))
 
