@@ -61,16 +61,18 @@ def log_normal(rng: random.Random) -> int:
     return max(1, min(LONGEST, round(rng.lognormvariate(3.6, 1.4))))
 
 
-def text_of(rng: random.Random, script: str, tokens: int, count: Callable[[str], int], start: str = "") -> str:
+def text_of(rng: random.Random, script: str, tokens: int, count: Callable[[str], int], start: str) -> str:
     """A text of exactly so many tokens where the tokenizer allows it, by `count`; `start` is its beginning."""
-    text = start or words(rng, script, 1)
-    while (lacking := tokens - count(text)) > 0:
-        longer = f"{text} {words(rng, script, max(1, lacking // 3))}"
-        if count(longer) <= tokens:
-            text = longer
-        elif lacking > 6:
-            text = f"{text} {words(rng, script, 1)}"
+    text, each = start, 8.0
+    while (lacking := tokens - count(text)) > 6:
+        longer = f"{text} {words(rng, script, max(1, int(lacking / each)))}"
+        more = count(longer) - tokens
+        if more > 0:
+            each *= 1.5
+            if each > 100:
+                break
         else:
-            filled = next((t for t in (f"{text}{' a' * k}" for k in range(1, lacking + 1)) if count(t) >= tokens), text)
-            return filled if count(filled) == tokens else text
-    return text
+            each = max(1.0, 1.1 * (lacking + more) / max(1, int(lacking / each)))
+            text = longer
+    filled = f"{text}{' a' * max(0, lacking)}"
+    return filled if count(filled) == tokens else text
