@@ -16,6 +16,8 @@ BY_MODEL = ("foreign_answer", "cut_answer", "disordered_answer", "swapped_pair")
 """Findings of a model that reads the answers: one with random weights has none."""
 MISSING = ("dropped", "template_error", "no_template", "prompt_not_prefix")
 """Findings that say why a row has no tokens."""
+CHANCE = 0.1
+"""Most of what a model without skill may say that it finds."""
 _ROW = re.compile(r"(line|row|rows|message|cell)s? '?\d|\d+ of \d+|\.\w+:\d+")
 _CURE = re.compile(r";|\b(set|give|remove|write|correct|use|raise|choose|install|add|type|name|leave)\b")
 
@@ -210,14 +212,11 @@ def no_skill_accuses_nobody(findings: Findings) -> Iterator[str]:
 
 def no_recall_without_skill(said: str) -> Iterator[str]:
     """A model without skill prints no recall above its true one, which is about nothing."""
-    shares = [
-        float(share) / 100
-        for share in re.findall(r"(\d+(?:\.\d+)?)\s?% of (?:\d+ )?(?:planted|foreign|cut|disord)", said)
-    ]
-    shares += [
-        float(share) for part in re.findall(r'"recall": \{([^}]*)\}', said) for share in re.findall(r": ([\d.]+)", part)
-    ]
-    if shares and max(shares) > 0.15:
+    # The share, or where there is an interval its lower end; the true one is that of chance.
+    shares = [float(percent) / 100 for percent in re.findall(r"(\d+)\s?% of (?:\d+ planted|(?:foreign|cut|dis))", said)]
+    shares += [float(x) for part in re.findall(r'"recall": \{([^}]*)\}', said) for x in re.findall(r": ([\d.]+)", part)]
+    shares += [float(low) for low in re.findall(r'"between": \[([\d.]+)', said)]
+    if shares and max(shares) > CHANCE:
         yield f"random weights print a recall of {max(shares):.0%}"
 
 
