@@ -99,9 +99,9 @@ def refusals_are_the_templates(
         if one is None or not one.refusal:
             continue
         names = of_row(line["row"], line, findings)
-        if line["fate"] == "trained" or not {*MISSING} & {*names}:
+        if line["fate"] == "trained" or not {*MISSING, "content_lost"} & {*names}:
             yield f"row {line['row']}, which the template refuses ({one.refusal}), is '{line['fate']}' with {[*names]}"
-        elif "no_template" not in names and one.refusal not in line["detail"] and not line["fate"].startswith("dup"):
+        elif "template_error" in names and one.refusal not in line["detail"]:
             yield f"row {line['row']} is refused in other words than the template's ({one.refusal}): {line['detail']}"
 
 
@@ -122,6 +122,8 @@ def planted_faults_are_named(
 ) -> Iterator[str]:
     """A fault that can be read off the row is named in its row."""
     for place, names in planted.items():
+        if not names:
+            continue
         got = of_row(place, lines[place], findings) if place < len(lines) else {}
         if not names & {*got}:
             yield f"row {place} has none of {sorted(names)}, but {sorted(got)} ({lines[place]['fate']})"

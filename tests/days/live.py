@@ -17,14 +17,15 @@ from days.laws import Findings, Seen
 from days.live_labels import LABEL_DOORS, LabelDay, after_training
 from days.oracle import Expected, expected
 from days.prepared import MASKS, sample_of, spoil
+from days.rows import Drawn
 
 
 class TextDay:
     """A day of texts: its rows, its file, and what the template makes of them."""
 
-    def __init__(self, one: Day, folder: Path) -> None:
+    def __init__(self, one: Day, folder: Path, drawn: Drawn | None = None) -> None:
         self.day, self.folder, self.seen = one, folder, Seen()
-        self.tokenizer, self.drawn = tokenizer_of(one.family), rows_of(one)
+        self.tokenizer, self.drawn = tokenizer_of(one.family), drawn or rows_of(one)
         arrow = one.file in ARROW
         self.expected: list[Expected | None] = [
             expected(row, one.kind, self.tokenizer, arrow=arrow) for row in self.drawn.rows
@@ -190,7 +191,10 @@ class TextDay:
     def model_of(self, samples: list[Any]) -> None:
         import tsqlora as tsq
 
-        net: Any = tsq.wrap(AutoModelForCausalLM.from_pretrained(self.model, trust_remote_code=False), mean_rank=2)
+        base = AutoModelForCausalLM.from_pretrained(self.model, trust_remote_code=False)
+        net, outcome = script(tsq.wrap, base, mean_rank=2)
+        if not self.ended(outcome):
+            return
         data = tsq.QualitySubset(samples, fraction=1.0)
         quality = tsq.QualityCallback(data)
         args = TrainingArguments(
@@ -290,12 +294,12 @@ TEXT_DOORS: dict[str, Callable[[TextDay], Any]] = {
 }
 
 
-def live(one: Day, folder: Path) -> Seen:
-    """Live the day in an empty folder."""
+def live(one: Day, folder: Path, drawn: Drawn | None = None) -> Seen:
+    """Live the day in an empty folder, with its own rows or others."""
     if one.of_texts:
-        lived: Any = TextDay(one, folder)
+        lived: Any = TextDay(one, folder, drawn)
         TEXT_DOORS[one.door](lived)
     else:
-        lived = LabelDay(one, folder)
+        lived = LabelDay(one, folder, drawn)
         LABEL_DOORS[one.door](lived)
     return lived.seen

@@ -13,15 +13,15 @@ from days.doors import Outcome, command
 from days.files import DELIMITED, save
 from days.labels import MEDIA, TASKS, encoder, save_images
 from days.laws import Seen
-from days.rows import Row
+from days.rows import Drawn, Row
 
 
 class LabelDay:
     """A day of labelled rows and its file."""
 
-    def __init__(self, one: Day, folder: Path) -> None:
+    def __init__(self, one: Day, folder: Path, drawn: Drawn | None = None) -> None:
         self.day, self.folder, self.seen = one, folder, Seen()
-        self.drawn = rows_of(one)
+        self.drawn = drawn or rows_of(one)
         self.rng = random.Random(f"{one.number} door")
         media = one.kind in MEDIA
         self.source = save_images(folder, self.drawn.rows) if media else save(one.file, folder, self.drawn.rows)
@@ -165,7 +165,8 @@ def read_back(path: Path) -> list[Row]:
 def after_training(lived: Any, run: Path, source: Path, count: int) -> None:
     """Predict for the rows, export the adapter, and ask which servers read it."""
     out = lived.folder / "predicted.jsonl"
-    outcome = command("predict", run, "--data", source, "--out", out, *lived.generation())
+    rows = source if source.is_file() or lived.day.kind in MEDIA else save("jsonl", lived.folder, lived.drawn.rows)
+    outcome = command("predict", run, "--data", rows, "--out", out, *lived.generation())
     if lived.ended(outcome):
         got = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         if len(got) != count or any("prediction" not in row for row in got):
