@@ -168,8 +168,7 @@ class TextDay:
             if source or place in back
         }
         for j in spoiled:
-            name = MASKS[self.day.mask][0]
-            planted[place_of(j)] = {name}
+            planted[place_of(j)] = MASKS[self.day.mask][0]
         self.hold(laws.planted_faults_are_named(lines, findings, planted))
         masked = self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples)
         if masked and not any(one["severity"] == "error" for one in findings.values()):

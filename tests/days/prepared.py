@@ -31,11 +31,11 @@ def sample_of(one: Expected, tokenizer: Any) -> Sample | None:
 
 
 def _without_stop(sample: Sample, stops: set[int], bos: int | None) -> None:
-    end = max(k for k, label in enumerate(sample["labels"]) if label != IGNORED)
-    while sample["labels"][end] in stops:
-        for column in sample.values():
-            del column[end]
-        end -= 1
+    end = 1 + max(k for k, label in enumerate(sample["labels"]) if label != IGNORED)
+    # Some templates write two of them, with a line feed between.
+    first = next((k for k in range(max(0, end - 4), end) if sample["labels"][k] in stops), end)
+    for column in sample.values():
+        del column[first:]
 
 
 def _bos_twice(sample: Sample, stops: set[int], bos: int | None) -> None:
@@ -54,13 +54,13 @@ def _inverted(sample: Sample, stops: set[int], bos: int | None) -> None:
     sample["labels"][0] = IGNORED
 
 
-MASKS: dict[str, tuple[str, Callable[[Sample, set[int], int | None], None]]] = {
-    "no stop": ("stop_not_trained", _without_stop),
-    "two BOS": ("bos", _bos_twice),
-    "nothing trained": ("nothing_trained", _nothing_trained),
-    "inverted mask": ("prompt_trained", _inverted),
+MASKS: dict[str, tuple[set[str], Callable[[Sample, set[int], int | None], None]]] = {
+    "no stop": ({"stop_not_trained"}, _without_stop),
+    "two BOS": ({"bos"}, _bos_twice),
+    "nothing trained": ({"nothing_trained"}, _nothing_trained),
+    "inverted mask": ({"prompt_trained", "nothing_trained"}, _inverted),
 }
-"""By name: the finding that names the fault, and what plants it."""
+"""By name: the findings that may name the fault, and what plants it."""
 
 
 def spoil(samples: Sequence[Sample], name: str, tokenizer: Any, stops: Sequence[str], rng: random.Random) -> list[int]:
