@@ -96,7 +96,7 @@ def _possible(one: Day) -> Day:
     if one.kind == "numbers" and one.door in ("audit", "apply"):
         one = replace(one, door="run")
     if one.door == "prepared":
-        one = _of_masks(one)
+        one = _of_masks(replace(one, file="sheet") if one.file == "sheets" else one)
     if one.kind in ("pairs", "pair chats") and one.door in ("train", "dry run", "callback", "run"):
         one = replace(one, door="audit")
     if isinstance(one.lengths, int):

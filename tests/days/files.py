@@ -90,20 +90,27 @@ def _saved(path: Path, rows: Rows) -> None:
     Dataset(table_of(rows)).save_to_disk(str(path))
 
 
-def _sheets(path: Path, rows: Rows) -> None:
-    import openpyxl  # pyright: ignore[reportMissingModuleSource]
+def _book(*others: str) -> Callable[[Path, Rows], None]:
+    """A spreadsheet of the rows, and other sheets."""
 
-    book = openpyxl.Workbook()
-    sheet = book.active
-    assert sheet is not None
-    sheet.title = "Rows"
-    sheet.append(columns_of(rows))
-    for row in rows:
-        sheet.append([row.get(name) for name in columns_of(rows)])
-    book.create_sheet("About").append(["made by", "hand"])
-    book.save(path)
+    def write(path: Path, rows: Rows) -> None:
+        import openpyxl  # pyright: ignore[reportMissingModuleSource]
+
+        book = openpyxl.Workbook()
+        sheet = book.active
+        assert sheet is not None
+        sheet.title = SHEET
+        sheet.append(columns_of(rows))
+        for row in rows:
+            sheet.append([row.get(name) for name in columns_of(rows)])
+        for name in others:
+            book.create_sheet(name).append(["made by", "hand"])
+        book.save(path)
+
+    return write
 
 
+SHEET = "Rows"
 FILES: dict[str, tuple[str, Callable[[Path, Rows], None]]] = {
     "jsonl": ("rows.jsonl", _lines),
     "json": ("rows.json", _array),
@@ -117,10 +124,11 @@ FILES: dict[str, tuple[str, Callable[[Path, Rows], None]]] = {
     "shards": ("rows", _shards),
     "saved": ("saved", _saved),
     "hub folder": ("hub", _hub_folder),
-    "sheets": ("rows.xlsx", _sheets),
+    "sheet": ("rows.xlsx", _book()),
+    "sheets": ("rows.xlsx", _book("About")),
 }
 """By name: the file or folder, and what writes it."""
-DELIMITED = ("csv", "semicolons", "tsv", "csv.gz", "sheets")
+DELIMITED = ("csv", "semicolons", "tsv", "csv.gz", "sheet", "sheets")
 ARROW = ("parquet", "shards", "saved")
 """Files whose messages all have the keys of all."""
 
@@ -129,9 +137,14 @@ def holds(file: str, kind: str) -> bool:
     """Whether people keep rows of a kind in such a file."""
     if kind in MEDIA:
         return file == "jsonl"
-    if file == "sheets" and find_spec("openpyxl") is None:
+    if file in ("sheet", "sheets") and find_spec("openpyxl") is None:
         return False
     return file not in DELIMITED or kind in (*FLAT, *FLAT_LABELS)
+
+
+def options_of(file: str) -> tuple[str, ...]:
+    """What a command must say about such a file."""
+    return ("--set", f"data.sheet={SHEET}") if file == "sheets" else ()
 
 
 def save(file: str, folder: Path, rows: Rows) -> Path:

@@ -79,8 +79,10 @@ def clean_rows_have_no_finding(
         loud = {name for name, severity in of_row(place, line, findings).items() if severity != "note"}
         near = one is None or _tokens(one) > limit - 3
         loud -= {"answer_cut", "dropped"} if near and limit < 8_000 else set()
-        if one is not None and not one.stops:  # the family's template writes no stop, which is no fault of the row
-            loud -= {name for name in ("stop_not_trained",) if of_row(place, line, findings).get(name) != "error"}
+        if one is not None:  # what the family's template does is no fault of the row
+            own = {"stop_not_trained"} if not one.stops else set[str]()
+            own |= {"prompt_not_prefix"} if one.rewrites else set[str]()
+            loud -= {name for name in own if of_row(place, line, findings).get(name) != "error"}
         if loud:
             yield f"clean row {place} has {sorted(loud)} ({line['detail'][:200]})"
         elif line["fate"] != "trained" and not near:

@@ -12,7 +12,7 @@ from days import laws
 from days.day import Day, rows_of
 from days.doors import Outcome, batches, command, ledger_of, script
 from days.families import FAMILIES, POSITIONS, model_folder, tokenizer_of
-from days.files import ARROW, DELIMITED, columns_of, save
+from days.files import ARROW, DELIMITED, columns_of, options_of, save
 from days.laws import Findings, Seen
 from days.live_labels import LABEL_DOORS, LabelDay, after_training
 from days.oracle import Expected, expected
@@ -34,7 +34,7 @@ class TextDay:
         self.rng = random.Random(f"{one.number} door")
         self.model = model_folder(one.family)
         self.task = ("--set", "task.type=" + ("preference" if "pair" in one.kind else "causal-lm"))
-        self.limit = () if one.limit == POSITIONS else ("--max-length", one.limit)
+        self.limit: tuple[object, ...] = () if one.limit == POSITIONS else ("--max-length", one.limit)
 
     @property
     def clean(self) -> bool:
@@ -65,7 +65,16 @@ class TextDay:
             evaluation = save(self.day.file, _new(self.folder / "evaluation"), self.drawn.evaluation)
             further = (*further, "--eval", evaluation)
         outcome = command(
-            "audit", self.source, "--model", self.model, *options, *self.limit, *further, "--out", out_folder
+            "audit",
+            self.source,
+            "--model",
+            self.model,
+            *options,
+            *self.limit,
+            *options_of(self.day.file),
+            *further,
+            "--out",
+            out_folder,
         )
         if self.ended(outcome):
             self.ledger(out_folder, outcome)
@@ -103,7 +112,7 @@ class TextDay:
             **({} if self.day.limit == POSITIONS else {"data.max_length": self.day.limit}),
         }
         options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        return [*self.task, *options]
+        return [*self.task, *options_of(self.day.file), *options]
 
     def generation(self) -> tuple[object, ...]:
         return ("--max-new-tokens", 2)

@@ -10,7 +10,7 @@ from typing import Any
 from days import laws
 from days.day import Day, rows_of
 from days.doors import Outcome, command
-from days.files import DELIMITED, save
+from days.files import DELIMITED, options_of, save
 from days.labels import MEDIA, TASKS, encoder, save_images
 from days.laws import Seen
 from days.rows import Drawn, Row
@@ -29,7 +29,7 @@ class LabelDay:
         task = TASKS.get(one.kind)
         # Rows with tokens and tags, and lists of labels, say by themselves what they are.
         named = task if one.source or one.kind in ("numbers", "label sets, bars", *MEDIA) else None
-        self.task = () if named is None else ("--set", f"task.type={named}")
+        self.task = (*(() if named is None else ("--set", f"task.type={named}")), *options_of(one.file))
 
     def hold(self, *broken: Any) -> None:
         for law in broken:

@@ -28,6 +28,8 @@ class Expected:
     trained_tokens: int = 0
     stops: bool = True
     """Whether an end token closes the last answer."""
+    rewrites: bool = False
+    """Whether the template writes a turn in another way once others follow, or once it is answered."""
     plain: bool = False
     """Whether the tokenizer writes the special tokens, and no template."""
 
@@ -139,14 +141,15 @@ def _rendered(messages: list[Row], tools: list[Row], context: int, tokenizer: An
             targets = None
             break
         targets.append(target)
-    if targets is None:
+    rewrites = targets is None
+    if rewrites:
         try:
             prompt = render(answers[-1], prompt=True)
             targets = [closed(whole[len(prompt) :])] if whole.startswith(prompt) else None
         except Exception:
             targets = None
     made = Expected(closed(whole), None if targets is None else tuple(targets), lost=tuple(_lost(messages, whole)))
-    return _counted(made, tokenizer)
+    return replace(_counted(made, tokenizer), rewrites=rewrites)
 
 
 def _counted(one: Expected, tokenizer: Any, *, plain: bool = False) -> Expected:
