@@ -260,7 +260,9 @@ def rows_are_equal(got: Sequence[Any], right: Sequence[Any], *, texts: bool) -> 
     for place, (one, other) in enumerate(zip(got, right, strict=False)):
         now, was = _plain(one, texts=texts), _plain(other, texts=texts)
         if now != was:
-            yield f"row {place} became {str(now)[:150]}; it was {str(was)[:150]}"
+            keys = [key for key in {**was, **now} if now.get(key) != was.get(key)]
+            parts = ((key, str(was.get(key))[-150:], str(now.get(key))[-150:]) for key in keys)
+            yield f"row {place} changed: " + ", ".join(f"{key} from {a!r} to {b!r}" for key, a, b in parts)
             return
 
 

@@ -58,7 +58,7 @@ MASKS: dict[str, tuple[set[str], Callable[[Sample, set[int], int | None], None]]
     "no stop": ({"stop_not_trained"}, _without_stop),
     "two BOS": ({"bos"}, _bos_twice),
     "nothing trained": ({"nothing_trained"}, _nothing_trained),
-    "inverted mask": ({"prompt_trained", "nothing_trained"}, _inverted),
+    "inverted mask": ({"prompt_trained", "nothing_trained", "stop_not_trained"}, _inverted),
 }
 """By name: the findings that may name the fault, and what plants it."""
 
