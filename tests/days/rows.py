@@ -239,7 +239,8 @@ def _copied(day: Drawn, place: int, _: str, __: Maker) -> None:
 
 def _contradicted(day: Drawn, place: int, _: str, make: Maker) -> None:
     day.rows.append(copy.deepcopy(day.rows[place]))
-    _answered(day.rows[-1], f" {make.answer(9_000)} {words(make.rng, make.script, 9)}")
+    other = "latin" if make.script == "cyrillic" else "cyrillic"  # no word in common
+    _answered(day.rows[-1], f" {words(make.rng, other, 12)}")
     for one in (place, len(day.rows) - 1):
         day.plant(one, "conflicting_answers")
 
