@@ -33,7 +33,7 @@ OPTIONS = {
     "doctor": "--server --template",
     "check": "--server-url --served-name --yes",
     "llamafactory": "--out --drop-findings --answers --no-train",
-    "report": "--out --control --watch",
+    "report": "--out --control",
 }
 """Every command with its options, beside --json."""
 

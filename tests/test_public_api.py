@@ -27,7 +27,6 @@ CALLS = {
     "RankCallback": [{"interval": 50}],
     "RankLoop": [{"model": 0, "optimizer": 0, "total_steps": 100}],
     "GuardCallback": [{}],
-    "ReportCallback": [{"trainer": 0}],
     "score": [{"model": 0, "dataset": [], "collate": 0}],
     "attach": [{"trainer": 0, "fraction": 0.5, "trusted": []}],
     "apply": [{"model": 0, "look": "LOOK", "batch": {}}],

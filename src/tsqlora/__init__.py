@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
-    from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
     "Audit",
@@ -44,7 +43,6 @@ __all__ = [
     "RankLoop",
     "RankSchedule",
     "Report",
-    "ReportCallback",
     "RowNames",
     "Scores",
     "ScoringRule",
@@ -94,7 +92,6 @@ _HOMES = {
     "training.quality_callback": ("QualityCallback",),
     "training.mover": ("RankLoop",),
     "training.rank_callback": ("RankCallback",),
-    "training.report_callback": ("ReportCallback",),
 }
 
 

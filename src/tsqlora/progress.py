@@ -30,12 +30,13 @@ def bars(rows: int) -> Progress:
     """A bar for each pass over these rows, with the time that is left, unless transformers' bars are off."""
     from transformers.utils.logging import tqdm  # seconds to import
 
-    shown: dict[str, Any] = {}
+    shown, before = dict[str, Any](), dict[str, int]()
 
     def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
         if phase not in shown:
-            shown[phase] = tqdm(total=total, desc=f"{phase} at {rows} rows", leave=False)
-        shown[phase].update(done - shown[phase].n)
+            shown[phase], before[phase] = tqdm(total=total, desc=f"{phase} at {rows} rows", leave=False), 0
+        shown[phase].update(done - before[phase])
+        before[phase] = done
         if done >= total:
             shown.pop(phase).close()
 

@@ -1,11 +1,14 @@
 """What `tsqlora` imports before it has work, which is what a user waits for, and completion in the shell."""
 
+import gzip
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from runs import run_cli
@@ -63,10 +66,31 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
         (["audit", "c.yaml"], "no.csv"),
         (["score", "no.yaml", "--out", "s.parquet"], "no.yaml"),
         (["allocate", "c.yaml", "--out", "ranks.json"], "no.csv"),
+        (["audit", "t.ods"], "save it as .xlsx"),
+        (["audit", "t.xlsx"], "set data.sheet=One"),
+        (["train", "--model", ".", "--data", "t.txt"], "extension '.txt' is unknown"),
+        (["audit", "t.csv", "--set", "data.txet=x"], "did you mean 'text'"),
+        (["train", "t.csv", "--model", ".", "--set", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["audit", "chats.jsonl.gz"], "give --model M"),
+        (["audit", "chats", "--no-model"], "give --model M"),
+        (["audit", "chats.jsonl.gz", "--model", ".", "--eval", "no.jsonl"], "no.jsonl"),
+        (["audit", "--prepared", ".", "--data", "no.jsonl", "--model", "."], "no.jsonl"),
     ],
 )
-def test_a_missing_file_is_named_before_torch_is_imported(arguments: list[str], named: str, tmp_path: Path) -> None:
+def test_a_mistake_is_named_before_torch_is_imported(arguments: list[str], named: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: {path: .}\ndata: {train: no.csv}\n")
+    for name in ("t.ods", "t.txt"):
+        (tmp_path / name).write_bytes(b"PK")
+    (tmp_path / "t.csv").write_text("text,label\na,b\n")
+    (tmp_path / "chats").mkdir()
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "chats" / "train.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress((tmp_path / "chats" / "train.jsonl").read_bytes()))
+    book = openpyxl.Workbook()
+    for sheet in (book.worksheets[0], book.create_sheet()):
+        sheet.append(["text", "label"])
+    book.worksheets[0].title = "One"
+    book.save(tmp_path / "t.xlsx")
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     *message, modules = done.stderr.splitlines()
     assert done.returncode != 0

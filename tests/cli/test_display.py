@@ -111,8 +111,6 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
         "budget": 2000,
         "ranks": {"a": 7, "b": 8},
         "bf16": True,
-        "memory_bytes": 2**30,
-        "look_bytes": 23 * 2**20,
         "passes": {"scoring": {"forward": 3024, "backward": 1512}},
         "without_effect": ["ranks.interval has no effect: ranks.policy is fixed"],
         "files": {"a[b].csv": "';' between columns, cp1252"},

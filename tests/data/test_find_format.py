@@ -65,7 +65,7 @@ def test_usual_names_that_are_named_keep_their_format() -> None:
     )
 
 
-@pytest.mark.parametrize("target", ["reply", "response", "output", "summary"])
+@pytest.mark.parametrize("target", ["reply", "output", "summary"])
 def test_two_named_columns_stand_as_they_are_whatever_their_names(target: str) -> None:
     names = ("query", "context", "input", target)
     assert find(*names, prompt="query", target=target) == Format("prompt", Columns("query", None, target))

@@ -10,7 +10,6 @@ from browser import Page, axe
 from made_runs import make_comparison, make_run
 from runs import make_rows
 from tsqlora.reports.write import write_report
-from tsqlora.training.record import RunRecord
 
 SHOWN = "[...document.querySelectorAll('#sample-table tbody tr')].filter(r => !r.hidden)"
 AT = {"phase": "training", "time": 1_700_000_000}
@@ -90,35 +89,6 @@ def test_axe_finds_no_serious_fault(width: int, dark: bool, tab: Page, page: Pat
         for node in fault["nodes"]
     ]
     assert faults == []
-
-
-def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: Page, tmp_path: Path) -> None:
-    run = make_run(tmp_path, rows=make_rows(60, labels=("no", "yes")), status="running", now=AT | {"step": 10})
-    first = "document.querySelector('.tile strong').textContent"
-    page = write_report(run, reload=2)
-    tab.messages.clear()
-    tab.open(page, width=1440)
-    assert tab.run(first) == "25%"
-    tab.run("document.getElementById('search').value = 'river'")
-    tab.run("document.getElementById('frame').value = '1'")
-    tab.run("document.querySelectorAll('#sample-table thead button')[6].click()")
-    tab.run("document.querySelectorAll('main details').forEach(fold => fold.open = true)")
-    tab.run("document.getElementById('search').focus()")
-    tab.run("scrollTo(0, 900)")
-    record = RunRecord.load(run)
-    record.now = AT | {"step": 20}
-    record.save(run)
-    write_report(run)
-    time.sleep(4)  # the page reloads itself once, and the new one stays
-    until(lambda: tab.run(first) == "50%")
-    assert tab.run("document.getElementById('frame-text').textContent") == "step 10: 1 slot moved"
-    assert tab.run(f"{SHOWN}.every(r => r.textContent.includes('river')) && {SHOWN}.length > 0")
-    assert tab.run(LOSSES) == sorted(tab.run(LOSSES))
-    assert tab.run("[...document.querySelectorAll('main details')].every(fold => fold.open)")
-    assert tab.run("document.activeElement.id") == "search"
-    assert tab.run("scrollY") == 900
-    assert tab.run("[...document.querySelectorAll('.plot')].every(p => p.querySelector('svg.main-svg'))")
-    assert tab.messages == []
 
 
 def test_the_theme_follows_the_system_until_it_is_chosen(tab: Page, report: Path) -> None:

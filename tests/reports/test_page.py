@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from made_runs import LAYERS, make_comparison, make_run, rank_events, scores_of
+from made_runs import LAYERS, make_run, rank_events, scores_of
 from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
@@ -24,8 +24,7 @@ from tsqlora.reports.gather import control_of, gather
 from tsqlora.reports.page import environment
 from tsqlora.reports.run_page import run_page
 from tsqlora.reports.samples import DOUBTED, Sample, Samples
-from tsqlora.reports.write import watch_report, write_report
-from tsqlora.training.record import RunRecord
+from tsqlora.reports.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
 HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & <!-- \"q\""
@@ -233,48 +232,6 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SettingsError, match="pip install plotly"):
         write_report(make_run(tmp_path))
-
-
-def test_a_watched_page_follows_the_run_until_it_ends_and_then_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, pages, said = tmp_path / "run", list[str](), list[str]()
-    now = {"phase": "training", "step": 30, "time": 1_700_000_000}
-
-    def next_state(seconds: float) -> None:
-        """In place of the pause: the run begins, goes on, and ends."""
-        if run.exists():
-            pages.append((run / "report.html").read_text())
-            record = RunRecord.load(run)
-            record.now, record.status = now | {"step": 36}, "finished" if len(pages) == 2 else "running"
-            record.save(run)
-        else:
-            make_run(tmp_path, rows=ROWS, status="running", now=now, metrics={})
-
-    monkeypatch.setattr("tsqlora.reports.write.time.sleep", next_state)
-    pages.append(watch_report(run, say=said.append).read_text())
-    assert ["no run yet" in said[0], "follows the run" in said[1], len(said)] == [True, True, 2]
-    begun, gone_on = map(Seen, pages[:2])
-    assert begun.texts["dd"][0].split("\n") == [
-        "75%step 30 of 40, training",
-        "as of 22:13:20 UTC",
-        "validation loss 0.500validation accuracy 80.0%",
-    ]
-    assert "90%" in gone_on.texts["dl"][0]
-    assert ["if (5.0) setInterval" in page for page in pages] == [True, True, False]
-
-
-def test_ctrl_c_leaves_a_page_that_stays_and_a_comparison_is_not_watched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tsqlora.reports.write.time.sleep", interrupted)
-    page = watch_report(make_run(tmp_path, status="running"), say=print)
-    assert "if (0) setInterval" in page.read_text()
-    with pytest.raises(SettingsError, match="--watch"):
-        watch_report(make_comparison(tmp_path), say=print)
 
 
 def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:

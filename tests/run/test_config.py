@@ -29,8 +29,8 @@ from tsqlora.run.config import (
     load_config,
     template,
 )
-from tsqlora.run.config.settings import TASK_TYPES
-from tsqlora.tasks import TASKS
+from tsqlora.run.config.settings import CAUSAL_TASKS, TASK_TYPES, _trainer_arguments
+from tsqlora.tasks import TASKS, get_task
 
 REQUIRED = {"model": {"path": "org/model"}, "data": {"train": "org/rows"}}
 
@@ -104,6 +104,7 @@ def test_every_setting_is_described_in_one_line() -> None:
 
 def test_task_types_are_all_tasks_and_each_has_a_template() -> None:
     assert set(TASK_TYPES) == set(TASKS)
+    assert {name for name in TASK_TYPES if get_task(name).reading.causal} == {*CAUSAL_TASKS}
     for task in TASK_TYPES:
         Path("template.yaml").write_text(template(task))
         config = load_config("template.yaml")
@@ -404,5 +405,5 @@ def test_further_training_arguments_are_fields_of_the_trainer() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     config = loaded("training: {weight_decay: 0.1, warmup_steps: 0.06}")
     assert config.training.further_arguments() == {"weight_decay": 0.1, "warmup_steps": 0.06}
-    assert set(REFUSED_ARGUMENTS) <= theirs
+    assert set(REFUSED_ARGUMENTS) <= theirs == _trainer_arguments()
     assert math.isclose(sum(PRESETS["paper"].values()), 1)

@@ -69,8 +69,14 @@ def test_every_kind_of_text_has_its_rows(of: str) -> None:
 def test_what_cannot_be_read_is_named() -> None:
     with pytest.raises(SettingsError, match="stream"):
         tsq.select(adapted(), iter(pairs(range(3), "w1")), processing_class=TOKENIZER)
-    with pytest.raises(DataError, match="dataset"):
+    with pytest.raises(DataError, match=r"dataset.rename_columns\({'a': 'prompt', 'b': 'completion'}\)$"):
         tsq.select(adapted(), [{"a": "w1", "b": "w2"}], processing_class=TOKENIZER)
+
+
+def test_a_list_of_dicts_keeps_the_columns_that_its_first_row_lacks() -> None:
+    rows = [{"instruction": f"w{j}", **({"input": "w9"} if j % 2 else {}), "output": "w1"} for j in range(8)]
+    chosen = tsq.select(adapted(), rows, processing_class=TOKENIZER, fraction=1.0)
+    assert [{name: value for name, value in row.items() if value is not None} for row in chosen] == rows
 
 
 @pytest.mark.parametrize(("lacking", "left"), [("prompt", "completion"), ("completion", "prompt")])

@@ -1,5 +1,6 @@
 """The audit of text by the command: ledger, findings, page and review, of a raw file and of a prepared set."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
 from runs import make_rows, write_jsonl
 from tsqlora.errors import DataError
+from tsqlora.run.config import load_config, text_config
 from tsqlora.run.prepared_rows import without_findings
-from tsqlora.run.text_audit import text_config
 
 Run = Callable[..., tuple[int, str, str]]
 TOWNS = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito")
@@ -299,7 +300,6 @@ def test_options_that_do_not_go_together_are_named(place: Path, tsqlora: Run) ->
 def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: Path, tsqlora: Run) -> None:
     out, model = place / "options", ("--model", place / "model")
     for words in (
-        ("audit", place / "chats.jsonl", *model, "--deep"),
         ("audit", place / "chats.jsonl", *model, "--data", "x.jsonl"),
         ("audit", "--prepared", place, *model, "--max-length", "9"),
         ("audit", write_jsonl(place / "labels.jsonl", make_rows(20)), *model, "--strict"),
@@ -317,6 +317,42 @@ def test_answers_that_are_labels_are_audited_as_such_by_naming_their_column(tmp_
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Is it?", "completion": "yes"}])
     assert text_config(str(rows), "model", []) is not None
     assert text_config(str(rows), "model", ["data.text=prompt", "data.label=completion"]) is None
+
+
+@pytest.mark.parametrize("kind", ["packed", "shards", "saved"])
+def test_chats_are_chats_in_whatever_form_they_come(kind: str, place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    source, rows = tmp_path / "chats.jsonl.gz", right(9)
+    if kind == "packed":
+        source.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    elif kind == "shards":
+        (source := tmp_path / "shards").mkdir()
+        for k in range(3):
+            Dataset.from_list(rows[3 * k : 3 * k + 3]).to_parquet(source / f"train-{k:05}-of-00003.parquet")
+    else:
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(source := tmp_path / "saved")
+    command = ("audit", source, "--no-model", "--model", place / "model", "--out", tmp_path / "out", "--json")
+    code, shown, err = tsqlora(*command)
+    assert (code, json.loads(shown)["rows"], json.loads(shown)["fates"]) == (0, 9, {"trained": 9}), err
+    config = load_config(None, [f"data.train={source}", f"model.path={_causal(tmp_path)}"])
+    assert config.task.type == "causal-lm"
+
+
+def _causal(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    return folder
+
+
+def test_evaluation_rows_are_read_as_the_training_rows_are(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    lines = [f'"Wie weit ist es nach {town} bei Köln?"^"Es sind {j} Stunden."' for j, town in enumerate(TOWNS)]
+    files = tmp_path / "train.csv", tmp_path / "eval.csv"
+    for file, own in zip(files, (lines, lines[2:3]), strict=True):
+        file.write_bytes("\n".join(["Frage^Antwort", *own, ""]).encode("cp850"))
+    named = ("delimiter=^", "encoding=cp850", "prompt=Frage", "target=Antwort")
+    words = [word for one in named for word in ("--set", f"data.{one}")]
+    command = ("audit", files[0], "--model", place / "model", "--no-model", "--set", "task.type=causal-lm", *words)
+    code, shown, err = tsqlora(*command, "--eval", files[1], "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert {one["name"]: one["places"] for one in json.loads(shown)["findings"]}["eval_leak"] == [2]
 
 
 def test_labelled_rows_are_audited_for_their_labels(place: Path, tsqlora: Run) -> None:

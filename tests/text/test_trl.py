@@ -180,6 +180,14 @@ def test_a_trainer_that_was_built_is_audited_as_the_command_audits(kind: str, tm
     ]
 
 
+def test_a_draw_of_a_trainer_is_audited_by_the_numbers_of_its_rows(tmp_path: Path) -> None:
+    trainer = trained(COMPLETIONS, tmp_path)
+    whole = tsq.audit(trainer)
+    trainer.train_dataset = tsq.QualitySubset(trainer.train_dataset, fraction=0.5, seed=3)
+    drawn = tsq.audit(trainer)
+    assert drawn["ledger"].equals(whole["ledger"])
+
+
 def test_a_trainer_without_rows_to_look_at_is_refused(tmp_path: Path) -> None:
     trainer = trained(COMPLETIONS, tmp_path)
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()

@@ -39,8 +39,6 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         f"parameters  {plan['trainable']:,} trainable, of which {plan['budget']:,} are the ranks' budget",
         f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}",
         f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}",
-        f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)",
-        f"look        {plan['look_bytes'] / 2**20:,.0f} MiB for the features of all rows",
         *(f"settings    {note}" for note in plan["without_effect"]),
         *(f"note        {note}" for note in plan["notes"]),
     ]

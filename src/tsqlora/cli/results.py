@@ -85,23 +85,15 @@ def report(
     control: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Another run, to compare this one's metric with.")
     ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Write the page every few seconds while the run lasts; it reloads itself.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write one page about a run or a comparison, from its directory alone; it opens anywhere, offline.
 
-    With --watch it follows a run in training, until its end or Ctrl-C.
-
     Example: tsqlora report run
     """
-    from tsqlora.reports.write import watch_report, write_report
+    from tsqlora.reports.write import write_report
 
-    if watch:
-        written = watch_report(directory, out, control=control, say=console.note)
-    else:
-        written = write_report(directory, out, control=control)
+    written = write_report(directory, out, control=control)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 

@@ -162,9 +162,6 @@ def audit(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
     review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Fine-tune in three folds: slower, but finds more if classes are few.")
-    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory to write; by default a dated one under runs/, or the audit's.")
     ] = None,
@@ -217,9 +214,9 @@ def audit(
         from tsqlora.run.review import apply_review
 
         others = [override for override in set_ or [] if not override.startswith("data.encoding=")]
-        if model is not None or review or deep or others:
+        if model is not None or review or others:
             raise SettingsError(
-                "--apply only corrects labels; remove --model, --review, --deep and each --set but data.encoding"
+                "--apply only corrects labels; remove --model, --review and each --set but data.encoding"
             )
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
@@ -227,27 +224,27 @@ def audit(
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.sources import require_source
-    from tsqlora.run.config import load_config
+    from tsqlora.run.config import is_yaml, load_config, text_config
 
     if model is not None:
         require_model(model)
-    if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
+    for further in filter(None, (eval_, data if prepared else None)):
+        require_source(further)
+    if is_yaml(str(source)):
         named = {} if model is None else {"model": {"path": model}}
         require_inputs(load_config(str(source), set_ or [], sections=named))
     elif prepared is None:
         require_source(str(source))
-    from tsqlora.run.text_audit import text_config
-
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
     of_raw = {"--max-length": max_length, "--chat-template": chat_template}
     if prepared is not None:
-        _refuse({**of_raw, "--review": review, "--deep": deep, "--set": set_}, "--prepared")
+        _refuse({**of_raw, "--review": review, "--set": set_}, "--prepared")
         _audit_text(None, prepared, model, out, {"data": data, **both}, strict=strict, as_json=as_json)
         return
     if config is not None:
-        _refuse({"--data": data, "--review": review, "--deep": deep}, "text")
+        _refuse({"--data": data, "--review": review}, "text")
         options = {**both, "max_length": max_length, "chat_template": chat_template}
         _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
         return
@@ -255,7 +252,7 @@ def audit(
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
-        options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}
+        options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
         result = run_audit(str(source), **options, progress=display.progress)
     console.show(result, as_json, show_audit)
 
@@ -307,13 +304,14 @@ def _audit_text(
     strict: bool,
     as_json: bool,
 ) -> None:
-    from tsqlora.run.job import hints_of
-    from tsqlora.run.text_audit import NO_TOKENIZER, audit_prepared, audit_text
-    from tsqlora.training.run_dir import dated
+    from tsqlora.run.config import NO_TOKENIZER
 
     model = model if config is None else config.model.path
     if model is None:
         raise SettingsError(NO_TOKENIZER)
+    from tsqlora.run.text_audit import audit_prepared, audit_text
+    from tsqlora.training.run_dir import dated
+
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
     with Display(console.stderr) as display:
@@ -324,7 +322,7 @@ def _audit_text(
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
-            options |= {"batch": config.training.batch_size, "hints": hints_of(config)}
+            options |= {"batch": config.training.batch_size, "hints": config.data.hints}
             result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):

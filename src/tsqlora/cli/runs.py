@@ -94,15 +94,18 @@ def train(
 
     Example: tsqlora train run --resume
     """
-    from tsqlora.data.readers import SUFFIXES
+    from tsqlora.data.readers import SUFFIXES, suffix_of
+    from tsqlora.data.sources import first_rows
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import CONFIG_FILE, dated, is_run, require_free
 
+    has_rows = config is not None and suffix_of(config) in {*SUFFIXES} - {".json"}
     if config is not None and config.is_dir():
-        if not is_run(config):
+        has_rows = not is_run(config) and data is None and bool(first_rows(config))
+        if not has_rows and not is_run(config):
             raise SettingsError(f"{config} holds no run that has begun to train; name its CONFIG, a YAML file")
-        config, out = config / CONFIG_FILE, out or config
-    if config is not None and data is None and config.suffix.lower() in {*SUFFIXES} - {".json"}:
+        config, out = (config, out) if has_rows else (config / CONFIG_FILE, out or config)
+    if config is not None and data is None and has_rows:
         console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)
     named = {"model.path": model, "data.train": data, "adapter.init_from": init_from, "quality.look": look}
@@ -147,12 +150,11 @@ def look(
 
     Example: tsqlora look rows.csv --model sentence-transformers/all-MiniLM-L6-v2 --out LOOK
     """
-    from tsqlora.run.config import load_config
+    from tsqlora.run.config import is_yaml, load_config
 
-    is_config = Path(source).suffix.lower() in (".yaml", ".yml")
-    named = {"model.path": model} if is_config else {"model.path": model, "data.train": source}
+    named = {"model.path": model} if is_yaml(source) else {"model.path": model, "data.train": source}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
-    settings = load_config(source if is_config else None, overrides + (set_ or []))
+    settings = load_config(source if is_yaml(source) else None, overrides + (set_ or []))
     require_inputs(settings)
     from tsqlora.run.look import look_at  # after this check, since torch takes seconds to import
 

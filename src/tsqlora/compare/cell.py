@@ -28,8 +28,8 @@ from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import Job, load, load_model, read
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.report_callback import peak_memory
 from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
+from tsqlora.training.tell_progress import peak_memory
 
 Equal = Literal["steps", "epochs"]
 PACKAGE = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from shlex import quote
 from typing import Any
 
 from tsqlora.data.examples import (
@@ -58,6 +59,9 @@ FORMATS: dict[str, Kind] = {
             ("prompt", "target"),
             ("question", "answer"),
             ("question", "answers"),
+            ("question", "response"),
+            ("query", "response"),
+            ("user", "assistant"),
             ("input", "output"),
             ("input", "target"),
         ),
@@ -84,6 +88,8 @@ PREFERENCE = "preference"
 """The name of the format of preference rows, which is their task's alone."""
 
 SYSTEM = ("system", "system_prompt")
+ABOUT = ("id", "idx", "index", "uuid", "", "unnamed: 0", *SYSTEM)
+"""Columns that are hardly a prompt."""
 _PAIRS = [pair for kind in FORMATS.values() for pair in kind.usual]
 ANSWERS = {target for _, target in _PAIRS if target is not None} | {"chosen", "rejected"}
 """Usual names of answers, which no prompt needs."""
@@ -220,12 +226,15 @@ def find_format(
     if prompt is None or target is None:
         beside = f" beside '{prompt or target}'" if prompt or target else ""
         what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
+        others = iter([name for name in names if name not in (prompt, target) and name.lower() not in ABOUT])
+        both = {"data.prompt": prompt or next(others, None), "data.target": target or next(others, None)}
+        line = " ".join(f"--set {quote(f'{key}={name}')}" for key, name in both.items() if name)
         raise DataError(
-            f"{source} has no {what}{beside}; set data.prompt and data.target, data.messages, or data.text; "
-            f"columns: {quoted(names)}"
+            f"{source} has no {what}{beside}; add {line}, or set data.messages or data.text; columns: {quoted(names)}"
         )
     if format is None:
-        return Format("prompt", Columns(prompt, None, target), whole=False)
+        columns = _columns(FORMATS["prompt"], prompt, target, names)
+        return Format("prompt", replace(columns, text_pair=None), whole=False)
     return Format(format, _columns(FORMATS[format], prompt, target, names), whole=False)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,7 @@ French in cp1252 for iso8859-10, and German for cp1250."""
 
 TABLES = (".csv", ".tsv")
 """Formats without types: every cell is text."""
+SHEETS = ".xlsx"
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
@@ -47,6 +49,7 @@ class Hints:
     encoding: str | None = None
     quoting: str | None = None
     """"quoted" if quotes enclose fields, "literal" if they belong to the text."""
+    sheet: str | None = None
 
 
 SNIFF = Hints()
@@ -61,8 +64,9 @@ class Dialect:
         delimiter: None if the file has no columns.
         guessed: whether nothing proves the encoding.
         unused: the encoding of the hints, if the file is UTF-8 all the same.
-        quoting: that of the hints; None if quotes enclose fields, as far as one can tell.
+        quoting: that of the hints; None if quotes enclose fields, as far as one can tell, else what `quoting_of` sees.
         skipped: lines before the header, such as Excel's "sep=;".
+        sheet: of a spreadsheet; None if it has one alone.
     """
 
     encoding: str = "utf-8"
@@ -72,6 +76,7 @@ class Dialect:
     unused: str | None = None
     quoting: str | None = None
     skipped: int = 0
+    sheet: str | None = None
 
     def __str__(self) -> str:
         between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
@@ -116,6 +121,8 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     as UTF-8 stays UTF-8: it is broken. With an encoding as hint a file that can only be UTF-8 stays UTF-8, since one
     hint counts for all files of a run. Raises DataError if the file cannot be read.
     """
+    if path.suffix.lower() == SHEETS:
+        return Dialect(sheet=hints.sheet)
     with _opened(path) as file:
         start = file.read(_SNIFFED_BYTES)
     mark, hint = next((mark for mark in _MARKS if start.startswith(mark)), b""), hints.encoding
@@ -219,8 +226,7 @@ def read_json(path: Path, dialect: Dialect) -> Records:
     Raises DataError with file and line.
     """
     if is_array(path, dialect):
-        text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
-        values = enumerate(_parse(text, path, 1), start=1)
+        values = enumerate(rows_in(_document(path, dialect)), start=1)
     else:
         values = ((number, _parse(line.rstrip(), path, number)) for number, line, _, _ in json_lines(path, dialect))
     for number, value in values:
@@ -233,9 +239,33 @@ def read_json(path: Path, dialect: Dialect) -> Records:
 
 
 def is_array(path: Path, dialect: Dialect) -> bool:
-    """Whether a .json file holds one array instead of lines."""
-    first = next((line for _, line, _, _ in json_lines(path, dialect)), "")
-    return path.suffix.lower() == ".json" and first.lstrip().startswith("[")
+    """Whether a .json file holds one array instead of lines, or one object in which one key holds the array."""
+    if path.suffix.lower() != ".json":
+        return False
+    first, *more = [line.strip() for _, line, _, _ in islice(json_lines(path, dialect), 2)] or [""]
+    if not first.startswith("{") or (more and first.endswith("}")):
+        return first.startswith("[")
+    try:
+        return len(rows_in(_document(path, dialect))) > 0
+    except DataError:
+        return False  # reading its lines names the broken one
+
+
+def _document(path: Path, dialect: Dialect) -> Any:
+    return _parse("".join(line for line, _ in dialect.lines(path, newline="\n")), path, 1)
+
+
+def rows_in(document: Any) -> list[Any]:
+    """The rows of a JSON document: its elements, or those in its one list of objects that are no messages.
+
+    >>> rows_in({"version": 2, "data": [{"text": "a"}]}), rows_in({"messages": [{"role": "user", "content": "Hi"}]})
+    ([{'text': 'a'}], [])
+    """
+    if isinstance(document, list):
+        return document
+    lists = [value for value in document.values() if isinstance(value, list) and value]
+    are_rows = len(lists) == 1 and all(isinstance(row, dict) and not {"role", "from"} & {*row} for row in lists[0])
+    return lists[0] if are_rows else []
 
 
 def json_lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, str, int, int]]:
@@ -280,13 +310,13 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def read_delimited(path: Path, dialect: Dialect) -> Records:
-    """Each record of a CSV or TSV file with the number of its first line; cells are text.
+    """Each record of a CSV or TSV file, or of a sheet, with the number of its first line; cells are text.
 
     Several columns may have no name if they are empty, as where a spreadsheet ends each line with ";;".
     In a file of one column a warning names a blank line between rows, which may be an empty cell.
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
-    rows = records(path, dialect)
+    rows = sheet_records(path, dialect) if path.suffix.lower() == SHEETS else records(path, dialect)
     first, header, _, before = next(rows, (1, [], 0, 0))
     _refuse_duplicates([name for name in header if name], f"{path}:{first}")
     unnamed = [place for place, name in enumerate(header) if not name]
@@ -295,9 +325,10 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
         blank = blank or (number - 1 if start > before else 0)
         before = end
         if len(fields) != len(header):
-            raise DataError(
+            raise BrokenQuotesError(
                 f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
-                'put a field that holds the separator in "..."'
+                'put a field that holds the separator in "..."',
+                broken=any('"' in field for field in fields),
             )
         if len(unnamed) > 1 and any(fields[place] for place in unnamed):
             raise DataError(f"{path}:{number}: a value in one of {len(unnamed)} columns without a name; name them")
@@ -314,32 +345,40 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
     """
     line, start, end, width, doubled, doubted = 1 + dialect.skipped, 0, 0, None, False, False
     delimiter, separators = dialect.delimiter or ",", list[int]()
+    mark = re.escape(delimiter)
+    enclosed = re.compile(rf'(?<![^{mark}])"((?:[^"]|"(?![{mark}\r\n]|$))*)"(?=[{mark}\r\n]|$)')
 
     def lines() -> Iterator[str]:
-        nonlocal end, doubled
+        nonlocal end, doubled, doubted
         for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
             separators.append(text.count(delimiter))
-            doubled |= '""' in text  # as only a writer that encloses fields in quotes has it
+            # As only a writer that encloses fields in quotes has it.
+            doubled |= re.search(r'(?<!\\)""', text) is not None
+            if dialect.quoting == "escaped quotes":
+                text = re.sub(r'\\(?!")', r"\\\\", text)
+            elif dialect.quoting in ("quoted", "loose") and len(separators) == 1 and _is_broken(text, delimiter):
+                text = enclosed.sub(lambda field: '"' + re.sub('""?', '""', field[1]) + '"', text)
+                if not doubted and not _is_broken(text, delimiter):
+                    about = "a quote inside a field in quotes was read as part of the text; double it if it is one"
+                    warnings.warn(f"{path}:{line}: {about}", stacklevel=2)
+                    doubted = True
             yield text
 
-    literal = dialect.quoting == "literal"
-    reader = csv.reader(
-        lines(), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-    )
+    escape = "\\" if dialect.quoting in ESCAPED else None
+    quoting = csv.QUOTE_NONE if dialect.quoting == "literal" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting, escapechar=escape)
     try:
         with _fields_of_any_length():
             for fields in reader:
                 if fields:
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
-                    if joined and dialect.quoting is None and not doubled and width and set(separators) == {width}:
+                    doubtful = joined and not doubled and dialect.quoting not in ("quoted", "literal")
+                    if doubtful and width and set(separators) == {width}:
                         # The separators alone would give other fields.
                         further = len(separators) - 1
                         does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
-                        doubt = (
-                            f"{path}:{line}: a quote {does}; set data.quoting to literal if quotes belong to the text, "
-                            "or to quoted if they enclose it"
-                        )
+                        doubt = f"{path}:{line}: a quote {does}; {_QUOTING}"
                         if delimiter == "\t" or not further:  # texts have commas, and hardly tabs
                             raise BrokenQuotesError(doubt)
                         if not doubted:
@@ -350,8 +389,22 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                 separators.clear()
                 doubled = False
     except csv.Error as exc:
-        cure = 'put fields in "..." and double the quotes inside'
+        cure = f'put fields in "..." and double the quotes inside; or {_QUOTING}'
         raise BrokenQuotesError(f"{path}:{line}: broken record ({exc}); {cure}", broken=True) from exc
+
+
+_QUOTING = "set data.quoting to literal if quotes belong to the text, or to quoted if they enclose it"
+ESCAPED = ("escaped", "escaped quotes")
+"""Quoting of files with a backslash before each quote inside a field: and before each backslash, or not."""
+
+
+def _is_broken(line: str, delimiter: str) -> bool:
+    """Whether a quote inside a line's fields makes it no record, nor the beginning of one."""
+    try:
+        next(csv.reader([line], delimiter=delimiter, strict=True), None)
+    except csv.Error as error:
+        return "unexpected end" not in str(error)
+    return False
 
 
 class BrokenQuotesError(DataError):
@@ -362,10 +415,31 @@ class BrokenQuotesError(DataError):
         self.broken = broken
 
 
-def fits_literally(path: Path, dialect: Dialect) -> bool:
-    """Whether every line has the header's fields if quotes are part of the text, as in GLUE's own files."""
-    counts = {line.count(dialect.delimiter or ",") for line, _ in dialect.lines(path, newline="") if line.strip()}
-    return len(counts) == 1 and counts != {0}
+def quoting_of(path: Path, dialect: Dialect) -> str | None:
+    """What quotes are in a file that cannot be read with each of them around a field; None if nothing tells.
+
+    "escaped" and "escaped quotes" if a backslash stands before each quote inside a field; "literal" if every line has
+    the header's fields where quotes are part of the text, as in GLUE's own files, and hardly one is enclosed; "loose"
+    if most lines have enclosed fields, and quotes inside are not doubled.
+    """
+    delimiter, widths, escapes = dialect.delimiter or ",", set[int](), ESCAPED[0]
+    lines = enclosed = inside = escaped = 0
+    inner = re.compile(rf'(?<=[^"{re.escape(delimiter)}])"(?=[^"{re.escape(delimiter)}\r\n])')
+    for line in (line.rstrip("\r\n") for line, _ in dialect.lines(path, newline="") if line.strip()):
+        fields = line.split(delimiter)
+        widths.add(len(fields))
+        lines += 1
+        enclosed += any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
+        places = [sign.start() for sign in inner.finditer(line)]
+        inside += len(places)
+        escaped += sum(line[place - 1] == "\\" for place in places)
+        if "\\" in re.sub(r'\\["\\]', "", line):
+            escapes = ESCAPED[1]
+    if inside and inside == escaped:
+        return escapes
+    if enclosed * 2 >= lines:
+        return "loose"
+    return "literal" if len(widths) == 1 and widths != {1} and enclosed * 20 <= lines else None
 
 
 @contextmanager
@@ -384,14 +458,62 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: two columns are named '{twice[0]}'; rename one")
 
 
+def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
+    """As `records`, of a spreadsheet, without offsets: cells as it shows them, but dates as in ISO 8601.
+
+    Raises DataError where several sheets have rows and none is named, and for a formula without a value.
+    """
+    from openpyxl import load_workbook
+
+    reading(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of styles and the like, which no row has
+            content = path.read_bytes()  # no file stays open where reading ends early
+            books = (load_workbook(io.BytesIO(content), read_only=True, data_only=shown) for shown in (True, False))
+            values, formulas = books
+    except Exception as error:  # a damaged or hostile archive can make it raise anything
+        raise DataError(f"{path} cannot be read as a spreadsheet ({error}); save it again") from error
+    for sheet in (*values.worksheets, *formulas.worksheets):
+        sheet.reset_dimensions()  # some programs write wrong ones
+    used = [one.title for one in values.worksheets if one.sheet_state == "visible" and any(map(any, one.values))]
+    name, width = dialect.sheet or (used[0] if len(used) == 1 else ""), 0
+    if used and name not in {sheet.title for sheet in values.worksheets}:
+        what = f"no sheet '{name}'" if name else "several sheets"
+        cure = f"add --set data.sheet={quote(used[0])}, or another of {', '.join(map(repr, used))}"
+        raise DataError(f"{path} has {what}; {cure}")
+    both = zip(values[name].iter_rows(), formulas[name].iter_rows(), strict=True) if used else ()
+    for number, (cells, written) in enumerate(both, start=1):
+        texts = [*map(_cell_text, cells)]
+        if bare := next((b for a, b in zip(texts, written, strict=True) if not a and b.data_type == "f"), None):
+            cure = "open the file in a spreadsheet, which computes it, and save it"
+            raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
+        if last := max((place for place, text in enumerate(texts, start=1) if text), default=0):
+            width = width or last
+            yield number, [*texts[:last], *[""] * (width - last)], 0, 0
+
+
+def _cell_text(cell: Any) -> str:
+    """The text of a spreadsheet's cell."""
+    value = cell.value
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, int | float):
+        width = len(cell.number_format) if re.fullmatch("0+", cell.number_format) else 0
+        return f"{value:0{width}.15g}"
+    return str(value).removesuffix(" 00:00:00")
+
+
 READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".jsonl": read_json,
     ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_delimited,
     ".tsv": read_delimited,
+    SHEETS: read_delimited,
 }
-"""Readers of text files; `parquet_file` is that of Parquet."""
+"""Readers of rows; `parquet_file` is that of Parquet."""
 SUFFIXES = (*READERS, ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -404,7 +526,7 @@ def suffix_of(path: Path) -> str:
 
 @contextmanager
 def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A compressed file's content as a temporary file in `folder`.  Raises DataError, which names the file itself."""
+    """A compressed file's content as a temporary file in `folder`.  Errors and warnings name the file itself."""
     with tempfile.NamedTemporaryFile(suffix=suffix_of(path), dir=folder) as file:
         reading(path)
         try:
@@ -414,6 +536,9 @@ def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
             raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
         file.flush()
         try:
-            yield Path(file.name)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                yield Path(file.name)
         except DataError as error:
             raise DataError(str(error).replace(file.name, str(path))) from error
+        for one in caught:
+            warnings.warn(str(one.message).replace(file.name, str(path)), one.category, stacklevel=3)

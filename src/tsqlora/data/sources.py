@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape, glob, has_magic
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,21 +22,22 @@ from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.readers import (
     COMPRESSED,
     READERS,
+    SHEETS,
     SNIFF,
     SUFFIXES,
     TABLES,
     BrokenQuotesError,
     Dialect,
     Hints,
-    fits_literally,
     parquet_file,
+    quoting_of,
     sniff,
     suffix_of,
     unpacked,
 )
 from tsqlora.data.rows import ENDINGS
 from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
@@ -53,7 +55,7 @@ ORDER = ("train", "trusted", "validation", "test")
 
 _SHOWN = 3
 """Files of a folder that a message names."""
-FIRST = 20
+FIRST = 200
 """Rows that tell what a file holds."""
 
 
@@ -114,38 +116,13 @@ def _refuse_without_train(source: str) -> NoReturn:
 
 
 def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
-    """Read those of the requested splits that the source has; a file, or one hub split, is the first of them.
-
-    A directory has a file for each split, or shards of it, as on the hub; or `save_to_disk` wrote it; or it has a
-    folder of images or recordings for each split, or is such a folder itself. A train.log beside train.csv does not
-    count.
-    """
+    """Read those of the requested splits that the source has; a file, or one hub split, is the first of them."""
     path = Path(os.path.expanduser(source))
-    # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
-    if os.path.isfile(path):
-        return {next(iter(requested)): _of_file(path, hints, folder)}
-    if matching := _matching(source):
-        return {next(iter(requested)): _of_files(str(source), matching, hints, folder)}
+    if is_saved(path):
+        return _of_splits(_saved(path), str(source), requested, folder)
+    if files := _files_of_splits(source, requested):
+        return {split: _of_files(name, some, hints, folder) for split, (name, some) in files.items()}
     if os.path.isdir(path):
-        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            return _of_splits(_saved(path), str(source), requested, folder)
-        listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
-        usual = {*requested, *chain.from_iterable(SPLIT_NAMES.values())}
-        if usual.isdisjoint(_split_of(file).lower() for file in listed if suffix_of(file) in SUFFIXES):
-            listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES]
-        read = {_split_of(file) for file in listed if suffix_of(file) in SUFFIXES}
-        files = defaultdict[str, list[Path]](list)
-        for file in listed:
-            if suffix_of(file) in SUFFIXES or _split_of(file) not in read:
-                files[SHARD.sub("", file.name)].append(file)
-        names = _match_splits({name: _split_of(some[0]) for name, some in files.items()}, requested, source)
-        if names:
-            return {
-                split: _of_file(some[0], hints, folder)
-                if len(some := files[name]) == 1
-                else _of_files(f"{path}/{name}", some, hints, folder)
-                for split, name in names.items()
-            }
         folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
         own = {name: name for name in folders}
         names = _match_splits(own, requested, source)
@@ -155,6 +132,40 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folde
         return {split: table for split, table in tables.items() if table is not None}
     require_source(source)
     return _of_splits(_load_hub(DatasetName.of(str(source))), str(source), requested, folder)
+
+
+_ABOUT = "dataset_info.json"
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return os.path.isfile(path / "dataset_dict.json") or os.path.isfile(path / _ABOUT)
+
+
+def _files_of_splits(source: str | Path, requested: Collection[str]) -> dict[str, tuple[str, list[Path]]]:
+    """The files of rows of each requested split, with their name in messages; none of media, and of the hub.
+
+    A directory has a file for each split, or shards of it, as on the hub. A train.log beside train.csv does not count.
+    """
+    path = Path(os.path.expanduser(source))
+    # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
+    if os.path.isfile(path):
+        return {next(iter(requested)): (str(path), [path])}
+    if matching := _matching(source):
+        return {next(iter(requested)): (str(source), matching)}
+    if not os.path.isdir(path):
+        return {}
+    listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
+    usual = {*requested, *chain.from_iterable(SPLIT_NAMES.values())}
+    if usual.isdisjoint(_split_of(file).lower() for file in listed if suffix_of(file) in SUFFIXES):
+        listed += [file for file in _listed(path / "data") if suffix_of(file) in SUFFIXES]
+    read = {_split_of(file) for file in listed if suffix_of(file) in SUFFIXES}
+    files = defaultdict[str, list[Path]](list)
+    for file in listed:
+        if suffix_of(file) in SUFFIXES or _split_of(file) not in read:
+            files[SHARD.sub("", file.name)].append(file)
+    names = _match_splits({name: _split_of(some[0]) for name, some in files.items()}, requested, source)
+    return {split: (f"{path}/{name}", files[name]) for split, name in names.items()}
 
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.|$)")
@@ -211,35 +222,60 @@ def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path 
 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
-    """Return the columns of the first rows of a file, or of the first one that a pattern matches; else none."""
-    path = next(iter(_matching(source)), Path(os.path.expanduser(source)))
-    if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
-        return ()
-    if path.suffix.lower() == ".parquet":
+    """Return the columns of the first training rows, as `first_rows`."""
+    return tuple(dict.fromkeys(name for cells in first_rows(source, hints) for name in cells))
+
+
+def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]:
+    """Return the cells of the first training rows of files; of a saved data set None in each column.
+
+    None of media, and of the hub. Raises DataError for files that cannot be read.
+    """
+    path = Path(os.path.expanduser(source))
+    if is_saved(path):
+        splits = {inner.name: inner.name for inner in _listed(path) if (inner / _ABOUT).is_file()}
+        about = path / (_match_splits(splits, ["train"], source).get("train") or "") / _ABOUT
+        features = json.loads(about.read_text(encoding="utf-8"))["features"] if about.is_file() else {}
+        return [dict.fromkeys(features)]
+    files = _files_of_splits(source, SPLIT_NAMES)
+    return _first_of(files["train"][1][0], hints) if "train" in files else []
+
+
+def _first_of(path: Path, hints: Hints) -> list[dict[str, Any]]:
+    suffix = _require_reader(path)
+    if path.suffix.lower() in COMPRESSED:
+        with unpacked(path) as plain:
+            return _first_of(plain, hints)
+    if suffix == ".parquet":
         with parquet_file(path) as file:
-            return tuple(file.schema_arrow.names)
+            none = dict.fromkeys(file.schema_arrow.names)
+            return next((batch.to_pylist() for batch in file.iter_batches(FIRST)), [none])
 
-    def names(dialect: Dialect) -> tuple[str, ...]:
-        rows = READERS[path.suffix.lower()](path, dialect)
-        return tuple(dict.fromkeys(name for _, cells in islice(rows, FIRST) for name in cells))
+    def rows(dialect: Dialect) -> list[dict[str, Any]]:
+        return [cells for _, cells in islice(READERS[suffix](path, dialect), FIRST)]
 
-    return _either_way(path, sniff(path, hints), names)
+    with warnings.catch_warnings(action="ignore"):  # reading all rows gives them again
+        return _either_way(path, sniff(path, hints), rows)
 
 
 def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:
-    """Read a file with quotes around its fields; or, where they cannot be, with quotes that belong to the text."""
+    """Read a file with quotes around its fields; or, where they cannot be, as `quoting_of` sees them."""
     try:
         return read(dialect)
     except BrokenQuotesError as error:
-        if not error.broken or dialect.quoting is not None or not fits_literally(path, dialect):
+        quoting = quoting_of(path, dialect) if error.broken and dialect.quoting is None else None
+        if quoting is None:
             raise
-    return read(replace(dialect, quoting="literal"))
+    return read(replace(dialect, quoting=quoting))
 
 
 def require_source(source: str | Path) -> None:
-    """Raise DataError unless `source` is a file, a directory or a hub id. This opens nothing, and needs no torch."""
+    """Raise DataError unless `source` is files of rows, a directory or a hub id. This opens no file, and no torch."""
     path = Path(os.path.expanduser(source))
-    if os.path.isfile(path) or os.path.isdir(path) or _matching(source):
+    files = [path] if os.path.isfile(path) else _matching(source)
+    for file in files:
+        _require_reader(file)
+    if files or os.path.isdir(path):
         return
     if path.suffix.lower() in SUFFIXES or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
@@ -268,15 +304,25 @@ def _of_folder(path: Path, hints: Hints, folder: Path | None) -> Table | None:
     return table_of(str(path), folder_rows(path, kind), folder=folder, typed=False, kind=kind)
 
 
-def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED and suffix_of(path) in SUFFIXES:
-        with unpacked(path, folder) as plain:
-            return replace(_of_file(plain, hints, folder), name=str(path), path=None)
+def _require_reader(path: Path) -> str:
+    """The suffix of a file of rows.  Raises DataError for another file, SettingsError where its reader is missing."""
+    suffix = suffix_of(path)
+    if suffix == SHEETS and find_spec("openpyxl") is None:
+        raise SettingsError(f"{path} is a spreadsheet, and needs openpyxl to be read: pip install 'tsqlora[excel]'")
+    if suffix in (".xls", ".xlsb", ".ods"):
+        raise DataError(f"{path} is a spreadsheet of a kind that is not read; save it as .xlsx, or as CSV UTF-8")
     if suffix not in SUFFIXES:
-        if suffix in (".xlsx", ".xls", ".ods"):
-            raise DataError(f"{path} is a spreadsheet; export it as CSV UTF-8, and name that file")
         raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(SUFFIXES)}, or one of them .gz")
+    return suffix
+
+
+def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
+    suffix = _require_reader(path)
+    if path.suffix.lower() in COMPRESSED:
+        with unpacked(path, folder) as plain:
+            table = _of_file(plain, hints, folder)
+        notes = tuple(note.replace(str(plain), str(path)) for note in table.notes)
+        return replace(table, name=str(path), path=None, notes=notes)
     reading(path)
     if suffix == ".parquet":
         with parquet_file(path) as file:
@@ -287,7 +333,8 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     if note := dialect.note(str(path)):
         warnings.warn(note, stacklevel=4)
         notes = (note,)
-    about = {"typed": suffix not in TABLES, "path": path, "notes": notes}
+    is_sheet = suffix == SHEETS  # whose corrected copy is JSON lines
+    about = {"typed": not is_sheet and suffix not in TABLES, "path": None if is_sheet else path, "notes": notes}
 
     def read(dialect: Dialect) -> Table:
         return table_of(str(path), READERS[suffix](path, dialect), folder=folder, dialect=dialect, **about)
@@ -296,7 +343,9 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
 
 
 def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | None) -> Table:
-    """Several files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
+    """Files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
+    if len(paths) == 1:
+        return _of_file(paths[0], hints, folder)
     kinds = {suffix_of(path) for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.data.labels import join_labels
-from tsqlora.data.readers import TABLES, Dialect, is_array, json_lines, parquet_file, records
+from tsqlora.data.readers import TABLES, Dialect, is_array, json_lines, parquet_file, records, rows_in
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
@@ -296,10 +296,10 @@ def _relabelled(raw: bytes, cells: list[str], header: list[str], dialect: Dialec
 
 
 def _correct_array(path: Path, out: Path, dialect: Dialect, column: str, labels: Labels) -> None:
-    rows: list[dict[str, Any]] = json.loads("".join(line for line, _ in dialect.lines(path, newline="\n")))
+    document: Any = json.loads("".join(line for line, _ in dialect.lines(path, newline="\n")))
     for place, label in labels.items():
-        rows[place][column] = label
-    text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
+        rows_in(document)[place][column] = label
+    text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
     mark = path.read_bytes()[: dialect.mark]
     out.write_bytes(mark + text.encode(dialect.encoding, errors="backslashreplace"))
 

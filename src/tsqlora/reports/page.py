@@ -32,13 +32,8 @@ def plotly_script() -> str:
     return get_plotlyjs()
 
 
-def render(
-    template: str, *, script: str, figures: Iterable[Any] = (), reload: float | None = None, **values: Any
-) -> str:
-    """Render a template with figures (`figures.Drawn`) and other values.
-
-    `script` is plotly.js; with `reload` the page reloads itself after so many seconds.
-    """
+def render(template: str, *, script: str, figures: Iterable[Any] = (), **values: Any) -> str:
+    """Render a template with figures (`figures.Drawn`) and other values; `script` is plotly.js."""
     from tsqlora.reports.figures import DARK  # needs plotly; `plotly_script` has a better error message
 
     drawn = {figure.id: figure for figure in figures}
@@ -48,7 +43,7 @@ def render(
         "dark": DARK,
     }
     page = environment().get_template(template)
-    return page.render(**values, figures=drawn, data=data, reload=reload, policy=POLICY, plotly=Markup(script))
+    return page.render(**values, figures=drawn, data=data, policy=POLICY, plotly=Markup(script))
 
 
 @cache

@@ -15,8 +15,8 @@ LOGGED = 60
 """Rows of the table of the log."""
 
 
-def run_page(run: Gathered, script: str, *, reload: float | None = None) -> str:
-    """Render the page; `script` and `reload` as in `render`, but a finished run's page does not reload."""
+def run_page(run: Gathered, script: str) -> str:
+    """Render the page; `script` as in `render`."""
     record, events = run.record, run.record.rank_events
     measured = [event for event in events if event.sensitivity]
     scored = scored_at(record)
@@ -29,7 +29,6 @@ def run_page(run: Gathered, script: str, *, reload: float | None = None) -> str:
     return render(
         "run.html",
         script=script,
-        reload=None if run.record.status == "finished" else reload,
         figures=[figure for part in drawn.values() for figure in part],
         frames=figures.rank_frames(record.plan["ranks"], events),
         drawn=drawn,

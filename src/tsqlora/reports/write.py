@@ -1,7 +1,6 @@
 """Write report.html for the run or comparison in a directory."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -12,12 +11,9 @@ from tsqlora.errors import SettingsError
 from tsqlora.files import write_text, writing
 from tsqlora.reports.comparison import gather_comparison, is_comparison
 from tsqlora.reports.page import plotly_script
-from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE
 
 REPORT_FILE = "report.html"
-EVERY = 5.0
-"""Seconds after which a watched run's page is written again, and reloads itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +50,10 @@ def write_report(
     *,
     control: Path | None = None,
     texts: Sequence[str] | None = None,
-    reload: float | None = None,
 ) -> Path:
     """Write the report of a run or comparison, by default into its directory, and return the path.
 
-    `control` and `texts` as in `report`; an unfinished run's page reloads itself after `reload` seconds.
+    `control` and `texts` as in `report`.
 
     Raises SettingsError if plotly is missing, the file cannot be written, or a comparison has a control, DataError if
     the directory cannot be read.
@@ -80,36 +75,8 @@ def write_report(
         else:
             other = None if control is None else control_of(control)
             run = gather(directory, control=other, read=partial(read_scores, texts=texts))
-            page = run_page(run, script, reload=reload)
+            page = run_page(run, script)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page, private=True)
     return place
-
-
-def watch_report(
-    directory: Path, out: Path | None = None, *, control: Path | None = None, say: Callable[[str], None]
-) -> Path:
-    """Write the report of a run every few seconds until the run ends or Ctrl-C, and return its path.
-
-    The page reloads itself while the run lasts.  If there is no run yet, the function waits for it and reports this
-    through `say`.  Raises as `write_report` does, and SettingsError if the directory is a comparison.
-    """
-    if is_comparison(directory):
-        raise SettingsError(f"{directory} is a comparison, which --watch cannot follow; leave out --watch")
-    started = False
-    try:
-        while True:
-            begun = time.monotonic()
-            if (directory / RECORD_FILE).exists():
-                finished = RunRecord.load(directory).status == "finished"
-                path = write_report(directory, out, control=control, reload=EVERY)
-                if finished:
-                    return path
-            if not started:
-                started = (directory / RECORD_FILE).exists()
-                say(f"{path} follows the run; open it" if started else f"{directory} has no run yet; waiting for it")
-            # Reading a million scores takes seconds, which the training lacks.
-            time.sleep(max(EVERY, 10 * (time.monotonic() - begun)))
-    except KeyboardInterrupt:
-        return write_report(directory, out, control=control)

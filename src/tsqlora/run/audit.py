@@ -20,13 +20,12 @@ from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.quality.judge import DOUBT, FEWEST, judge_logits
+from tsqlora.quality.judge import DOUBT, FEWEST
 from tsqlora.quality.rule import Compute, RowNames
-from tsqlora.quality.suspects import Audit, audit, audit_of_judgement
+from tsqlora.quality.suspects import Audit, audit
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed, Listing, make_listing
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.deep import out_of_fold_logits
 from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
@@ -48,15 +47,14 @@ def run_audit(
     *,
     model: str | None = None,
     review: int = 0,
-    deep: bool = False,
     out: Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Audit the training rows of a config, or a data file; write suspects.csv, audit.html and audit.json.
 
-    `review` adds that many rows that are not suspects, drawn from all classes; `deep` fine-tunes in folds. Raises
-    SettingsError if there is no model, and if `out` holds an audit already; UnsupportedError for another task.
+    `review` adds that many rows that are not suspects, drawn from all classes. Raises SettingsError if there is no
+    model, and if `out` holds an audit already; UnsupportedError for another task.
     """
     start = time.perf_counter()
     config = audit_config(source, model, overrides)
@@ -64,15 +62,13 @@ def run_audit(
     if task.reading.label is None:
         names = ", ".join(name for name in TASKS if get_task(name).reading.label is not None)
         raise UnsupportedError(f"audit works for {names}, and task.type is {task.name}")
-    if deep and not task.reading.stratified:
-        raise UnsupportedError(f"--deep needs rows with one class each, and task.type is {task.name}; leave it out")
     folder = out or dated(f"audit-{Path(source).stem}")
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder} is a file; name a directory")
     if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
         raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
     require_place(folder / AUDIT_FILE)
-    table, result, notes = audited(config, deep, progress)
+    table, result, notes = audited(config, progress)
     listing = make_listing(result, table, review=review, seed=config.training.seed)
     about = _about(config, table, result, listing, notes)
     _write(folder, about, listing)
@@ -111,7 +107,7 @@ def _embedded(overrides: Sequence[str]) -> str:
         ) from None
 
 
-def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Table, Audit, list[str]]:
+def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, list[str]]:
     """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
     tables = read(config)
@@ -138,11 +134,6 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Tabl
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
     )
-    if deep:
-        logits = out_of_fold_logits(config, table, max_length=length, progress=progress)
-        judgement = judge_logits(logits, samples.labels)
-        judged = audit_of_judgement(judgement, samples.labels, classes=classes.names, ids=samples.ids)
-        result = replace(judged, duplicates=result.duplicates, uncompared=result.uncompared)
     if result.tokens is not None:
         result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
     if result.unjudged:

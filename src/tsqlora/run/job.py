@@ -150,7 +150,7 @@ def format_of(config: Config, name: str | None, columns: Columns) -> Format | No
 
 def hints_of(config: Config) -> Hints:
     """The settings about text files."""
-    return Hints(config.data.delimiter, config.data.encoding, config.data.quoting)
+    return config.data.hints
 
 
 def trained_task(config: Config, labels: LabelMap | None = None) -> Task:

@@ -5,14 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
+from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.table import Samples, Table
 from tsqlora.quality.cost import look_cost, trusted_cost
-from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule, needs_trusted
 from tsqlora.quality.trusted import RATES, STEPS
@@ -23,8 +21,6 @@ from tsqlora.tasks import Task
 from tsqlora.training.fit import Method
 
 _SHOWN_CHARACTERS = 600
-PROCESS = 600 * 2**20
-"""Bytes of Python, PyTorch and transformers before a model is loaded; on a GPU the model's memory is apart."""
 
 
 def plan(
@@ -35,7 +31,7 @@ def plan(
     args: TrainingArguments,
     method: Method,
 ) -> dict[str, Any]:
-    """Samples, steps, budget, initial ranks, passes by phase, and a memory estimate."""
+    """Samples, steps, budget, initial ranks and passes by phase."""
     data, shapes = method.data, layer_shapes(model)
     ranks = active_ranks(model) if shapes else {}  # a baseline may train the whole model
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
@@ -57,8 +53,6 @@ def plan(
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
         "bf16": args.bf16,
-        "memory_bytes": memory(task, model, tables, args),
-        "look_bytes": look_bytes(model, method),
         "without_effect": idle,
     }
 
@@ -122,44 +116,6 @@ def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str
     reference = trusted or min(REFERENCE_ROWS, rows)
     cost = look_cost(terms, rows=rows, reference=reference, trusted=trusted)
     return {"forward": cost.forward, "backward": cost.backward}
-
-
-def memory(task: Task, model: Any, tables: Mapping[str, Table], args: TrainingArguments) -> int:
-    """A rough peak in bytes: the process, weights, gradients and moments, and the larger of two batches.
-
-    That of training has activations, and that of evaluation many rows. Factors are measured: within a quarter for
-    Llamas of 35M and 50M parameters.
-    """
-    halves, layers = args.bf16, list[Any](layers_of(model).values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights += weights // 2 * halves  # their copies for the backward pass
-    trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    features = 1.3 * (2 if halves else 4) * sum(layer.in_features + 2 * layer.out_features for layer in layers)
-    vocabulary = int(model.config.get_text_config().vocab_size) if task.writer is not None else 0
-    largest = [
-        min(rows, len(table)) * (max(table.samples.lengths) or patches_of(model)) * size
-        for table, rows, size in (
-            # Logits in training's precision and in float32, their probabilities and gradient; or the first two.
-            (tables["train"], args.train_batch_size, features + 12 * vocabulary),
-            (tables["validation"], args.per_device_eval_batch_size, 6 * vocabulary),
-        )
-    ]
-    return (0 if torch.cuda.is_available() else PROCESS) + weights + trained + round(max(largest))
-
-
-def patches_of(model: Any) -> int:
-    """Patches that a vision transformer reads an image in; 1 for other models."""
-    image, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
-    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) else 1
-
-
-def look_bytes(model: Any, method: Method) -> int:
-    """Size of the features and logits of all rows, in half precision if they are written to disk; 0 without a look."""
-    if method.quality is None:
-        return 0
-    width = getattr(model.config, "hidden_size", 0) + getattr(model.config, "num_labels", 0)
-    size = 4 * len(method.data.dataset) * width
-    return size // 2 if size > IN_MEMORY else size
 
 
 def shown_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, require_embedded
-from tsqlora.data.rows import MissingError
+from tsqlora.data.rows import MissingError, quoted
 from tsqlora.data.sources import of_dataset
 from tsqlora.data.splits import complete, require_columns
 from tsqlora.data.table import Table, notes_of
@@ -165,7 +165,8 @@ def _as_dataset(rows: Any, name: str) -> Any:
     if isinstance(rows, Dataset):
         return rows
     if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
-        return Dataset.from_list([dict(row) for row in rows])
+        names = dict.fromkeys(name for row in rows for name in row)  # `from_list` takes those of the first row
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
     raise SettingsError(
         f"{name} is a {type(rows).__name__}; give a datasets.Dataset with rows, or a list of dicts (of a stream, the "
         "rows that fit: datasets.Dataset.from_list(list(stream.take(n))))"
@@ -188,9 +189,17 @@ def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, 
         split: of_dataset(part, "dataset" if split == "train" else split).numbered() for split, part in rows.items()
     }
     names, classes = list(pool.column_names), None
-    columns, format = task.reading.find(names, source="dataset")
-    if columns.label is None and format is None:
-        raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
+    usual = ("text", "label") if task.reading.label else ("prompt", "completion")
+    try:
+        columns, format = task.reading.find(names, source="dataset")
+        if columns.label is None and format is None:
+            raise DataError("dataset has no label column")
+    except DataError as error:  # settings, which others name, this function has none of
+        renamed = ", ".join(f"{old!r}: {new!r}" for old, new in zip(names, usual, strict=False))
+        raise DataError(
+            f"{str(error).partition('; ')[0]}; rename its columns {quoted(names)}, such as "
+            f"dataset.rename_columns({{{renamed}}})"
+        ) from error
     if task.reading.label is not None:
         heads = cast(Any, model).config.id2label
         first = task.reading.label.parts(next((cell for cell in pool[columns.label] if cell), 0))

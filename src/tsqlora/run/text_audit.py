@@ -17,22 +17,20 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import require_model
 from tsqlora.compat.transformers import row_collator
-from tsqlora.data.formats import Format, format_of, unlabelled_format
+from tsqlora.data.formats import Format, format_of
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.rows import Row
-from tsqlora.data.sources import absolute, first_columns, open_table
+from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import reading, replacing, write_json, write_text
 from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
+from tsqlora.quality.subset import QualitySubset
 from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
-from tsqlora.run.config import Config, load_config
-from tsqlora.run.job import hints_of
 from tsqlora.run.text_answers import Sequences, answers_of
-from tsqlora.tasks import get_task
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import Finding, findings_of
@@ -46,31 +44,10 @@ from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import digest
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
-NO_TOKENIZER = "give --model M: the audit of texts needs its tokenizer (--no-model leaves out its weights)"
 BATCH = 8
 """Rows of a batch, where nothing says how many there are."""
 MOST_PADDING = 0.3
 """Share of padding in random batches above which it is a finding."""
-
-
-def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
-    """The settings of an audit of text; None where task.type, data.label or a column of labels asks for labels."""
-    is_yaml = Path(source).suffix.lower() in (".yaml", ".yml")
-    keys = {one.partition("=")[0] for one in overrides}
-    if not is_yaml and "task.type" not in keys and "data.label" in keys:
-        return None
-    sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
-    if not is_yaml:
-        sections = {"model": {"path": model or "."}, "data": {"train": source}}
-    config = load_config(source if is_yaml else None, overrides, sections=sections)
-    if is_yaml or "task.type" in keys:
-        texts = get_task(config.task.type).reading.causal
-    else:
-        names = first_columns(source, hints_of(config))
-        texts = bool(names and unlabelled_format(names, source))
-    if texts and not is_yaml and model is None and "model.path" not in keys:
-        raise SettingsError(NO_TOKENIZER)
-    return config if texts else None
 
 
 def audit_text(
@@ -104,6 +81,7 @@ def audit_text(
     limit = resolve_max_length(max_length, tokenizer_limit=tokenizer.model_max_length, positions=positions)
     table = open_table(source, split="train", hints=hints)
     format = format_of(table.names, table.name, **(named or {}))
+    evaluated = conversations_of(evaluation, hints, format)
     lacks_template = format.name in ("messages", "sharegpt") and not tokenizer.chat_template
     rows, lines = list[Conversation](), list[Line]()
     for chunk in table.chunks():
@@ -133,7 +111,7 @@ def audit_text(
     about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
     read = partial(answers_of, model, rows, sequences, vocabulary, every=every, progress=progress, tell=tell)
     look = read if answers else None
-    result = finish(out, about, rows, lines, conversations_of(evaluation), sequences, vocabulary, look)
+    result = finish(out, about, rows, lines, evaluated, sequences, vocabulary, look)
     return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
 
 
@@ -158,7 +136,7 @@ def audit_prepared(
     start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
     vocabulary, _ = load_vocabulary(model, None)
-    made = prepared_set(prepared)
+    made, evaluated = prepared_set(prepared), conversations_of(evaluation)
     reason = "its tokens are those of another tokenizer; give --model the one that prepared it"
     result = audit_sequences(made, None, vocabulary, data=data, progress=progress)
     if all("vocabulary" in line.findings for line in result.lines):
@@ -175,7 +153,7 @@ def audit_prepared(
     }
     read = partial(answers_of, model, result.rows, result.of, vocabulary, every=every, progress=progress, tell=tell)
     look = read if answers else None
-    written = finish(out, about, result.rows, result.lines, conversations_of(evaluation), result.of, vocabulary, look)
+    written = finish(out, about, result.rows, result.lines, evaluated, result.of, vocabulary, look)
     return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
 
 
@@ -188,6 +166,7 @@ def audit_trainer(
     token ids.
     """
     start, made, model = time.perf_counter(), trainer.train_dataset, cast(Any, trainer.model)
+    made = made.dataset if isinstance(made, QualitySubset) else made  # a draw has its rows in another order
     if out is not None:
         require_new(out)
     if not hasattr(made, "__len__"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora.data.formats import Format, format_of
+from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
@@ -119,14 +120,18 @@ def _own_format(names: Sequence[str]) -> Format | None:
         return None
 
 
-def conversations_of(rows: Any) -> list[Conversation] | None:
-    """Read a file, or a list of dicts or `datasets.Dataset`, as conversations; None for None."""
+def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None) -> list[Conversation] | None:
+    """Read a file, or a list of dicts or `datasets.Dataset`, as conversations; None for None.
+
+    Rows with the columns of the format `like` have this format, others their own.
+    """
     if rows is None:
         return None
     if isinstance(rows, str | Path):
-        table = open_table(rows)
+        table = open_table(rows, hints=hints)
         names, name, cells = table.names, table.name, (row.cells for row in table)
     else:
         names, name, cells = list(rows[0]), "data", (rows[j] for j in range(len(rows)))
-    format = format_of(names, name)
+    own = like and replace(like, columns=like.columns.spelled(names))
+    format = own if own and {own.columns.text, own.columns.label} <= {*names, None} else format_of(names, name)
     return [conversation(row, format, j) for j, row in enumerate(cells)]

@@ -27,8 +27,8 @@ from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
-from tsqlora.training.report_callback import ReportCallback, TellProgress
 from tsqlora.training.session import of_draws
+from tsqlora.training.tell_progress import TellProgress
 
 
 @runtime_checkable
@@ -102,8 +102,6 @@ def fit(
     # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if args.report_to:
-        trainer.add_callback(ReportCallback(trainer))
     divides = task.writer is not None and _divides_by_window(model, inputs.collate([data.dataset[0]]))
     set_loss_scaling(trainer, divides_by_window=divides)
     if has_own_loss(task, model):

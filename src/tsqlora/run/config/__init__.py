@@ -1,12 +1,13 @@
 """Settings: YAML in, a frozen typed `Config` out, and back."""
 
-from tsqlora.run.config.file import dump_config, load_config
+from tsqlora.run.config.file import NO_TOKENIZER, dump_config, is_yaml, load_config, text_config
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 from tsqlora.run.config.settings import PRESETS, Config, QualitySettings, RankSettings, Section
 from tsqlora.run.config.template import template
 
 __all__ = [
     "ELSEWHERE",
+    "NO_TOKENIZER",
     "PRESETS",
     "REFUSED_ARGUMENTS",
     "REMOVED_SETTINGS",
@@ -15,6 +16,8 @@ __all__ = [
     "RankSettings",
     "Section",
     "dump_config",
+    "is_yaml",
     "load_config",
     "template",
+    "text_config",
 ]

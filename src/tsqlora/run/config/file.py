@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.data.formats import are_answers
-from tsqlora.data.readers import SUFFIXES, Hints
+from tsqlora.data.formats import are_answers, unlabelled_format
+from tsqlora.data.readers import SUFFIXES
 from tsqlora.data.sources import first_columns, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
-from tsqlora.run.config.settings import Config, DataSettings, Section, section_of
+from tsqlora.run.config.settings import CAUSAL_TASKS, Config, DataSettings, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
@@ -56,6 +56,33 @@ def load_config(
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
     return _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
+
+
+def is_yaml(source: str | os.PathLike[str]) -> bool:
+    """Whether a command's CONFIG|DATA names settings, by its extension."""
+    return Path(source).suffix.lower() in (".yaml", ".yml")
+
+
+NO_TOKENIZER = "give --model M: the audit of texts needs its tokenizer (--no-model leaves out its weights)"
+
+
+def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Config | None:
+    """The settings of an audit of text; None where task.type, data.label or a column of labels asks for labels."""
+    keys = {one.partition("=")[0] for one in overrides}
+    if not is_yaml(source) and "task.type" not in keys and "data.label" in keys:
+        return None
+    sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
+    if not is_yaml(source):
+        sections = {"model": {"path": model or "."}, "data": {"train": source}}
+    config = load_config(source if is_yaml(source) else None, overrides, sections=sections)
+    if is_yaml(source) or "task.type" in keys:
+        texts = config.task.type in CAUSAL_TASKS
+    else:
+        names = first_columns(source, config.data.hints)
+        texts = bool(names and unlabelled_format(names, source))
+    if texts and not is_yaml(source) and model is None and "model.path" not in keys:
+        raise SettingsError(NO_TOKENIZER)
+    return config if texts else None
 
 
 def dump_config(config: Config) -> str:
@@ -191,7 +218,7 @@ def _has_answers(data: DataSettings) -> bool:
     if data.messages or data.prompt or data.target or data.format:
         return True
     try:
-        names = first_columns(data.train, Hints(data.delimiter, data.encoding, data.quoting))
+        names = first_columns(data.train, data.hints)
     except DataError:  # reading the rows raises it again
         return False
     return not (data.text or data.label) and are_answers(names)

@@ -1,15 +1,18 @@
 """Every setting: its type, bounds, default and one line of description."""
 
+import ast
 import copy
-import dataclasses
 import difflib
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
+from tsqlora.data.readers import Hints
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.allocate import default_max_rank
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
@@ -28,6 +31,8 @@ TASK_TYPES = (
     "audio-classification",
 )
 """The names of `tsqlora.tasks.TASKS`, which imports torch."""
+CAUSAL_TASKS = ("preference", "causal-lm")
+"""Those that an audit of text reads."""
 
 PRESETS: Mapping[PresetName, Mapping[str, float]] = {
     "default": {},
@@ -103,9 +108,15 @@ class DataSettings(Section):
     quoting: Literal["quoted", "literal"] | None = setting(
         None, "Whether quotes in CSV files enclose fields or belong to the text; null detects it."
     )
+    sheet: str | None = setting(None, "Sheet of a spreadsheet; null takes the only one that has rows.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows to hold out if there are no validation rows.", gt=0, lt=1
     )
+
+    @property
+    def hints(self) -> Hints:
+        """The settings about how files are written."""
+        return Hints(self.delimiter, self.encoding, self.quoting, self.sheet)
 
     @model_validator(mode="after")
     def _files_can_be_read(self) -> "DataSettings":
@@ -255,7 +266,7 @@ class Config(Section):
 
     model: ModelSettings = Field(description="The pretrained model.")
     task: TaskSettings = setting(TaskSettings(), "The task.")
-    data: DataSettings = Field(description="The rows: JSON lines, CSV, TSV, Parquet, or from the hub.")
+    data: DataSettings = Field(description="The rows: JSON lines, CSV, TSV, Parquet, Excel, or from the hub.")
     quality: QualitySettings = setting(QualitySettings(), "Which rows to learn from.")
     ranks: RankSettings = setting(RankSettings(), "The rank of each layer.")
     adapter: AdapterSettings = setting(AdapterSettings(), "The LoRA adapter.")
@@ -282,10 +293,11 @@ class Config(Section):
 
 
 def _trainer_arguments() -> frozenset[str]:
-    # Imported only if needed: it takes seconds.
-    from transformers import TrainingArguments
-
-    return frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+    # From its source, since importing it takes seconds.
+    source = Path(find_spec("transformers").origin).with_name("training_args.py")  # pyright: ignore
+    classes = (node for node in ast.parse(source.read_bytes()).body if isinstance(node, ast.ClassDef))
+    own = next(node for node in classes if node.name == "TrainingArguments")
+    return frozenset(ast.unparse(node.target) for node in own.body if isinstance(node, ast.AnnAssign))
 
 
 def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:

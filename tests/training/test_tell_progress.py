@@ -1,27 +1,24 @@
-"""Progress and reporters hear of each step and decision, and run.json is as it is at that step."""
+"""Progress hears of each step, reporters of what the Trainer logs, and run.json is as it is at that step."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Pulse
-from tsqlora.ranks.moves import MOST_EVENTS, RankEvent, bounded
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
-from tsqlora.training import report_callback, session
-from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training import session
 from tsqlora.training.record import RunRecord
-from tsqlora.training.report_callback import SPAN, Pace, ReportCallback
+from tsqlora.training.tell_progress import SPAN, Pace
 
 Logged = list[tuple[str, Any, int]]
 
@@ -62,49 +59,6 @@ def reported(place: Path) -> Iterator[RunRecord]:
         patch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Board)
         patch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
         yield train(place, "reported", "training.report_to=tensorboard")
-
-
-def test_each_adjustment_is_told_at_its_step(reported: RunRecord) -> None:
-    assert len(reported.rank_events) > 2
-    moved = {step: value for name, value, step in Writer.scalars if name == "train/ranks/moved"}
-    # The first ranks are set before a step, and logged after it.
-    assert moved == {e.step + (e.reason == "start"): e.moved for e in reported.rank_events}
-    last = reported.rank_events[-1]
-    values = {name: value for name, value, step in Writer.scalars if step == last.step}
-    for layer, rank in last.ranks.items():
-        assert values[f"train/rank/{layer}"] == rank
-        assert values[f"train/sensitivity/{layer}"] == last.sensitivity[layer]
-    assert values["train/ranks/parameters"] == last.used
-
-
-def test_a_scoring_is_told_once(reported: RunRecord) -> None:
-    logged = [(value, step) for name, value, step in Writer.scalars if name == "train/quality/left_out"]
-    assert logged == [(0, reported.quality["scores"]["step"] + 1)]
-    assert "train/quality/wrong_labels" in {name for name, *_ in Writer.scalars}
-
-
-def test_adjustments_are_reported_also_after_older_ones_were_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reporter(TrainerCallback):
-        def __init__(self) -> None:
-            self.steps: list[int] = []
-
-        def on_log(self, args: Any, state: TrainerState, *_: Any, **logged: Any) -> None:
-            assert logged["logs"]["ranks/parameters"] == state.global_step
-            self.steps.append(state.global_step)
-
-    monkeypatch.setattr(report_callback, "reporter_kinds", lambda names: (Reporter,))
-    reporter, ranks, args = Reporter(), RankCallback(), SimpleNamespace(report_to=["x"])
-    ranks.loop = cast(Any, SimpleNamespace(events=[]))
-    callbacks = SimpleNamespace(callbacks=[ranks, reporter])
-    callback = ReportCallback(cast(Any, SimpleNamespace(callback_handler=callbacks, args=args)))
-    state, control = TrainerState(), TrainerControl()
-    callback.on_train_begin(cast(Any, args), state, control)
-    for step in range(1, 2 * MOST_EVENTS):
-        state.global_step = step
-        event = RankEvent(step, "adjustment", {"a": 4}, {"a": 4}, {"a": 1.0}, 1, step, step)
-        ranks.loop.events = bounded([*ranks.loop.events, event])
-        callback.on_step_end(cast(Any, args), state, control, model=None)
-    assert reporter.steps == list(range(1, 2 * MOST_EVENTS))
 
 
 def test_what_the_trainer_logs_and_the_run_itself_are_as_without_reporters(reported: RunRecord, place: Path) -> None:
