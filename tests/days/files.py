@@ -103,6 +103,8 @@ def _book(*others: str) -> Callable[[Path, Rows], None]:
         sheet.append(columns_of(rows))
         for row in rows:
             sheet.append([row.get(name) for name in columns_of(rows)])
+        for cell in (cell for line in sheet.iter_rows() for cell in line if str(cell.value).startswith("=")):
+            cell.data_type = "s"  # a text, and no formula
         for name in others:
             book.create_sheet(name).append(["made by", "hand"])
         book.save(path)
