@@ -47,7 +47,7 @@ def freeze(start: int = 0) -> None:
         one = day(number)
         number += 1
         parts = (one.door, one.family if one.of_texts else "labels", one.kind, one.fault or one.mask or "clean")
-        if any(sorts[part] > COUNT * share for part, share in zip(parts, (0.15, 0.12, 0.1, 0.4), strict=True)):
+        if any(sorts[part] > COUNT * share for part, share in zip(parts, (0.15, 0.12, 0.1, 0.7), strict=True)):
             continue
         begin = time.process_time()
         seen = lived(one)
