@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "src" / "tsqlora", ROOT / "docs" / "errors.md"
 START, END = "<!-- errors: made by scripts/error_table.py -->", "<!-- end -->"
-ERRORS = ("DataError", "SettingsError", "UnsupportedError", "TsqLoraError")
+ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError")
 PARTS = {
     "Rows and their files": ("data/",),
     "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/start.py", "run/finished.py"),
-    "Models and tokenizers": ("training/load.py", "training/predict.py", "tasks/classification.py"),
+    "Models and tokenizers": ("compat/hub.py", "training/load.py", "training/predict.py", "tasks/classification.py"),
     "Run directories and resuming": ("training/run_dir.py", "training/checkpoints.py"),
     "Audit and review": ("run/audit.py", "run/review.py", "run/text_review.py"),
 }

@@ -152,7 +152,7 @@ def test_what_is_no_changed_label_stays_byte_by_byte(
     (tmp_path / name).write_bytes(text.encode(encoding))
     source = open_table(tmp_path / name, hints=Hints(encoding=encoding))
     out = tmp_path / corrected_name(source)
-    write_corrected(source, out, "label", labels)
+    write_corrected(source, out, {row: {"label": label} for row, label in labels.items()})
     assert out.read_bytes() == text.replace(*change).encode(encoding)
 
 
@@ -170,7 +170,7 @@ def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
     (tmp_path / "a.csv").write_bytes(data("text,label\nä,0\nb,1\n"))
     source = open_table(tmp_path / "a.csv", hints=Hints(encoding=encoding))
     assert tuple(row.cells for row in source) == ({"text": "ä", "label": "0"}, {"text": "b", "label": "1"})
-    write_corrected(source, tmp_path / "b.csv", "label", {0: 1})
+    write_corrected(source, tmp_path / "b.csv", {0: {"label": 1}})
     assert (tmp_path / "b.csv").read_bytes() == data("text,label\nä,1\nb,1\n")
     copy_rows(tmp_path / "a.csv", tmp_path / "c.csv", np.array([1]), source.dialect)
     assert (tmp_path / "c.csv").read_bytes() == data("text,label\nb,1\n")
@@ -179,7 +179,7 @@ def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
 @pytest.mark.parametrize(("encoding", "mark"), [("utf-8-sig", BOM), ("utf-16", b"\xff\xfe")])
 def test_a_corrected_array_keeps_its_byte_order_mark(encoding: str, mark: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes('[{"text": "ä", "label": "no"}]'.encode(encoding))
-    write_corrected(open_table(tmp_path / "a.json"), tmp_path / "b.json", "label", {0: "yes"})
+    write_corrected(open_table(tmp_path / "a.json"), tmp_path / "b.json", {0: {"label": "yes"}})
     assert (tmp_path / "b.json").read_bytes().startswith(mark)
     assert cells_of(tmp_path / "b.json") == ({"text": "ä", "label": "yes"},)
 
@@ -190,7 +190,7 @@ def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     )
     table = pa.table({"text": ["a", "b"], "label": ["no", "yes"], "n": [1, None]}, schema=schema)
     pq.write_table(table, tmp_path / "a.parquet")
-    write_corrected(open_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", "label", {1: "no"})
+    write_corrected(open_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", {1: {"label": "no"}})
     result = pq.read_table(tmp_path / "b.parquet")
     assert result.schema == schema
     assert result.to_pylist() == [{"text": "a", "label": "no", "n": 1}, {"text": "b", "label": "no", "n": None}]

@@ -13,6 +13,7 @@ from tsqlora.data.labels import (
     encode_targets,
     join_labels,
     look_alikes,
+    several_of,
 )
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
@@ -23,7 +24,7 @@ def labelled(*values: Any) -> list[Row]:
 
 
 def read_labels(*values: Any, typed: bool = True) -> list[Any]:
-    labels, groups = distinct_labels(labelled(*values), "label", typed=typed)
+    labels, groups, _ = distinct_labels(labelled(*values), "label", typed=typed)
     return [labels[j] for j in groups]
 
 
@@ -40,7 +41,7 @@ def test_text_sorts_as_text_and_integers_as_numbers() -> None:
 
 def test_labels_become_their_ids() -> None:
     rows = labelled("pos", "neg", "pos")
-    labels, places = distinct_labels(rows, "label")
+    labels, places, _ = distinct_labels(rows, "label")
     assert (labels, places.tolist()) == (["pos", "neg"], [0, 1, 0])
     assert encode_labels(rows, "label", classes(labels)) == [1, 0, 1]
 
@@ -100,12 +101,31 @@ def test_of_many_classes_the_first_are_listed() -> None:
 
 def test_several_labels_are_a_list_or_text_with_bars() -> None:
     rows = labelled(["joy", "love"], "love | anger", [], "joy")
-    names, groups = distinct_labels(rows, "label", SET)
+    names, groups, _ = distinct_labels(rows, "label", SET)
     assert (names, groups.tolist()) == (["joy", "love", "anger"], [0, 0, 0, 0])
     made = classes_of(names, "train.jsonl", "label", SET)
     assert encode_labels(rows, "label", made) == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
     numbers = classes_of(distinct_labels(labelled("3|1", "1"), "label", SET, typed=False)[0], "", "", SET)
     assert encode_labels(labelled([1], 3), "label", numbers) == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        (["[0, 3]", "[3]", "[]", "[0, 1]"], [0, 3, 1]),
+        (["['joy', 'love']", '["love"]', "[]"], ["joy", "love"]),
+        (["0|3", "3", "1 | 0"], [0, 3, 1]),
+        ([[0.0, 3.0], [3]], [0, 3]),
+    ],
+)
+def test_lists_are_sets_of_labels_however_a_file_writes_them(cells: list[Any], names: list[Any]) -> None:
+    assert distinct_labels(labelled(*cells), "label", SET, typed=False)[0] == names
+    assert several_of([{"text": "a", "label": cell} for cell in cells]) == SET
+
+
+@pytest.mark.parametrize("cells", [["a", "b|c", "a"], ["a", "b", None], [0, 1, 0], [0.5, 0.1]])
+def test_one_label_a_row_is_no_set(cells: list[Any]) -> None:
+    assert several_of([{"text": "a", "label": cell} for cell in cells]) is None
 
 
 @pytest.mark.parametrize(
@@ -116,7 +136,9 @@ def test_a_list_is_joined_with_nothing_for_none(cell: Any, text: str | None) -> 
     assert join_labels(cell) == text
 
 
-@pytest.mark.parametrize("value", ["joy|bad", ["joy", None], ["joy", ""], "['joy', 'love']", 0.5, {"joy": 1}, None])
+@pytest.mark.parametrize(
+    "value", ["joy|bad", ["joy", None], ["joy", ""], "['joy' 'love']", "[joy]", 0.5, {"joy": 1}, None]
+)
 def test_what_is_no_set_of_labels_is_named_with_file_and_row(value: Any) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:12: "):
         encode_labels(labelled(["joy"], value), "label", LabelMap(("joy", "love"), SET))

@@ -206,7 +206,7 @@ def test_quotes_that_enclose_nothing_belong_to_the_text(name: str, separator: st
     table = open_table(path)
     assert [row.cells["text"] for row in table] == texts
     copy_rows(path, tmp_path / f"copy{path.suffix}", np.array([1, 3]), table.dialect)
-    write_corrected(table, tmp_path / f"corrected{path.suffix}", "label", {1: "z"})
+    write_corrected(table, tmp_path / f"corrected{path.suffix}", {1: {"label": "z"}})
     assert (tmp_path / f"copy{path.suffix}").read_text().splitlines()[1:] == [
         f'"so" they said{separator}b',
         f"plain{separator}b",
@@ -474,7 +474,7 @@ def test_a_corrected_label_is_written_as_the_number_of_its_name(tmp_path: Path) 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     path = tmp_path / "t.parquet"
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 0]}, features=features).to_parquet(path)
-    write_corrected(open_table(path), tmp_path / "out.parquet", "label", {1: "yes"})
+    write_corrected(open_table(path), tmp_path / "out.parquet", {1: {"label": "yes"}})
     assert pq.read_table(tmp_path / "out.parquet")["label"].to_pylist() == [0, 1]
     assert [row["label"] for row in cells_of(tmp_path / "out.parquet")] == ["no", "yes"]
 

@@ -112,14 +112,41 @@ def test_a_named_validation_file_leaves_the_training_rows_whole(tmp_path: Path) 
     assert splits["train"].classes == LabelMap((0, 1))
 
 
-def test_classes_that_differ_in_case_or_spaces_alone_are_warned_of(tmp_path: Path) -> None:
-    labels = ("Sport", "sport ", "news", "sport", "News", "art")
-    rows = [{"text": "good", "label": label} for label in labels * 5]
-    with pytest.warns(UserWarning, match="'News', 'news'; 'Sport', 'sport', 'sport '") as warned:
+def test_spellings_of_a_class_are_one_class_with_a_note_that_counts_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    spelled = {"pos": ("pos ", "Pos", "ＰＯＳ"), "café": ("cafe\u0301", " CAFÉ"), "7": (" 7",)}
+    labels = rng.choice([*spelled], 400, p=[0.8, 0.15, 0.05]).tolist()
+    changed = rng.random(400) < 0.1
+    written = [str(rng.choice(spelled[y])) if other else y for y, other in zip(labels, changed, strict=True)]
+    rows = [{"text": f"row {j}", "label": label} for j, label in enumerate(written)]
+    with pytest.warns(UserWarning, match="other spellings") as warned:
         splits = read(write_jsonl(tmp_path / "train.jsonl", rows))
-    assert splits["train"].classes is not None
-    assert len(splits["train"].classes.names) == 6
-    assert len(warned) == 1
+    classes = splits["train"].classes or pytest.fail("no classes")
+    assert classes.names == ("7", "café", "pos")
+    assert sum(classes.spellings.values()) == changed.sum()
+    (note,) = [str(one.message) for one in warned]
+    assert note in splits["train"].notes
+    count = sum(label in spelled["pos"] for label in written)
+    assert f"as 'pos' in {count} rows" in note
+    for table in splits.values():
+        ids = encode_labels(table, "label", classes)
+        assert [classes.names[id] for id in ids] == [labels[j] for j in table.ids]
+
+
+def test_spellings_of_numbers_in_a_csv_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"row {j},{('1', '0', ' 1', '1.0')[j % 4]}\n" for j in range(40)))
+    with pytest.warns(UserWarning, match="' 1'"):
+        assert read(path)["train"].classes == LabelMap((0, 1))
+
+
+def test_classes_that_a_data_set_names_stay_apart(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["us", "US"])})
+    rows = {"text": ["a", "b"] * 10, "label": [0, 1] * 10}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.warns(UserWarning, match="'US', 'us'; use one spelling"):
+        splits = read(tmp_path / "train.parquet")
+    assert splits["train"].classes == LabelMap(("US", "us"))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +210,7 @@ TALKS = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}
 @pytest.mark.parametrize(
     ("rows", "answer", "message"),
     [
-        ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; set data.label"),
+        ([{"text": "good", "mood": 1}] * 3, "class", "--set data.text=text --set data.label=mood"),
         ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
         ([PAIR] * 3, "class", "set task.type to preference"),
         ([{"messages": []}] * 3, "class", "set task.type to causal-lm"),

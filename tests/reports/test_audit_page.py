@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "summary": "Said.", "notes": [HOSTILE], "answer": "class", "columns": {},
         "evident": True, "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
     }  # fmt: skip
-    both = tuple({"row": j, "text": HOSTILE, "label": "no"} for j in (1, 2))
+    rows[1], rows[3] = replace(rows[1], near=3), replace(rows[3], near=1)
     path = tmp_path_factory.mktemp("audit page") / "audit.html"
-    path.write_text(audit_page(Path("a b"), about, rows, [(both[0], both[1])]), encoding="utf-8")
+    path.write_text(audit_page(Path("a b"), about, rows), encoding="utf-8")
     return path
 
 
@@ -63,10 +64,9 @@ def test_keys_go_through_the_rows_and_the_table_has_what_they_chose(page: Path, 
     tab.open(page, width=1440)
     tab.run("localStorage.clear()")
     tab.open(page, width=1440)
-    press(tab, "1", "2", "j", "k")  # a choice goes to the next row
+    press(tab, "1", "j", "2", "j")  # a choice stays at its row
     assert tab.run(CURRENT) == "text 2"
-    press(tab, "3", "2", "u", "k", "u")
-    press(tab, "j", "t")
+    press(tab, "3", "j", "2", "u", "j", "t")
     tab.run("Object.assign(document.activeElement, {value: ' YES '})")
     press(tab, "Enter")
     expected = {"0": "no", "1": "yes", "2": "'=maybe", "4": "yes"}
@@ -81,7 +81,13 @@ def test_keys_go_through_the_rows_and_the_table_has_what_they_chose(page: Path, 
 
 @pytest.mark.parametrize(
     ("id", "value", "rows"),
-    [("search", "text 5", 1), ("state", "check", 2), ("state", "done", 0), ("pair", '["no","yes"]', 10)],
+    [
+        ("search", "text 5", 1),
+        ("state", "check", 2),
+        ("state", "near", 2),
+        ("state", "done", 0),
+        ("pair", '["no","yes"]', 10),
+    ],
 )
 def test_rows_are_searched_and_narrowed(id: str, value: str, rows: int, page: Path, tab: Page) -> None:
     tab.open(page, width=1440)
@@ -100,7 +106,7 @@ def test_a_browser_stores_the_choices_of_each_label_column_apart() -> None:
         "source": "rows.csv", "sha256": "0" * 64, "classes": ["0", "1"], "model_name": "m", "rows": 10, "summary": "S.",
         "notes": [], "answer": "class", "evident": True, "pairs": [],
     }  # fmt: skip
-    pages = [audit_page(Path("a"), about | {"columns": {"label": name}}, [], []) for name in ("toxic", "rude", "toxic")]
+    pages = [audit_page(Path("a"), about | {"columns": {"label": name}}, []) for name in ("toxic", "rude", "toxic")]
     first, other, again = (Seen(page).page_data()["key"] for page in pages)
     assert first == again != other
 
@@ -112,7 +118,7 @@ def test_without_evidence_the_page_has_no_number_of_wrong_labels(tab: Page, tmp_
         "pairs": [{"label": "0", "suggested": "1", "rows": 3, "wrong": None}],
     }  # fmt: skip
     rows = [Listed(7, "text", "0", "1", None, "suspect", ("0", "1")), Listed(8, "text", "0", "1", None, "check", ())]
-    page = audit_page(Path("a"), about, rows, [])
+    page = audit_page(Path("a"), about, rows)
     assert "of them wrong" not in page
     (tmp_path / "audit.html").write_text(page, encoding="utf-8")
     tab.messages.clear()
@@ -143,7 +149,7 @@ def test_a_token_is_marked_in_its_sentence_and_sets_of_labels_fit(
         "notes": [], "answer": answer, "columns": {}, "evident": True, "pairs": [],
     }  # fmt: skip
     path = tmp_path / "audit.html"
-    path.write_text(audit_page(Path("a"), about, rows, []), encoding="utf-8")
+    path.write_text(audit_page(Path("a"), about, rows), encoding="utf-8")
     tab.messages.clear()
     tab.open(path, width=width)
     assert tab.messages == []

@@ -19,12 +19,13 @@ from seen import Seen
 from tables import cells_of
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.quality.duplicates import Contradiction
 from tsqlora.quality.judge import DOUBT, judge
 from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
 from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing
-from tsqlora.run.config import load_config
+from tsqlora.run.config import file, load_config
 from tsqlora.run.job import read
 from tsqlora.run.review import apply_review
 
@@ -92,17 +93,105 @@ def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: 
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {j}", "label": f"c{y}"} for j, y in enumerate(labels)])
     table = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))["train"]
     result, judgement = audit_of(features, labels, classes=[f"c{y}" for y in range(4)]), judge(features, labels, 4)
-    listing = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
-    assert LEAST < len(listing.rows) == judgement.left_out.sum()
-    assert {row.row for row in listing.rows} == set(np.flatnonzero(judgement.left_out).tolist())
-    chances = [row.wrong_probability or 0.0 for row in listing.rows]
+    every = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
+    listing = [row for row in every if row.kind == "suspect"]
+    assert LEAST < len(listing) == judgement.left_out.sum()
+    assert {row.row for row in listing} == set(np.flatnonzero(judgement.left_out).tolist())
+    chances = [row.wrong_probability or 0.0 for row in listing]
     assert chances == sorted(chances, reverse=True)
     assert chances[-1] > DOUBT
     summary = pipeline._summary(result)
     assert all(f"{value:.1%}" in summary for value in (result.rate, result.low, result.high))
-    assert f"{result.likely_wrong:,}" in summary
+    assert f"{result.likely_wrong:,} rows to look at, about {result.expected_wrong:,.0f} of them wrong" in summary
     assert "100" not in pipeline._summary(replace(result, low=0.0, high=1.0)), "that is no bound"
     assert "0.0% of" not in pipeline._summary(replace(result, rate=0.0004)), "some labels are called wrong"
+
+
+@pytest.mark.parametrize("evident", [False, True])
+def test_all_near_duplicates_with_different_labels_are_in_table_page_and_record(
+    evident: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """130 pairs; once they are most of the suspects, and once nothing is evident."""
+    rows = [
+        {"text": f"{row['text']} number {j}", "label": ("no", "yes")[j % 2]} for j, row in enumerate(make_rows(500))
+    ]
+    rows += [{"text": rows[j]["text"], "label": ("yes", "no")[j % 2]} for j in range(0, 390, 3)]
+    pairs = {(j, 500 + k) for k, j in enumerate(range(0, 390, 3))}
+    real = pipeline.audit
+
+    def judged(*args: Any, **options: Any) -> Any:
+        # The model of the test sees only some words; these are the pairs that a real one would see.
+        result = real(*args, **options)
+        return replace(
+            result, evident=evident, rate=0.2, duplicates=tuple(Contradiction(a, b) for a, b in sorted(pairs))
+        )
+
+    monkeypatch.setattr(pipeline, "audit", judged)
+    about = run_audit(str(write_jsonl(tmp_path / "rows.jsonl", rows)), model=str(place / "model"), out=tmp_path / "a")
+    assert {(a, b) for a, b in about["near_duplicates"]} == pairs
+    listed = {int(row["row"]): row for row in table_of(tmp_path / "a")}
+    assert {tuple(sorted((row, int(cells["near_row"])))) for row, cells in listed.items() if cells["near_row"]} == pairs
+    for row in (one for pair in pairs for one in pair):
+        assert (listed[row]["kind"] == "near-duplicate") <= (listed[row]["suggested_label"] != listed[row]["label"])
+    page = Seen((tmp_path / "a" / "audit.html").read_text(encoding="utf-8")).page_data()["rows"]
+    assert {row["row"] for row in page if row["near"] is not None} == {one for pair in pairs for one in pair}
+
+
+COLUMNS = [
+    ({"Frage": "Wo ist das {j} Haus?", "Klasse": "ort"}, "--set data.text=Frage --set data.label=Klasse"),
+    ({"text": "Where is house {j}?", "Klasse": "ort"}, "--set data.text=text --set data.label=Klasse"),
+    (
+        {"id": "{j}", "text": "Where is house {j}?", "the kind": "ort"},
+        "--set data.text=text --set 'data.label=the kind'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "command"), COLUMNS)
+@pytest.mark.parametrize("door", ["audit", "audit with a model", "train"])
+def test_an_unknown_column_of_labels_is_asked_for_with_the_command(
+    row: dict[str, str],
+    command: str,
+    door: str,
+    place: Path,
+    tmp_path: Path,
+    tsqlora: Callable[..., tuple[int, str, str]],
+) -> None:
+    rows = [{name: value.replace("{j}", str(j)) for name, value in row.items()} for j in range(60)]
+    rows = [one | {[*row][-1]: ("ort", "zeit")[j % 2]} for j, one in enumerate(rows)]
+    write_rows(tmp_path / "rows.csv", rows)
+    words = ["train", "--data", tmp_path / "rows.csv"] if door == "train" else ["audit", tmp_path / "rows.csv"]
+    words += [] if door == "audit" else ["--model", place / "model"]
+    code, _, err = tsqlora(*words)
+    assert (code, command in err, "needs its tokenizer" in err) == (3, True, False)
+
+
+def test_tokens_and_tags_open_their_door(place: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": row["text"].split(), "tags": ["O"] * len(row["text"].split())} for row in make_rows(60)]
+    for j, row in enumerate(rows):
+        row["tags"][0] = ("B-x", "B-y")[j % 2]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    about = run_audit(str(data), model=str(place / "model"), out=tmp_path / "a")
+    assert (about["task"], about["answer"]) == ("token-classification", "tags")
+
+
+def test_without_a_model_classes_of_text_are_for_the_embedded_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "package_folder", lambda name: tmp_path / name)
+    chats = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chats}] * 5)
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(9))
+    config = load_config(None, [f"data.train={data}"])
+    assert config.model.path == str(tmp_path / file.ENCODER / "model")
+    with pytest.raises(SettingsError, match=r"model\.path must be set .* causal-lm"):
+        load_config(None, [f"data.train={tmp_path / 'chats.jsonl'}"])
+
+
+def test_two_rows_are_too_few_and_no_validation_rows_are_asked_for(place: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(2, labels=("no", "yes")))
+    with pytest.raises(DataError, match="2 rows are too few for an audit"):
+        run_audit(str(data), model=str(place / "model"), out=tmp_path / "a")
 
 
 def test_checks_are_no_suspects_and_come_evenly_from_the_classes() -> None:
@@ -302,7 +391,7 @@ def test_what_cannot_be_audited_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data, model = str(place / "train.jsonl"), str(place / "model")
-    monkeypatch.setattr(pipeline, "ENCODER", "no_such_package")
+    monkeypatch.setattr(file, "ENCODER", "no_such_package")
     refused: list[tuple[type[TsqLoraError], str, Callable[[], Any]]] = [
         (SettingsError, "--model", lambda: run_audit(data)),
         (SettingsError, "--out", lambda: run_audit(data, model=model, out=place / "audit")),

@@ -98,7 +98,7 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     before, after = list(cells_of(data)), cells_of(result["corrected"])
     before[3] = {**before[3], "labels": "house|glad" if suffix == ".csv" else ["house", "glad"]}
     assert after == tuple(before)
-    for wrong, named in (("glad|nothing", "'nothing'"), ("['glad']", "['glad']")):
+    for wrong, named in (("glad|nothing", "'nothing'"), ("['glad' 'sad']", "['glad' 'sad']")):
         write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": wrong} for line in table])
         code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", tmp_path / "audit")
         assert (code, named in err) == (3, True)

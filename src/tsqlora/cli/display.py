@@ -28,7 +28,7 @@ def say(console: Console, lines: Iterable[str]) -> None:
 def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """The plan of a dry run."""
     ranks = sorted(set(plan["ranks"].values()))
-    columns = ", ".join(str(name) for key, name in plan["columns"].items() if name is not None and key != "media")
+    columns = ", ".join(str(name) for key, name in plan["columns"].items() if name and key not in ("media", "one_hot"))
     limit = f"; at most {plan['max_length']:,} tokens" if plan["max_length"] else ""
     lines = [
         f"rows        {', '.join(f'{count:,} {name}' for name, count in plan['rows'].items())}",
@@ -307,7 +307,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     console.print(table)
     pairs, lines = result["duplicates"], [f"note: {note}" for note in result["notes"]]
     if pairs:
-        lines.insert(0, f"pairs of near-duplicates with different labels: {pairs:,}; the page shows them")
+        lines.insert(0, f"pairs of near-duplicates with different labels: {pairs:,}, all in the table and on the page")
     checks = f", {result['checks']:,} of them not suspects, as a check" if result["checks"] else ""
     lines += [
         f"{result['suspects']} lists {result['listed']:,} rows{checks}",

@@ -323,6 +323,7 @@ def _audit_text(
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
             options |= {"max_length": options["max_length"] or config.data.max_length}
             options |= {"batch": config.training.batch_size, "hints": config.data.hints}
+            options |= {"trust_remote_code": config.model.trust_remote_code}
             result = audit_text(source, model=model, named=named, out=folder, **options)
     console.show(result, as_json, show_text_audit)
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):

@@ -2,10 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import reading
 
 _OF_MODELS = (
@@ -46,12 +48,23 @@ def require_model(path: str) -> None:
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
 
 
-def why_not_loaded(path: str, error: Exception) -> str:
-    """Return the first line of an error from loading a model; for a path that is no directory both causes."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if os.path.isdir(path):
-        return reason
-    return f"there is no such directory, and as a hub id: {reason}" if is_hub_id(path) else "no such directory"
+@contextmanager
+def loading(option: str, path: str) -> Iterator[None]:
+    """Raises SettingsError with the option, its path, and the first line of what a library says about that model."""
+    try:
+        yield
+    except TsqLoraError:
+        raise
+    except Exception as error:  # a hostile config.json can make transformers raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = "it comes with its own code, which runs only with model.trust_remote_code: true"
+        elif not os.path.isdir(path):
+            as_id = f"there is no such directory, and as a hub id: {reason}"
+            reason = as_id if is_hub_id(path) else "no such directory"
+        raise SettingsError(
+            f"{option} {path!r} cannot be loaded ({reason}); correct this, or give another directory or hub id"
+        ) from error
 
 
 def is_revision(name: str) -> bool:

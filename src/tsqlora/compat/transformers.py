@@ -90,6 +90,19 @@ def class_for(auto: Any, config: Any) -> type[PreTrainedModel] | None:
     return kind[0] if isinstance(kind, tuple) else kind
 
 
+def load(kind: Any, of: Any, *, trust_remote_code: bool = False, **how: Any) -> Any:
+    """Load a config, a tokenizer, a processor or a model of a directory or hub id by its class; or a model's adapter.
+
+    Without trust no code of the model is run. transformers would ask at the terminal, and run it on a "y" there.
+    """
+    return kind.from_pretrained(of, trust_remote_code=trust_remote_code, **how)
+
+
+def without_weights(kind: Any, config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that an AutoModel class makes for a config; code of the model is run as by `load`."""
+    return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def require_no_adapter(path: str, revision: str) -> None:
     """Raise ValueError if a directory or hub id has the settings of an adapter.
 
@@ -99,7 +112,7 @@ def require_no_adapter(path: str, revision: str) -> None:
         raise ValueError("it has an adapter_config.json; merge that adapter into its base, or remove the file")
 
 
-def without_named_files(path: str, **where: Any) -> dict[str, None]:
+def without_named_files(path: str, **where: Any) -> dict[str, Any]:
     """Arguments of a tokenizer's `from_pretrained` that unset the files named in its tokenizer_config.json.
 
     transformers 5.2 opens them wherever they are, and `save_pretrained` copies them; without them it takes the files

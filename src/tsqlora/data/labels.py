@@ -1,16 +1,18 @@
 """Labels as rows write them, encoded as class ids, sets of labels, tags, or target numbers."""
 
+import ast
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from unicodedata import normalize
 
 import numpy as np
 
-from tsqlora.data.rows import MissingError, Row, is_missing
+from tsqlora.data.rows import Columns, MissingError, Row, find_columns, is_missing, is_one, one_hot_columns
 from tsqlora.errors import DataError
 
 SEPARATOR = "|"
@@ -69,16 +71,20 @@ class LabelKind:
 
 
 def split_labels(cell: Any) -> list[Any]:
-    """The labels of a cell.
+    """The labels of a cell: a list, also as pandas or JSON writes it into a table, or text joined by "|".
 
-    >>> split_labels("joy | love"), split_labels(["joy"]), split_labels(3)
-    (['joy', 'love'], ['joy'], [3])
+    >>> split_labels("joy | love"), split_labels(["joy"]), split_labels(3), split_labels("[0, 3]")
+    (['joy', 'love'], ['joy'], [3], [0, 3])
     """
-    if isinstance(cell, str):
-        # A list that pandas wrote as text is refused like any label that is no text.
-        written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
-        return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
-    return cell if isinstance(cell, list) else [cell]
+    if not isinstance(cell, str):
+        return cell if isinstance(cell, list) else [cell]
+    if not re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL):
+        return [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
+    try:
+        # numpy writes no commas, and Python joins two texts that have none between them.
+        return [[cell]] if re.search(r"""['"]\s+['"]""", cell) else list(ast.literal_eval(cell.strip()))
+    except (ValueError, SyntaxError):
+        return [[cell]]  # refused like any label that is no text
 
 
 CLASS = LabelKind(
@@ -106,6 +112,37 @@ TAGS = LabelKind(
 KINDS = {kind.name: kind for kind in (CLASS, SET, TAGS)}
 
 
+def several_of(rows: Sequence[Mapping[str, Any]], **named: str | None) -> LabelKind | None:
+    """Whether a file's first rows have tags, or sets of labels; None for other rows. `named` are columns of settings.
+
+    Tags are lists as long as those of tokens. Sets are lists, text joined by "|" of which a part stands in another
+    cell, too, and columns of zeros and ones where some row has not exactly one 1.
+
+    >>> several_of([{"words": ["a"], "ner_tags": [0]}]).name, several_of([{"text": "a", "labels": "[0, 3]"}]).name
+    ('tags', 'labels')
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def columns(tokens: bool) -> Columns:
+        try:
+            return find_columns(names, source="", tokens=tokens, **named)
+        except DataError:
+            return Columns("", None, None)
+
+    words, used = columns(True), columns(False)
+    both = [(row.get(words.text), row.get(words.label or "")) for row in rows]
+    if rows and all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in both):
+        return TAGS
+    if used.label is None:
+        flags = one_hot_columns(rows, used, names) if used.text else []
+        return SET if flags and any(sum(is_one(row.get(name)) is True for name in flags) != 1 for row in rows) else None
+    cells = [cell for row in rows if not is_missing(cell := row.get(used.label))]
+    parts = [{*map(str, split_labels(cell))} for cell in {str(cell): cell for cell in cells}.values()]
+    times = Counter(label for labels in parts for label in labels)
+    joined = any(len(labels) > 1 and max(times[label] for label in labels) > 1 for labels in parts)
+    return SET if joined or any(isinstance(cell, list) for cell in cells) else None
+
+
 @dataclass(frozen=True, slots=True)
 class LabelMap:
     """The classes in the order of their ids: `names[id]` is the label as the data writes it."""
@@ -114,34 +151,68 @@ class LabelMap:
     kind: LabelKind = CLASS
     strict: bool = True
     """Refuse a label that is not a class; else it gets the id UNSEEN."""
+    spellings: Mapping[str | int, int] = field(default_factory=dict, compare=False)
+    """Other spellings of the classes in the training rows, which are read as these, and how often each is written."""
 
 
 def distinct_labels(
-    rows: Iterable[Row], column: str, kind: LabelKind = CLASS, *, typed: bool = True
-) -> tuple[list[str | int], np.ndarray]:
+    rows: Iterable[Row], column: str, kind: LabelKind = CLASS, *, typed: bool = True, apart: bool = False
+) -> tuple[list[str | int], np.ndarray, dict[str | int, int]]:
     """The distinct labels in order of first appearance, and the number of each row's class; all 0 for several labels.
 
-    In a format that is not `typed` (CSV), labels that are all integers become integers. Raises DataError with file and
-    row for a label that is neither text nor an integer, and for text beside integers.
+    Spellings that differ in case, white space or Unicode form alone are one label, the most frequent of them, unless
+    they are to stay `apart`; the others are returned with their counts. In a format that is not `typed` (CSV), labels
+    that are all integers become integers. Raises DataError with file and row for a label that is neither text nor an
+    integer, and for text beside integers.
     """
-    numbers: dict[str | int, int] = {}
+    written, counts = dict[str | int, int](), Counter[str | int]()
 
     def number_of(row: Row) -> int:
         for label in (labels := labels_at(row, column, kind)):
-            if type(label) is not type(next(iter(numbers), label)):
+            if type(label) is not type(next(iter(written), label)):
                 raise DataError(
                     f"{row.place}: the label {label!r} in column '{column}' is {type(label).__name__}, "
                     "unlike earlier labels; write all as text or all as integers"
                 )
-            numbers.setdefault(label, len(numbers))
-        return numbers[labels[0]] if kind.single else 0
+            written.setdefault(label, len(written))
+            counts[label] += 1
+        return written[labels[0]] if kind.single else 0
 
-    groups = np.fromiter(map(number_of, rows), dtype=np.int32)
-    if typed or not all(_is_integer(str(value)) for value in numbers):
-        return list(numbers), groups
-    values = dict[int, int]()  # "1" is "1.0"
-    places = [values.setdefault(_integer(str(value)), len(values)) for value in numbers]
-    return list(values), np.array(places, dtype=np.int32)[groups]
+    groups, common = np.fromiter(map(number_of, rows), dtype=np.int32), dict[str | int, str | int]()
+    for alike in [] if apart else look_alikes(written):
+        # Of two that are as frequent, the one without needless blanks.
+        best = max(alike, key=lambda name: (counts[name], name == " ".join(normalize("NFC", str(name)).split())))
+        common |= dict.fromkeys(alike, best)
+    read = [common.get(label, label) for label in written]
+    if not typed and all(_is_integer(str(label)) for label in read):
+        read = [_integer(str(label)) for label in read]  # "1" is "1.0"
+    values = {label: place for place, label in enumerate(dict.fromkeys(read))}
+    spellings = {label: counts[label] for label, best in common.items() if label != best}
+    return list(values), np.array([values[label] for label in read], dtype=np.int32)[groups], spellings
+
+
+def class_finder(names: Iterable[str | int]) -> Callable[[str | int], str | int | None]:
+    """Return a function that finds the class of a label: itself, or the only one that it is another spelling of.
+
+    The text of a number counts as the number, also as pandas writes it.
+
+    >>> find = class_finder(("Pos", "neg"))
+    >>> find("neg"), find(" pos"), find("posit"), class_finder((0, 3))("3.0")
+    ('neg', 'Pos', None, 3)
+    """
+    own = {str(name): name for name in names}
+    alike = _by_spelling(own.values())
+
+    def find(label: str | int) -> str | int | None:
+        text = str(label)
+        if text in own:
+            return own[text]
+        if _is_integer(text) and type(number := own.get(str(_integer(text)))) is int:
+            return number
+        spelled = alike.get(_folded(text), [])
+        return spelled[0] if len(spelled) == 1 else None
+
+    return find
 
 
 def classes_of(labels: Iterable[str | int], source: str, column: str, kind: LabelKind = CLASS) -> LabelMap:
@@ -159,21 +230,21 @@ def classes_of(labels: Iterable[str | int], source: str, column: str, kind: Labe
 def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list[Any]:
     """The class id of each row; for several labels a list of a 0.0 or 1.0 for each class; for tags a list of ids.
 
-    If classes are integers, their text counts too ("3" for 3). Raises DataError with file and row for an invalid label
-    and for a label that is not a class, where the map is strict.
+    A label may have another spelling than its class (`class_finder`). Raises DataError with file and row for an invalid
+    label and for a label that is not a class, where the map is strict.
     """
     numbers = {name: number for number, name in enumerate(label_map.names)}
-    integers, encoded = isinstance(label_map.names[0], int), list[Any]()
+    find, encoded = class_finder(label_map.names), list[Any]()
     for row in rows:
         ids = list[int]()
         for label in labels_at(row, column, label_map.kind):
-            label = _integer(label) if integers and isinstance(label, str) and _is_integer(label) else label
-            if label not in numbers and label_map.strict:
+            name = find(label)
+            if name is None and label_map.strict:
                 raise DataError(
                     f"{row.place}: label {reprlib.repr(label)} is not among the training data's classes: "
                     f"{_listed(label_map.names)}; correct it, or add the class to the training data"
                 )
-            ids.append(numbers.get(label, UNSEEN))
+            ids.append(UNSEEN if name is None else numbers[name])
         encoded.append(label_map.kind.encoded(ids, len(numbers)))
     return encoded
 
@@ -252,17 +323,25 @@ def are_numbers(classes: Sequence[str | int] | None) -> bool:
     return classes is None or isinstance(next(iter(classes), None), int)
 
 
-def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
+def look_alikes(names: Iterable[str | int]) -> list[tuple[str | int, ...]]:
     """Groups of classes that differ in case, white space and Unicode form alone.
 
     >>> look_alikes(("news", "sport", "Sport", "sport "))
     [('sport', 'Sport', 'sport ')]
     """
-    alike: dict[str, list[str]] = {}
+    return [tuple(group) for group in _by_spelling(names).values() if len(group) > 1]
+
+
+def _by_spelling(names: Iterable[str | int]) -> dict[str, list[str | int]]:
+    alike: dict[str, list[str | int]] = {}
     for name in names:
-        if isinstance(name, str):
-            alike.setdefault(" ".join(normalize("NFKC", name).split()).casefold(), []).append(name)
-    return [tuple(group) for group in alike.values() if len(group) > 1]
+        alike.setdefault(_folded(name), []).append(name)
+    return alike
+
+
+def _folded(name: str | int) -> str:
+    """What all spellings of a label share."""
+    return " ".join(normalize("NFKC", str(name)).split()).casefold()
 
 
 def labels_at(row: Row, column: str, kind: LabelKind) -> list[str | int]:

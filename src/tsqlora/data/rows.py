@@ -44,7 +44,7 @@ class Columns:
     """Names of the columns in use; None for one that the data lacks.
 
     `media` is "image" or "audio" where `text` is a column of paths; `system` holds the system prompts of texts to
-    generate.
+    generate. With `one_hot` the label of a row is the names of those columns that hold a 1.
     """
 
     text: str
@@ -52,6 +52,7 @@ class Columns:
     label: str | None
     media: str | None = field(default=None, repr=False)
     system: str | None = field(default=None, repr=False)
+    one_hot: Sequence[str] = field(default=(), repr=False)
 
     def spelled(self, names: Collection[str]) -> "Columns":
         """The columns as a file spells them, where one of its own differs in case or in blanks alone.
@@ -62,7 +63,8 @@ class Columns:
         pair, label, system = (
             None if name is None else _spelled(name, names) for name in (self.text_pair, self.label, self.system)
         )
-        return Columns(_spelled(self.text, names), pair, label, self.media, system)
+        one_hot = tuple(_spelled(name, names) for name in self.one_hot)
+        return Columns(_spelled(self.text, names), pair, label, self.media, system, one_hot)
 
 
 def _spelled(name: str, names: Collection[str]) -> str:
@@ -102,11 +104,37 @@ def find_columns(
         other = next((kind for kind in ENDINGS if kind in names and kind != media), None)
         cure = f", or task.type to {other}-classification" if other else ""
         doubt = "is the line with the names of the columns missing? else " if _are_cells(names) else ""
-        raise DataError(f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}")
+        raise NoColumnError(
+            f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}"
+        )
     if text is None and text_pair is None and not tokens and not media:
         text_pair = _first((USUAL_PAIR.get(first_text.lower(), ""),), _without(names, label))
     label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
     return Columns(first_text, text_pair, label, media)
+
+
+def one_hot_columns(rows: Iterable[Mapping[str, Any]], used: Columns, names: Iterable[str]) -> list[str]:
+    """Columns beside the text that hold zeros and ones alone, each of which is a label; none if there is only one.
+
+    >>> rows = [{"text": "a", "id": 7, "joy": 0, "love": 1.0}, {"text": "b", "id": 8, "joy": 1, "love": 0.0}]
+    >>> one_hot_columns(rows, Columns("text", None, None), rows[0])
+    ['joy', 'love']
+    """
+    ones = dict.fromkeys((name for name in names if name not in (used.text, used.text_pair)), False)
+    for row in rows:
+        for name in [*ones]:
+            if (one := is_one(row.get(name))) is None:
+                del ones[name]
+            elif one:
+                ones[name] = True
+    labels = [name for name, any_one in ones.items() if any_one]
+    return labels if len(labels) > 1 else []
+
+
+def is_one(cell: Any) -> bool | None:
+    """Whether a cell of zeros and ones holds a 1, also as text, as true, or empty for 0; None for any other cell."""
+    text = "" if is_missing(cell) else str(cell).strip().lower().removesuffix(".0")
+    return {"": False, "0": False, "false": False, "1": True, "true": True}.get(text)
 
 
 def named_columns(settings: Mapping[str, str | None], names: Sequence[str], source: str) -> list[str | None]:
@@ -189,6 +217,10 @@ class MissingError(DataError):
 
     def __str__(self) -> str:
         return printable(f"{self.args[0]}: {self.what}; fill it in or remove the row")
+
+
+class NoColumnError(DataError):
+    """A table without a column that no setting names."""
 
 
 def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:

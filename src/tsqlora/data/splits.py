@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,17 @@ from tsqlora.data.labels import (
 )
 from tsqlora.data.media import require_reader, why_unread
 from tsqlora.data.readers import SNIFF, Hints
-from tsqlora.data.rows import Columns, MissingError, Row, is_missing, lacking, quoted, text_at
+from tsqlora.data.rows import (
+    Columns,
+    MissingError,
+    NoColumnError,
+    Row,
+    is_missing,
+    lacking,
+    one_hot_columns,
+    quoted,
+    text_at,
+)
 from tsqlora.data.sources import ORDER, open_tables
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
@@ -71,19 +82,23 @@ def read_data(
     for splits that have none. Raises DataError with file and row.
     """
     tables = open_tables(train, validation, test, trusted, hints, folder)
-    first, tags = tables["train"], label is not None and label.by_token
+    first, tags, used = tables["train"], label is not None and label.by_token, None
     try:
         used, format = find(first.names, source=first.name, **(columns or {}))
+        flags = used.label is None and format is None and label is not None and not tags
+        if flags and (names := one_hot_columns((row.cells for row in first), used, first.names)):
+            used = replace(used, label="label", one_hot=names)
+            note = f"{first.name}: each of the columns {quoted(names)}, which hold zeros and ones, is a label"
+            tables["train"] = replace(first, notes=(*first.notes, note))
         if used.label is None and format is None:
-            raise DataError(
-                f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.names)}; or "
-                "set task.type to causal-lm, for a model that writes text"
-            )
+            raise NoColumnError(f"{first.name} has no label column")
     except DataError as error:
         if holds_out and {"chosen", "rejected"} <= {*first.names}:
             cure = "of rows with chosen and rejected answers, set task.type to preference"
         elif not any((columns or {}).values()) and are_answers(first.names):
             cure = "of chats, or of prompts with answers, set task.type to causal-lm"
+        elif isinstance(error, NoColumnError):
+            cure = _naming(first, {**(columns or {}), "text": None if used is None else used.text})
         else:
             raise
         raise DataError(f"{error}; {cure}") from error
@@ -98,12 +113,28 @@ def read_data(
             warnings.warn(f"{tables['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
             del tables["test"]
     tables = {name: complete(table, max_bad_rows, tags=tags) for name, table in tables.items()}
-    classes, groups = _classes(tables["train"], label)
+    tables["train"], groups = _with_classes(tables["train"], label)
     if "validation" not in tables and holds_out:
         both = tables["train"]
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
         tables |= {n: replace(both, ids=both.ids[mask]) for n, mask in (("train", ~out), ("validation", out))}
-    return {name: replace(tables[name], classes=classes) for name in ORDER if name in tables}
+    return {name: replace(tables[name], classes=tables["train"].classes) for name in ORDER if name in tables}
+
+
+def _naming(table: Table, named: Mapping[str, str | None]) -> str:
+    """The settings that name text and label, by the first rows: the longest text, and few different labels."""
+    rows = [row.cells for row in next(table.chunks())]
+    written = {name: [str(row.get(name)) for row in rows] for name in table.names if name.strip()}
+    text = named.get("text") or max(written, key=lambda name: sum(map(len, written[name])))
+    counts = {name: len({*cells}) for name, cells in written.items() if name not in (text, named.get("text_pair"))}
+    # Neither one value in all rows nor another one in each row is a label.
+    likely = sorted(counts, key=lambda name: (not 1 < counts[name] <= max(MANY_CLASSES, len(rows) / 2), counts[name]))
+    chosen = {"text": text, "label": named.get("label") or next(iter(likely), None)}
+    words = [f"--set {quote(f'data.{key}={name}')}" for key, name in chosen.items() if name is not None]
+    return (
+        f"add {' '.join(words)}, or name other columns (those that look like labels first: {quoted(likely)}); or set "
+        "task.type to causal-lm, for a model that writes text"
+    )
 
 
 def held_out_rows(tables: Mapping[str, Table]) -> int:
@@ -230,14 +261,16 @@ def _lacks_tags(tokens: Any, tags: Any, columns: Columns, *, answers: bool) -> s
     return None  # reading anything but lists raises an error
 
 
-def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np.ndarray]:
-    """The classes of the rows, and the number of each row's class; all 0 without a single class."""
+def _with_classes(table: Table, label: LabelKind | None) -> tuple[Table, np.ndarray]:
+    """The table with the classes of its rows, and the number of each row's class; all 0 without a single class."""
     name, column = table.name, table.columns.label
     if label is None or column is None:
         if table.format is None and column is not None:
             encode_targets(table, column)
-        return None, np.zeros(len(table), dtype=np.int32)
-    values, groups = distinct_labels(table, column, label, typed=table.typed)
+        return table, np.zeros(len(table), dtype=np.int32)
+    # A data set that names its classes names each apart.
+    apart = column in table.class_names
+    values, groups, spellings = distinct_labels(table, column, label, typed=table.typed, apart=apart)
     if label.single and len(values) > max(MANY_CLASSES, len(table) / 2):
         numbers = " (numbers: set task.type to regression)" if mostly_numbers(values) else ""
         others = quoted(name for name in table.names if name not in (column, table.columns.text))
@@ -245,11 +278,12 @@ def _classes(table: Table, label: LabelKind | None) -> tuple[LabelMap | None, np
             f"{name}: column '{column}' has {len(values):,} different values in {len(table):,} rows, so it holds no "
             f"classes{numbers}; set data.label to another column: {others}"
         )
-    classes = classes_of(values, name, column, label)
+    classes = replace(classes_of(values, name, column, label), spellings=spellings)
     rows = dict(zip(values, np.bincount(groups).tolist(), strict=True)) if label.single else {}
-    for note in _doubts(classes, column, rows):
-        warnings.warn(f"{name}: {note}", stacklevel=3)
-    return classes, groups
+    notes = [f"{name}: {note}" for note in _doubts(classes, column, rows)]
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return replace(table, classes=classes, notes=(*table.notes, *notes)), groups
 
 
 def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> Iterator[str]:
@@ -276,6 +310,16 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
         yield (
             f"these classes differ only in case, spaces or Unicode: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
             "use one spelling if they are the same class"
+        )
+    if spelled := look_alikes([*classes.names, *classes.spellings]) if classes.spellings else []:
+        what = "rows" if classes.kind.single else "labels"
+        shown = "; ".join(
+            f"{' and '.join(map(repr, others))} as {name!r} in {sum(classes.spellings[one] for one in others):,} {what}"
+            for name, *others in spelled[:_GROUPS]
+        )
+        yield (
+            f"other spellings are read as their class: {shown}{'; …' if len(spelled) > _GROUPS else ''}; if they are "
+            "different classes, give them names that differ in more than case, spaces or Unicode"
         )
 
 

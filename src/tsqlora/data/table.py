@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from tsqlora.data.formats import Format
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.readers import PLAIN, Dialect
-from tsqlora.data.rows import Columns, Row, row_hash
+from tsqlora.data.rows import Columns, Row, is_one, row_hash
 from tsqlora.errors import DataError
 
 NO_COLUMNS = Columns("", None, None)
@@ -218,7 +218,14 @@ class Table:
                 return row
             return replace(row, number=name, cells={**row.cells, column: os.path.abspath(self.path.parent / name)})
 
-        if columns.media and kind:
+        def labelled(row: Row) -> Row:
+            row = before(row)
+            ones = [name for name in columns.one_hot if is_one(row.cells.get(name))]
+            return replace(row, cells={**row.cells, columns.label or "label": ones[0] if len(ones) == 1 else ones})
+
+        if columns.one_hot and columns.label is not None:
+            table = replace(self, view=labelled, names=(*self.names, columns.label))
+        elif columns.media and kind:
             table = replace(self, view=renamed, kind=None, names=(column, columns.label or "label"))
         elif columns.media:
             table = replace(self, view=absolute, path=None)

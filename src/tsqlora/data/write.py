@@ -199,8 +199,8 @@ WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
 COPIED = (".jsonl", ".parquet", *TABLES)
 """Formats whose rows can be copied as they stand."""
 
-Labels = Mapping[int, Any]
-"""New labels, or lists of them, by the places of their rows, from 0."""
+Cells = Mapping[int, Mapping[str, Any]]
+"""New cells by column, by the places of their rows, from 0."""
 
 
 def can_copy(source: Path, out: Path) -> bool:
@@ -225,23 +225,22 @@ def corrected_name(source: Table) -> str:
     return f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
 
 
-def write_corrected(source: Table, out: Path, column: str, labels: Labels) -> None:
-    """Write a copy with new labels atomically; other rows stay byte for byte, except in a JSON array.
+def write_corrected(source: Table, out: Path, cells: Cells) -> None:
+    """Write a copy with new cells atomically; other rows stay byte for byte, except in a JSON array.
 
-    A row with a new label keeps its other values, but not always its quotes and the digits of its numbers (1.50).
+    A row with a new cell keeps its other values, but not always its quotes and the digits of its numbers (1.50).
     """
     path = source.path
     if path is None:
-        rows = [{**row.cells, column: labels[row.id]} if row.id in labels else row.cells for row in source]
-        write_rows(out, rows)
+        write_rows(out, [{**row.cells, **cells.get(row.id, {})} for row in source])
         return
-    with replacing(out, private=True) as unfinished:
+    with _fitting(out), replacing(out, private=True) as unfinished:
         if path.suffix.lower() == ".parquet":
-            _correct_parquet(path, unfinished, column, _numbers(source.class_names.get(column), labels))
+            _correct_parquet(path, unfinished, cells, source.class_names)
         elif is_array(path, source.dialect):
-            _correct_array(path, unfinished, source.dialect, column, labels)
+            _correct_array(path, unfinished, source.dialect, cells)
         else:
-            _copy_text(path, unfinished, source.dialect, column=column, labels=labels)
+            _copy_text(path, unfinished, source.dialect, cells=cells)
 
 
 def _copy_text(
@@ -250,55 +249,55 @@ def _copy_text(
     dialect: Dialect,
     places: Iterable[int] | None = None,
     *,
-    column: str = "",
-    labels: Labels | None = None,
+    cells: Cells | None = None,
 ) -> None:
-    """Copy the rows at `places`, or the whole file, with new labels."""
+    """Copy the rows at `places`, or the whole file, with new cells."""
     if source.suffix.lower() in TABLES:
         spans = ((fields, start, end) for _, fields, start, end in records(source, dialect))
     else:
         lines = (([line], start, end) for _, line, start, end in json_lines(source, dialect))
         spans = chain([(list[str](), 0, dialect.mark)], lines)
-    remaining, labels, at = iter(count() if places is None else places), labels or {}, 0
+    remaining, new, at = iter(count() if places is None else places), cells or {}, 0
     following = next(remaining, None)
     with open(source, "rb") as file, open(out, "wb") as copy:
         header, _, end = next(spans)
         copy.write(file.read(end))
         at = end
-        for place, (cells, start, end) in enumerate(spans):
+        for place, (fields, start, end) in enumerate(spans):
             if place == following:
                 blank = file.read(start - at)
                 copy.write(blank if places is None else b"")
                 raw = file.read(end - start)
-                if place in labels:
-                    raw = _relabelled(raw, cells, header, dialect, column, labels[place])
+                if place in new:
+                    raw = _corrected(raw, fields, header, dialect, new[place])
                 copy.write(raw)
                 following = next(remaining, None)
             at = file.seek(end)
         copy.write(file.read() if places is None else b"")
 
 
-def _relabelled(raw: bytes, cells: list[str], header: list[str], dialect: Dialect, column: str, label: Any) -> bytes:
+def _corrected(raw: bytes, fields: list[str], header: list[str], dialect: Dialect, new: Mapping[str, Any]) -> bytes:
     text = raw.decode(dialect.encoding)
     ending = text[len(text.rstrip("\r\n")) :]
     if not header:
-        row = json.dumps({**json.loads(cells[0]), column: label}, ensure_ascii=False)
+        row = json.dumps({**json.loads(fields[0]), **new}, ensure_ascii=False)
         # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
         return (row + ending).encode(dialect.encoding, errors="backslashreplace")
-    cells[header.index(column)] = str(label)
+    for column, value in new.items():
+        fields[header.index(column)] = str(value)
     if dialect.quoting == "literal":
-        return ((dialect.delimiter or ",").join(cells) + ending).encode(dialect.encoding)
+        return ((dialect.delimiter or ",").join(fields) + ending).encode(dialect.encoding)
     line = io.StringIO()
-    quoting = csv_quoting(cells)
+    quoting = csv_quoting(fields)
     # Python before 3.13 quotes the line feed of a field only if lines end in one.
-    csv.writer(line, delimiter=dialect.delimiter or ",", lineterminator="\n", quoting=quoting).writerow(cells)
+    csv.writer(line, delimiter=dialect.delimiter or ",", lineterminator="\n", quoting=quoting).writerow(fields)
     return (line.getvalue()[:-1] + ending).encode(dialect.encoding)
 
 
-def _correct_array(path: Path, out: Path, dialect: Dialect, column: str, labels: Labels) -> None:
+def _correct_array(path: Path, out: Path, dialect: Dialect, cells: Cells) -> None:
     document: Any = json.loads("".join(line for line, _ in dialect.lines(path, newline="\n")))
-    for place, label in labels.items():
-        rows_in(document)[place][column] = label
+    for place, new in cells.items():
+        rows_in(document)[place] |= new
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
     mark = path.read_bytes()[: dialect.mark]
     out.write_bytes(mark + text.encode(dialect.encoding, errors="backslashreplace"))
@@ -316,23 +315,19 @@ def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
             before += rows
 
 
-def _numbers(names: Sequence[str] | None, labels: Labels) -> Labels:
-    """The labels as the file has them, where they are names of class numbers."""
-    numbers = {name: number for number, name in enumerate(names or ())}
-
-    def number(label: Any) -> Any:
-        return [number(one) for one in label] if isinstance(label, list) else numbers.get(label, label)
-
-    return {place: number(label) for place, label in labels.items()}
-
-
-def _correct_parquet(path: Path, out: Path, column: str, labels: Labels) -> None:
+def _correct_parquet(path: Path, out: Path, cells: Cells, class_names: Mapping[str, Sequence[str]]) -> None:
     with parquet_file(path) as file:
         table = file.read()
-    at = table.schema.get_field_index(column)
-    values = table.column(at).to_pylist()
-    for place, label in labels.items():
-        values[place] = label
-    kind = table.schema.field(at).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values, type=plain).cast(kind)), out)
+    for column in {name: None for new in cells.values() for name in new}:
+        numbers = {name: number for number, name in enumerate(class_names.get(column, ()))}
+        at = table.schema.get_field_index(column)
+        values = table.column(at).to_pylist()
+        for place, new in cells.items():
+            value = new.get(column, values[place])
+            many = isinstance(value, list)
+            values[place] = [numbers.get(one, one) for one in value] if many else numbers.get(value, value)
+        kind = table.schema.field(at).type
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        made = pa.array(values, type=plain).cast(kind)
+        table = table.set_column(at, table.schema.field(at), made)
+    pq.write_table(table, out)

@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, __version__
 from transformers import PreTrainedModel
 
+from tsqlora.compat.transformers import load
 from tsqlora.errors import UnsupportedError
 from tsqlora.interop.files import config_for, read_adapter
 
@@ -27,4 +28,4 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
             f"{folder} has {lacking[0]}, which PEFT {__version__} does not know; install a later one"
         )
     config = {name: value for name, value in config_for(adapter).items() if name in OPTIONS - {*_NOT_NEEDED}}
-    return PeftModel.from_pretrained(model, str(folder), config=LoraConfig(**config), is_trainable=trainable)
+    return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)

@@ -1,8 +1,8 @@
 """Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from tsqlora.compat.hub import why_not_loaded
-from tsqlora.compat.transformers import class_for, require_no_adapter, without_named_files
+from tsqlora.compat.hub import loading
+from tsqlora.compat.transformers import class_for, load, require_no_adapter, without_named_files, without_weights
 from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_path, revision_of
 from tsqlora.interop.files import read_adapter, require_inside
@@ -101,14 +101,14 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 
 def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
-    with _loading(path):
+    with loading("--base", path):
         config = _config(path, adapter)
         return _skeleton(_class(config, adapter), config)
 
 
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
-    with _loading(path):
+    with loading("--base", path):
         config, revision = _config(path, adapter), revision_of(path, adapter)
         require_no_adapter(path, revision)
         if adapter.config.get("task_type") == "SEQ_CLS":
@@ -118,23 +118,12 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
             how: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype), "revision": revision}
             if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
                 how["ignore_mismatched_sizes"] = True
-            return _class(config, adapter).from_pretrained(path, config=config, **how).eval()
-
-
-@contextmanager
-def _loading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a hostile config.json can make transformers raise anything
-        reason = why_not_loaded(path, error)
-        raise SettingsError(
-            f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id"
-        ) from error
+            return load(_class(config, adapter), path, config=config, **how).eval()
 
 
 def _config(path: str, adapter: LoraAdapter) -> Any:
     revision = revision_of(path, adapter)
-    return AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision, **_labels(adapter))
+    return load(AutoConfig, path, revision=revision, **_labels(adapter))
 
 
 def _set_padding(config: Any, path: str, revision: str) -> None:
@@ -152,7 +141,7 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     """The tokenizer in a directory or on the hub, or None."""
     try:
         named = without_named_files(path, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision, **named)
+        tokenizer = load(AutoTokenizer, path, revision=revision, **named)
     # The last two where a class finds no vocabulary, or looks for one in a format that needs a further library.
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
@@ -171,13 +160,13 @@ def load_processors(*places: tuple[str, str]) -> list[Any]:
     They are a directory or a hub id, and a revision.
     """
 
-    def load(kind: Any, path: str, revision: str) -> Any:
+    def loaded(kind: Any, path: str, revision: str) -> Any:
         with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
-            return kind.from_pretrained(path, trust_remote_code=False, revision=revision)
+            return load(kind, path, revision=revision)
         return None
 
     kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
-    loaders = (load_tokenizer, *(partial(load, kind) for kind in kinds))
+    loaders = (load_tokenizer, *(partial(loaded, kind) for kind in kinds))
     firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
     return [one for one in firsts if one is not None]
 
@@ -211,7 +200,7 @@ def _skeleton(kind: Any, config: Any) -> PreTrainedModel:
             return kind(config)
         mapped, text = class_for(kind, config), config.get_text_config()
         # transformers 5.2 takes the text part's config only in from_pretrained.
-        return kind.from_config(text if mapped is not None and mapped.config_class is type(text) else config)
+        return without_weights(kind, text if mapped is not None and mapped.config_class is type(text) else config)
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:
@@ -219,7 +208,7 @@ def _made_on(adapter: LoraAdapter) -> str | None:
     return mapping.get("base_model_class") if isinstance(mapping, dict) else None
 
 
-def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
+def _labels(adapter: LoraAdapter) -> Mapping[str, Any]:
     """The number of outputs of the head that came with the adapter."""
     task = adapter.config.get("task_type")
     if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tsqlora.compat.transformers import load
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop import gguf
 from tsqlora.interop.attach import attach
@@ -341,7 +342,7 @@ def _name_labels(config: Any, path: Path) -> None:
 def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """Load a saved model as the same class in the same precision."""
     kind = type(like)
-    return kind.from_pretrained(folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
+    return load(kind, folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
 
 
 def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:

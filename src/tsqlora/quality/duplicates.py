@@ -13,7 +13,8 @@ NEAR = 0.93
 (nearly) the same."""
 MOST_PRODUCTS = 4e12
 """Compare as many rows as these multiplications allow, some minutes on two cores: 100,000 rows of 768 numbers."""
-MOST_CONTRADICTIONS = 1_000
+MOST_CONTRADICTIONS = 100_000
+"""The nearest pairs that are returned: more are those of very many copies of one text."""
 ROWS_AT_ONCE = 1_024
 
 

@@ -87,6 +87,11 @@ class Audit:
         """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
         return int((self.probability > DOUBT).sum()) if self.evident else 0
 
+    @property
+    def expected_wrong(self) -> float:
+        """How many of the likely wrong labels are wrong, by their probabilities."""
+        return float(self.probability[: self.likely_wrong].sum())
+
     def columns(self) -> dict[str, np.ndarray]:
         """Return columns for `pandas.DataFrame`: row, token (of tags), label, suggested_label, wrong_probability."""
         names = np.array(self.classes)

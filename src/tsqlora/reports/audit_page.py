@@ -17,17 +17,12 @@ ON_PAGE = 2_000
 """Rows that a browser can show without delay; suspects.csv has all."""
 
 
-def audit_page(
-    folder: Path,
-    about: Mapping[str, Any],
-    rows: Sequence[Any],
-    duplicates: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-) -> str:
+def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> str:
     """Render the page.
 
     `about` is the content of audit.json. `rows` are dataclasses of row, text, label, suggested_label,
-    wrong_probability, kind and candidates. Every text is escaped. Where the text is the path of an image, a small copy
-    of it is in the page.
+    wrong_probability, kind, candidates and near. Every text is escaped. Where the text is the path of an image, a small
+    copy of it is in the page.
     """
     shown = [asdict(row) for row in rows if row.kind == "check"]
     suspects = [asdict(row) for row in rows if row.kind != "check"][: max(ON_PAGE - len(shown), 0)]
@@ -54,7 +49,6 @@ def audit_page(
             name=Path(about["source"]).name,
             left_out=len(rows) - len(data["rows"]),
             pairs=Table("Confused classes", ["label", "looks like", "rows", *wrong], pairs, [1]),
-            duplicates=duplicates,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
             data=htmlsafe_json_dumps(data, dumps=json.dumps),
         )

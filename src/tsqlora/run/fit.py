@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.generation import least_prompt, left_out, references
-from tsqlora.data.splits import MEASURED
+from tsqlora.data.splits import MEASURED, held_out_rows
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
@@ -244,4 +244,11 @@ def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArgumen
             if split == "test":
                 record.metrics[split] |= predictor.text_metrics(job.data[split], progress=progress)
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
+    noise = next((look["noise"] for look in record.quality.get("looks", ()) if look.get("noise")), {})
+    if noise.get("evident") and held_out_rows(job.data):
+        name, value = next(iter(record.metrics["validation"].items()))
+        record.notes.append(
+            f"validation has a {name} of {value:.3f} on rows that were held out of the training file: about "
+            f"{noise['rate']:.0%} of their labels seem wrong, too, so this says less than correct labels would"
+        )
     record.status = "finished"

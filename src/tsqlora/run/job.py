@@ -104,8 +104,14 @@ def load(
     return Job(config, task, pretrained, data, length)
 
 
-def read(config: Config, folder: Path | None = None, labels: Sequence[str | int] | None = None) -> dict[str, Table]:
-    """Read the rows of every split; `folder` and `labels` as in `load`."""
+def read(
+    config: Config,
+    folder: Path | None = None,
+    labels: Sequence[str | int] | None = None,
+    *,
+    holds_out: bool = True,
+) -> dict[str, Table]:
+    """Read the rows of every split; `folder` and `labels` as in `load`, `holds_out` as in `read_data`."""
     data, task, labels = config.data, get_task(config.task.type), labels or start_labels(config)
     tables = read_data(
         data.train,
@@ -117,7 +123,7 @@ def read(config: Config, folder: Path | None = None, labels: Sequence[str | int]
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
         trusted=data.trusted,
-        holds_out=not task.reading.has_reference,
+        holds_out=holds_out and not task.reading.has_reference,
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
         folder=folder,

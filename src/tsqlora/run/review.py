@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.yaml import YamlProblem, load_yaml
-from tsqlora.data.labels import CLASS, KINDS, are_numbers, join_labels, split_labels
+from tsqlora.data.labels import CLASS, KINDS, are_numbers, class_finder, join_labels, split_labels
 from tsqlora.data.readers import Hints
-from tsqlora.data.rows import Columns, Row, is_missing
+from tsqlora.data.rows import Columns, Row, is_missing, is_one
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
 from tsqlora.data.write import corrected_name, without_formulas, write_corrected, write_rows
@@ -27,6 +27,8 @@ SHOWN = 20
 """Classes that a message lists."""
 
 Label = str | int
+Find = Callable[[str], Label | None]
+"""Finds the class of a label in any spelling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +63,35 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     before = about["sha256"]
     if before is not None and source_digest(source) != before:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
-    source = (source.numbered() if are_numbers(about["classes"]) else source).using(Columns(**about["columns"]))
-    column = str(about["columns"]["label"])
-    rows = _rows_of(source, reviewed, column, _names(about["classes"]))
-    cells = dict[int, Any]()
+    columns, find = Columns(**about["columns"]), _finder(about["classes"])
+    opened = source.numbered() if are_numbers(about["classes"]) else source
+    source, column = opened.using(columns), str(columns.label)
+    rows, new = _rows_of(source, reviewed, column, find), dict[int, dict[str, Any]]()
     for one in reviewed:
-        cell = cells.get(one.row, rows[one.row][column])
-        if one.token is None:
-            written = _as_written(one.reviewed, cell)
-            # A copy of a table or folder of media is JSON lines, where all labels must be of one type.
-            cells[one.row] = str(written) if source.path is None and isinstance(cell, str) else written
+        cells = rows[one.row] | new.get(one.row, {})
+        if columns.one_hot:
+            names = one.reviewed if isinstance(one.reviewed, list) else [one.reviewed]
+            flags = {name: _as_flag(name in names, cells[name]) for name in columns.one_hot}
+            new[one.row] = {column: cells[column], **flags}
+        elif one.token is None:
+            new[one.row] = {column: _as_written(one.reviewed, cells[column])}
         else:
-            cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
-    changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
+            tags, j = cells[column], one.token
+            new[one.row] = {column: [*tags[:j], _as_written(one.reviewed, tags[j]), *tags[j + 1 :]]}
+    if columns.one_hot:  # the column of labels is not in the file
+        source = opened
+        for cells in (*rows.values(), *new.values()):
+            del cells[column]
+    changed = {row: own for row, own in new.items() if rows[row] | own != rows[row]}
     corrected = folder / corrected_name(source)
     with writing(corrected, trusted):
         for path in (table, about["source"]):
             reading(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_corrected(source, corrected, column, changed)
-    whole = [row for row in cells if row not in unread]
-    write_rows(trusted, [{**rows[row], column: cells[row]} for row in whole or cells])
-    partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(cells)} that are reviewed in part"
+    write_corrected(source, corrected, changed)
+    whole = [row for row in new if row not in unread]
+    write_rows(trusted, [rows[row] | new[row] for row in whole or new])
+    partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(new)} that are reviewed in part"
     return {
         "out": str(folder),
         "corrected": str(corrected),
@@ -99,7 +108,8 @@ def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
     """The command that trains on the corrected rows, with the settings of the audit."""
     task = about.get("task")
     settings = {"task.type": None if task == TaskSettings().type else task}
-    settings |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
+    columns = {**about["columns"], **({"label": None} if about["columns"].get("one_hot") else {})}
+    settings |= {f"data.{name}": columns.get(name) for name in ("text", "text_pair", "label")}
     settings |= {f"data.{name}": value for name, value in about["hints"].items()} | {"data.trusted": str(trusted)}
     words = [word for name, value in settings.items() if value for word in ("--set", f"{name}={_as_yaml(value)}")]
     return " ".join(map(quote, ("tsqlora", "train", "--model", "M", "--data", str(corrected), *words)))
@@ -132,9 +142,24 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
 
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
     """The reviewed label or labels in the form of the file's cell; several in place of a number are a list."""
-    if isinstance(cell, int) and isinstance(reviewed, list):
+    if isinstance(reviewed, list) and isinstance(cell, list):
+        return [_as_written(label, cell[0] if cell else label) for label in reviewed]
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        return json.dumps(reviewed, ensure_ascii=False) if '"' in cell else str(reviewed)
+    if isinstance(cell, bool):
+        return reviewed == str(True)
+    if isinstance(cell, int | float) and isinstance(reviewed, list):
         return reviewed[0] if len(reviewed) == 1 else reviewed
-    return reviewed if isinstance(cell, list) else join_labels(reviewed)
+    return type(cell)(join_labels(reviewed)) if isinstance(cell, str | float) else join_labels(reviewed)
+
+
+def _as_flag(one: bool, cell: Any) -> Any:
+    """The cell of a column of zeros and ones, in the form that it has."""
+    if is_one(cell) == one:
+        return cell
+    if isinstance(cell, str):
+        return str(one if len(cell.strip()) > len("1.0") else int(one))
+    return int(one) if cell is None else type(cell)(one)
 
 
 def _read(filled: Table, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
@@ -143,14 +168,14 @@ def _read(filled: Table, classes: Sequence[Label], *, several: bool, tags: bool)
     needed = ("row", *(["token"] if tags else []), "label", "reviewed_label")
     if lacking := [name for name in needed if name not in filled.names]:
         raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
-    names = _names(classes)
+    find = _finder(classes)
     by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
     for row in filled:
         if is_missing(row.cells.get("reviewed_label")):
             if tags:
                 unread.add(_number(row, "row"))
             continue
-        one = _reviewed(row, names, several=several, tags=tags)
+        one = _reviewed(row, classes, find, several=several, tags=tags)
         if by_row.setdefault((one.row, one.token or 0), one).reviewed != one.reviewed:
             raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
     if not by_row:
@@ -165,14 +190,14 @@ def _number(row: Row, column: str) -> int:
     return int(number)
 
 
-def _reviewed(row: Row, names: Mapping[str, Label], *, several: bool, tags: bool) -> Reviewed:
+def _reviewed(row: Row, classes: Sequence[Label], find: Find, *, several: bool, tags: bool) -> Reviewed:
     cells, place = row.cells, row.place
     number, value = _number(row, "row"), str(cells["reviewed_label"])
     labels = list[Label]()
     for part in _parts(value, several=several):
-        label = _class_of(part, names)
+        label = find(part)
         if label is None:
-            choices = nearest(part.strip(), _near(part.strip(), {str(label) for label in names.values()}))
+            choices = nearest(part.strip(), _near(part.strip(), {*map(str, classes)}))
             raise DataError(f"{place}: row {number} has the reviewed_label {part.strip()!r}, not a class; {choices}")
         labels.append(label)
     return Reviewed(
@@ -185,13 +210,8 @@ def _reviewed(row: Row, names: Mapping[str, Label], *, several: bool, tags: bool
     )
 
 
-def _parts(cell: str, *, several: bool) -> list[str]:
-    # A list that pandas wrote as text is one part, and no class.
-    return [part if isinstance(part, str) else cell for part in split_labels(cell)] if several else [cell]
-
-
-def _class_of(text: str, names: Mapping[str, Label]) -> Label | None:
-    return names.get(text, names.get(_folded(text)))
+def _parts(cell: Any, *, several: bool) -> list[str]:
+    return [cell if isinstance(part, list) else str(part) for part in split_labels(cell)] if several else [cell]
 
 
 def _near(value: str, classes: set[str]) -> set[str]:
@@ -200,35 +220,21 @@ def _near(value: str, classes: set[str]) -> set[str]:
     return classes if len(classes) <= SHOWN else near or set(sorted(classes)[:SHOWN])
 
 
-def _names(classes: Sequence[Label]) -> dict[str, Label]:
-    """Every spelling of a class: its own, that of suspects.csv, and in other case if only one class has it.
-
-    pandas writes the integers of a column with empty cells as 1.0.
-    """
-    names = {str(label): label for label in classes}
-    names |= {f"{label}.0": label for label in classes if isinstance(label, int)}
-    folded: dict[str, list[Label]] = {}
-    for label in classes:
-        folded.setdefault(_folded(str(label)), []).append(label)
-    names |= {_as_cell(str(label)): label for label in classes if _as_cell(str(label)) not in names}
-    return {key: owners[0] for key, owners in folded.items() if len(owners) == 1} | names
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def _finder(classes: Sequence[Label]) -> Find:
+    """As `class_finder`, also of a label as suspects.csv writes it."""
+    find, cells = class_finder(classes), {_as_cell(str(label)): label for label in classes}
+    return lambda text: cells.get(text) if find(text) is None else find(text)
 
 
 def _as_cell(text: str) -> str:
     return str(without_formulas([{"label": text}])[0][0]["label"])
 
 
-def _rows_of(
-    source: Table, reviewed: Sequence[Reviewed], column: str, names: Mapping[str, Label]
-) -> dict[int, dict[str, Any]]:
+def _rows_of(source: Table, reviewed: Sequence[Reviewed], column: str, find: Find) -> dict[int, dict[str, Any]]:
     """The rows of the audited file, whose labels must be those of the table, in any spelling."""
 
-    def classes(cell: str, *, several: bool) -> list[Label]:
-        labels = ((part, _class_of(part, names)) for part in _parts(cell, several=several))
+    def classes(cell: Any, *, several: bool) -> list[Label]:
+        labels = ((part, find(part)) for part in _parts(cell, several=several))
         return [part if label is None else label for part, label in labels]
 
     ids = np.intersect1d(source.ids, [one.row for one in reviewed])
@@ -241,9 +247,7 @@ def _rows_of(
             cell = cell[one.token] if isinstance(cell, list) and one.token < len(cell) else ""
         several = isinstance(one.reviewed, list)
         own = str(join_labels(split_labels(cell) if several else cell))
-        if one.label in (own, _as_cell(own)):
-            continue
-        if classes(one.label, several=several) != classes(own, several=several):
+        if classes(one.label, several=several) != classes(own, several=several) and one.label != _as_cell(own):
             raise DataError(
                 f"{one.place}: row {one.row} has the label {one.label!r} here and {own!r} in {source.name}; give the "
                 "table of this audit, with its columns row and label unchanged"

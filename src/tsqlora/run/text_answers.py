@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tsqlora.compat.hub import cached_model
+from tsqlora.compat.transformers import load
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import Turn, behind, read_answers, turns_of
@@ -36,6 +37,7 @@ def answers_of(
     vocabulary: Vocabulary,
     *,
     every: bool = False,
+    trust_remote_code: bool = False,
     parts: Path | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -47,7 +49,7 @@ def answers_of(
     """
     if why := no_judge(model):
         return AnswerLook([], notes=[f"the model read no answers: {why}"])
-    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    net: Any = load(AutoModelForCausalLM, model, dtype="auto", trust_remote_code=trust_remote_code)
     readable = np.array([row.row for row in rows if row.problem is None], np.int64)
     chosen = np.sort(np.random.default_rng([seed, 45]).permutation(readable)[: None if every else SAMPLE])
     made = sequences({*chosen.tolist()})

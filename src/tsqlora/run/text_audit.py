@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
-from tsqlora.compat.hub import require_model
-from tsqlora.compat.transformers import row_collator
+from tsqlora.compat.hub import loading, require_model
+from tsqlora.compat.transformers import load, row_collator
 from tsqlora.data.formats import Format, format_of
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.readers import SNIFF, Hints
@@ -60,6 +61,7 @@ def audit_text(
     max_length: int | None = None,
     chat_template: Path | None = None,
     batch: int = BATCH,
+    trust_remote_code: bool = False,
     baseline: Path | None = None,
     answers: bool = True,
     every: bool = False,
@@ -76,7 +78,7 @@ def audit_text(
     """
     start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
-    vocabulary, positions = load_vocabulary(model, chat_template)
+    vocabulary, positions = load_vocabulary(model, chat_template, trust_remote_code=trust_remote_code)
     tokenizer = vocabulary.tokenizer
     limit = resolve_max_length(max_length, tokenizer_limit=tokenizer.model_max_length, positions=positions)
     table = open_table(source, split="train", hints=hints)
@@ -109,7 +111,8 @@ def audit_text(
         "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
     }
     about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
-    read = partial(answers_of, model, rows, sequences, vocabulary, every=every, progress=progress, tell=tell)
+    how = {"every": every, "trust_remote_code": trust_remote_code, "progress": progress, "tell": tell}
+    read = partial(answers_of, model, rows, sequences, vocabulary, **how)
     look = read if answers else None
     result = finish(out, about, rows, lines, evaluated, sequences, vocabulary, look)
     return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
@@ -316,20 +319,19 @@ def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
     return line
 
 
-def load_vocabulary(model: str, chat_template: Path | None) -> tuple[Vocabulary, int | None]:
+def load_vocabulary(
+    model: str, chat_template: Path | None, *, trust_remote_code: bool = False
+) -> tuple[Vocabulary, int | None]:
     """Read what a model's tokens stand for, and how many positions it has; no weights."""
     require_model(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--model {model} cannot be read ({str(error).splitlines()[0]})") from error
+    with loading("--model", model):
+        config = load(AutoConfig, model, trust_remote_code=trust_remote_code)
+        tokenizer = load(AutoTokenizer, model, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    try:
-        generation = GenerationConfig.from_pretrained(model)
-    except (OSError, ValueError):
-        generation = None
+    generation = None
+    with suppress(OSError, ValueError):
+        generation = load(GenerationConfig, model)
     vocabulary = vocabulary_of_model(tokenizer, config, generation, size_of=model)
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
 

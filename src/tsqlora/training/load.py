@@ -1,8 +1,7 @@
 """A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,14 @@ from transformers import (
 
 from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
-from tsqlora.compat.hub import require_model, why_not_loaded
-from tsqlora.compat.transformers import require_no_adapter, set_zero3_state, without_named_files
+from tsqlora.compat.hub import loading, require_model
+from tsqlora.compat.transformers import (
+    load,
+    require_no_adapter,
+    set_zero3_state,
+    without_named_files,
+    without_weights,
+)
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.tasks import Task
@@ -86,11 +91,11 @@ def load_pretrained(
     """
     require_model(path)
     reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with _named_failures(path):
+    with loading("model.path", path):
         require_no_adapter(path, common["revision"])
-        config = AutoConfig.from_pretrained(path, **common, **({} if reading.whole else _head(task, labels)))
+        config = load(AutoConfig, path, **common, **({} if reading.whole else _head(task, labels)))
         if reading.media is not None:
-            tokenizer = _PROCESSORS[reading.media].from_pretrained(path, **common)
+            tokenizer = load(_PROCESSORS[reading.media], path, **common)
         else:
             by_token = task.reading.by_token
             tokenizer = _tokenizer(path, config, by_word=by_token, generates=reading.whole, **common)
@@ -101,10 +106,11 @@ def load_pretrained(
         how: dict[str, Any] = {}
         if quantization or len(gpus) > 1:
             with set_zero3_state(), torch.device("meta"):  # ZeRO-3 would take the skeleton apart
-                skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
+                skeleton = without_weights(kind, config, trust_remote_code=trust_remote_code)
             how |= _packing(quantization, weights, skeleton) if quantization else {}
             how |= _spread(skeleton.num_parameters() * _BITS.get(quantization, 8 * weights.itemsize) // 8, gpus, path)
-        model, info = kind.from_pretrained(
+        model, info = load(
+            kind,
             path,
             **common,
             config=config,
@@ -126,18 +132,6 @@ def load_pretrained(
     return Pretrained(model, tokenizer, new)
 
 
-@contextmanager
-def _named_failures(path: str) -> Iterator[None]:
-    """Raises SettingsError with the path and the first line of what a library says about it."""
-    try:
-        yield
-    except ImportError as error:
-        raise SettingsError(f"model.path {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        reason = why_not_loaded(path, error)
-        raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
-
-
 def _require_weights(missing_keys: Iterable[str], path: str) -> None:
     """Raises SettingsError for a model that would generate text with weights that nobody trained."""
     if missing := sorted({*missing_keys}):
@@ -154,7 +148,7 @@ def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **comm
     """The tokenizer, with a padding token that the config names too."""
     # Byte-level tokenizers read words one by one only with a space before each.
     spaced = {"add_prefix_space": True} if by_word else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced, **without_named_files(path, **common))
+    tokenizer = load(AutoTokenizer, path, **common, **spaced, **without_named_files(path, **common))
     # A causal model reads its class at the last token that is not padding.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -25,10 +25,12 @@
   }
 
   // ------------------------------------------------------------------ one row
+  const byRow = new Map(rows.map((r) => [r.row, r]));
+  const numbers = pageData.classes.every((label) => Number.isFinite(Number(label)));
   const build = (row) => {
     const choices = [row.label, row.suggested_label, ...row.candidates.filter((c) => c !== row.label && c !== row.suggested_label)].slice(0, 4);
     const buttons = choices.map((label, j) => {
-      const button = make("button", { type: "button" }, make("small", {}, `${j + 1}${j === 0 ? " keep" : ""}`), String(label));
+      const button = make("button", { type: "button" }, make("kbd", {}, String(j + 1)), make("small", {}, `${j === 0 ? "keep" : ""} ${numbers ? "class" : ""}`.trim()), String(label));
       button.title = j === 0 ? "keep the label" : "set this label";
       button.addEventListener("click", () => { go(row, false); choose(row, label); });
       return button;
@@ -45,7 +47,10 @@
     const wrong = row.wrong_probability; // null where the audit has no evidence of wrong labels
     const chance = wrong === null ? "" : ` · label wrong: ${wrong >= 0.995 ? "over 99%" : `${Math.round(100 * wrong)}%`}`;
     const name = row.token === null ? `row ${row.row}` : `row ${row.row}, token ${row.token}`;
-    const about = `${name}${row.kind === "check" ? " · to check" : chance}`;
+    const kinds = { check: " · to check", spelling: " · another spelling" };
+    const twin = byRow.get(row.near);
+    const near = twin === undefined ? "" : ` · nearly the same as row ${twin.row}, which is labelled ${twin.label}: ${twin.text.slice(0, 300)}`;
+    const about = `${name}${kinds[row.kind] ?? chance}${near}`;
     // `start` counts code points, and a string of JavaScript has two units for some, such as emoji.
     const letters = [...row.text], end = row.start + [...row.word].length;
     const words = row.token === null ? make("p", { className: "words" }, row.text)
@@ -73,7 +78,7 @@
   // ------------------------------------------------------------------ which rows are shown
   let shown = [], current = null;
   const pairOf = (row) => JSON.stringify([row.label, row.suggested_label]);
-  const states = { open: (r) => r.reviewed === null, done: (r) => r.reviewed !== null, suspect: (r) => r.kind !== "check", check: (r) => r.kind === "check" };
+  const states = { open: (r) => r.reviewed === null, done: (r) => r.reviewed !== null, suspect: (r) => r.kind === "suspect", check: (r) => r.kind === "check", near: (r) => r.near !== null, spelling: (r) => r.kind === "spelling" };
   const by = { order: (a, b) => a.order - b.order, row: (a, b) => a.row - b.row, label: (a, b) => String(a.label).localeCompare(String(b.label)) || a.order - b.order };
   const show = () => {
     const words = byId("search").value.toLowerCase().trim(), pair = byId("pair").value, state = states[byId("state").value];
@@ -109,7 +114,7 @@
     else if (event.key === "k") step(-1);
     else if (event.key === "u") choose(current, null);
     else if (event.key === "t") { event.preventDefault(); current.input.focus(); }
-    else if (Number.isInteger(number) && number >= 1 && number <= current.choices.length) { choose(current, current.choices[number - 1]); step(1); }
+    else if (Number.isInteger(number) && number >= 1 && number <= current.choices.length) choose(current, current.choices[number - 1]);
   });
 
   // ------------------------------------------------------------------ the table

