@@ -133,7 +133,7 @@ class LabelDay:
 def labels_of(row: Row) -> list[Any]:
     """The labels of a row, as they were drawn."""
     if "tags" in row:
-        return [tag.partition("-")[2] for tag in row["tags"] if tag != "O"]
+        return row["tags"]
     value = row.get("label", row.get("labels", row.get("class")))
     if isinstance(value, str) and value.startswith("["):
         return json.loads(value)
@@ -159,7 +159,10 @@ def read_back(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    if path.suffix != ".json":
+        return [json.loads(line) for line in text.splitlines()]
+    rows = json.loads(text)
+    return rows["data"] if isinstance(rows, dict) else rows
 
 
 def after_training(lived: Any, run: Path, source: Path, count: int) -> None:
