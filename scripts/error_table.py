@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "src" / "tsqlora", ROOT / "docs" / "errors.md"
 START, END = "<!-- errors: made by scripts/error_table.py -->", "<!-- end -->"
-ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError")
+ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError", "TemplateError")
 PARTS = {
     "Rows and their files": ("data/",),
     "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/start.py", "run/finished.py"),

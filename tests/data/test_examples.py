@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tables import rows_of
-from tsqlora.data.examples import Chat, Example, Manner, Turn
+from tsqlora.data.examples import Chat, Example, Manner, Message
 from tsqlora.data.formats import find_format
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
 from tsqlora.text.conversations import conversation
@@ -43,8 +43,8 @@ def test_alpaca_has_a_prompt_with_and_one_without_an_input() -> None:
 
 def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    assert read(row, CHAT) == Chat((Turn("user", "Add.\n\n1 2"), Turn("assistant", "3")))
-    assert read(row, PROMPT) == Chat((Turn("user", "Add.\n\n1 2"),))
+    assert read(row, CHAT) == Chat((Message("user", "Add.\n\n1 2"), Message("assistant", "3")))
+    assert read(row, PROMPT) == Chat((Message("user", "Add.\n\n1 2"),))
     assert read(row, SEQ2SEQ) == Example("Add.\n\n1 2", "3")
 
 
@@ -91,7 +91,7 @@ def test_targets_are_not_prompt_for_where_they_are_not_read(row: dict[str, Any])
 def test_messages_are_turns() -> None:
     system = {"role": "system", "content": "Be brief."}
     assert read({"messages": [system, USER, ANSWER]}) == Chat(
-        (Turn("system", "Be brief."), Turn("user", "hi"), Turn("assistant", "ho"))
+        (Message("system", "Be brief."), Message("user", "hi"), Message("assistant", "ho"))
     )
 
 
@@ -105,16 +105,18 @@ def test_what_stands_after_the_last_answer_is_not_trained_on() -> None:
 
 
 def test_to_write_an_answer_is_to_leave_out_the_one_at_the_end() -> None:
-    prompt = Chat((Turn("user", "hi"),))
+    prompt = Chat((Message("user", "hi"),))
     assert read({"messages": [USER, ANSWER]}, PROMPT) == read({"messages": [USER]}, PROMPT) == prompt
     assert read({"messages": [USER, ANSWER, USER]}, PROMPT) == Chat(
-        (*prompt.turns, Turn("assistant", "ho"), *prompt.turns)
+        (*prompt.messages, Message("assistant", "ho"), *prompt.messages)
     )
 
 
 def test_sharegpt_has_other_names_for_the_same() -> None:
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    assert read({"conversations": turns}) == Chat((Turn("system", "s"), Turn("user", "hi"), Turn("assistant", "ho")))
+    assert read({"conversations": turns}) == Chat(
+        (Message("system", "s"), Message("user", "hi"), Message("assistant", "ho"))
+    )
 
 
 def parts(*texts: str) -> list[dict[str, str]]:
@@ -132,7 +134,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
     ],
 )
 def test_chats_may_be_written_in_several_ways(row: dict[str, Any]) -> None:
-    chat = Chat((Turn("user", "hi"), Turn("assistant", "ho")))
+    chat = Chat((Message("user", "hi"), Message("assistant", "ho")))
     assert read(row) == chat
     format = find_format(list(row), source="train.jsonl")
     assert [(m.role, m.content) for m in conversation(row, format, 0).messages] == [("user", "hi"), ("assistant", "ho")]
@@ -141,7 +143,7 @@ def test_chats_may_be_written_in_several_ways(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("answer", [[ANSWER], [ANSWER | {"content": parts("h", "o")}], "ho"])
 def test_a_prompt_of_messages_has_a_completion_of_messages_or_text(answer: Any) -> None:
     row = {"prompt": [USER | {"content": parts("hi")}], "completion": answer}
-    assert read(row) == Chat((Turn("user", "hi"), Turn("assistant", "ho")), context=1)
+    assert read(row) == Chat((Message("user", "hi"), Message("assistant", "ho")), context=1)
     format = find_format(list(row), source="train.jsonl")
     assert [(m.role, m.content) for m in conversation(row, format, 0).messages] == [("user", "hi"), ("assistant", "ho")]
 
@@ -182,7 +184,9 @@ def test_bad_rows_are_named(row: dict[str, Any], names: list[str]) -> None:
 def test_a_key_that_is_empty_is_as_good_as_none() -> None:
     row = {"messages": [USER, ANSWER]}
     assert read({"messages": [USER, ANSWER | {"tool_calls": None}], "tools": None}) == read(row)
-    assert read({"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1}]}) == read(row)
+    weighted = read({"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1}]})
+    assert isinstance(weighted, Chat)
+    assert [message.whole for message in weighted.messages] == [USER | {"weight": 0}, ANSWER | {"weight": 1}]
 
 
 def test_a_chat_with_nothing_to_answer_is_named() -> None:

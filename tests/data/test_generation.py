@@ -192,11 +192,14 @@ def test_a_start_token_that_marks_turns_is_not_doubled_where_a_prompt_is_cut() -
     assert tokenizer.decode(prompt["input_ids"]) == "cd<s>"
 
 
-def test_a_template_that_rewrites_the_last_prompt_is_refused() -> None:
+def test_a_template_that_rewrites_the_last_prompt_trains_the_last_answer_as_it_stands_in_the_whole_chat() -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
-    template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
-    message = error(DataError, rows, byte_tokenizer(chat_template=template))
-    assert "train.jsonl:7: the chat template rewrites the prompt of the last answer" in message
+    tokenizer = byte_tokenizer(
+        chat_template="{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    )
+    assert shown(tokenizer, make(rows, tokenizer)[0]) == ("4a|b|c|d|", "d|")
+    silent = byte_tokenizer(chat_template="{{ messages | length }}")
+    assert "train.jsonl:7: the chat template does not write the last answer" in error(DataError, rows, silent)
 
 
 # As Qwen3 does: only the last answer has its thoughts, so that each further turn rewrites what stands before.
@@ -252,9 +255,10 @@ def test_tools_and_tool_calls_are_written_by_a_template_that_takes_them() -> Non
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": None}]}
     chat = {"messages": [say("user", "a"), call, say("tool", "b"), say("assistant", "c")]}
     tokenizer = byte_tokenizer(chat_template=template)
-    for tools in ([{"name": "f", "about": None}], '[{"name": "f"}]'):
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
         sample = make(rows_of({**chat, "tools": tools}), tokenizer)[0]
-        assert shown(tokenizer, sample) == ('[{"name": "f"}]|a|[{"name": "f"}]|b|c|', '[{"name": "f"}]|c|')
+        called = '[{"name": "f", "arguments": null}]'
+        assert shown(tokenizer, sample) == (f'[{{"name": "f"}}]|a|{called}|b|c|', f"{called}|c|")
     assert "'tool_calls'" in error(DataError, rows_of(chat), CHATTY)
     assert "'tools'" in error(
         DataError, rows_of({"messages": chat["messages"][:1] + chat["messages"][3:], "tools": [{"name": "f"}]}), CHATTY

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tables import names_of, rows_of
-from tsqlora.data.examples import Chat, Example, Manner, Turn
+from tsqlora.data.examples import Chat, Example, Manner, Message
 from tsqlora.data.formats import ANSWERS, FORMATS, find_format, pair_format
 from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT
 from tsqlora.errors import DataError, TsqLoraError
@@ -56,7 +56,7 @@ def texts_in(value: Any) -> set[str]:
 
 def encoded(example: Example | Chat) -> str:
     if isinstance(example, Chat):
-        return "\n".join([*(turn.content for turn in example.turns), *(tool["name"] for tool in example.tools)])
+        return "\n".join([*(turn.content for turn in example.messages), *(tool["name"] for tool in example.tools)])
     return f"{example.prompt}\n{example.target}"
 
 
@@ -121,7 +121,7 @@ def test_a_context_that_the_prompt_has_already_is_read_once() -> None:
 
 def test_a_system_prompt_is_the_system_turn_or_comes_first() -> None:
     chat, plain, seq2seq = MANNERS[2], MANNERS[0], MANNERS[4]
-    system, user, answer = Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Ho")
+    system, user, answer = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Ho")
     turns = Chat((system, user, answer))
     rows = [
         {"system": "Be brief.", "prompt": "Hi", "completion": "Ho"},

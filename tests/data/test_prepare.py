@@ -337,3 +337,34 @@ def test_a_text_s_input_is_its_prompt(name: str, tmp_path: Path) -> None:
     assert same.tolist() == [False, True, False]
     data = prepared(tmp_path, writes, answer="text", train=[alike, other], trusted=[row, other], validation=[alike])
     assert data["trusted"].ids.tolist() == [1]
+
+
+def chats_with_systems(path: Path, systems: int) -> Path:
+    rows = [[say("user", f"a{j}"), say("assistant", f"b{j}")] for j in range(20)]
+    return write_jsonl(
+        path, [{"messages": [*([say("system", "s")] if j < systems else []), *row]} for j, row in enumerate(rows)]
+    )
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_rows_that_the_template_refuses_are_left_out_up_to_a_share(tmp_path: Path) -> None:
+    """As Gemma's refuses a system prompt."""
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer, encode = byte_tokenizer(chat_template=refuses), task_for("text").reading.encode
+    for systems, most in ((1, 0.1), (2, 0.1), (3, 0.1), (20, 1.0)):
+        train = read(chats_with_systems(tmp_path / f"{systems}.jsonl", systems), answer="text", holds_out=False)[
+            "train"
+        ]
+        if systems in (1, 2):
+            with pytest.warns(UserWarning, match="System role not supported"):
+                made = prepare_tables({"train": train}, tokenizer, max_length=200, encode=encode, most=most)["train"]
+            assert made.samples.ids.tolist() == [*range(systems, 20)]
+            continue
+        with pytest.raises(DataError, match=rf":1: .*System role not supported.*{systems} of 20 .*max_bad_rows"):
+            prepare_tables({"train": train}, tokenizer, max_length=200, encode=encode, most=most)

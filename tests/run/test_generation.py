@@ -292,6 +292,28 @@ def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refu
         pipeline.dry_run(load_config(config))
 
 
+def test_what_all_rows_lose_stops_a_training_unless_it_is_meant(tmp_path: Path) -> None:
+    """DeepSeek-R1's template cuts the reasoning off every answer."""
+    rows = [[("user", f"{WORDS[j % 4]} {j}"), ("assistant", f"<think>of {j}</think>{WORDS[j % 4]}")] for j in range(12)]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
+    config = config_of(tmp_path, "causal-lm", chats)
+    turn = "{% for m in messages %}{{ m.role }} {{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+    made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
+    made.save_pretrained(tmp_path / "model")
+    audit = r"`tsqlora audit .*train\.jsonl --model .*model`"
+    with pytest.raises(DataError, match=rf"content_lost in all rows of .*train\.jsonl.*row \d+: 'of \d+'.*{audit}"):
+        pipeline.dry_run(load_config(config))
+    with pytest.warns(UserWarning, match="^error content_lost"):
+        assert pipeline.dry_run(load_config(config, ["data.max_bad_rows=1"]))
+
+
+def test_rows_that_were_rendered_before_train_with_a_warning(tmp_path: Path) -> None:
+    texts = [f"<|im_start|>user\n{WORDS[j % 4]}<|im_end|>\n<|im_start|>assistant\n{j}<|im_end|>" for j in range(12)]
+    config = config_of(tmp_path, "causal-lm", [{"text": text} for text in texts])
+    with pytest.warns(UserWarning, match=r"^template_twice: .*row \d+: '<\|im_start\|>user"):
+        pipeline.dry_run(load_config(config))
+
+
 def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -> None:
     config = config_of(tmp_path, "causal-lm", rows(8))
     tokenizer = byte_tokenizer()

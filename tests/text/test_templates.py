@@ -8,9 +8,10 @@ import pytest
 from families import FAMILIES, Family, tokenizer_of
 from tsqlora.data.formats import format_of
 from tsqlora.data.rows import Row
-from tsqlora.run.text_audit import audited
 from tsqlora.text.conversations import conversation
+from tsqlora.text.findings import findings_of
 from tsqlora.text.ledger import Line
+from tsqlora.text.raw import audited
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 
 QUESTION, ANSWER = "What is the capital of France, please?", "It is Paris, on the river Seine."
@@ -80,7 +81,7 @@ def test_a_template_that_rewrites_earlier_answers_trains_the_last_one_alone() ->
         family,
     )
     assert plain.findings == ["prompt_not_prefix"]
-    assert thinks.findings == ["reasoning_stripped", "prompt_not_prefix"]
+    assert thinks.findings == ["prompt_not_prefix", "reasoning_stripped"]
     assert {(line.fate, line.stop_trained) for line in (plain, thinks, fits)} == {("trained", True)}
     assert fits.findings == []
 
@@ -95,12 +96,17 @@ def test_completions_of_a_base_model_have_no_finding() -> None:
     assert not vocabulary.stops - {tokenizer.eos_token_id}
 
 
-def test_a_template_that_writes_no_stop_is_an_error_of_all_rows() -> None:
+def test_a_template_that_writes_no_stop_is_named() -> None:
     family = FAMILIES["qwen 2.5"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (line,) = lines([turns(QUESTION, ANSWER)], vocabulary_of(tokenizer))
     assert line.findings == ["stop_not_trained"]
+    assert [finding.severity for finding in findings_of([line])] == ["error"]
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"  # as GLM
+    (line,) = lines([turns(QUESTION, ANSWER, QUESTION, ANSWER)], vocabulary_of(tokenizer))
+    assert line.findings == ["stop_not_trained"]
+    assert [finding.severity for finding in findings_of([line])] == ["warning"]
 
 
 def test_a_stop_at_which_generation_does_not_stop() -> None:

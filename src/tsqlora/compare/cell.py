@@ -133,8 +133,8 @@ def _rows_hash(job: Job, config: Config) -> str:
     # The seed decides the rows only if it splits off the validation rows.
     if config.data.validation is not None or config.training.seed == job.config.training.seed:
         return data_hash(job.data)
-    encode = job.task.reading.encode
-    return data_hash(prepare(read(config), job.pretrained.tokenizer, max_length=job.max_length, encode=encode))
+    how: dict[str, Any] = {"encode": job.task.reading.encode, "most": config.data.max_bad_rows}
+    return data_hash(prepare(read(config), job.pretrained.tokenizer, max_length=job.max_length, **how))
 
 
 class _Begun(Exception):

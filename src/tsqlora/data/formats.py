@@ -7,10 +7,10 @@ from typing import Any
 
 from tsqlora.data.examples import (
     PAIRS,
-    SHAREGPT,
     Chat,
     Example,
     Manner,
+    Problems,
     read_alpaca,
     read_chat,
     read_document,
@@ -34,7 +34,7 @@ class Kind:
         system: whether a system prompt may stand in another column.
     """
 
-    read: Callable[[Row, Columns, Manner], Example | Chat]
+    read: Callable[[Row, Columns, Manner, Problems], Example | Chat]
     usual: tuple[tuple[str, str | None], ...]
     further: tuple[str, ...] = ()
     setting: str = "data.prompt"
@@ -113,28 +113,28 @@ class Format:
     whole: bool = field(default=True, compare=False)
 
     def read(self, row: Row, manner: Manner) -> Example | Chat:
-        """A row as prompt and target.  Raises DataError if the model would not read a column in PARTS."""
-        read = read_pair if self.name == PREFERENCE else FORMATS[self.name].read
-        example = read(row, self.columns, manner)
+        """A row as prompt and target.  Raises DataError if it is not whole, or the model would not read all of it."""
+        example, problems = self.parse(row, manner)
+        if problems:
+            raise problems[0]
+        return example
+
+    def parse(self, row: Row, manner: Manner) -> tuple[Example | Chat, Problems]:
+        """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
+        read, problems = read_pair if self.name == PREFERENCE else FORMATS[self.name].read, Problems()
+        example = read(row, self.columns, manner, problems)
         parts = PARTS if manner.targets else PARTS - ANSWERS
         cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
-        refuse_leftovers(
-            row,
-            self.columns,
-            parts if self.whole else (),
-            cure,
-            tools=isinstance(example, Chat) and bool(example.tools),
-        )
-        return example
+        tools = isinstance(example, Chat) and bool(example.tools)
+        problems += leftovers(row, self.columns, parts if self.whole else (), cure, tools=tools)
+        return example, problems
 
     def ends_unanswered(self, row: Row) -> bool:
         """Whether a chat goes on behind its last answer."""
-        cell = row.cells.get(self.columns.text)
-        if self.name not in ("messages", "sharegpt") or not isinstance(cell, list):
+        if not isinstance(row.cells.get(self.columns.text), list):
             return False
-        roles = [turn.get("role") or turn.get("from") for turn in cell if isinstance(turn, Mapping)]
-        answers = [SHAREGPT.roles.get(str(role)) == "assistant" for role in roles]
-        return any(answers) and not answers[-1]
+        example, _ = self.parse(row, Manner(seq2seq=False, chat=True))
+        return isinstance(example, Chat) and bool(example.messages and example.unanswered)
 
     @property
     def sides(self) -> tuple["Format", ...]:
@@ -283,8 +283,10 @@ OF_CHATS = ("tools", "functions", "documents", "history")
 """What other trainers put into a chat's prompt, in their own ways."""
 
 
-def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str | None, *, tools: bool) -> None:
-    """Raises DataError if a row has an unread column among `parts` or OF_CHATS; `setting` names columns in its place.
+def leftovers(
+    row: Row, columns: Columns, parts: Collection[str], setting: str | None, *, tools: bool
+) -> Iterator[DataError]:
+    """Yield a problem for each unread column among `parts` or OF_CHATS; `setting` names columns in its place.
 
     `tools` are read or not.
 
@@ -306,7 +308,7 @@ def refuse_leftovers(row: Row, columns: Columns, parts: Collection[str], setting
             cure = "" if setting is None else f"set {setting}, "
         else:
             continue
-        raise DataError(
+        yield DataError(
             f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
             f"{cure}move it into the text, or remove it"
         )

@@ -1,6 +1,7 @@
 """Tokenise rows of texts, with loss on their targets alone."""
 
 import json
+import reprlib
 import signal
 import threading
 from bisect import bisect_left
@@ -8,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import Chat, Example, Manner
+from tsqlora.data.examples import ANSWER, REASONING, Chat, Example, Manner, Message
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row, as_text
 from tsqlora.data.table import Samples, of_rows
@@ -30,77 +32,126 @@ class Piece:
 
     text: str
     trained: bool
+    message: int | None
+    """The number of its message in the row, of a prompt that of the last one; counted from the end if negative."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The tokens of one piece; `trained` if it is a target."""
+    """The tokens of one piece."""
 
     ids: list[int]
     trained: bool
+    message: int | None
+
+
+class TemplateError(DataError):
+    """A chat that its template does not render whole; `finding` names what is wrong."""
+
+    def __init__(self, message: str, finding: str = "template_error") -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
     """The sample's text in order, without empty pieces.  Raises DataError with the row's place."""
     if isinstance(example, Chat):
         return chat_pieces(example, tokenizer, place)
-    target = [] if example.target is None else [Piece(example.target, True)]
-    return [*([Piece(example.prompt, False)] if example.prompt else []), *target]
+    target = [] if example.target is None else [Piece(example.target, True, -1)]
+    return [*([Piece(example.prompt, False, -2)] if example.prompt else []), *target]
 
 
 def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
-    """The chat as the tokenizer's template renders it; an assistant's turn is a target.
+    """The chat as the tokenizer's template renders it; an assistant's message is a target.
 
-    A turn is the difference between the template's prompt for it and the template with it: exactly what a model has to
-    write after the prompt that it will get. White space after the end token belongs to the next prompt. The target of
-    a turn that opens the chat starts with its content. A chat that ends with another turn ends with the prompt for an
-    answer; if the template rewrites earlier text, that chat is one piece. Raises DataError if the template refuses the
-    turns, rewrites the text before an answer with loss, so that the turn's text is unclear, or does not read the tools
-    or what else a turn has.
+    A target is the difference between the template's prompt for a message and the template with it: exactly what a
+    model has to write after the prompt that it will get. White space after the end token belongs to the next prompt.
+    Where the template renders that prompt in another way once it is answered, and of a message that opens the chat, the
+    target starts with its content. A chat that ends with another message ends with the prompt for an answer; if the
+    template rewrites earlier answers, the last one alone is a target. Raises TemplateError if the template refuses the
+    messages, or leaves out the last answer, its reasoning, tool calls, or tools.
     """
-    turns, template = chat.turns, str(tokenizer.chat_template)
-    beside = [*(["tools"] if chat.tools else []), *(key for turn in turns for key in turn.further)]
-    if unread := [key for key in beside if key not in template]:
-        raise DataError(
-            f"{place}: the row has '{unread[0]}', which the chat template does not read, so a model would not learn "
-            "it; give a template that does, move it into the text, or remove it"
-        )
+    chat = as_read(chat, tokenizer, place)
+    messages, end = chat.messages, str(tokenizer.eos_token)
 
     def rendered(count: int, *, prompt: bool) -> str:
-        return _rendered(replace(chat, turns=turns[:count]), tokenizer, place, prompt=prompt)
+        return render(replace(chat, messages=messages[:count]), tokenizer, place, prompt=prompt)
 
-    final = None if turns[-1].role == "assistant" else rendered(len(turns), prompt=True)
-    pieces, seen = list[Piece](), ""
-    for i, turn in enumerate(turns):
-        if turn.role != "assistant":
-            continue
+    def turn(i: int) -> tuple[str, str]:
+        """The text before an answer, and the text to its end."""
         whole = rendered(i + 1, prompt=False)
-        if i:
-            prompt = rendered(i, prompt=True)
-        else:
-            at = whole.find(turn.content.strip())
-            prompt = whole[:at] if at >= 0 else whole
+        if i and whole.startswith(prompt := rendered(i, prompt=True)):
+            return prompt, whole
+        probe = Message(ANSWER, "0" if messages[i].content.strip()[:1] != "0" else "1")
+        other = render(replace(chat, messages=(*messages[:i], probe)), tokenizer, place, prompt=False)
+        if other == whole:
+            raise TemplateError(f"{place}: the chat template does not write the last answer", "prompt_not_prefix")
+        return commonprefix([whole, other]), whole  # noqa: RUF071  (texts, no paths)
+
+    preceding = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
+
+    def alone() -> list[Piece]:
+        """The last answer as the one target; without one, the prompt for it."""
+        last = len(messages) - 1
+        if messages[last].role != ANSWER:
+            return [Piece(rendered(last + 1, prompt=True), False, last)]
+        prompt, whole = turn(last)
+        return [Piece(prompt, False, preceding[last]), Piece(_target(whole[len(prompt) :], tokenizer), True, last)]
+
+    pieces, seen = list[Piece](), ""
+    for i in (i for i, message in enumerate(messages) if message.role == ANSWER):
+        prompt, whole = turn(i)
         if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
-            closed = pieces.pop()
-            pieces.append(replace(closed, text=closed.text.removesuffix(str(tokenizer.eos_token))))
-            seen = seen.removesuffix(str(tokenizer.eos_token))
-        if not (prompt.startswith(seen) and whole.startswith(prompt)):
-            if final is not None:
-                return [Piece(final, False)]
-            prompt, whole = rendered(len(turns) - 1, prompt=True), rendered(len(turns), prompt=False)
-            if not whole.startswith(prompt):
-                raise DataError(
-                    f"{place}: the chat template rewrites the prompt of the last answer, so its tokens are unclear"
-                )
-            return [Piece(prompt, False), Piece(_target(whole[len(prompt) :], tokenizer), True)]
+            pieces.append(replace(closed := pieces.pop(), text=closed.text.removesuffix(end)))
+            seen = seen.removesuffix(end)
+        if not prompt.startswith(seen):
+            return alone()
         target = _target(whole[len(prompt) :], tokenizer)
-        pieces += [Piece(prompt[len(seen) :], False), Piece(target, i >= chat.context)]
+        pieces += [Piece(prompt[len(seen) :], False, preceding[i]), Piece(target, i >= chat.context, i)]
         seen = prompt + target
-    if final is not None:
+    if messages[-1].role != ANSWER:
+        final = rendered(len(messages), prompt=True)
         if not final.startswith(seen):
-            return [Piece(final, False)]
-        pieces.append(Piece(final[len(seen) :], False))
+            return alone()
+        pieces.append(Piece(final[len(seen) :], False, len(messages) - 1))
     return [piece for piece in pieces if piece.text]
+
+
+def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
+    """The chat with what its messages carry beside their contents where the template reads it.
+
+    What it reads shows in what it renders: reasoning may stand under another key. Raises TemplateError for what is not
+    rendered in either way.
+    """
+
+    def text(*messages: Message, tools: Sequence[Any] = chat.tools) -> str | None:
+        try:
+            return render(Chat(messages, tools), tokenizer, place, prompt=False)
+        except TemplateError:
+            return None
+
+    def require(read: Any, what: str) -> None:
+        if not read:
+            raise TemplateError(
+                f"{place}: the row has {what}, which the chat template does not read, so a model would not learn "
+                "it; give a template that does, move it into the text, or remove it",
+                "content_lost",
+            )
+
+    messages = [*chat.messages]
+    for k, key in [(k, key) for k, message in enumerate(messages) for key in message.carried]:
+        message, before = messages[k], messages[:k]
+        bare = replace(message, further={name: value for name, value in message.further.items() if name != key})
+        made, without, value = text(*before, message), text(*before, bare), message.further[key]
+        if made is None or made != without:  # what is refused as it stands is refused below
+            continue
+        others = [replace(bare, further={**bare.further, name: value}) for name in REASONING if key in REASONING]
+        way = next((other for other in others if text(*before, other) not in (None, without)), None)
+        require(way, f"'{key}' ({reprlib.repr(value)})")
+        messages[k] = way or message
+    if chat.tools and (whole := text(*messages)) is not None:
+        require(whole != text(*messages, tools=()), "'tools'")
+    return replace(chat, messages=tuple(messages))
 
 
 def _target(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -108,20 +159,24 @@ def _target(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.rstrip() if isinstance(end, str) and text.rstrip().endswith(end) else text
 
 
-def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
-    messages: list[Any] = [{"role": turn.role, "content": turn.content, **turn.further} for turn in chat.turns]
+def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
+    """The chat as its template writes it, with the `prompt` for an answer or without.  Raises TemplateError."""
+    messages: list[Any] = [message.whole for message in chat.messages]
     tools: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
     try:
         with _time_limit(SECONDS):
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
     except Exception as error:  # a template is a program of whoever made the model
         if not tokenizer.chat_template:
-            raise DataError(
+            raise TemplateError(
                 f"{place}: rows are chats, and the model's tokenizer has no chat template; give a model for chats, or "
-                "put a chat_template.jinja into its folder"
+                "put a chat_template.jinja into its folder",
+                "no_template",
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
+        raise TemplateError(
+            f"{place}: the chat template refuses these turns ({reason}); correct one of the two"
+        ) from error
     return as_text(text, "the chat", place)
 
 
@@ -162,7 +217,7 @@ def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerB
             follows = both[: len(before)] == before
             if own is None and not follows:
                 own = plain_tokens([piece.text], tokenizer)[0]
-            runs.append(Run(both[len(before) :] if follows else own or [], piece.trained))
+            runs.append(Run(both[len(before) :] if follows else own or [], piece.trained, piece.message))
             before = own or []
         tokens.append(runs)
     return tokens
@@ -223,6 +278,12 @@ class Tokenised:
     sample: dict[str, Any]
     cut: bool
     needs: int
+    places: tuple[tuple[int, int, int], ...] = ()
+    """Number of the message, start and end of each piece among the tokens; an end may lie beyond them."""
+    targets: int = 0
+    """Tokens of all targets, also of those that are cut."""
+    example: Example | Chat | None = None
+    pieces: Sequence[Piece] = ()
 
 
 def tokenise_generation(
@@ -234,6 +295,7 @@ def tokenise_generation(
     seq2seq: bool,
     with_targets: bool = True,
     measured: bool = False,
+    refused: dict[int, DataError] | None = None,
 ) -> Samples:
     """One sample a row, not padded: input_ids, attention_mask, and labels if `with_targets`.
 
@@ -246,13 +308,22 @@ def tokenise_generation(
     A long prompt loses its beginning, after the tokens that open every text, and a long plain text its end. A chat
     loses whole exchanges, the oldest first, and keeps its system prompt. `truncated` counts all three. A row whose
     target, or a chat whose last exchange, does not fit whole is left out. Raises DataError with file and row for
-    missing values and empty targets.
+    missing values and empty targets, and for what a template refuses; or adds the errors of a causal model's rows to
+    `refused`, by the places of the rows in their file.
     """
     require_end(tokenizer, seq2seq=seq2seq)
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
-    examples = [format.read(row, manner) for row in rows]
-    tokenised = (_seq2seq if seq2seq else _causal)(examples, rows, tokenizer, max_length)
+    if seq2seq:
+        tokenised = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
+    else:
+        made = causal_rows(rows, format, manner, tokenizer, max_length)
+        errors = {row.id: one for row, one in zip(rows, made, strict=True) if isinstance(one, DataError)}
+        if errors and refused is None:
+            raise next(iter(errors.values()))
+        (refused if refused is not None else {}).update(errors)
+        rows = [row for row in rows if row.id not in errors]
+        tokenised = [one for one in made if isinstance(one, Tokenised)]
     fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
     return of_rows(
         [tokenised[i].sample for i in fitting],
@@ -264,14 +335,20 @@ def tokenise_generation(
 
 
 def tokenise_pairs(
-    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Sequence[Row],
+    format: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    refused: dict[int, DataError] | None = None,
 ) -> Samples:
     """One sample a preference row: both answers, each after its prompt, in one list, and where the second begins.
 
     A row is left out if one of its answers does not fit whole.
     """
     chosen, rejected = (
-        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in format.sides
+        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False, refused=refused)
+        for one in format.sides
     )
     first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]
@@ -298,10 +375,15 @@ def require_room(max_length: int, special: int, texts: int) -> None:
         )
 
 
+def no_tokens(place: str) -> DataError:
+    """The error of a text without any token."""
+    return DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
+
+
 def require_tokens(ids: Sequence[int], place: str) -> None:
     """Raises DataError with the place for a text without any token."""
     if not ids:
-        raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
+        raise no_tokens(place)
 
 
 def require_some(split: Samples, source: str, max_length: int) -> None:
@@ -332,7 +414,7 @@ def references(rows: Iterable[Row], format: Format) -> list[str]:
     for row in rows:
         example = format.read(row, PLAINLY)
         if isinstance(example, Chat):
-            targets.append(next(turn.content for turn in reversed(example.turns) if turn.role == "assistant").strip())
+            targets.append(next(one.content for one in reversed(example.messages) if one.role == ANSWER).strip())
         else:
             targets.append(str(example.target).strip())
     return targets
@@ -346,21 +428,34 @@ def input_of(row: Row, format: Format) -> str:
     example = format.read(row, PLAINLY)
     if isinstance(example, Example):
         return example.prompt or str(example.target)
-    before = example.turns[:-1]
+    before = example.messages[:-1]
     # Answers to one system prompt alone would all have the same input.
-    lone = all(turn.role == "system" for turn in before)
-    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
+    lone = all(message.role == "system" for message in before)
+    return json.dumps([(message.role, message.content) for message in (example.messages if lone else before)])
 
 
-def _causal(
-    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Tokenised]:
-    pieces = [pieces_of(example, tokenizer, rows[i].place) for i, example in enumerate(examples)]
-    tokenised = []
-    for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
-        require_tokens(runs[-1].ids, rows[i].place)
-        tokenised.append(causal_sample(example, runs, tokenizer, max_length, rows[i].place))
-    return tokenised
+def causal_rows(
+    rows: Sequence[Row], format: Format, manner: Manner, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list["Tokenised | DataError"]:
+    """What a causal model reads of each row, or why nothing."""
+    read, made = list[tuple[Example | Chat, list[Piece]] | DataError](), list[Tokenised | DataError]()
+    for row in rows:
+        try:
+            example = format.read(row, manner)
+            read.append((example, pieces_of(example, tokenizer, row.place)))
+        except DataError as error:
+            read.append(error)
+    tokens = iter(tokens_of([one[1] for one in read if not isinstance(one, DataError)], tokenizer))
+    for row, one in zip(rows, read, strict=True):
+        if isinstance(one, DataError):
+            made.append(one)
+        elif (runs := next(tokens))[-1].ids:
+            sample = causal_sample(one[0], runs, tokenizer, max_length, row.place)
+            targets = sum(len(run.ids) for run in runs if run.trained)
+            made.append(replace(sample, example=one[0], pieces=one[1], targets=targets))
+        else:
+            made.append(no_tokens(row.place))
+    return made
 
 
 def causal_sample(
@@ -374,18 +469,21 @@ def causal_sample(
     made = _causal_sample(example, runs, tokenizer, max_length)
     if not isinstance(example, Chat) or not made.cut:
         return made
-    turns = example.turns
-    system = next((k for k, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
-    starts = [k for k, turn in enumerate(turns) if turn.role == "user" and k > system]
+    messages = example.messages
+    roles = [message.role for message in messages]
+    system = next((k for k, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    starts = [k for k, role in enumerate(roles) if role == "user" and k > system]
 
-    def from_turn(k: int) -> Tokenised:
+    def from_message(k: int) -> Tokenised:
         context = max(example.context - k + system, min(example.context, system))
-        rest = replace(example, turns=(*turns[:system], *turns[k:]), context=context)
+        rest = replace(example, messages=(*messages[:system], *messages[k:]), context=context)
         runs = tokens_of([pieces_of(rest, tokenizer, place)], tokenizer)[0]
-        return _causal_sample(rest, runs, tokenizer, max_length)
+        made = _causal_sample(rest, runs, tokenizer, max_length)
+        places = ((j if j < system else j + k - system, *span) for j, *span in made.places)
+        return replace(made, places=tuple(places))
 
-    fits = bisect_left(starts, True, key=lambda k: not from_turn(k).cut)
-    return replace(from_turn(starts[min(fits, len(starts) - 1)]), cut=True) if starts else made
+    fits = bisect_left(starts, True, key=lambda k: not from_message(k).cut)
+    return replace(from_message(starts[min(fits, len(starts) - 1)]), cut=True) if starts else made
 
 
 def _causal_sample(
@@ -410,12 +508,15 @@ def _causal_sample(
     span = slice(over, over + room)
     input_ids = [*opening, *ids[span]]
     sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
+    ends = np.cumsum([len(opening) - over, *(len(run.ids) for run in runs)]).tolist()
+    both = zip(runs, pairwise(ends), strict=True)
+    places = tuple((run.message, max(0, start), end) for run, (start, end) in both if run.message is not None)
     if not runs or not runs[-1].trained:
-        return Tokenised(sample, total > room, 0)
+        return Tokenised(sample, total > room, 0, places)
     needs = 0 if plain else len(opening) + (total if chat else len(runs[-1].ids) + 1)
     labels = [*[IGNORED] * len(opening), *labels[span]]
     labels[0] = IGNORED  # nothing predicts the first token
-    return Tokenised({**sample, "labels": labels}, total > room, needs)
+    return Tokenised({**sample, "labels": labels}, total > room, needs, places)
 
 
 def _seq2seq(

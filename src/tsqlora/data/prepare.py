@@ -1,5 +1,6 @@
 """Keep trusted rows apart from those that measure, and tokenise tables into samples on disk."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,19 +113,21 @@ def prepare(
     max_length: int,
     encode: Encode,
     folder: Path | None = None,
+    most: float = 0.0,
 ) -> dict[str, Table]:
     """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
 
-    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note.
+    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note. So are
+    those that cannot be read or rendered, up to the share `most`. Raises DataError with the first if there are more.
     """
     prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
     for name, table in tables.items():
-        numbers = list[int]()
-        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers), folder)
+        numbers, refused = list[int](), dict[int, DataError]()
+        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers, refused), folder)
         inputs[name] = np.array(numbers, dtype=np.uint64)
+        notes = [*table.notes, *left_out(samples), *_refusals(table, refused, most)]
         if table.format is not None:
             require_some(samples, table.name, max_length)
-        notes = [*table.notes, *left_out(samples)]
         trained = np.isin(inputs[name], inputs.get("train", []), kind="sort")  # whatever the label
         if name in MEASURED and trained.any():
             notes.append(
@@ -150,12 +153,31 @@ def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizer
                 )
 
 
-def _tokenised(table: Table, tokenizer: Any, max_length: int, encode: Encode, inputs: list[int]) -> Iterator[Samples]:
+def _refusals(table: Table, refused: Mapping[int, DataError], most: float) -> list[str]:
+    """A note of the rows that cannot be prepared, if there are any.  Raises DataError if they are too many."""
+    if not refused:
+        return []
+    why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
+    if len(refused) > most * len(table) or len(refused) == len(table):
+        raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
+    note = f"{of} are left out: {why}"
+    warnings.warn(note, stacklevel=4)
+    return [note]
+
+
+def _tokenised(
+    table: Table,
+    tokenizer: Any,
+    max_length: int,
+    encode: Encode,
+    inputs: list[int],
+    refused: dict[int, DataError],
+) -> Iterator[Samples]:
     """Encode a table chunk by chunk; append a number for the input of each sample to `inputs`."""
     column, classes = table.columns.label, table.classes
     for rows in table.chunks():
         if table.format is not None:
-            part = encode(rows, table.format, tokenizer, max_length=max_length)
+            part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
             inputs += (int(name, 16) for name in part.hashes)
         else:
             assert column is not None

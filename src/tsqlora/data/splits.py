@@ -184,7 +184,7 @@ def complete(table: Table, most: float, *, tags: bool) -> Table:
         table = replace(table, notes=(*table.notes, note))
     if (left_out := int((~retained).sum())) == 0:
         return table
-    if left_out > most * len(table):
+    if left_out > most * len(table) or left_out == len(table):
         require_columns(table, bad)
         raise DataError(
             f"{table.name}: {left_out:,} of {len(table):,} rows are incomplete, more than data.max_bad_rows ({most:g}) "

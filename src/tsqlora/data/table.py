@@ -180,7 +180,8 @@ class Table:
                     raise DataError(
                         f"{self.name} has a value that cannot be read ({error}); export it again"
                     ) from error
-                cells = map(json.loads, cells) if pa.types.is_string(batch.schema.field("cells").type) else cells
+                texts = pa.types.is_string(batch.schema.field("cells").type)
+                cells = map(json.loads, cells) if texts else map(without_filled, cells)
                 cells = (with_names(row, self.class_names) for row in cells) if self.class_names else cells
                 made = zip(cells, numbers, ids.tolist(), strict=True)
                 yield [self.view(Row(cells, self.name, number, id)) for cells, number, id in made]
@@ -230,6 +231,21 @@ class Table:
         elif columns.media:
             table = replace(self, view=absolute, path=None)
         return replace(table, columns=columns, classes=classes, format=format)
+
+
+def without_filled(cells: dict[str, Any]) -> dict[str, Any]:
+    """The cells without null fields of objects inside: Arrow gives all objects in a column the fields of all.
+
+    >>> without_filled({"messages": [{"role": "user", "name": None}], "label": None})
+    {'messages': [{'role': 'user'}], 'label': None}
+    """
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: own(inner) for key, inner in value.items() if inner is not None}
+        return [own(inner) for inner in value] if isinstance(value, list) and value else value
+
+    return {name: own(value) for name, value in cells.items()}
 
 
 def with_names(cells: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def prompts_of(
 def _messages(example: Any) -> dict[str, Any] | None:
     if not isinstance(example, Chat):
         return None
-    messages = [{"role": turn.role, "content": turn.content, **turn.further} for turn in example.turns]
+    messages = [message.whole for message in example.messages]
     return {"messages": messages} | ({"tools": list(example.tools)} if example.tools else {})
 
 

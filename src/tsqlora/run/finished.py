@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -96,7 +97,8 @@ class FinishedRun:
         """Tokenise tables for the run's model; `folder` as in `load`."""
         own = {name: self.using(table) for name, table in tables.items()}
         task, tokenizer = self.task, self.pretrained.tokenizer
-        data = prepare(own, tokenizer, max_length=self.max_length, encode=task.reading.encode, folder=folder)
+        how: dict[str, Any] = {"encode": task.reading.encode, "most": self.config.data.max_bad_rows}
+        data = prepare(own, tokenizer, max_length=self.max_length, folder=folder, **how)
         for note in (note for table in data.values() for note in left_out(table.samples)):
             warnings.warn(note, stacklevel=2)
         return Job(self.config, task, self.pretrained, data, self.max_length)

@@ -106,7 +106,8 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     written = job.task.writer is not None and job.task.reading.causal and job.pretrained.tokenizer.is_fast
     if train.format is not None and written:
         about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
-        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train)
+        how = {"max_length": job.max_length, "most": config.data.max_bad_rows}
+        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train, **how)
         record.notes += worst
         for finding in worst if distributed.is_first() else ():
             warnings.warn(finding, stacklevel=2)

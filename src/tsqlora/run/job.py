@@ -96,7 +96,8 @@ def load(
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes, gpus=gpus)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-    data = prepare(tables, pretrained.tokenizer, max_length=length, encode=task.reading.encode, folder=folder)
+    how: dict[str, Any] = {"encode": task.reading.encode, "folder": folder, "most": config.data.max_bad_rows}
+    data = prepare(tables, pretrained.tokenizer, max_length=length, **how)
     if note := unmeasured(data):
         warnings.warn(note, stacklevel=2)
     if task.reading.media is None:

@@ -153,8 +153,10 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         table = complete(table, config.data.max_bad_rows, tags=False)
         pretrained = load_model(config, task, labels, gpus=gpus_of(config))
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-        how = {"max_length": length, "encode": task.reading.encode, "folder": Path(folder)}
-        job = Job(config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, **how), length)
+        how = {"encode": task.reading.encode, "folder": Path(folder), "most": config.data.max_bad_rows}
+        job = Job(
+            config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, max_length=length, **how), length
+        )
         _place(pretrained.model, config)
         rows = row_names(job)
         compute = Compute(config.training.batch_size, progress=progress)

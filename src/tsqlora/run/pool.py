@@ -114,13 +114,12 @@ def score_pool(
     """Score the rows of a `datasets.Dataset`; their ids are the positions in it."""
     rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})
     limit = task.reading.limit(max_length, tokenizer, positions_of(model), most=1024)
-    tables = _tables(rows, model, task)
+    tables, most = _tables(rows, model, task), DataSettings.model_fields["max_bad_rows"].default
     if tables["train"].format is not None:
-        most = DataSettings.model_fields["max_bad_rows"].default
         tables = {name: complete(table, most, tags=False) for name, table in tables.items()}
     warned = notes_of(tables)
     try:
-        data = prepare(tables, tokenizer, max_length=limit, encode=task.reading.encode)
+        data = prepare(tables, tokenizer, max_length=limit, encode=task.reading.encode, most=most)
     except MissingError as error:
         for table in tables.values():
             require_columns(table, [error.what])

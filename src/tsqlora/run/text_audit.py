@@ -18,10 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import loading, require_model
 from tsqlora.compat.transformers import load, row_collator
-from tsqlora.data.formats import Format, format_of
+from tsqlora.data.formats import format_of
 from tsqlora.data.prepare import resolve_max_length
 from tsqlora.data.readers import SNIFF, Hints
-from tsqlora.data.rows import Row
 from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -35,11 +34,11 @@ from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
 from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.findings import Finding, findings_of
-from tsqlora.text.ledger import Line, line_of
+from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
-from tsqlora.text.raw import prepared_rows
+from tsqlora.text.raw import audited, failed, prepared_rows
 from tsqlora.text.reconcile import audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import digest
@@ -97,7 +96,7 @@ def audit_text(
             progress("ledger", len(lines), len(table))
 
     def sequences(places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
-        chosen = [] if lacks_template else list(replace(table, ids=np.array(sorted(places), np.int64)))
+        chosen = list(replace(table, ids=np.array(sorted(places), np.int64)))
         made = prepared_rows(chosen, format, tokenizer, max_length=limit)
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 
@@ -257,7 +256,8 @@ def finish(
     The ledger is written before `look` reads the answers.
     """
     further = among_rows(rows, lines, evaluation)
-    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
+    names = [field.name for field in fields(Line) if field.name != "shows"]
+    columns = {name: [getattr(line, name) for line in lines] for name in names}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / LEDGER_FILE, private=True) as unfinished:
@@ -270,8 +270,7 @@ def finish(
     further |= {name: sorted(places) for name, places in suspects.items()}
     if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
-    errors = {"untrained_tokens"} if vocabulary.untrained else set[str]()
-    findings = findings_of(lines, further, errors)
+    findings = findings_of(lines, further)
     fates = Counter(line.fate.partition(" of ")[0] for line in lines)
     about = {
         **about,
@@ -291,32 +290,6 @@ def finish(
 
 def _digest_of(source: str) -> str:
     return digest(Path(source)) if os.path.isfile(source) else source_digest(open_table(source))
-
-
-def audited(
-    chunk: Sequence[Row], made: Sequence[Conversation], format: Format, vocabulary: Vocabulary, limit: int
-) -> list[Line]:
-    """The lines of some rows."""
-    lines = list[Line]()
-    for one, prepared in zip(made, prepared_rows(chunk, format, vocabulary.tokenizer, max_length=limit), strict=True):
-        if prepared.finding:
-            line = failed(one, vocabulary, prepared.finding)
-            line.detail, line.lost_tokens = prepared.reason, prepared.lost
-        else:
-            line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
-            if prepared.last_alone:
-                line.findings = [*(name for name in line.findings if name != "only_last_answer"), "prompt_not_prefix"]
-        lines.append(line)
-    return lines
-
-
-def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
-    """The line of a row that has no tokens; what its own texts show says more than "dropped"."""
-    line = line_of(one, (), vocabulary)
-    line.match = "exact"  # the source is known
-    if finding != "dropped" or not line.findings:
-        line.findings.append(finding)
-    return line
 
 
 def load_vocabulary(

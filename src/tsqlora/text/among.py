@@ -70,7 +70,7 @@ def _parts(row: Conversation) -> tuple[str, str, str]:
 
 def _text(messages: Iterable[Message]) -> str:
     """What messages say and call, with single blanks."""
-    return " ".join(" ".join(f"{m.content} {dict(m.further) or ''}" for m in messages).split())
+    return " ".join(" ".join(f"{m.content} {[m.further[key] for key in m.carried] or ''}" for m in messages).split())
 
 
 def _copies(rows: Sequence[Conversation]) -> dict[int, int]:

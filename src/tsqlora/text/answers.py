@@ -18,7 +18,7 @@ from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Batch
 from tsqlora.tasks.forward import base_model
 from tsqlora.text.conversations import ANSWER, Conversation
-from tsqlora.text.ledger import locate
+from tsqlora.text.ledger import spans_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -50,11 +50,9 @@ class Turn:
 def turns_of(row: Conversation, sequences: Iterable[Trained], vocabulary: Vocabulary) -> Iterator[Turn]:
     """Yield the trained answers of a row; of a pair those of both sides."""
     for one in sequences:
-        messages = row.messages
-        if one.side == "rejected" and row.rejected is not None:
-            messages = (*(row.prompt or row.question), *row.rejected)
+        messages = row.side(one.side)
         before, question = 0, ""
-        for message, span in zip(messages, locate(messages, one.ids, vocabulary), strict=True):
+        for message, span in zip(messages, spans_of(messages, one, vocabulary), strict=True):
             if message.role != ANSWER:
                 question = message.content
             elif span is not None and span.before == 0 and (one.targets[span.start : span.end] >= 0).any():

@@ -18,7 +18,8 @@ from tsqlora.text.faults import LEVELS
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of
 from tsqlora.text.look import CUT, FOREIGN, SAMPLE, SWAPPED, AnswerLook, look_at_answers
-from tsqlora.text.prepared import Collate, Trained, sequences_of
+from tsqlora.text.prepared import Collate, sequences_of
+from tsqlora.text.raw import audited
 from tsqlora.text.vocabulary import Vocabulary
 
 ROWS = 500
@@ -34,24 +35,23 @@ def worst_findings(
     vocabulary: Vocabulary,
     *,
     table: Table | None = None,
+    max_length: int = 0,
+    most: float = 0.0,
     collate: Collate | None = None,
 ) -> list[str]:
-    """Say the worst errors and warnings of prepared samples, whose rows are those of `table`, if they are known.
+    """Say the worst errors and warnings of prepared samples; of a `table` those of its rows, cut at `max_length`.
 
-    Raises DataError for an error in all rows of a table.
+    Raises DataError for an error in all rows of a table, unless `most`, the share of rows that may be bad, is 1.
     """
     places = np.unique(np.linspace(0, len(samples) - 1, ROWS).astype(int)).tolist()
-    rows = {j: Conversation(j, ()) for j in places}
     if table is not None and table.format is not None:
-        ids = dict(zip(table.samples.ids[places].tolist(), places, strict=True))
-        chosen = replace(table, ids=np.sort(table.samples.ids[places]))
-        rows = {ids[row.id]: conversation(row.cells, table.format, row.id) for row in chosen}
-    lines = [
-        line_of(rows[j], [Trained(one.ids, one.targets, j)], vocabulary, cut=True)  # by the settings, if it is
-        for j in places
-        for one in sequences_of([samples[j]], collate)
-    ]
-    worst = findings_of(lines, errors={"untrained_tokens"} if vocabulary.untrained else ())
+        rows = list(replace(table, ids=np.sort(table.samples.ids[places])))
+        made = [conversation(row.cells, table.format, row.id) for row in rows]
+        lines = audited(rows, made, table.format, vocabulary, max_length)
+    else:
+        sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
+        lines = [line_of(Conversation(one.row, ()), [one], vocabulary) for one in sequences]
+    worst = findings_of(lines)
     worst = [finding for finding in worst if finding.severity != NOTE][:SHOWN]
     see, shown = "tsqlora.audit(trainer)", list[str]()
     if table is not None:
@@ -61,9 +61,12 @@ def worst_findings(
         of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
         severity = "error " if finding.severity == ERROR else ""  # the rest are shown as warnings, which says it
         shown.append(f"{severity}{finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); see {see}")
-        if table is not None and finding.severity == ERROR and len(finding.places) == len(lines):
+        if table is not None and finding.severity == ERROR and len(finding.places) == len(lines) and most < 1:
             cure = f"; with TRL {finding.cure['TRL']}" if finding.cure else ""
-            raise DataError(f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them")
+            raise DataError(
+                f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them, and "
+                "data.max_bad_rows 1 trains on them as they are"
+            )
     return shown
 
 

@@ -1,6 +1,7 @@
 """What is wrong with the rows of a text audit: names, severities, causes and cures."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +80,9 @@ FINDINGS: dict[str, Kind] = {
             "template: the one of the base model",
         ),
     ),
-    "template_twice": Kind(ERROR, "a text contains the tokenizer's special tokens: it was already rendered"),
+    "template_twice": Kind(
+        WARNING, "a text contains special tokens of the tokenizer, as one that a template has rendered already"
+    ),
     "template_error": Kind(ERROR, "the chat template refuses these messages"),
     "no_template": Kind(
         ERROR,
@@ -96,7 +99,9 @@ FINDINGS: dict[str, Kind] = {
     ),
     "prompt_not_prefix": Kind(
         WARNING,
-        "the template rewrites earlier answers, so the last one alone is trained; write one answer a row to train all",
+        "the template renders what stands before an answer in another way than the prompt of that answer; these rows "
+        "are trained on as it renders the whole chat, and earlier answers that it rewrites are not targets (write one "
+        "answer a row to train all)",
         _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
     ),
     "empty_answer": Kind(WARNING, "an answer is empty"),
@@ -159,16 +164,11 @@ class Finding:
         }
 
 
-def findings_of(
-    lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None, errors: Collection[str] = ()
-) -> list[Finding]:
-    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first.
-
-    `errors` are names that are errors here, whatever their kind says.
-    """
+def findings_of(lines: Sequence[Line], further: Mapping[str, Sequence[int]] | None = None) -> list[Finding]:
+    """Gather the lines' findings, and those of rows among each other (`further`, row numbers by name), worst first."""
     rows: dict[str, list[int]] = {name: sorted(places) for name, places in (further or {}).items()}
     dropped = [line for line in lines if line.fate == "dropped"]
-    cut = sum("answer_cut" in line.findings for line in dropped)
+    left_out = Counter(name for line in dropped for name in line.findings)
     errs = any(FINDINGS[name].severity == ERROR for line in dropped for name in line.findings)
     none_left = len(dropped) == len(lines) and not errs
     without_cause = [line for line in dropped if none_left or not line.findings or "dropped" in line.findings]
@@ -185,17 +185,20 @@ def findings_of(
             continue
         kind, share = FINDINGS[name], len(places) / max(1, len(lines))
         severity = kind.severity
-        if kind.if_all and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
+        shown = next((f"row {line.row}: {line.shows[name]}" for line in lines if name in line.shows), None)
+        # What a template leaves out by its own rule is no error of all rows.
+        if kind.if_all and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
             severity = kind.if_all
-        if name in errors or (name == "eval_leak" and share > LEAKS):
+        if name == "eval_leak" and share > LEAKS:
             severity = ERROR
         cause, cures = kind.cause, kind.cures
-        if name == "answer_cut" and cut:
-            cause += f"; {cut} of these rows are left out whole"
+        if name in ("answer_cut", "prompt_not_prefix") and left_out[name]:
+            cause += f"; {left_out[name]} of these rows are left out whole"
+        cause += f" ({shown})" if shown else ""
         if name == "dropped" and any(details):
             cause += f": {next(filter(None, details))}"
             cures = cures if not all(details) else {}  # a longer limit would not help
-        if name == "template_error":
+        if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
         findings.append(Finding(name, severity, tuple(places), share, cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from ftfy.badness import is_bad
+from ftfy.badness import BADNESS_RE
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.text.conversations import ANSWER, Conversation, Message
@@ -21,14 +21,16 @@ LEAST_KNOWN = 16
 NEAR_LIMIT = 0.9
 """Share of the length limit that a cut sequence has at least: LLaMA-Factory cuts each turn by its share."""
 ROLE_MARKERS = re.compile(
-    r"<\|?(im_start|im_end|start_header_id|eot_id|user|assistant|system|endoftext)\|?>|\[/?INST\]|<</?SYS>>"
-    r"|^(### (Instruction|Response|Input):|(Human|USER|ASSISTANT):)",
-    re.MULTILINE,
+    r"<\|?(im_start|im_end|start_header_id|eot_id|endoftext)\|?>|<\|(user|assistant|system)\|>|\[/?INST\]|<</?SYS>>"
 )
+SPEAKERS = re.compile(r"^\s*(### (Instruction|Response|Input):|(Human|USER|ASSISTANT):)", re.MULTILINE)
+"""What opens a turn in texts without a chat template; behind an answer it is a turn that somebody else wrote."""
 MARKER = re.compile(
     rb"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|<(?:start|end)_of_turn>"
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+SHOWN = 60
+"""Characters of a text that a finding shows."""
 HTML = re.compile(
     r"</?(a|b|body|br|div|em|font|h[1-6]|html|i|img|li|ol|p|span|strong|table|t[dhr]|ul)(\s[^<>]*)?/?>", re.IGNORECASE
 )
@@ -71,6 +73,41 @@ class Line:
     findings: list[str] = field(default_factory=list)
     """Names of the row's findings."""
     detail: str = ""
+    shows: dict[str, str] = field(default_factory=dict)
+    """The text that shows a finding, by its name."""
+
+    def find(self, name: str, shown: str = "") -> None:
+        """Add a finding with the text that shows it."""
+        self.findings.append(name)
+        if shown:
+            self.shows.setdefault(name, shown)
+            self.detail = self.detail or shown
+
+
+def spans_of(messages: Sequence[Message], one: Trained, vocabulary: Vocabulary) -> list[Span | None]:
+    """Return where messages are: as we prepared them, else where `locate` finds their contents.
+
+    Our answers are what is to be written: content, reasoning and tool calls, without the stop. Contents of a prompt are
+    looked for in its own piece; of one that is written in parts, such as Alpaca's, the last part.
+    """
+    if one.places is None:
+        return locate(messages, one.ids, vocabulary)
+    spans, first, ids = list[Span | None]([None] * len(messages)), 0, one.ids.tolist()
+    for place, start, whole in one.places:
+        number, end = place % len(messages), min(whole, len(ids))
+        if messages[number].role == ANSWER:
+            while end > start and (ids[end - 1] in vocabulary.stops or not vocabulary.text(ids[end - 1 : end]).strip()):
+                end -= 1
+            spans[number] = Span(start, end, behind=max(0, whole - len(ids))) if end > start else None
+        else:
+            part = replace(messages[number], content=messages[number].content.rpartition("\n\n")[2])
+            own = locate([*messages[first:number], messages[number]], one.ids[start:end], vocabulary)
+            if own and own[-1] is None:
+                own = locate([*messages[first:number], part], one.ids[start:end], vocabulary)
+            for k, span in enumerate(own, start=first):
+                spans[k] = span and span._replace(start=start + span.start, end=start + span.end)
+        first = number + 1
+    return spans
 
 
 def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary) -> list[Span | None]:
@@ -157,7 +194,8 @@ def line_of(
     was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so.
     """
     line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
-    line.findings += content_findings(conversation, vocabulary)
+    for name, shown in content_findings(conversation, vocabulary).items():
+        line.find(name, shown)
     if conversation.problem is not None:
         line.fate, line.detail = "dropped", conversation.problem
         return line
@@ -169,16 +207,13 @@ def line_of(
     whole = sequences[0]
     if len(whole.trained):
         line.first_trained, line.last_trained = int(whole.trained[0]), int(whole.trained[-1])
-    sides = {"": conversation.messages, "chosen": conversation.messages}
-    if conversation.rejected is not None:
-        sides["rejected"] = (*(conversation.prompt or conversation.question), *conversation.rejected)
     taken = 0
     for side in dict.fromkeys(one.side for one in sequences):
         parts = [one for one in sequences if one.side == side]  # packing may split a row
         ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
-        whole = Trained(ids, targets, parts[0].row, side)
+        whole = Trained(ids, targets, parts[0].row, side, parts[0].places)
         full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
-        taken += _reconcile(line, sides[side], whole, vocabulary, full)
+        taken += _reconcile(line, conversation.side(side), whole, vocabulary, full)
     if conversation.messages:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
@@ -200,28 +235,18 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
         line.findings.append("vocabulary")
     own = vocabulary.untrained and vocabulary.untrained & {*one.ids.tolist()}
     if own or _fall_apart(line, one, vocabulary):
-        line.findings.append("untrained_tokens")
-        line.detail = line.detail or ", ".join(vocabulary.tokens[j].decode() for j in sorted(own))
+        line.find("untrained_tokens", ", ".join(vocabulary.tokens[j].decode() for j in sorted(own)))
     if not messages:
         return 0
-    spans = locate(messages, one.ids, vocabulary)
+    spans = spans_of(messages, one, vocabulary)
     has_loss = one.targets != IGNORED
     pairs = list(zip(messages, spans, strict=True))
     answers = [span for message, span in pairs if message.role == ANSWER and span is not None]
     others = [span for message, span in pairs if message.role != ANSWER and span is not None]
     line.answer_tokens = (line.answer_tokens or 0) + sum(span.end - span.start for span in answers)
     line.prompt_tokens = len(one.ids) - sum(span.end - span.start for span in answers)
-    answered = 1 + max((k for k, message in enumerate(messages) if message.role == ANSWER), default=len(pairs))
-    # What nobody answers is one of `roles`.
-    lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
-    there = [k for k, (_, span) in enumerate(pairs[:answered]) if span is not None]
-    ends_early = not cut and any(spans[k].behind for k in there[:-1])  # pyright: ignore[reportOptionalMemberAccess]
-    unreasoned = spans[-1] is not None and spans[-1].stripped
-    uncalled = _lacks_call(pairs, one, vocabulary, cut)
-    if ends_early or unreasoned or uncalled or (lacks and not (cut and at_ends_alone(pairs))):
-        line.findings.append("content_lost")
-    if any(span.stripped for _, span in pairs[:-1] if span is not None):
-        line.findings.append("reasoning_stripped")
+    if one.places is None:
+        line.findings += _lost(pairs, one, vocabulary, cut)
     if any(has_loss[span.start : span.end].any() for span in others):
         line.findings.append("prompt_trained")
     trained = [has_loss[span.start : span.end].any() for span in answers]
@@ -239,6 +264,23 @@ def _reconcile(line: Line, messages: Sequence[Message], one: Trained, vocabulary
                 vocabulary.count(part) for part in (content[:before], content[len(content) - behind :]) if part
             )
     return missing
+
+
+def _lost(
+    pairs: Sequence[tuple[Message, Span | None]], one: Trained, vocabulary: Vocabulary, cut: bool
+) -> Iterator[str]:
+    """Yield what the contents that are missing among another trainer's tokens are a finding of."""
+    answered = 1 + max((k for k, (message, _) in enumerate(pairs) if message.role == ANSWER), default=len(pairs))
+    # What nobody answers is one of `roles`.
+    lacks = any(span is None and message.content.strip() for message, span in pairs[:answered])
+    there = [span for _, span in pairs[:answered] if span is not None]
+    ends_early = not cut and any(span.behind for span in there[:-1])
+    unreasoned = pairs[-1][1] is not None and pairs[-1][1].stripped
+    uncalled = _lacks_call(pairs, one, vocabulary, cut)
+    if ends_early or unreasoned or uncalled or (lacks and not (cut and at_ends_alone(pairs))):
+        yield "content_lost"
+    if any(span.stripped for _, span in pairs[:-1] if span is not None):
+        yield "reasoning_stripped"
 
 
 def _lacks_call(pairs: Sequence[tuple[Message, Span | None]], one: Trained, vocabulary: Vocabulary, cut: bool) -> bool:
@@ -291,35 +333,46 @@ def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:
     return bos is not None and bos not in vocabulary.stops and len(ids) > 1 and ids[0] == bos and ids[1] == bos
 
 
-def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> list[str]:
-    """Return the names of what a row's own texts show, before any preparation."""
-    findings, messages = list[str](), conversation.messages
-    if conversation.problem is not None:
-        return findings
+def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return the findings of a row's own texts, before any preparation, each with the text that shows it."""
+    findings, messages = dict[str, str](), conversation.messages
     answers = [message for message in messages if message.role == ANSWER]
-    if any(not m.content.strip() and not m.further for m in (*answers, *(conversation.rejected or ()))):
-        findings.append("empty_answer")
-    contents = [message.content for message in messages]
-    if any(vocabulary.markers.search(content) for content in contents):
-        findings.append("template_twice")
-    elif any(ROLE_MARKERS.search(content) for content in contents):
-        findings.append("broken_characters")
-    if any(CONTROL.search(content) or (not content.isascii() and is_bad(content)) for content in contents):
-        findings.append("broken_characters")
-    if any(HTML.search(content) and HTML.search(CODE.sub("", content)) for content in contents):
-        findings.append("html")
+    if any(not one.content.strip() and not one.carried for one in (*answers, *(conversation.rejected or ()))):
+        findings["empty_answer"] = ""
+    transcript = conversation.plain or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
+    for message in messages:
+        content = message.content
+        if match := vocabulary.markers.search(content):
+            findings.setdefault("template_twice", around(content, match))
+        elif match := ROLE_MARKERS.search(content):
+            findings.setdefault("broken_characters", around(content, match))
+        if message.role == ANSWER and not transcript and not SPEAKERS.match(content):
+            match = SPEAKERS.search(content)
+            findings |= {"broken_characters": around(content, match)} if match else {}
+        if match := CONTROL.search(content) or (None if content.isascii() else BADNESS_RE.search(content)):
+            findings.setdefault("broken_characters", around(content, match))
+        if HTML.search(content) and (match := HTML.search(code_free := CODE.sub("", content))):
+            findings.setdefault("html", around(code_free, match))
     prompt = conversation.question[-1].content.strip() if conversation.question else ""
-    answer = conversation.answer.strip()
-    if len(prompt) >= LEAST_KNOWN and answer.startswith(prompt):
-        findings.append("copies_prompt")
+    if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
+        findings["copies_prompt"] = repr(prompt[:SHOWN])
     if conversation.rejected is None and not conversation.plain and _roles_broken(messages):
-        findings.append("roles")
+        findings["roles"] = ", ".join(message.role for message in messages)
     if conversation.rejected is not None:
         if _contents(conversation.rejected) == _contents(messages[-1:]):
-            findings.append("pair_equal")
+            findings["pair_equal"] = ""
         if conversation.prompt is not None:
-            findings.append("pair_prompt")
+            findings["pair_prompt"] = ""
     return findings
+
+
+def around(text: str, match: re.Match[str]) -> str:
+    """Return a match with the text around it.
+
+    >>> around("It is Paris.\\n### Instruction: more", re.search("###", "It is Paris.\\n### Instruction: more"))
+    "'It is Paris.\\\\n### Instruction: more'"
+    """
+    return repr(text[max(0, match.start() - SHOWN // 3) : match.end() + SHOWN // 3])
 
 
 def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:

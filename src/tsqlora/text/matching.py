@@ -192,12 +192,10 @@ def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
 
 
 def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
-    messages = row.messages
-    if one.side == "rejected" and row.rejected is not None:
-        messages = (*(row.prompt or row.question), *row.rejected)
+    messages = row.side(one.side)
     spans = locate(messages, one.ids, vocabulary)
     pairs = list(zip(messages, spans, strict=True))
-    if not at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].further):
+    if not at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].carried):
         return _Fit()  # how calls and results are written is the template's
     present, missing = 0, 0
     for message, span in pairs:

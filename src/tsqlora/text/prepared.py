@@ -30,6 +30,8 @@ class Trained:
     """The row of the prepared set; a packed row has several sequences."""
     side: str = ""
     """"chosen" or "rejected" of a pair."""
+    places: tuple[tuple[int, int, int], ...] | None = None
+    """Message, start and end of each piece, where we prepared it; an end beyond the tokens is cut."""
 
     @property
     def trained(self) -> np.ndarray:

@@ -1,18 +1,23 @@
 """Rows of a file as `tsqlora train` prepares them, without leaving any out: each has its sequences or a reason."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import Chat, Example, Manner
+from tsqlora.data.examples import ANSWER, REASONING, Chat, Manner, Message
 from tsqlora.data.formats import PREFERENCE, Format
-from tsqlora.data.generation import Piece, causal_sample, pieces_of, tokens_of
+from tsqlora.data.generation import Piece, TemplateError, as_read, causal_rows, render
 from tsqlora.data.rows import Row
 from tsqlora.errors import DataError
+from tsqlora.text.conversations import Conversation
+from tsqlora.text.ledger import REASONING_ENDS, SHOWN, Line, line_of
 from tsqlora.text.prepared import Trained
+from tsqlora.text.vocabulary import PROBE, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +31,38 @@ class Prepared:
     finding: str = ""
     """The finding that says why there are no sequences; "" if there are."""
     reason: str = ""
-    last_alone: bool = False
-    """Whether the template rewrites earlier answers, so that the last one alone is trained."""
+    shows: dict[str, str] = field(default_factory=dict)
+    """What the template leaves out or rewrites: findings, each with the text that shows it."""
+
+
+def audited(
+    chunk: Sequence[Row], made: Sequence[Conversation], format: Format, vocabulary: Vocabulary, limit: int
+) -> list[Line]:
+    """Return the lines of some rows."""
+    lines = list[Line]()
+    for one, prepared in zip(made, prepared_rows(chunk, format, vocabulary.tokenizer, max_length=limit), strict=True):
+        if prepared.finding:
+            line = failed(one, vocabulary, prepared.finding)
+            line.detail, line.lost_tokens = prepared.reason, prepared.lost
+        else:
+            line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
+        for name, shown in prepared.shows.items():
+            line.find(name, shown)
+        if vocabulary.open_end and "stop_not_trained" in line.findings:
+            line.shows["stop_not_trained"] = "the chat template writes it before the next turn alone"
+        if "prompt_not_prefix" in line.findings:
+            line.findings = [name for name in line.findings if name != "only_last_answer"]
+        lines.append(line)
+    return lines
+
+
+def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
+    """Return the line of a row that has no tokens; what its own texts show says more than "dropped"."""
+    line = line_of(one, (), vocabulary)
+    line.match = "exact"  # the source is known
+    if finding != "dropped" or not {"empty_answer", "roles"} & {*line.findings}:
+        line.findings.append(finding)
+    return line
 
 
 def prepared_rows(
@@ -46,6 +81,7 @@ def prepared_rows(
                 sequences=tuple(s for one in both for s in one.sequences),
                 lost=lost,
                 cut=any(one.cut for one in both),
+                shows={name: shown for one in reversed(both) for name, shown in one.shows.items()},
             )
             if failed is None
             else replace(failed, lost=lost)
@@ -57,36 +93,58 @@ def _side(
     rows: Sequence[Row], format: Format, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Prepared]:
     manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template))
-    read, failed = list[tuple[Row, Example | Chat, list[Piece]]](), dict[int, Prepared]()
-    for row in rows:
-        example: Example | Chat | None = None
-        try:
-            example = format.read(row, manner)
-            read.append((row, example, pieces_of(example, tokenizer, row.place)))
-        except DataError as error:
-            reason = str(error).removeprefix(f"{row.place}: ")
-            name = "dropped" if example is None else "template_error"
-            if "rewrites the prompt" in reason:
-                name = "prompt_not_prefix"
-            failed[row.id] = Prepared((), 0, finding=name, reason=reason)
-    made = dict[int, Prepared]()
-    for (row, example, pieces), runs in zip(read, tokens_of([pieces for *_, pieces in read], tokenizer), strict=True):
-        targets = sum(len(run.ids) for run in runs if run.trained)
-        one = causal_sample(example, runs, tokenizer, max_length, row.place)
+    made = list[Prepared]()
+    for row, one in zip(rows, causal_rows(rows, format, manner, tokenizer, max_length), strict=True):
+        if isinstance(one, DataError):
+            finding = one.finding if isinstance(one, TemplateError) else "dropped"
+            made.append(Prepared((), 0, finding=finding, reason=str(one).removeprefix(f"{row.place}: ")))
+            continue
+        chat = one.example if isinstance(one.example, Chat) else None
         if one.needs > max_length:
-            what = "the last exchange" if isinstance(example, Chat) else "the answer"
+            what = "the answer" if chat is None else "the last exchange"
             why = f"{what} needs {one.needs} tokens, and {max_length} are read"
-            made[row.id] = Prepared((), targets, True, "answer_cut", why)
+            made.append(Prepared((), one.targets, True, "answer_cut", why))
             continue
         ids = np.asarray(one.sample["input_ids"], np.int32)
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
-        with_loss = int((labels != IGNORED).sum())
-        lost = max(0, targets - with_loss) if one.cut else 0
-        last_alone = isinstance(example, Chat) and answers_of(example) > sum(piece.trained for piece in pieces) == 1
-        made[row.id] = Prepared((Trained(ids, labels, row.id, side),), lost, one.cut, last_alone=last_alone)
-    return [failed.get(row.id) or made[row.id] for row in rows]
+        lost = max(0, one.targets - int((labels != IGNORED).sum())) if one.cut else 0
+        shows = {} if chat is None else dict(rewritten(chat, one.pieces, tokenizer, row.place))
+        made.append(Prepared((Trained(ids, labels, row.id, side, one.places),), lost, one.cut, shows=shows))
+    return made
 
 
-def answers_of(chat: Chat) -> int:
-    """Count the answers that a template may make targets of."""
-    return sum(turn.role == "assistant" for turn in chat.turns[chat.context :])
+def rewritten(
+    chat: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, place: str
+) -> Iterator[tuple[str, str]]:
+    """Yield findings of what a template leaves out of a chat, or writes in another way, with the text that shows it.
+
+    Blanks do not count, nor reasoning of an earlier answer, which is a note. What is not there as it is written, and
+    changes nothing where it is another text, is left out.
+    """
+    chat = as_read(chat, tokenizer, place)
+    messages, last = chat.messages, len(chat.messages) - 1
+    trained = [k for k, piece in enumerate(pieces) if piece.trained]
+    before = "".join(piece.text for piece in pieces[: max(trained, default=0)])
+
+    def rendered(messages: tuple[Message, ...], *, prompt: bool = False) -> str:
+        return render(replace(chat, messages=messages), tokenizer, place, prompt=prompt)
+
+    served = rendered(messages[:last], prompt=True) if last else before
+    answers = [message for message in messages[chat.context :] if message.role == ANSWER]
+    if served != before:
+        at = max(0, len(commonprefix([served, before])) - SHOWN // 3)  # noqa: RUF071  (texts, no paths)
+        yield "prompt_not_prefix", f"{before[at : at + SHOWN]!r}, and when it is served {served[at : at + SHOWN]!r}"
+    elif len(trained) == 1 < len(answers):
+        yield "prompt_not_prefix", repr((answers[0].content or str(answers[0].further))[:SHOWN])
+    text = "".join(piece.text for piece in pieces) + served
+    for k, message in enumerate(messages):
+        reasoning, ends, rest = message.content.rpartition(REASONING_ENDS)
+        stripped = "content_lost" if k == last else "reasoning_stripped"
+        parts = [(rest, "content_lost"), (reasoning.partition("<think>")[2] if ends else "", stripped)]
+        parts += [(str(message.further[key]), stripped) for key in message.carried if key in REASONING]
+        for part, name in ((part.strip(), name) for part, name in parts):
+            if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
+                continue
+            other = replace(message, content=message.content.replace(part, PROBE))
+            if rendered((*messages[:k], other, *messages[k + 1 :])) == rendered(messages):
+                yield name, repr(part[:SHOWN])

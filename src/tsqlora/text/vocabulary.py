@@ -46,6 +46,8 @@ class Vocabulary:
     """Tokens that the model has an embedding for."""
     untrained: frozenset[int] = frozenset()
     """Those of the added ones that the model has never trained, and will not train."""
+    open_end: bool = False
+    """Whether the template ends an answer by the next turn alone, as GLM's does, so that none ends the last."""
     forms: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ()
     """Unicode forms that the tokenizer brings a text into."""
 
@@ -109,18 +111,20 @@ def vocabulary_of(
     own = set[int]() if end is None else {end}
     generation = {*generation_ends} if generation_ends is not None else {*model_ends} or own
     special |= {*cast(list[int], tokenizer.all_special_ids)}
+    last, further = (_turn_ends(tokenizer, special, turns) for turns in (2, 3))
     return Vocabulary(
         tokens,
         tuple(bytes(len(text)) if j in special else text for j, text in enumerate(tokens)),
         np.array([len(text) for text in tokens], np.int64),
         frozenset(special),
         bos,
-        frozenset(own | {*model_ends} | _turn_ends(tokenizer, special)),
+        frozenset(own | {*model_ends} | (last or further)),
         frozenset(generation),
         tokenizer,
         re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
         frozenset(added),
         len(tokens),
+        open_end=bool(further) and not last,
         forms=_forms(made.get("normalizer") or {}),
     )
 
@@ -151,13 +155,13 @@ def _is_marker(content: str) -> bool:
     return content.startswith("<|") and content.endswith("|>")
 
 
-def _turn_ends(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
-    """The special tokens that the chat template writes directly behind an answer."""
+def _turn_ends(tokenizer: PreTrainedTokenizerBase, special: set[int], turns: int) -> set[int]:
+    """The special tokens that the chat template writes directly behind an answer, the second of so many turns."""
     if not tokenizer.chat_template:
         return set()
-    turns: list[Any] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
+    chat: list[Any] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}] * 2
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(tokenizer.apply_chat_template(chat[:turns], tokenize=False))
     except Exception:  # a template is a program of whoever made the model; the ledger reports its errors by row
         return set()
     behind = text.rpartition(PROBE)[2].strip()

@@ -99,7 +99,11 @@ class DataSettings(Section):
     messages: str | None = setting(None, "Column of a chat's messages; null detects it.")
     max_length: int | None = setting(None, "Most tokens of a sample, or 20 ms steps; null is the model's limit.", ge=1)
     max_bad_rows: float = setting(
-        0.05, "Share of a file's rows that may lack a text or a label and are left out; 0 refuses any.", ge=0, lt=1
+        0.05,
+        "Share of a file's rows that may lack a text or a label, or be refused by the chat template, and are left out; "
+        "0 refuses any, and with 1 an error in all rows stops no training.",
+        ge=0,
+        le=1,
     )
     delimiter: str | None = setting(
         None, "Character between the columns of CSV files; null detects it.", min_length=1, max_length=1
