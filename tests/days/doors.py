@@ -35,50 +35,50 @@ class Outcome:
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
     """Collect what is printed; warnings are ignored, as libraries' are on the command line."""
-    said = io.StringIO()
+    printed = io.StringIO()
     with (
         warnings.catch_warnings(),
-        mock.patch.object(console, "stderr", Console(file=said, width=200, markup=False)),
-        contextlib.redirect_stderr(said),
+        mock.patch.object(console, "stderr", Console(file=printed, width=200, markup=False)),
+        contextlib.redirect_stderr(printed),
     ):
         warnings.simplefilter("ignore")
         quieten()
         transformers.utils.logging.set_verbosity_error()
         warnings.filterwarnings("always", module="tsqlora")
-        warnings.showwarning = lambda message, *_, **__: said.write(f"{message}\n") and None
-        yield said
+        warnings.showwarning = lambda message, *_, **__: printed.write(f"{message}\n") and None
+        yield printed
 
 
 def command(*arguments: object) -> Outcome:
     """Run `tsqlora ARGUMENTS --json`."""
     out = io.StringIO()
-    with _quiet() as said, mock.patch.object(console, "stdout", Console(file=out, width=200, markup=False)):
+    with _quiet() as printed, mock.patch.object(console, "stdout", Console(file=out, width=200, markup=False)):
         try:
             code = commands.app([*map(str, arguments), "--json"], standalone_mode=False) or 0
         except UsageError as error:
-            return Outcome(error.exit_code, refusal=error.format_message(), notes=said.getvalue())
+            return Outcome(error.exit_code, refusal=error.format_message(), notes=printed.getvalue())
         except TsqLoraError as error:
-            return Outcome(error.exit_code, refusal=str(error), notes=said.getvalue())
+            return Outcome(error.exit_code, refusal=str(error), notes=printed.getvalue())
         except Exception:
-            return Outcome(1, trace=_end_of(traceback.format_exc()), notes=said.getvalue())
+            return Outcome(1, trace=_end_of(traceback.format_exc()), notes=printed.getvalue())
     shown = out.getvalue()
     try:
         result = json.loads(shown, parse_constant=_refuse_constant) if shown.strip() else {}
     except ValueError as error:
         return Outcome(code, trace=f"--json printed no JSON ({error}): {shown[:200]}")
-    return Outcome(code, result, notes=said.getvalue())
+    return Outcome(code, result, notes=printed.getvalue())
 
 
 def script(work: Any, *arguments: Any, **named: Any) -> tuple[Any, Outcome]:
     """Call a function as a user's script does; its result, and how it ended."""
-    with _quiet() as said:
+    with _quiet() as printed:
         try:
             result = work(*arguments, **named)
         except TsqLoraError as error:
-            return None, Outcome(error.exit_code, refusal=str(error), notes=said.getvalue())
+            return None, Outcome(error.exit_code, refusal=str(error), notes=printed.getvalue())
         except Exception:
-            return None, Outcome(1, trace=_end_of(traceback.format_exc()), notes=said.getvalue())
-    return result, Outcome(0, notes=said.getvalue())
+            return None, Outcome(1, trace=_end_of(traceback.format_exc()), notes=printed.getvalue())
+    return result, Outcome(0, notes=printed.getvalue())
 
 
 def _refuse_constant(name: str) -> None:

@@ -104,11 +104,11 @@ def template_of(family: Family) -> str | None:
 def home() -> Path:
     """A folder for the models of this process, which goes with it."""
     folder = tempfile.TemporaryDirectory(prefix="days-")
-    _KEPT.append(folder)
+    _FOLDERS.append(folder)
     return Path(folder.name)
 
 
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @cache

@@ -71,7 +71,7 @@ def clean_rows_have_no_finding(
     planted: Mapping[int, Any],
     limit: int,
 ) -> Iterator[str]:
-    """A row without a fault, which the template renders, is trained whole, and nothing worse than a note says of it."""
+    """A row without a fault, which the template renders, is trained whole, and has nothing worse than a note."""
     for line, one in zip(lines, expected, strict=False):
         place = line["row"]
         if place in planted or (one is not None and (one.refusal or one.lost)):
@@ -153,7 +153,7 @@ def counts_are_the_templates(
 
 def batches_are_the_ledgers(lines: Sequence[Line], batches: Sequence[Batch]) -> Iterator[str]:
     """The tokens that the ledger calls trained are those of the batches that the Trainer gets."""
-    told = Counter(
+    recorded = Counter(
         (line["tokens"], line["trained_tokens"], line["first_trained"], line["last_trained"])
         for line in lines
         if line["trained_tokens"]
@@ -161,9 +161,9 @@ def batches_are_the_ledgers(lines: Sequence[Line], batches: Sequence[Batch]) -> 
     got = Counter(
         (len(one.ids), len(one.trained), one.trained[0], one.trained[-1]) for one in {*batches} if one.trained
     )
-    if untold := [*(got - told)]:
+    if untold := [*(got - recorded)]:
         yield f"batches have rows {untold[:2]} that the ledger lacks"
-    if lacking := [*(told - got)]:
+    if lacking := [*(recorded - got)]:
         yield f"the ledger has rows {lacking[:2]} that no batch has"
 
 
@@ -214,12 +214,12 @@ def no_skill_accuses_nobody(findings: Findings) -> Iterator[str]:
             yield f"random weights list {len(findings[name]['places'])} rows as {name}"
 
 
-def no_recall_without_skill(said: str) -> Iterator[str]:
+def no_recall_without_skill(text: str) -> Iterator[str]:
     """A model without skill prints no recall above its true one, which is about nothing."""
     # The share, or where there is an interval its lower end; the true one is that of chance.
-    shares = [float(percent) / 100 for percent in re.findall(r"(\d+)\s?% of (?:\d+ planted|(?:foreign|cut|dis))", said)]
-    shares += [float(x) for part in re.findall(r'"recall": \{([^}]*)\}', said) for x in re.findall(r": ([\d.]+)", part)]
-    shares += [float(low) for low in re.findall(r'"between": \[([\d.]+)', said)]
+    shares = [float(percent) / 100 for percent in re.findall(r"(\d+)\s?% of (?:\d+ planted|(?:foreign|cut|dis))", text)]
+    shares += [float(x) for part in re.findall(r'"recall": \{([^}]*)\}', text) for x in re.findall(r": ([\d.]+)", part)]
+    shares += [float(low) for low in re.findall(r'"between": \[([\d.]+)', text)]
     if shares and max(shares) > CHANCE:
         yield f"random weights print a recall of {max(shares):.0%}"
 
@@ -230,15 +230,17 @@ def ledger_is_the_sets(lines: Sequence[Line], samples: Sequence[Mapping[str, lis
         places = [k for k, label in enumerate(sample["labels"]) if label != -100 and k]
         ends = (places[0], places[-1]) if places else (None, None)
         right = (len(sample["input_ids"]), len(places), *ends)
-        told = tuple(line[name] for name in ("tokens", "trained_tokens", "first_trained", "last_trained"))
-        if told != right:
-            yield f"row {line['row']} is {told} in the ledger, {right} in the set ({line['fate']}, {line['match']})"
+        recorded = tuple(line[name] for name in ("tokens", "trained_tokens", "first_trained", "last_trained"))
+        if recorded != right:
+            yield f"row {line['row']} is {recorded} in the ledger, {right} in the set ({line['fate']}, {line['match']})"
 
 
 def batches_are_of_the_set(batches: Sequence[Batch], samples: Sequence[Mapping[str, list[int]]]) -> Iterator[str]:
     """A row of a batch is one of the set, with its labels."""
-    known = {(tuple(s["input_ids"]), tuple(k for k, label in enumerate(s["labels"]) if label != -100)) for s in samples}
-    if foreign := [one for one in batches if (one.ids, one.trained) not in known]:
+    sources = {
+        (tuple(s["input_ids"]), tuple(k for k, label in enumerate(s["labels"]) if label != -100)) for s in samples
+    }
+    if foreign := [one for one in batches if (one.ids, one.trained) not in sources]:
         yield f"{len(foreign)} rows of batches are not of the set"
 
 
@@ -268,6 +270,6 @@ def rows_are_equal(got: Sequence[Any], right: Sequence[Any], *, texts: bool) -> 
 
 def rows_are_of(got: Sequence[Any], rows: Sequence[Any]) -> Iterator[str]:
     """Each row is one of those that went in."""
-    known = {json.dumps(_plain(row, texts=False), sort_keys=True) for row in rows}
-    if changed := [row for row in got if json.dumps(_plain(row, texts=False), sort_keys=True) not in known]:
+    sources = {json.dumps(_plain(row, texts=False), sort_keys=True) for row in rows}
+    if changed := [row for row in got if json.dumps(_plain(row, texts=False), sort_keys=True) not in sources]:
         yield f"{len(changed)} rows are none of the file, such as {str(changed[0])[:200]}"

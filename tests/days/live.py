@@ -182,9 +182,9 @@ class TextDay:
         masked = self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples)
         if masked and not any(one["severity"] == "error" for one in findings.values()):
             self.seen.broken.append(f"no token of any answer is trained ({self.day.mask}), and no error says so")
-        told = [lines[place_of(j)] for j in range(len(samples)) if place_of(j) < len(lines)]
-        self.hold(laws.ledger_is_the_sets(told, samples))
-        clean = [line for j, line in enumerate(told) if j not in spoiled]
+        recorded = [lines[place_of(j)] for j in range(len(samples)) if place_of(j) < len(lines)]
+        self.hold(laws.ledger_is_the_sets(recorded, samples))
+        clean = [line for j, line in enumerate(recorded) if j not in spoiled]
         seen = [self.expected[rows[j]] for j in range(len(samples)) if j not in spoiled]
         self.hold(laws.clean_rows_have_no_finding(clean, findings, seen, planted, POSITIONS))
 
@@ -232,10 +232,10 @@ class TextDay:
         if not self.ended(outcome):
             return
         self.hold(laws.batches_are_of_the_set(seen, samples))
-        kept = quality.looks[-1].get("kept") if quality.looks else None
-        if kept is not None and kept < len(samples):
+        drawn_rows = quality.looks[-1].get("kept") if quality.looks else None
+        if drawn_rows is not None and drawn_rows < len(samples):
             self.seen.unlucky.append(
-                f"QualityCallback leaves out {len(samples) - kept} of {len(samples)}: {quality.notes}"
+                f"QualityCallback leaves out {len(samples) - drawn_rows} of {len(samples)}: {quality.notes}"
             )
         self.seen.unlucky += laws.no_recall_without_skill(" ".join(quality.notes))
 

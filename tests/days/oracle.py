@@ -74,10 +74,10 @@ def _plain(row: Row, kind: str) -> tuple[str, str]:
         case "text":
             return "", row["text"]
         case _:
-            asked, answered = {"math": ("query", "response"), "turns": ("user", "assistant")}.get(
+            prompt_name, answered = {"math": ("query", "response"), "turns": ("user", "assistant")}.get(
                 kind, ("prompt", "completion")
             )
-            return row[asked], row[answered]
+            return row[prompt_name], row[answered]
 
 
 def _chat(row: Row, kind: str, template: bool, *, arrow: bool) -> tuple[list[Row], list[Row], int] | None:

@@ -18,7 +18,7 @@ INSTRUCTION = (
     "You are a careful assistant of the town hall. Read the letter below, find out what its writer wants, and answer "
     "in the tone of an official who has time. Name the office that is responsible, its opening hours, and the papers "
     "that the writer must bring. Never promise what the law does not allow, and never invent a name or a number. If "
-    "the letter asks for more than one thing, answer each in a paragraph of its own, in the order of the letter."
+    "the letter asks for more than one thing, answer each in a separate paragraph, in the order of the letter."
 )
 SCHEMA = (
     "CREATE TABLE people (id INT PRIMARY KEY, name TEXT, town TEXT, born DATE); CREATE TABLE towns (name TEXT, people "
@@ -258,8 +258,8 @@ def _rendered(day: Drawn, place: int, turns: str, __: Maker) -> None:
 
 
 def _repeats(day: Drawn, place: int, _: str, __: Maker) -> None:
-    (holder, key), (asker, asked) = answer_of(day.rows[place]), prompt_of(day.rows[place])
-    holder[key] = f"{asker[asked]} {holder[key]}"
+    (holder, key), (asker, prompt_key) = answer_of(day.rows[place]), prompt_of(day.rows[place])
+    holder[key] = f"{asker[prompt_key]} {holder[key]}"
     day.plant(place, "copies_prompt")
 
 
