@@ -130,7 +130,7 @@ def test_scale_and_constants_of_rows_and_classes_change_nothing(seed: int, scale
     again = label_noise(moved, labels)
     assert again.rate == pytest.approx(noise.rate, abs=2e-3)
     assert again.scale * scale == pytest.approx(noise.scale, rel=2e-2)
-    np.testing.assert_allclose(again.p_wrong(moved, labels), p_wrong(noise, logits, labels), atol=0.02)
+    np.testing.assert_allclose(p_wrong(again, moved, labels), p_wrong(noise, logits, labels), atol=0.02)
 
 
 @settings(max_examples=5, deadline=None)

@@ -217,10 +217,10 @@ def test_a_sampler_that_fits_certain_rows_is_refused(processes: int, tmp_path: P
 
 
 def test_the_trainers_seed_decides_rows_and_order_unless_the_subset_has_its_own(tmp_path: Path) -> None:
-    def rows(name: str, seed: int, **options: Any) -> list[list[int]]:
+    def rows(name: str, of_trainer: int, **options: Any) -> list[list[int]]:
         data = tsq.QualitySubset(DATA, 0.5, **options)
         drawn = [list[int]()]
-        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.RankCallback, data)], seed=seed)
+        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.RankCallback, data)], seed=of_trainer)
         with data.announcing(drawn[0].extend):
             trainer.train()
         return drawn

@@ -199,8 +199,7 @@ class Started:
         if head is not None and head.replaces and not head.trusted:
             constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
             chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
-            weights = head.fit.weights
-            test = learned(torch.from_numpy(weights * head.fit.losses), torch.from_numpy(weights * chance))
+            test = learned(*(torch.from_numpy(head.fit.weights * losses) for losses in (head.fit.losses, chance)))
         else:
             test = against_chance(answers, torch.from_numpy(logits), labels)
             if not test.passed and task.reading.stratified:
@@ -258,8 +257,8 @@ def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Uni
     require_finite(torch.from_numpy(units.losses))
     if len(np.unique(units.rows[own])) < FOLDS:
         return layer, units, None
-    chosen, weights = rows_to_fit(units.labels[own], ROWS_TO_FIT)
-    chosen = own[chosen]
+    some, weights = rows_to_fit(units.labels[own], ROWS_TO_FIT)
+    chosen = own[some]
     fit = partial(
         fit_start,
         units.features[chosen],
@@ -285,8 +284,8 @@ def _fit(
             require_finite(torch.from_numpy(forward.loss))
     class_weights, rows = answers.class_weights, np.flatnonzero(own)
     classes = pool.labels[rows] if answers.link == "softmax" else np.zeros(len(rows), np.int64)
-    chosen, weights = rows_to_fit(classes, ROWS_TO_FIT)
-    chosen = rows[chosen]
+    some, weights = rows_to_fit(classes, ROWS_TO_FIT)
+    chosen = rows[some]
     options: dict[str, Any] = {
         "link": answers.link,
         "width": layer.linear.out_features,

@@ -30,7 +30,6 @@ from tsqlora.quality.label_noise import (
     Logits,
     gain_at,
     label_noise,
-    root,
 )
 from tsqlora.quality.linear_head import FOLDS, LinearHead, out_of_fold_logits
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
@@ -267,14 +266,10 @@ def fit_transitions(
     if best is None:
         return None
     _, sharper, p = best
-    lost = _fit(p, labels, prior, weights) - np.eye(len(prior))
-    most = _log_likelihood(p, labels, np.eye(len(prior)) + lost, weights)
-
-    def beyond(share: float) -> float:
-        """Return a positive number for a share below the bound."""
-        return 2 * (most - _log_likelihood(p, labels, np.eye(len(prior)) + share * lost, weights)) - gain_at(BOUND)
-
-    return sharper, np.eye(len(prior)) + (root(beyond, 0.0, 1.0) if beyond(0.0) > 0 else 1.0) * lost
+    every = np.eye(len(prior))
+    lost, shares = _fit(p, labels, prior, weights) - every, np.linspace(0.04, 1, 25)
+    likely = np.array([_log_likelihood(p, labels, every + share * lost, weights) for share in shares])
+    return sharper, every + shares[2 * (likely[-1] - likely) <= gain_at(BOUND)].min() * lost
 
 
 def true_class(p: Probabilities, labels: Labels, transitions: Transitions) -> Probabilities:

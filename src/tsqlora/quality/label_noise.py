@@ -143,8 +143,8 @@ def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
         return 2 * n * (fit(np.concatenate([[at], best[1:]]), moves)[0] - loss) - gain_at(BOUND)
 
     blind, steep = float(best[0]), float(best[1]) / unit
-    low = root(beyond, 0.0, blind) if beyond(0.0) > 0 else 0.0
-    high = root(beyond, blind, MOST) if beyond(MOST) > 0 else MOST
+    low = _root(beyond, 0.0, blind) if beyond(0.0) > 0 else 0.0
+    high = _root(beyond, blind, MOST) if beyond(MOST) > 0 else MOST
     drawn[occur] = softmax(best[2 : 2 + k])
     offsets[occur] = best[2 + k :] + steep * constants
     p = softmax(steep * logits + best[2 + k :], axis=1)
@@ -157,8 +157,7 @@ def gain_at(level: float) -> float:
     return float(chi2.ppf(2 * level - 1, df=1))
 
 
-def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a function changes its sign."""
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return float(brentq(function, low, high, xtol=1e-4))  # pyright: ignore[reportArgumentType]
 
 
