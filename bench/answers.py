@@ -298,7 +298,7 @@ def judged(detection: Detection, faulty: np.ndarray) -> dict[str, Any]:
         "share": float(faulty.mean()),
         "rate": detection.rate,
         "high": detection.high,
-        "found": detection.found,
+        "recall": detection.recall,
         "usable": detection.usable,
         "evident": bool(len(chosen)),
         "listed": len(chosen),
@@ -332,15 +332,16 @@ def cuts(table: dict[str, Any]) -> dict[str, Any]:
         bad = [j for j, size in sizes.items() if size > 15][:cut]
         sizes |= {j: place for j in bad if (place := cut_place(tokens[j], rng))}
         chosen = [*bad, *[j for j in sizes if j not in bad][:300]]
-        look = AnswerLook([Turn(j, "", *[np.arange(sizes[j])] * 3, True, f"{j}", "") for j in chosen])
+        ids, none = [np.arange(sizes[j]) for j in chosen], np.arange(0)
+        look = AnswerLook([Turn(j, "", none, none, one, True, f"{j}", "") for j, one in zip(chosen, ids, strict=True)])
         inside = np.array([cut_place(tokens[j][: sizes[j]], rng) for j in chosen])
         stops = [[table["stops"][j][k] for k in (sizes[j], at)] for j, at in zip(chosen, inside.tolist(), strict=True)]
         _find_cut(look, np.array(stops), inside > 0, folds_of(look.turns, 0), rng)
-        found = {*look.rows(CUT)}
+        listed = {*look.rows(CUT)}
         one = look.detections[CUT]
         results.append(
-            {"seed": seed, "cut": len(bad), "right": len(found & {*bad}), "wrong": len(found - {*bad})}
-            | {"found": one.found, "between": list(one.between), "rate": one.rate, "high": one.high}
+            {"seed": seed, "cut": len(bad), "right": len(listed & {*bad}), "wrong": len(listed - {*bad})}
+            | {"recall": one.recall, "between": list(one.between), "rate": one.rate, "high": one.high}
         )
         print(results[-1], flush=True)
     return {"settings": table["settings"], "results": results, "machine": machine(), "commit": commit()}

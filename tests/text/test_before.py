@@ -89,7 +89,7 @@ def test_swapped_pairs_are_found_by_the_majority(swapped: tuple[int, ...]) -> No
     look = look_at_answers(model(), pairs(swapped), vocabulary_of(tokenizer()), Compute(16))
     assert {*look.rows(SWAPPED)} <= {*swapped}
     assert len(look.rows(SWAPPED)) >= 0.8 * len(swapped)
-    assert look.detections[SWAPPED].found > 0.8
+    assert look.detections[SWAPPED].recall > 0.8
 
 
 def test_where_the_sides_do_not_differ_no_pair_is_called_swapped() -> None:
@@ -103,7 +103,7 @@ def test_where_the_sides_do_not_differ_no_pair_is_called_swapped() -> None:
 def test_where_all_answers_fit_none_is_called_wrong() -> None:
     look = look_before(model(), samples(()), vocabulary_of(tokenizer()), Compute(16))
     assert not look.rows(FOREIGN)
-    assert look.detections[FOREIGN].found > 0.5
+    assert look.detections[FOREIGN].recall > 0.5
 
 
 @pytest.mark.filterwarnings("ignore:text without trusted rows is drawn evenly")

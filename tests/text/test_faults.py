@@ -61,7 +61,7 @@ def test_rates_of_separable_faults_are_right() -> None:
         result = detect(*scores(np.random.default_rng(1), 1000, share, 6.0))
         assert result.rate == pytest.approx(share, abs=0.05)
         assert bool(len(result.listed)) == (share > 0)
-        assert result.found > 0.9
+        assert result.recall > 0.9
 
 
 @pytest.mark.parametrize("apart", [0.3, 1.0, 2.0, 4.0])
@@ -93,13 +93,13 @@ AREAS = (0.5, 0.58, 0.76, 0.86, 0.92, 0.98)
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize("area", AREAS)
 def test_what_could_have_been_found_is_what_faults_planted_afresh_give(area: float, share: float) -> None:
-    apart, said, true = float(2**0.5 * norm.ppf(area)), [], []
+    apart, printed, true = float(2**0.5 * norm.ppf(area)), [], []
     for k in range(200):
         rng = np.random.default_rng([11, k])
         own, planted = scores(rng, 300, share, apart)
-        said.append(detect(own, planted).found)
+        printed.append(detect(own, planted).recall)
         true += [planted_afresh(rng, own, planted, apart)[0] for _ in range(4)]
-    assert np.mean(said) == pytest.approx(np.mean(true), abs=0.03)
+    assert np.mean(printed) == pytest.approx(np.mean(true), abs=0.03)
     if area < 0.75:
         assert not detect(own, planted).usable
 
@@ -213,7 +213,7 @@ def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: 
     assert step == 1
     assert {*range(first, last + 1)} <= rows  # what is announced is listed
     assert result.detections[FOREIGN].rate == pytest.approx(18 / 140, abs=0.04)
-    assert 0.5 < result.detections[FOREIGN].found <= 1
+    assert 0.5 < result.detections[FOREIGN].recall <= 1
 
 
 def test_an_answer_about_the_middle_of_a_long_prompt_is_not_foreign(

@@ -90,7 +90,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
-    """What the judge says of each label.
+    """The judgement of each label.
 
     Unless wrong labels are `evident`, only the order of the rows is informative.
     """
@@ -103,7 +103,7 @@ class Judgement:
     """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
     left_out: Bool[np.ndarray, " n"]
     """Rows that training leaves out: wrong with more than DOUBT, but of no label more than the sum of its rows'
-    probabilities. Where more than DOUBT of the labels are wrong, rows whose features say nothing would go otherwise."""
+    probabilities. Else, where more than DOUBT of the labels are wrong, all rows with useless features would go."""
     judged: Bool[np.ndarray, " n"]
     """Labels of classes with FEWEST rows or more."""
     evident: bool

@@ -133,7 +133,7 @@ class Detection:
     """Turns that are called wrong, worst first; none without evidence beyond hard rows."""
     high: float = 1.0
     """With 95 % confidence no more have a fault that looks like the planted ones."""
-    found: float = 0.0
+    recall: float = 0.0
     """Share of planted faults in the place of SHARE of the rows that the same rule would list, the mean of DRAWS."""
     between: tuple[float, float] = (0.0, 0.0)
     """The share lies between these in 90 % of the draws."""
@@ -143,7 +143,7 @@ class Detection:
     @property
     def usable(self) -> bool:
         """Whether enough planted faults would be listed to call rows wrong."""
-        return self.found >= LEAST_FOUND
+        return self.recall >= LEAST_FOUND
 
     def over(self, judged: Int[np.ndarray, " k"], size: int) -> "Detection":
         """Return the same for `size` turns, of which only some were judged; the others are nan."""
@@ -236,8 +236,8 @@ def detect(
 ) -> Detection:
     """Judge turns by their scores and those of planted faults, none of which its own fit has seen.
 
-    The same rule judges the tables of `plantings`, to measure what could have been found. `fits` says of rows and of
-    planted faults whether their own prompt is the best.
+    The same rule judges the tables of `plantings`, to measure what could have been found. `fits` is whether the own
+    prompt of a row, or of a planted fault, is the best.
     """
     n, every = len(scores), np.concatenate([scores, planted])
     tables = plantings(n, np.arange(len(planted))) if tables is None else tables
@@ -248,7 +248,7 @@ def detect(
     detection = replace(
         as_is,
         high=upper_bound(p_of(scores, planted), len(planted)),
-        found=float(np.mean(shares)),
+        recall=float(np.mean(shares)),
         between=(float(low), float(high)),
         right=float(np.mean([len(np.setdiff1d(some[some < n], as_is.listed)) for some in listed])),
     )

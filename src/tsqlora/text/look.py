@@ -118,7 +118,9 @@ class AnswerLook:
         faults = {
             name: {
                 "planted": one.planted,
-                "found": {"share": one.found, "between": list(one.between), "right": one.right} if one.usable else None,
+                "recall": {"mean": one.recall, "between": list(one.between), "right": one.right}
+                if one.usable
+                else None,
                 "rate": one.rate if one.usable else None,
                 "high": one.high,
                 "listed": len(self.rows(name)),
@@ -129,7 +131,7 @@ class AnswerLook:
         return {**about, "notes": self.notes, "says": self.sentences()}
 
     def sentences(self, *, faults: bool = True) -> list[str]:
-        """Say first what can be found, then what was; without `faults` only what concerns all of them."""
+        """Say first which faults the model cannot tell, then what it lists; without `faults` only what concerns all."""
         texts = list[str]()
         of = "pairs" if SWAPPED in self.detections else "answers"
         by_power = sorted(self.detections.items(), key=lambda item: item[1].usable)
@@ -139,7 +141,7 @@ class AnswerLook:
                 continue
             low, high = one.between
             could = (
-                f"If {SHARE:.0%} of the {of} had it, this look would list {one.found:.0%} of those "
+                f"If {SHARE:.0%} of the {of} had it, this look would list {one.recall:.0%} of those "
                 f"({low:.0%} to {high:.0%}), and {one.right:.1g} right ones"
             )
             share = f"about {one.rate:.1%} of the {of}" if len(one.listed) else f"at most {one.high:.1%} of the {of}"
@@ -252,7 +254,7 @@ def _find_cut(
     taught = stops[whole, :1], stops[planted, 1:]
     scores, bad = cross_fitted(*taught, folds[whole], folds[planted])
     detection = detect(scores, bad)
-    unable = replace(detection, found=0.0, listed=detection.listed[:0])
+    unable = replace(detection, recall=0.0, listed=detection.listed[:0])
     _add(look, CUT, np.flatnonzero(whole), detection if calibrated else unable, taught)
 
 
