@@ -267,7 +267,6 @@ def judged(
     rate = rate_of(p, len(planted))
     probability = posterior(p, rate)
     order = np.argsort(-scores, kind="stable")
-    # Half of the planted faults lie below rows where the two are alike.
     likely = order[probability[order] > 0.5] if p_of(planted, scores).mean() >= LEAST_AREA else order[:0]
     suspects = likely[: round(SUSPECTS * len(scores))]
     if fits is None:
