@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    FalconConfig,
+    FalconForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -114,6 +116,24 @@ def tiny_gpt2(seed: int = 0) -> GPT2ForSequenceClassification:
     """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
     config = GPT2Config(**SIZES, n_inner=32, bos_token_id=EOS, eos_token_id=EOS, num_labels=3, use_cache=False)
     return _built(GPT2ForSequenceClassification, config, seed=seed)
+
+
+def tiny_falcon(seed: int = 0) -> FalconForSequenceClassification:
+    """A decoder whose linear layers are a subclass of nn.Linear with another forward, with a head (score.weight)."""
+    config = FalconConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        num_labels=3,
+        use_cache=False,
+    )
+    return _built(FalconForSequenceClassification, config, seed=seed)
 
 
 def tiny_t5(dtype: torch.dtype = torch.float64, seed: int = 0) -> T5ForSequenceClassification:

@@ -20,6 +20,7 @@ from models import (
     samples,
     tiny_bart,
     tiny_bert,
+    tiny_falcon,
     tiny_gpt2,
     tiny_llama_classifier,
     tiny_mpnet,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Rows]]] = {
     "bert": (tiny_bert, sentences),
     "mpnet": (tiny_mpnet, sentences),
     "gpt2": (tiny_gpt2, sentences),
+    "falcon": (tiny_falcon, sentences),
     "llama": (tiny_llama_classifier, sentences),
     "t5": (tiny_t5, sentences),
     "bart": (tiny_bart, sentences),
@@ -54,6 +56,7 @@ HEADS = {
     "bert": {"classifier"},
     "mpnet": {"classifier.dense", "classifier.out_proj"},
     "gpt2": {"score"},
+    "falcon": {"score"},
     "llama": {"score"},
     "t5": {"classification_head.dense", "classification_head.out_proj"},
     "bart": {"classification_head.dense", "classification_head.out_proj"},
@@ -70,7 +73,8 @@ def step(model: nn.Module, rows: Rows, optimizer: torch.optim.Optimizer) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_is_every_linear_layer_but_the_head(family: str) -> None:
     base = FAMILIES[family][0]()
-    linear = {name for name, module in base.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    kinds = ("Linear", "Conv1D", "FalconLinear")
+    linear = {name for name, module in base.named_modules() if type(module).__name__ in kinds}
     model = tsq.wrap(base)
     assert tsq.active_ranks(model).keys() == linear - HEADS[family]
     whole = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}

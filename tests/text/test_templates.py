@@ -109,6 +109,14 @@ def test_a_template_that_writes_no_stop_is_named() -> None:
     assert [finding.severity for finding in findings_of([line])] == ["warning"]
 
 
+def test_an_error_of_all_rows_is_one_of_all_that_the_template_takes() -> None:
+    bad, gone, fine = (Line(row, "", fate=fate) for row, fate in enumerate(("trained", "dropped", "trained")))
+    bad.find("nothing_trained")
+    gone.find("template_error")
+    assert {finding.name: finding.severity for finding in findings_of([bad, gone])}["nothing_trained"] == "error"
+    assert {finding.name: finding.severity for finding in findings_of([bad, gone, fine])}["nothing_trained"] != "error"
+
+
 def test_a_stop_at_which_generation_does_not_stop() -> None:
     family = FAMILIES["qwen 2.5"]
     tokenizer = tokenizer_of(family)

@@ -225,7 +225,8 @@ def findings_of(
         severity = kind.severity
         shown = next((f"row {line.row}: {line.shows[name]}" for line in lines if name in line.shows), None)
         # What a template leaves out by its own rule is no error of all rows.
-        if kind.if_all and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, len(lines)):
+        able = sum(line.fate != "dropped" or name in line.findings for line in lines)
+        if kind.if_all and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, able):
             severity = kind.if_all
         if name == "eval_leak" and share > LEAKS:
             severity = ERROR

@@ -330,7 +330,7 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
         return  # nothing of the answer is trained: `nothing_trained` says so
     line.stop_trained = bool(stops)
     if not stops:
-        line.findings.append("stop_not_trained")
+        line.find("stop_not_trained", "the chat template writes it before the next turn" if vocabulary.open_end else "")
     elif not vocabulary.generation_stops & {*stops}:
         line.findings.append("stop_mismatch")
 

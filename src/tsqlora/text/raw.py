@@ -48,8 +48,6 @@ def audited(
             line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
         for name, shown in prepared.shows.items():
             line.find(name, shown)
-        if vocabulary.open_end and "stop_not_trained" in line.findings:
-            line.shows["stop_not_trained"] = "the chat template writes it before the next turn alone"
         if "prompt_not_prefix" in line.findings:
             line.findings = [name for name in line.findings if name != "only_last_answer"]
         lines.append(line)
