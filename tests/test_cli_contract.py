@@ -91,7 +91,7 @@ def assert_refused(answer: tuple[int, str, str], code: int, named: str) -> None:
     [
         ("train", "CONFIG"),
         ("train --model m", "data.train"),
-        ("train --data d.csv --set quality.fraction=1", "model.path"),
+        ("train --data d.csv --set task.type=regression", "model.path"),
         ("train --model m --data d.csv --set qualty.fraction=1", "qualty"),
         ("fly", "fly"),
         ("merge run --out model", "tsqlora export --format merged"),

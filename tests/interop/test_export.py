@@ -587,7 +587,7 @@ def test_another_base_is_refused_by_name(place: Path, tmp_path: Path) -> None:
     for format in ("universal", "merged", "peft"):
         with pytest.raises(DataError, match=r"model\.layers\.0"):
             export(place / "adapter", tmp_path / "out", format=format, base=str(tmp_path / "other"))
-    with pytest.raises(SettingsError, match=r"--base .*nowhere: .*no such directory"):
+    with pytest.raises(SettingsError, match=r"--base .*nowhere.*no such directory"):
         export(place / "adapter", tmp_path / "out", format="universal", base=str(tmp_path / "nowhere"))
 
 

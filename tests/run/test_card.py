@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "moods.jsonl", make_rows(60, labels=("no", "yes|no")))
     plain = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}
     config = write_config(folder / "c.yaml", folder / "tiny-bert", folder / "moods.jsonl", **plain)
-    train(load_config(config, ["model.trust_remote_code=true"]), folder / "run")
+    train(load_config(config, ["model.trust_remote_code=true", "task.type=sequence-classification"]), folder / "run")
     return folder / "run"
 
 

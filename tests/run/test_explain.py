@@ -89,7 +89,7 @@ def test_a_row_without_a_score_says_why(trained: tuple[Path, Draws], tmp_path: P
         explain_row(scores, row, data=write_jsonl(tmp_path / "e.jsonl", rows))
     parted = replace(scores, record=replace(scores.record, data=str(tmp_path / "*.jsonl")))
     assert explain_row(parted, int(scores.row_ids[0]))["text"] == rows[int(scores.row_ids[0])]["text"]
-    with pytest.raises(DataError, match=r"no text in column 'text' .*:e\.jsonl"):
+    with pytest.raises(DataError, match=r"no text in column 'text' \(.*e\.jsonl:"):
         explain_row(parted, row)
     unnamed = replace(scores, record=replace(scores.record, data=None))
     with pytest.raises(DataError, match="--data FILE"):

@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.max_bad_rows": 0.2,
     "data.delimiter": "|",
     "data.encoding": "cp1250",
+    "data.sheet": "Rows",
     "data.quoting": "literal",
     "data.text": "body",
     "data.text_pair": "second",

@@ -54,6 +54,9 @@ class Columns:
     system: str | None = field(default=None, repr=False)
     one_hot: Sequence[str] = field(default=(), repr=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "one_hot", tuple(self.one_hot))  # a list where JSON held it
+
     def spelled(self, names: Collection[str]) -> "Columns":
         """The columns as a file spells them, where one of its own differs in case or in blanks alone.
 

