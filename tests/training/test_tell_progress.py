@@ -147,7 +147,7 @@ def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, A
     assert [record["now"].get("step") for record in records] == [*range(1, len(records) + 1)]
     assert [len(record["history"]) for record in records] == sorted(len(record["history"]) for record in records)
     late = records[-1]
-    whole = final.to_dict()
+    whole = json.loads(json.dumps(final.to_dict()))
     assert late["history"] == whole["history"][: len(late["history"])] != []
     assert late["rank_events"] == whole["rank_events"] != []
     assert late["quality"] == whole["quality"]
