@@ -103,7 +103,7 @@ class Judgement:
     """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
     left_out: Bool[np.ndarray, " n"]
     """Rows that training leaves out: wrong with more than DOUBT, but of no label more than the sum of its rows'
-    probabilities. Where more than DOUBT of the labels are wrong, rows would go otherwise whose features are of no use."""
+    probabilities: with a rate above DOUBT, rows whose features are of no use would go otherwise."""
     judged: Bool[np.ndarray, " n"]
     """Labels of classes with FEWEST rows or more."""
     evident: bool
