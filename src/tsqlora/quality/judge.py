@@ -24,7 +24,6 @@ from tsqlora.quality.duplicates import labels_of_nearest
 from tsqlora.quality.label_noise import (
     BOUND,
     GAIN,
-    PRIOR_ROWS,
     LabelNoise,
     Labels,
     Logits,
@@ -50,6 +49,8 @@ ROWS_TO_ASK = 1_000
 """Ask for the labels of the nearest rows of at most this many."""
 ROWS_TO_FIT = 50_000
 ROUNDS = 8
+PRIOR_ROWS = 30.0
+"""Weight of the prior, labels drawn blindly, in rows per class."""
 LEAST_RATE = 0.03
 """Share of blind labels in the prior, at least: where each class loses labels to one other, none is drawn blindly."""
 SHARPER = (1.0, 2.0)
