@@ -162,9 +162,10 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _spread(logits: Logits) -> float:
-    """Return the deviation of the logits within rows, which gives all models one scale; 1 if all are equal."""
+    """Return the deviation of the logits within rows, which gives all models one scale; 1 if rows are equal."""
     centred = logits - logits.mean(1, keepdims=True)
-    return float(np.sqrt(np.square(centred - centred.mean(0)).mean())) or 1.0
+    spread = float(np.sqrt(np.square(centred - centred.mean(0)).mean()))
+    return spread if spread > 1e-12 else 1.0
 
 
 def _fit(
@@ -188,7 +189,7 @@ def _fit(
         value, gradient = _loss(whole, logits, labels, weights, priors)
         return value, gradient[moves]
 
-    ends = [(0.0, MOST), (0.0, STEEPEST), *[(None, None)] * (len(start) - 2)]
+    ends = [(0.0, MOST), (0.0, max(STEEPEST, start[1])), *[(None, None)] * (len(start) - 2)]
     bounds = [end for end, move in zip(ends, moves, strict=True) if move]
     result = minimize(loss, start[moves], jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-10})
     at = start.copy()
