@@ -71,8 +71,8 @@ class Verdict:
     transitions: Transitions
     judged: Bool[np.ndarray, " k"]
     """Classes with FEWEST rows or more."""
-    otherwise: float
-    """Probability that a label is wrong in the other classes."""
+    otherwise: Float[np.ndarray, " k"]
+    """Probability that a label of each class is wrong if the class is not judged."""
     evident: bool
     weight: Float[np.ndarray, "k d"]
     """Of the mean of the fits in folds, empty where the logits come from elsewhere."""
@@ -86,7 +86,7 @@ class Verdict:
         p = softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
         p_true = true_class(p, labels, self.transitions)
         p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
-        return logits, np.where(self.judged[labels], p_wrong, self.otherwise)
+        return logits, np.where(self.judged[labels], p_wrong, self.otherwise[labels])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +101,8 @@ class Judgement:
     p_true: Float[np.ndarray, "n k"]
     """Probability of each class to be the true one, given the label."""
     p_wrong: Float[np.ndarray, " n"]
-    """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
+    """Probability that the label is wrong; for labels that are not judged as if wrong ones were of any class alike, at
+    most DOUBT."""
     left_out: Bool[np.ndarray, " n"]
     """Rows that training leaves out: wrong with more than DOUBT, but of no label more than the sum of its rows'
     probabilities: with a rate above DOUBT, rows whose features are of no use would go otherwise."""
@@ -186,7 +187,8 @@ def judge_logits(
 
     With `features` evidence also needs SHARED.
     """
-    temperature, enough = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1]) >= FEWEST
+    temperature, counts = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1])
+    enough = counts >= FEWEST
     logits, judged = logits / np.float32(temperature), enough[labels]
     if judged.sum() < 2:
         raise DataError(f"every class has fewer than {FEWEST} rows, too few to learn it from; give more rows")
@@ -203,7 +205,6 @@ def judge_logits(
         p_true[part] = true_class(p_true[part], labels[part], matrix)
     p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
     rate = noise.rate if fitted is None else float(p_wrong[judged].mean())
-    otherwise = p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
     why_not = None
     if not noise.evident and fitted is None:
         why_not = "the rows that disagree with their label look like ordinary hard rows"
@@ -212,6 +213,10 @@ def judge_logits(
         if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
+    # Few wrong labels of any class alike are many of a class of few rows.
+    times = len(labels) / np.count_nonzero(counts) / counts.clip(1) if evident else np.ones(len(enough))
+    otherwise = np.minimum(float(p_wrong[judged].mean()) * times, DOUBT)
+    p_wrong[~judged] = otherwise[labels[~judged]]
     if evident and fitted is None:
         low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
     doubt = np.full(len(enough), DOUBT)

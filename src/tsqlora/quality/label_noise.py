@@ -41,6 +41,8 @@ LESS_GAIN = 0.01
 0.007, 5 % wrong labels that avoid rare classes 0.03."""
 PRIOR_ROWS = 10.0
 """Weight in rows of the uniform prior of wrong labels, where their distribution is fitted."""
+PRECISION = 3.0
+"""Of the normal prior of the offsets."""
 ROWS = 5_000
 """Fit about this many rows."""
 FEW_CLASSES = 20
@@ -85,7 +87,7 @@ def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
     """Estimate the rate of wrong labels by maximum likelihood, with profile-likelihood bounds.
 
     Scale and class offsets of the logits are fitted too, and both are needed: offsets that calibrate the logits favour
-    some classes once the logits are scaled. The offsets have a standard normal prior: without it the right rows of a
+    some classes once the logits are scaled. The offsets have a normal prior: without it the right rows of a
     rare class pass for wrong ones as soon as most of its labels are wrong. Wrong labels are drawn uniformly; by the
     frequency of the labels, or by fitted shares, where that gains enough.  With a single class no label is wrong.
     Raises SettingsError for fewer than two rows or classes, TsqLoraError for logits that are not finite.
@@ -175,7 +177,7 @@ def _fit(
     start: Float[np.ndarray, " m"],
     moves: Bool[np.ndarray, " m"],
     *,
-    prior: float = 1.0,
+    prior: float = PRECISION,
 ) -> tuple[float, Float[np.ndarray, " m"]]:
     """Minimise the mean negative log-likelihood over the parameters that move; return it, and all parameters.
 
