@@ -19,8 +19,10 @@ from days.doors import command
 from days.families import FAMILIES, model_folder, tokenizer_of
 from days.files import save
 from days.frozen import lived, relied_on, stored
+from days.live import live
 from days.oracle import expected
 from days.prepared import sample_of
+from days.rows import Drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MINUTE, FIVE = 60, 300

@@ -66,7 +66,7 @@ def test_errors_in_one_class_are_found_in_that_class(seed: int, classes: int) ->
     np.testing.assert_allclose(noise.drawn, drawn, atol=0.1)
     wrongly = p_wrong(noise, logits, labels)
     for own in (labels == 1, labels != 1):
-        assert wrongly[own].mean() == pytest.approx(wrong[own].mean(), abs=0.1)
+        assert wrongly[own].mean() == pytest.approx(wrong[own].mean(), abs=0.08)
     assert wrong[wrongly > 0.5].mean() > 0.75
 
 
@@ -118,7 +118,7 @@ def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int)
     for bound in (noise.low, noise.high):
         fallen = 2 * 400 * (profile(noise.blind * bound / noise.rate) - profile(noise.blind))
         # This twin lacks the prior of the offsets. At a rate of 0, where there is nothing beyond, it falls less far.
-        assert fallen == pytest.approx(2.7055, abs=0.4) or (bound == 0 and fallen < 2.7055)
+        assert fallen == pytest.approx(2.7055, abs=0.6) or (bound == 0 and fallen < 2.7055)
 
 
 @settings(max_examples=5, deadline=None)

@@ -24,7 +24,6 @@ from tsqlora.quality.duplicates import labels_of_nearest
 from tsqlora.quality.label_noise import (
     BOUND,
     GAIN,
-    PRIOR_ROWS,
     LabelNoise,
     Labels,
     Logits,
@@ -50,6 +49,8 @@ ROWS_TO_ASK = 1_000
 """Ask for the labels of the nearest rows of at most this many."""
 ROWS_TO_FIT = 50_000
 ROUNDS = 8
+PRIOR_ROWS = 30.0
+"""Weight of the prior, labels drawn blindly, in rows per class."""
 LEAST_RATE = 0.03
 """Share of blind labels in the prior, at least: where each class loses labels to one other, none is drawn blindly."""
 SHARPER = (1.0, 2.0)
@@ -70,8 +71,8 @@ class Verdict:
     transitions: Transitions
     judged: Bool[np.ndarray, " k"]
     """Classes with FEWEST rows or more."""
-    otherwise: float
-    """Probability that a label is wrong in the other classes."""
+    otherwise: Float[np.ndarray, " k"]
+    """Probability that a label of each class is wrong if the class is not judged."""
     evident: bool
     weight: Float[np.ndarray, "k d"]
     """Of the mean of the fits in folds, empty where the logits come from elsewhere."""
@@ -85,7 +86,7 @@ class Verdict:
         p = softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
         p_true = true_class(p, labels, self.transitions)
         p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
-        return logits, np.where(self.judged[labels], p_wrong, self.otherwise)
+        return logits, np.where(self.judged[labels], p_wrong, self.otherwise[labels])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,10 +101,11 @@ class Judgement:
     p_true: Float[np.ndarray, "n k"]
     """Probability of each class to be the true one, given the label."""
     p_wrong: Float[np.ndarray, " n"]
-    """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
+    """Probability that the label is wrong; for labels that are not judged as if wrong ones were of any class alike, at
+    most DOUBT."""
     left_out: Bool[np.ndarray, " n"]
     """Rows that training leaves out: wrong with more than DOUBT, but of no label more than the sum of its rows'
-    probabilities. Else, where more than DOUBT of the labels are wrong, all rows with useless features would go."""
+    probabilities: with a rate above DOUBT, rows whose features are of no use would go otherwise."""
     judged: Bool[np.ndarray, " n"]
     """Labels of classes with FEWEST rows or more."""
     evident: bool
@@ -185,7 +187,8 @@ def judge_logits(
 
     With `features` evidence also needs SHARED.
     """
-    temperature, enough = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1]) >= FEWEST
+    temperature, counts = fit_temperature(logits, labels), np.bincount(labels, minlength=logits.shape[1])
+    enough = counts >= FEWEST
     logits, judged = logits / np.float32(temperature), enough[labels]
     if judged.sum() < 2:
         raise DataError(f"every class has fewer than {FEWEST} rows, too few to learn it from; give more rows")
@@ -202,7 +205,6 @@ def judge_logits(
         p_true[part] = true_class(p_true[part], labels[part], matrix)
     p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
     rate = noise.rate if fitted is None else float(p_wrong[judged].mean())
-    otherwise = p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
     why_not = None
     if not noise.evident and fitted is None:
         why_not = "the rows that disagree with their label look like ordinary hard rows"
@@ -211,6 +213,10 @@ def judge_logits(
         if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
+    # Few wrong labels of any class alike are many of a class of few rows.
+    times = len(labels) / np.count_nonzero(counts) / counts.clip(1) if evident else np.ones(len(enough))
+    otherwise = np.minimum(float(p_wrong[judged].mean()) * times, DOUBT)
+    p_wrong[~judged] = otherwise[labels[~judged]]
     if evident and fitted is None:
         low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
     doubt = np.full(len(enough), DOUBT)

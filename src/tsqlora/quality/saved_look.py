@@ -207,8 +207,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _verdict(path: Path) -> Verdict:
     arrays = _arrays(path)
-    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "otherwise", "evident")}
-    values: dict[str, Any] = {"doubt": np.full(len(arrays["judged"]), DOUBT), **arrays, **single}
+    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "evident")}
+    k = arrays["judged"].shape
+    arrays |= {"otherwise": np.broadcast_to(arrays["otherwise"], k), "doubt": arrays.get("doubt", np.full(k, DOUBT))}
+    values: dict[str, Any] = {**arrays, **single}
     return Verdict(**values)
 
 
