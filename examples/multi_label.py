@@ -28,12 +28,12 @@ def bert() -> BertForSequenceClassification:
 
 if __name__ == "__main__":
     model = tsq.wrap(bert(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
-    data = tsq.QualitySubset(rows(400, seed=0, wrong=0.1), fraction=0.5)
+    data = tsq.QualitySubset(rows(1200, seed=0, wrong=0.1), fraction=0.5)
     quality = tsq.QualityCallback(data)
     ranks = tsq.RankCallback(interval=10)
     arguments = TrainingArguments(
         "multi_label-run",
-        num_train_epochs=8,
+        num_train_epochs=12,
         per_device_train_batch_size=16,
         learning_rate=1e-2,
         use_cpu=True,

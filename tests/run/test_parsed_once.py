@@ -8,13 +8,14 @@ import pytest
 
 from runs import make_rows, set_up
 from tsqlora.data.readers import READERS
+from tsqlora.data.sources import FIRST
 
 
 @pytest.mark.filterwarnings("ignore:rows are drawn evenly")
 def test_every_command_parses_a_file_once(
     tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, parsed = set_up(tmp_path, rows=40), Counter[str]()
+    place, parsed = set_up(tmp_path, rows=FIRST + 20), Counter[str]()
     test = tmp_path / "test.csv"
     test.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in make_rows(6, seed=1)))
     for suffix, read in READERS.items():

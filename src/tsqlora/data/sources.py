@@ -227,18 +227,26 @@ def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
 
 
 def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]:
-    """Return the cells of the first training rows of files; of a saved data set None in each column.
+    """Return the cells of the first training rows of files and of saved data sets.
 
     None of media, and of the hub. Raises DataError for files that cannot be read.
     """
     path = Path(os.path.expanduser(source))
     if is_saved(path):
         splits = {inner.name: inner.name for inner in _listed(path) if (inner / _ABOUT).is_file()}
-        about = path / (_match_splits(splits, ["train"], source).get("train") or "") / _ABOUT
-        features = json.loads(about.read_text(encoding="utf-8"))["features"] if about.is_file() else {}
-        return [dict.fromkeys(features)]
+        return _first_saved(path / (_match_splits(splits, ["train"], source).get("train") or ""))
     files = _files_of_splits(source, SPLIT_NAMES)
     return _first_of(files["train"][1][0], hints) if "train" in files else []
+
+
+def _first_saved(path: Path) -> list[dict[str, Any]]:
+    """The first rows of a split that `save_to_disk` wrote, without an import of datasets."""
+    try:
+        files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        with pa.memory_map(str(path / files[0]["filename"])) as file, pa.ipc.open_stream(file) as stream:
+            return next((batch.slice(0, FIRST).to_pylist() for batch in stream), [dict.fromkeys(stream.schema.names)])
+    except (OSError, ValueError, LookupError):
+        return []  # reading all rows says what is wrong
 
 
 def _first_of(path: Path, hints: Hints) -> list[dict[str, Any]]:
