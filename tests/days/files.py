@@ -43,8 +43,8 @@ def _delimited(delimiter: str) -> Callable[[Path, Rows], None]:
             writer = csv.DictWriter(file, columns_of(rows), delimiter=delimiter, quoting=quoting)
             writer.writeheader()
             writer.writerows([{name: row.get(name) for name in columns_of(rows)} for row in rows])
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace(f'""{LONE}', '"').replace(f'{LONE}""', '"'), encoding="utf-8", newline="")
+        text = path.read_bytes().decode()  # with the line ends inside cells
+        path.write_bytes(text.replace(f'""{LONE}', '"').replace(f'{LONE}""', '"').encode())
 
     return write
 

@@ -70,8 +70,12 @@ def clean_rows_have_no_finding(
     expected: Sequence[Expected | None],
     planted: Mapping[int, Any],
     limit: int,
+    simple: Expected | None = None,
 ) -> Iterator[str]:
-    """A row without a fault, which the template renders, is trained whole, and has nothing worse than a note."""
+    """A row without a fault, which the template renders, is trained whole, and has nothing worse than a note.
+
+    `simple` is what the template makes of a question and its answer: where a row has no one text.
+    """
     for line, one in zip(lines, expected, strict=False):
         place = line["row"]
         if place in planted or (one is not None and (one.refusal or one.lost)):
@@ -79,9 +83,9 @@ def clean_rows_have_no_finding(
         loud = {name for name, severity in of_row(place, line, findings).items() if severity != "note"}
         near = one is None or _tokens(one) > limit - 3
         loud -= {"answer_cut", "dropped"} if near and limit < 8_000 else set()
-        if one is not None:  # what the family's template does is no fault of the row
-            own = {"stop_not_trained"} if not one.stops else set[str]()
-            own |= {"prompt_not_prefix"} if one.rewrites else set[str]()
+        if (by_template := one or simple) is not None:  # what the family's template does is no fault of the row
+            own = {"stop_not_trained"} if not by_template.stops else set[str]()
+            own |= {"prompt_not_prefix"} if by_template.rewrites else set[str]()
             loud -= {name for name in own if of_row(place, line, findings).get(name) != "error"}
         if loud:
             yield f"clean row {place} has {sorted(loud)} ({line['detail'][:200]})"
@@ -254,7 +258,7 @@ def _plain(value: Any, *, texts: bool) -> Any:
         }
     if isinstance(value, list):
         return [_plain(inner, texts=texts) for inner in value]
-    return str(value) if texts else value
+    return re.sub(r"^(\d+)\.0$", r"\1", str(value)) if texts else value  # a spreadsheet has no 3.0
 
 
 def rows_are_equal(got: Sequence[Any], right: Sequence[Any], *, texts: bool) -> Iterator[str]:

@@ -30,6 +30,8 @@ class TextDay:
         self.expected: list[Expected | None] = [
             expected(row, one.kind, self.tokenizer, arrow=arrow) for row in self.drawn.rows
         ]
+        asked = [{"role": role, "content": "A word?"} for role in ("user", "assistant")]
+        self.simple = expected({"messages": asked}, "chat", self.tokenizer)
         self.source = save(one.file, folder, self.drawn.rows)
         self.rng = random.Random(f"{one.number} door")
         self.model = model_folder(one.family)
@@ -84,7 +86,7 @@ class TextDay:
         lines, limit, drawn, findings = ledger_of(out), self.day.limit, self.drawn, self.record(out, outcome)
         self.hold(
             laws.rows_out_are_rows_in(lines, len(drawn.rows)),
-            laws.clean_rows_have_no_finding(lines, findings, self.expected, drawn.planted, limit),
+            laws.clean_rows_have_no_finding(lines, findings, self.expected, drawn.planted, limit, self.simple),
             laws.refusals_are_the_templates(lines, findings, self.expected),
             laws.lost_content_is_said(lines, findings, self.expected),
             laws.planted_faults_are_named(lines, findings, drawn.planted),
