@@ -153,9 +153,10 @@ def read_back(path: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
     if path.suffix in (".csv", ".tsv"):
-        text = path.read_text(encoding="utf-8-sig")
-        delimiter = "\t" if path.suffix == ".tsv" else max(",;", key=text.partition("\n")[0].count)
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if path.suffix == ".tsv" else max(",;", key=file.readline().count)
+            file.seek(0)
+            return list(csv.DictReader(file, delimiter=delimiter))
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8")
