@@ -258,7 +258,10 @@ def _plain(value: Any, *, texts: bool) -> Any:
         }
     if isinstance(value, list):
         return [_plain(inner, texts=texts) for inner in value]
-    return re.sub(r"^(\d+)\.0$", r"\1", str(value)) if texts else value  # a spreadsheet has no 3.0
+    if not texts:
+        return value
+    text = re.sub(r"^(\d+)\.0$", r"\1", str(value))  # a spreadsheet has no 3.0, and writes TRUE
+    return text.upper() if text.upper() in ("TRUE", "FALSE") else text
 
 
 def rows_are_equal(got: Sequence[Any], right: Sequence[Any], *, texts: bool) -> Iterator[str]:

@@ -259,6 +259,8 @@ def _rendered(day: Drawn, place: int, turns: str, __: Maker) -> None:
 
 def _repeats(day: Drawn, place: int, _: str, __: Maker) -> None:
     (holder, key), (asker, prompt_key) = answer_of(day.rows[place]), prompt_of(day.rows[place])
+    if asker.get("input"):
+        asker["input"] = ""  # else it belongs to the prompt
     holder[key] = f"{asker[prompt_key]} {holder[key]}"
     day.plant(place, "copies_prompt")
 
