@@ -368,7 +368,7 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
             findings.setdefault("broken_characters", around(content, match))
         if HTML.search(content) and (match := HTML.search(code_free := CODE.sub("", content))):
             findings.setdefault("html", around(code_free, match))
-    prompt = conversation.question[-1].content.strip() if conversation.question else ""
+    prompt = next((one.content.strip() for one in reversed(conversation.question) if one.role == "user"), "")
     if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
         findings["copies_prompt"] = repr(prompt[:SHOWN])
     if conversation.rejected is None and not conversation.plain and _roles_broken(messages):
