@@ -182,6 +182,8 @@ class TextDay:
             planted[place_of(j)] = MASKS[self.day.mask][0]
         self.hold(laws.planted_faults_are_named(lines, findings, planted))
         masked = self.day.mask in ("inverted mask", "nothing trained") and len(spoiled) == len(samples)
+        if self.day.mask == "inverted mask":  # of a chat whose last answer alone was trained, earlier ones now are
+            masked &= not any(one is not None and one.rewrites for one in self.expected)
         if masked and not any(one["severity"] == "error" for one in findings.values()):
             self.seen.broken.append(f"no token of any answer is trained ({self.day.mask}), and no error says so")
         recorded = [lines[place_of(j)] for j in range(len(samples)) if place_of(j) < len(lines)]

@@ -148,7 +148,10 @@ def _rendered(messages: list[Row], tools: list[Row], context: int, tokenizer: An
             targets = [closed(whole[len(prompt) :])] if whole.startswith(prompt) else None
         except Exception:
             targets = None
-    made = Expected(closed(whole), None if targets is None else tuple(targets), lost=tuple(_lost(messages, whole)))
+    lost = tuple(_lost(messages, whole))
+    if rewrites and lost:
+        targets = None  # a prompt has what the whole text lacks: a prefix does not say where an answer begins
+    made = Expected(closed(whole), None if targets is None else tuple(targets), lost=lost)
     return replace(_counted(made, tokenizer), rewrites=rewrites)
 
 
