@@ -178,20 +178,23 @@ def batches_are_the_templates(
     if any(one is None for one in expected):
         return
 
+    opens = tokenizer.tokenize("a")[0].startswith("▁")  # a text that stands alone, with a blank
+
+    def text_of(ids: Sequence[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return "".join(text.split()) if opens else text.strip()
+
     def read(text: str) -> str:
-        return tokenizer.decode(
-            tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=False
-        ).strip()
+        return text_of(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     texts = {
-        (tokenizer.decode(one.ids).strip(), None if one.targets is None else read(one.trained))
+        (text_of(one.ids), None if one.targets is None else read(one.trained))
         for one in expected
         if one is not None and not one.refusal
     }
     wholes = {text for text, _ in texts}
     for one in batches:
-        whole = tokenizer.decode(one.ids, skip_special_tokens=False).strip()
-        target = tokenizer.decode([one.ids[k] for k in one.trained], skip_special_tokens=False).strip()
+        whole, target = text_of(one.ids), text_of([one.ids[k] for k in one.trained])
         if whole not in wholes:
             near = max(wholes, key=lambda text: len(_common(text, whole)), default="")
             at = len(_common(near, whole))
