@@ -197,7 +197,8 @@ def test_llama_factorys_packed_row_is_left_out_whole_and_padding_is_no_sequence(
     done = llama_factory(Dataset.from_list(rows), "--drop-findings", "nothing_trained", "--no-train")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 of 5 rows are left out whole, for 3 of their sequences" in done.stdout
-    assert [row["input_ids"][3] for row in load_from_disk(str(tmp_path / "run" / "filtered"))] == [20, 23, 24]
+    filtered: Any = load_from_disk(str(tmp_path / "run" / "filtered"))
+    assert [row["input_ids"][3] for row in filtered] == [20, 23, 24]
     most = llama_factory(Dataset.from_list(rows[:3]), "--drop-findings", "nothing_trained", "--out", "most")
     assert (most.returncode, "without packing" in most.stderr) == (1, True)
 
