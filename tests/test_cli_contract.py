@@ -32,7 +32,6 @@ OPTIONS = {
     "export": "--format --out --base --dtype --max-rank --mean-rank",
     "doctor": "--server --template",
     "check": "--server-url --served-name --yes",
-    "llamafactory": "--out --drop-findings --answers --no-train",
     "report": "--out --control",
 }
 """Every command with its options, beside --json."""
@@ -95,6 +94,7 @@ def assert_refused(answer: tuple[int, str, str], code: int, named: str) -> None:
         ("train --model m --data d.csv --set qualty.fraction=1", "qualty"),
         ("fly", "fly"),
         ("merge run --out model", "tsqlora export --format merged"),
+        ("llamafactory sft.yaml --out run", "llama_factory.py"),
         ("adapter compress run --mean-rank 4 --out x", "tsqlora export --format compressed"),
         ("train c.yaml --fast", "--fast"),
         ("select s --fraction x --out o", "--fraction"),
@@ -236,8 +236,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
         ("score c.yaml --out OUT.parquet", 2),
         ("score train.jsonl --look empty --out OUT.parquet", 3),
         ("score none.jsonl --look empty --out OUT.parquet", 3),
-        ("llamafactory c.yaml --out OUT", 2),
-        ("llamafactory none.yaml --out OUT", 2),
         ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2),
         ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3),
         ("score run --set data.train=one-class.csv --out OUT.parquet", 3),

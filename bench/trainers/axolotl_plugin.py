@@ -1,4 +1,4 @@
-"""Does axolotl itself prepare with the plugin, and train three steps with it?
+"""Does axolotl itself prepare with examples/axolotl_plugin.py, and train three steps with it?
 
     python bench/trainers/axolotl_plugin.py [--env DIR]
 
@@ -34,11 +34,12 @@ def main() -> None:
         config |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "bf16": False}
         config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "num_epochs": 1, "tf32": False}
         config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # they need triton
-        config |= {"plugins": ["tsqlora.plugins.axolotl.Plugin"], "tsqlora": {"drop": ["stop_not_trained"]}}
+        config |= {"plugins": ["axolotl_plugin.TsqloraPlugin"], "tsqlora": {"drop": ["stop_not_trained"]}}
         YAML().dump(config, place / "axolotl.yaml")
         quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
         command = [request.env / "bin" / "python", "-m", f"axolotl.cli.{request.command}", place / "axolotl.yaml"]
-        subprocess.run(command, check=True, env={**os.environ, **quiet, "PYTHONPATH": str(ROOT / "src")}, cwd=place)
+        quiet |= {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'examples'}"}
+        subprocess.run(command, check=True, env={**os.environ, **quiet}, cwd=place)
         (audit,) = (place / "out").glob("tsqlora*")
         findings = json.loads((audit / "findings.json").read_text())["findings"]
         print([one["name"] for one in findings], sorted(path.name for path in (place / "out").iterdir()))

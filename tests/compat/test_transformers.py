@@ -23,7 +23,6 @@ from models import tiny_bert
 from tsqlora.compat.transformers import (
     CLASSES_OF,
     SUMS,
-    callbacks_of,
     carried,
     installed_reporters,
     knows_lengths,
@@ -88,9 +87,8 @@ def test_a_step_sums_its_batches_only_where_it_is_told_to(tmp_path: Path) -> Non
     assert "self.current_gradient_accumulation_steps =" in source
 
 
-def test_the_trainers_callbacks_and_reporters_are_known(tmp_path: Path) -> None:
-    """`callback_handler.callbacks`, and the integrations' two functions."""
-    assert any(isinstance(callback, StopCallback) for callback in callbacks_of(made(tmp_path)))
+def test_the_trainers_reporters_are_known() -> None:
+    """The integrations' two functions."""
     assert reporter_kinds("none") == ()
     assert [kind.__name__ for kind in reporter_kinds(["tensorboard"])] == ["TensorBoardCallback"]
     with pytest.raises(ValueError, match="nothing"):

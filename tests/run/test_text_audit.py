@@ -14,9 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from families import FAMILIES, tokenizer_of
 from masked import chats, masked
 from runs import make_rows, write_jsonl
-from tsqlora.errors import DataError
 from tsqlora.run.config import load_config, text_config
-from tsqlora.run.prepared_rows import without_findings
 
 Run = Callable[..., tuple[int, str, str]]
 TOWNS = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito")
@@ -296,26 +294,6 @@ def test_a_set_that_trains_prompts_and_no_answer_is_an_error(
     (error,) = [finding for finding in json.loads(shown)["findings"] if finding["severity"] == "error"]
     assert (code, error["name"], error["rows"]) == (4, "nothing_trained", 12), err
     assert "prompt" in error["cause"]
-
-
-def test_a_packed_row_with_a_finding_is_left_out_whole_and_says_so(place: Path, tmp_path: Path) -> None:
-    prompt, answer = [9, 10, 11], [12, 13, tokenizer_of(FAMILIES["qwen 2.5"]).eos_token_id]
-    masked = [[False] * 3, [False, True, False], [True, True, False], [False] * 3, [False] * 3]
-    rows = [
-        {
-            "input_ids": [*prompt, j, *answer] * 3,
-            "position_ids": [*range(7)] * 3,
-            "labels": [token for bad in faults for token in [-100] * 4 + ([-100] * 3 if bad else answer)],
-        }
-        for j, faults in enumerate(masked, start=20)
-    ]
-    made, options = Dataset.from_list(rows), {"model": str(place / "model"), "drop": ["nothing_trained"]}
-    with pytest.warns(UserWarning, match="packed"):
-        left, summary = without_findings(made, out=tmp_path / "out", **options)
-    assert [row["input_ids"][3] for row in left] == [20, 23, 24]
-    assert summary["left_out"] == 2
-    with pytest.raises(DataError, match="without packing"):
-        without_findings(made.select([0, 1, 2]), out=tmp_path / "most", **options)
 
 
 def test_bad_input_is_one_line_and_writes_nothing(place: Path, tsqlora: Run) -> None:

@@ -31,7 +31,6 @@ for command in (
     rows.allocate,
     runs.evaluate,
     runs.predict,
-    runs.llamafactory,
     results.report,
     results.compare,
     results.export,
@@ -43,6 +42,7 @@ for command in (
     app.command(help="\n\n".join(paragraphs).strip())(command)
 MOVED = {
     "merge": "tsqlora export --format merged",
+    "llamafactory": "python llama_factory.py CONFIG, which is in examples/ of tsqlora's repository",
     "adapter": "tsqlora export --format compressed",
     "score --explain": "tsqlora explain RUN|SCORES",
     "compare --policies": "tsqlora compare --methods METHOD+POLICY",

@@ -167,33 +167,6 @@ def look(
         console.note(f"tsqlora train {quote(source)}{whose} --look {quote(str(out))} trains with it, by any launcher")
 
 
-def llamafactory(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings of `llamafactory-cli train`, stage sft.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the audit and the filtered set.")],
-    drop_findings: Annotated[
-        str, typer.Option(metavar="NAMES", help="Leave out the rows of these findings, such as empty_answer,duplicate.")
-    ] = "",
-    answers: Annotated[bool, typer.Option("--answers", help="Read the answers with the model, too.")] = False,
-    no_train: Annotated[bool, typer.Option("--no-train", help="Only prepare, audit and filter.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Audit the rows that LLaMA-Factory prepares, leave out those with findings that you name, and let it train.
-
-    LLaMA-Factory must be installed in this environment. DIR/audit shows what becomes of each row.
-
-    Example: tsqlora llamafactory sft.yaml --drop-findings empty_answer,duplicate --out run
-    """
-    if not config.is_file():
-        raise SettingsError(f"{config}: no such file; give the settings of `llamafactory-cli train`")
-    from tsqlora.run.llamafactory import (
-        llamafactory as filtered,
-    )  # after this check, since torch takes seconds to import
-
-    names = [name.strip() for name in drop_findings.split(",")] if drop_findings else []
-    result = filtered(config, out, drop=names, answers=answers, train=not no_train)
-    console.show(result, as_json, show_numbers)
-
-
 def require_inputs(settings: "Config") -> None:
     """Raise an error that names a model or data file that does not exist, before torch is imported."""
     from tsqlora.compat.hub import require_model

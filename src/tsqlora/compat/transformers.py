@@ -79,11 +79,6 @@ def row_collator(trainer: Trainer) -> Callable[[list[Any]], Mapping[str, Any]]:
     return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
-def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:
-    """The Trainer's callbacks in calling order."""
-    return trainer.callback_handler.callbacks
-
-
 def class_for(auto: Any, config: Any) -> type[PreTrainedModel] | None:
     """The class that AutoModelFor… makes for a config; None for one that it does not support."""
     kind = auto._model_mapping.get(type(config), None)

@@ -100,7 +100,7 @@ def as_paths(dataset: Any, media: str, folder: str) -> Any:
     return dataset.remove_columns([*{column, media} & {*kinds}]).add_column(media, paths)
 
 
-def thumbnail(path: str, size: int = 96) -> bytes:
+def thumbnail(path: str) -> bytes:
     """A small PNG of an image; empty if it cannot be read."""
     from io import BytesIO
 
@@ -108,7 +108,7 @@ def thumbnail(path: str, size: int = 96) -> bytes:
         image = read_image(path)
     except DataError:
         return b""
-    image.thumbnail((size, size))
+    image.thumbnail((96, 96))
     image.save(written := BytesIO(), "PNG")
     return written.getvalue()
 

@@ -184,7 +184,6 @@ def audit_of_judgement(
     labels: Labels,
     *,
     classes: Sequence[str | int] | None = None,
-    ids: Int[np.ndarray, " n"] | None = None,
     excluded: Bool[np.ndarray, "n k"] | None = None,
 ) -> Audit:
     """Present a judgement of these labels; `excluded` classes of a row are not suggested."""
@@ -196,7 +195,7 @@ def audit_of_judgement(
     # The logits order rows that are all but certain.
     order = np.lexsort((judgement.logits[rows, labels], -wrong, ~judgement.left_out))
     return Audit(
-        ids=(rows if ids is None else ids)[order],
+        ids=order,
         labels=labels[order],
         suggested=suggested[order],
         probability=wrong[order],

@@ -38,7 +38,7 @@ def apply_text_review(out: Path, reviewed: Path | None = None, drop_findings: Co
     if about["sha256"] is None:
         raise SettingsError(
             f"{out} has the audit of a set without its source rows, so there is no file to part; "
-            "audit it with --data FILE, or name its findings in `tsqlora llamafactory --drop` or axolotl's tsqlora.drop"
+            "audit it with --data FILE, or name its findings to examples/llama_factory.py or examples/axolotl_plugin.py"
         )
     clean, quarantine = out / CLEAN_FILE, out / QUARANTINE_FILE
     with writing(clean, quarantine):

@@ -214,12 +214,12 @@ class FaultJudge:
         return self.probability[np.maximum(place, 0)], scores >= self.least
 
 
-def plantings(rows: int, pool: Int[np.ndarray, " m"], seed: int = 0) -> list[Int[np.ndarray, " n"]]:
+def plantings(rows: int, pool: Int[np.ndarray, " m"]) -> list[Int[np.ndarray, " n"]]:
     """Return tables in which planted faults of a pool, by number, have taken the place of SHARE of the rows, at random.
 
     A table has the numbers of its rows; those of the planted ones begin behind the last row. The first is as it is.
     """
-    rng, tables = np.random.default_rng([seed, 48]), [np.arange(rows)]
+    rng, tables = np.random.default_rng([0, 48]), [np.arange(rows)]
     for _ in range(DRAWS):
         table = np.arange(rows)
         table[rng.permutation(rows)[: max(1, round(SHARE * rows))]] = rows

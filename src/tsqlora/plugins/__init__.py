@@ -1,1 +1,0 @@
-"""Plugins of other trainers: thin, each against its interface."""
