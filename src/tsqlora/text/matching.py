@@ -17,8 +17,8 @@ from tsqlora.text.vocabulary import Vocabulary
 SENTENCE = re.compile(r"[\n\0]|(?<=[.!?:。！？>\]])|(?=[<\[]|\b[A-Z]\w+:)")
 """Where contents are split, and a template's own words from them."""
 CANDIDATES = 8
-"""Rows that are compared with a sequence, those with the most and the rarest of its sentences first."""
-COMMON = 1024
+"""Most rows that are compared with a sequence: those with the most and the rarest of its sentences, and no others."""
+COMMON = 256
 """Rows that are counted for a sequence; what more rows have says nothing."""
 BEHIND = 4
 """Tokens behind an answer among which its stop is, blanks and line feeds included."""
@@ -52,8 +52,10 @@ def match(
     for unit in units.values():
         text = b"\n".join(vocabulary.plain(one.ids) for one in unit).decode(errors="ignore")
         votes = _votes(_sentences(text), having, parts)
-        likely = sorted(votes, key=lambda digest: (-votes[digest], equal[digest][0] in taken))[:CANDIDATES]
-        fits = {digest: [_fit(rows[equal[digest][0]], one, vocabulary) for one in unit] for digest in likely}
+        most = max(votes.values(), default=0)
+        likely = [digest for digest, vote in votes.items() if vote > most / 2]
+        likely.sort(key=lambda digest: (-votes[digest], equal[digest][0] in taken))
+        fits = {d: [_fit(rows[equal[d][0]], one, vocabulary) for one in unit] for d in likely[:CANDIDATES]}
         rank = {digest: _rank(own, free=equal[digest][0] not in taken) for digest, own in fits.items()}
         best = max(rank, key=rank.__getitem__, default=None)
         if best is None or not rank[best][0]:
@@ -77,9 +79,9 @@ def match(
     return taken, sure, others
 
 
-def _sentences(text: str) -> set[str]:
-    """The sentences of a text, without blanks."""
-    return {sentence for part in SENTENCE.split(text) if (sentence := "".join(part.split()))}
+def _sentences(text: str) -> Iterable[str]:
+    """The sentences of a text, each once, without blanks."""
+    return dict.fromkeys(sentence for part in SENTENCE.split(text) if (sentence := "".join(part.split())))
 
 
 def _votes(
@@ -122,12 +124,8 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            span = place_of(vocabulary.content(message.content), text, at)
-            if span is None:
-                at = -1
-                break
-            at = span[1]
-        if at <= place:
+            _, at = place_of(vocabulary.content(message.content), text, at) or (0, len(text) + 1)
+        if not place < at <= len(text):
             continue
         last = int(np.searchsorted(ends, at, side="left")) + 1
         last += next((k + 1 for k, j in enumerate(ids[last : last + BEHIND].tolist()) if j in vocabulary.stops), 0)
