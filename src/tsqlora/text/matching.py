@@ -1,28 +1,27 @@
 """Find the source row of each sequence that a trainer prepared, by the contents that its tokens spell."""
 
 import re
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from tsqlora.text.conversations import Conversation
-from tsqlora.text.ledger import at_ends_alone, digest_of, locate, place_of
+from tsqlora.text.ledger import LEAST_KNOWN, at_ends_alone, digest_of, locate, place_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
-KEY = 16
-"""Bytes of an anchor, by which a content is looked up."""
-ANCHORS = 8
-"""Most anchors of a content, evenly spaced."""
+SENTENCE = re.compile(r"[\n\0]|(?<=[.!?:。！？>\]])|(?=[<\[]|\b[A-Z]\w+:)")
+"""Where contents are split, and a template's own words from them."""
 CANDIDATES = 8
-"""Rows that are compared with a sequence, those with the most anchors in it first."""
-COMMON = 64
-"""Rows that share an anchor, such as one of a system prompt, above which it is not read, unless there is no other."""
+"""Most rows that are compared with a sequence: those with the most and the rarest of its sentences, and no others."""
+COMMON = 256
+"""Rows that are counted for a sequence; what more rows have says nothing."""
 BEHIND = 4
 """Tokens behind an answer among which its stop is, blanks and line feeds included."""
-_POWERS = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(KEY)], np.uint64)
 
 
 def match(
@@ -35,106 +34,77 @@ def match(
     first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
     them do not count. A row that packing has split has its pieces in order.
     """
-    by_anchor, alone, sizes = defaultdict(list[int]), list[int](), list[int]()
+    equal, texts = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
-        anchors = {*_anchors(row, vocabulary)}
-        sizes.append(len(anchors))
-        for anchor in anchors:
-            by_anchor[anchor].append(j)
-        if not anchors and row.messages:
-            alone.append(j)
-    anchors = np.array(sorted(by_anchor), np.uint64)
-    equal, taken, digests = defaultdict(deque[int]), dict[int, list[Trained]](), [digest_of(row) for row in rows]
-    for j, digest in enumerate(digests):
+        messages = (*row.messages, *(row.rejected or ()), *(row.prompt or ()))
+        texts[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
         equal[digest].append(j)
-    sure, left, begins = dict[int, str](), list[Trained](), dict[int, tuple[int, int]]()
+    having = defaultdict(deque[str])
+    for digest in sorted(texts, key=lambda digest: len(texts[digest])):
+        for sentence in _sentences(texts[digest]):
+            having[sentence].append(digest)
+    parts = sorted(having), sorted(sentence[::-1] for sentence in having)
+    taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
+    fitted, lacking = dict[int, _Fit](), dict[bytes, int]()
     units = defaultdict[tuple[int, int], list[Trained]](list)
     for number, one in enumerate(sequences):
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
-        votes = defaultdict(float)
-        there = {anchor for one in unit for anchor in _windows(vocabulary.text(one.ids), anchors)}
-        for anchor in [anchor for anchor in there if len(by_anchor[anchor]) <= COMMON] or there:
-            for j in by_anchor[anchor]:
-                votes[j] += 1 / len(by_anchor[anchor])  # what few rows have says more
-        likely = sorted(votes, key=lambda j: (-votes[j], j in taken, sizes[j], j))
-        fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in _distinct(digests, likely)}
-        if not any(fit.present for own in fits.values() for fit in own):
-            fits = {j: [_fit(rows[j], one, vocabulary) for one in unit] for j in alone}
-        rank = {j: _rank(own, free=equal[digests[j]][0] not in taken) for j, own in fits.items()}
+        text = b"\n".join(vocabulary.plain(one.ids) for one in unit).decode(errors="ignore")
+        votes = _votes(_sentences(text), having, parts)
+        most = max(votes.values(), default=0)
+        likely = [digest for digest, vote in votes.items() if vote > most / 2]
+        likely.sort(key=lambda digest: (-votes[digest], equal[digest][0] in taken))
+        fits = {d: [_fit(rows[equal[d][0]], one, vocabulary) for one in unit] for d in likely[:CANDIDATES]}
+        rank = {digest: _rank(own, free=equal[digest][0] not in taken) for digest, own in fits.items()}
         best = max(rank, key=rank.__getitem__, default=None)
         if best is None or not rank[best][0]:
             left += unit
             continue
-        begins |= {id(one): fit.begin for one, fit in zip(unit, fits[best], strict=True)}
-        group = equal[digests[best]]
-        group.rotate(-1)
-        taken.setdefault(group[-1], []).extend(unit)
-        sure[group[-1]] = "exact" if len(group) == 1 else "ambiguous"
-    left = _ends(rows, _pieces(rows, left, taken, begins, vocabulary), taken, begins, vocabulary)
-    for row, parts in taken.items():
-        sure.setdefault(row, "exact")
-        parts.sort(key=lambda one: begins[id(one)])
-    return taken, sure, left
-
-
-def _pieces(
-    rows: Sequence[Conversation],
-    left: Sequence[Trained],
-    taken: dict[int, list[Trained]],
-    begins: dict[int, tuple[int, int]],
-    vocabulary: Vocabulary,
-) -> list[Trained]:
-    """Give pieces from the middle of a content, as `bfd_split` leaves them, to their rows; return the others."""
-    if not left:
-        return []
-    contents = [(j, k, vocabulary.content(m.content)) for j, row in enumerate(rows) for k, m in enumerate(row.messages)]
-    text, starts = b"\0".join(content for *_, content in contents), np.cumsum([0, *(len(c) + 1 for *_, c in contents)])
-    others, seen = list[Trained](), set[int]()
-    for one in left:
-        part = max(_plain(one, vocabulary), key=len)
-        at = text.find(part) if len(part) >= KEY else -1
-        while at in seen:
-            at = text.find(part, at + 1)
-        if at < 0:
-            others.append(one)
-            continue
-        seen.add(at)
-        place = int(np.searchsorted(starts, at, side="right")) - 1
-        row, message, _ = contents[place]
-        begins[id(one)] = message, at - int(starts[place])
-        taken.setdefault(row, []).append(one)
-    return others
-
-
-def _ends(
-    rows: Sequence[Conversation],
-    left: Sequence[Trained],
-    taken: Mapping[int, list[Trained]],
-    begins: dict[int, tuple[int, int]],
-    vocabulary: Vocabulary,
-) -> list[Trained]:
-    """Give short pieces to rows that lack exactly these ends of their last content; return the others."""
-    if not left:
-        return []
-    lacking = defaultdict(list[tuple[int, tuple[int, int]]])
-    for row, parts in taken.items():
-        messages, parts = rows[row].messages, sorted(parts, key=lambda one: begins[id(one)])
-        ids = np.concatenate([one.ids for one in parts])
-        spans, k = locate(messages, ids, vocabulary), len(messages) - 1
-        if (span := spans[k]) is not None and (span.behind or span.end == len(ids)):
-            content = vocabulary.content(messages[k].content)
-            begin = len(content) - span.behind
-            lacking[content[begin:].strip()].append((row, (k, begin)))
+        row = equal[best][0]
+        equal[best].rotate(-1)
+        taken[row] += unit
+        sure[row] = "exact" if len(equal[best]) == 1 else "ambiguous"
+        for one, fit in zip(unit, fits[best], strict=True):
+            fitted[id(one)], lacking[fit.rest] = fit, row
     others = list[Trained]()
     for one in left:
         texts = _plain(one, vocabulary)
-        if not (places := lacking[texts[0]]):
-            others += [one] if any(texts) else []  # a template's last line feed may be any row's
+        if texts[0] and texts[0] in lacking:  # too short to be known, but all that a row lacks
+            taken[lacking.pop(texts[0])].append(one)
+        elif any(texts):  # a template's last line feed may be any row's
+            others.append(one)
+    for own in taken.values():
+        own.sort(key=lambda one: fitted[id(one)].begin if id(one) in fitted else (len(rows), 0))
+    return taken, sure, others
+
+
+def _sentences(text: str) -> Iterable[str]:
+    """The sentences of a text, each once, without blanks."""
+    return dict.fromkeys(sentence for part in SENTENCE.split(text) if (sentence := "".join(part.split())))
+
+
+def _votes(
+    sentences: Iterable[str], having: dict[str, deque[str]], parts: tuple[Sequence[str], Sequence[str]]
+) -> Counter[str]:
+    """Count the rows that have the sentences, each by how few rows have it, also where a sentence is cut."""
+    found, votes = list[deque[str]](), Counter[str]()
+    for sentence in sentences:
+        if sentence in having:
+            found.append(having[sentence])
             continue
-        row, begins[id(one)] = places.pop(0)
-        taken[row].append(one)
-    return others
+        for ordered, part, step in zip(parts, (sentence, sentence[::-1]), (1, -1), strict=True):
+            first, end = bisect_left(ordered, part), bisect_left(ordered, f"{part}\U0010ffff")
+            whole = (having[one[::step]] for one in ordered[first : min(end, first + COMMON)])
+            found.append(deque(dict.fromkeys(digest for digests in whole for digest in digests)))
+    for digests in sorted(found, key=len):
+        if votes and len(votes) + len(digests) > COMMON:
+            break
+        for digest in islice(digests, COMMON):
+            votes[digest] += 1 / len(digests)
+        if len(digests) > COMMON:
+            digests.rotate(-1)  # rows that a cut makes alike have their turns
+    return votes
 
 
 def _plain(one: Trained, vocabulary: Vocabulary) -> list[bytes]:
@@ -154,12 +124,8 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     for row in rows:
         at = place
         for message in row.messages:
-            span = place_of(vocabulary.content(message.content), text, at)
-            if span is None:
-                at = -1
-                break
-            at = span[1]
-        if at <= place:
+            _, at = place_of(vocabulary.content(message.content), text, at) or (0, len(text) + 1)
+        if not place < at <= len(text):
             continue
         last = int(np.searchsorted(ends, at, side="left")) + 1
         last += next((k + 1 for k, j in enumerate(ids[last : last + BEHIND].tolist()) if j in vocabulary.stops), 0)
@@ -169,17 +135,6 @@ def unwrapped(rows: Sequence[Conversation], wrapped: Sequence[Trained], vocabula
     return parts
 
 
-def _distinct(digests: Sequence[str], likely: Sequence[int]) -> Iterable[int]:
-    """The first candidates, one of equal rows."""
-    seen = set[str]()
-    for j in likely:
-        if digests[j] not in seen:
-            seen.add(digests[j])
-            yield j
-        if len(seen) == CANDIDATES:
-            return
-
-
 class _Fit(NamedTuple):
     """How many bytes of a row's contents a sequence has and lacks; in which message, and where there, it begins."""
 
@@ -187,6 +142,8 @@ class _Fit(NamedTuple):
     """System prompts do not count; 0 if a content is missing between others, but for tool calls and their results."""
     missing: int = 0
     begin: tuple[int, int] = (0, 0)
+    rest: bytes = b"\0"
+    """What it lacks of the row's last content."""
 
 
 def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
@@ -196,37 +153,18 @@ def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
 
 def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     messages = row.side(one.side)
+    contents = [vocabulary.content(message.content) for message in messages]
     spans = locate(messages, one.ids, vocabulary)
     pairs = list(zip(messages, spans, strict=True))
-    if not at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].carried):
-        return _Fit()  # how calls and results are written is the template's
-    present, missing = 0, 0
-    for message, span in pairs:
-        length = len(vocabulary.content(message.content))
-        lacks = length if span is None else span.before + span.behind
-        missing += lacks
-        present += length - lacks if message.role != "system" else 0
-    return _Fit(present, missing, next(((k, span.before) for k, span in enumerate(spans) if span is not None), (0, 0)))
-
-
-def _anchors(row: Conversation, vocabulary: Vocabulary) -> list[int]:
-    contents = [vocabulary.content(message.content) for message in (*row.messages, *(row.rejected or ()))]
-    places = [np.unique(np.linspace(0, len(c) - KEY, ANCHORS).astype(int)) for c in contents if len(c) >= KEY]
-    long = [np.frombuffer(content, np.uint8).astype(np.uint64) for content in contents if len(content) >= KEY]
-    with np.errstate(over="ignore"):
-        return [
-            int((content[place : place + KEY] * _POWERS).sum())
-            for content, own in zip(long, places, strict=True)
-            for place in own.tolist()
-        ]
-
-
-def _windows(text: bytes, anchors: np.ndarray) -> list[int]:
-    """The anchors that occur in a text, each once."""
-    if len(text) < KEY or not len(anchors):
-        return []
-    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), KEY)
-    with np.errstate(over="ignore"):
-        hashes = np.unique((windows.astype(np.uint64) * _POWERS).sum(axis=1))
-    places = np.searchsorted(anchors, hashes).clip(max=len(anchors) - 1)
-    return hashes[anchors[places] == hashes].tolist()
+    lacks = [len(c) if span is None else span.before + span.behind for c, span in zip(contents, spans, strict=True)]
+    present = sum(len(c) - n for c, n, m in zip(contents, lacks, messages, strict=True) if m.role != "system")
+    # How calls and their results are written is the template's.
+    if present and at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].carried):
+        k, span = next((k, span) for k, span in enumerate(spans) if span is not None)
+        rest = b"" if spans[-1] is None else contents[-1][len(contents[-1]) - spans[-1].behind :]
+        return _Fit(present, sum(lacks), (k, span.before), rest.strip())
+    part = max(_plain(one, vocabulary), key=len)
+    for k, content in enumerate(contents if len(part) >= LEAST_KNOWN else ()):
+        if (at := content.find(part)) >= 0:  # from the middle of a content, as `bfd_split` leaves it
+            return _Fit(len(part), sum(map(len, contents)) - len(part), (k, at), content[at + len(part) :].strip())
+    return _Fit()
