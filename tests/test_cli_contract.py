@@ -25,7 +25,6 @@ OPTIONS = {
     "score": "--look --out --set",
     "explain": "--row --samples --data",
     "select": "--out --fraction --seed --data",
-    "allocate": "--out --set",
     "evaluate": "--data --max-new-tokens --beams",
     "predict": "--data --out --max-new-tokens --beams",
     "compare": "--methods --seeds --out --equal --lr-sweep --lr --metric --set",

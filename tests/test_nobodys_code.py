@@ -62,7 +62,6 @@ DOORS: dict[str, str] = {
     "look": "look {labels} --model {base} --out {out}",
     "look at chats": "look {chats} --model {base} --out {out} --set task.type=causal-lm",
     "score": "score {run} --out {out}.parquet",
-    "allocate": "allocate {run}/config.yaml --out {out}",
     "predict": "predict {run} --data {labels} --out {out}.jsonl",
     "evaluate": "evaluate {run} --data {chats}",
     "export": "export {run} --format merged --out {out}",

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -22,7 +22,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from runs import make_rows, set_up, write_config, write_jsonl
 from tables import cells_of
 from tsqlora.data.rows import Columns, row_hash, sample_hash
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.run.train import train
@@ -508,30 +507,6 @@ def test_options_that_do_not_go_together_are_refused(
     code, text = refused(tsqlora, *arguments.format(scored=scored, config=place / "c.yaml").split())
     assert (code, named in text) == (2, True)
     assert not any(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------------------- allocate
-
-
-@pytest.mark.parametrize("source", ["c.yaml", "run"])
-def test_allocate_gives_a_lora_config_with_those_ranks_and_one_scale(
-    source: str, trained: Path, tmp_path: Path, tsqlora: Run
-) -> None:
-    out = tmp_path / "ranks.json"
-    code, printed, _ = tsqlora("allocate", trained.parent / source, "--out", out, "--json")
-    assert code == 0
-    arguments = json.loads(out.read_text())
-    assert {"out": str(out), **arguments} == json.loads(printed)
-    base = AutoModelForSequenceClassification.from_pretrained(trained.parent / "model", num_labels=2)
-    layers = lora_layers(get_peft_model(base, LoraConfig(**arguments)))
-    names = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
-    assert set(names) == set(arguments["target_modules"])
-    for name, layer in names.items():
-        rank = arguments["rank_pattern"].get(name, arguments["r"])
-        assert layer.r["default"] == rank
-        assert layer.scaling["default"] == pytest.approx(2.0)  # alpha 4 over mean rank 2
-    costs = {name: layer.in_features + layer.out_features for name, layer in names.items()}
-    assert sum(layer.r["default"] * costs[name] for name, layer in names.items()) <= 2 * sum(costs.values())
 
 
 # ----------------------------------------------------------------------- evaluate and predict

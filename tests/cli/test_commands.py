@@ -65,7 +65,6 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
         (["audit", "no.yaml"], "no.yaml"),
         (["audit", "c.yaml"], "no.csv"),
         (["score", "no.yaml", "--out", "s.parquet"], "no.yaml"),
-        (["allocate", "c.yaml", "--out", "ranks.json"], "no.csv"),
         (["audit", "t.ods"], "save it as .xlsx"),
         (["audit", "t.xlsx"], "set data.sheet=One"),
         (["train", "--model", ".", "--data", "t.txt"], "extension '.txt' is unknown"),

@@ -70,7 +70,3 @@ def test_every_command_names_the_right_rows_of_a_dirty_table(folder: Path, capsy
     assert [j for j, row in enumerate(predicted) if row["prediction"] is None] == list(EMPTY)
     assert "3 of 120 predictions are empty" in err
     tsqlora("evaluate", run, "--data", table)
-    assert (
-        "data.max_bad_rows"
-        in tsqlora("allocate", folder / "c.yaml", "--out", folder / "r.json", "--set", "data.max_bad_rows=0", code=3)[1]
-    )

@@ -19,9 +19,6 @@ from tsqlora.data import sources
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
-from tsqlora.layer_sensitivity import sensitivity
-from tsqlora.quality.scores import Scores
-from tsqlora.run.allocate import allocate_ranks
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.explain import explain_source
 from tsqlora.run.finished import device_of, open_run
@@ -251,27 +248,6 @@ def test_a_run_scores_other_rows_by_its_own_classes(run: Path, tmp_path: Path) -
     write_jsonl(other, make_rows(60, seed=60, labels=NAMES)[:19:-1])
     scores = score_rows(run, tmp_path / "new" / "s.parquet", overrides=override)
     assert scores.labels.tolist() == [1, 0] * 20, "ids are those of the run, whatever comes first"
-
-
-def test_ranks_are_not_measured_on_rows_that_are_no_longer_those_scored(run: Path, tmp_path: Path) -> None:
-    again = copied(run, tmp_path)
-    score_rows(again, again / "scores.parquet")
-    assert set(allocate_ranks(again)) >= {"r", "lora_alpha", "target_modules"}
-    other = write_jsonl(tmp_path / "other.jsonl", make_rows(60, seed=1, labels=NAMES))
-    with pytest.raises(DataError, match=r"scores\.parquet has scores of other rows than .*other\.jsonl has now"):
-        allocate_ranks(again, overrides=[f"data.train={other}", f"data.validation={data_of(run)}"])
-
-
-def test_ranks_are_measured_with_the_loss_of_training_on_the_rows_that_it_had(run: Path, tmp_path: Path) -> None:
-    """Where rows were left out, an epoch of all rows repeats the others."""
-    again = copied(run, tmp_path)
-    score_rows(again, again / "scores.parquet")
-    scores = Scores.load(again / "scores.parquet")
-    scores.drop(np.arange(len(scores)) < 10, "duplicate").save(again / "scores.parquet")
-    with patch("tsqlora.run.allocate.sensitivity", side_effect=sensitivity) as measured:
-        allocate_ranks(again, overrides=["quality.fraction=1.0", "training.label_smoothing_factor=0.1"])
-    assert len(measured.call_args.args[1]) == len(scores) - 10
-    assert measured.call_args.kwargs["task"].label_smoothing == 0.1
 
 
 @pytest.mark.parametrize(("use_cpu", "device"), [(False, "cuda"), (True, "cpu")])

@@ -74,13 +74,6 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     say(console, [f"adapter     {record['run']}/adapter", f"report      tsqlora report {quote(record['run'])}"])
 
 
-def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
-    """LoraConfig's arguments, as ranks."""
-    show_numbers(console, {name: arguments[name] for name in ("out", "r", "lora_alpha")})
-    ranks = {name: arguments["rank_pattern"].get(name, arguments["r"]) for name in arguments["target_modules"]}
-    show_ranks(console, ranks)
-
-
 def show_ranks(console: Console, ranks: Mapping[str, int]) -> None:
     """Ranks that differ as tables; one line otherwise."""
     if len(set(ranks.values())) > 1:

@@ -1,4 +1,4 @@
-"""Commands that choose rows and ranks for any trainer: score, explain, select, allocate, audit."""
+"""Commands that choose rows for any trainer: score, explain, select, audit."""
 
 from pathlib import Path
 from shlex import quote
@@ -9,7 +9,6 @@ import typer
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Set, Source
 from tsqlora.cli.display import (
-    show_allocation,
     show_audit,
     show_explained,
     show_numbers,
@@ -21,7 +20,6 @@ from tsqlora.cli.display import (
 from tsqlora.cli.progress_bars import Display
 from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
-from tsqlora.files import write_json, writing
 
 if TYPE_CHECKING:
     from tsqlora.run.config import Config
@@ -128,32 +126,6 @@ def select(
 
     rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
     console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
-
-
-def allocate(
-    source: Source,
-    out: Annotated[Path, typer.Option(help="JSON file to write.")],
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Allocate ranks by sensitivity, and write them as arguments of PEFT's LoraConfig.
-
-    Example: tsqlora allocate tsq.yaml --out ranks.json
-    """
-    from tsqlora.data.write import require_place
-    from tsqlora.run.config import load_config
-
-    require_place(out)
-    with writing(out):
-        if not source.is_dir():
-            require_inputs(load_config(source, set_ or []))
-        from tsqlora.run.allocate import allocate_ranks  # after these checks, since torch takes seconds to import
-
-        with Display(console.stderr) as display:
-            arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, arguments)
-    console.show({"out": str(out), **arguments}, as_json, show_allocation)
 
 
 def audit(

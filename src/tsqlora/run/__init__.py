@@ -1,1 +1,1 @@
-"""The commands: from settings to adapter (train), and score, allocate, audit, evaluate, predict, export."""
+"""The commands: from settings to adapter (train), and score, audit, evaluate, predict, export."""
