@@ -15,7 +15,6 @@ from tsqlora.cli import console
 from tsqlora.cli.display import (
     layer_places,
     ranks_table,
-    show_allocation,
     show_audit,
     show_explained,
     show_numbers,
@@ -209,14 +208,6 @@ def test_samples_of_text_have_no_class(kind: str) -> None:
     assert ("swapped pairs: 1 in all, 1 left out" in out) == (kind == "pair")
     for word in ("label", "class", "model"):
         assert word not in out
-
-
-def test_an_allocation_shows_the_rank_of_every_layer() -> None:
-    names = ["layer.0.query", "layer.0.value"]
-    arguments = {"r": 4, "lora_alpha": 8, "target_modules": names, "rank_pattern": {names[1]: 2}, "alpha_pattern": {}}
-    text = shown(show_allocation, {"out": "ranks.json", **arguments})
-    assert [line.split() for line in text.splitlines()][-2:] == [["query", "4"], ["value", "2"]]
-    assert "ranks.json" in text
 
 
 def test_numbers_are_a_line_each_and_brackets_are_no_markup() -> None:
