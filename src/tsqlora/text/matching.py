@@ -34,31 +34,42 @@ def match(
     first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
     them do not count. A row that packing has split has its pieces in order.
     """
-    equal, texts = defaultdict(deque[int]), dict[str, str]()
+    equal, spelled = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
         messages = (*row.messages, *(row.rejected or ()), *(row.prompt or ()))
-        texts[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
+        spelled[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
         equal[digest].append(j)
     having = defaultdict(deque[str])
-    for digest in sorted(texts, key=lambda digest: len(texts[digest])):
-        for sentence in _sentences(texts[digest]):
+    for digest in sorted(spelled, key=lambda digest: len(spelled[digest])):
+        for sentence in _sentences(spelled[digest]):
             having[sentence].append(digest)
     parts = sorted(having), sorted(sentence[::-1] for sentence in having)
     taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
-    fitted, lacking = dict[int, _Fit](), dict[bytes, int]()
+    fitted, lacking = dict[int, _Fit](), defaultdict(list[int])
     units = defaultdict[tuple[int, int], list[Trained]](list)
     for number, one in enumerate(sequences):
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
         text = b"\n".join(vocabulary.plain(one.ids) for one in unit).decode(errors="ignore")
-        votes = _votes(_sentences(text), having, parts)
+        sentences = _sentences(text)
+        votes = _votes(sentences, having, parts)
         most = max(votes.values(), default=0)
         likely = [digest for digest, vote in votes.items() if vote > most / 2]
         likely.sort(key=lambda digest: (-votes[digest], equal[digest][0] in taken))
         fits = {d: [_fit(rows[equal[d][0]], one, vocabulary) for one in unit] for d in likely[:CANDIDATES]}
-        rank = {digest: _rank(own, free=equal[digest][0] not in taken) for digest, own in fits.items()}
-        best = max(rank, key=rank.__getitem__, default=None)
-        if best is None or not rank[best][0]:
+        rank = {
+            digest: (
+                sum(fit.present for fit in own),
+                not any(fit.missing for fit in own),
+                equal[digest][0] not in taken,
+                -sum(fit.missing for fit in own),
+            )
+            for digest, own in fits.items()
+        }
+        best = max(rank, key=rank.__getitem__, default="")
+        present, whole, *_ = rank.get(best, (0, False))
+        strange = sum(len(sentence) for sentence in sentences if sentence not in having)
+        if not present or (not whole and most < 1 / CANDIDATES and strange > present):  # a mere "Yes." is of any row
             left += unit
             continue
         row = equal[best][0]
@@ -66,16 +77,19 @@ def match(
         taken[row] += unit
         sure[row] = "exact" if len(equal[best]) == 1 else "ambiguous"
         for one, fit in zip(unit, fits[best], strict=True):
-            fitted[id(one)], lacking[fit.rest] = fit, row
+            fitted[id(one)] = fit
+            lacking[fit.rest].append(row)
     others = list[Trained]()
     for one in left:
         texts = _plain(one, vocabulary)
-        if texts[0] and texts[0] in lacking:  # too short to be known, but all that a row lacks
-            taken[lacking.pop(texts[0])].append(one)
+        if texts[0] and lacking[texts[0]]:  # too short to be known, but all that a row lacks
+            row = lacking[texts[0]].pop(0)
+            taken[row].append(one)
+            fitted[id(one)] = _Fit(begin=(len(rows[row].messages), 0))
         elif any(texts):  # a template's last line feed may be any row's
             others.append(one)
     for own in taken.values():
-        own.sort(key=lambda one: fitted[id(one)].begin if id(one) in fitted else (len(rows), 0))
+        own.sort(key=lambda one: fitted[id(one)].begin)
     return taken, sure, others
 
 
@@ -144,11 +158,6 @@ class _Fit(NamedTuple):
     begin: tuple[int, int] = (0, 0)
     rest: bytes = b"\0"
     """What it lacks of the row's last content."""
-
-
-def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
-    present, missing = (sum(parts) for parts in zip(*(fit[:2] for fit in fits), strict=True))
-    return present, not missing, free, -missing
 
 
 def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
