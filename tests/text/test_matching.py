@@ -22,11 +22,8 @@ TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])
 VOCABULARY = vocabulary_of(TOKENIZER)
 ROLES = ("user", "assistant")
 INSTRUCTION = "Read the letter. Find out what its writer wants, and answer: be brief, be kind.\n\n"
-WORDS = {
-    "latin": ["river", "stone", "Market,", "winter.", "under;", "seven", "lamp?", "quiet"],
-    "thai": ["ประเทศ", "อาหาร", "ภาษา", "สวัสดี"],
-    "han": ["天气。", "城市", "河流", "冬天，", "学校"],
-}
+LETTERS = {"latin": "aeioudlmnrstk", "thai": "กขคงจชซดตถทนบปผพมยรลวสหอ", "han": "天气河流城市学校冬夏山水人家大小"}
+ENDS = {"latin": ["", "", "", ",", "."], "thai": [""], "han": ["", "", "，", "。"]}
 CONSTANTS = {
     "none": "{question}",
     "instruction": INSTRUCTION + "{question}",
@@ -36,11 +33,12 @@ CONSTANTS = {
 
 def drawn(constant: str, script: str, count: int = 150) -> list[Conversation]:
     """Rows of one, two or three exchanges, of lengths with a heavy tail; some answers are those of many rows."""
-    rng, rows = np.random.default_rng(sum(map(ord, constant + script))), list[Conversation]()
-    gap = "" if script == "thai" else " "
+    rng, rows = np.random.default_rng(len(constant) + len(script)), list[Conversation]()
+    words = ["".join(rng.choice([*LETTERS[script]], int(rng.integers(2, 7)))) for _ in range(500)]
 
     def text(most: int) -> str:
-        return gap.join(rng.choice(WORDS[script], min(int(rng.lognormal(2.5, 1)) + 1, most)))
+        chosen = rng.choice(words, min(int(rng.lognormal(2.5, 1)) + 1, most))
+        return ("" if script == "thai" else " ").join(word + str(rng.choice(ENDS[script])) for word in chosen)
 
     for j in range(count):
         contents = list[str]()
@@ -70,19 +68,26 @@ MODES: dict[str, Callable[[Trained], list[Trained]]] = {
 }
 
 
-@pytest.mark.parametrize("script", WORDS)
+@pytest.mark.parametrize("script", LETTERS)
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama 3", "qwen 3, thinking", "mistral", "zephyr"])
 def test_each_sequence_comes_back_to_its_row(name: str, mode: str, constant: str, script: str) -> None:
     rows, tokenizer = drawn(constant, script), tokenizer_of(FAMILIES[name])
-    made = [part for row in rows for part in MODES[mode](sequence(row, tokenizer=tokenizer))]
-    order = np.random.default_rng(0).permutation(len(made))
-    taken, sure, left = match(rows, [made[j] for j in order], vocabulary_of(tokenizer))
-    wrong = [(row, one.row) for row, parts in taken.items() for one in parts if one.row != row]
-    assert (wrong, {*taken}, {*sure.values()}) == ([], {*range(len(rows))}, {"exact"})
-    assert len(left) <= 0.02 * len(made) * (mode == "packed and split")
-    assert sum(map(len, taken.values())) + len(left) <= len(made)
+    made = {row.row: MODES[mode](sequence(row, tokenizer=tokenizer)) for row in rows}
+    parts, vocabulary = [part for own in made.values() for part in own], vocabulary_of(tokenizer)
+    order = np.random.default_rng(0).permutation(len(parts))
+    taken, sure, left = match(rows, [parts[j] for j in order], vocabulary)
+
+    def spelled(parts: Sequence[Trained]) -> bytes:
+        return b"".join(sorted(vocabulary.plain(one.ids).strip(b"\0\n ") for one in parts))
+
+    named = {one.row for one in left}
+    wrong = [j for j, own in made.items() if j not in named and spelled(taken[j]) != spelled(own)]
+    assert ({*taken}, {*sure.values()}) == ({*range(len(rows))}, {"exact"})
+    assert len(wrong) <= (mode != "whole") * 0.03 * len(rows), "more than what several rows begin or end with"
+    assert not named or mode == "packed and split"
+    assert len(left) < (0.2 if script == "thai" else 0.1) * len(parts), "Thai sentences have no ends"
 
 
 @pytest.mark.parametrize("constant", CONSTANTS)

@@ -60,7 +60,7 @@ def match(
         rank = {
             digest: (
                 sum(fit.present for fit in own),
-                not any(fit.missing for fit in own),
+                all(fit.present and not fit.missing for fit in own),
                 equal[digest][0] not in taken,
                 -sum(fit.missing for fit in own),
             )
@@ -69,7 +69,8 @@ def match(
         best = max(rank, key=rank.__getitem__, default="")
         present, whole, *_ = rank.get(best, (0, False))
         strange = sum(len(sentence) for sentence in sentences if sentence not in having)
-        if not present or (not whole and most < 1 / CANDIDATES and strange > present):  # a mere "Yes." is of any row
+        known = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        if not whole and not known:  # a "Yes." may be any row's
             left += unit
             continue
         row = equal[best][0]
@@ -171,7 +172,8 @@ def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     if present and at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].carried):
         k, span = next((k, span) for k, span in enumerate(spans) if span is not None)
         rest = b"" if spans[-1] is None else contents[-1][len(contents[-1]) - spans[-1].behind :]
-        return _Fit(present, sum(lacks), (k, span.before), rest.strip())
+        missing = sum(n for n, m in zip(lacks, messages, strict=True) if m.role != "tool")
+        return _Fit(present, missing, (k, span.before), rest.strip())
     part = max(_plain(one, vocabulary), key=len)
     for k, content in enumerate(contents if len(part) >= LEAST_KNOWN else ()):
         if (at := content.find(part)) >= 0:  # from the middle of a content, as `bfd_split` leaves it
