@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -19,7 +19,7 @@ SENTENCE = re.compile(r"[\n\0]|(?<=[.!?:。！？>\]])|(?=[<\[]|\b[A-Z]\w+:)")
 CANDIDATES = 8
 """Most rows that are compared with a sequence: those with the most and the rarest of its sentences, and no others."""
 COMMON = 256
-"""Rows that are counted for a sequence; what more rows have says nothing."""
+"""Most rows that are counted for a sequence; a sentence that more rows have singles out none of them."""
 BEHIND = 4
 """Tokens behind an answer among which its stop is, blanks and line feeds included."""
 
@@ -69,8 +69,8 @@ def match(
         best = max(rank, key=rank.__getitem__, default="")
         present, whole, *_ = rank.get(best, (0, False))
         strange = sum(len(sentence) for sentence in sentences if sentence not in having)
-        known = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
-        if not whole and not known:  # a "Yes." may be any row's
+        enough = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        if not whole and not enough:  # a "Yes." may be any row's
             left += unit
             continue
         row = equal[best][0]
@@ -101,18 +101,18 @@ def _sentences(text: str) -> Iterable[str]:
 
 def _votes(
     sentences: Iterable[str], having: dict[str, deque[str]], parts: tuple[Sequence[str], Sequence[str]]
-) -> Counter[str]:
+) -> dict[str, float]:
     """Count the rows that have the sentences, each by how few rows have it, also where a sentence is cut."""
-    found, votes = list[deque[str]](), Counter[str]()
+    shared, votes = list[deque[str]](), defaultdict[str, float](float)
     for sentence in sentences:
         if sentence in having:
-            found.append(having[sentence])
+            shared.append(having[sentence])
             continue
         for ordered, part, step in zip(parts, (sentence, sentence[::-1]), (1, -1), strict=True):
             first, end = bisect_left(ordered, part), bisect_left(ordered, f"{part}\U0010ffff")
             whole = (having[one[::step]] for one in ordered[first : min(end, first + COMMON)])
-            found.append(deque(dict.fromkeys(digest for digests in whole for digest in digests)))
-    for digests in sorted(found, key=len):
+            shared.append(deque(dict.fromkeys(digest for digests in whole for digest in digests)))
+    for digests in sorted(shared, key=len):
         if votes and len(votes) + len(digests) > COMMON:
             break
         for digest in islice(digests, COMMON):
