@@ -257,6 +257,13 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tsqlora: Run)
     assert places == {"nothing_trained": [2], "dropped": [4]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
     assert {line["match"] for line in lines if line["row"] != 4} == {"exact"}
+    write_jsonl(source, rows[:9])
+    _, shown, _ = tsqlora(*command, "--data", source, "--out", place / "of fewer rows")
+    assert json.loads(shown)["unmatched_places"] == [{"row": row, "sequence": 0} for row in (8, 9, 10)]
+    _, shown, _ = tsqlora(*command[:-1], "--data", source, "--out", place / "as text")
+    assert "3 of the set's sequences have no source row: sequence 0 of row 8, 0 of row 9, 0 of row 10" in " ".join(
+        shown.split()
+    )
     code, shown, _ = tsqlora(*command, "--out", place / "without source")
     assert (code, [f["name"] for f in json.loads(shown)["findings"]]) == (0, ["nothing_trained"])
 

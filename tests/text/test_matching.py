@@ -1,15 +1,18 @@
-"""Each prepared sequence finds the row that it was made of."""
+"""Each prepared sequence finds the row that it was made of, and no other."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
 
 import numpy as np
+import pytest
 from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
 from tsqlora.tasks.generation import IGNORED
-from tsqlora.text.conversations import Conversation, Message
+from tsqlora.text.conversations import Conversation
+from tsqlora.text.conversations import Message as Turn
 from tsqlora.text.ledger import line_of
 from tsqlora.text.matching import match, unwrapped
 from tsqlora.text.prepared import Trained
@@ -17,37 +20,101 @@ from tsqlora.text.vocabulary import vocabulary_of
 
 TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])
 VOCABULARY = vocabulary_of(TOKENIZER)
+ROLES = ("user", "assistant")
+INSTRUCTION = "Read the letter. Find out what its writer wants, and answer: be brief, be kind.\n\n"
+LETTERS = {"latin": "aeioudlmnrstk", "thai": "กขคงจชซดตถทนบปผพมยรลวสหอ", "han": "天气河流城市学校冬夏山水人家大小"}
+ENDS = {"latin": ["", "", "", ",", "."], "thai": [""], "han": ["", "", "，", "。"]}
+CONSTANTS = {
+    "none": "{question}",
+    "instruction": INSTRUCTION + "{question}",
+    "around": "Is this review good?\n{question}\nAnswer yes or no.",
+}
 
 
-def row(number: int, *contents: str) -> Conversation:
-    roles = ("system", "user", "assistant")
-    return Conversation(number, tuple(map(Message, roles, ("Be brief and kind to people.", *contents))))
+def drawn(constant: str, script: str, count: int = 150) -> list[Conversation]:
+    """Rows of one, two or three exchanges, of lengths with a heavy tail; some answers are those of many rows."""
+    rng, rows = np.random.default_rng(len(constant) + len(script)), list[Conversation]()
+    words = ["".join(rng.choice([*LETTERS[script]], int(rng.integers(2, 7)))) for _ in range(500)]
+
+    def text(most: int) -> str:
+        chosen = rng.choice(words, min(int(rng.lognormal(2.5, 1)) + 1, most))
+        return ("" if script == "thai" else " ").join(word + str(rng.choice(ENDS[script])) for word in chosen)
+
+    for j in range(count):
+        contents = list[str]()
+        for k in range(int(rng.choice([1, 1, 2, 3]))):
+            question = f"{text(12)} {j}-{k} {text(40)}"
+            answer = "Yes." if rng.random() < 0.3 else f" {text(300)} {j}"
+            contents += [CONSTANTS[constant].format(question=question), answer]
+        rows.append(Conversation(j, tuple(map(Turn, ROLES * 3, contents))))
+    return rows
 
 
 def sequence(one: Conversation, keep: slice = slice(None), tokenizer: Any = TOKENIZER) -> Trained:
     chat = [{"role": message.role, "content": message.content} for message in one.messages]
     ids = np.array(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])[keep]
-    return Trained(ids, np.full(len(ids), IGNORED), 0)
+    return Trained(ids, np.full(len(ids), IGNORED), one.row)
 
 
-def test_shuffled_cut_and_missing_rows_are_told_apart() -> None:
+def split(one: Trained, size: int) -> list[Trained]:
+    parts = range(0, len(one.ids), size)
+    return [replace(one, ids=one.ids[k : k + size], targets=one.targets[k : k + size]) for k in parts]
+
+
+MODES: dict[str, Callable[[Trained], list[Trained]]] = {
+    "whole": lambda one: [one],
+    "cut": lambda one: [replace(one, ids=one.ids[:-30], targets=one.targets[:-30])],
+    "packed and split": lambda one: split(one, 512),
+}
+
+
+@pytest.mark.parametrize("script", LETTERS)
+@pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama 3", "qwen 3, thinking", "mistral", "zephyr"])
+def test_each_sequence_comes_back_to_its_row(name: str, mode: str, constant: str, script: str) -> None:
+    rows, tokenizer = drawn(constant, script), tokenizer_of(FAMILIES[name])
+    made = {row.row: MODES[mode](sequence(row, tokenizer=tokenizer)) for row in rows}
+    parts, vocabulary = [part for own in made.values() for part in own], vocabulary_of(tokenizer)
+    order = np.random.default_rng(0).permutation(len(parts))
+    taken, sure, left = match(rows, [parts[j] for j in order], vocabulary)
+
+    def spelled(parts: Sequence[Trained]) -> bytes:
+        return b"".join(sorted(vocabulary.plain(one.ids).strip(b"\0\n ") for one in parts))
+
+    named = {one.row for one in left}
+    wrong = [j for j, own in made.items() if j not in named and spelled(taken[j]) != spelled(own)]
+    assert ({*taken}, {*sure.values()}) == ({*range(len(rows))}, {"exact"})
+    assert len(wrong) <= (mode != "whole") * 0.03 * len(rows), "more than what several rows begin or end with"
+    assert not named or mode == "packed and split"
+    assert len(left) < (0.2 if script == "thai" else 0.1) * len(parts), "Thai sentences have no ends"
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_what_is_of_no_row_is_left(constant: str) -> None:
+    rows, others = drawn(constant, "latin"), drawn(constant, "han", 60)
+    strangers = [sequence(one, tokenizer=TOKENIZER) for one in others]
+    missing = {*range(0, len(rows), 7)}
+    made = [sequence(row) for row in rows if row.row not in missing]
+    taken, _, left = match(rows, [*strangers, *made], VOCABULARY)
+    assert ({*taken}, left) == ({*range(len(rows))} - missing, strangers)
+
+
+@pytest.mark.parametrize("side", [slice(0, 60), slice(-60, None)])
+def test_a_text_without_sentences_that_is_cut_at_an_end_has_its_row(side: slice) -> None:
+    texts = [" ".join(f"{name} and number {k}" for k in range(20)) for name in ("Ann", "Bob", "Cy", "Dee", "Eve")]
     rows = [
-        row(j, f"How far is it from town {j} to the sea, on foot?", f"It is {j * 7} kilometres, on foot.")
-        for j in range(40)
+        Conversation(j, (Turn("assistant", f"{text} of {name}"),), plain=True)
+        for j, (text, name) in enumerate(zip(texts, ("Rome", "Oslo", "Bern", "Graz", "Lima"), strict=True))
     ]
-    order = np.random.default_rng(0).permutation(40)[:30]
-    sequences = [sequence(rows[j], slice(0, -20) if j % 2 else slice(None)) for j in order]
-    stranger = sequence(row(0, "a question of another file altogether", "and the answer to it, of course"))
-    taken, sure, left = match(rows, [*sequences, stranger], VOCABULARY)
-    assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(map(int, order), 1)
-    assert all(taken[j][0] is one for j, one in zip(map(int, order), sequences, strict=True))
-    assert {*sure.values()} == {"exact"}
-    assert left == [] or left == [stranger]
+    ids = [np.array(TOKENIZER(row.answer)["input_ids"])[side] for row in rows]
+    made = [Trained(one, np.full(len(one), IGNORED), j) for j, one in enumerate(ids)]
+    assert match(rows, made[::-1], VOCABULARY)[0] == {j: [one] for j, one in enumerate(made)}
 
 
 def test_equal_rows_share_their_sequences_by_count() -> None:
-    rows = [row(0, "What is the colour of the sky?", "It is blue, mostly."), row(1, "short", "yes")]
-    rows += [row(2, "What is the colour of the sky?", "It is blue, mostly.")]
+    sky = [(0, ("What is the colour of the sky?", "It is blue, mostly.")), (1, ("short", "yes"))]
+    rows = [Conversation(j, tuple(map(Turn, ROLES, own))) for j, own in [*sky, (2, sky[0][1])]]
     taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
     assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])
@@ -55,33 +122,35 @@ def test_equal_rows_share_their_sequences_by_count() -> None:
 
 def talk(exchanges: int) -> Conversation:
     contents = [(f"Question {k} of our long talk, please?", f"Answer {k} in our long talk.") for k in range(exchanges)]
-    return Conversation(exchanges, tuple(map(Message, ("user", "assistant") * exchanges, sum(contents, ()))))
+    return Conversation(exchanges, tuple(map(Turn, ROLES * exchanges, sum(contents, ()))))
 
 
-def test_a_row_that_begins_another_one_has_its_own_sequence() -> None:
+def test_rows_that_begin_alike_have_a_sequence_each() -> None:
     rows = [talk(k) for k in range(1, 13)]
-    whole = [sequence(one) for one in rows]
+    whole, cut = ([sequence(one, keep) for one in rows] for keep in (slice(None), slice(100)))
     for order in ([*range(12)], [*range(11, -1, -1)], np.random.default_rng(0).permutation(12).tolist()):
         taken, _, left = match([rows[j] for j in order], whole, VOCABULARY)
-        assert {order[j]: parts for j, parts in taken.items()} == {j: [one] for j, one in enumerate(whole)}
-        assert not left
-
-
-def test_rows_that_a_cut_makes_alike_have_a_sequence_each() -> None:
-    rows = [talk(k) for k in range(2, 14)]
-    taken, *_ = match(rows, [sequence(one, slice(100)) for one in rows], VOCABULARY)
-    assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(range(12), 1)
+        assert ({order[j]: parts for j, parts in taken.items()}, left) == (
+            {j: [one] for j, one in enumerate(whole)},
+            [],
+        )
+    taken, *_ = match(rows[1:], cut[1:], VOCABULARY)
+    assert {j: len(own) for j, own in taken.items()} == dict.fromkeys(range(11), 1)
 
 
 def test_both_sides_of_a_pair_find_the_row_that_has_both() -> None:
     question, chosen, rejected = "How far is it to the sea?", ("It is near.", "One hour."), ("No idea.", "Ask others.")
-    pairs = [row(k, question, a) for k, a in enumerate(a for a in chosen for _ in rejected)]
-    pairs = [replace(one, rejected=(Message("assistant", b),)) for one, b in zip(pairs, rejected * 2, strict=True)]
+    answers: Sequence[tuple[str, str]] = [(a, b) for a in chosen for b in rejected]
+    pairs = [
+        Conversation(k, (Turn("user", question), Turn("assistant", a)), rejected=(Turn("assistant", b),))
+        for k, (a, b) in enumerate(answers)
+    ]
     made = list[Trained]()
     for place, k in enumerate((2, 0, 3, 1)):
-        other = replace(pairs[k], messages=(*pairs[k].question, *(pairs[k].rejected or ())))
-        made += [replace(sequence(pairs[k]), row=place, side="chosen")]
-        made += [replace(sequence(other), row=place, side="rejected")]
+        other = replace(pairs[k], messages=pairs[k].side("rejected"))
+        made += [
+            replace(sequence(one), row=place, side=side) for one, side in ((pairs[k], "chosen"), (other, "rejected"))
+        ]
     taken, *_ = match(pairs, made, VOCABULARY)
     assert {j: [one.row for one in own] for j, own in taken.items()} == {2: [0, 0], 0: [1, 1], 3: [2, 2], 1: [3, 3]}
 
@@ -89,11 +158,15 @@ def test_both_sides_of_a_pair_find_the_row_that_has_both() -> None:
 def test_contents_are_compared_in_the_form_that_the_tokenizer_gives_them() -> None:
     tokenizer = tokenizer_of(FAMILIES["qwen 2.5"])
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
-    contents = [
-        (f"Wie heißt Stadt {k} in Österreich?", f"Stadt {k} heißt Mödling, südlich von Wien.") for k in range(3)
-    ]
-    rows = [row(k, *(normalize("NFD", content) for content in own)) for k, own in enumerate(contents)]
-    whole = [replace(sequence(row(k, *own)), row=k) for k, own in enumerate(contents)]
+    texts = [(f"Wie heißt Stadt {k} in Österreich?", f"Stadt {k} heißt Mödling, südlich von Wien.") for k in range(3)]
+    rows, composed = (
+        [
+            Conversation(k, tuple(Turn(r, normalize(form, t)) for r, t in zip(ROLES, own, strict=True)))
+            for k, own in enumerate(texts)
+        ]
+        for form in ("NFD", "NFC")
+    )
+    whole = [sequence(one) for one in composed]
     taken, sure, left = match(rows, whole, vocabulary := vocabulary_of(tokenizer))
     assert (taken, [*sure.values()], left) == ({k: [one] for k, one in enumerate(whole)}, ["exact"] * 3, [])
     lines = [line_of(one, taken[one.row], vocabulary) for one in rows]
@@ -107,13 +180,13 @@ def test_a_tool_result_that_the_template_writes_as_json_is_there() -> None:
     )
     roles = ("user", "assistant", "tool", "assistant")
     turns = [(f"How warm is town {k}?", "", f'{{"temp": "{k} °C"}}', f"It is {k} degrees.") for k in range(4)]
-    rows = [Conversation(k, tuple(map(Message, roles, own))) for k, own in enumerate(turns)]
-    whole = [replace(sequence(one, tokenizer=tokenizer), row=one.row) for one in rows]
+    rows = [Conversation(k, tuple(map(Turn, roles, own))) for k, own in enumerate(turns)]
+    whole = [sequence(one, tokenizer=tokenizer) for one in rows]
     taken, *_ = match(rows, whole, VOCABULARY)
     assert taken == {k: [one] for k, one in enumerate(whole)}
     assert all("content_lost" not in line_of(one, taken[one.row], VOCABULARY).findings for one in rows)
     (stream,) = unwrapped(rows[:1], [Trained(whole[0].ids, whole[0].targets, 0)], VOCABULARY)
     assert len(stream.ids) == len(whole[0].ids) - 1  # without the line feed behind the stop
-    between = (Message("assistant", "Let me see.", {"tool_calls": [{}]}), Message("tool", "of another form"))
+    between = (Turn("assistant", "Let me see.", {"tool_calls": [{}]}), Turn("tool", "of another form"))
     other = [replace(one, messages=(one.messages[0], *between, one.messages[3])) for one in rows]
     assert match(other, whole, VOCABULARY)[0] == taken

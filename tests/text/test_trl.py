@@ -105,7 +105,7 @@ def test_packed_rows_find_their_source(strategy: str, tmp_path: Path) -> None:
     result, _ = audited(MESSAGES, tmp_path, packing=True, packing_strategy=strategy, max_length=512)
     assert {line.fate for line in result.lines} == {"trained"}
     assert {line.match for line in result.lines} == {"exact"}
-    assert result.unmatched == 0
+    assert result.unmatched == []
     assert all(line.stop_trained for line in result.lines)
 
 
@@ -121,7 +121,7 @@ def test_rows_that_packing_splits_are_whole_again(tmp_path: Path) -> None:
     ]
     result, _ = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=128)
     assert {(line.fate, line.lost_tokens, line.match) for line in result.lines} == {("trained", 0, "exact")}
-    assert result.unmatched == 0
+    assert result.unmatched == []
 
 
 def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:

@@ -254,6 +254,9 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
     """A text audit's findings, worst first, and the next step."""
     fates = ", ".join(f"{count:,} {fate}" for fate, count in result["fates"].items())
     say(console, [f"{result['rows']:,} rows: {fates}; tokens and masks are {result['mask']}"])
+    if places := [f"{one['sequence']} of row {one['row']}" for one in result.get("unmatched_places", ())]:
+        shown = ", ".join(places[:3]) + (", …" if len(places) > 3 else "")
+        say(console, [f"{len(places):,} of the set's sequences have no source row: sequence {shown}"])
     table = Table(title="findings", title_justify="left", expand=True)
     for name in ("severity", "finding", "rows"):
         table.add_column(name, no_wrap=True, justify="right" if name == "rows" else "left")

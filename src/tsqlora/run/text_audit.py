@@ -150,7 +150,8 @@ def audit_prepared(
         "format": "prepared",
         "max_length": result.longest,
         "mask": f"those in {prepared}",
-        "unmatched": result.unmatched,
+        "unmatched": len(result.unmatched),
+        "unmatched_places": result.unmatched,
         "lengths": lengths_of(result.lengths, BATCH, result.longest),
     }
     options: dict[str, Any] = {"every": every, "labels": result.finds is OF_LABELS, "progress": progress, "tell": tell}
@@ -185,7 +186,8 @@ def audit_trainer(
         "format": "prepared",
         "max_length": result.longest,
         "mask": f"those of the {type(trainer).__name__} and its collator",
-        "unmatched": result.unmatched,
+        "unmatched": len(result.unmatched),
+        "unmatched_places": result.unmatched,
         "lengths": lengths_of(result.lengths, trainer.args.train_batch_size, result.longest),
     }
     rows = conversations_of(evaluation)

@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -19,7 +19,7 @@ SENTENCE = re.compile(r"[\n\0]|(?<=[.!?:。！？>\]])|(?=[<\[]|\b[A-Z]\w+:)")
 CANDIDATES = 8
 """Most rows that are compared with a sequence: those with the most and the rarest of its sentences, and no others."""
 COMMON = 256
-"""Rows that are counted for a sequence; what more rows have says nothing."""
+"""Most rows that are counted for a sequence; a sentence that more rows have singles out none of them."""
 BEHIND = 4
 """Tokens behind an answer among which its stop is, blanks and line feeds included."""
 
@@ -34,31 +34,43 @@ def match(
     first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
     them do not count. A row that packing has split has its pieces in order.
     """
-    equal, texts = defaultdict(deque[int]), dict[str, str]()
+    equal, spelled = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
         messages = (*row.messages, *(row.rejected or ()), *(row.prompt or ()))
-        texts[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
+        spelled[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
         equal[digest].append(j)
     having = defaultdict(deque[str])
-    for digest in sorted(texts, key=lambda digest: len(texts[digest])):
-        for sentence in _sentences(texts[digest]):
+    for digest in sorted(spelled, key=lambda digest: len(spelled[digest])):
+        for sentence in _sentences(spelled[digest]):
             having[sentence].append(digest)
     parts = sorted(having), sorted(sentence[::-1] for sentence in having)
     taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
-    fitted, lacking = dict[int, _Fit](), dict[bytes, int]()
+    fitted, lacking = dict[int, _Fit](), defaultdict(list[int])
     units = defaultdict[tuple[int, int], list[Trained]](list)
     for number, one in enumerate(sequences):
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
         text = b"\n".join(vocabulary.plain(one.ids) for one in unit).decode(errors="ignore")
-        votes = _votes(_sentences(text), having, parts)
+        sentences = _sentences(text)
+        votes = _votes(sentences, having, parts)
         most = max(votes.values(), default=0)
         likely = [digest for digest, vote in votes.items() if vote > most / 2]
         likely.sort(key=lambda digest: (-votes[digest], equal[digest][0] in taken))
         fits = {d: [_fit(rows[equal[d][0]], one, vocabulary) for one in unit] for d in likely[:CANDIDATES]}
-        rank = {digest: _rank(own, free=equal[digest][0] not in taken) for digest, own in fits.items()}
-        best = max(rank, key=rank.__getitem__, default=None)
-        if best is None or not rank[best][0]:
+        rank = {
+            digest: (
+                sum(fit.present for fit in own),
+                all(fit.present and not fit.missing for fit in own),
+                equal[digest][0] not in taken,
+                -sum(fit.missing for fit in own),
+            )
+            for digest, own in fits.items()
+        }
+        best = max(rank, key=rank.__getitem__, default="")
+        present, whole, *_ = rank.get(best, (0, False))
+        strange = sum(len(sentence) for sentence in sentences if sentence not in having)
+        enough = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        if not whole and not enough:  # a "Yes." may be any row's
             left += unit
             continue
         row = equal[best][0]
@@ -66,16 +78,19 @@ def match(
         taken[row] += unit
         sure[row] = "exact" if len(equal[best]) == 1 else "ambiguous"
         for one, fit in zip(unit, fits[best], strict=True):
-            fitted[id(one)], lacking[fit.rest] = fit, row
+            fitted[id(one)] = fit
+            lacking[fit.rest].append(row)
     others = list[Trained]()
     for one in left:
         texts = _plain(one, vocabulary)
-        if texts[0] and texts[0] in lacking:  # too short to be known, but all that a row lacks
-            taken[lacking.pop(texts[0])].append(one)
+        if texts[0] and lacking[texts[0]]:  # too short to be known, but all that a row lacks
+            row = lacking[texts[0]].pop(0)
+            taken[row].append(one)
+            fitted[id(one)] = _Fit(begin=(len(rows[row].messages), 0))
         elif any(texts):  # a template's last line feed may be any row's
             others.append(one)
     for own in taken.values():
-        own.sort(key=lambda one: fitted[id(one)].begin if id(one) in fitted else (len(rows), 0))
+        own.sort(key=lambda one: fitted[id(one)].begin)
     return taken, sure, others
 
 
@@ -86,18 +101,18 @@ def _sentences(text: str) -> Iterable[str]:
 
 def _votes(
     sentences: Iterable[str], having: dict[str, deque[str]], parts: tuple[Sequence[str], Sequence[str]]
-) -> Counter[str]:
+) -> dict[str, float]:
     """Count the rows that have the sentences, each by how few rows have it, also where a sentence is cut."""
-    found, votes = list[deque[str]](), Counter[str]()
+    shared, votes = list[deque[str]](), defaultdict[str, float](float)
     for sentence in sentences:
         if sentence in having:
-            found.append(having[sentence])
+            shared.append(having[sentence])
             continue
         for ordered, part, step in zip(parts, (sentence, sentence[::-1]), (1, -1), strict=True):
             first, end = bisect_left(ordered, part), bisect_left(ordered, f"{part}\U0010ffff")
             whole = (having[one[::step]] for one in ordered[first : min(end, first + COMMON)])
-            found.append(deque(dict.fromkeys(digest for digests in whole for digest in digests)))
-    for digests in sorted(found, key=len):
+            shared.append(deque(dict.fromkeys(digest for digests in whole for digest in digests)))
+    for digests in sorted(shared, key=len):
         if votes and len(votes) + len(digests) > COMMON:
             break
         for digest in islice(digests, COMMON):
@@ -146,11 +161,6 @@ class _Fit(NamedTuple):
     """What it lacks of the row's last content."""
 
 
-def _rank(fits: Iterable[_Fit], *, free: bool) -> tuple[int, bool, bool, int]:
-    present, missing = (sum(parts) for parts in zip(*(fit[:2] for fit in fits), strict=True))
-    return present, not missing, free, -missing
-
-
 def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     messages = row.side(one.side)
     contents = [vocabulary.content(message.content) for message in messages]
@@ -162,7 +172,8 @@ def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> _Fit:
     if present and at_ends_alone(pair for pair in pairs if pair[0].role != "tool" and not pair[0].carried):
         k, span = next((k, span) for k, span in enumerate(spans) if span is not None)
         rest = b"" if spans[-1] is None else contents[-1][len(contents[-1]) - spans[-1].behind :]
-        return _Fit(present, sum(lacks), (k, span.before), rest.strip())
+        missing = sum(n for n, m in zip(lacks, messages, strict=True) if m.role != "tool")
+        return _Fit(present, missing, (k, span.before), rest.strip())
     part = max(_plain(one, vocabulary), key=len)
     for k, content in enumerate(contents if len(part) >= LEAST_KNOWN else ()):
         if (at := content.find(part)) >= 0:  # from the middle of a content, as `bfd_split` leaves it

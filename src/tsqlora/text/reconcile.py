@@ -33,12 +33,13 @@ EMPTY_REASONING = re.compile(r"<think>\s*</think>")
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """Source rows, their lines, and their sequences; and how many sequences have no row."""
+    """Source rows, their lines, and their sequences; and where the sequences without a row are."""
 
     rows: list[Conversation]
     lines: list[Line]
     sequences: dict[int, list[Trained]]
-    unmatched: int
+    unmatched: list[dict[str, int]]
+    """Their rows of the set, and which sequence of it they are."""
     longest: int
     lengths: list[int]
     """Tokens of each row of the set, of which a batch is made; none of packed rows."""
@@ -67,7 +68,7 @@ def audit_sequences(
         sequences.append(one)
         if progress is not None and number % 1000 == 0:
             progress("ledger", one.row, len(made))
-    names, unmatched = list(getattr(made, "column_names", None) or made[0]), 0
+    names, unmatched = list(getattr(made, "column_names", None) or made[0]), list[dict[str, int]]()
     packed, wrapped = is_packed(sequences), _may_be_wrapped(names, sequences)
     longest = max((len(one.ids) for one in sequences), default=0)
     finds, lines = FINDINGS.keys(), None
@@ -78,7 +79,8 @@ def audit_sequences(
             parts = unwrapped(rows, sequences, vocabulary)
             sequences = parts if len(parts) > len(rows) / 2 else sequences  # rows cut to one length are hardly whole
         by_row, sure, left = match(rows, sequences, vocabulary)
-        unmatched = len(left)
+        places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
+        unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and (format := _own_format(names)) is not None:
         rows = [_without_end(conversation(made[j], format, j), vocabulary) for j in range(len(made))]
         by_row, sure = _by_row(sequences), {}
@@ -90,7 +92,7 @@ def audit_sequences(
             rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
     if lines is None:
         lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
-    unsure = unmatched > MOST_UNMATCHED * len(sequences)
+    unsure = len(unmatched) > MOST_UNMATCHED * len(sequences)
     for line in lines:
         line.match = sure.get(line.row, line.match)
         if unsure and line.match == "unmatched":
