@@ -21,7 +21,7 @@ from tsqlora.data.sources import first_columns, first_rows, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
 from tsqlora.run.config.removed import ELSEWHERE
-from tsqlora.run.config.settings import TASK_TYPES, Config, DataSettings, Section, section_of
+from tsqlora.run.config.settings import Config, DataSettings, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
@@ -69,7 +69,7 @@ def load_config(
 
 def _with_encoder(config: Config) -> Config:
     """The config with the embedded model.  Raises SettingsError without it, and for other rows than classes of text."""
-    if config.task.type in TASK_TYPES and not config.task.of_text_classes:
+    if config.task.of_other_rows:
         raise SettingsError(f"model.path must be set (--model M): the embedded model is not for {config.task.type}")
     path = package_folder(ENCODER) / "model"
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})

@@ -30,7 +30,7 @@ TASK_TYPES = (
     "image-classification",
     "audio-classification",
 )
-"""The names of `tsqlora.tasks.TASKS`, which imports torch."""
+"""The names of `tsqlora.tasks.TASKS`, which imports torch; the first three learn classes of text."""
 CAUSAL_TASKS = ("preference", "causal-lm")
 """Those that an audit of text reads."""
 
@@ -90,9 +90,9 @@ class TaskSettings(Section):
         return self.type in CAUSAL_TASKS
 
     @property
-    def of_text_classes(self) -> bool:
-        """Whether the rows are texts with classes, which the embedded model can read."""
-        return self.type in ("sequence-classification", "multi-label-classification", "token-classification")
+    def of_other_rows(self) -> bool:
+        """Whether the rows are no texts with classes, which the embedded model can read."""
+        return self.type in TASK_TYPES[3:]
 
 
 class DataSettings(Section):
