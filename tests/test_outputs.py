@@ -65,9 +65,6 @@ REPLACING = [
     ("score run", "run/adapter/adapter_model.safetensors"),
     ("select scores.parquet --fraction 0.5 --data train.jsonl", "train.jsonl"),
     ("select scores.parquet --fraction 0.5", "scores.parquet"),
-    ("allocate c.yaml", "c.yaml"),
-    ("allocate c.yaml", "train.jsonl"),
-    ("allocate run", "run/scores.parquet"),
     ("report run", "train.jsonl"),
     ("report run", "trusted.jsonl"),
     ("report run", "run/run.json"),
@@ -96,7 +93,7 @@ def test_an_input_is_never_replaced(command: str, out: str, place: Path, capsys:
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-@pytest.mark.parametrize("command", ["predict run --data train.jsonl", "allocate c.yaml", "report run"])
+@pytest.mark.parametrize("command", ["predict run --data train.jsonl", "report run"])
 def test_a_link_to_an_input_is_the_input(
     command: str, link: Callable[..., None], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +130,7 @@ def test_corrections_replace_neither_their_table_nor_the_audited_file(
 
 @pytest.mark.parametrize(
     "command",
-    ["predict run --data train.jsonl", "score c.yaml", "select scores.parquet --fraction 0.5", "allocate c.yaml"],
+    ["predict run --data train.jsonl", "score c.yaml", "select scores.parquet --fraction 0.5"],
 )
 def test_an_earlier_output_is_replaced(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "run" / "out.jsonl"
