@@ -116,7 +116,7 @@ def test_wrong_usage_and_settings_exit_2(
 
 @pytest.mark.parametrize(
     "command",
-    ["evaluate", "report", "allocate --out r.json", "score --out s.parquet", "predict --data d.jsonl --out p.jsonl"],
+    ["evaluate", "report", "score --out s.parquet", "predict --data d.jsonl --out p.jsonl"],
 )
 def test_bad_data_exits_3(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
     monkeypatch.chdir(tmp_path)
@@ -184,7 +184,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("explain scores.parquet", "highest lowest suspicious likely_wrong likely_wrong_rows"),
         ("explain scores.parquet --row 5", "id text label quality reason why"),
         ("select scores.parquet --fraction 0.5 --data train.jsonl --out new.jsonl", "out rows"),
-        ("allocate run --out new.json", "out r rank_pattern lora_alpha alpha_pattern target_modules"),
         ("evaluate run --data train.jsonl", "accuracy macro_f1 matthews loss"),
         ("predict run --data train.jsonl --out new.csv", "out rows"),
         ("report run", "report bytes"),
@@ -238,8 +237,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
         ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2),
         ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3),
         ("score run --set data.train=one-class.csv --out OUT.parquet", 3),
-        ("allocate c.yaml --out OUT.json", 2),
-        ("allocate run --set data.train=none.csv --out OUT.json", 3),
         ("predict run --data none.csv --out OUT.csv", 3),
         ("predict run --data holes.jsonl --out OUT.txt", 2),
         ("predict empty --data holes.jsonl --out OUT.csv", 3),

@@ -8,8 +8,7 @@ import importlib, pkgutil, sys
 sys.modules["jaxtyping"] = None
 import tsqlora
 for module in pkgutil.walk_packages(tsqlora.__path__, "tsqlora."):
-    # A plugin is imported by its trainer alone.
-    if not module.name.endswith("__main__") and not module.name.startswith("tsqlora.plugins."):
+    if not module.name.endswith("__main__") and module.name != "tsqlora.plugins":  # which says where the plugin is
         importlib.import_module(module.name)
 """
 
