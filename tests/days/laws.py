@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,10 @@ class Seen:
     codes: list[int] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, Any] = field(default_factory=dict)
+
+    def hold(self, *broken: Iterable[str]) -> None:
+        for law in broken:
+            self.broken += law
 
 
 def no_traceback(outcome: Outcome) -> Iterator[str]:

@@ -25,6 +25,7 @@ class TextDay:
 
     def __init__(self, one: Day, folder: Path, drawn: Drawn | None = None) -> None:
         self.day, self.folder, self.seen = one, folder, Seen()
+        self.hold = self.seen.hold
         self.tokenizer, self.drawn = tokenizer_of(one.family), drawn or rows_of(one)
         arrow = one.file in ARROW
         self.expected: list[Expected | None] = [
@@ -46,10 +47,6 @@ class TextDay:
         return all(
             one is None or not (one.refusal or one.lost or len(one.ids) > self.day.limit - 3) for one in self.expected
         )
-
-    def hold(self, *broken: Any) -> None:
-        for law in broken:
-            self.seen.broken += list(law)
 
     def ended(self, outcome: Outcome) -> bool:
         """Whether a command went through; it may be refused only where rows are not clean."""

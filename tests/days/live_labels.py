@@ -21,6 +21,7 @@ class LabelDay:
 
     def __init__(self, one: Day, folder: Path, drawn: Drawn | None = None) -> None:
         self.day, self.folder, self.seen = one, folder, Seen()
+        self.hold = self.seen.hold
         self.drawn = drawn or rows_of(one)
         self.rng = random.Random(f"{one.number} door")
         media = one.kind in MEDIA
@@ -30,10 +31,6 @@ class LabelDay:
         # Rows with tokens and tags, and lists of labels, say by themselves what they are.
         named = task if one.source or one.kind in ("numbers", "label sets, bars", *MEDIA) else None
         self.task = (*(() if named is None else ("--set", f"task.type={named}")), *options_of(one.file))
-
-    def hold(self, *broken: Any) -> None:
-        for law in broken:
-            self.seen.broken += list(law)
 
     def ended(self, outcome: Outcome) -> bool:
         """Whether a command went through; labelled rows without a fault are never refused."""
