@@ -111,7 +111,8 @@ def _of_masks(one: Day) -> Day:
     names = [name for name in MASKS if name != "two BOS" or FAMILIES[one.family].bos]
     rng = random.Random(f"{one.number} mask")
     mask = rng.choice(names) if not one.fault and rng.random() < 0.6 else ""
-    return replace(one, mask=mask, fault=one.fault if one.fault in SEEN_IN_TOKENS else "")
+    seen = one.fault in SEEN_IN_TOKENS and (one.source or one.fault != "prompt repeated")  # a template hides it
+    return replace(one, mask=mask, fault=one.fault if seen else "")
 
 
 def rows_of(one: Day) -> Drawn:

@@ -109,7 +109,7 @@ def refusals_are_the_templates(
         if one is None or not one.refusal:
             continue
         names = of_row(line["row"], line, findings)
-        if line["fate"] == "trained" or not {*MISSING, "content_lost"} & {*names}:
+        if line["fate"] == "trained" or not {*MISSING, "content_lost", "empty_answer"} & {*names}:
             yield f"row {line['row']}, which the template refuses ({one.refusal}), is '{line['fate']}' with {[*names]}"
         elif "template_error" in names and one.refusal not in line["detail"]:
             yield f"row {line['row']} is refused in other words than the template's ({one.refusal}): {line['detail']}"

@@ -40,8 +40,9 @@ def _without_stop(sample: Sample, stops: set[int], bos: int | None) -> None:
 
 def _bos_twice(sample: Sample, stops: set[int], bos: int | None) -> None:
     assert bos is not None
-    for name, value in (("input_ids", bos), ("labels", IGNORED), ("attention_mask", 1)):
-        sample[name].insert(0, value)
+    for _ in range(1 if sample["input_ids"][0] == bos else 2):  # a template need not write one
+        for name, value in (("input_ids", bos), ("labels", IGNORED), ("attention_mask", 1)):
+            sample[name].insert(0, value)
 
 
 def _nothing_trained(sample: Sample, stops: set[int], bos: int | None) -> None:

@@ -1,8 +1,10 @@
 """Findings of rows among each other."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -32,6 +34,43 @@ def findings(rows: list[Conversation], evaluation: list[Conversation] | None = N
 def test_different_rows_have_no_finding() -> None:
     questions, answers = texts(100), texts(100, seed=1)
     assert findings([row(j, q, a) for j, (q, a) in enumerate(zip(questions, answers, strict=True))]) == {}
+
+
+def test_a_row_that_answers_with_its_question_is_no_copy_of_itself() -> None:
+    questions = texts(40)
+    assert "duplicate" not in findings([row(j, q, q) for j, q in enumerate(questions)])
+
+
+class Read(Sequence[Conversation]):
+    """Rows that are read when they are asked for; counts those that somebody holds."""
+
+    def __init__(self, questions: list[str]) -> None:
+        self.questions, self.live = questions, WeakValueDictionary[int, Held]()
+        self.most = 0
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, i: Any) -> Any:
+        one = Held(row(i, self.questions[i], f"{self.questions[i]} {i}"))
+        self.live[id(one)] = one
+        self.most = max(self.most, len(self.live))
+        return one
+
+
+class Held(Conversation):
+    """A conversation that a weak reference may name."""
+
+    __slots__ = ("__weakref__",)
+
+    def __init__(self, one: Conversation) -> None:
+        Conversation.__init__(self, one.row, one.messages)
+
+
+def test_rows_are_read_one_after_another_and_none_is_held() -> None:
+    rows = Read(texts(300))
+    among_rows(rows, [Line(j, "") for j in range(len(rows))], [row(0, rows.questions[7], "")])
+    assert rows.most < 8
 
 
 def test_copies_are_found_exact_and_near_and_name_the_first() -> None:
@@ -210,9 +249,15 @@ def test_a_prompt_that_was_answered_many_times_is_one_leak_and_an_instruction_al
 )
 def test_twice_the_rows_take_twice_the_time(constant: str) -> None:
     rows = [row(j, ONE, OTHER) for j in range(2000)] if constant == "equal" else table(2000, constant)
-    spent = []
-    for n in (500, 1000, 2000):
-        start = time.process_time()
-        findings(rows[:n], rows[: n // 4])
-        spent.append(time.process_time() - start)
-    assert all(later < 2.5 * sooner + 0.2 for sooner, later in pairwise(spent)), spent
+    findings(rows[:500], rows[:125])
+
+    def ratio() -> float:
+        spent = []
+        for n in (1000, 2000):
+            start = time.process_time()
+            findings(rows[:n], rows[: n // 4])
+            spent.append(time.process_time() - start)
+        return spent[1] / spent[0]
+
+    # Times on a busy machine differ by a third; of a quadratic loop none of three is below 2.5.
+    assert any(ratio() <= 2.5 for _ in range(3))

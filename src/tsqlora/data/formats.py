@@ -1,7 +1,7 @@
 """Row formats for text generation: detect a file's format, and read its rows."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import Any
 
@@ -293,7 +293,7 @@ def leftovers(
     A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
     has theirs, as a text of the whole row.
     """
-    used = astuple(columns)
+    used = (columns.text, columns.text_pair, columns.label, columns.system)
     read = [row.cells.get(column) for column in used if column is not None]
     for name, value in row.cells.items():
         usual = name.strip().lower()

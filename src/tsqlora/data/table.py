@@ -187,6 +187,12 @@ class Table:
                 yield [self.view(Row(cells, self.name, number, id)) for cells, number, id in made]
             start += len(batch)
 
+    def at(self, place: int) -> Row:
+        """One of the rows, from 0."""
+        id = int(self.ids[place])
+        (row,) = replace(self, stored=self.stored.slice(id, 1), ids=np.zeros(1, np.int64), view=lambda row: row)
+        return self.view(replace(row, id=id))
+
     def digest(self) -> str:
         """SHA-256 of all rows as they are stored, whichever of them and however this table shows them."""
         digest = hashlib.sha256()

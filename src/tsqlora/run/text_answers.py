@@ -54,8 +54,7 @@ def answers_of(
     readable = np.array([row.row for row in rows if row.problem is None], np.int64)
     chosen = np.sort(np.random.default_rng([seed, 45]).permutation(readable)[: None if every else SAMPLE])
     made = sequences({*chosen.tolist()})
-    by_row = {row.row: row for row in rows}
-    turns = [turn for row in chosen.tolist() for turn in turns_of(by_row[row], made.get(row, ()), vocabulary)]
+    turns = [turn for row in chosen.tolist() for turn in turns_of(rows[row], made.get(row, ()), vocabulary)]
     if labels:
         turns = turns_in((one for row in chosen.tolist() for one in made.get(row, ())), vocabulary)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -32,7 +32,7 @@ from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, conversation
+from tsqlora.text.conversations import Conversation, Conversations, conversation
 from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, Finding, findings_of, impossible
 from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
@@ -84,10 +84,9 @@ def audit_text(
     format = format_of(table.names, table.name, **(named or {}))
     evaluated = conversations_of(evaluation, hints, format)
     lacks_template = format.name in ("messages", "sharegpt") and not tokenizer.chat_template
-    rows, lines = list[Conversation](), list[Line]()
+    rows, lines = Conversations(table, format), list[Line]()
     for chunk in table.chunks():
         made = [conversation(row.cells, format, row.id) for row in chunk]
-        rows += made
         if lacks_template:
             lines += [failed(one, vocabulary, "no_template") for one in made]
         else:
@@ -261,11 +260,11 @@ def finish(
     """
     further = among_rows(rows, lines, evaluation)
     names = [field.name for field in fields(Line) if field.name != "shows"]
-    columns = {name: [getattr(line, name) for line in lines] for name in names}
+    ledger = pa.table({name: pa.array([getattr(line, name) for line in lines]) for name in names})
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / LEDGER_FILE, private=True) as unfinished:
-            pq.write_table(pa.table(columns), unfinished)
+            pq.write_table(ledger, unfinished)
     answers = AnswerLook([]) if look is None else look()
     suspects = {name: answers.rows(name) for name in answers.detections}
     for turn, owner in answers.owners.items():
@@ -289,7 +288,7 @@ def finish(
         "cannot": {name: why for name, why in why_not.items() if name not in shown_names},
     }
     if out is None:
-        return {**about, "ledger": pa.table(columns)}
+        return {**about, "ledger": ledger}
     shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
     _write(out, about, rows, lines, findings, sequences(shown), vocabulary, suspects, answers.by_token())
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}

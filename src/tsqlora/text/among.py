@@ -1,9 +1,12 @@
 """Findings of rows among each other: copies, leaks from the evaluation file, contradictions, boilerplate."""
 
 import re
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain, compress
 
 import numpy as np
 from scipy.ndimage import binary_dilation
@@ -23,8 +26,12 @@ FAR = 0.3
 BOILERPLATE = 0.01
 LEAST_COPIES = 5
 LONGER, LEAST_PAIRS = 0.65, 50
+BLOCK = 1 << 20
+"""Keys that are compared at a time."""
 CELLS = 26
-"""Bits of a stretch by which it is counted."""
+"""Bits of a stretch by which it is counted, the first ones."""
+TAG = 62 - CELLS
+"""The bits of a stretch that tell prompts from answers; those below may be the row's number."""
 SHOWN = 200
 """Characters of a leak that are shown."""
 # Of scripts without blanks each character is a word.
@@ -37,21 +44,62 @@ Hashes = Int[np.ndarray, " h"]
 def among_rows(
     rows: Sequence[Conversation], lines: Sequence[Line], evaluation: Sequence[Conversation] | None = None
 ) -> dict[str, list[int]]:
-    """Return row numbers by finding; the fate of a copy names the row that it copies, the detail of a leak its text."""
+    """Return row numbers by finding; the fate of a copy names the row that it copies, the detail of a leak its text.
+
+    Rows are at the places of their numbers. They are read one after another, and never held: a million rows of 200
+    words need 0.6 GB here.
+    """
     findings = defaultdict(list[int])
-    readable = [row for row in rows if row.problem is None and row.messages]
-    originals = _copies(readable)
+    digests = _Digests.of(rows)
+    originals = _copies(rows, digests)
     for copy, original in originals.items():
         lines[copy].fate = f"duplicate of {original}" if lines[copy].fate == "trained" else lines[copy].fate
     findings["duplicate"] = sorted(originals)
     if evaluation is not None:
-        leaks = _leaks(readable, [row for row in evaluation if row.messages])
+        leaks = _leaks(rows, digests, [row for row in evaluation if row.messages])
         for row, span in leaks.items():
             lines[row].detail = lines[row].detail or f"the evaluation file has: {span[:SHOWN]}"
         findings["eval_leak"] = sorted(leaks)
-    findings |= _answers(readable, originals)
-    findings |= _pairs(readable)
+    findings |= _answers(rows, digests, originals)
+    findings |= _pairs(digests)
     return dict(findings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digests:
+    """Of the n readable rows their numbers and the hashes of their texts."""
+
+    row: Int[np.ndarray, " n"]
+    parts: Int[np.ndarray, "n 3"]
+    """Of prompt, answer and rejected answer."""
+    folded: Int[np.ndarray, "n 2"]
+    """Of prompt and answer without case."""
+    answered: np.ndarray
+    """Whether a row is no pair, and has prompt and answer."""
+    longer: np.ndarray
+    """Whether the chosen answer is the longer one; False without a rejected one."""
+    paired: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Iterable[Conversation]) -> "_Digests":
+        numbers, hashes, about = array("q"), array("q"), bytearray()
+        for row in rows:
+            if row.problem is None and row.messages:
+                prompt, answer, rejected = _parts(row)
+                numbers.append(row.row)
+                hashes.extend(map(hash, (prompt, answer, rejected, prompt.casefold(), answer.casefold())))
+                answered = row.rejected is None and bool(row.answer.strip() and row.question)
+                about += bytes((answered, bool(row.rejected) and len(answer) > len(rejected), bool(row.rejected)))
+        both = np.frombuffer(hashes, np.int64).reshape(-1, 5)
+        flags = np.frombuffer(about, np.bool_).reshape(-1, 3)
+        return cls(np.frombuffer(numbers, np.int64), both[:, :3], both[:, 3:], *flags.T)
+
+
+def _some(rows: Iterable[Conversation], numbers: np.ndarray) -> Iterator[Conversation]:
+    """Those of the rows that have these numbers, in order."""
+    wanted = np.zeros(numbers.max(initial=-1) + 1, np.bool_)
+    wanted[numbers] = True
+    return (row for row in rows if row.row < len(wanted) and wanted[row.row])
 
 
 def words_of(text: str) -> list[str]:
@@ -73,37 +121,41 @@ def _text(messages: Iterable[Message]) -> str:
     return " ".join(" ".join(f"{m.content} {[m.further[key] for key in m.carried] or ''}" for m in messages).split())
 
 
-def _copies(rows: Sequence[Conversation]) -> dict[int, int]:
+def _copies(rows: Sequence[Conversation], digests: _Digests) -> dict[int, int]:
     """The earlier row that each later copy has: equal, or near in prompt and answer, each by itself.
 
     Parts that share NEAR of their stretches share one of the first 1 − NEAR, in any order of all stretches (prefix
     filter, Chaudhuri et al. 2006). No stretch counts that more than SHARED rows have, so the time is linear.
     """
-    first, copies, heads = dict[int, int](), dict[int, int](), [np.zeros(0, np.uint64)]
-    for row in rows:
-        if (original := first.setdefault(hash(_parts(row)), row.row)) != row.row:
-            copies[row.row] = original
-    single = [row for row in rows if row.row not in copies]
-    counts = _counts(part for row in single for part in _parts(row))
+    _, first, group = np.unique(_mixed(*digests.parts.T), return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[group] != np.arange(len(group)))
+    copies = dict(zip(digests.row[later].tolist(), digests.row[first[group[later]]].tolist(), strict=True))
+    single = np.sort(digests.row[first])
+    counts = _counts(part for row in _some(rows, single) for part in _parts(row))
     divided = lru_cache(1 << 12)(partial(_divided, counts=counts, most=_most(len(single))))
-    for row in single:
-        tagged = [divided(part)[0] ^ np.uint64(number) for number, part in enumerate(_parts(row))]
+    # Each key ends with the number of its row, so that rows of equal stretches are side by side when keys are sorted.
+    bits, keys = np.uint64(len(rows).bit_length()), array("Q")
+    for row in _some(rows, single):
+        tagged = [divided(part)[0] ^ np.uint64(number << TAG) for number, part in enumerate(_parts(row))]
         own = np.sort(np.concatenate(tagged))
         head = own[: len(own) - int(NEAR * len(own)) + 1]
-        heads.append(head[counts(head) > 1])
-    keys, owners = np.concatenate(heads), np.repeat(np.arange(-1, len(single)), [*map(len, heads)])
-    order = np.argsort(keys, kind="stable")
-    keys, owners = keys[order], owners[order]
-    both = [np.stack([owners[k:], owners[:-k]], 1)[keys[k:] == keys[:-k]] for k in range(1, SHARED)]
-    for later, earlier in np.unique(np.concatenate(both), axis=0).tolist():
-        one, other = single[later], single[earlier]
-        pairs = zip(_parts(one), _parts(other), strict=True)
-        if {one.row, other.row}.isdisjoint(copies) and all(a == b or _alike(divided(a), divided(b)) for a, b in pairs):
-            copies[one.row] = other.row
+        keys.frombytes((head[counts(head) > 1] >> bits << bits | np.uint64(row.row)).tobytes())
+    ordered, pairs = np.frombuffer(keys, np.uint64), [np.zeros((0, 2), np.uint64)]
+    ordered.sort()
+    for start in range(0, len(ordered), BLOCK):
+        part = ordered[start : start + BLOCK + SHARED]
+        stretches, owners = part >> bits, part & ((np.uint64(1) << bits) - np.uint64(1))
+        same = [(k, stretches[k:] == stretches[:-k]) for k in range(1, min(SHARED, len(part)))]
+        pairs += [np.stack([owners[k:][equal], owners[:-k][equal]], 1) for k, equal in same]
+    parts = lru_cache(1 << 12)(lambda row: _parts(rows[row]))
+    for one, other in np.unique(np.concatenate(pairs), axis=0).tolist():
+        both = zip(parts(one), parts(other), strict=True)
+        if {one, other}.isdisjoint(copies) and all(a == b or _alike(divided(a), divided(b)) for a, b in both):
+            copies[one] = other
     return copies
 
 
-def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> dict[int, str]:
+def _leaks(rows: Sequence[Conversation], digests: _Digests, evaluation: Sequence[Conversation]) -> dict[int, str]:
     """What each training row has of the evaluation file: a prompt, whatever the answer; or a whole row.
 
     A prompt is in a row if its stretches are, with or without those that many evaluation prompts share. Some must be
@@ -112,9 +164,12 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
     equal = {hash(_parts(row)) for row in evaluation}
     times_of = Counter(_text(m for m in row.question or row.messages if m.role != "system") for row in evaluation)
     prompts = [prompt for prompt, times in times_of.items() if times <= max(2, len(evaluation) / 2)]
-    firsts = {hash(part): (row, number) for row in rows for number, part in enumerate(_parts(row))}
-    theirs, ours = _counts(prompts), _counts(_parts(row)[number] for row, number in firsts.values())
-    few, many = _most(len(prompts)), max(_most(len(rows)), BOILERPLATE * len(rows))
+    first = np.zeros(digests.parts.shape, np.bool_)
+    first.flat[np.unique(digests.parts, return_index=True)[1]] = True
+    each_once = zip(_some(rows, digests.row), first, strict=True)
+    texts = (part for row, own in each_once for part in compress(_parts(row), own))
+    theirs, ours = _counts(prompts), _counts(texts)
+    few, many = _most(len(prompts)), max(_most(len(digests.row)), BOILERPLATE * len(digests.row))
     index, contents = defaultdict(list[int]), list[tuple[str, Hashes, Hashes]]()
     for prompt in prompts:
         stretches = _stretches(prompt)
@@ -126,7 +181,7 @@ def _leaks(rows: Sequence[Conversation], evaluation: Sequence[Conversation]) -> 
                 index[one].append(len(contents))
             contents.append((prompt, stretches[part], np.unique(stretches[part & own])))
     leaks = dict[int, str]()
-    for row in rows:
+    for row in _some(rows, digests.row):
         text = " ".join(_parts(row))
         stretches = _stretches(text)
         hits = Counter(number for one in {*stretches.tolist()} for number in index.get(one, ()))
@@ -185,32 +240,41 @@ def _alike(one: tuple[Hashes, Hashes], other: tuple[Hashes, Hashes]) -> bool:
     return not apart and 0 < NEAR * (len(one[0]) + len(other[0]) - both) <= both
 
 
-def _answers(rows: Sequence[Conversation], copies: dict[int, int]) -> dict[str, list[int]]:
+def _answers(rows: Sequence[Conversation], digests: _Digests, copies: Mapping[int, int]) -> dict[str, list[int]]:
     """Prompts with far answers, unless most prompts repeat; and answers that many prompts share."""
-    by_prompt, by_answer = defaultdict(list[Conversation]), defaultdict(list[Conversation])
-    for row in rows:
-        if row.rejected is None and row.answer.strip() and row.question and row.row not in copies:
-            prompt, answer, _ = _parts(row)
-            by_prompt[prompt.casefold()].append(row)
-            by_answer[answer.casefold()].append(row)
-    groups, conflicts = [group for group in by_prompt.values() if len(group) > 1], list[int]()
-    if sum(map(len, groups)) < len(rows) / 2:
+    chosen = digests.answered & ~np.isin(digests.row, [*copies])
+    groups, conflicts = _groups(digests.row[chosen], digests.folded[chosen, 0], 2), list[int]()
+    if sum(map(len, groups)) < len(digests.row) / 2:
         for group in groups:
-            sets = [{*words_of(row.answer)} for row in group]
             # Some of the others are enough, or the time would grow with the square of a large group.
-            others = sets[:: max(1, len(sets) // SHARED)]
-            pairs = zip(group, sets, strict=True)
-            conflicts += [row.row for row, own in pairs if any(len(own & o) < FAR * len(own | o) for o in others)]
-    least = max(LEAST_COPIES, BOILERPLATE * len(rows))
-    shared = [row.row for answer, group in by_answer.items() if answer and len(group) >= least for row in group]
+            others = [{*words_of(rows[row].answer)} for row in group[:: max(1, len(group) // SHARED)]]
+            for row in group:
+                own = {*words_of(rows[row].answer)}
+                conflicts += [row] if any(len(own & o) < FAR * len(own | o) for o in others) else []
+    least = max(LEAST_COPIES, BOILERPLATE * len(digests.row))
+    shared = chain.from_iterable(_groups(digests.row[chosen], digests.folded[chosen, 1], least))
     return {"conflicting_answers": sorted(conflicts), "one_answer": sorted(shared)}
 
 
-def _pairs(rows: Sequence[Conversation]) -> dict[str, list[int]]:
+def _groups(rows: np.ndarray, hashes: np.ndarray, least: float) -> list[list[int]]:
+    """The rows that share a hash, where there are enough of them."""
+    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    ends = np.cumsum(counts)
+    large = np.flatnonzero(counts >= least)
+    return [rows[order[ends[j] - counts[j] : ends[j]]].tolist() for j in large]
+
+
+def _pairs(digests: _Digests) -> dict[str, list[int]]:
     """Pairs whose reverse is there too; and whether the chosen answer is mostly the longer one."""
-    pairs = [(row.row, *_parts(row)) for row in rows if row.rejected]
-    there = {(prompt, chosen, rejected) for _, prompt, chosen, rejected in pairs}
-    conflicts = [row for row, prompt, a, b in pairs if a != b and (prompt, b, a) in there]
-    longer = [row for row, _, chosen, rejected in pairs if len(chosen) > len(rejected)]
-    biased = len(pairs) >= LEAST_PAIRS and len(longer) >= LONGER * len(pairs)
+    rows, (prompt, chosen, rejected) = digests.row[digests.paired], digests.parts[digests.paired].T
+    reversed_there = np.isin(_mixed(prompt, rejected, chosen), _mixed(prompt, chosen, rejected))
+    conflicts = rows[reversed_there & (chosen != rejected)].tolist()
+    longer = digests.row[digests.longer].tolist()
+    biased = len(rows) >= LEAST_PAIRS and len(longer) >= LONGER * len(rows)
     return {"pair_conflict": conflicts, "length_bias": longer if biased else []}
+
+
+def _mixed(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """One hash of three, in this order."""
+    return prompt + chosen * np.int64(0x5851F42D4C957F2D) + rejected * np.int64(0x14057B7EF767814F)

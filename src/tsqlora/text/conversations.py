@@ -1,12 +1,13 @@
 """A source row as the messages that its one reading has, in order; what cannot be trained on is there, too."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tsqlora.data.examples import ANSWER, Chat, Example, Manner, Message
 from tsqlora.data.formats import Format
 from tsqlora.data.rows import Row
+from tsqlora.data.table import Table
 
 WHOLE = Manner(seq2seq=False, chat=True)
 
@@ -40,6 +41,22 @@ class Conversation:
         if side != "rejected" or self.rejected is None:
             return self.messages
         return (*(self.question if self.prompt is None else self.prompt), *self.rejected)
+
+
+class Conversations(Sequence[Conversation]):
+    """The rows of a table as conversations, each read when it is asked for."""
+
+    def __init__(self, table: Table, format: Format) -> None:
+        self.table, self.format = table, format
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        return conversation(self.table.at(i).cells, self.format, i)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (conversation(row.cells, self.format, j) for j, row in enumerate(self.table))
 
 
 def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:

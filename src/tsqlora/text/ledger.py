@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from ftfy.badness import BADNESS_RE
 
 from tsqlora.data.batches import IGNORED
+from tsqlora.data.examples import CALLS, TLDR
 from tsqlora.text.conversations import ANSWER, Conversation, Message
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
@@ -88,7 +89,7 @@ def spans_of(messages: Sequence[Message], one: Trained, vocabulary: Vocabulary) 
     """Return where messages are: as we prepared them, else where `locate` finds their contents.
 
     Our answers are what is to be written: content, reasoning and tool calls, without the stop. Contents of a prompt are
-    looked for in its own piece; of one that is written in parts, such as Alpaca's, the last part.
+    looked for in its own piece.
     """
     if one.places is None:
         return locate(messages, one.ids, vocabulary)
@@ -100,10 +101,7 @@ def spans_of(messages: Sequence[Message], one: Trained, vocabulary: Vocabulary) 
                 end -= 1
             spans[number] = Span(start, end, behind=max(0, whole - len(ids))) if end > start else None
         else:
-            part = replace(messages[number], content=messages[number].content.rpartition("\n\n")[2])
-            own = locate([*messages[first:number], messages[number]], one.ids[start:end], vocabulary)
-            if own and own[-1] is None:
-                own = locate([*messages[first:number], part], one.ids[start:end], vocabulary)
+            own = locate(messages[first : number + 1], one.ids[start:end], vocabulary)
             for k, span in enumerate(own, start=first):
                 spans[k] = span and span._replace(start=start + span.start, end=start + span.end)
         first = number + 1
@@ -115,13 +113,14 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
 
     Templates trim contents, so blanks around them do not count. The first content may lack its beginning, and the last
     one its end, where a length limit cut the text. A content is looked for outside special tokens first: "end" is no
-    part of `<|im_end|>`.
+    part of `<|im_end|>`. Between the paragraphs of a prompt a template may write, as between Alpaca's instruction and
+    input.
     """
     tokens = ids.tolist()
     plain, ends, special = vocabulary.plain(ids), vocabulary.ends(ids), vocabulary.special
     opens = next((k for k, j in enumerate(tokens) if j not in special), len(tokens))
     opening = int(ends[opens - 1]) if opens else 0
-    spans, place = list[Span | None](), opening
+    spans, place, asked = list[Span | None](), opening, opening
 
     def span(begin: int, end: int, before: int = 0, behind: int = 0) -> Span:
         first = int(np.searchsorted(ends, begin, side="right"))
@@ -132,11 +131,20 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             return None
         return place_of(content, plain, place) or place_of(content, vocabulary.text(ids), place)
 
+    def in_parts(content: bytes) -> tuple[int, int] | None:
+        places, at = list[tuple[int, int]](), place
+        for part in filter(None, (part.strip() for part in content.split(b"\n\n"))):
+            if (found := place_of(part, plain, at)) is None:
+                return None
+            places.append(found)
+            at = found[1]
+        return places[0][0], at
+
     for message in messages:
         content = vocabulary.content(message.content)
         if not content:
             spans.append(None)
-        elif (whole := find(content)) is not None:
+        elif (whole := find(content) or (None if message.role == ANSWER else in_parts(content))) is not None:
             spans.append(span(*whole))
             place = whole[1]
         elif (part := _beginning(content, plain, place)) is not None:
@@ -149,11 +157,21 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             spans.append(span(opening, opening + length, before=len(content) - length))
             place = opening + length
         elif message.role == ANSWER and REASONING_ENDS in message.content:
-            rest = find(vocabulary.content(message.content.rpartition(REASONING_ENDS)[2]))
-            spans.append(None if rest is None else span(*rest)._replace(stripped=True))
-            place = place if rest is None else rest[1]
+            reasoning, _, answer = message.content.rpartition(REASONING_ENDS)
+            before, rest = (find(vocabulary.content(one)) for one in (reasoning.rpartition("<think>")[2], answer))
+            if rest is None:
+                spans.append(None)
+                continue
+            if before is None or before[1] > rest[0]:
+                spans.append(span(*rest)._replace(stripped=True))
+            else:
+                spans.append(span(before[0], rest[1]))  # the template writes other blanks between the two
+            place = rest[1]
+        elif message.role == "tool" and (earlier := place_of(content, plain, asked)) is not None:
+            spans.append(span(*earlier))  # before the words of the answer that made the call, as Gemma 4 writes it
         else:
             spans.append(None)
+        asked = asked if message.role in (ANSWER, "tool") else place
     return spans
 
 
@@ -352,7 +370,10 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
     """Return the findings of a row's own texts, before any preparation, each with the text that shows it."""
     findings, messages = dict[str, str](), conversation.messages
     answers = [message for message in messages if message.role == ANSWER]
-    if any(not one.content.strip() and not one.carried for one in (*answers, *(conversation.rejected or ()))):
+    # Reasoning alone, as a limit of generation leaves it, answers nothing.
+    if any(
+        not one.content.strip() and not {*CALLS} & {*one.carried} for one in (*answers, *(conversation.rejected or ()))
+    ):
         findings["empty_answer"] = ""
     transcript = conversation.plain or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
     for message in messages:
@@ -368,7 +389,8 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
             findings.setdefault("broken_characters", around(content, match))
         if HTML.search(content) and (match := HTML.search(code_free := CODE.sub("", content))):
             findings.setdefault("html", around(code_free, match))
-    prompt = next((one.content.strip() for one in reversed(conversation.question) if one.role == "user"), "")
+    prompt = next((one.content for one in reversed(conversation.question) if one.role == "user"), "")
+    prompt = prompt.removesuffix(TLDR).strip()
     if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
         findings["copies_prompt"] = repr(prompt[:SHOWN])
     if conversation.rejected is None and not conversation.plain and _roles_broken(messages):
