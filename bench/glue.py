@@ -34,7 +34,7 @@ from tsqlora.training.record import RunRecord
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
 PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
-ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
+ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora"
 LADDER = (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOOSING, CHOOSING_ROWS, FIRST_TRIED = 3, 600, slice(2, 5)
 """The seed that chooses learning rates, its validation rows, and where on LADDER it begins."""

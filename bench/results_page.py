@@ -20,7 +20,7 @@ from tsqlora.reports.comparison import Mean, interval, verdict
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
-ORDER = [entry.name for entry in entries(glue.ENTRIES.split(","))]
+ORDER = [*(entry.name for entry in entries(glue.ENTRIES.split(","))), "eva+all"]
 LORA = "lora+all"
 KIND = ["rows", "wrong", "mean"]
 """What blocks of several tasks have in common."""

@@ -31,9 +31,6 @@ def make_setup(model: Any = None, **changes: Any) -> Setup:
         "dropout": 0.0,
         "target_modules": "all-linear",
         "steps": STEPS,
-        "samples": moods(),
-        "collate": collate,
-        "batch_size": 8,
         "seed": 0,
     }
     return Setup(**(options | changes))

@@ -129,7 +129,7 @@ def test_the_seed_decides_the_first_weights(name: str) -> None:
         return list(build(name, seed=seed).model.parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(0), weights(0), strict=True))
-    if name not in ("full", "eva"):
+    if name != "full":
         assert not all(torch.equal(a, b) for a, b in zip(weights(0), weights(1), strict=True))
 
 
@@ -140,7 +140,7 @@ def test_a_mean_rank_that_is_not_whole_is_refused(name: str, mean: float) -> Non
         build(name, mean_rank=mean)
 
 
-@pytest.mark.parametrize("name", ["elalora", "adalora", "eva"])
+@pytest.mark.parametrize("name", ["elalora", "adalora"])
 def test_a_decoder_serves_as_well(name: str, tmp_path: Path) -> None:
     model = tiny_llama_classifier(2, layers=1, dtype=torch.float32)
     setup = make_setup(model, mean_rank=2, max_rank=4)

@@ -84,7 +84,7 @@ def test_a_step_that_skips_a_block_at_random_counts(name: str, tmp_path: Path) -
         return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
 
     model = Wav2Vec2ForSequenceClassification(config)
-    built = build(name, model, samples=rows, collate=collate, target_modules=["q_proj", "v_proj"])
+    built = build(name, model, target_modules=["q_proj", "v_proj"])
     trainer = make_trainer(cast(Any, built.model), rows, tmp_path, [*built.callbacks], max_steps=STEPS)
     trainer.data_collator, trainer.loss_is_scaled_for_ga = collate, False
     trainer.train()

@@ -16,7 +16,6 @@ from tsqlora.compat.peft import (
     VARIANTS,
     allocate_triplets,
     chosen_triplets,
-    eva_layer_inputs,
     forget_adapter,
     has_variant,
     lora_matrices,
@@ -90,13 +89,6 @@ def test_the_penalty_is_read_from_the_config_in_every_forward_pass() -> None:
         return float(model.eval()(**batch).loss.detach())
 
     assert loss(0.1) < loss(0.5) < loss(1.0)
-
-
-def test_eva_reads_tokens_that_are_not_padding_and_all_rows_of_a_pooler() -> None:
-    hidden = torch.arange(12.0).view(2, 3, 2)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).nonzero()
-    assert torch.equal(eva_layer_inputs((hidden,), mask, "x"), hidden.view(6, 2)[:4])
-    assert torch.equal(eva_layer_inputs((hidden[:, 0],), mask, "x"), hidden[:, 0])
 
 
 def test_layers_that_add_nothing_are_left_out_and_come_back() -> None:

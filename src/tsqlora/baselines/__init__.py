@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from tsqlora.adapter.slots import active_ranks
-from tsqlora.baselines.eva import eva
 from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, whole_rank
 from tsqlora.baselines.triplets import adalora, elalora
 from tsqlora.errors import UnsupportedError
@@ -51,5 +50,4 @@ BASELINES: dict[str, Callable[[Setup], Built]] = {
     "dora": partial(uniform, name="dora", use_dora=True),
     "adalora": adalora,
     "elalora": elalora,
-    "eva": eva,
 }

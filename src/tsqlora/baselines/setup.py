@@ -1,7 +1,7 @@
 """Input and output of a baseline, and what several baselines need to build theirs."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
@@ -10,9 +10,7 @@ from transformers import TrainerCallback, set_seed
 
 from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import SettingsError
-from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.moves import RankSchedule
-from tsqlora.tasks import Collate
 from tsqlora.training.load import Pretrained
 
 
@@ -20,8 +18,7 @@ from tsqlora.training.load import Pretrained
 class Setup:
     """Input of a baseline, in plain values.
 
-    `steps` are the optimizer steps of the whole run. `samples` are tokenised rows of the training
-    data, `collate` and `batch_size` those of training: EVA passes them through the model.
+    `steps` are the optimizer steps of the whole run.
     """
 
     pretrained: Pretrained
@@ -31,9 +28,6 @@ class Setup:
     dropout: float
     target_modules: str | list[str]
     steps: int
-    samples: Sequence[Mapping[str, Any]]
-    collate: Collate
-    batch_size: int
     seed: int
 
 
@@ -41,15 +35,13 @@ class Setup:
 class Built:
     """A model that a stock Trainer trains with these callbacks.
 
-    `trainable` counts the parameters in use and `ranks` gives each layer's rank, both at the time of the call. `cost`
-    counts the passes that building took.
+    `trainable` counts the parameters in use and `ranks` gives each layer's rank, both at the time of the call.
     """
 
     model: nn.Module
     callbacks: tuple[TrainerCallback, ...]
     trainable: Callable[[], int]
     ranks: Callable[[], dict[str, int]]
-    cost: PhaseCost = field(default_factory=PhaseCost)
 
 
 def adapt(setup: Setup, *, kind: type[LoraConfig] = LoraConfig, **options: Any) -> PeftModel:

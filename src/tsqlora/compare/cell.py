@@ -22,6 +22,7 @@ from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text
 from tsqlora.progress import Progress, Pulse
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.sampling import draw_size
 from tsqlora.run.config import Config, dump_config
 from tsqlora.run.fit import arguments, begin, measure
@@ -68,7 +69,7 @@ def _train(
         start = time.perf_counter()
         set_seed(training.seed)
         built, ranks = build(job, entry.method, steps=steps)
-        built.cost.add(seconds=time.perf_counter() - start)
+        building = PhaseCost(seconds=time.perf_counter() - start)
         method = replace(method, ranks=ranks)
         record = begin(job, args, method, built.model)
         about = {"method": entry.method, "policy": entry.policy, "learning_rate": training.learning_rate}
@@ -84,7 +85,7 @@ def _train(
             if type(error) is not TsqLoraError:
                 raise
             record.status, record.now, record.compared["failed"] = "failed", {}, str(error)
-    record.cost = {"building": built.cost} | record.cost
+    record.cost = {"building": building} | record.cost
     record.parameters, record.ranks = {"trainable": built.trainable()}, built.ranks()
     record.compared |= {"peak_memory_bytes": peak_memory(), "random": _why_at_random(method)}
     return record

@@ -135,9 +135,6 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
         dropout=config.adapter.dropout,
         target_modules=config.adapter.target_modules,
         steps=steps,
-        samples=job.train.samples,
-        collate=job.collate,
-        batch_size=config.training.batch_size,
         seed=config.training.seed,
     )
     return BASELINES[baseline](setup), None

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -100,11 +99,3 @@ def chosen_triplets(config: AdaLoraConfig) -> dict[str, int]:
     Keys of PEFT are `NAME.lora_E.ADAPTER`, and `NAME.lora_E` after the model was saved.
     """
     return {key.partition(".lora_E")[0]: sum(mask) for key, mask in (config.rank_pattern or {}).items()}
-
-
-def eva_layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The inputs of a layer that EVA reads: tokens without padding, or all rows if a sample is one row."""
-    inputs = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
-    if inputs.dim() == 2:
-        return inputs.contiguous()
-    return prepare_layer_inputs_fn_language_modeling(inputs, model_input, layer_name)

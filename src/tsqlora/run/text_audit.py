@@ -39,7 +39,7 @@ from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import audited, failed, prepared_rows
-from tsqlora.text.reconcile import audit_sequences, conversations_of
+from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import digest
 
@@ -146,12 +146,8 @@ def audit_prepared(
         "source": absolute(data or str(prepared)),
         "sha256": None if data is None else _digest_of(data),
         "model": model,
-        "format": "prepared",
-        "max_length": result.longest,
         "mask": f"those in {prepared}",
-        "unmatched": len(result.unmatched),
-        "unmatched_places": result.unmatched,
-        "lengths": lengths_of(result.lengths, BATCH, result.longest),
+        **_about_set(result, BATCH),
     }
     options: dict[str, Any] = {"every": every, "labels": result.finds is OF_LABELS, "progress": progress, "tell": tell}
     look = partial(answers_of, model, result.rows, result.of, vocabulary, **options) if answers else None
@@ -182,16 +178,22 @@ def audit_trainer(
         "source": absolute(data) if isinstance(data, str) else type(trainer).__name__,
         "sha256": _digest_of(data) if isinstance(data, str) else None,
         "model": str(getattr(model.config, "_name_or_path", "")),
-        "format": "prepared",
-        "max_length": result.longest,
         "mask": f"those of the {type(trainer).__name__} and its collator",
-        "unmatched": len(result.unmatched),
-        "unmatched_places": result.unmatched,
-        "lengths": lengths_of(result.lengths, trainer.args.train_batch_size, result.longest),
+        **_about_set(result, trainer.args.train_batch_size),
     }
     rows = conversations_of(evaluation)
     audited = finish(out, about, result.rows, result.lines, rows, result.of, vocabulary, finds=result.finds)
     return {**audited, "seconds": time.perf_counter() - start}
+
+
+def _about_set(result: Reconciled, batch: int) -> dict[str, Any]:
+    return {
+        "format": "prepared",
+        "max_length": result.longest,
+        "unmatched": len(result.unmatched),
+        "unmatched_places": result.unmatched,
+        "lengths": lengths_of(result.lengths, batch, result.longest),
+    }
 
 
 def findings_in(path: Path) -> dict[str, dict[str, Any]]:

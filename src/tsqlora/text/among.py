@@ -4,9 +4,8 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, compress
+from itertools import chain
 
 import numpy as np
 from scipy.ndimage import binary_dilation
@@ -50,7 +49,8 @@ def among_rows(
     words need 0.6 GB here.
     """
     findings = defaultdict(list[int])
-    digests = _Digests.of(rows)
+    readable = (row for row in rows if row.problem is None and row.messages)
+    digests = np.fromiter(map(_digest, readable), _DIGEST)
     originals = _copies(rows, digests)
     for copy, original in originals.items():
         lines[copy].fate = f"duplicate of {original}" if lines[copy].fate == "trained" else lines[copy].fate
@@ -65,41 +65,25 @@ def among_rows(
     return dict(findings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Digests:
-    """Of the n readable rows their numbers and the hashes of their texts."""
+_DIGEST = np.dtype(
+    [(name, np.int64) for name in ("row", "whole", "turned", "prompt", "answer")]
+    + [(name, np.bool_) for name in ("answered", "paired", "longer")]
+)
+"""A row's number; hashes of its texts, in their order and with the answers of a pair turned, and of prompt and answer
+without case; and whether it has both and is no pair, or is one, whose chosen answer may be the longer."""
 
-    row: Int[np.ndarray, " n"]
-    parts: Int[np.ndarray, "n 3"]
-    """Of prompt, answer and rejected answer."""
-    folded: Int[np.ndarray, "n 2"]
-    """Of prompt and answer without case."""
-    answered: np.ndarray
-    """Whether a row is no pair, and has prompt and answer."""
-    longer: np.ndarray
-    """Whether the chosen answer is the longer one; False without a rejected one."""
-    paired: np.ndarray
 
-    @classmethod
-    def of(cls, rows: Iterable[Conversation]) -> "_Digests":
-        numbers, hashes, about = array("q"), array("q"), bytearray()
-        for row in rows:
-            if row.problem is None and row.messages:
-                prompt, answer, rejected = _parts(row)
-                numbers.append(row.row)
-                hashes.extend(map(hash, (prompt, answer, rejected, prompt.casefold(), answer.casefold())))
-                answered = row.rejected is None and bool(row.answer.strip() and row.question)
-                about += bytes((answered, bool(row.rejected) and len(answer) > len(rejected), bool(row.rejected)))
-        both = np.frombuffer(hashes, np.int64).reshape(-1, 5)
-        flags = np.frombuffer(about, np.bool_).reshape(-1, 3)
-        return cls(np.frombuffer(numbers, np.int64), both[:, :3], both[:, 3:], *flags.T)
+def _digest(row: Conversation) -> tuple[int | bool, ...]:
+    prompt, answer, rejected = _parts(row)
+    answered, paired = bool(row.rejected is None and row.answer.strip() and row.question), bool(row.rejected)
+    texts = ((prompt, answer, rejected), (prompt, rejected, answer), prompt.casefold(), answer.casefold())
+    return (row.row, *map(hash, texts), answered, paired, paired and len(answer) > len(rejected))
 
 
 def _some(rows: Iterable[Conversation], numbers: np.ndarray) -> Iterator[Conversation]:
     """Those of the rows that have these numbers, in order."""
-    wanted = np.zeros(numbers.max(initial=-1) + 1, np.bool_)
-    wanted[numbers] = True
-    return (row for row in rows if row.row < len(wanted) and wanted[row.row])
+    wanted = {*numbers.tolist()}
+    return (row for row in rows if row.row in wanted)
 
 
 def words_of(text: str) -> list[str]:
@@ -121,16 +105,16 @@ def _text(messages: Iterable[Message]) -> str:
     return " ".join(" ".join(f"{m.content} {[m.further[key] for key in m.carried] or ''}" for m in messages).split())
 
 
-def _copies(rows: Sequence[Conversation], digests: _Digests) -> dict[int, int]:
+def _copies(rows: Sequence[Conversation], digests: np.ndarray) -> dict[int, int]:
     """The earlier row that each later copy has: equal, or near in prompt and answer, each by itself.
 
     Parts that share NEAR of their stretches share one of the first 1 − NEAR, in any order of all stretches (prefix
     filter, Chaudhuri et al. 2006). No stretch counts that more than SHARED rows have, so the time is linear.
     """
-    _, first, group = np.unique(_mixed(*digests.parts.T), return_index=True, return_inverse=True)
+    _, first, group = np.unique(digests["whole"], return_index=True, return_inverse=True)
     later = np.flatnonzero(first[group] != np.arange(len(group)))
-    copies = dict(zip(digests.row[later].tolist(), digests.row[first[group[later]]].tolist(), strict=True))
-    single = np.sort(digests.row[first])
+    copies = dict(zip(digests["row"][later].tolist(), digests["row"][first[group[later]]].tolist(), strict=True))
+    single = digests["row"][first]
     counts = _counts(part for row in _some(rows, single) for part in _parts(row))
     divided = lru_cache(1 << 12)(partial(_divided, counts=counts, most=_most(len(single))))
     # Each key ends with the number of its row, so that rows of equal stretches are side by side when keys are sorted.
@@ -155,7 +139,7 @@ def _copies(rows: Sequence[Conversation], digests: _Digests) -> dict[int, int]:
     return copies
 
 
-def _leaks(rows: Sequence[Conversation], digests: _Digests, evaluation: Sequence[Conversation]) -> dict[int, str]:
+def _leaks(rows: Sequence[Conversation], digests: np.ndarray, evaluation: Sequence[Conversation]) -> dict[int, str]:
     """What each training row has of the evaluation file: a prompt, whatever the answer; or a whole row.
 
     A prompt is in a row if its stretches are, with or without those that many evaluation prompts share. Some must be
@@ -164,12 +148,11 @@ def _leaks(rows: Sequence[Conversation], digests: _Digests, evaluation: Sequence
     equal = {hash(_parts(row)) for row in evaluation}
     times_of = Counter(_text(m for m in row.question or row.messages if m.role != "system") for row in evaluation)
     prompts = [prompt for prompt, times in times_of.items() if times <= max(2, len(evaluation) / 2)]
-    first = np.zeros(digests.parts.shape, np.bool_)
-    first.flat[np.unique(digests.parts, return_index=True)[1]] = True
-    each_once = zip(_some(rows, digests.row), first, strict=True)
-    texts = (part for row, own in each_once for part in compress(_parts(row), own))
+    seen = set[int]()  # each text counts once, or a prompt with many answers would be the table's
+    parts = (part for row in _some(rows, digests["row"]) for part in _parts(row))
+    texts = (part for part in parts if not (hash(part) in seen or seen.add(hash(part))))
     theirs, ours = _counts(prompts), _counts(texts)
-    few, many = _most(len(prompts)), max(_most(len(digests.row)), BOILERPLATE * len(digests.row))
+    few, many = _most(len(prompts)), max(_most(len(digests["row"])), BOILERPLATE * len(digests["row"]))
     index, contents = defaultdict(list[int]), list[tuple[str, Hashes, Hashes]]()
     for prompt in prompts:
         stretches = _stretches(prompt)
@@ -181,7 +164,7 @@ def _leaks(rows: Sequence[Conversation], digests: _Digests, evaluation: Sequence
                 index[one].append(len(contents))
             contents.append((prompt, stretches[part], np.unique(stretches[part & own])))
     leaks = dict[int, str]()
-    for row in _some(rows, digests.row):
+    for row in _some(rows, digests["row"]):
         text = " ".join(_parts(row))
         stretches = _stretches(text)
         hits = Counter(number for one in {*stretches.tolist()} for number in index.get(one, ()))
@@ -240,41 +223,33 @@ def _alike(one: tuple[Hashes, Hashes], other: tuple[Hashes, Hashes]) -> bool:
     return not apart and 0 < NEAR * (len(one[0]) + len(other[0]) - both) <= both
 
 
-def _answers(rows: Sequence[Conversation], digests: _Digests, copies: Mapping[int, int]) -> dict[str, list[int]]:
+def _answers(rows: Sequence[Conversation], digests: np.ndarray, copies: Mapping[int, int]) -> dict[str, list[int]]:
     """Prompts with far answers, unless most prompts repeat; and answers that many prompts share."""
-    chosen = digests.answered & ~np.isin(digests.row, [*copies])
-    groups, conflicts = _groups(digests.row[chosen], digests.folded[chosen, 0], 2), list[int]()
-    if sum(map(len, groups)) < len(digests.row) / 2:
+    chosen = digests["answered"] & ~np.isin(digests["row"], [*copies])
+    groups, conflicts = _groups(digests["row"][chosen], digests["prompt"][chosen], 2), list[int]()
+    if sum(map(len, groups)) < len(digests["row"]) / 2:
         for group in groups:
             # Some of the others are enough, or the time would grow with the square of a large group.
             others = [{*words_of(rows[row].answer)} for row in group[:: max(1, len(group) // SHARED)]]
             for row in group:
                 own = {*words_of(rows[row].answer)}
                 conflicts += [row] if any(len(own & o) < FAR * len(own | o) for o in others) else []
-    least = max(LEAST_COPIES, BOILERPLATE * len(digests.row))
-    shared = chain.from_iterable(_groups(digests.row[chosen], digests.folded[chosen, 1], least))
+    least = max(LEAST_COPIES, BOILERPLATE * len(digests["row"]))
+    shared = chain.from_iterable(_groups(digests["row"][chosen], digests["answer"][chosen], least))
     return {"conflicting_answers": sorted(conflicts), "one_answer": sorted(shared)}
 
 
 def _groups(rows: np.ndarray, hashes: np.ndarray, least: float) -> list[list[int]]:
     """The rows that share a hash, where there are enough of them."""
-    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    order = np.argsort(group, kind="stable")
-    ends = np.cumsum(counts)
-    large = np.flatnonzero(counts >= least)
-    return [rows[order[ends[j] - counts[j] : ends[j]]].tolist() for j in large]
+    order = np.argsort(hashes, kind="stable")
+    parts = np.split(rows[order], np.flatnonzero(np.diff(hashes[order])) + 1)
+    return [part.tolist() for part in parts if len(part) >= least]
 
 
-def _pairs(digests: _Digests) -> dict[str, list[int]]:
+def _pairs(digests: np.ndarray) -> dict[str, list[int]]:
     """Pairs whose reverse is there too; and whether the chosen answer is mostly the longer one."""
-    rows, (prompt, chosen, rejected) = digests.row[digests.paired], digests.parts[digests.paired].T
-    reversed_there = np.isin(_mixed(prompt, rejected, chosen), _mixed(prompt, chosen, rejected))
-    conflicts = rows[reversed_there & (chosen != rejected)].tolist()
-    longer = digests.row[digests.longer].tolist()
-    biased = len(rows) >= LEAST_PAIRS and len(longer) >= LONGER * len(rows)
+    pairs = digests[digests["paired"]]
+    turned = np.isin(pairs["turned"], pairs["whole"]) & (pairs["turned"] != pairs["whole"])
+    conflicts, longer = pairs["row"][turned].tolist(), pairs["row"][pairs["longer"]].tolist()
+    biased = len(pairs) >= LEAST_PAIRS and len(longer) >= LONGER * len(pairs)
     return {"pair_conflict": conflicts, "length_bias": longer if biased else []}
-
-
-def _mixed(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """One hash of three, in this order."""
-    return prompt + chosen * np.int64(0x5851F42D4C957F2D) + rejected * np.int64(0x14057B7EF767814F)

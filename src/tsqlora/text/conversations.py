@@ -43,11 +43,12 @@ class Conversation:
         return (*(self.question if self.prompt is None else self.prompt), *self.rejected)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Conversations(Sequence[Conversation]):
     """The rows of a table as conversations, each read when it is asked for."""
 
-    def __init__(self, table: Table, format: Format) -> None:
-        self.table, self.format = table, format
+    table: Table
+    format: Format
 
     def __len__(self) -> int:
         return len(self.table)
