@@ -2,6 +2,7 @@
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
     python bench/scale.py parts [--rows 100000,1000000]  # in a hundred parts, by the look of a sample
+    python bench/scale.py chats [--rows 50000,200000]    # the ledger and the findings of chats, and its memory
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
@@ -16,6 +17,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,7 @@ from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
 from tsqlora.run.look import look_at, score_by_look
+from tsqlora.run.text_audit import audit_text
 from tsqlora.run.train import train
 
 CACHE = ROOT / "bench" / ".cache" / "scale"
@@ -155,6 +158,51 @@ def in_parts(count: int) -> dict[str, Any]:
         "scores_bytes": sum(path.stat().st_size for path in (place / "scores").iterdir()),
     }
     shutil.rmtree(place)
+    return result
+
+
+# ----------------------------------------------------------------------------------- chats
+
+QUESTION, ANSWER = 60, 140
+"""Words of a chat."""
+
+
+def write_chats(path: Path, count: int) -> None:
+    rng = random.Random(count)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    with open(path, "w") as file:
+        for _ in range(count):
+            said = [" ".join(rng.choices(words, k=length)) for length in (QUESTION, ANSWER)]
+            turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def chats(count: int) -> dict[str, Any]:
+    """What `tsqlora audit --no-model` does with so many chats of 200 words: bytes of its own, without mapped files."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from days.families import model_folder
+
+    file, out, seen, done = CACHE / f"{count}-chats.jsonl", CACHE / "audit", list[int](), threading.Event()
+    shutil.rmtree(out, ignore_errors=True)
+    write_chats(file, count)
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            seen.append(status("RssAnon"))
+
+    threading.Thread(target=watch, daemon=True).start()
+    before, start = status("RssAnon"), time.process_time()
+    found = audit_text(str(file), model=str(model_folder("qwen 2.5")), answers=False, out=out)
+    done.set()
+    result = {
+        "rows": count,
+        "findings": {one["name"]: one["rows"] for one in found["findings"]},
+        "processor_seconds": round(time.process_time() - start, 1),
+        "bytes_before": before,
+        "peak_bytes": max(seen),
+        "file_bytes": file.stat().st_size,
+    }
+    file.unlink()
     return result
 
 
@@ -374,6 +422,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "rows": lambda: rows(int(arguments.rows)),
         "parts": lambda: in_parts(int(arguments.rows)),
+        "chats": lambda: chats(int(arguments.rows)),
         "steps": lambda: steps(arguments.steps),
         "model": model,
         "processes": lambda: [processes(count) for count in (1, 2, 3)],
@@ -385,7 +434,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(parents=True, exist_ok=True)
-    counted = arguments.part in ("rows", "parts")
+    counted = arguments.part in ("rows", "parts", "chats")
     if counted and "," in arguments.rows:
         for count in arguments.rows.split(","):
             command = [sys.executable, __file__, arguments.part, "--rows", count, "--out", str(arguments.out)]

@@ -284,6 +284,25 @@ def scale_rows(results: Results) -> Rows:
     ]
 
 
+def scale_chats(results: Results) -> Rows:
+    """Memory and seconds of an audit of chats, by rows."""
+    measured = sorted((entry["found"] for key, entry in results.items() if key.startswith("chats-")), key=_rows_of)
+    return [
+        {
+            "chats": f"{r['rows']:,}",
+            "the file, MB": f"{r['file_bytes'] / 1e6:,.0f}",
+            "memory before, MB": f"{r['bytes_before'] / 1e6:,.0f}",
+            "at most, MB": f"{r['peak_bytes'] / 1e6:,.0f}",
+            "processor's seconds": f"{r['processor_seconds']:,.0f}",
+        }
+        for r in measured
+    ]
+
+
+def _rows_of(result: dict[str, Any]) -> int:
+    return result["rows"]
+
+
 def scale_parts(results: Results) -> Rows:
     """Memory and seconds of rows in parts, scored by the look of a sample and drawn."""
     return [
@@ -875,6 +894,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-model": scale_model,
     "scale-processes": scale_processes,
     "sample": sample,
+    "scale-chats": scale_chats,
     "scale-parts": scale_parts,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,

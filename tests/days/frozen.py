@@ -1,10 +1,12 @@
 """Fifty days as files: what a user relies on, against which the code is rebuilt."""
 
+import itertools
 import json
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from days.live import live
 
 FOLDER = Path(__file__).parent / "frozen"
 COUNT = 50
+MENDED = (2091, 3606, 3699, 4280, 4442, 4836, 4857)
+"""Days that broke a law once; each is frozen."""
 SECONDS = 4.0
 """Of the processor: a frozen day is quick."""
 
@@ -42,12 +46,14 @@ def freeze(start: int = 0) -> None:
     FOLDER.mkdir(exist_ok=True)
     for path in FOLDER.glob("*.json"):
         path.unlink()
-    sorts, number, count = Counter[str](), start, 0
-    while count < COUNT:
+    sorts, count = Counter[str](), 0
+    for number in chain(MENDED, itertools.count(start)):
+        if count == COUNT:
+            break
         one = day(number)
-        number += 1
         parts = (one.door, one.family if one.of_texts else "labels", one.kind, one.fault or one.mask or "clean")
-        if any(sorts[part] > COUNT * share for part, share in zip(parts, (0.15, 0.12, 0.1, 0.7), strict=True)):
+        shares = zip(parts, (0.15, 0.12, 0.1, 0.7), strict=True)
+        if number not in MENDED and any(sorts[part] > COUNT * share for part, share in shares):
             continue
         begin = time.process_time()
         seen = lived(one)
