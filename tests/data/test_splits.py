@@ -37,6 +37,13 @@ def error(train: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("line", ["{}", '{"": "a"}', '{" ": 1}'])
+def test_rows_without_columns_are_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{line}\n" * 9)
+    assert "no columns" in error(path)
+
+
 # The share held out
 
 

@@ -83,6 +83,8 @@ def read_data(
     """
     tables = open_tables(train, validation, test, trusted, hints, folder)
     first, tags, used = tables["train"], label is not None and label.by_token, None
+    if not any(name.strip() for name in first.names):
+        raise DataError(f"{first.name}: its rows have no columns with a name; write a text and a label into each")
     try:
         used, format = find(first.names, source=first.name, **(columns or {}))
         flags = used.label is None and format is None and label is not None and not tags
