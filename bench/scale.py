@@ -2,7 +2,7 @@
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
     python bench/scale.py parts [--rows 100000,1000000]  # in a hundred parts, by the look of a sample
-    python bench/scale.py chats [--rows 50000,200000]    # the ledger and the findings of chats, and its memory
+    python bench/scale.py chats [--rows 50000]           # the ledger and the findings of chats, and its memory
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
