@@ -148,8 +148,8 @@ def run(world: str, seed: int) -> dict[str, Any]:
         p_wrong[audit.ids] = audit.probability if audit.evident else 0.0
     size = min(HELD_OUT, len(order) // 5 if len(order) < 1000 else HELD_OUT)
     as_it_is = order[:size]
-    kept = np.array([j for j in order if p_wrong[j] <= DOUBT])[:size]
-    out = {*as_it_is.tolist(), *kept.tolist()}
+    unsuspected = np.array([j for j in order if p_wrong[j] <= DOUBT])[:size]
+    out = {*as_it_is.tolist(), *unsuspected.tolist()}
     pool = [row for j, row in enumerate(here.train) if j not in out]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,7 +177,11 @@ def run(world: str, seed: int) -> dict[str, Any]:
         }
         train(Config.model_validate(about), folder / "run")
         model = open_run(folder / "run").model
-        parts = {"R": here.trusted, "H": [here.train[j] for j in as_it_is], "kept": [here.train[j] for j in kept]}
+        parts = {
+            "R": here.trusted,
+            "H": [here.train[j] for j in as_it_is],
+            "kept": [here.train[j] for j in unsuspected],
+        }
         seen = {part: losses_of(model, rows, kind) for part, rows in parts.items()}
     classes = {part: np.array([0 if regression else row["label"] for row in rows]) for part, rows in parts.items()}
     right = {

@@ -172,13 +172,13 @@ def write_chats(path: Path, count: int) -> None:
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
     with open(path, "w") as file:
         for _ in range(count):
-            said = [" ".join(rng.choices(words, k=length)) for length in (QUESTION, ANSWER)]
-            turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+            texts = [" ".join(rng.choices(words, k=length)) for length in (QUESTION, ANSWER)]
+            turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
 def chats(count: int) -> dict[str, Any]:
-    """What `tsqlora audit --no-model` does with so many chats of 200 words: bytes of its own, without mapped files."""
+    """What `tsqlora audit --no-model` does with so many chats of 200 words: bytes, mapped files aside."""
     sys.path.insert(0, str(ROOT / "tests"))
     from days.families import model_folder
 
@@ -192,11 +192,11 @@ def chats(count: int) -> dict[str, Any]:
 
     threading.Thread(target=watch, daemon=True).start()
     before, start = status("RssAnon"), time.process_time()
-    found = audit_text(str(file), model=str(model_folder("qwen 2.5")), answers=False, out=out)
+    audit = audit_text(str(file), model=str(model_folder("qwen 2.5")), answers=False, out=out)
     done.set()
     result = {
         "rows": count,
-        "findings": {one["name"]: one["rows"] for one in found["findings"]},
+        "findings": {one["name"]: one["rows"] for one in audit["findings"]},
         "processor_seconds": round(time.process_time() - start, 1),
         "bytes_before": before,
         "peak_bytes": max(seen),

@@ -42,7 +42,7 @@ def test_a_row_that_answers_with_its_question_is_no_copy_of_itself() -> None:
 
 
 class Read(Sequence[Conversation]):
-    """Rows that are read when they are asked for; counts those that somebody holds."""
+    """Rows that are read on access; counts those that somebody holds."""
 
     def __init__(self, questions: list[str]) -> None:
         self.questions, self.live = questions, WeakValueDictionary[int, Held]()

@@ -82,8 +82,8 @@ def _digest(row: Conversation) -> tuple[int | bool, ...]:
 
 def _some(rows: Iterable[Conversation], numbers: np.ndarray) -> Iterator[Conversation]:
     """Those of the rows that have these numbers, in order."""
-    wanted = {*numbers.tolist()}
-    return (row for row in rows if row.row in wanted)
+    chosen = {*numbers.tolist()}
+    return (row for row in rows if row.row in chosen)
 
 
 def words_of(text: str) -> list[str]:

@@ -45,7 +45,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversations(Sequence[Conversation]):
-    """The rows of a table as conversations, each read when it is asked for."""
+    """The rows of a table as conversations, each read on access."""
 
     table: Table
     format: Format

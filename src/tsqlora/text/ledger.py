@@ -120,7 +120,7 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
     plain, ends, special = vocabulary.plain(ids), vocabulary.ends(ids), vocabulary.special
     opens = next((k for k, j in enumerate(tokens) if j not in special), len(tokens))
     opening = int(ends[opens - 1]) if opens else 0
-    spans, place, asked = list[Span | None](), opening, opening
+    spans, place, turn = list[Span | None](), opening, opening
 
     def span(begin: int, end: int, before: int = 0, behind: int = 0) -> Span:
         first = int(np.searchsorted(ends, begin, side="right"))
@@ -134,10 +134,10 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
     def in_parts(content: bytes) -> tuple[int, int] | None:
         places, at = list[tuple[int, int]](), place
         for part in filter(None, (part.strip() for part in content.split(b"\n\n"))):
-            if (found := place_of(part, plain, at)) is None:
+            if (there := place_of(part, plain, at)) is None:
                 return None
-            places.append(found)
-            at = found[1]
+            places.append(there)
+            at = there[1]
         return places[0][0], at
 
     for message in messages:
@@ -167,11 +167,11 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             else:
                 spans.append(span(before[0], rest[1]))  # the template writes other blanks between the two
             place = rest[1]
-        elif message.role == "tool" and (earlier := place_of(content, plain, asked)) is not None:
+        elif message.role == "tool" and (earlier := place_of(content, plain, turn)) is not None:
             spans.append(span(*earlier))  # before the words of the answer that made the call, as Gemma 4 writes it
         else:
             spans.append(None)
-        asked = asked if message.role in (ANSWER, "tool") else place
+        turn = turn if message.role in (ANSWER, "tool") else place
     return spans
 
 
