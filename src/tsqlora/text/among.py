@@ -45,8 +45,7 @@ def among_rows(
 ) -> dict[str, list[int]]:
     """Return row numbers by finding; the fate of a copy names the row that it copies, the detail of a leak its text.
 
-    Rows are at the places of their numbers. They are read one after another, and never held: a million rows of 200
-    words need 0.6 GB here.
+    Rows are at the places of their numbers. They are read one after another, several times, and never held.
     """
     findings = defaultdict(list[int])
     readable = (row for row in rows if row.problem is None and row.messages)
