@@ -286,7 +286,9 @@ def scale_rows(results: Results) -> Rows:
 
 def scale_chats(results: Results) -> Rows:
     """Memory and seconds of an audit of chats, by rows."""
-    measured = sorted((entry["found"] for key, entry in results.items() if key.startswith("chats-")), key=_rows_of)
+    measured = sorted(
+        (entry["found"] for key, entry in results.items() if key.startswith("chats-")), key=lambda r: r["rows"]
+    )
     return [
         {
             "chats": f"{r['rows']:,}",
@@ -297,10 +299,6 @@ def scale_chats(results: Results) -> Rows:
         }
         for r in measured
     ]
-
-
-def _rows_of(result: dict[str, Any]) -> int:
-    return result["rows"]
 
 
 def scale_parts(results: Results) -> Rows:

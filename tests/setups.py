@@ -26,7 +26,6 @@ def make_setup(model: Any = None, **changes: Any) -> Setup:
     options: dict[str, Any] = {
         "pretrained": Pretrained(base() if model is None else model, cast(Any, None), HEAD),
         "mean_rank": 4,
-        "max_rank": 8,
         "alpha": 16.0,
         "dropout": 0.0,
         "target_modules": "all-linear",

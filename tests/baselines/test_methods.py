@@ -143,7 +143,7 @@ def test_a_mean_rank_that_is_not_whole_is_refused(name: str, mean: float) -> Non
 @pytest.mark.parametrize("name", ["elalora", "adalora"])
 def test_a_decoder_serves_as_well(name: str, tmp_path: Path) -> None:
     model = tiny_llama_classifier(2, layers=1, dtype=torch.float32)
-    setup = make_setup(model, mean_rank=2, max_rank=4)
+    setup = make_setup(model, mean_rank=2)
     built = BASELINES[name](setup)
     trainer_of(built, tmp_path).train()
     assert sum(built.ranks().values()) == 2 * 7

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def freeze(start: int = 0) -> None:
     for path in FOLDER.glob("*.json"):
         path.unlink()
     sorts, count = Counter[str](), 0
-    for number in chain(MENDED, itertools.count(start)):
+    for number in itertools.chain(MENDED, itertools.count(start)):
         if count == COUNT:
             break
         one = day(number)

@@ -152,6 +152,43 @@ def test_html_in_code_is_no_finding(tokenizer: Any, vocabulary: Vocabulary, answ
     assert line(tokenizer, vocabulary, chat(QUESTION, answer)).findings == []
 
 
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("<think>\nIn Europe.\n</think>\nIt is Paris.", "<think>\nIn Europe.\n</think>\n\nIt is Paris."),
+        ("<think>\nIn Europe.\n</think>It is Paris.", "<think>\nIn Europe.\n</think>\n\nIt is Paris."),
+        ("<think>\n\n</think>\nIt is Paris.", "<think>\n\n</think>\n\nIt is Paris."),
+        ("<think>\n\n</think>\nIt is Paris.", "It is Paris."),
+    ],
+)
+def test_other_blanks_behind_reasoning_and_empty_reasoning_lose_nothing(
+    source: str, written: str, tokenizer: Any, vocabulary: Vocabulary
+) -> None:
+    line = line_of(chat(QUESTION, source), [trained(tokenizer, chat(QUESTION, written))], vocabulary)
+    assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True)
+
+
+def test_a_template_may_write_between_the_paragraphs_of_a_prompt(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    source = chat(f"Translate this.\n\n{QUESTION}", ANSWER)
+    whole = trained(tokenizer, chat(f"Translate this.\n\n### Input:\n{QUESTION}", ANSWER))
+    lost = trained(tokenizer, chat(f"### Input:\n{QUESTION}", ANSWER))
+    assert line_of(source, [whole], vocabulary).findings == []
+    assert "content_lost" in line_of(source, [lost], vocabulary, limit=1000).findings
+
+
+def test_reasoning_alone_is_an_empty_answer_and_a_call_is_none(vocabulary: Vocabulary) -> None:
+    ask, call = Message("user", QUESTION), {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    alone = Conversation(0, (ask, Message("assistant", " ", {"thinking": "France."})))
+    assert "empty_answer" in content_findings(alone, vocabulary)
+    called = Conversation(0, (ask, Message("assistant", "", {"thinking": "France.", **call})))
+    assert "empty_answer" not in content_findings(called, vocabulary)
+
+
+def test_a_summary_that_begins_with_its_document_copies_the_prompt(vocabulary: Vocabulary) -> None:
+    source = chat(f"{QUESTION}\n\nTL;DR:", f"{QUESTION} {ANSWER}")
+    assert "copies_prompt" in content_findings(source, vocabulary)
+
+
 def test_reasoning_of_earlier_answers_may_be_left_out(tokenizer: Any, vocabulary: Vocabulary) -> None:
     reasoning = "<think>\nFrance is in Europe.\n</think>\n\n"
     source = chat(QUESTION, reasoning + ANSWER, "And of Spain?", f"{reasoning}Madrid.")

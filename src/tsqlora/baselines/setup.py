@@ -23,7 +23,6 @@ class Setup:
 
     pretrained: Pretrained
     mean_rank: float
-    max_rank: int
     alpha: float
     dropout: float
     target_modules: str | list[str]

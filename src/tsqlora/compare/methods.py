@@ -130,7 +130,6 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     setup = Setup(
         pretrained=job.pretrained,
         mean_rank=config.ranks.mean,
-        max_rank=config.ranks.resolved_max(),
         alpha=config.adapter.alpha,
         dropout=config.adapter.dropout,
         target_modules=config.adapter.target_modules,

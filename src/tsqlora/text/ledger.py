@@ -162,10 +162,11 @@ def locate(messages: Sequence[Message], ids: np.ndarray, vocabulary: Vocabulary)
             if rest is None:
                 spans.append(None)
                 continue
-            if before is None or before[1] > rest[0]:
-                spans.append(span(*rest)._replace(stripped=True))
-            else:
+            if before is not None and before[1] <= rest[0]:
                 spans.append(span(before[0], rest[1]))  # the template writes other blanks between the two
+            else:
+                stripped = bool(reasoning.replace("<think>", "").strip())  # empty reasoning is no loss
+                spans.append(span(*rest)._replace(stripped=stripped))
             place = rest[1]
         elif message.role == "tool" and (earlier := place_of(content, plain, turn)) is not None:
             spans.append(span(*earlier))  # before the words of the answer that made the call, as Gemma 4 writes it
