@@ -41,13 +41,16 @@ WAYS = {
 """What the ways to train are called, their colour and mark, in the order of the tables."""
 
 
+RULE = 2
+"""The rule of the cells that tables show; today's is that of bench/worlds.py."""
 RATE, RATES_SEED = 5e-4, 19
 """The rate of a way without a choice, and the seed whose cells choose; see bench/worlds.py."""
 
 
 def stored() -> pd.DataFrame:
-    """A row for each cell, at any rate."""
-    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    """A row for each cell of the rule, at any rate."""
+    every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    cells = [cell for cell in every if cell["settings"].get("rule", 2) == RULE]
     return pd.DataFrame(
         [{**cell, **cell["settings"], "rate": cell["settings"]["training"]["learning_rate"]} for cell in cells]
     )

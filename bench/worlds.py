@@ -15,8 +15,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from tsqlora.quality.epochs import EpochPlan, trusted_steps
+from tsqlora.quality import question
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
@@ -43,7 +43,6 @@ from tsqlora.run.finished import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
 from tsqlora.tasks import get_task
-from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
@@ -52,8 +51,9 @@ MODEL, MARK = encoder()
 STEPS, RATE, TEST_ROWS = 440, 5e-4, 1821
 RATES_SEED = 19
 """Rates are chosen with this seed, on rows of the training file: its cells are no result."""
-RULE = 2
-"""Part of each cell's mark, so that cells of an older rule are no result of this one."""
+RULE = 3
+"""Part of each cell's mark, so that cells of an older rule are no result of this one. 3: the question to the pool; 2:
+trusted rows always come last."""
 TOKENS, PAIR_TOKENS = 64, 96
 TOKEN = "(verified) "
 TOPICS = ("sports", "business")
@@ -284,14 +284,14 @@ class Way:
     """`cleanlab`, `jtt` or `knn`."""
     dfr: bool = False
     """Fits a new head on the trusted rows at the end."""
-    mixed: bool = False
-    """Trusted rows are mixed into every epoch, as often as they would else come last."""
+    last: bool = False
+    """Trusted rows come last whatever the pool answers."""
 
 
 EVEN = {"enabled": False}
 METHODS: dict[str, Way] = {
     "default": Way(),
-    "mixed": Way(mixed=True),
+    "always": Way(last=True),
     "even": Way(EVEN),
     "trusted": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True),
     "alone": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True, stops=True),
@@ -305,8 +305,8 @@ METHODS: dict[str, Way] = {
     "knn": Way(EVEN, trusted=False, before="knn"),
     "dfr": Way(EVEN, trusted=False, dfr=True),
 }
-"""`mixed` has the trusted rows in every epoch, `even` each of them once an epoch, `trusted` and `alone` them alone;
-`lora` is plain LoRA on all rows."""
+"""`default` asks the pool, `always` has the trusted rows last whatever it answers, `even` each of them once an epoch,
+`trusted` and `alone` them alone; `lora` is plain LoRA on all rows."""
 
 
 def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], training: Mapping[str, Any]) -> Config:
@@ -323,15 +323,6 @@ def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], tr
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@contextmanager
-def mixed_in(trusted: int) -> Iterator[None]:
-    """Mix trusted rows into every epoch, as many as the rule has for the last steps."""
-    share = trusted_steps(STEPS, trusted, 16) / STEPS
-    never = patch.object(QualityCallback, "_trusted_last", lambda *_: False)
-    with never, patch.object(EpochPlan, "_trusted_of", lambda plan, _: round(plan.size * share)):
-        yield
 
 
 def run(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[str, Any]:
@@ -358,7 +349,7 @@ def run(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[s
             evaluations = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 20, "save_steps": 20}
             training |= evaluations | {"load_best_model_at_end": True, "save_total_limit": 2}
         write_rows(folder / "train.jsonl", pool)
-        with mixed_in(trusted) if way.mixed else nullcontext():
+        with patch.object(question, "CONTRADICTED", -np.inf) if way.last else nullcontext():
             record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun
         labels, loss = predictions(folder / "run", folder / "test.jsonl", folder / "predicted.jsonl"), None
@@ -368,7 +359,7 @@ def run(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[s
     groups = {name: float(right[[g == name for g in here.groups]].mean()) for name in sorted(set(here.groups))}
     return {
         "settings": {"world": world + MARK, "method": method, "seed": seed, "trusted": trusted, "quality": quality}
-        | {"training": training, "pool": len(pool)},
+        | {"training": training, "pool": len(pool), "rule": RULE},
         "test_rows": len(right),
         "accuracy": float(right.mean()),
         "worst": min(groups.values()),
@@ -377,6 +368,7 @@ def run(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[s
         "right": np.packbits(right).tolist(),
         "wrong_labels": here.wrong,
         "looks": record.quality.get("looks", []),
+        "question": record.quality.get("question"),
         "cost": record.to_dict()["cost"],
         "processor_seconds": seconds,
         "notes": record.notes,
@@ -393,7 +385,7 @@ def predictions(run: Path, file: Path, out: Path) -> list[Any]:
 
 def cell(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[str, Any]:
     way = METHODS[method]
-    how = way.before + "dfr" * way.dfr + "stops" * way.stops + "mixed" * way.mixed
+    how = way.before + "dfr" * way.dfr + "stops" * way.stops + "last" * way.last
     decides = json.dumps([dict(way.quality), how, STEPS, rate, RULE], sort_keys=True)
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}{MARK}.{method}.{trusted}.{seed}.{mark}.json"

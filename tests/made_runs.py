@@ -1,7 +1,5 @@
-"""Directories made by hand: what a training or a comparison leaves behind, without the training."""
+"""Directories made by hand: what a training leaves behind, without the training."""
 
-from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,8 @@ import numpy as np
 
 from runs import Row, write_jsonl
 from tsqlora.data.rows import sample_hash
-from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.moves import RankEvent
-from tsqlora.reports.comparison import methods_of
 from tsqlora.training.record import RunRecord
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
@@ -105,70 +101,3 @@ def scores_of(data: Path, rows: list[Row], *, dropped: int = 3) -> Scores:
             "label_probability": own,
         },
     ).drop(np.arange(len(rows)) < dropped, "duplicate")
-
-
-def make_comparison(
-    folder: Path,
-    methods: Sequence[str] = ("lora+all", "lora+random", "tsqlora+quality"),
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    rates: Sequence[float] = (0.001,),
-    metric: str = "accuracy",
-    fails: Sequence[tuple[str, int]] = (),
-    at_random: Sequence[tuple[str, int]] = (),
-) -> Path:
-    """A finished comparison: each method is two points above the one before it, and the first rate is the best."""
-    out = folder / "comparison"
-    chosen = dict[str, RunRecord]()
-    for (place, name), seed, rate in product(enumerate(methods), seeds, rates):
-        if seed == seeds[0] or rate == rates[0]:
-            run = out / f"{name}.{seed}{'' if rate == rates[0] else f'.lr{rate:g}'}"
-            run.mkdir(parents=True)
-            made = _compared(name, seed, rate, 0.7 + 0.02 * place, failed=(name, seed) in fails)
-            if (name, seed) in at_random:
-                made.compared["random"] = "the model is at chance"
-            made.save(run)
-            (run / "config.yaml").write_text("model:\n  path: some/model\n")
-            chosen |= {run.name: made} if rate == rates[0] else {}
-    write_json(
-        out / "comparison.json",
-        {
-            "out": str(out),
-            "metric": metric,
-            "equal": "steps",
-            "seeds": list(seeds),
-            "sweep": list(rates) if len(rates) > 1 else [],
-            "rates": {},
-            "runs": [*chosen],
-            "table": [method.row() for method in methods_of([*chosen.values()], metric)],
-        },
-    )
-    return out
-
-
-def _compared(name: str, seed: int, rate: float, reached: float, *, failed: bool) -> RunRecord:
-    method, policy = name.split("+")
-    value = reached + 0.001 * (seed % 3) * len(name)
-    scored = policy == "quality"
-    record = RunRecord(
-        "failed" if failed else "finished",
-        seed,
-        "sequence-classification",
-        list(CLASSES),
-        {"hash": "abc123"},
-        {"steps": 40},
-        versions={"python": "3.11"},
-        parameters={"trainable": 12345},
-        notes=["about 20% of the labels seem wrong"] if scored else [],
-    )
-    for phase in ("building", "look", "training") if scored else ("building", "training"):
-        record.phase(phase).add(seconds=2.5, forward=100, backward=100, tokens=900)
-    record.phase("evaluation").add(seconds=1.0, forward=20, tokens=90)
-    record.compared = {"method": method, "policy": policy, "learning_rate": rate, "equal": "steps", "bf16": True}
-    record.compared |= {"commit": "0123456789abcdef", "peak_memory_bytes": 2**30, "random": None}
-    if failed:
-        record.compared["failed"] = "the loss is not finite at step 7"
-    else:
-        test = {"accuracy": value, "matthews": value - 0.1, "loss": 1 - value}
-        record.metrics = {"validation": {**test, "accuracy": value - rate}, "test": test}
-    return record

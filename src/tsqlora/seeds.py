@@ -20,6 +20,7 @@ Stream = Literal[
     "audit halves",
     "audit review",
     "audit folds",
+    "held-out rows",
 ]
 
 STREAMS: Mapping[Stream, int] = {name: number for number, name in enumerate(get_args(Stream), start=1)}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 
@@ -21,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tsqlora as tsq
 from models import collate
 from stock import base_bert, make_trainer, moods
+from training.test_question import CONTRARY, POOL, Handed
 from tsqlora import distributed
 
-ROWS, TRUSTED = moods(96), moods(24, seed=1)
-SAVED_AT, KILLED_AT, POISONED_AT = 6, 8, 4
+ROWS = moods(96)
+SAVED_AT, KILLED_AT, POISONED_AT, ANSWERED_AT = 6, 8, 4, 18
 
 
 def fsdp_on_cpu() -> None:
@@ -131,9 +133,10 @@ def trained(
     **options: Any,
 ) -> dict[str, Any]:
     """Train with a look from a folder, and save the adapter as the Trainer saves it."""
-    data = tsq.QualitySubset(ROWS, fraction=0.5, seed=0, trusted=TRUSTED if look == "TRUSTED" else None)
+    rows, trusted = (POOL, CONTRARY) if look == "CONTRARY" else (ROWS, None)
+    data = tsq.QualitySubset(rows, fraction=0.5, seed=0, trusted=trusted)
     quality = tsq.QualityCallback(data, look=None if look is None else folder / look)
-    watch = Watch(killed)
+    watch, handed = Watch(killed), Handed()
     callbacks: list[Any] = [] if late else [quality]
     if ranks:
         schedule = tsq.RankSchedule(warmup=0.0, freeze=0.2)
@@ -151,8 +154,11 @@ def trained(
     trainer = make_trainer(model or bert(slots=ranks), data, folder / name, [*callbacks, watch], **args)
     if late:
         trainer.add_callback(quality)
+    if trusted is not None:
+        trainer.add_callback(handed)
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder / name / resume))
     trainer.save_model(str(folder / f"{name}-adapter"))
+    distributed.wait()
     return {
         "losses": watch.losses,
         "parts": watch.parts,
@@ -160,7 +166,15 @@ def trained(
         "skipped": [one.step for callback in callbacks for one in getattr(callback, "skipped", ())],
         "drawn": data.indices.tolist(),
         "engine": str(trainer.accelerator.distributed_type),
+        "weights": load_file(folder / f"{name}-adapter" / "adapter_model.safetensors"),
+        "question": numbers_of(quality.question or {}),
+        "steps": handed.steps,
     }
+
+
+def numbers_of(question: dict[str, Any]) -> dict[str, float]:
+    """What pytest.approx can compare."""
+    return {name: value for name, value in question.items() if isinstance(value, (int, float))}
 
 
 def world() -> int:
@@ -197,7 +211,8 @@ def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
     return {
         "train": run("train"),
         "resumed": run("resumed", into="train", resume=f"checkpoint-{SAVED_AT}"),
-        "trusted": run("trusted", look="TRUSTED", num_train_epochs=3),
+        "asked": run("asked", look="CONTRARY"),
+        "answered": run("answered", into="asked", look="CONTRARY", resume=f"checkpoint-{ANSWERED_AT}"),
         "no look": run("no look", look=None),
         "late": run("late", late=True),
         "ranks": run("ranks", ranks=True),
@@ -218,7 +233,7 @@ def main(engine: str, folder: Path, what: str) -> None:
     if what == "look":  # one process, before anything is sharded
         base_bert().save_pretrained(folder / "whole")
         tsq.look(bert(), ROWS, collate, out=folder / "LOOK", compute=tsq.Compute(8))
-        tsq.look(bert(), ROWS, collate, out=folder / "TRUSTED", trusted=TRUSTED, compute=tsq.Compute(8))
+        tsq.look(bert(), POOL, collate, out=folder / "CONTRARY", trusted=CONTRARY, compute=tsq.Compute(8))
         return
     if engine.startswith("fsdp"):
         fsdp_on_cpu()

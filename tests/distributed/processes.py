@@ -38,6 +38,7 @@ from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
 from text.test_before import model as repeats
 from text.test_before import samples as foreign_samples
+from training.test_question import Handed, answer_of, make
 from tsqlora import distributed
 from tsqlora.adapter.change import Importance, change_ranks, drop_slots, grow_slot, moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
@@ -145,30 +146,26 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     }
 
 
-def trusted_last(rank: int, world: int, folder: Path) -> Any:
-    """A run of twelve steps that ends with trusted rows, under the Trainer's own sampler: the rows of each step."""
-    model, rows = quiet(slotted_bert()), [*{tuple(row["input_ids"]): row for row in moods(400)}.values()]
-    numbers = {tuple(row["input_ids"]): j for j, row in enumerate(rows)}
-    data = tsq.QualitySubset(rows[:64], fraction=0.5, seed=0, trusted=rows[64:76])
-    steps: list[list[int]] = []
-
-    def note(module: nn.Module, _: Any, passed: dict[str, Tensor]) -> None:
-        if module.training:
-            lengths = passed["attention_mask"].sum(1).tolist()
-            steps.append(
-                [numbers[tuple(row.tolist()[:n])] for row, n in zip(passed["input_ids"], lengths, strict=True)]
-            )
-
-    model.register_forward_pre_hook(note, with_kwargs=True)
-    options = {"per_device_train_batch_size": 8 // world, "num_train_epochs": 3, "train_sampling_strategy": "random"}
+def questioned(world: int, folder: Path) -> list[Any]:
+    """A run whose pool contradicts the trusted rows, under the Trainer's own sampler; and its end, resumed."""
+    options = {"per_device_train_batch_size": 8 // world, "num_train_epochs": 2, "save_strategy": "steps"}
     options |= {"average_tokens_across_devices": False}  # else the gradient of two is twice that of one
-    make_trainer(model, data, folder, [quality_by(data)], **options).train()
-    assert data.scores is not None
-    return {
-        "steps": steps,
-        "kept": data.scores.kept.copy(),
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-    }
+    runs = []
+    for resumed in (None, str(folder / "checkpoint-18")):
+        trainer, quality = make(folder, handed := Handed(), save_steps=18, **options)
+        quiet(trainer.model)
+        trainer.train(resume_from_checkpoint=resumed)
+        assert quality.data.scores is not None
+        runs.append(
+            {
+                "steps": handed.steps,
+                "question": {k: v for k, v in answer_of(quality).items() if isinstance(v, (int, float))},
+                "notes": quality.notes,
+                "kept": quality.data.scores.kept.copy(),
+                "weights": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
+            }
+        )
+    return runs
 
 
 def exchanged(rank: int) -> Any:
@@ -384,7 +381,7 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "answers": answers(),
         "refused": refused(rank, world) if world > 1 else {},
         "trainer": in_trainer(rank, world, folder / f"trainer-{world}"),
-        "trusted": trusted_last(rank, world, folder / f"trusted-{world}"),
+        "questioned": questioned(world, folder / f"questioned-{world}"),
     }
 
 

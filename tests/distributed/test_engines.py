@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from runs import set_up
 from stock import base_bert
+from training.test_question import ROWS
 from tsqlora.adapter.slots import has_slots
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.health import nonfinite
@@ -96,12 +97,23 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_cut_off(engine: str, o
     assert 0 < len(resumed) < len(whole)
 
 
-@pytest.mark.parametrize("engine", SHARDED)
-def test_trusted_rows_come_last(engine: str, of: Any) -> None:
-    ours, ddp = of(engine)["trusted"], of("ddp")["trusted"]
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_the_pool_is_asked_once_and_rows_that_it_contradicts_are_trained_on_alone(engine: str, of: Any) -> None:
+    ours, ddp = of(engine)["questioned"], of("ddp")["questioned"]
     np.testing.assert_allclose(ours["losses"], ddp["losses"], rtol=1e-5, atol=1e-6)
-    assert ours["drawn"] == ddp["drawn"]
-    assert max(ours["drawn"]) >= 96
+    question, resumed = ours["question"], of(engine)["answered"]
+    assert question["contradicted"]
+    assert question == pytest.approx(ddp["question"], rel=1e-4)
+    for rank in (0, 1):
+        whole, answered = of(engine, rank=rank)["questioned"], of(engine, rank=rank)["answered"]
+        assert whole["question"] == answered["question"] == question
+        assert list(whole["steps"]) == [*range(20)]
+        assert {step for step, rows in whole["steps"].items() if min(rows) >= ROWS} == {*range(14, 20)}
+        assert max(row for step in range(14) for row in whole["steps"][step]) < ROWS
+        assert answered["steps"] == {step: whole["steps"][step] for step in range(18, 20)}  # engines.py has the place
+    assert question["step"] < question["from_step"] == 15
+    for name, tensor in ours["weights"].items():
+        torch.testing.assert_close(resumed["weights"][name], tensor, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("engine", SHARDED)

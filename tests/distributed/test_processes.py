@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slotted import QUERY, WIDE
+from training.test_question import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +96,29 @@ def test_two_processes_under_the_trainer_are_one(reports: list[dict[str, Any]]) 
     assert first["drawn"] == second["drawn"] == alone["drawn"]
 
 
-def test_two_processes_train_on_trusted_rows_last(reports: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["trusted"] for of in reports)
-    together = [sorted(left + right) for left, right in zip(first["steps"], second["steps"], strict=True)]
-    assert together == [sorted(rows) for rows in alone["steps"]]
-    assert [min(rows) >= 64 for rows in together] == [False] * 9 + [True] * 3
-    assert max(row for rows in together[:9] for row in rows) < 64
+def test_two_processes_ask_the_pool_as_one_does_and_then_train_on_trusted_rows_alone(
+    reports: list[dict[str, Any]],
+) -> None:
+    first, second, alone = (of["asked"][0] for of in reports)
+    together = {step: sorted(rows + second["steps"][step]) for step, rows in first["steps"].items()}
+    assert together == {step: sorted(rows) for step, rows in alone["steps"].items()}
+    question = first["question"]
+    assert question["contradicted"]
+    assert question == second["question"] == pytest.approx(alone["question"], rel=1e-5)
+    assert first["notes"] == second["notes"]
+    assert question["step"] < question["from_step"] == 15
+    assert [min(together[step]) >= ROWS for step in range(20)] == [False] * 14 + [True] * 6
+    assert max(row for step in range(14) for row in together[step]) < ROWS
     np.testing.assert_array_equal(first["kept"], alone["kept"])
     assert_equal(first["weights"], second["weights"])
     assert_close(first["weights"], alone["weights"], error=1e-5)
+
+
+def test_two_processes_resumed_behind_the_question_keep_its_answer(reports: list[dict[str, Any]]) -> None:
+    for whole, resumed in (of["asked"] for of in reports):
+        assert resumed["question"] == whole["question"]
+        assert resumed["steps"] == {step: whole["steps"][step] for step in (18, 19)}
+        assert_equal(resumed["weights"], whole["weights"])
 
 
 def test_scores_between_two_epochs_are_those_of_one_process(reports: list[dict[str, Any]]) -> None:

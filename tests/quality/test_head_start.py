@@ -1,7 +1,6 @@
 """A fitted head in place of a random one."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tsqlora.errors import TsqLoraError
-from tsqlora.quality.forward_pass import Forward, Head
+from tsqlora.quality.forward_pass import Head
 from tsqlora.quality.head_start import (
     SCALE,
     WHITENED_STD,
-    HeadStart,
     against_chance,
     fit_start,
-    fit_trusted,
     install,
     learned,
     whiten,
@@ -85,23 +82,6 @@ def test_the_installed_head_gives_the_fitted_logits(rows: tuple[np.ndarray, np.n
     features = np.tanh(x @ start.dense.weight.T + start.dense.bias)
     np.testing.assert_allclose(logits, SCALE * start.fit.head.logits(features), atol=1e-4)
     assert start.summary()["replaced"]
-
-
-@pytest.mark.parametrize("replaces", [True, False])
-def test_a_head_of_trusted_rows_has_the_dense_layer_that_its_features_are_of(
-    replaces: bool, rows: tuple[np.ndarray, np.ndarray]
-) -> None:
-    x, y = rows
-    options: dict[str, Any] = {
-        "link": "softmax",
-        "width": 3,
-        "intercept": True,
-        "rng": lambda: np.random.default_rng(0),
-    }
-    fit = fit_start(x, y, np.ones(300), **options).fit
-    start = HeadStart(fit, 1.0, replaces, whiten(x, 12))
-    apart = Forward(y, np.ones(300), np.zeros((300, 3)), x)
-    assert (fit_trusted(start, x, apart, **options).dense is not None) == replaces
 
 
 # --- the learned test ---

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset as Table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
@@ -166,10 +167,56 @@ def test_an_epoch_repeats_rows_where_copies_of_trusted_rows_left_too_few() -> No
     subset.use(scored(20).drop(np.arange(20) < 4, "trusted row"), epoch=0)
     mixed = subset.draw(0)
     assert sorted(mixed) == list(range(4, 24))
-    subset.plan = replace(subset.plan, trusted_from=(1, 0))
+    subset.plan = replace(subset.plan, asks=(1, 0))
     counts = np.bincount(subset.draw(0), minlength=24)
     assert counts[:4].sum() == counts[20:].sum() == 0
     assert set(counts[4:20]) == {1, 2}
+
+
+def test_copies_in_another_integer_type_and_behind_a_random_transform_are_found() -> None:
+    rows = [{"input_ids": [j, j + 1], "labels": j % 2} for j in range(40)]
+    narrow = [{"input_ids": np.array(row["input_ids"], np.int32), "labels": 0} for row in rows[:20]]
+    np.testing.assert_array_equal(np.flatnonzero(equals(rows, narrow)), np.arange(20))
+
+    class Augmented(list[Any]):
+        def __getitem__(self, j: Any) -> Any:
+            return {"pixel_values": rows[j]["input_ids"][0] + np.random.random(3), "labels": 0}
+
+    twins = QualitySubset(Augmented(range(40)), trusted=Augmented(range(20))).plan.excluded
+    np.testing.assert_array_equal(np.flatnonzero(twins), np.arange(20))
+
+
+def test_a_table_is_compared_without_its_transform() -> None:
+    table = Table.from_dict({"text": [f"row {j}" for j in range(20)]})
+
+    def noisy(rows: Any) -> Any:
+        return {"input_ids": [np.random.default_rng().integers(9, size=3) for _ in rows["text"]]}
+
+    whole = table.with_transform(noisy)
+    twins = equals(whole, whole.select(range(4)))
+    np.testing.assert_array_equal(np.flatnonzero(twins), np.arange(4))
+    assert hash_of(whole) is None  # its own generator gives other rows at each reading
+
+
+@given(st.integers(0, 60), st.integers(0, 3), st.booleans(), st.integers(0, 9))
+def test_the_question_divides_an_epoch(place: int, first: int, contradicted: bool, seed: int) -> None:
+    """Before it neither trusted nor held-out rows, behind it all that the answer says; epochs stay as long."""
+    subset = QualitySubset([{"input_ids": [j]} for j in range(120)], 0.5, seed, trusted=[{"input_ids": [999]}] * 15)
+    held = np.arange(120) % 10 == 0
+    plan = replace(subset.plan, held_out=held, asks=(first, place), contradicted=contradicted)
+    subset.plan = plan
+    drawn = np.concatenate([subset.draw(epoch) for epoch in range(6)])
+    assert len(drawn) == 6 * 60
+    at = first * 60 + place
+    assert not held[drawn[:at]].any() if at else True
+    assert (drawn[:at] < 120).all()
+    if contradicted:
+        counts = np.bincount(drawn[at:] - 120, minlength=15)
+        assert counts.max() - counts.min() <= 1
+    else:
+        assert held[np.concatenate([drawn[at:][drawn[at:] < 120], [0]])].any()
+    subset.plan = replace(plan, contradicted=not contradicted)
+    np.testing.assert_array_equal(np.concatenate([subset.draw(epoch) for epoch in range(6)])[:at], drawn[:at])
 
 
 def test_good_rows_come_more_often() -> None:

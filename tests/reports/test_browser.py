@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from browser import Page, axe
-from made_runs import make_comparison, make_run
+from made_runs import make_run
 from runs import make_rows
 from tsqlora.reports.write import write_report
 
@@ -25,21 +25,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(make_run(tmp_path_factory.mktemp("report"), rows=rows))
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    methods = ("lora+all", "lora+random", "adalora+all", "tsqlora-quality-only+quality", "tsqlora+quality")
-    made = make_comparison(
-        tmp_path_factory.mktemp("compared"), methods, rates=(0.001, 0.01), fails=[("adalora+all", 1)]
-    )
-    return write_report(made)
-
-
-@pytest.fixture(params=["report", "compared"])
-def page(request: pytest.FixtureRequest) -> Path:
-    """The page of a run, and of a comparison."""
-    return request.getfixturevalue(request.param)
-
-
 def until(holds: Callable[[], bool]) -> None:
     """Waits until it holds, for a minute at most."""
     end = time.monotonic() + 60
@@ -51,13 +36,13 @@ def until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_opens_without_an_error_or_a_request_and_nothing_overflows(
-    width: int, dark: bool, tab: Page, page: Path
+    width: int, dark: bool, tab: Page, report: Path
 ) -> None:
     tab.messages.clear()
     tab.requests.clear()
-    tab.open(page, width=width, dark=dark)
+    tab.open(report, width=width, dark=dark)
     assert tab.messages == []
-    assert [url for url in tab.requests if not url.startswith("data:")] == [page.as_uri()]
+    assert [url for url in tab.requests if not url.startswith("data:")] == [report.as_uri()]
     assert tab.run("document.documentElement.scrollWidth") == width
     drawn = "[...document.querySelectorAll('.plot')].every(p => p.querySelector('svg.main-svg') && p.clientHeight > 50)"
     assert tab.run(drawn)
@@ -76,16 +61,16 @@ def test_it_opens_without_an_error_or_a_request_and_nothing_overflows(
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_axe_finds_no_serious_fault(width: int, dark: bool, tab: Page, page: Path) -> None:
+def test_axe_finds_no_serious_fault(width: int, dark: bool, tab: Page, report: Path) -> None:
     script = axe()
-    tab.open(page, width=width, dark=dark)
+    tab.open(report, width=width, dark=dark)
     tab.run("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     tab.run(script + "; 0")
-    report = tab.run("axe.run(document, {resultTypes: ['violations', 'incomplete']})")
-    assert len(report["passes"]) > 20, "it has looked"
+    found = tab.run("axe.run(document, {resultTypes: ['violations', 'incomplete']})")
+    assert len(found["passes"]) > 20, "it has looked"
     faults = [
         (fault["id"], fault["impact"], node["html"][:200], node["failureSummary"])
-        for fault in report["violations"]
+        for fault in found["violations"]
         for node in fault["nodes"]
     ]
     assert faults == []

@@ -234,6 +234,15 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         write_report(make_run(tmp_path))
 
 
+def test_a_comparison_is_refused_and_one_of_its_runs_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    make_run(out).rename(out / "lora+all.0")
+    (out / "comparison.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"lora\+all\.0"):
+        write_report(out)
+    assert not (out / "report.html").exists()
+
+
 def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:
     run = make_run(tmp_path, events=0, history=[], status="running", quality={"enabled": True, "used": False})
     (run / "config.yaml").write_text("ranks:\n  policy: tsqlora\n")

@@ -141,7 +141,7 @@ def test_columns_of_zeros_and_ones_are_labels(several: bool, suffix: str, model:
     new = {name: type(source[0]["joy"])(int(name == "love" or (several and name == "joy"))) for name in names}
     expected = [row | new if j in REVIEWED else row for j, row in enumerate(source)]
     assert repr(cells_of(result["corrected"])) == repr(tuple(expected))
-    assert cells_of(result["trusted"]) == tuple(expected[j] for j in REVIEWED)
+    assert cells_of(result["trusted"]) == tuple(expected[j] | {"reviewed_as": "suspect"} for j in REVIEWED)
     assert "data.label" not in result["next"]
 
 

@@ -37,9 +37,7 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
         console.print(f"runs differ in {name}: {several}; choose another --out to run all again", soft_wrap=True)
     if result.get("sweep") and split == "validation":
         console.print(CHOSEN_ON_SHOWN, soft_wrap=True)
-    console.print(f"runs    {result['out']}", soft_wrap=True, highlight=False, markup=False)
-    if result.get("report"):
-        console.print(f"report  {result['report']}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"runs {result['out']}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _number(value: Mapping[str, Any], sign: str = "") -> str:

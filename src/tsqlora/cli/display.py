@@ -192,7 +192,9 @@ def show_row(console: Console, row: Mapping[str, Any]) -> None:
     elif row["judged"]:
         lines["wrong label"] = "no evidence of wrong labels among these rows, so no probability"
     lines["terms"] = _terms(row["terms"])
-    lines["reason"] = row["why"] if row["reason"] == "kept" else f"left out: {row['why']}"
+    lines["reason"] = row["why"] if row["reason"] in ("kept", "held out") else f"left out: {row['why']}"
+    if "question" in row:
+        lines["trusted rows"] = row["question"]
     if "drawn" in row:
         lines["drawn"] = f"in {row['drawn']} of {row['epochs']} epochs"
     for name, value in lines.items():

@@ -45,7 +45,6 @@ def compare(
     from tsqlora.cli.comparison_display import show_comparison
     from tsqlora.compare.comparison import compare as run_all
     from tsqlora.reports.comparison import COMPARISON_FILE
-    from tsqlora.reports.write import REPORT_FILE, write_report
     from tsqlora.run.config import load_config
 
     rates = dict[str, float]()
@@ -54,7 +53,7 @@ def compare(
         if method in rates:
             raise SettingsError(f"--lr {method} is set twice; remove one")
         rates[method] = _number(rate, float, f"--lr {method}")
-    with writing(out / COMPARISON_FILE, out / REPORT_FILE):
+    with writing(out / COMPARISON_FILE):
         settings = load_config(config, set_ or [])
     with Display(console.stderr) as display:
         result = run_all(
@@ -69,31 +68,24 @@ def compare(
             progress=display.progress,
             say=display.say,
         )
-    try:
-        result["report"] = str(write_report(out))
-    except SettingsError as error:  # a missing plotly must not lose hours of training
-        result["report"] = None
-        console.note(f"no report: {error}; then: tsqlora report {quote(str(out))}")
     console.show(result, as_json, show_comparison)
 
 
 def report(
-    directory: Annotated[
-        Path, typer.Argument(metavar="RUN|COMPARISON", help="A run directory, or that of `tsqlora compare`.")
-    ],
+    run: Run,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the directory.")] = None,
     control: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Another run, to compare this one's metric with.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one page about a run or a comparison, from its directory alone; it opens anywhere, offline.
+    """Write one page about a run, from its directory alone; it opens anywhere, offline.
 
     Example: tsqlora report run
     """
     from tsqlora.reports.write import write_report
 
-    written = write_report(directory, out, control=control)
+    written = write_report(run, out, control=control)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 

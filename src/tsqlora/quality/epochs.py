@@ -26,8 +26,9 @@ class EpochPlan:
     through successive random permutations of the pool, so that a pass includes every row. Afterwards they walk through
     permutations of the kept rows if scores draw evenly, or sample by softmax(Q/τ).
 
-    Trusted rows are numbered from `rows` on. Each epoch includes all of them, or as many by turns as are half of its
-    rows; with `trusted_from` the run has none before that point and only trusted rows after it.
+    Trusted rows are numbered from `rows` on, and mixed in: each epoch includes all of them, or as many by turns as are
+    half of its rows. A run that asks the pool has neither trusted nor held-out rows before the place `asks`; from there
+    on it has trusted rows alone if the pool has contradicted them, else both are mixed in.
 
     Raises SettingsError for a fraction outside 0 < f ≤ 1 and for scores of another number of rows.
     """
@@ -41,8 +42,12 @@ class EpochPlan:
     """Number of trusted rows."""
     excluded: Bool[np.ndarray, " n"] | None = None
     """Rows outside of the pool, because their input equals a trusted row's."""
-    trusted_from: tuple[int, int] | None = None
-    """Epoch and position from which on all rows are trusted ones."""
+    held_out: Bool[np.ndarray, " n"] | None = None
+    """Rows of the pool that come after the question."""
+    asks: tuple[int, int] | None = None
+    """Epoch and position from which on the answer to the question decides; None without a question."""
+    contradicted: bool = False
+    """The answer."""
     scores: Scores | None = None
     scored_epoch: int = 0
     """The first epoch that is drawn by scores."""
@@ -65,28 +70,60 @@ class EpochPlan:
 
     def scored(self, scores: Scores, epoch: int, *, by: str | None = None) -> "EpochPlan":
         """Return the plan that draws by these scores from `epoch` on."""
-        return replace(self, scores=scores, scored_epoch=epoch, awaits_scores=False, by=by)
+        return replace(self.holding_out(scores), scores=scores, scored_epoch=epoch, awaits_scores=False, by=by)
 
     def unscored(self, *, awaits_scores: bool = False, by: str | None = None) -> "EpochPlan":
-        """Return the plan that draws at random, for good or until scores follow."""
-        return replace(self, scores=None, scored_epoch=0, awaits_scores=awaits_scores, by=by)
+        """Return the plan that draws at random and has no question, for good or until scores follow."""
+        plan = replace(self, held_out=None, asks=None, contradicted=False)
+        return replace(plan, scores=None, scored_epoch=0, awaits_scores=awaits_scores, by=by)
+
+    def holding_out(self, scores: Scores) -> "EpochPlan":
+        """Return the plan with the rows that these scores hold out."""
+        held = scores.left_out_as("held out")
+        return replace(self, held_out=held if held.any() else None)
 
     def draw(self, epoch: int) -> Int[np.ndarray, " m"]:
-        """Return the epoch's rows, unordered: those of the pool, then trusted ones."""
-        return np.concatenate([self.from_pool(epoch), self.from_trusted(epoch)])
+        """Return the epoch's rows, unordered."""
+        return np.concatenate(self.parts(epoch))
 
-    def from_pool(self, epoch: int) -> Int[np.ndarray, " j"]:
-        """Return the epoch's rows of the pool, unordered."""
-        size, scores = self.size - self._trusted_of(epoch), self.scores
+    def parts(self, epoch: int) -> list[Int[np.ndarray, " m"]]:
+        """Return the rows before the question and those behind it, unordered; trusted ones alone in training order."""
+        if self.asks is None:
+            return [self._mixed(epoch, self.size)]
+        first, place = self.asks
+        before = min(max((first - epoch) * self.size + place, 0), self.size)
+        out = [mask for mask in (self.excluded, self.held_out) if mask is not None]
+        pool = replace(self, trusted=0, excluded=np.logical_or.reduce(out) if out else None)
+        after, behind = self.size - before, (epoch - first) * self.size - place + before
+        if self.contradicted:
+            trusted = _stretch(max(behind, 0), after, self.trusted, lambda p: stream("trusted order", self.seed, p))
+            return [pool._mixed(epoch, before), self.rows + trusted]
+        return [pool._mixed(epoch, before), self._mixed(epoch, after)]
+
+    def _mixed(self, epoch: int, size: int) -> Int[np.ndarray, " m"]:
+        """Return so many rows of the epoch, unordered: those of the pool, then trusted ones."""
+        most = min(self.trusted, self.size // 2)
+        some = most * size // self.size
+        trusted = _stretch(epoch * most, some, self.trusted, lambda p: stream("trusted order", self.seed, p))
+        return np.concatenate([self._from_pool(epoch, size - some, self.size - most), self.rows + trusted])
+
+    def _from_pool(self, epoch: int, size: int, whole: int) -> Int[np.ndarray, " j"]:
+        """Return so many rows of the pool, unordered, of the `whole` that an epoch has."""
+        scores = self.scores
         pool = np.ones(self.rows, dtype=np.bool_) if self.excluded is None else ~self.excluded
+
+        def walk(epoch: int, rows: np.ndarray, size: int) -> np.ndarray:
+            """A section of an endless sequence of random permutations of these rows."""
+            return rows[_stretch(epoch * whole, size, len(rows), lambda p: stream("row order", self.seed, p))]
+
         if scores is None or epoch < self.scored_epoch:
             # Every row should be included until scores follow.
             fresh = self.resample or scores is not None or self.awaits_scores
-            return self._walk(epoch if fresh else 0, np.flatnonzero(pool), size)
+            return walk(epoch if fresh else 0, np.flatnonzero(pool), size)
         epoch = epoch if self.resample else self.scored_epoch
-        kept = scores.kept & pool
+        kept = (scores.kept if self.held_out is None else scores.kept | self.held_out) & pool
         if scores.even:
-            return self._walk(epoch, np.flatnonzero(kept), size)
+            return walk(epoch, np.flatnonzero(kept), size)
         rng = stream("quality draw", self.seed, epoch)
         drawn = draw(
             scores.quality,
@@ -97,34 +134,8 @@ class EpochPlan:
             kept=kept,
         )
         if len(drawn) < size:  # fewer rows are kept than an epoch has: they repeat, as in even draws
-            return np.concatenate([drawn, self._walk(epoch, drawn, size - len(drawn))])
+            return np.concatenate([drawn, walk(epoch, drawn, size - len(drawn))])
         return drawn if size == len(drawn) else drawn[np.sort(rng.permutation(len(drawn))[:size])]
-
-    def from_trusted(self, epoch: int) -> Int[np.ndarray, " j"]:
-        """Return the epoch's trusted rows in training order: one pass over them after another."""
-        size = self._trusted_of(epoch)
-        if size == 0:
-            return np.empty(0, dtype=np.int64)
-        if self.trusted_from is None:
-            if size == self.trusted:
-                return self.rows + np.arange(size)
-            before = epoch * size
-        else:
-            first, place = self.trusted_from
-            before = 0 if epoch == first else self.size - place + (epoch - first - 1) * self.size
-        return self.rows + _stretch(before, size, self.trusted, lambda p: stream("trusted order", self.seed, p))
-
-    def _trusted_of(self, epoch: int) -> int:
-        """Return the number of trusted rows in an epoch."""
-        if self.trusted_from is None:
-            return min(self.trusted, self.size // 2)
-        first, place = self.trusted_from
-        return 0 if epoch < first else self.size - place if epoch == first else self.size
-
-    def _walk(self, epoch: int, rows: np.ndarray, size: int) -> np.ndarray:
-        """Return the epoch's section of an endless sequence of random permutations of these rows."""
-        whole = self.size if self.trusted_from is not None else size
-        return rows[_stretch(epoch * whole, size, len(rows), lambda p: stream("row order", self.seed, p))]
 
 
 def _stretch(start: int, size: int, n: int, rng: Callable[[int], np.random.Generator]) -> Int[np.ndarray, " size"]:

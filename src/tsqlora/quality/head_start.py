@@ -21,6 +21,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, WithReference, forward_pass
 from tsqlora.quality.linear_head import FOLDS, HeadFit, LinearHead, fit_head, row_losses
 from tsqlora.quality.passes import Columns, empty, run_pass
+from tsqlora.quality.question import held_out
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.quality.rule import Compute, LookRequest, needs_probe
 from tsqlora.quality.sampling import rows_to_fit
@@ -36,8 +37,6 @@ ROWS_TO_FIT = 10_000
 """Fit a head on about this many rows: more hardly change it, and their features may not fit in memory."""
 ROWS_OF_TAGS = 1_000
 """Fit a head for tags on the tokens of at most this many random rows."""
-LEAST_TRUSTED = 8
-"""Fit no head on fewer trusted rows."""
 SCALE = 0.25
 """Factor on the fit of least out-of-fold loss when it is installed (docs/method.md), which changes no class, label, tag
 or order of numbers: a head of large norm slows the learning of the features (Tomihari and Sato 2024). A head of numbers
@@ -133,12 +132,10 @@ class HeadStart:
 
     fit: HeadFit
     present: float
-    """Mean loss of the other head on the same rows: the model's own, or for a head of trusted rows the pool's."""
+    """Mean loss of the model's own head on the same rows."""
     replaces: bool
     """Whether the fitted head's out-of-fold loss is lower by 2 standard errors."""
     dense: LinearHead | None = None
-    trusted: bool = False
-    """Whether the head was fitted on trusted rows."""
     scale: float = SCALE
 
     @property
@@ -157,7 +154,6 @@ class HeadStart:
             "strength": self.fit.strength,
             "scale": self.scale,
             "whitened": self.dense is not None,
-            "trusted": self.trusted,
         }
 
 
@@ -170,6 +166,8 @@ class Started:
     layer: Head | None
     pool: Forward
     trusted: Forward | None
+    held: Bool[np.ndarray, " n"]
+    """Rows of the pool that are held out of every fit."""
     undo: Callable[[], None] = lambda: None
     """Restores the model's own head."""
 
@@ -196,7 +194,7 @@ class Started:
         labels, logits = torch.from_numpy(pool.labels), self.logits
         assert logits is not None
         test: LearnedTest
-        if head is not None and head.replaces and not head.trusted:
+        if head is not None and head.replaces:
             constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
             chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
             test = learned(*(torch.from_numpy(head.fit.weights * losses) for losses in (head.fit.losses, chance)))
@@ -213,32 +211,33 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     """Fit the task's last linear layer on its input features, and install it if it is better than the model's own.
 
     One forward pass without dropout over all rows and the trusted rows, with their mean hidden states on request; the
-    first process fits. Rows that equal a trusted row are left out of the fit. A head fitted on the trusted rows alone
-    replaces that of the pool if it predicts them better.
+    first process fits. Trusted rows, rows that equal one, and rows that are held out are in no fit.
     """
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
     mean = mean or needs_probe(rule.measured())
     run = partial(forward_pass, model, collate=request.collate, task=task, mean=mean)
     every, of_trusted = partial(run, request.dataset, compute=compute, rows=request.rows), None
     if isinstance(request.dataset, WithReference):
-        return Started(None, None, request.dataset.forward(), None)
+        return Started(None, None, request.dataset.forward(), None, np.zeros(len(request.dataset), np.bool_))
     if rule.head_start and task.reading.by_token:
         # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
-        layer, units, head = _of_tokens(model, request)
+        held = distributed.once(partial(held_out, request, None))
+        layer, units, head = _of_tokens(model, replace(request, excluded=request.twins | held))
         pool = None
     else:
         (pool, layer), units = every(), None
         if trusted is not None:
             of_trusted, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
-        head, own = None, ~request.twins
+        held = distributed.once(partial(held_out, request, pool.labels if task.reading.stratified else None))
+        head, own = None, ~(request.twins | held)
         if layer is not None and task.answers is not None and own.sum() >= FOLDS and rule.head_start:
-            head = distributed.once(partial(_fit, pool, of_trusted, task.answers, layer, rule.seed, own))
+            head = distributed.once(partial(_fit, pool, task.answers, layer, rule.seed, own))
     chosen = head if head is not None and head.replaces else None
     undo = install(layer, chosen) if layer is not None and chosen is not None else lambda: None
     try:
         if pool is None and units is not None and units.count == len(request.dataset):
             pool = units.forward(None if chosen is None else chosen.installed.logits(units.features))
-        return Started(head, layer, every()[0] if pool is None else pool, of_trusted, undo)
+        return Started(head, layer, every()[0] if pool is None else pool, of_trusted, held, undo)
     except BaseException:
         undo()
         raise
@@ -274,26 +273,15 @@ def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Uni
     return layer, units, distributed.once(fit)
 
 
-def _fit(
-    pool: Forward, trusted: Forward | None, answers: Answers, layer: Head, seed: int, own: Bool[np.ndarray, " n"]
-) -> HeadStart:
+def _fit(pool: Forward, answers: Answers, layer: Head, seed: int, own: Bool[np.ndarray, " n"]) -> HeadStart:
     assert pool.features is not None
     assert pool.logits is not None
-    for forward in (pool, trusted):
-        if forward is not None:
-            require_finite(torch.from_numpy(forward.loss))
+    require_finite(torch.from_numpy(pool.loss))
     class_weights, rows = answers.class_weights, np.flatnonzero(own)
     classes = pool.labels[rows] if answers.link == "softmax" else np.zeros(len(rows), np.int64)
     some, weights = rows_to_fit(classes, ROWS_TO_FIT)
     chosen = rows[some]
-    options: dict[str, Any] = {
-        "link": answers.link,
-        "width": layer.linear.out_features,
-        "intercept": layer.linear.bias is not None,
-        "class_weights": None if class_weights is None else class_weights.numpy(force=True),
-        "rng": lambda: stream("head folds", seed),
-    }
-    start = fit_start(
+    return fit_start(
         pool.features[chosen].astype(np.float32),
         pool.labels[chosen],
         # Plain, as the fit's: training's own loss may be smoothed or weighted.
@@ -301,12 +289,12 @@ def _fit(
         dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
         activation=layer.activation,
         weights=weights,
-        **options,
+        link=answers.link,
+        width=layer.linear.out_features,
+        intercept=layer.linear.bias is not None,
+        class_weights=None if class_weights is None else class_weights.numpy(force=True),
+        rng=lambda: stream("head folds", seed),
     )
-    if trusted is None or len(trusted.labels) < LEAST_TRUSTED:
-        return start
-    of_trusted = fit_trusted(start, features_with(start, trusted, layer), trusted, **options)
-    return of_trusted if of_trusted.replaces else start
 
 
 def fit_start(
@@ -336,19 +324,6 @@ def fit_start(
     fit = fit_head(features, targets, **options, weights=weights, groups=groups, other=outputs, rng=rng())
     present, dense = float(np.average(losses, weights=fit.weights)), whitening if fit.of_other else None
     return HeadStart(fit, present, fit.better_than(losses), dense, scale=scale_of(link, intercept))
-
-
-def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
-    """Fit a head on trusted rows alone; it replaces `start`'s if it predicts them better by 2 standard errors."""
-    link: Link = options["link"]
-    present = start.fit.head.logits(features) if start.replaces else trusted.logits
-    assert present is not None
-    rng = options.pop("rng")
-    fit = fit_head(features, trusted.labels, **options, rng=rng())
-    losses = row_losses(present.astype(np.float64), trusted.labels, link)
-    dense = start.dense if start.replaces else None  # as for the features
-    scale = scale_of(link, options["intercept"])
-    return HeadStart(fit, float(losses.mean()), fit.better_than(losses), dense, trusted=True, scale=scale)
 
 
 def scale_of(link: Link, intercept: bool) -> float:

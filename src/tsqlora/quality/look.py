@@ -128,15 +128,16 @@ def _density_ratio(request: LookRequest, started: Started) -> tuple[np.ndarray |
 
 
 def _judged(request: LookRequest, started: Started) -> Judgement | None:
-    """Judge the classes of the rows that equal no trusted row; None where no class can be judged."""
-    pool, own = started.pool, ~request.twins
-    parts = [part if own.all() else part[own] for part in (pool.features, pool.mean) if part is not None]
+    """Judge the classes of the rows that are in a fit; None where no class can be judged."""
+    pool, own = started.pool, ~(request.twins | started.held)
     labels = pool.labels[own]
     counts = np.bincount(labels)
-    if not parts or len(labels) < FOLDS or (counts > 0).sum() < 2 or counts.max() < FEWEST:
+    if (pool.features is None and pool.mean is None) or len(labels) < FOLDS:
+        return None
+    if (counts > 0).sum() < 2 or counts.max() < FEWEST:
         return None
     assert pool.logits is not None
-    return judge(np.concatenate(parts, axis=1, dtype=np.float32), labels, pool.logits.shape[1])
+    return judge(_features(pool, own), labels, pool.logits.shape[1])
 
 
 def _scores(
@@ -149,12 +150,18 @@ def _scores(
     why_not: str | None,
     why_even: str,
 ) -> Scores:
-    rows, task, pool, logits, own = request.rows, request.task, started.pool, started.logits, ~request.twins
+    rows, task, pool, logits, held = request.rows, request.task, started.pool, started.logits, started.held
+    own = ~(request.twins | held)
     unseen = _unseen(started, task, own)
     predicting = logits if unseen is None else unseen
+    wrong, p_wrong = np.zeros(len(pool.labels), dtype=bool), np.zeros(len(pool.labels))
     if judgement is not None and predicting is not None:
         predicting = predicting.copy()  # the terms are of the head that training begins with
-        predicting[own] = judgement.logits
+        predicting[own], wrong[own], p_wrong[own] = judgement.logits, judgement.left_out, judgement.p_wrong
+        if held.any():
+            assert judgement.verdict is not None
+            predicting[held], p_wrong[held] = judgement.verdict.of(_features(pool, held), pool.labels[held])
+            wrong[held] = judgement.evident & (p_wrong[held] > judgement.verdict.doubt[pool.labels[held]])
     scores = from_terms(
         _terms(columns, pool, logits, rule, task),
         labels=pool.labels,
@@ -180,16 +187,20 @@ def _scores(
     if why_even:
         how = "all rows are drawn evenly" if scores.even else "the other terms draw the rows"
         scores = scores.noted(gate={"name": "density ratio", "why_not": f"{why_even}: {how}"})
-    if not own.all():
-        scores = scores.drop(~own, "trusted row")
+    if request.twins.any():
+        scores = scores.drop(request.twins, "trusted row")
     if judgement is not None:
-        wrong, p_wrong = np.zeros(len(scores), dtype=bool), np.zeros(len(scores))
-        wrong[own], p_wrong[own] = judgement.left_out, judgement.p_wrong
         scores = scores.noted(noise=judgement.to_dict())
         if judgement.evident:
             scores = replace(scores, predictions={**scores.predictions, "wrong_probability": p_wrong})
         scores = scores.drop(wrong, "confident negative") if wrong.any() else scores
-    return scores
+    return scores.drop(held, "held out") if held.any() else scores
+
+
+def _features(pool: Forward, rows: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "m d"]:
+    """Return what the judge reads of these rows."""
+    parts = [part if rows.all() else part[rows] for part in (pool.features, pool.mean) if part is not None]
+    return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:

@@ -29,6 +29,7 @@ WHY = {
     "cut answer": "the answer stops in the middle",
     "unfit answer": "the answer looks like those with a planted fault",
     "unseen class": "its label is no class of the look",
+    "held out": "held out until the question whether the pool contradicts the trusted rows",
 }
 """Each of REASONS in plain words; all but the first explain why a row is dropped."""
 
@@ -97,7 +98,7 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     if why is not None:
         raise DataError(f"{why}; name the file of the rows: --data FILE")
     samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
-    left_out = int((~scores.kept[wrong]).sum())
+    left_out = int((~(scores.kept | scores.left_out_as("held out"))[wrong]).sum())
     counts = {"likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out}
     return {**samples, **counts, "kind": _kind(scores), "even": scores.even, "evident": evident(scores)}
 

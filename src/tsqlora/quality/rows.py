@@ -55,6 +55,8 @@ def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> l
 
 LABELS = ("label", "labels", "label_ids")
 BESIDE_TOKENS = (*LABELS, "input_ids", "attention_mask", "token_type_ids")
+REVIEWED_AS = "reviewed_as"
+"""The field of a trusted row that says why it was reviewed: as a "suspect", or drawn at random as a "check"."""
 NUMBERS = ("idx", "id", "index")
 """Columns that number the rows of public data sets: two rows of one input have different numbers."""
 
@@ -66,7 +68,7 @@ def input_of(row: Any) -> tuple[Any, ...] | None:
     if "content" in row:  # a file: two copies have different paths
         return content_of({"content": row["content"]})
     if "input_ids" not in row:
-        inputs = {name: value for name, value in row.items() if name not in LABELS}
+        inputs = {name: value for name, value in row.items() if name not in (*LABELS, REVIEWED_AS)}
         return content_of({name: value for name, value in inputs.items() if name not in NUMBERS} or inputs)
     prompt = prompt_of(row)
     beside = {name: value for name, value in row.items() if name not in BESIDE_TOKENS and _is_input(value)}
@@ -105,16 +107,24 @@ def has_answer(row: Any) -> bool:
 
 
 def content_of(row: Any) -> tuple[Any, ...] | None:
-    """Return a row's numbers and texts as a hashable value; None where they have none."""
+    """Return a row's numbers and texts as a hashable value; None where they have none.
+
+    Numbers are of one width, so that rows that were tokenised into int32 equal those in int64.
+    """
     if not isinstance(row, Mapping):
         return None
     try:
-        values = [(str(name), np.asarray(value)) for name, value in sorted(row.items())]
+        values = [(str(name), _canonical(np.asarray(value))) for name, value in sorted(row.items())]
     except (TypeError, ValueError, RuntimeError):  # ragged, or on another device
         return None
     if any(value.dtype == object for _, value in values):
         return None
     return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
+
+
+def _canonical(value: np.ndarray) -> np.ndarray:
+    wide = {"i": np.int64, "u": np.int64, "f": np.float64}.get(value.dtype.kind)
+    return value if wide is None else value.astype(wide)
 
 
 def lengths_of(dataset: Dataset) -> Sequence[int]:

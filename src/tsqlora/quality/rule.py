@@ -213,6 +213,8 @@ class LookRequest:
     """Rows that represent what the model should be good at."""
     excluded: Bool[np.ndarray, " n"] | None = None
     """Rows with the input of a trusted row; they are not drawn."""
+    asks: bool = False
+    """Whether to hold rows out of every fit for the question to the pool (`quality/question.py`)."""
     first: Scores | None = None
     """Scores of the run's first look, for a later one, which judges no labels."""
 

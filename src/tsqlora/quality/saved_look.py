@@ -180,7 +180,8 @@ def save_look(
             "not_ready": None if look is None else look.why_not,
             "rows": len(scores),
             "kept": int(scores.kept.sum()),
-        },
+        }
+        | scores.counted("held out"),
         "cost": {} if look is None else {"look": asdict(look.cost)},
     }
     verdict = None if look is None else look.verdict

@@ -22,7 +22,7 @@ JSON = Mapping[str, Any]
 
 REASONS = (
     *("kept", "duplicate", "outlier", "confident negative", "trusted row", "swapped pair"),
-    *("foreign answer", "cut answer", "unfit answer", "unseen class"),
+    *("foreign answer", "cut answer", "unfit answer", "unseen class", "held out"),
 )
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits", "wrong_probability")
@@ -164,6 +164,10 @@ class Scores:
     def dropped(self) -> dict[str, int]:
         """Number of dropped rows by reason."""
         return {REASONS[code]: n for code, n in enumerate(np.bincount(self.reason_codes).tolist()) if code and n}
+
+    def counted(self, reason: str) -> dict[str, int]:
+        """Number of rows that are dropped for this reason, by its name; empty for none."""
+        return {reason.replace(" ", "_"): n} if (n := self.dropped.get(reason)) else {}
 
     def left_out_as(self, reason: str) -> np.ndarray:
         """Whether each row is dropped for this reason."""

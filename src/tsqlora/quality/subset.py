@@ -1,19 +1,21 @@
 """QualitySubset: the part of a data set that an epoch trains on, and trusted rows."""
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import same_randomness
 from tsqlora.quality.epochs import EpochPlan
+from tsqlora.quality.rows import REVIEWED_AS, content_of, has_answer, input_of, lengths_of
 from tsqlora.quality.rows import Dataset as Rows
-from tsqlora.quality.rows import content_of, has_answer, input_of, lengths_of
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -30,7 +32,9 @@ class QualitySubset(Dataset[Any]):
         fraction: share of its rows per epoch, 0 < fraction ≤ 1.
         seed: of the draws and their order; by default 0, and in a Trainer with a callback its TrainingArguments.seed.
         trusted: checked rows of the kind that the model must handle well, in the format of the data set; about 100 are
-            enough. They do not change the length of an epoch. With QualityCallback a run trains on them last.
+            enough. They do not change the length of an epoch. With QualityCallback a run trains on them last if the
+            pool contradicts them. Of rows that `tsqlora apply` wrote, the field
+            `reviewed_as` says which were suspects: hard rows, which the question leaves out.
         resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; they group rows of similar length, for a
             Trainer that samples sequentially.
@@ -78,7 +82,9 @@ class QualitySubset(Dataset[Any]):
         if lengths is not None and len(self.trusted):
             self.lengths = [*lengths, *lengths_of([self.trusted[j] for j in range(len(self.trusted))])]
         self.trusted_hash = hash_of(self.trusted)
-        """Of the trusted rows, 16 hex digits; None without trusted rows."""
+        """Of the trusted rows, 16 hex digits; None without trusted rows, and where they differ at each reading."""
+        self.suspects = suspects_of(self.trusted)
+        """Which trusted rows were reviewed because they seemed wrong: hard ones, which answer no question."""
         self.task: Task | None = None
         """The task that QualityCallback was given; first ranks use its loss, too."""
         self.drawn_by: str | None = None
@@ -140,30 +146,51 @@ class QualitySubset(Dataset[Any]):
         self.drawn_by = by
         self._draw(epoch)
 
+    def answer(self, *, contradicted: bool) -> None:
+        """Set the answer of the pool, also for the loader's workers, which have read no row behind the question."""
+        self.plan = replace(self.plan, contradicted=contradicted)
+        self.places.copy_(torch.from_numpy(self.draw(self.epoch)))
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The rows of the epoch, in training order."""
+        return self.places.numpy()
+
     def _draw(self, epoch: int) -> None:
-        self.epoch, self.indices = epoch, self.draw(epoch)
+        self.epoch, self.places = epoch, torch.from_numpy(self.draw(epoch))
+        if self.plan.asks is not None:
+            self.places.share_memory_()
 
     def draw(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch in training order; trusted rows are numbered after the data set's."""
-        rows, trusted = self.plan.from_pool(epoch), self.plan.from_trusted(epoch)
-        if self.plan.trusted_from is None:
-            rows, trusted = np.concatenate([rows, trusted]), trusted[:0]
         rng = stream("epoch order", self.plan.seed, epoch)
-        if self.lengths is None or self.batch_size is None or len(rows) == 0:
-            order = rng.permutation(len(rows))
-        else:
-            order = bucketed_order([self.lengths[row] for row in rows], batch_size=self.batch_size, rng=rng)
-        return np.concatenate([rows[order], trusted])
+        return np.concatenate([self._ordered(rows, rng) for rows in self.plan.parts(epoch)])
+
+    def _ordered(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if len(rows) == 0 or rows.min() >= self.plan.rows:  # trusted rows alone have their order
+            return rows
+        if self.lengths is None or self.batch_size is None:
+            return rows[rng.permutation(len(rows))]
+        return rows[bucketed_order([self.lengths[row] for row in rows], batch_size=self.batch_size, rng=rng)]
 
 
 def hash_of(rows: Rows) -> str | None:
-    """Return a hash of the rows, 16 hex digits; None without rows."""
-    digest = hashlib.sha256()
-    # A random transform, as augmentation is, must give the same rows to a resumed run.
-    with same_randomness(seed=0):
-        for j in range(len(rows)):
-            digest.update(repr(content_of(rows[j])).encode())
-    return digest.hexdigest()[:16] if len(rows) else None
+    """Return a hash of the rows, 16 hex digits; None without rows, and where a transform draws by its own generator."""
+
+    def digest() -> str | None:
+        # A random transform, as augmentation is, must give the same rows to a resumed run.
+        with same_randomness(seed=0):
+            some = [content for j in range(len(rows)) if (content := content_of(rows[j])) is not None]
+        return hashlib.sha256(repr(some).encode()).hexdigest()[:16] if some else None
+
+    once = digest()
+    return once if once == digest() else None
+
+
+def suspects_of(rows: Rows) -> np.ndarray:
+    """Return which rows were reviewed as suspects."""
+    marks = (row.get(REVIEWED_AS) if isinstance(row, Mapping) else None for row in _alike(rows))
+    return np.array([mark == "suspect" for mark in marks], dtype=np.bool_)
 
 
 PLACES = 64
@@ -190,10 +217,12 @@ def equals(dataset: Rows, others: Rows) -> np.ndarray | None:
     """Return which rows have the same input as one of the others, whatever the label; None where none has.
 
     A prompt to which the others have several answers, such as "Write a headline", makes a row the same by its answer.
+    Tables of `datasets` are read without their transform, and other rows with the same random numbers each.
     """
+    plain = all(hasattr(rows, "with_format") for rows in (dataset, others))
     answers = dict[Any, set[Any]]()
-    for j in range(len(others)):
-        answers.setdefault(input_of(others[j]), set()).add(content_of(others[j]))
+    for row in _alike(others, plain=plain):
+        answers.setdefault(input_of(row), set()).add(content_of(row))
     answers.pop(None, None)
     if not answers:
         return None
@@ -202,5 +231,23 @@ def equals(dataset: Rows, others: Rows) -> np.ndarray | None:
         theirs = answers.get(input_of(row), set())
         return bool(theirs) and (len(theirs) == 1 or not has_answer(row) or content_of(row) in theirs)
 
-    mask = np.array([same(dataset[j]) for j in range(len(dataset))])
+    mask = np.array([same(row) for row in _alike(dataset, plain=plain)])
     return mask if mask.any() else None
+
+
+def inputs_of(dataset: Rows) -> np.ndarray:
+    """Return a number for the input of each row, the same for copies, whatever the label."""
+    numbers = dict[Any, int]()
+    inputs = ((j, input_of(row)) for j, row in enumerate(_alike(dataset)))
+    return np.array([numbers.setdefault(j if row is None else hash(row), j) for j, row in inputs], dtype=np.int64)
+
+
+def _alike(rows: Rows, *, plain: bool = True) -> Iterator[Any]:
+    """Yield the rows; where a transform draws random numbers, the same ones for each, and of a `plain` table none."""
+    table: Any = rows
+    rows = table.with_format(None) if plain and hasattr(rows, "with_format") else rows
+    random = len(rows) > 0 and content_of(rows[0]) != content_of(rows[0])
+    for j in range(len(rows)):
+        with same_randomness(seed=0) if random else nullcontext():
+            row = rows[j]
+        yield row

@@ -1,17 +1,12 @@
 """What the runs of a comparison say together: means over seeds, differences from LoRA, and verdicts."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from tsqlora.errors import DataError
-from tsqlora.files import reading
 from tsqlora.reports.metrics import lower_is_better
-from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.run_dir import CONFIG_FILE
+from tsqlora.training.record import RunRecord
 
 COMPARISON_FILE = "comparison.json"
 CONFIDENCE = 0.95
@@ -124,22 +119,6 @@ class Method:
         return {run.seed: run.metrics[measured_on(run)][metric] for run in self.trained}
 
     @property
-    def phases(self) -> dict[str, float]:
-        """Mean seconds of each phase but the evaluation."""
-        names = dict.fromkeys(phase for run in self.trained for phase in run.cost if phase != "evaluation")
-        return {n: sum(r.cost[n].seconds for r in self.trained if n in r.cost) / len(self.trained) for n in names}
-
-    @property
-    def seconds(self) -> float:
-        return math.fsum(map(seconds_of, self.trained)) / len(self.trained)
-
-    @property
-    def passes(self) -> float:
-        """Rows forward plus twice the rows backward: cost, whatever the machine."""
-        costs = (cost for run in self.trained for phase, cost in run.cost.items() if phase != "evaluation")
-        return sum(cost.forward + 2 * cost.backward for cost in costs) / len(self.trained)
-
-    @property
     def steps(self) -> int:
         return max(run.plan["steps"] for run in self.trained)
 
@@ -232,108 +211,3 @@ def short(commit: str) -> str:
     ('0123456789ab-dirty', 'an installed package')
     """
     return commit if " " in commit else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
-
-
-# ------------------------------------------------------------------------------- its directory
-
-
-class Tried(NamedTuple):
-    """A learning rate of a sweep with its validation metric, None if the training failed."""
-
-    method: str
-    rate: float
-    value: float | None
-    chosen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All values of a page; `about` are the command's arguments."""
-
-    name: str
-    about: Mapping[str, Any]
-    methods: list[Method]
-    sweep: list[Tried]
-    """Every learning rate of the sweep with the first seed; empty if no method had a choice."""
-    settings: str
-    """Of the first run."""
-
-    @property
-    def metric(self) -> str:
-        return self.about["metric"]
-
-    @property
-    def runs(self) -> list[RunRecord]:
-        return [run for method in self.methods for run in method.runs]
-
-    @property
-    def split(self) -> str:
-        return next((measured_on(method.trained[0]) for method in self.worked), "test")
-
-    @property
-    def reference(self) -> Method:
-        return next((method for method in self.methods if method.verdict == "the reference"), self.methods[0])
-
-    @property
-    def worked(self) -> list[Method]:
-        """Methods with at least one successful seed."""
-        return [method for method in self.methods if method.trained]
-
-    @property
-    def others(self) -> list[Method]:
-        """Successful methods other than the reference."""
-        return [method for method in self.worked if method is not self.reference]
-
-    @property
-    def seconds(self) -> float:
-        return sum(seconds_of(run) for method in self.worked for run in method.trained)
-
-    @property
-    def chosen_on_shown(self) -> bool:
-        """Whether the shown rows also chose the learning rates."""
-        return bool(self.sweep) and not any("test" in run.metrics for run in self.runs)
-
-
-def is_comparison(directory: Path) -> bool:
-    """Whether the directory belongs to `tsqlora compare`."""
-    return (directory / COMPARISON_FILE).exists()
-
-
-def gather_comparison(directory: Path) -> Comparison:
-    """Read the runs that comparison.json names, and those of its sweep.
-
-    Raises DataError if the comparison is incomplete or damaged.
-    """
-    path = directory / COMPARISON_FILE
-    reading(path)
-    try:
-        about = dict(json.loads(path.read_text(encoding="utf-8")))
-        runs = [RunRecord.load(directory / Path(name).name) for name in about["runs"]]
-        every = [RunRecord.load(file.parent) for file in sorted(directory.glob(f"*/{RECORD_FILE}"))]
-        methods = methods_of(runs, about["metric"])
-        config = directory / Path(about["runs"][0]).name / CONFIG_FILE
-        reading(config)
-        return Comparison(
-            name=directory.resolve().name,
-            about={name: about[name] for name in ("metric", "equal", "seeds", "sweep", "rates")},
-            methods=methods,
-            sweep=_tried(methods, every, about),
-            settings=config.read_text(encoding="utf-8"),
-        )
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, DataError) as error:
-        raise DataError(
-            f"{directory}: {COMPARISON_FILE} or a run is missing or damaged ({type(error).__name__}: {error}); "
-            "run its compare command again"
-        ) from None
-
-
-def _tried(methods: Sequence[Method], every: Sequence[RunRecord], about: Mapping[str, Any]) -> list[Tried]:
-    tried: list[Tried] = []
-    for method in methods:
-        of = [run for run in every if run.compared and name_of(run) == method.name]
-        for run in sorted(of, key=lambda run: run.compared["learning_rate"]):
-            rate = run.compared["learning_rate"]
-            if run.seed == about["seeds"][0] and rate in about["sweep"]:
-                value = run.metrics.get("validation", {}).get(about["metric"])
-                tried.append(Tried(method.name, rate, value, rate in method.learning_rates))
-    return tried if len(tried) > len({t.method for t in tried}) else []

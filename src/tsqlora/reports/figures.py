@@ -18,12 +18,12 @@ from tsqlora.quality.scores import Scores
 from tsqlora.ranks.moves import RankEvent, layer_places
 from tsqlora.reports.metrics import words
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
+BLUE, ORANGE, GREEN = "#0072b2", "#c44e00", "#007f5f"
 GREY = "#5f6b7a"
 INK = "#17202d"
 SCALE = ("#f6f7e4", "#d3ecc4", "#93d3c2", "#52b2cf")
 """Colours of maps, from 0 up; text in INK is readable on all."""
-DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", PURPLE: "#d7a0ea"}
+DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a"}
 DARK |= {GREY: "#a4b0bf", INK: "#ffffff"}
 DARK |= dict(zip(SCALE, ("#222e3b", "#24475f", "#286086", "#2d78a8"), strict=True))
 _METRICS, _DASHES = (BLUE, ORANGE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash")

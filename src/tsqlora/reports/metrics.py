@@ -16,27 +16,24 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def value_of(metric: str, value: float, half: float | None = None) -> str:
-    """Format a value, with the half width of its interval if present.
+def value_of(metric: str, value: float) -> str:
+    """Format a value.
 
     >>> value_of("accuracy", 0.8125), value_of("matthews", 0.8125)
     ('81.2%', '0.812')
-    >>> value_of("accuracy", 0.8125, 0.01)
-    '81.2 ± 1.0%'
     """
-    return _shown(metric, value, half, "", "%")
+    return _shown(metric, value, "", "%")
 
 
-def gain_of(metric: str, value: float, half: float | None = None) -> str:
-    """Format a difference with its sign, and the half width of its interval if present.
+def gain_of(metric: str, value: float) -> str:
+    """Format a difference with its sign.
 
-    >>> gain_of("accuracy", -0.0001, 0.01), gain_of("pearson", 0.02)
-    ('+0.0 ± 1.0 points', '+0.020')
+    >>> gain_of("accuracy", -0.0001), gain_of("pearson", 0.02)
+    ('+0.0 points', '+0.020')
     """
-    return _shown(metric, value, half, "+z", " points")
+    return _shown(metric, value, "+z", " points")
 
 
-def _shown(metric: str, value: float, half: float | None, sign: str, unit: str) -> str:
+def _shown(metric: str, value: float, sign: str, unit: str) -> str:
     scale, digits, unit = (100, 1, unit) if as_points(metric) else (1, 3, "")
-    interval = "" if half is None else f" ± {scale * half:.{digits}f}"
-    return f"{scale * value:{sign}.{digits}f}{interval}{unit}"
+    return f"{scale * value:{sign}.{digits}f}{unit}"

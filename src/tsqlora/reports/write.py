@@ -1,4 +1,4 @@
-"""Write report.html for the run or comparison in a directory."""
+"""Write report.html for the run in a directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from pathlib import Path
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_text, writing
-from tsqlora.reports.comparison import gather_comparison, is_comparison
+from tsqlora.reports.comparison import COMPARISON_FILE
 from tsqlora.reports.page import plotly_script
-from tsqlora.training.run_dir import CONFIG_FILE
 
 REPORT_FILE = "report.html"
 
@@ -28,12 +27,11 @@ class Report:
 
 
 def report(directory: str | Path, *, texts: Sequence[str] | None = None, control: str | Path | None = None) -> Report:
-    """Write report.html into the directory of a training, a run or a comparison, and show it in a notebook.
+    """Write report.html into the directory of a training, and show it in a notebook.
 
         tsq.report("out", texts=dataset["text"])
 
-    The directory is the `output_dir` of a Trainer with QualityCallback or RankCallback, a run of `tsqlora train`, or
-    of `tsqlora compare`.
+    The directory is the `output_dir` of a Trainer with QualityCallback or RankCallback, or a run of `tsqlora train`.
 
     Args:
         texts: texts of the scored rows, in their order; a run of `tsqlora train` needs none.
@@ -51,31 +49,27 @@ def write_report(
     control: Path | None = None,
     texts: Sequence[str] | None = None,
 ) -> Path:
-    """Write the report of a run or comparison, by default into its directory, and return the path.
+    """Write the report of a run, by default into its directory, and return the path.
 
     `control` and `texts` as in `report`.
 
-    Raises SettingsError if plotly is missing, the file cannot be written, or a comparison has a control, DataError if
-    the directory cannot be read.
+    Raises SettingsError if plotly is missing, the file cannot be written, or the directory is that of a comparison,
+    DataError if the directory cannot be read.
     """
     script = plotly_script()
     # These import plotly; the line above has a better message than an ImportError.
-    from tsqlora.reports.comparison_page import comparison_page
-    from tsqlora.reports.gather import control_of, gather, read_config, read_scores
+    from tsqlora.reports.gather import control_of, gather, read_scores
     from tsqlora.reports.run_page import run_page
 
     place = directory / REPORT_FILE if out is None else out
     with writing(place):
-        if is_comparison(directory):
-            if control is not None:
-                raise SettingsError(f"{directory} is a comparison, which takes no control; leave it out")
-            if (directory / CONFIG_FILE).exists():
-                read_config(directory / CONFIG_FILE)
-            page = comparison_page(gather_comparison(directory), script)
-        else:
-            other = None if control is None else control_of(control)
-            run = gather(directory, control=other, read=partial(read_scores, texts=texts))
-            page = run_page(run, script)
+        if (directory / COMPARISON_FILE).exists():
+            raise SettingsError(
+                f"{directory} is a comparison, whose table `tsqlora compare` prints; name one of its runs, as in "
+                f"{next(directory.glob('*+*'), directory)}"
+            )
+        other = None if control is None else control_of(control)
+        page = run_page(gather(directory, control=other, read=partial(read_scores, texts=texts)), script)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page, private=True)

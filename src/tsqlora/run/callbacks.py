@@ -7,6 +7,7 @@ import numpy as np
 
 from tsqlora.data.table import Samples
 from tsqlora.progress import Progress
+from tsqlora.quality.rows import REVIEWED_AS
 from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.subset import QualitySubset
@@ -21,7 +22,7 @@ from tsqlora.training.rank_callback import RankCallback
 def subset(job: Job, fraction: float) -> QualitySubset:
     """The training rows, with this share of them in an epoch."""
     samples, training = job.train.samples, job.config.training
-    return QualitySubset(
+    data = QualitySubset(
         samples,
         fraction,
         training.seed,
@@ -30,6 +31,10 @@ def subset(job: Job, fraction: float) -> QualitySubset:
         lengths=samples.lengths,
         batch_size=training.batch_size,
     )
+    if "trusted" in job.data:
+        marks = {row.id: row.cells.get(REVIEWED_AS) == "suspect" for row in job.data["trusted"]}
+        data.suspects = np.array([marks.get(int(id), False) for id in job.data["trusted"].samples.ids], dtype=np.bool_)
+    return data
 
 
 def scoring_rule(config: Config) -> ScoringRule:

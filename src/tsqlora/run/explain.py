@@ -1,6 +1,5 @@
 """Explain why training rows were drawn, left out or suspected, from a run or a file of scores."""
 
-from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,7 +12,7 @@ from tsqlora.quality.reasons import explain, explain_row, place_of
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.training.quality_callback import SCORES_FILE, first_scores
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record import RunRecord, question_in_words
 from tsqlora.training.run_dir import CONFIG_FILE, is_run
 
 
@@ -24,8 +23,11 @@ def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[
     """
     scores = _load(source)
     explained = explain_row(scores, row, data=data)
-    draws = draws_of(source, scores) if source.is_dir() and is_run(source) else None
-    if draws is None:
+    if not (source.is_dir() and is_run(source)):
+        return explained
+    if explained["reason"] in ("trusted row", "held out"):
+        explained["question"] = question_in_words(RunRecord.load(source).quality.get("question") or {})
+    if (draws := draws_of(source, scores)) is None:
         return explained
     place = place_of(scores, row)
     return {**explained, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
@@ -45,7 +47,7 @@ def _load(source: Path) -> Scores:
 
 
 def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
-    """The pool's rows in each epoch of a run; None for a run of a version without looks.
+    """The rows in each epoch of a run, trusted ones behind the pool's; None for a run of a version without looks.
 
     `scores` are the run's last ones.
     """
@@ -53,7 +55,7 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
     quality = record.quality
     if "looks" not in quality:
         return None
-    twins, trusted_from = scores.left_out_as("trusted row"), quality.get("trusted_from")
+    twins, question = scores.left_out_as("trusted row"), quality.get("question") or {}
     plan = EpochPlan(
         len(scores),
         config.quality.fraction,
@@ -61,11 +63,12 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
         config.quality.resample,
         trusted=quality["trusted_rows"],
         excluded=twins if twins.any() else None,
-        trusted_from=None if trusted_from is None else tuple(trusted_from),
+        asks=tuple(question["from"]) if "from" in question else None,
+        contradicted=question.get("contradicted", False),
         awaits_scores=True,
-    )
+    ).holding_out(scores)
     plans, first = {0: plan}, first_scores(run / SCORES_FILE)
     for one in ([Scores.load(first)] if first.exists() else []) + [scores]:
         epoch = one.record.epoch or 0
-        plans[epoch] = plan if one.record.not_ready else replace(plan, scores=one, scored_epoch=epoch)
-    return [plans[max(e for e in plans if e <= epoch)].from_pool(epoch) for epoch in range(record.plan["epochs"])]
+        plans[epoch] = plan if one.record.not_ready else plan.scored(one, epoch)
+    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(record.plan["epochs"])]

@@ -22,11 +22,13 @@ from tsqlora.files import parents_of, write_text, writing
 from tsqlora.progress import Progress
 from tsqlora.quality.apply import columns_of_rows, scores_of_rows
 from tsqlora.quality.look import look as take
+from tsqlora.quality.question import why_unasked
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
 from tsqlora.quality.score import scoring_request
 from tsqlora.quality.scores import Scores
+from tsqlora.quality.subset import suspects_of
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.finished import device_of
@@ -84,6 +86,15 @@ def look(
         compute=compute or Compute(),
         trusted=trusted,
     )
+    if trusted is not None and request.rule.select:
+        about = (
+            trusted,
+            suspects_of(trusted),
+            request.task,
+            distributed.unwrapped(model),
+            request.collate,
+        )
+        request = replace(request, asks=why_unasked(*about) is None)
     answers, judges, result = AnswerLook([]), dict[str, np.ndarray](), None
     if request.task.reading.causal and getattr(processing_class, "is_fast", False):
         inner = cast(Any, distributed.unwrapped(model))

@@ -46,7 +46,7 @@ def select(
 
     Texts are drawn by how much likelier they are among the trusted rows than in the pool, by their hidden states,
     preference pairs evenly. Call it before you build an SFTTrainer or DPOTrainer, and train on the result and the
-    trusted rows: on texts and pairs together, else on the trusted rows last. The model stays unchanged.
+    trusted rows. The model stays unchanged.
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with

@@ -19,6 +19,7 @@ from tsqlora.data.table import Table
 from tsqlora.data.write import corrected_name, without_formulas, write_corrected, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.files import reading, writing
+from tsqlora.quality.rows import REVIEWED_AS
 from tsqlora.run.audit import AUDIT_FILE, source_digest
 from tsqlora.run.config.settings import TaskSettings
 
@@ -47,6 +48,8 @@ class Reviewed:
 
 def apply_review(table: Path, out: Path | None = None, *, encoding: str | None = None) -> dict[str, Any]:
     """Write corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
+
+    The field `reviewed_as` of a trusted row is "suspect", or "check" where it was drawn at random.
 
     Rows of images or recordings become corrected.jsonl, with absolute paths. `encoding` is that of the table, if it is
     not UTF-8; None is the audit's.
@@ -90,7 +93,9 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
     folder.mkdir(parents=True, exist_ok=True)
     write_corrected(source, corrected, changed)
     whole = [row for row in new if row not in unread]
-    write_rows(trusted, [rows[row] | new[row] for row in whole or new])
+    # The loss of suspects, which are hard rows, does not show what the pool teaches.
+    kinds = {one.row: "check" if one.is_check else "suspect" for one in reviewed}
+    write_rows(trusted, [rows[row] | new[row] | {REVIEWED_AS: kinds[row]} for row in whole or new])
     partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(new)} that are reviewed in part"
     return {
         "out": str(folder),

@@ -25,9 +25,9 @@ MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 1
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
-STATE_VERSION = 4
-"""Of the callbacks' files. 4: labels are judged once, and trusted rows come last; 3: a look before the first step, in
-place of a warm-up; 2: draws from named streams."""
+STATE_VERSION = 5
+"""Of the callbacks' files. 5: the question to the pool; 4: labels are judged once; 3: a look
+before the first step, in place of a warm-up; 2: draws from named streams."""
 NOTE = "tsqlora"
 """Our key in a Trainer's state."""
 

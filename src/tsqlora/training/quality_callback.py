@@ -1,40 +1,45 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
+import math
 import time
 import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
+from torch.utils.data import SequentialSampler, Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import carried
+from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, bars
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look, require_scorable
+from tsqlora.quality.question import LEAST_HELD_OUT, ask, why_unasked
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset, hash_of_some
+from tsqlora.quality.subset import QualitySubset, hash_of_some, inputs_of
 from tsqlora.quality.terms import TERMS
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
-from tsqlora.training.record import trusted_order
+from tsqlora.training.record import question_in_words
 from tsqlora.training.run_dir import SCORES_FILE
 from tsqlora.training.session import PartCallback, of_draws, require_subset
 from tsqlora.training.steps import EPOCH_ERROR, Schedule, epoch_of
-from tsqlora.training.trusted_last import come_last, jump, never_reached, read_in_order, stopped_early, too_few
 
 QUALITY_FILE = "tsqlora_quality.json"
 """The callback's state in a checkpoint, beside the scores, which are in another file."""
@@ -45,8 +50,10 @@ class QualityCallback(PartCallback):
 
     A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
     errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; the rule says how the
-    others are drawn. With trusted rows the run trains on the pool first, and on them last; texts, and rows that
-    lack a class, are mixed in. A run of several epochs measures Q again after a third of its steps.
+    others are drawn. With trusted rows the run trains on the pool first, without a tenth of it; then it asks by their
+    losses whether the pool contradicts the trusted rows. If so, it ends with these alone, else both are mixed in. From
+    the start texts, fewer than 32 rows, and rows that lack a class are mixed in. A run of several epochs measures Q
+    again after a third of its steps.
 
     Args:
         data: the Trainer's train_dataset.
@@ -89,7 +96,6 @@ class QualityCallback(PartCallback):
             self.saved.require_rule(self.rule)
         self._left_out: str | None = None
         self._written: weakref.ref[nn.Module] | None = None
-        self._lacking = 0
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
@@ -98,7 +104,7 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule, self._begun = Schedule(0, None, None, 0, 1), 0
+        self.schedule = Schedule(0, 0, 0, None, 0, 1, 0)
         self._rows_hash: str | None = None
         self._forget()
 
@@ -109,7 +115,8 @@ class QualityCallback(PartCallback):
         self._digest: str | None = None
         self._first: Scores | None = None
         self._answers: AnswerLook | None = None
-        self._jumped, self._left_out_steps = False, 0
+        self.question: dict[str, Any] | None = None
+        self._stopped = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         distributed.refuse_sharded_loading(kwargs["model"])
@@ -134,7 +141,7 @@ class QualityCallback(PartCallback):
                 "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
-        self.schedule, self._begun = Schedule.of(data, args, state, len(loader)), state.global_step
+        self.schedule = Schedule.of(data, args, state, len(loader))
         self._path = self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
@@ -152,23 +159,23 @@ class QualityCallback(PartCallback):
             require_options(saved["draws"], self._draws())
         elif looks:
             self._require_scorable(args, model, loader.collate_fn)
-        ends_trusted = self.rule.select and self.schedule.trusted_from is not None
-        if ends_trusted:
-            read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved["looks"]) < 2)
-        plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
-        last = ends_trusted and self._trusted_last(task, model, loader.collate_fn)
-        data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
-        data.task = self.task
         self._forget()
+        data.plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
+        if self.rule.select and len(data.trusted):
+            about = (data.trusted, data.suspects, task, model, self.collate or loader.collate_fn)
+            too_short = None if self.schedule.asks else f"a run of {state.max_steps} steps has none behind the question"
+            self._plan_question(why_unasked(*about) or too_short)
+        if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
+            read_in_order(loader, data)
+        data.task = self.task
         tokenizer = kwargs.get("processing_class")
         if task.reading.causal and getattr(tokenizer, "is_fast", False):
             answers = saved is None and self.saved is None
             self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=answers)
         if saved is not None:
             self._resume(saved)
-            if self._jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
-                state.epoch = state.global_step / self.schedule.epoch_steps
+            self._close_validation(state)
         elif self.saved is not None:
             self._use(self.saved)
         elif looks:
@@ -221,15 +228,6 @@ class QualityCallback(PartCallback):
         if self.rule.look_again and self.rule.select and not stays:
             self._look(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
 
-    def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        begins = self.data.plan.trusted_from is not None and state.global_step == self.schedule.trusted_step
-        if begins and args.load_best_model_at_end:
-            # Validation rows that look like the pool would choose a checkpoint from before the trusted rows.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            self._note(
-                f"the best checkpoint is one of the steps from {state.global_step} on, which train on trusted rows"
-            )
-
     def save_part(self, folder: Path) -> None:
         write_state(
             folder / QUALITY_FILE,
@@ -240,56 +238,104 @@ class QualityCallback(PartCallback):
                 "spent": {phase: asdict(cost) for phase, cost in self.spent.items()},
                 "draws": self._draws(),
                 "notes": self.notes,
-                "jumped": self._jumped,
+                "question": self.question,
             },
         )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if self._waits and state.global_step >= self.schedule.asks_step:
+            self._ask(args, state, self.schedule.trusted_step, **kwargs)
+        self._close_validation(state, control)
+        if state.global_step >= (self.question or {}).get("until_step", math.inf):
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS  # as the Trainer does at its last step
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, **kwargs)
+        self._stopped = control.should_training_stop  # before EarlyStoppingCallback has seen this evaluation
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
-        self._jump(args, state, control, kwargs)
+        self._ask_early(args, state, control, **kwargs)
+
+    def begin_save(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        self._ask_early(args, state, **kwargs)  # EarlyStoppingCallback may come after this callback
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_save(args, state, control, **kwargs)
-        self._jump(args, state, control, kwargs)  # EarlyStoppingCallback may come after this callback
+        self._close_validation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._jump(args, state, control, kwargs, epoch_ends=True)
+        self._ask_early(args, state, control, **kwargs)
         super().on_epoch_end(args, state, control, **kwargs)
+        self._close_validation(state, control)
 
-    def _jump(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        kwargs: Mapping[str, Any],
-        *,
-        epoch_ends: bool = False,
-    ) -> None:
-        if stopped_early(self.data, self.schedule, state, control):
-            at = state.global_step
-            self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
-            jump(self.data, self.schedule, args, state, control, kwargs["lr_scheduler"], epoch_ends=epoch_ends)
-            self._jumped, self._left_out_steps = True, state.global_step - at
-            carried(state).go_to(state.global_step)
+    @property
+    def _waits(self) -> bool:
+        """Whether the question to the pool is still to come."""
+        return self.question is None and self.data.plan.asks is not None
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The Trainer divides the sum of losses by steps, also by those that early stopping left out."""
-        if not self._left_out_steps or "loss" not in kwargs["logs"]:
+    def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where EarlyStoppingCallback has stopped the pool's steps, ask; contradicted, the epoch ends and R follows."""
+        at = state.global_step
+        evaluated = any(name.startswith("eval_") for log in state.log_history if log["step"] == at for name in log)
+        stopped = control.should_training_stop and not self._stopped and evaluated and stops_early(state)
+        if not (self._waits and stopped):
             return
-        logged = [entry["step"] for entry in state.log_history[:-1] if "loss" in entry]
-        steps = state.global_step - max([self._begun, *logged])
-        state.log_history[-1]["loss"] *= steps / (steps - self._left_out_steps)
-        kwargs["logs"]["loss"], self._left_out_steps = state.log_history[-1]["loss"], 0
+        between = abs((state.epoch or 0) - epoch_of(state)) < EPOCH_ERROR
+        self.data.plan = replace(self.data.plan, asks=(epoch_of(state) + (not between), 0))
+        question = self._ask(args, state, at, **kwargs)
+        if question["contradicted"]:
+            question["until_step"] = at + self.schedule.steps - self.schedule.trusted_step
+            control.should_training_stop, control.should_epoch_stop = False, True
+
+    def _ask(self, args: TrainingArguments, state: TrainerState, first: int, **kwargs: Any) -> dict[str, Any]:
+        """Ask the pool whether it contradicts the trusted rows; the answer decides the draws from this step on."""
+        start, data = time.perf_counter(), self.data
+        assert data.plan.held_out is not None
+        held = np.flatnonzero(data.plan.held_out)
+        rows, few = cast(Any, data.dataset), cast(Any, data.trusted)
+        trusted = Subset(few, np.flatnonzero(~data.suspects).tolist())
+        pool = Subset(rows, held[np.unique(inputs_of(Subset(rows, held.tolist())))].tolist())  # one of its copies
+        model: nn.Module = kwargs["model"]
+        request = self._request(args, model, kwargs["train_dataloader"].collate_fn, {})
+        task = self.task or task_of(model)  # plain: training's own loss may be smoothed
+        compute = replace(request.compute, workers=0, progress=None)
+        answer = ask(model, trusted, pool, request.collate, task, compute)
+        when = {"step": state.global_step, "from_step": first + 1, "from": list(data.plan.asks or ())}
+        self.question = {**when, **answer, "suspects": int(data.suspects.sum())}
+        data.answer(contradicted=answer["contradicted"])
+        self._spent["question"] = PhaseCost(time.perf_counter() - start, len(trusted) + len(pool))
+        words = question_in_words(self.question)
+        if answer["contradicted"] and args.load_best_model_at_end:
+            words += "; it keeps its last model, since validation rows that are like the pool would choose another"
+        if answer["contradicted"] and stops_early(state):
+            words += "; it does not evaluate in these steps, since such rows would stop it"
+        self._note(words)
+        return self.question
+
+    def _close_validation(self, state: TrainerState, control: TrainerControl | None = None) -> None:
+        """Where trusted rows come last, validation rows, which are like the pool, choose neither model nor end."""
+        if self.question is not None and self.question.get("contradicted"):
+            state.best_model_checkpoint = None
+            if control is not None:
+                control.should_evaluate &= not stops_early(state)
 
     def end(self, state: TrainerState) -> None:
-        if self.data.plan.trusted_from is None:
-            return
-        if not_reached := never_reached(self.schedule, state):
-            self._note(not_reached)
-        elif few := too_few(len(self.data.trusted)):
-            self.notes.append(few)
+        first = (self.question or {}).get("from_step", self.schedule.trusted_step + 1)
+        if self.data.plan.asks is not None and state.global_step < first:
+            none = f"training ended at step {state.global_step}, and trusted rows come from step {first} on: none was "
+            none += "trained on; train longer, or stop later"
+            if stops_early(state):
+                none += ", or name EarlyStoppingCallback before QualityCallback: then the question comes when it stops"
+            self.question = {**(self.question or {"from": list(self.data.plan.asks)}), "unasked": none}
+            self._note(none)
+        self.data.plan = replace(self.data.plan, asks=None)  # the next training has its own
 
     @property
     def spent(self) -> dict[str, PhaseCost]:
@@ -302,9 +348,13 @@ class QualityCallback(PartCallback):
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
         if len(data.trusted) and self.looks:
-            order = trusted_order(len(data.trusted), data.plan.trusted_from).removesuffix(".")
-            why = f": classes without a trusted row: {self._lacking}; with a row of each they come last"
-            notes.append(order + why * bool(self._lacking))
+            waits = {
+                "unasked": f"the question to the pool comes after step {self.schedule.asks_step}",
+                "from": list(data.plan.asks or ()),
+            }
+            quality["question"] = waits if self._waits else self.question
+            if self.question is not None and "why_not" in self.question:
+                notes.append(question_in_words(self.question))
             if twins is not None:
                 notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
         if scores is not None and noise is not None and noise["evident"]:
@@ -321,9 +371,20 @@ class QualityCallback(PartCallback):
         """Why the last look could not rank the rows; None if it could."""
         return self.looks[-1]["not_ready"] if self.looks else None
 
-    def _trusted_last(self, task: Task, model: nn.Module, collate: Collate) -> bool:
-        last, self._lacking = come_last(self.data.trusted, task, model, self.collate or collate)
-        return last
+    def _plan_question(self, why_not: str | None) -> None:
+        """Plan the question to the pool, or mix trusted rows in and say why."""
+        if why_not is None:
+            place = self.schedule.place_of(self.schedule.trusted_step)
+            self.data.plan = replace(self.data.plan, asks=place)
+        else:
+            self.data.plan, self.question = replace(self.data.plan, asks=None), {"why_not": why_not}
+
+    def _hold_out(self, scores: Scores, source: str = "the pool") -> None:
+        """Plan the rows that a look holds out; without enough of them trusted rows are mixed in."""
+        self.data.plan = plan = self.data.plan.holding_out(scores)
+        held = 0 if plan.held_out is None else int(plan.held_out.sum())
+        if plan.asks is not None and held < LEAST_HELD_OUT:
+            self._plan_question(f"{source} has {held} rows to hold out, and the question needs {LEAST_HELD_OUT}")
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -339,7 +400,14 @@ class QualityCallback(PartCallback):
     def _resume(self, saved: Mapping[str, Any]) -> None:
         self.looks, self._digest = saved["looks"], saved["scores_sha256"]
         self._spent = {phase: PhaseCost(**cost) for phase, cost in saved["spent"].items()}
-        self.notes, self._jumped = saved.get("notes", []), saved.get("jumped", False)
+        self.notes, self.question = saved.get("notes", []), saved["question"]
+        if (question := self.question) is not None:
+            plan = replace(self.data.plan, contradicted=question.get("contradicted", False))
+            place = tuple(question["from"]) if "from" in question else None
+            if "from_step" in question and (self.schedule.skipped or "until_step" in question):
+                # Its epochs had other steps than they have in the Trainer now.
+                place = self.schedule.place_of(question["from_step"] - 1)
+            self.data.plan = replace(plan, asks=place)
         if self._digest is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
@@ -349,6 +417,7 @@ class QualityCallback(PartCallback):
             what = "holds other scores than the run's" if paths else "is missing"
             raise DataError(f"cannot resume: {self._path} {what}; put it back, or start again")
         self._first = Scores.load(path)
+        self.data.plan = self.data.plan.holding_out(self._first)
         if saved["scored_epoch"] is not None:
             self.data.plan = self.data.plan.scored(self._first, saved["scored_epoch"], by=self.name)
 
@@ -380,6 +449,7 @@ class QualityCallback(PartCallback):
             ),
             trusted=data.trusted if len(data.trusted) else None,
             excluded=data.plan.excluded,
+            asks=data.plan.asks is not None,
         )
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
@@ -397,16 +467,18 @@ class QualityCallback(PartCallback):
             say(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
         summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
-        counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
+        counts = {"rows": len(scores), "kept": int(scores.kept.sum())} | scores.counted("held out")
         self.looks.append({**summary, "not_ready": result.why_not, **counts})
         if result.why_not is None or self.data.scores is None:
             self._save(scores)
         if result.why_not is None:
             self.data.plan = plan.scored(scores, epoch, by=self.name)
+            self._hold_out(scores)
             return
         if self.data.scores is None:
             # Later ranks may move all the same: what the model learns until its end shows in its gradients.
-            self.data.plan = plan.unscored(awaits_scores=first, by=self.name)
+            self.data.plan = replace(plan.unscored(awaits_scores=first, by=self.name), asks=plan.asks)
+            self._hold_out(scores)
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
 
@@ -432,6 +504,7 @@ class QualityCallback(PartCallback):
         self.looks.append(saved.summary)
         self._first = saved.scores
         self._save(saved.scores)
+        self._hold_out(saved.scores, f"the look in {saved.path}")
         if self.why_not is None:
             self.data.plan = self.data.plan.scored(saved.scores, 0, by=self.name)
         else:
@@ -480,6 +553,26 @@ class QualityCallback(PartCallback):
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
         self.data.plan = data.plan.scored(scores, 0, by=self.name)
+
+
+def read_in_order(loader: Any, data: QualitySubset) -> None:
+    """Make a loader read the rows in the draw's order.  Raises SettingsError for one that mixes them for good."""
+    if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
+        loader.set_sampler(SequentialSampler(data))
+        return
+    batches = inner_batch_sampler(loader.batch_sampler)
+    sampler = getattr(batches, "sampler", batches)
+    if not isinstance(sampler, SequentialSampler):
+        raise SettingsError(
+            f"the Trainer's own get_train_dataloader mixes the rows ({type(sampler).__name__}), and trusted rows have "
+            "their place in an epoch; return a DataLoader without shuffle, or leave the method out and set "
+            "train_sampling_strategy to 'sequential'"
+        )
+
+
+def stops_early(state: TrainerState) -> bool:
+    """Whether the Trainer has an EarlyStoppingCallback."""
+    return "EarlyStoppingCallback" in (state.stateful_callbacks or ())
 
 
 def first_scores(path: Path) -> Path:

@@ -229,10 +229,6 @@ class RankCallback(PartCallback):
         if self.loop is not None and not self.loop.final:
             self.loop.after_optimizer_step()
 
-    def go_to(self, step: int) -> None:
-        if self.loop is not None:
-            self.loop.order.step = step
-
     def save_part(self, folder: Path) -> None:
         if self.loop is None:
             return

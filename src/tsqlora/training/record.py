@@ -152,9 +152,13 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 else "There is no evidence of wrong labels, which does not mean that there are none."
             )
         if "kept" in look:
-            sentences.append(f"{look['kept']:,} of {look['rows']:,} rows were kept.")
+            held = (
+                f", and {look['held_out']:,} are held out until the question to the pool" if "held_out" in look else ""
+            )
+            sentences.append(f"{look['kept']:,} of {look['rows']:,} rows were kept{held}.")
         if j == 1 and (trusted := quality.get("trusted_rows", 0)):
-            sentences.append(trusted_order(trusted, quality.get("trusted_from")))
+            words = question_in_words(quality.get("question") or {})
+            sentences.append(f"There are {trusted:,} trusted rows: {words}.")
         looks.append((f"Look {j} at all rows, before step {look.get('step', 0) + 1:,}", sentences))
     return looks
 
@@ -167,7 +171,7 @@ def _head_in_words(head: Mapping[str, Any] | None) -> str:
         return (
             f"The model's own head was kept: its loss is {present}, a fitted head's on rows it has not seen {fitted}."
         )
-    rows = f"{head['rows']:,} {'trusted ' if head['trusted'] else ''}rows"
+    rows = f"{head['rows']:,} rows"
     dense = ", and the layer before it was whitened" if head["whitened"] else ""
     return (
         f"A head fitted on {rows} replaced the model's own{dense}: its loss on rows it has not seen is {fitted}, "
@@ -175,6 +179,21 @@ def _head_in_words(head: Mapping[str, Any] | None) -> str:
     )
 
 
-def trusted_order(trusted: int, last: Any) -> str:
-    """Whether so many trusted rows come last or are mixed in."""
-    return f"{trusted:,} trusted rows are {'trained on last' if last else 'mixed in with those of the pool'}."
+def question_in_words(question: Mapping[str, Any]) -> str:
+    """What the pool answered, and what follows; `question` is that of a run's `quality`, empty for the control."""
+    if (why := question.get("unasked")) is not None:
+        return why
+    if "contradicted" not in question:
+        why = question.get("why_not")
+        return "trusted rows are mixed in with those of the pool" + (f": {why}" if why else "")
+    pool, trusted = (
+        (f"{question['metric']} {question[f'{of}_metric']:.3g} and " if "metric" in question else "")
+        + f"loss {question[f'{of}_loss']:.3g}"
+        for of in ("pool", "trusted")
+    )
+    shown = f"on held-out rows of the pool the model has {pool}, on trusted rows {trusted}"
+    z, step = question["standard_errors"], question["from_step"]
+    shown += f" ({abs(z):.1f} standard errors {'more' if z > 0 else 'less'}, within classes)"
+    if question["contradicted"]:
+        return f"the pool contradicts the trusted rows: {shown}; from step {step} on the run trains on them alone"
+    return f"the pool does not contradict the trusted rows: {shown}; from step {step} on they are mixed in"

@@ -138,19 +138,15 @@ class Session:
             took = time.perf_counter() - now
             self._due = now + took + max(EVERY, took / SHARE)
 
-    def save(self, args: TrainingArguments, state: TrainerState, **_: Any) -> None:
+    def save(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Write every part into the Trainer's checkpoint, and last of all its manifest."""
         folder = checkpoint_folder(args, state)
+        for part in self.parts:
+            part.begin_save(args, state, **kwargs)
         for part in self.parts:
             part.save_part(folder)
         if not args.save_only_model:
             complete(folder)
-
-    def go_to(self, step: int) -> None:
-        """Go on from this later step, within an event of the callbacks: it stays the same event."""
-        self.event = None if self.event is None else (self.event[0], step)
-        for part in self.parts:
-            part.go_to(step)
 
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation after training; earlier ones are in the history."""
@@ -169,7 +165,7 @@ class Session:
         if self.finishes and state.is_world_process_zero:
             record.status = "finished"
             logs = [entry for entry in state.log_history if metrics_of(entry)]
-            best = state.best_global_step if args.load_best_model_at_end else None
+            best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
             if logs:  # the last evaluation, or that of the best model, which was loaded
                 shown = next((entry for entry in logs if entry["step"] == best), logs[-1])
                 record.metrics["validation"] = metrics_of(shown)
@@ -216,7 +212,7 @@ def _shared(act: Callable[..., None]) -> Callable[..., None]:
         session: Session | None = carried(state)
         if session is not None and session.event != (act, state.global_step):
             session.event = act, state.global_step
-            act(session, args, state, **kwargs)
+            act(session, args, state, control=control, **kwargs)
 
     return event
 
@@ -246,8 +242,8 @@ class PartCallback(TrainerCallback, ABC):
     def end_step(self) -> None:
         """After a step of the optimizer."""
 
-    def go_to(self, step: int) -> None:
-        """Go on from this later step: those before it are left out."""
+    def begin_save(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """Before any part is written into a checkpoint."""
 
     @abstractmethod
     def save_part(self, folder: Path) -> None:
@@ -319,7 +315,6 @@ def of_draws(data: Any) -> dict[str, Any]:
     drawn: dict[str, Any] = {"enabled": False, "used": False}
     if isinstance(data, QualitySubset):
         drawn |= {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
-        drawn["trusted_from"] = data.plan.trusted_from
     return drawn
 
 

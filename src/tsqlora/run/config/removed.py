@@ -53,10 +53,10 @@ REMOVED_SETTINGS: Mapping[str, Removed] = {
     "data.max_target_length": Removed(None, "set data.max_length, which limits targets too"),
     "data.packing": Removed(False, "TRL's SFTTrainer packs, and takes tsqlora's callbacks; remove it"),
     "quality.reject": Removed(None, "rows whose label the judge calls wrong are always left out; remove it"),
-    "quality.gate": Removed(None, "trusted rows come last in place of a gate, which taught less; remove it"),
-    "quality.trusted_last": Removed(None, "trusted rows come last, texts are mixed in; remove it"),
+    "quality.gate": Removed(None, "in place of a gate the question to the pool decides; remove it"),
+    "quality.trusted_last": Removed(None, "the question to the pool decides that; remove it"),
     "quality.weights.reducible_loss": Removed(
-        None, "trusted rows come last, texts and preference pairs are mixed in; remove it"
+        None, "the question to the pool decides how trusted rows are used; remove it"
     ),
     "quality.warmup": Removed(1.0, "rows are looked at before the first step; remove it"),
     "quality.warmup_limit": Removed(0.5, "rows are looked at before the first step; remove it"),

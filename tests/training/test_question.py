@@ -1,0 +1,555 @@
+"""The question to the pool in a stock Trainer, whatever it does with batches; and what a user's own run may ask for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+import tsqlora as tsq
+from models import tiny_bert
+from scoring import assert_same, quality_by
+from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
+from tsqlora.quality.epochs import trusted_steps
+
+UNIQUE = [*{tuple(row["input_ids"]): row for row in moods(1000)}.values()]
+ROWS, FEW = 160, 32
+POOL, TRUSTED, OTHERS = UNIQUE[:ROWS], UNIQUE[ROWS : ROWS + FEW], UNIQUE[ROWS + FEW : ROWS + 2 * FEW]
+UNSEEN = UNIQUE[ROWS + 2 * FEW : ROWS + 2 * FEW + 8]
+NUMBERS = {tuple(row["input_ids"]): j for j, row in enumerate(UNIQUE)}
+"""Of the rows by their tokens; trusted ones are numbered from ROWS on."""
+CONTRARY = [row | {"labels": 1 - row["labels"]} for row in TRUSTED]
+"""Trusted rows that the pool contradicts."""
+EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+
+
+class Handed(TrainerCallback):
+    """The rows that each step's forward passes were given."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def note(module: Any, _: Any, arguments: dict[str, Any]) -> None:
+            if module.training:
+                pairs = zip(arguments["input_ids"].tolist(), arguments["attention_mask"].sum(1).tolist(), strict=True)
+                self.steps.setdefault(state.global_step, []).extend(NUMBERS[tuple(ids[:n])] for ids, n in pairs)
+
+        self.hook = kwargs["model"].register_forward_pre_hook(note, with_kwargs=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
+class Falling:
+    """A metric that is best at the first evaluation."""
+
+    value = 1.0
+
+    def __call__(self, _predictions: Any) -> dict[str, float]:
+        self.value -= 0.01
+        return {"falling": self.value}
+
+
+def make(
+    folder: Path,
+    *also: TrainerCallback,
+    trusted: Any = CONTRARY,
+    pool: Any = POOL,
+    rule: dict[str, Any] | None = None,
+    first: tuple[TrainerCallback, ...] = (),
+    **further: Any,
+) -> tuple[Trainer, tsq.QualityCallback]:
+    """Four epochs of ten steps; the question comes after step 27, and the answer counts from step 29 on."""
+    data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
+    quality = quality_by(data, **(rule or {}))
+    options = {"num_train_epochs": 4, "train_sampling_strategy": "random"} | further
+    return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
+
+
+def answer_of(quality: tsq.QualityCallback) -> dict[str, Any]:
+    assert quality.question is not None
+    return quality.question
+
+
+def assert_order(handed: dict[int, list[int]], quality: tsq.QualityCallback, total: int) -> None:
+    """Neither trusted nor held-out rows, nor their copies, before the answer; then what it says."""
+    assert quality.data.scores is not None
+    held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in np.flatnonzero(quality.data.scores.left_out_as("held out"))}
+    assert len(held) == 16
+    answer, first = answer_of(quality), quality.schedule.trusted_step
+    assert list(handed) == list(range(total))
+    assert 0 < answer["step"] < first == answer["from_step"] - 1 < total
+    before = {row for step in range(first) for row in handed[step]}
+    assert before <= {*range(ROWS)} - held
+    behind = [row for step in range(first, total) for row in handed[step]]
+    if not answer["contradicted"]:
+        assert {*behind} & held or len(behind) < FEW
+        assert {*behind} & {*range(ROWS, ROWS + FEW)}
+        return
+    assert len(behind) >= FEW or answer["from_step"] > total - 2  # workers of a short run have read far ahead
+    passes = [behind[j : j + FEW] for j in range(0, len(behind), FEW)]
+    assert all(sorted(rows) == list(range(ROWS, ROWS + FEW)) for rows in passes if len(rows) == FEW)
+    assert {*passes[-1]} <= {*range(ROWS, ROWS + FEW)}
+    assert len(passes[0]) < FEW or len(passes) < 2 or passes[0] != passes[1]
+
+
+SAYS = pytest.mark.filterwarnings("ignore:the pool:UserWarning")
+
+
+@SAYS
+@pytest.mark.parametrize(
+    ("further", "total"),
+    [
+        ({}, 40),
+        ({"train_sampling_strategy": "sequential"}, 40),
+        ({"num_train_epochs": 1}, 10),
+        ({"max_steps": 41}, 41),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 40),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 28),
+        ({"dataloader_num_workers": 2}, 40),
+        ({"dataloader_num_workers": 2, "num_train_epochs": 1}, 10),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "plain" if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
+def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, trusted: Any, tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted, **further)
+    trainer.train()
+    assert trainer.state.global_step == total
+    assert_order(handed.steps, quality, total)
+    answer = answer_of(quality)
+    if total == 40:  # after two epochs the model has learned what the pool teaches
+        assert answer["contradicted"] == (trusted is CONTRARY)
+    assert (answer["trusted_rows"], answer["pool_rows"], answer["suspects"]) == (FEW, 16, 0)
+    assert quality.spent["question"].forward == FEW + 16
+    (note,) = [note for note in quality.notes if note.startswith("the pool")]
+    verb = "contradicts" if answer["contradicted"] else "does not contradict"
+    assert note.startswith(f"the pool {verb} the trusted rows: on held-out rows of the pool the model has accuracy")
+    assert quality.summary()["quality"]["question"] == answer
+
+
+@SAYS
+def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Path) -> None:
+    """Each row of this pool is there twice."""
+    trainer, quality = make(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
+    trainer.train()
+    assert quality.data.scores is not None
+    held = np.flatnonzero(quality.data.scores.left_out_as("held out"))
+    assert {*held} == {*(held + 80) % 160}
+    numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held.tolist()}
+    before = {row for step in range(quality.schedule.trusted_step) for row in handed.steps[step]}
+    assert before
+    assert not before & numbers
+
+
+@pytest.mark.parametrize(
+    ("trusted", "why"),
+    [
+        (TRUSTED[:31], "the question to the pool needs 32 trusted rows, and there are 31"),
+        (
+            [*TRUSTED[:31], TRUSTED[31] | {"reviewed_as": "suspect"}],
+            "needs 32 trusted rows besides the 1 that were reviewed as suspects, and there are 31",
+        ),
+    ],
+    ids=["few", "a suspect"],
+)
+def test_too_few_trusted_rows_are_mixed_in_from_the_start(trusted: Any, why: str, tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted)
+    trainer.train()
+    (note,) = [note for note in quality.summary()["notes"] if note.startswith("trusted rows are mixed in")]
+    assert why in note
+    for epoch in range(4):
+        rows = {row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]}
+        assert {NUMBERS[tuple(row["input_ids"])] for row in trusted} <= rows
+    assert quality.data.scores is not None
+    assert "held out" not in quality.data.scores.dropped
+
+
+AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
+
+
+@pytest.mark.parametrize(
+    ("pool", "further", "why"),
+    [
+        (POOL[:60], {}, "the pool has 0 rows to hold out, and the question needs 10"),
+        (POOL, {"max_steps": 1}, "a run of 1 steps has none behind the question"),
+        (
+            POOL,
+            {"max_steps": 10, **AHEAD},
+            "a run of 10 steps has none behind the question",
+        ),
+    ],
+    ids=["a small pool", "one step", "read ahead"],
+)
+def test_where_the_pool_cannot_be_asked_the_run_says_why(
+    pool: Any, further: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    trainer, quality = make(tmp_path, pool=pool, **further)
+    trainer.train()
+    assert answer_of(quality) == {"why_not": why}
+    assert f"trusted rows are mixed in with those of the pool: {why}" in quality.summary()["notes"]
+
+
+@SAYS
+def test_a_class_of_copies_stays_in_training(tmp_path: Path) -> None:
+    """Five rows of class 1, twenty times: a tenth of the different rows is held out, not all of a class."""
+    zeros, ones = ([row for row in UNIQUE if row["labels"] == label] for label in (0, 1))
+    trainer, quality = make(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
+    trainer.train()
+    assert quality.data.scores is not None
+    held = quality.data.scores.left_out_as("held out")
+    assert held[100:].sum() <= 40
+    assert answer_of(quality)["pool_rows"] == 10
+
+
+@SAYS
+def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
+    make(tmp_path, **EVERY)[0].train()
+    trainer, quality = make(tmp_path, handed := Handed(), **EVERY | {"num_train_epochs": 6})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    assert answer_of(quality)["contradicted"]
+    assert {row >= ROWS for rows in handed.steps.values() for row in rows} == {True}
+
+
+@SAYS
+def test_reviewed_suspects_do_not_count_in_the_question(tmp_path: Path) -> None:
+    """They are trained on; the loss of rows that were hard to begin with is no evidence about the pool."""
+    rows = [*TRUSTED, *(row | {"labels": 1 - row["labels"], "reviewed_as": "suspect"} for row in OTHERS[:16])]
+    trainer, quality = make(tmp_path, trusted=rows)
+    trainer.train()
+    assert (answer_of(quality)["trusted_rows"], answer_of(quality)["suspects"]) == (32, 16)
+    assert not answer_of(quality)["contradicted"]
+
+
+@SAYS
+def test_a_plain_training_with_the_same_rows_draws_from_the_pool(tmp_path: Path) -> None:
+    """The plan of draws belongs to the training, not to the rows."""
+    trainer, quality = make(tmp_path)
+    trainer.train()
+    assert answer_of(quality)["contradicted"]
+    control = make_trainer(slotted_bert(), quality.data, tmp_path / "control", [handed := Handed()])
+    control.train()
+    assert sum(row < ROWS for rows in handed.steps.values() for row in rows) > 200
+
+
+@SAYS
+@pytest.mark.parametrize(("classes", "asks"), [(1, False), (2, False), (3, True)])
+def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, tmp_path: Path) -> None:
+    """Alone they would teach that there are no other classes."""
+    pool, few = (
+        [row | {"labels": 2} if row["input_ids"][0] == 22 else row for row in rows] for rows in (POOL, UNIQUE[ROWS:])
+    )
+    by_class = [[row for row in few if row["labels"] == label] for label in range(classes)]
+    trusted = [rows[j % len(rows)] for j in range(FEW) for rows in by_class][:FEW]
+
+    def trainer(*also: TrainerCallback) -> tuple[Trainer, tsq.QualityCallback]:
+        data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
+        base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
+        quality = quality_by(data)
+        options: dict[str, Any] = {"num_train_epochs": 4, "train_sampling_strategy": "random"}
+        return make_trainer(tsq.wrap(base, mean_rank=4), data, tmp_path, [quality, *also], **EVERY, **options), quality
+
+    whole, quality = trainer(handed := Handed())
+    whole.train()
+    assert ("contradicted" in answer_of(quality)) == asks
+    if asks:
+        return
+    why = f"trusted rows are mixed in with those of the pool: they lack {3 - classes} of the classes"
+    assert [note for note in quality.summary()["notes"] if note.startswith(why)]
+    for epoch in range(4):
+        rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
+        assert {row for row in rows if row >= ROWS} == {NUMBERS[tuple(row["input_ids"])] for row in trusted}
+    again, _ = trainer(rest := Handed())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= 13}
+    assert_same(whole.model.state_dict(), again.model.state_dict(), "resumed at 13")
+
+
+@SAYS
+def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
+    trainer.train()
+    before = {row for step in range(quality.schedule.trusted_step) for row in handed.steps[step]}
+    assert before <= {*range(FEW, ROWS)}
+    assert len(before) == ROWS - FEW - 12
+    assert quality.data.scores is not None
+    assert quality.data.scores.dropped == {"trusted row": FEW, "held out": 12}
+    assert quality.looks[0]["head_start"]["rows"] == ROWS - FEW - 12
+    assert f"{FEW} training rows are left out: a trusted row has the same input" in quality.summary()["notes"]
+
+
+@pytest.mark.parametrize(
+    ("total", "trusted", "a_step", "steps"),
+    [(440, 128, 16, 132), (18_750, 128, 16, 160), (20, 12, 8, 6), (4, 12, 8, 2), (100, 640, 16, 40), (60, 640, 16, 30)],
+    ids=["30 %", "20 passes", "a small table", "half at most", "a pass at least", "less than a pass"],
+)
+def test_trusted_rows_have_the_last_steps(total: int, trusted: int, a_step: int, steps: int) -> None:
+    assert trusted_steps(total, trusted, a_step) == steps
+
+
+RENEWED: dict[str, Any] = {"weights": {"loss": -1.0}}
+"""Q, which the second look renews."""
+
+
+@SAYS
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
+def test_a_run_resumed_before_or_after_the_question_ends_the_same(trusted: Any, workers: int, tmp_path: Path) -> None:
+    options = {**EVERY, "rule": RENEWED, "dataloader_num_workers": workers, "trusted": trusted}
+    whole, quality = make(tmp_path, handed := Handed(), **options)
+    whole.train()
+    at = answer_of(quality)["step"]
+    assert at == (23 if workers else 27)
+    assert [look["step"] for look in quality.looks] == [0, 20]
+    for step in (35, 30, 29, at + 1, at, at - 1, 15):  # each renames the later ones
+        again, other = make(tmp_path, rest := Handed(), **options)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert rest.steps == {there: rows for there, rows in handed.steps.items() if there >= step}
+        assert_same(whole.model.state_dict(), again.model.state_dict(), f"resumed at {step}")
+        assert answer_of(other)["standard_errors"] == answer_of(quality)["standard_errors"]
+
+
+@SAYS
+@pytest.mark.parametrize("ranks_first", [False, True])
+def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(ranks_first: bool, tmp_path: Path) -> None:
+    make(tmp_path, **EVERY, max_steps=6)[0].train()
+    there = sorted(path.name for path in tmp_path.iterdir())
+    for rows in (OTHERS, [*TRUSTED[:-1], TRUSTED[-1] | {"labels": 1 - TRUSTED[-1]["labels"]}], None):
+        first = (tsq.GuardCallback(),) if ranks_first else ()
+        other, _ = make(tmp_path, trusted=rows, first=first, **EVERY, max_steps=6)
+        if ranks_first:  # whose part the checkpoint has not
+            (tmp_path / "checkpoint-3" / "tsqlora_guard.json").unlink(missing_ok=True)
+        with pytest.raises(tsq.SettingsError, match=r"the resumed run had trusted rows \w{16}, and this one has"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "falling",
+    "evaluate_on": UNSEEN,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "eval_steps": 4,
+}
+
+
+@SAYS
+@pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
+def test_validation_rows_choose_no_model_of_the_pool_that_contradicts(trusted: Any, tmp_path: Path) -> None:
+    """Those of the pool would choose a model from before the trusted rows."""
+    trainer, quality = make(tmp_path, last := Last(), trusted=trusted, compute_metrics=Falling(), **BEST)
+    trainer.train()
+    contradicted = trusted is CONTRARY
+    assert answer_of(quality)["contradicted"] == contradicted
+    assert sum("it keeps its last model" in note for note in quality.notes) == contradicted
+    if contradicted:
+        assert json.loads((tmp_path / "run.json").read_text())["metrics"]["validation"]["falling"] < 0.95
+        assert trainer.state.best_model_checkpoint is None
+        assert_same(last.weights, dict(trainer.model.named_parameters()), "the last model")
+    else:
+        assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-4"
+    for step in (32, 40) if contradicted else ():
+        again, _ = make(tmp_path, trusted=trusted, compute_metrics=Falling(), **BEST)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.state.best_model_checkpoint is None
+        assert_same(last.weights, dict(again.model.named_parameters()), f"resumed at {step}")
+
+
+class Last(TrainerCallback):
+    """The weights behind the last step, before a best model is loaded."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.weights = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
+
+
+@SAYS
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_early_stopping_does_not_cut_the_trusted_rows(strategy: str, ours_first: bool, tmp_path: Path) -> None:
+    """The metric falls from the start: its patience ends among the trusted rows, in which validation has no say."""
+    stop, handed = EarlyStoppingCallback(8 if strategy == "steps" else 3), Handed()
+    also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
+    options = BEST | {"eval_strategy": strategy, "save_strategy": strategy}
+    trainer, quality = make(tmp_path, *also, first=first, compute_metrics=Falling(), **options)
+    trainer.train()
+    assert_order(handed.steps, quality, 40)
+    assert sum("since such rows would stop it" in note for note in quality.notes) == 1
+
+
+@SAYS
+@pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.filterwarnings("ignore:training ended at step:UserWarning")
+def test_early_stopping_before_the_question_asks_it(
+    strategy: str, ours_first: bool, trusted: Any, tmp_path: Path
+) -> None:
+    """The run goes on with trusted rows where the pool contradicts them, and then ends; else it ends at once."""
+    options = BEST | {"eval_strategy": strategy, "save_strategy": strategy, "trusted": trusted}
+
+    def early() -> tuple[Trainer, tsq.QualityCallback, Handed]:
+        stop, handed = EarlyStoppingCallback(3 if strategy == "steps" else 1), Handed()
+        also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
+        return *make(tmp_path, *also, first=first, compute_metrics=Falling(), **options), handed
+
+    trainer, quality, handed = early()
+    trainer.train()
+    answer = answer_of(quality)
+    at = 16 if strategy == "steps" else 20
+    assert answer["step"] == at
+    assert answer["contradicted"] == (trusted is CONTRARY)
+    if trusted is TRUSTED:
+        assert trainer.state.global_step == at
+        assert sum(note.startswith(f"training ended at step {at}") for note in quality.notes) == 1
+        return
+    assert trainer.state.global_step == answer["until_step"] == answer["from_step"] - 1 + 12
+    assert all(
+        (row >= ROWS) == (step >= answer["from_step"] - 1) for step in handed.steps for row in handed.steps[step]
+    )
+    again, _, rest = early()
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert rest.steps == {step: rows for step, rows in handed.steps.items() if step >= at}
+    if strategy == "epoch":  # else the whole run began another epoch there, which draws a random number
+        assert_same(dict(trainer.model.named_parameters()), dict(again.model.named_parameters()), f"resumed at {at}")
+
+
+class StopAt(TrainerCallback):
+    """A user's own stop, at a step that is evaluated."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == 16
+
+
+@pytest.mark.filterwarnings("ignore:training ended at step 16:UserWarning")
+def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
+    options = {**BEST, "first": (EarlyStoppingCallback(99),)}
+    trainer, quality = make(tmp_path, StopAt(), compute_metrics=Falling(), **options)
+    trainer.train()
+    assert trainer.state.global_step == 16
+    assert "unasked" in answer_of(quality)
+
+
+@SAYS
+def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, Stop(28))
+    with pytest.warns(UserWarning, match="training ended at step 28, and trusted rows come from step 29 on"):
+        trainer.train()
+    trainer, quality = make(tmp_path, Stop(29))
+    trainer.train()
+    assert not [note for note in quality.notes if note.startswith("training ended")]
+
+
+@SAYS
+@pytest.mark.parametrize("at", [20, 32])
+def test_a_resumed_run_that_skips_no_rows_ends_with_the_trusted_ones(at: int, tmp_path: Path) -> None:
+    options = {**EVERY, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    make(tmp_path, **options)[0].train()
+    trainer, quality = make(tmp_path, handed := Handed(), ignore_data_skip=True, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert list(handed.steps) == list(range(at, 40))
+    if answer_of(quality)["contradicted"]:
+        first = answer_of(quality)["from_step"] - 1
+        assert all((row >= ROWS) == (step >= first) for step, rows in handed.steps.items() for row in rows)
+
+
+class Head(TrainerCallback):
+    """The head as the first step finds it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            named = kwargs["model"].named_parameters()
+            self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+def test_the_control_has_a_head_and_all_trusted_rows_in_each_epoch(tmp_path: Path) -> None:
+    heads, handed = (Head(), Head()), Handed()
+    make(tmp_path / "selects", heads[0], trusted=None, max_steps=4)[0].train()
+    control, quality = make(tmp_path / "control", heads[1], handed, rule={"select": False})
+    untouched = {name: p.clone() for name, p in control.model.named_parameters() if "classifier" in name}
+    control.train()
+    assert_same(heads[0].weights, heads[1].weights, "at step 0")
+    assert any(not torch.equal(heads[1].weights.get(name, p), p) for name, p in untouched.items())
+    for epoch in range(4):
+        rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
+        assert len(rows) == 80
+        assert {*range(ROWS, ROWS + FEW)} <= {*rows}
+    assert quality.data.scores is None
+    assert [look["head_start"]["replaced"] for look in quality.looks] == [True]
+    assert not (tmp_path / "control" / "scores.parquet").exists()
+
+
+@SAYS
+def test_a_control_is_no_resume_of_a_selecting_run(tmp_path: Path) -> None:
+    make(tmp_path, **EVERY, max_steps=3)[0].train()
+    with pytest.raises(tsq.SettingsError, match="select True, and this one has False"):
+        make(tmp_path, rule={"select": False}, **EVERY, max_steps=3)[0].train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+EVALUATED: dict[str, Any] = {"eval_strategy": "epoch", "evaluate_on": UNSEEN, "load_best_model_at_end": True}
+
+
+@SAYS
+@pytest.mark.parametrize("trusted", [None, CONTRARY], ids=["alone", "trusted"])
+@pytest.mark.parametrize(
+    ("further", "steps"),
+    [
+        ({"num_train_epochs": 1}, 10),
+        ({"num_train_epochs": 0.5}, 5),
+        ({"max_steps": 20}, 20),
+        ({"dataloader_num_workers": 2}, 40),
+        (EVALUATED, 40),
+        ({**EVALUATED, "stop": True, "metric_for_best_model": "falling"}, 20),
+    ],
+    ids=["one epoch", "half an epoch", "max_steps", "workers", "best", "early stopping"],
+)
+@pytest.mark.filterwarnings("ignore:training ended at step:UserWarning")
+def test_a_users_own_trainer_ends_normally_and_saves(
+    further: dict[str, Any], steps: int, trusted: Any, tmp_path: Path
+) -> None:
+    options = dict(further)
+    stops = [EarlyStoppingCallback(1)] if options.pop("stop", False) else []
+    if stops:
+        options["compute_metrics"] = Falling()
+    trainer, quality = make(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
+    trainer.train()
+    end = trainer.state.global_step
+    assert end == (steps + 12 if stops and trusted else steps)  # the pool contradicts them, and they have their steps
+    assert quality.data.scores is not None
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{end}"
+    trainer.save_model(str(tmp_path / "saved"))
+    PeftModel.from_pretrained(base_bert(), str(tmp_path / "saved"))
+
+
+@SAYS
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_trainers_own_loader_keeps_the_order_or_is_refused(
+    shuffle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, quality = make(tmp_path, handed := Handed())
+    loader = DataLoader(quality.data, batch_size=8, collate_fn=trainer.data_collator, shuffle=shuffle)
+    monkeypatch.setattr(trainer, "get_train_dataloader", lambda: loader)
+    if shuffle:
+        with pytest.raises(tsq.SettingsError, match="train_sampling_strategy"):
+            trainer.train()
+        return
+    trainer.train()
+    assert_order(handed.steps, quality, 40)
