@@ -93,7 +93,7 @@ def test_a_run_learns_scores_moves_ranks_and_measures_texts(run: Path) -> None:
     assert record["rank_events"]
     assert record["quality"]["scores"]["weights"] == {"density_ratio": 4.0}
     assert len(record["quality"]["looks"]) == 1  # training hardly changes which texts are alike
-    assert record["quality"]["trusted_from"] is None  # trusted texts are mixed in
+    assert "why_not" in record["quality"]["question"]  # trusted texts are mixed in
     scores = Scores.load(run / SCORES_FILE)
     pink = scores.row_ids % 4 == 0
     assert scores.quality[pink].mean() > scores.quality[~pink].mean() + 1

@@ -136,7 +136,7 @@ def test_an_audit_lists_tokens_and_a_review_changes_their_tags_alone(place: Path
     assert corrected[row]["tags"] == ["O" if j in changed else tag for j, tag in enumerate(rows[row]["tags"])]
     assert token in changed
     assert [one for j, one in enumerate(corrected) if j != row] == [one for j, one in enumerate(rows) if j != row]
-    assert list(cells_of(applied["trusted"])) == [corrected[row]]
+    assert list(cells_of(applied["trusted"])) == [corrected[row] | {"reviewed_as": "suspect"}]
     assert applied["notes"] == []
     partly = next(one for one in table if [other["row"] for other in table].count(one["row"]) > 1)
     write_rows(tmp_path / "r.csv", [{**one, "reviewed_label": "O" if one is partly else ""} for one in table])

@@ -198,7 +198,7 @@ def test_a_training_leaves_swapped_pairs_out(copies: Sequence[int], tmp_path: Pa
     assert len(left_out) >= 0.8 * len(FOREIGN_ROWS)
     assert scores.row_ids[scores.left_out_as("trusted row")].tolist() == [*copies]
     assert scores.even
-    assert data.plan.trusted_from is None
+    assert data.plan.asks is None
     assert {*range(ROWS, ROWS + len(copies))} <= {*data.draw(0).tolist()}
     assert any("swapped_pair" in note for note in callback.notes)
     assert any(f"{len(left_out)} as 'swapped pair'" in note for note in callback.notes)
