@@ -211,8 +211,8 @@ def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
     return {
         "train": run("train"),
         "resumed": run("resumed", into="train", resume=f"checkpoint-{SAVED_AT}"),
-        "asked": run("asked", look="CONTRARY"),
-        "answered": run("answered", into="asked", look="CONTRARY", resume=f"checkpoint-{ANSWERED_AT}"),
+        "questioned": run("questioned", look="CONTRARY"),
+        "answered": run("answered", into="questioned", look="CONTRARY", resume=f"checkpoint-{ANSWERED_AT}"),
         "no look": run("no look", look=None),
         "late": run("late", late=True),
         "ranks": run("ranks", ranks=True),

@@ -99,7 +99,7 @@ def test_two_processes_under_the_trainer_are_one(reports: list[dict[str, Any]]) 
 def test_two_processes_ask_the_pool_as_one_does_and_then_train_on_trusted_rows_alone(
     reports: list[dict[str, Any]],
 ) -> None:
-    first, second, alone = (of["asked"][0] for of in reports)
+    first, second, alone = (of["questioned"][0] for of in reports)
     together = {step: sorted(rows + second["steps"][step]) for step, rows in first["steps"].items()}
     assert together == {step: sorted(rows) for step, rows in alone["steps"].items()}
     question = first["question"]
@@ -115,7 +115,7 @@ def test_two_processes_ask_the_pool_as_one_does_and_then_train_on_trusted_rows_a
 
 
 def test_two_processes_resumed_behind_the_question_keep_its_answer(reports: list[dict[str, Any]]) -> None:
-    for whole, resumed in (of["asked"] for of in reports):
+    for whole, resumed in (of["questioned"] for of in reports):
         assert resumed["question"] == whole["question"]
         assert resumed["steps"] == {step: whole["steps"][step] for step in (18, 19)}
         assert_equal(resumed["weights"], whole["weights"])
