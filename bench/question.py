@@ -25,7 +25,7 @@ from origin import ROOT, commit, machine, parser_of, stored
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from worlds import RATE, STEPS, World, by_label, draw, features_of, table, tokens_of, write_rows
 
-from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.question import Measured, measured, standard_errors
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.suspects import audit_of
 from tsqlora.run.config import Config
@@ -107,35 +107,21 @@ WORLDS: dict[str, Callable[[int, int], World]] = {
 }
 
 
-def z_of(trusted: np.ndarray, held_out: np.ndarray, classes: np.ndarray, theirs: np.ndarray) -> float:
-    """The mean difference of losses within classes, weighted by the trusted rows' shares, over its standard error.
-
-    Classes of which either side has fewer than two rows do not count.
-    """
-    difference = variance = 0.0
-    for name in np.unique(classes):
-        ours, others = trusted[classes == name], held_out[theirs == name]
-        if min(len(ours), len(others)) < 2:
-            continue
-        share = len(ours) / len(trusted)
-        difference += share * (ours.mean() - others.mean())
-        variance += share**2 * (ours.var(ddof=1) / len(ours) + others.var(ddof=1) / len(others))
-    return float(difference / np.sqrt(variance))
-
-
-def losses_of(model: Any, rows: Sequence[worlds.Row], kind: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The plain loss of each row, and its logits."""
-    tokenizer, task = AutoTokenizer.from_pretrained(worlds.MODEL), get_task(kind)
-    names = sorted({str(row["label"]) for row in rows})
-    samples = [
+def samples_of(rows: Sequence[worlds.Row], kind: str) -> list[dict[str, Any]]:
+    """The rows, tokenised."""
+    tokenizer, names = AutoTokenizer.from_pretrained(worlds.MODEL), sorted({str(row["label"]) for row in rows})
+    return [
         {
             **tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=tokens_of(row)),
             "labels": float(row["label"]) if kind == "regression" else names.index(str(row["label"])),
         }
         for row in rows
     ]
-    seen, _ = forward_pass(model, samples, DataCollatorWithPadding(tokenizer), task=task, compute=Compute(32))
-    return seen.loss, seen.logits
+
+
+def of_first(part: Measured, count: int) -> Measured:
+    """The first rows alone."""
+    return Measured(part.loss[:count], part.classes[:count], None)
 
 
 def run(world: str, seed: int) -> dict[str, Any]:
@@ -183,24 +169,21 @@ def run(world: str, seed: int) -> dict[str, Any]:
             "H": [here.train[j] for j in as_it_is],
             "kept": [here.train[j] for j in unsuspected],
         }
-        seen = {part: losses_of(model, rows, kind) for part, rows in parts.items()}
-    classes = {part: np.array([0 if regression else row["label"] for row in rows]) for part, rows in parts.items()}
-    right = {
-        part: None
-        if logits is None or regression
-        else float((logits.argmax(1) == np.unique(classes[part], return_inverse=True)[1]).mean())
-        for part, (_, logits) in seen.items()
-    }
+        collate, compute = DataCollatorWithPadding(AutoTokenizer.from_pretrained(worlds.MODEL)), Compute(32)
+        seen = {
+            part: measured(model, samples_of(rows, kind), collate, get_task(kind), compute)
+            for part, rows in parts.items()
+        }
 
     def z(count: int, part: str) -> float:
-        return z_of(seen["R"][0][:count], seen[part][0], classes["R"][:count], classes[part])
+        return standard_errors(of_first(seen["R"], count), seen[part])
 
     return {
         "settings": {"world": world, "seed": seed, "trusted": TRUSTED, "few": FEW, "held_out": size, "rate": RATE},
         "z": {part: {str(count): z(count, part) for count in (TRUSTED, FEW)} for part in ("H", "kept")},
-        "loss": {part: float(loss.mean()) for part, (loss, _) in seen.items()},
-        "accuracy": right,
-        "losses": {part: np.round(loss, 4).tolist() for part, (loss, _) in seen.items()},
+        "loss": {part: float(of.loss.mean()) for part, of in seen.items()},
+        "accuracy": {part: None if regression else of.metric for part, of in seen.items()},
+        "losses": {part: np.round(of.loss, 4).tolist() for part, of in seen.items()},
         "labels": {part: [row["label"] for row in rows] for part, rows in parts.items()},
         "versions": versions(),
         "machine": machine(),
