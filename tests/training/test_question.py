@@ -15,6 +15,7 @@ import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, quality_by
 from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
+from tsqlora.quality import question
 from tsqlora.quality.epochs import trusted_steps
 
 UNIQUE = [*{tuple(row["input_ids"]): row for row in moods(1000)}.values()]
@@ -223,6 +224,17 @@ def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert answer_of(quality)["contradicted"]
     assert {row >= ROWS for rows in handed.steps.values() for row in rows} == {True}
+
+
+@pytest.mark.filterwarnings("ignore:trusted rows are mixed in:UserWarning")
+def test_losses_that_are_not_finite_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on, with trusted rows mixed in, and says why."""
+    monkeypatch.setattr(question, "standard_errors", lambda *_: float("nan"))
+    trainer, quality = make(tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert not answer_of(quality)["contradicted"]
+    assert "trusted rows are mixed in with those of the pool: losses are not finite" in quality.notes
 
 
 @SAYS

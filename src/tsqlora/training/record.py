@@ -183,7 +183,7 @@ def question_in_words(question: Mapping[str, Any]) -> str:
     """What the pool answered, and what follows; `question` is that of a run's `quality`, empty for the control."""
     if (why := question.get("unasked")) is not None:
         return why
-    if "contradicted" not in question:
+    if "standard_errors" not in question:
         why = question.get("why_not")
         return "trusted rows are mixed in with those of the pool" + (f": {why}" if why else "")
     pool, trusted = (
