@@ -1,5 +1,6 @@
 """Write files and directories atomically: a reader gets the old one or the new one, never a part."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -93,6 +94,12 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain_value(value: Any) -> Any:

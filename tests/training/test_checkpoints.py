@@ -12,8 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
@@ -111,10 +109,6 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def swapped(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[::-1])
-
-
 def misplaced(path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
 
@@ -124,7 +118,6 @@ def misplaced(path: Path) -> None:
     [
         (cut_off, r"has \d+ bytes, and was written with \d+"),
         (longer, r"has \d+ bytes, and was written with \d+"),
-        (swapped, "has other content than was written"),
         (misplaced, "is missing"),
         (Path.unlink, "is missing"),
     ],
@@ -143,25 +136,7 @@ def test_with_any_file_damaged_the_one_before_is_taken_and_told_why(
     assert tsq.last_checkpoint(run) == run / "checkpoint-12", "all are as they were"
 
 
-@settings(max_examples=150)
-@given(data=st.data())
-def test_a_single_bit_is_enough(whole: Path, data: st.DataObject) -> None:
-    """In any file, the manifest included."""
-    checkpoint = whole / "checkpoint-16"
-    path = data.draw(st.sampled_from(sorted(files(checkpoint))))
-    content = path.read_bytes()
-    place = data.draw(st.integers(0, 8 * len(content) - 1))
-    flipped = bytearray(content)
-    flipped[place // 8] ^= 1 << place % 8
-    path.write_bytes(flipped)
-    try:
-        assert fault(checkpoint) is not None
-    finally:
-        path.write_bytes(content)
-    assert fault(checkpoint) is None
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"version": 1}', '{"version": 1, "files": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"version": 2}', '{"version": 2, "files": {"a": null}}'])
 def test_a_manifest_that_is_none_is_told(text: str, run: Path) -> None:
     (run / "checkpoint-12" / MANIFEST_FILE).write_text(text)
     assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} cannot be read"
@@ -169,7 +144,7 @@ def test_a_manifest_that_is_none_is_told(text: str, run: Path) -> None:
 
 def test_a_manifest_of_another_version_is_told(run: Path) -> None:
     path = run / "checkpoint-12" / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
     assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} was written by another version of tsqlora"
 
 
@@ -261,7 +236,7 @@ def test_all_is_on_the_disk_before_the_manifest_has_its_name(run: Path, monkeypa
 
 
 def test_resuming_by_name_refuses_a_damaged_checkpoint_and_names_another(run: Path) -> None:
-    swapped(run / "checkpoint-12" / "tsqlora.json")
+    cut_off(run / "checkpoint-12" / "tsqlora.json")
     with pytest.raises(tsq.TsqLoraError, match=r"checkpoint-12 is not complete: tsqlora\.json .*checkpoint-8$"):
         trainer(run).train(resume_from_checkpoint=True)
     shutil.rmtree(run / "checkpoint-8")

@@ -17,7 +17,7 @@ from tsqlora.data.sources import absolute, folder_digest, kind_of
 from tsqlora.data.table import Table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.files import write_json, write_text
+from tsqlora.files import digest, write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.quality.duplicates import MOST_CONTRADICTIONS
 from tsqlora.quality.judge import DOUBT, FEWEST
@@ -29,7 +29,6 @@ from tsqlora.run.config import ENCODER, Config, load_config
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
 from tsqlora.tasks import TASKS, Reading, get_task
-from tsqlora.training.checkpoints import digest
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"

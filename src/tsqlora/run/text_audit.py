@@ -24,7 +24,7 @@ from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.files import reading, replacing, write_json, write_text
+from tsqlora.files import digest, reading, replacing, write_json, write_text
 from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
@@ -41,7 +41,6 @@ from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import audited, failed, prepared_rows
 from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
-from tsqlora.training.checkpoints import digest
 
 LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
 BATCH = 8

@@ -26,7 +26,7 @@ from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load, with_adapter
 from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
-from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
+from tsqlora.training.checkpoints import newest_complete, note_in, require_resumable_saves
 from tsqlora.training.fit import fit, save_adapter
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
@@ -81,7 +81,7 @@ def train(
                     ) from error
             # A whole batch at once, or parts of it; after running out of memory from the last checkpoint on.
             sizes, checkpoint = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
-            if checkpoint is not None and (least := micro_batch_size(checkpoint)) in sizes:
+            if checkpoint is not None and (least := note_in(checkpoint).get("rows")) in sizes:
                 sizes = sizes[sizes.index(least) :]
             return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 

@@ -1,17 +1,16 @@
-"""Complete checkpoints: their manifest lists every file, with size and hash.
+"""Complete checkpoints: their manifest lists every file with its size.
 
 The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. When these
-are there, every file is synced to the disk and hashed, and the manifest renamed into place.
+are there, every file is synced to the disk, and the manifest renamed into place.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -22,11 +21,11 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json
 
 MANIFEST_FILE = "tsqlora_manifest.json"
-VERSION = 1
+VERSION = 2
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
-STATE_VERSION = 5
-"""Of the callbacks' files. 5: the question to the pool; 4: labels are judged once; 3: a look
+STATE_VERSION = 6
+"""Of the callbacks' files. 6: one callback; 5: the question to the pool; 4: labels are judged once; 3: a look
 before the first step, in place of a warm-up; 2: draws from named streams."""
 NOTE = "tsqlora"
 """Our key in a Trainer's state."""
@@ -54,27 +53,19 @@ def complete(folder: Path) -> None:
     distributed.wait()  # each process writes its own random state
     if distributed.is_first():
         write_manifest(folder)
-        set_deletion_order(_in_deletion_order(folder.parent))
+        _date(folder.parent)
 
 
 def write_manifest(folder: Path) -> None:
     """Sync all files of a checkpoint to the disk, and write their manifest."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_FILE]
-    # What begins with a dot is left over from a write that was cut off.
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path, sync=True)}
-        for path in paths
-        if not path.name.startswith(".")
-    }
-    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": files})
-
-
-def digest(path: Path, *, sync: bool = False) -> str:
-    """A file's SHA-256; with `sync` it is on the disk first."""
-    with open(path, "r+b" if sync else "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.rglob("*")):
+        # What begins with a dot is left over from a write that was cut off.
+        if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("."):
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": sizes})
 
 
 def fault(folder: Path) -> str | None:
@@ -85,19 +76,17 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["version"] != VERSION:
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        files = {str(name): (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
+        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_FILE} cannot be read"
-    for name, (size, content) in files.items():
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
-        if digest(path) != content:
-            return f"{name} has other content than was written"
     return None
 
 
@@ -130,23 +119,25 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def micro_batch_size(checkpoint: Path) -> int | None:
-    """Rows of a micro batch when the checkpoint was written, or None."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state["stateful_callbacks"].get(NOTE, {}).get("rows")
+def note_in(checkpoint: Path) -> dict[str, Any]:
+    """What a training noted in its state: `run`, unique for it, and the `rows` of a micro batch."""
+    return _state_in(checkpoint)["stateful_callbacks"].get(NOTE, {})
+
+
+def _state_in(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text())
 
 
 def require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
     """Require that the checkpoint is complete, and the one that the Trainer has loaded."""
     _require_complete(folder)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    if state["stateful_callbacks"].get(NOTE, {}).get("run") != loaded:
+    if note_in(folder).get("run") != loaded:
         raise TsqLoraError(
             f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
             "output_dir that it was written in"
         )
     # The Trainer forgets the best one where it is gone.
-    if args.load_best_model_at_end and (best := state["best_model_checkpoint"]) is not None:
+    if args.load_best_model_at_end and (best := _state_in(folder)["best_model_checkpoint"]) is not None:
         _require_complete(Path(best))
 
 
@@ -174,11 +165,14 @@ def set_aside(folder: Path, *, after: int) -> None:
             f"renamed to checkpoint-N{EARLIER}, and save_total_limit deletes them first",
             stacklevel=4,
         )
-    set_deletion_order(_in_deletion_order(folder))
+    _date(folder)
 
 
-def _in_deletion_order(folder: Path) -> list[Path]:
-    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *(path for _, path in reversed(newest_first(folder)))]
+def _date(folder: Path) -> None:
+    """Date the checkpoints by their steps, those of an earlier training first: the Trainer deletes in this order."""
+    set_deletion_order(
+        [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *(path for _, path in reversed(newest_first(folder)))]
+    )
 
 
 def newest_first(folder: Path) -> list[tuple[int, Path]]:

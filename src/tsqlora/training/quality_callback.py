@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from tsqlora import distributed
 from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.files import digest
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, bars
 from tsqlora.quality.cost import PhaseCost
@@ -35,7 +36,7 @@ from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
-from tsqlora.training.checkpoints import ROWS_HASH, digest, read_state, require_options, write_state
+from tsqlora.training.checkpoints import ROWS_HASH, read_state, require_options, write_state
 from tsqlora.training.record import question_in_words
 from tsqlora.training.run_dir import SCORES_FILE
 from tsqlora.training.session import PartCallback, of_draws, require_subset
@@ -516,7 +517,7 @@ class QualityCallback(PartCallback):
             if self.data.scores is not None:
                 self.data.scores.save(first_scores(self._path))
             scores.save(self._path)
-            self._digest = digest(self._path, sync=True)
+            self._digest = digest(self._path)
 
     def _look_at_texts(
         self, args: TrainingArguments, task: Task, model: nn.Module, collate: Any, tokenizer: Any, *, answers: bool

@@ -20,7 +20,7 @@ class StopCallback(TrainerCallback):
     """While it is open (`with`), a signal makes the current step the last one, and its checkpoint is saved.
 
     Then StoppedError is raised. In scoring and evaluation `watch` raises it at once. A second signal has its usual
-    effect.
+    effect. It comes after the callback that completes checkpoints.
 
     Args:
         advice: how to continue, for the error.
@@ -30,7 +30,7 @@ class StopCallback(TrainerCallback):
         self.advice = advice
         self.asked: int | None = None
         """The signal, once one has arrived."""
-        self._saved: int | None = None
+        self._last: int | None = None
         self._in_step = False
         self._before: dict[int, Any] = {}
 
@@ -60,23 +60,19 @@ class StopCallback(TrainerCallback):
 
         return report
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self._in_step = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Not every process may have received the signal by this step.
         if distributed.any_process(self.asked is not None, args.device):
             self.asked = self.asked or signal.SIGTERM
             control.should_save = True
-            self._saved = state.global_step
+            self._last = state.global_step
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        self._end()
-        self._in_step = True
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._saved is not None:
-            raise self._stopped(f"after step {self._saved}, which has a checkpoint")
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        if state.global_step == self._last:
+            raise self._stopped(f"after step {self._last}, which has a checkpoint")
 
     def _come(self, which: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data loader's worker, which its parent ends
