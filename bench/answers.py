@@ -35,13 +35,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from tsqlora.data.formats import format_of
+from tsqlora.data.chat import conversation, format_of
 from tsqlora.data.rows import Row as FileRow
 from tsqlora.quality.rule import Compute
 from tsqlora.run.text_audit import load_vocabulary
 from tsqlora.text import answers
 from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
-from tsqlora.text.conversations import conversation
 from tsqlora.text.faults import (
     Detection,
     FaultJudge,

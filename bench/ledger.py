@@ -29,11 +29,10 @@ sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of, trained_tokenizer
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.formats import Format, format_of
+from tsqlora.data.chat import Conversation, Format, conversation, format_of
 from tsqlora.data.rows import Row
 from tsqlora.run.text_audit import audit_text
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.raw import audited, prepared_rows

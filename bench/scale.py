@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
-from tsqlora.data.prepare import prepare
+from tsqlora.data.splits import prepare
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading

@@ -5,10 +5,8 @@ from typing import Any
 import pytest
 
 from tables import rows_of
-from tsqlora.data.examples import Chat, Example, Manner, Message
-from tsqlora.data.formats import find_format
+from tsqlora.data.chat import Chat, Example, Manner, Message, conversation, find_format
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
-from tsqlora.text.conversations import conversation
 
 CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)
 CHAT, PROMPT = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True, targets=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tsqlora.data.formats import FORMATS, Format, find_format
+from tsqlora.data.chat import FORMATS, Format, find_format
 from tsqlora.data.rows import Columns
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsqlora.data.formats import are_answers, find_format
+from tsqlora.data.chat import are_answers, find_format
 from tsqlora.data.sources import first_columns, open_table, require_source
 from tsqlora.errors import DataError
 

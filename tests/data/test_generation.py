@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
 from tables import names_of, rows_of
-from tsqlora.data import generation
+from tsqlora.data import tokens
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import left_out, references, tokenise_generation
+from tsqlora.data.chat import Format, find_format
 from tsqlora.data.rows import Row, sample_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Samples
+from tsqlora.data.tokens import left_out, references, tokenise_generation
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 
 BYTES, CHATTY, T5 = byte_tokenizer(), byte_tokenizer(chat_template=CHATML), byte_tokenizer(opens=False, closes=True)
@@ -362,7 +362,7 @@ def test_chats_for_a_tokenizer_without_a_template_say_what_to_do() -> None:
 def test_what_a_template_of_a_stranger_does_ends_as_an_error_of_the_row(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "SECONDS", 0.3)
+    monkeypatch.setattr(tokens, "SECONDS", 0.3)
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(DataError, match="template refuses these turns"):
         make(rows_of({"messages": [say("user", "a"), say("assistant", "b")]}), byte_tokenizer(chat_template=template))

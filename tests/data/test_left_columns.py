@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from tables import names_of, rows_of
-from tsqlora.data.examples import Chat, Example, Manner, Message
-from tsqlora.data.formats import ANSWERS, FORMATS, find_format, pair_format
+from tsqlora.data.chat import ANSWERS, FORMATS, Chat, Example, Manner, Message, find_format, pair_format
 from tsqlora.data.rows import USUAL_PAIR, USUAL_TEXT
 from tsqlora.errors import DataError, TsqLoraError
 

@@ -13,12 +13,11 @@ from byte_tokenizers import CHATML, byte_tokenizer
 from runs import Row, make_rows, save_checkpoint, write_jsonl
 from tables import cells_of, read_as, task_for
 from tsqlora.data import table as table_module
-from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.prepare import prepare as prepare_tables
-from tsqlora.data.prepare import resolve_max_length, tokenise, without_measured
-from tsqlora.data.splits import read_data
+from tsqlora.data.splits import prepare as prepare_tables
+from tsqlora.data.splits import read_data, resolve_max_length, without_measured
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
+from tsqlora.data.tokens import tokenise, tokenise_generation
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.subset import equals

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from tables import rows_of
-from tsqlora.data.prepare import tokenise
 from tsqlora.data.rows import Columns, Row
+from tsqlora.data.tokens import tokenise
 from tsqlora.errors import DataError, SettingsError
 
 TEXT, PAIR = Columns("text", None, "label"), Columns("text", "pair", "label")

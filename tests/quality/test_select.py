@@ -12,7 +12,7 @@ import pytest
 
 from runs import Row, make_rows
 from tables import cells_of
-from tsqlora.data.formats import find_format
+from tsqlora.data.chat import find_format
 from tsqlora.data.rows import Columns, row_hash, sample_hash
 from tsqlora.data.sources import open_table
 from tsqlora.data.write import write_rows

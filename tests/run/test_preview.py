@@ -2,8 +2,8 @@
 
 from byte_tokenizers import CHATML, byte_tokenizer
 from tables import rows_of
-from tsqlora.data.formats import find_format
-from tsqlora.data.generation import tokenise_generation
+from tsqlora.data.chat import find_format
+from tsqlora.data.tokens import tokenise_generation
 from tsqlora.run.plan import shown_samples
 
 

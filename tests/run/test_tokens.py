@@ -13,9 +13,9 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from seen import Seen
 from tables import cells_of, read_as
 from tsqlora.data.labels import encode_labels
-from tsqlora.data.prepare import tokenise_words
 from tsqlora.data.rows import find_columns
 from tsqlora.data.splits import read_data
+from tsqlora.data.tokens import tokenise_words
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError
 from tsqlora.run.audit import run_audit

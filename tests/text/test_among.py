@@ -9,8 +9,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 import pytest
 
+from tsqlora.data.chat import Conversation, Message
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, Message
 from tsqlora.text.ledger import Line
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrstp"]

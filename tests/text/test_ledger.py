@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from byte_tokenizers import byte_tokenizer
-from tsqlora.data.formats import format_of
+from tsqlora.data.chat import Conversation, Message, conversation, format_of
 from tsqlora.errors import DataError
 from tsqlora.tasks.generation import IGNORED
-from tsqlora.text.conversations import Conversation, Message, conversation
 from tsqlora.text.ledger import Line, content_findings, line_of, locate
 from tsqlora.text.prepared import Trained, sequences_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
+from tsqlora.data.chat import Conversation
+from tsqlora.data.chat import Message as Turn
 from tsqlora.tasks.generation import IGNORED
-from tsqlora.text.conversations import Conversation
-from tsqlora.text.conversations import Message as Turn
 from tsqlora.text.ledger import line_of
 from tsqlora.text.matching import match, unwrapped
 from tsqlora.text.prepared import Trained

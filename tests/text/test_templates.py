@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from families import FAMILIES, Family, tokenizer_of
-from tsqlora.data.formats import format_of
+from tsqlora.data.chat import conversation, format_of
 from tsqlora.data.rows import Row
-from tsqlora.text.conversations import conversation
 from tsqlora.text.findings import findings_of
 from tsqlora.text.ledger import Line
 from tsqlora.text.raw import audited

@@ -13,12 +13,10 @@ import pytest
 
 from byte_tokenizers import byte_tokenizer
 from runs import write_jsonl
-from tsqlora.data.examples import Manner
-from tsqlora.data.formats import format_of
+from tsqlora.data.chat import Manner, conversation, format_of
 from tsqlora.data.rows import Row
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError
-from tsqlora.text.conversations import conversation
 from tsqlora.text.findings import ERROR, FINDINGS
 from tsqlora.text.ledger import Line, spans_of
 from tsqlora.text.raw import audited, prepared_rows

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 
 from tsqlora import distributed
 from tsqlora.compare.methods import POLICIES, Entry, build
-from tsqlora.data.prepare import prepare
+from tsqlora.data.splits import prepare
 from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text

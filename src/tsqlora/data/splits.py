@@ -1,4 +1,4 @@
-"""Decide which rows each split has, with columns and labels; leave out incomplete rows."""
+"""Decide which rows each split has, with columns and labels; leave out incomplete rows, and encode the others."""
 
 import math
 import warnings
@@ -11,15 +11,17 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.examples import Manner
-from tsqlora.data.formats import Format, are_answers
+from tsqlora.compat.deepspeed import whole_shape
+from tsqlora.data.chat import Format, Manner, are_answers
 from tsqlora.data.labels import (
     LabelKind,
     LabelMap,
     are_measures,
     classes_of,
     distinct_labels,
+    encode_labels,
     encode_targets,
     look_alikes,
     looks_missing,
@@ -36,11 +38,14 @@ from tsqlora.data.rows import (
     lacking,
     one_hot_columns,
     quoted,
+    row_hash,
+    sample_hash,
     text_at,
 )
 from tsqlora.data.sources import ORDER, open_tables
-from tsqlora.data.table import Table
-from tsqlora.errors import DataError
+from tsqlora.data.table import Samples, Table, store
+from tsqlora.data.tokens import Encode, input_of, left_out, require_some
+from tsqlora.errors import DataError, SettingsError
 
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
@@ -352,3 +357,132 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
     for rows, count in zip(by_class, quotas, strict=True):
         out[rng.permutation(rows)[:count]] = True
     return out
+
+
+def prepare(
+    tables: Mapping[str, Table],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    encode: Encode,
+    folder: Path | None = None,
+    most: float = 0.0,
+) -> dict[str, Table]:
+    """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
+
+    Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note. So are
+    those that cannot be read or rendered, up to the share `most`. Raises DataError with the first if there are more.
+    """
+    prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
+    for name, table in tables.items():
+        numbers, refused = list[int](), dict[int, DataError]()
+        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers, refused), folder)
+        inputs[name] = np.array(numbers, dtype=np.uint64)
+        notes = [*table.notes, *left_out(samples), *_refusals(table, refused, most)]
+        if table.format is not None:
+            require_some(samples, table.name, max_length)
+        trained = np.isin(inputs[name], inputs.get("train", []), kind="sort")  # whatever the label
+        if name in MEASURED and trained.any():
+            notes.append(
+                f"{trained.sum()} of {len(trained)} {name} rows are training rows too: their metrics say little about "
+                "new rows"
+            )
+        prepared[name] = replace(table, samples=samples, ids=samples.ids, notes=tuple(notes))
+    return prepared
+
+
+def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Raises DataError naming the first row with a token that the model has no embedding for."""
+    embeddings = whole_shape(model.get_input_embeddings().weight)[0]
+    if len(tokenizer) <= embeddings:
+        return
+    for table in tables.values():
+        for row, sample in zip(table.samples.ids.tolist(), table.samples, strict=True):
+            if (token := max(sample["input_ids"])) >= embeddings:
+                raise DataError(
+                    f"{table.name}: row {row} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the "
+                    f"model has {embeddings} embeddings; resize them to the tokenizer's {len(tokenizer)} tokens "
+                    "(model.resize_token_embeddings) and train them, or give the model's own tokenizer"
+                )
+
+
+def _refusals(table: Table, refused: Mapping[int, DataError], most: float) -> list[str]:
+    """A note of the rows that cannot be prepared, if there are any.  Raises DataError if they are too many."""
+    if not refused:
+        return []
+    why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
+    if len(refused) > most * len(table) or len(refused) == len(table):
+        raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
+    note = f"{of} are left out: {why}"
+    warnings.warn(note, stacklevel=4)
+    return [note]
+
+
+def _tokenised(
+    table: Table,
+    tokenizer: Any,
+    max_length: int,
+    encode: Encode,
+    inputs: list[int],
+    refused: dict[int, DataError],
+) -> Iterator[Samples]:
+    """Encode a table chunk by chunk; append a number for the input of each sample to `inputs`."""
+    column, classes = table.columns.label, table.classes
+    for rows in table.chunks():
+        if table.format is not None:
+            part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
+            inputs += (int(name, 16) for name in part.hashes)
+        else:
+            assert column is not None
+            labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
+            part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
+            inputs += (_input_number(row, table) for row in rows)
+        yield part
+
+
+def without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """Drop trusted rows whose input a validation or test row has too; a note counts them.
+
+    Raises DataError if no trusted row remains.
+    """
+    measured = [tables[name] for name in MEASURED if name in tables]
+    if "trusted" not in tables or not measured:
+        return dict(tables)
+    trusted = tables["trusted"]
+    own, others = (
+        np.fromiter((_input_number(row, table) for table in some for row in table), dtype=np.uint64)
+        for some in ([trusted], measured)
+    )
+    # By sorting: numpy 2.0's table overflows at hashes from 2⁶³ on.
+    seen = np.isin(own, others, kind="sort")
+    if not seen.any():
+        return dict(tables)
+    if seen.all():
+        raise DataError(
+            f"{trusted.name}: the inputs of all rows are also in validation or test rows, so no trusted row remains; "
+            "name other rows in data.trusted, or others in data.validation and data.test"
+        )
+    note = f"{seen.sum()} of {len(seen)} trusted rows are left out: validation or test rows have the same input"
+    return {**tables, "trusted": replace(trusted, ids=trusted.ids[~seen], notes=(*trusted.notes, note))}
+
+
+def _input_number(row: Row, table: Table) -> int:
+    """A number for a row's input, without its label: the text with its pair, or the prompt."""
+    if table.format is not None:
+        return int(sample_hash(input_of(row, table.format), "", ""), 16)
+    return int(row_hash(row.cells, replace(table.columns, label=None)), 16)
+
+
+def resolve_max_length(setting: int | None, *, tokenizer_limit: int, positions: int | None) -> int:
+    """Tokens of a sample: the setting, else the lesser of the tokenizer's and the model's limit.
+
+    Raises SettingsError if the setting exceeds the model's positions, and if neither names a limit.
+    """
+    limits = [limit for limit in (positions, tokenizer_limit) if limit is not None and limit < 10**9]
+    if setting is None:
+        if not limits:
+            raise SettingsError("neither the model nor its tokenizer has a maximal length; set data.max_length")
+        return min(limits)
+    if positions is not None and setting > positions:
+        raise SettingsError(f"data.max_length {setting} is above the model's {positions} positions; lower it")
+    return setting

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsqlora.data.formats import Format
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.readers import PLAIN, Dialect
 from tsqlora.data.rows import Columns, Row, is_one, row_hash

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.data.formats import PREFERENCE, Format
+from tsqlora.data.chat import PREFERENCE, Format
 from tsqlora.data.labels import UNSEEN, are_numbers
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, row_hash, row_text

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 
 from tsqlora.data.batches import IGNORED
+from tsqlora.data.chat import ANSWER, Conversation
 from tsqlora.reports.page import POLICY, environment
-from tsqlora.text.conversations import ANSWER, Conversation
 from tsqlora.text.findings import Finding
 from tsqlora.text.ledger import Line
 from tsqlora.text.look import Losses

@@ -12,8 +12,8 @@ from torch import nn
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import class_finder, require_separable
-from tsqlora.data.prepare import prepare
 from tsqlora.data.sources import absolute, folder_digest, kind_of
+from tsqlora.data.splits import prepare
 from tsqlora.data.table import Table
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from tsqlora.data.generation import plain_tokens
+from tsqlora.data.tokens import plain_tokens
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.run.contract import Prompt, prompts_of
 from tsqlora.run.finished import FinishedRun, open_run, require_finished

@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.examples import Chat, Manner
-from tsqlora.data.formats import Format
-from tsqlora.data.generation import pieces_of
+from tsqlora.data.chat import Chat, Format, Manner
 from tsqlora.data.rows import Row
+from tsqlora.data.tokens import pieces_of
 from tsqlora.files import write_text
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job

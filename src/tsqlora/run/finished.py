@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tsqlora.data.formats import Format
-from tsqlora.data.generation import left_out
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.prepare import prepare
 from tsqlora.data.rows import Columns, quoted
-from tsqlora.data.splits import complete
+from tsqlora.data.splits import complete, prepare
 from tsqlora.data.table import Samples, Table
+from tsqlora.data.tokens import left_out
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.attach import attach
 from tsqlora.interop.files import read_adapter

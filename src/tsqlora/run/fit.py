@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
-from tsqlora.data.generation import least_prompt, left_out, references
 from tsqlora.data.splits import MEASURED, held_out_rows
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
+from tsqlora.data.tokens import least_prompt, left_out, references
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config

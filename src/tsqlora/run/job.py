@@ -10,12 +10,11 @@ from peft import PeftModel
 from transformers import set_seed
 
 from tsqlora.adapter.wrap import plain_lora, start_from, wrap
-from tsqlora.data.formats import Format
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.prepare import prepare, require_embedded, without_measured
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, quoted
-from tsqlora.data.splits import read_data, unmeasured
+from tsqlora.data.splits import prepare, read_data, require_embedded, unmeasured, without_measured
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError, printable
 from tsqlora.quality.rule import require_terms

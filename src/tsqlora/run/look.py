@@ -12,10 +12,9 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import prepare
 from tsqlora.data.rows import Columns
 from tsqlora.data.sources import open_table
-from tsqlora.data.splits import complete
+from tsqlora.data.splits import complete, prepare
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.files import parents_of, write_text, writing

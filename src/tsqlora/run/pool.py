@@ -10,10 +10,9 @@ from torch import nn
 
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import as_paths
-from tsqlora.data.prepare import prepare, require_embedded
 from tsqlora.data.rows import MissingError, quoted
 from tsqlora.data.sources import of_dataset
-from tsqlora.data.splits import complete, require_columns
+from tsqlora.data.splits import complete, prepare, require_columns, require_embedded
 from tsqlora.data.table import Table, notes_of
 from tsqlora.errors import DataError, SettingsError, of_loaded_model
 from tsqlora.progress import bars

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tsqlora.compat.hub import cached_model
 from tsqlora.compat.transformers import load
+from tsqlora.data.chat import Conversation
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import Turn, behind, read_answers, turns_in, turns_of
-from tsqlora.text.conversations import Conversation
 from tsqlora.text.look import LEAST_TURNS, SAMPLE, AnswerLook, look_at_answers
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import loading, require_model
 from tsqlora.compat.transformers import load, row_collator
-from tsqlora.data.formats import format_of
-from tsqlora.data.prepare import resolve_max_length
+from tsqlora.data.chat import Conversation, conversation, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import absolute, open_table
+from tsqlora.data.splits import resolve_max_length
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import digest, reading, replacing, write_json, write_text
@@ -32,13 +32,12 @@ from tsqlora.reports.text_page import ON_PAGE, text_page
 from tsqlora.run.audit import source_digest
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
-from tsqlora.text.conversations import Conversation, Conversations, conversation
 from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, Finding, findings_of, impossible
 from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
-from tsqlora.text.raw import audited, failed, prepared_rows
+from tsqlora.text.raw import Conversations, audited, failed, prepared_rows
 from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 

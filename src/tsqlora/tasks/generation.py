@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import double, upcast
 from tsqlora.data.batches import IGNORED, MULTIPLE, GenerationCollator, generation_collator
-from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import tokenise_generation
+from tsqlora.data.chat import Format, find_format
 from tsqlora.data.rows import Columns
+from tsqlora.data.tokens import tokenise_generation
 from tsqlora.tasks.forward import base_model, model_logits
 from tsqlora.tasks.task import Batch, Collate, Reading, Writer
 

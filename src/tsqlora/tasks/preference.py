@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tsqlora.compat.shapes import Float, Int
 from tsqlora.data.batches import GenerationCollator, PairCollator
-from tsqlora.data.formats import Format, pair_format
-from tsqlora.data.generation import tokenise_pairs
+from tsqlora.data.chat import Format, pair_format
 from tsqlora.data.rows import Columns
+from tsqlora.data.tokens import tokenise_pairs
 from tsqlora.tasks.generation import Generation, pad_texts
 from tsqlora.tasks.reading import OF_TEXTS
 from tsqlora.tasks.task import Collate

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from tsqlora.data.batches import collator
-from tsqlora.data.formats import Format
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import CLASS
 from tsqlora.data.media import MediaCollator, encode_files
-from tsqlora.data.prepare import tokenise
 from tsqlora.data.rows import Columns, find_columns
+from tsqlora.data.tokens import tokenise
 from tsqlora.tasks.forward import model_logits
 from tsqlora.tasks.task import Collate, Reading
 

@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from tsqlora.compat.shapes import Bool, Float, Shaped
-from tsqlora.data.formats import Format
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelKind
-from tsqlora.data.prepare import Encode, resolve_max_length
-from tsqlora.data.splits import Find
+from tsqlora.data.splits import Find, resolve_max_length
 from tsqlora.data.table import Table
+from tsqlora.data.tokens import Encode
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]

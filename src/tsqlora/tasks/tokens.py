@@ -14,9 +14,9 @@ from torch import Tensor
 from tsqlora.compat.shapes import Float, Int
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import OUTSIDE, TAGS
-from tsqlora.data.prepare import tokenise_words
 from tsqlora.data.rows import tokens_at
 from tsqlora.data.table import Table
+from tsqlora.data.tokens import tokenise_words
 from tsqlora.tasks.forward import model_logits
 from tsqlora.tasks.reading import OF_TEXTS, TEXTS, find_labelled, pad
 

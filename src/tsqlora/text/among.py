@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation
 
 from tsqlora.compat.shapes import Int
-from tsqlora.text.conversations import Conversation, Message
+from tsqlora.data.chat import Conversation, Message
 from tsqlora.text.ledger import Line
 
 WIDTH = 5

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import upcast
 from tsqlora.data.batches import MULTIPLE
+from tsqlora.data.chat import ANSWER, Conversation
 from tsqlora.quality.passes import parts_of, run_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Batch
 from tsqlora.tasks.forward import base_model
-from tsqlora.text.conversations import ANSWER, Conversation
 from tsqlora.text.ledger import spans_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary

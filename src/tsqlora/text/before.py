@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from tsqlora.data.chat import Conversation, conversation
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.text.answers import turns_in
-from tsqlora.text.conversations import Conversation, conversation
 from tsqlora.text.faults import SHARE
 from tsqlora.text.findings import ERROR, NOTE, findings_of
 from tsqlora.text.ledger import line_of

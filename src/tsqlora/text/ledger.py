@@ -12,8 +12,7 @@ import numpy as np
 from ftfy.badness import BADNESS_RE
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import CALLS, TLDR
-from tsqlora.text.conversations import ANSWER, Conversation, Message
+from tsqlora.data.chat import ANSWER, CALLS, TLDR, Conversation, Message
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 

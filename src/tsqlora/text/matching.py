@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsqlora.text.conversations import Conversation
+from tsqlora.data.chat import Conversation
 from tsqlora.text.ledger import LEAST_KNOWN, at_ends_alone, digest_of, locate, place_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary

@@ -4,17 +4,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import ANSWER, REASONING, Chat, Manner, Message
-from tsqlora.data.formats import PREFERENCE, Format
-from tsqlora.data.generation import Piece, TemplateError, as_read, causal_rows, render
+from tsqlora.data.chat import ANSWER, PREFERENCE, REASONING, Chat, Conversation, Format, Manner, Message, conversation
 from tsqlora.data.rows import Row
+from tsqlora.data.table import Table
+from tsqlora.data.tokens import Piece, TemplateError, as_read, causal_rows, render
 from tsqlora.errors import DataError
-from tsqlora.text.conversations import Conversation
 from tsqlora.text.ledger import REASONING_ENDS, SHOWN, Line, line_of
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import PROBE, Vocabulary
@@ -33,6 +33,23 @@ class Prepared:
     reason: str = ""
     shows: dict[str, str] = field(default_factory=dict)
     """What the template leaves out or rewrites: findings, each with the text that shows it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversations(Sequence[Conversation]):
+    """The rows of a table as conversations, each read on access."""
+
+    table: Table
+    format: Format
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        return conversation(self.table.at(i).cells, self.format, i)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (conversation(row.cells, self.format, j) for j, row in enumerate(self.table))
 
 
 def audited(

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.formats import Format, format_of
+from tsqlora.data.chat import ANSWER, Conversation, Format, Message, conversation, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
 from tsqlora.text.answers import empty_tokens, stretches
-from tsqlora.text.conversations import ANSWER, Conversation, Message, conversation
 from tsqlora.text.findings import FINDINGS, NEARLY_ALL, OF_LABELS, OF_TOKENS
 from tsqlora.text.ledger import ROLE_MARKERS, SPEAKERS, Line, Span, line_of
 from tsqlora.text.matching import match, unwrapped

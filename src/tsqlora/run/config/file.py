@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.data.formats import are_answers, unlabelled_format
+from tsqlora.data.chat import are_answers, unlabelled_format
 from tsqlora.data.labels import SET, TAGS, several_of
 from tsqlora.data.readers import SUFFIXES
 from tsqlora.data.sources import first_columns, first_rows, kind_of

@@ -1,11 +1,11 @@
-"""Tokenise rows of texts, with loss on their targets alone."""
+"""Tokenise rows: texts with loss on their targets alone, texts with a label, and words with tags."""
 
 import json
 import reprlib
 import signal
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,12 +16,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.examples import ANSWER, REASONING, Chat, Example, Manner, Message
-from tsqlora.data.formats import Format
-from tsqlora.data.rows import Row, as_text
+from tsqlora.data.chat import ANSWER, REASONING, Chat, Example, Format, Manner, Message
+from tsqlora.data.rows import Columns, Row, as_text, text_at, tokens_at
 from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
 
+Encode = Callable[..., Samples]
+"""Takes rows, their format or columns, a tokenizer, `max_length`, and without a format the encoded `labels`."""
 SECONDS = 10.0
 """Time limit of a chat template for one chat: its loops may be endless."""
 
@@ -543,3 +544,81 @@ def _seq2seq(
 def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
     """The least tokens that leave room for text: the special ones, and two."""
     return sum(map(len, special_tokens(tokenizer))) + 2
+
+
+def tokenise(
+    rows: Sequence[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[Any] | None,
+) -> Samples:
+    """One sample a row, of at most `max_length` tokens, not padded; `labels` are encoded, or None.
+
+    Raises DataError with file and row for a text that is missing or not text, SettingsError if `max_length`
+    leaves no room for text.
+    """
+    pair = columns.text_pair
+    require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
+    texts = [text_at(row, columns.text) for row in rows]
+    pairs = None if pair is None else [text_at(row, pair) for row in rows]
+    samples = _call(tokenizer, texts, pairs, max_length=None)
+    long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
+    if long:  # only these are tokenised twice
+        long_pairs = None if pairs is None else [pairs[i] for i in long]
+        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
+        for i, sample in zip(long, cut, strict=True):
+            samples[i] = sample
+    for row, sample in zip(rows, samples, strict=True):
+        require_tokens(sample["input_ids"], row.place)
+    if labels is not None:
+        samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
+    return of_rows(samples, rows, columns, truncated=len(long))
+
+
+def tokenise_words(
+    rows: Sequence[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[Sequence[int]] | None,
+) -> Samples:
+    """One sample a row of tokens; the first piece of each has its tag as label, every other place -100.
+
+    Without `labels` the first piece has the number of its token. A token behind the cut has no piece, and is counted.
+    Raises DataError with file and row, SettingsError for a tokenizer that does not say which pieces a token has.
+    """
+    require_room(max_length, tokenizer.num_special_tokens_to_add(), 1)
+    if not tokenizer.is_fast:
+        raise SettingsError("token classification needs a fast tokenizer (tokenizer.json); give another model")
+    samples, truncated, cut = list[dict[str, Any]](), 0, 0
+    for i, row in enumerate(rows):
+        words = tokens_at(row, columns.text)
+        tags = range(len(words)) if labels is None else labels[i]
+        whole = tokenizer(words, is_split_into_words=True, verbose=False)
+        part = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
+        own = [-1 if j is None else j for j in part.word_ids()]
+        require_tokens([j for j in own if j >= 0], row.place)
+        first = [j >= 0 and j != before for before, j in zip([-1, *own], own, strict=False)]
+        truncated += len(part["input_ids"]) < len(whole["input_ids"])
+        cut += len({j for j in whole.word_ids() if j is not None} - set(own))
+        targets = [tags[j] if begins else IGNORED for j, begins in zip(own, first, strict=True)]
+        samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
+    return of_rows(samples, rows, columns, truncated=truncated, cut_words=cut)
+
+
+def _call(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, *, max_length: int | None
+) -> list[dict[str, Any]]:
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=True,
+        verbose=False,  # long texts are counted, not warned about
+    )
+    return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]

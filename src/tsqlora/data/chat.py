@@ -1,0 +1,720 @@
+"""Chats, prompts with answers, pairs of answers and plain text: find a file's format, and read its rows."""
+
+import json
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from shlex import quote
+from typing import Any
+
+from tsqlora.data.rows import (
+    USUAL_PAIR,
+    USUAL_TEXT,
+    Columns,
+    MissingError,
+    Row,
+    as_text,
+    find_columns,
+    is_missing,
+    named_columns,
+    quoted,
+    text_at,
+    text_or_empty,
+)
+from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt, "" for none, and its target; None if targets are not read."""
+
+    prompt: str
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat; its role by the names of chat templates."""
+
+    role: str
+    content: str
+    """Its text, of a list of parts their texts joined; "" for none."""
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Every other key of the row's message, and a content of null."""
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The message as a chat template gets it."""
+        return {"role": self.role, "content": self.content, **self.further}
+
+    @property
+    def carried(self) -> list[str]:
+        """Keys beside the content under which there is something to learn."""
+        return [key for key in (*REASONING, *CALLS) if self.further.get(key)]
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the functions that it calls."""
+        calls = self.further.get("tool_calls")
+        calls = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+        functions = [call.get("function", call) for call in calls]
+        return [str(one["name"]) for one in functions if isinstance(one, Mapping) and one.get("name")]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages for the tokenizer's chat template; every assistant's is a target, but for those of the `context`.
+
+    If targets are not read, the messages before the one to generate.
+    """
+
+    messages: tuple[Message, ...]
+    tools: Sequence[Any] = ()
+    """Definitions of tools, for a template that takes them."""
+    context: int = 0
+    """How many messages at the beginning have no target: those of a prompt that is a chat."""
+    unanswered: tuple[Message, ...] = field(default=(), compare=False)
+    """Messages of the row behind its last answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a model reads rows.
+
+    Args:
+        seq2seq: it has prompt and target on two sides; else it continues the prompt.
+        chat: its tokenizer has a chat template.
+        targets: whether targets are read, and thus required.
+        measured: without `targets`, end a chat before its last answer, which a generated one is compared with.
+    """
+
+    seq2seq: bool
+    chat: bool
+    targets: bool = True
+    measured: bool = False
+
+
+ANSWER = "assistant"
+CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of the reasoning before an answer, in rows and in templates."""
+Problems = list[DataError]
+"""Collects why a row cannot be trained on, while the rest of it is read."""
+
+
+ROLES = {name: name for name in ("system", "developer", "user", ANSWER, "tool")}
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "tool": "tool"} | dict.fromkeys(
+    ("gpt", ANSWER, "chatgpt", "model"), ANSWER
+)
+"""Each role's name in chat templates, by that of the row."""
+
+
+def read_chat(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+    """The messages of a row up to the last answer, after its system prompt; without targets, all but a final answer.
+
+    A chat is a list of {"role": …, "content": …}, or of {"from": …, "value": …}, where gpt is assistant.
+
+    Problems, with file, row and message, are a cell that is not a list of messages, unknown roles, empty contents,
+    parts that are no text, weights, two system prompts, and a chat without a message to write or to answer.
+    """
+    column, tools = columns.text, _tools(row, problems)
+    messages = _messages(row, columns, manner, problems)
+    answered = max((number for number, one in enumerate(messages, start=1) if one.role == ANSWER), default=0)
+    if manner.targets:
+        if messages and not answered:
+            problems.append(MissingError(row.place, f"no assistant's turn in column '{column}'"))
+        return Chat(messages[:answered], tools, unanswered=messages[answered:])
+    before = messages[: answered - 1] if answered == len(messages) or (answered and manner.measured) else messages
+    if not before:
+        problems.append(
+            DataError(f"{row.place}: column '{column}' has nothing to answer; start it with a user's message")
+        )
+    return Chat(before, tools)
+
+
+def _messages(row: Row, columns: Columns, manner: Manner, problems: Problems) -> tuple[Message, ...]:
+    """The messages in the column of texts, after the row's system prompt; none if one of them cannot be read."""
+    column, place, cell = columns.text, row.place, row.cells.get(columns.text)
+    if manner.seq2seq:
+        raise UnsupportedError(
+            f"{row.source}: chats in column '{column}' need task.type causal-lm; "
+            "for seq2seq give columns of text: data.prompt and data.target"
+        )
+    if is_missing(cell) or not isinstance(cell, list) or not cell:
+        cure = f'holds {_shown(cell)}, not a list of messages; write a list of {{"role": …, "content": …}}'
+        lacks = MissingError(place, f"no messages in column '{column}'")
+        problems.append(lacks if is_missing(cell) or cell == [] else DataError(f"{place}: column '{column}' {cure}"))
+        return ()
+    read = [_message(one, f"message {k} in column '{column}'", row, column, problems) for k, one in enumerate(cell, 1)]
+    messages = tuple(one for one in read if one is not None)
+    if len(messages) < len(read):
+        return ()
+    system = Message("system", tried(problems, text_or_empty, row, columns.system))
+    if not system.content or (messages[0].role, messages[0].content) == ("system", system.content):
+        return messages
+    if messages[0].role != "system":
+        return (system, *messages)
+    problems.append(
+        DataError(f"{place}: column '{columns.system}' and column '{column}' have two system prompts; remove one")
+    )
+    return messages
+
+
+def tried(problems: Problems, read: Callable[..., str], *args: Any) -> str:
+    """What `read` returns; "" where it raises a problem."""
+    try:
+        return read(*args)
+    except DataError as error:
+        problems.append(error)
+        return ""
+
+
+def _tools(row: Row, problems: Problems) -> Sequence[Any]:
+    """The definitions in column `tools`, which may be JSON text."""
+    tools = row.cells.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            problems.append(DataError(f"{row.place}: column 'tools' holds {_shown(tools)}, not a list in JSON"))
+    return tools if isinstance(tools, list) else ()
+
+
+def _message(message: Any, where: str, row: Row, column: str, problems: Problems) -> Message | None:
+    """A message with all its keys; None for one without a role."""
+    at = f"{row.place}: {where}"
+    if not isinstance(message, dict):
+        problems.append(DataError(f"{at} is {_shown(message)}; write an object with role and content"))
+        return None
+    # Arrow gives all messages in a column the keys of all.
+    sharegpt = is_missing(message.get("role")) and not is_missing(message.get("from"))
+    by, holds, roles = ("from", "value", SHAREGPT) if sharegpt else ("role", "content", ROLES)
+    # A key of null is as good as none, but some templates ask whether a content is null.
+    further = {key: value for key, value in message.items() if value is not None and key not in (by, holds)}
+    further |= {"content": None} if message.get(holds) is None else {}
+    calls = any(further.get(key) for key in CALLS)
+    for key in (by, holds):
+        if key not in message and not (calls and key == holds):
+            problems.append(DataError(f"{at} has no '{key}'; write role and content, or from and value"))
+    role, content, weight = message.get(by), message.get(holds), message.get("weight")
+    if not isinstance(role, str) or role not in roles:
+        problems.append(DataError(f"{at} has an unknown {by}, {role!r}; {nearest(str(role), roles)}"))
+    if roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
+        problems.append(
+            DataError(
+                f"{at} has the weight {weight!r}, and every answer is trained on alike; "
+                "remove the message, or its weight"
+            )
+        )
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
+            problems.append(DataError(f"{at} has a part of type {other.get('type')!r}, and only texts are read"))
+        content = "".join(str(part.get("text") or "") for part in content)
+    if is_missing(content):
+        content = ""
+        if not calls:
+            problems.append(MissingError(row.place, f"a message without text in column '{column}'"))
+    text = tried(problems, as_text, content, f"'{holds}' of {where}", row.place)
+    if not isinstance(role, str):
+        return None
+    return Message(roles.get(role) or tried(problems, as_text, role, f"'{by}' of {where}", row.place), text, further)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+# Taori et al. (2023), Stanford Alpaca: the two prompts of its training code.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def _target(row: Row, columns: Columns, manner: Manner, problems: Problems) -> str | None:
+    if not manner.targets or columns.label is None:
+        return None
+    cell = row.cells.get(columns.label)
+    if not isinstance(cell, dict) or not isinstance(cell.get("text"), list):
+        return tried(problems, text_at, row, columns.label)
+    # SQuAD (Rajpurkar et al., 2016): all answers and their places; none has an unanswerable question of version 2.
+    first = replace(row, cells={columns.label: next(iter(cell["text"]), None)})
+    return tried(problems, text_at, first, columns.label)
+
+
+def exchange(
+    row: Row, columns: Columns, prompt: str, target: str | None, problems: Problems, *, chat: bool
+) -> Example | Chat:
+    """The row's system prompt, the prompt and its target: as a chat, or as text with a blank line after the first."""
+    system = tried(problems, text_or_empty, row, columns.system)
+    if not chat:
+        return Example(f"{system}\n\n{prompt}" if system else prompt, target)
+    before = [Message(role, text) for role, text in (("system", system), ("user", prompt)) if text]
+    return Chat((*before, *([] if target is None else [Message(ANSWER, target)])))
+
+
+def is_chat(columns: Columns, manner: Manner) -> bool:
+    # By the column of system prompts, not by its cell: one file is read in one way.
+    return columns.system is not None and manner.chat and not manner.seq2seq
+
+
+def read_alpaca(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+    """A chat of one exchange if the tokenizer has a template, else Alpaca's own prompt.
+
+    A sequence-to-sequence model reads instruction and input with a blank line between them.
+    """
+    instruction = tried(problems, text_at, row, columns.text)
+    further = tried(problems, text_or_empty, row, columns.text_pair)
+    output = _target(row, columns, manner, problems)
+    plain = f"{instruction}\n\n{further}" if further else instruction
+    if not manner.chat and not manner.seq2seq:
+        plain = (WITH_INPUT if further else WITHOUT_INPUT).format(instruction=instruction, input=further)
+    return exchange(row, columns, plain, output, problems, chat=manner.chat and not manner.seq2seq)
+
+
+def read_prompt(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+    """A prompt and its completion with nothing between them: a space must be part of one of the texts.
+
+    A context stands before the prompt, with a blank line between them, unless the prompt has it. A prompt of messages
+    has a completion of messages, or of text; as in TRL only the completion is a target.
+    """
+    if isinstance(row.cells.get(columns.text), list):
+        prompt, label = _messages(row, columns, manner, problems), columns.label or ""
+        if not manner.targets:
+            return Chat(prompt, _tools(row, problems))
+        if not isinstance(row.cells.get(label), list):
+            answer = Message(ANSWER, tried(problems, text_at, row, label))
+            return Chat((*prompt, answer), _tools(row, problems), len(prompt))
+        answers = read_chat(row, Columns(label, None, None), manner, problems)
+        return replace(answers, messages=(*prompt, *answers.messages), context=len(prompt))
+    target = _target(row, columns, manner, problems)
+    prompt = tried(problems, text_at, row, columns.text)
+    context = tried(problems, text_or_empty, row, columns.text_pair)
+    plain = prompt if context in prompt else f"{context}\n\n{prompt}"
+    return exchange(row, columns, plain, target, problems, chat=is_chat(columns, manner))
+
+
+# Radford et al. (2019), GPT-2: the prompt for a summary.
+TLDR = "\n\nTL;DR:"
+
+
+def read_document(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example:
+    """The document and "TL;DR:", then the summary; a sequence-to-sequence model reads the document alone.
+
+    The space between them belongs to the summary: most tokenizers have words with the space before them.
+    """
+    document = tried(problems, text_at, row, columns.text)
+    summary = _target(row, columns, manner, problems)
+    if manner.seq2seq:
+        return Example(document, summary)
+    return Example(document + TLDR, None if summary is None else f" {summary}")
+
+
+def read_text(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example:
+    """Plain text: all target, or all prompt if targets are not read."""
+    if manner.seq2seq:
+        raise UnsupportedError(
+            f"{row.source}: plain text in column '{columns.text}' has no target for a sequence-to-sequence model; "
+            "set data.prompt and data.target"
+        )
+    text = tried(problems, text_at, row, columns.text)
+    return Example("", text) if manner.targets else Example(text, None)
+
+
+PAIRS = Columns("prompt", "rejected", "chosen")
+
+
+def read_pair(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+    """The prompt, if any, with the answer in `columns.label`; `columns.text_pair` must have the other answer.
+
+    What both answers begin with, such as the messages of a whole chat, cancels out of the loss.
+    """
+    cells, label = row.cells, columns.label or ""
+    for name in (label, columns.text_pair or ""):
+        if is_missing(cells.get(name)) or cells[name] == []:
+            problems.append(MissingError(row.place, f"no answer in column '{name}'"))
+    prompt, answer = cells.get(columns.text), cells.get(label)
+    if not isinstance(prompt, list) and not isinstance(answer, list):
+        prompt, answer = (
+            "" if is_missing(cell) else tried(problems, as_text, cell, f"column '{name}'", row.place)
+            for name, cell in ((columns.text, prompt), (label, answer))
+        )
+        return exchange(row, columns, prompt, answer, problems, chat=is_chat(columns, manner))
+    before = prompt if isinstance(prompt, list) else []
+    answers = answer if isinstance(answer, list) else [{"role": ANSWER, "content": answer}]
+    # Beside a whole chat, its first message may be written once more as a text.
+    if isinstance(prompt, str) and [one.get("role") for one in answers[:1] if isinstance(one, dict)] == [ANSWER]:
+        before = [{"role": "user", "content": prompt}]
+    again = next((k for k in range(len(before), 0, -1) if before[-k:] == answers[:k]), 0)
+    joined = replace(row, cells={**cells, label: [*before[: len(before) - again], *answers]})
+    return read_chat(joined, replace(columns, text=label), manner, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A row format: a reader, and the usual names of its columns.
+
+    Args:
+        read: read a row, with these columns, for a model of this manner.
+        usual: pairs of prompt and target; the target is None if one column holds both.
+        further: names for a second part of the prompt, which is optional.
+        setting: the setting that names the column, if one column holds both.
+        system: whether a system prompt may stand in another column.
+    """
+
+    read: Callable[[Row, Columns, Manner, Problems], Example | Chat]
+    usual: tuple[tuple[str, str | None], ...]
+    further: tuple[str, ...] = ()
+    setting: str = "data.prompt"
+    system: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether one column holds prompt and target."""
+        return self.setting != "data.prompt"
+
+
+# In order of detection: a file of chats may also have their text in one piece.
+FORMATS: dict[str, Kind] = {
+    "messages": Kind(read_chat, (("messages", None),), setting="data.messages"),
+    "sharegpt": Kind(read_chat, (("conversations", None), ("conversation", None)), setting="data.messages"),
+    "alpaca": Kind(read_alpaca, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
+    "prompt": Kind(
+        read_prompt,
+        (
+            ("prompt", "completion"),
+            ("prompt", "response"),
+            ("prompt", "target"),
+            ("question", "answer"),
+            ("question", "answers"),
+            ("question", "response"),
+            ("query", "response"),
+            ("user", "assistant"),
+            ("input", "output"),
+            ("input", "target"),
+        ),
+        further=("context", "passage", "document", "article"),
+    ),
+    "document": Kind(
+        read_document,
+        (
+            ("document", "summary"),
+            ("article", "highlights"),
+            ("article", "summary"),
+            ("article", "abstract"),
+            ("dialogue", "summary"),
+            ("text", "summary"),
+            ("text", "target"),
+            ("source", "target"),
+        ),
+        system=False,
+    ),
+    "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text", system=False),
+}
+
+PREFERENCE = "preference"
+"""The name of the format of preference rows, which is their task's alone."""
+
+SYSTEM = ("system", "system_prompt")
+ABOUT = ("id", "idx", "index", "uuid", "", "unnamed: 0", *SYSTEM)
+"""Columns that are hardly a prompt."""
+_PAIRS = [pair for kind in FORMATS.values() for pair in kind.usual]
+ANSWERS = {target for _, target in _PAIRS if target is not None} | {"chosen", "rejected"}
+"""Usual names of answers, which no prompt needs."""
+PARTS = (
+    {*(name for name, _ in _PAIRS), *(name for kind in FORMATS.values() for name in kind.further), *ANSWERS, *SYSTEM}
+    | {*USUAL_TEXT, *USUAL_PAIR.values(), "choices", "options"}
+) - {"source"}
+"""Usual names of texts that belong to a row. Others, such as id, source, title or score, are about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The format of a file: its name in FORMATS, and its columns.
+
+    `columns.text` is the prompt (or the column of both), `text_pair` its second part, `label` the target: the names
+    that `row_hash` reads. `whole` is False if settings name all columns, so that others do not belong to the row.
+    """
+
+    name: str
+    columns: Columns
+    whole: bool = field(default=True, compare=False)
+
+    def read(self, row: Row, manner: Manner) -> Example | Chat:
+        """A row as prompt and target.  Raises DataError if it is not whole, or the model would not read all of it."""
+        example, problems = self.parse(row, manner)
+        if problems:
+            raise problems[0]
+        return example
+
+    def parse(self, row: Row, manner: Manner) -> tuple[Example | Chat, Problems]:
+        """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
+        read, problems = read_pair if self.name == PREFERENCE else FORMATS[self.name].read, Problems()
+        example = read(row, self.columns, manner, problems)
+        parts = PARTS if manner.targets else PARTS - ANSWERS
+        cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
+        tools = isinstance(example, Chat) and bool(example.tools)
+        problems += leftovers(row, self.columns, parts if self.whole else (), cure, tools=tools)
+        return example, problems
+
+    def ends_unanswered(self, row: Row) -> bool:
+        """Whether a chat goes on behind its last answer."""
+        if not isinstance(row.cells.get(self.columns.text), list):
+            return False
+        example, _ = self.parse(row, Manner(seq2seq=False, chat=True))
+        return isinstance(example, Chat) and bool(example.messages and example.unanswered)
+
+    @property
+    def sides(self) -> tuple["Format", ...]:
+        """The format of each answer: of a pair, of the chosen and of the rejected one."""
+        if self.name != PREFERENCE:
+            return (self,)
+        columns = self.columns
+        return self, replace(self, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
+
+
+def pair_format(names: Sequence[str], *, source: str) -> Format:
+    """The format of preference rows.  Raises DataError without chosen or rejected answers."""
+    if missing := [name for name in ("chosen", "rejected") if name not in names]:
+        raise DataError(
+            f"{source} has no column '{missing[0]}'; preference rows have prompt, chosen and rejected, and its columns "
+            f"are {', '.join(names)}"
+        )
+    prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in names), PAIRS.text)
+    return Format(PREFERENCE, replace(PAIRS, text=prompt, system=_usual(SYSTEM, names)))
+
+
+def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
+    """Find the format by the columns, or by `named` ones.  Raises DataError if no format of texts fits."""
+    if {"chosen", "rejected"} <= {*names} and not any(named.values()):
+        return pair_format(names, source=source)
+    return find_format(names, source=source, **named)
+
+
+def unlabelled_format(names: Sequence[str], source: str) -> Format | None:
+    """The format of texts without labels by their columns; None for labelled rows, and for others."""
+    try:
+        if find_columns(names, source=source).label is not None:
+            return None
+    except DataError:
+        pass  # no column of a text to classify
+    try:
+        return format_of(names, source)
+    except DataError:
+        return None
+
+
+def are_answers(names: Sequence[str]) -> bool:
+    """Whether columns without labels are those of chats, instructions, or prompts with answers.
+
+    >>> are_answers(["messages"]), are_answers(["text", "summary"]), are_answers(["question", "answer", "label"])
+    (True, False, False)
+    """
+    format = unlabelled_format(names, "")
+    return format is not None and format.name in ("messages", "sharegpt", "alpaca", "prompt")
+
+
+def find_format(
+    names: Sequence[str],
+    *,
+    source: str,
+    format: str | None = None,
+    prompt: str | None = None,
+    target: str | None = None,
+    messages: str | None = None,
+    text: str | None = None,
+) -> Format:
+    """Detect the format by its usual columns, in the order of FORMATS; columns that settings name win.
+
+    Raises DataError for a named column that is missing and if no format fits, SettingsError for settings that
+    contradict each other.
+
+    >>> find_format(["document", "summary"], source="a.jsonl")
+    Format(name='document', columns=Columns(text='document', text_pair=None, label='summary'))
+    """
+    named = {"data.prompt": prompt, "data.target": target, "data.messages": messages, "data.text": text}
+    prompt, target, messages, text = named_columns(named, names, source)
+    _check_together(format, {key for key, name in named.items() if name is not None})
+    if whole := messages or text:
+        setting = "data.messages" if messages else "data.text"
+        fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
+        # Usual names distinguish messages from sharegpt.
+        usual = (name for name in fitting if (whole, None) in FORMATS[name].usual)
+        name = format or next(usual, fitting[0])
+        return Format(name, _columns_of(FORMATS[name], whole, None, names), whole=False)
+    all_named = prompt is not None and target is not None
+    kinds = FORMATS if format is None else {format: FORMATS[format]}
+    # Two usual columns win over a named column beside a usual one.
+    for both in (True, False):
+        for name, kind in kinds.items():
+            for pair in kind.usual:
+                if _fits(pair, prompt, target, names, both=both):
+                    columns = _columns_of(kind, prompt or pair[0], target or pair[1], names)
+                    return Format(name, columns, whole=not all_named)
+    if prompt is None or target is None:
+        beside = f" beside '{prompt or target}'" if prompt or target else ""
+        what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
+        others = iter([name for name in names if name not in (prompt, target) and name.lower() not in ABOUT])
+        both = {"data.prompt": prompt or next(others, None), "data.target": target or next(others, None)}
+        line = " ".join(f"--set {quote(f'{key}={name}')}" for key, name in both.items() if name)
+        raise DataError(
+            f"{source} has no {what}{beside}; add {line}, or set data.messages or data.text; columns: {quoted(names)}"
+        )
+    if format is None:
+        columns = _columns_of(FORMATS["prompt"], prompt, target, names)
+        return Format("prompt", replace(columns, text_pair=None), whole=False)
+    return Format(format, _columns_of(FORMATS[format], prompt, target, names), whole=False)
+
+
+def _fits(
+    usual: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str], *, both: bool
+) -> bool:
+    """Whether both columns have usual names, or with `both` false one of them while a setting names the other."""
+    first, second = usual
+    if second is None:
+        return both and not (prompt or target) and first in names
+    if both:
+        return (prompt or first) == first and (target or second) == second and {first, second} <= {*names}
+    return (prompt is None) != (target is None) and (first if prompt is None else second) in names
+
+
+def _columns_of(kind: Kind, prompt: str, target: str | None, names: Collection[str]) -> Columns:
+    others = [name for name in names if name not in (prompt, target)]
+    return Columns(prompt, _usual(kind.further, others), target, system=_usual(SYSTEM, others) if kind.system else None)
+
+
+def _usual(usual: Sequence[str], names: Collection[str]) -> str | None:
+    return next((name for name in usual if name in names), None)
+
+
+def _naming(kind: Kind) -> str:
+    """The settings that name all columns of a format."""
+    return kind.setting if kind.whole else "data.prompt and data.target"
+
+
+def _check_together(format: str | None, named: Collection[str]) -> None:
+    if format is not None and format not in FORMATS:
+        raise SettingsError(f"data.format '{format}' is unknown; {nearest(format, FORMATS)}")
+    whole = sorted({"data.messages", "data.text"} & set(named))
+    if whole and len(named) > 1:
+        raise SettingsError(
+            f"{' and '.join(sorted(named))} are set, but {whole[0]} holds prompt and target; remove the other"
+        )
+    if format is None or not named:
+        return
+    settings = _naming(FORMATS[format])
+    if wrong := sorted(set(named) - {*settings.split(" and ")}):
+        raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {settings}")
+
+
+OF_CHATS = ("tools", "functions", "documents", "history")
+"""What other trainers put into a chat's prompt, in their own ways."""
+
+
+def leftovers(
+    row: Row, columns: Columns, parts: Collection[str], setting: str | None, *, tools: bool
+) -> Iterator[DataError]:
+    """Yield a problem for each unread column among `parts` or OF_CHATS; `setting` names columns in its place.
+
+    `tools` are read or not.
+
+    A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
+    has theirs, as a text of the whole row.
+    """
+    used = (columns.text, columns.text_pair, columns.label, columns.system)
+    read = [row.cells.get(column) for column in used if column is not None]
+    for name, value in row.cells.items():
+        usual = name.strip().lower()
+        if name in used or is_missing(value) or value in ([], {}) or (tools and name == "tools"):
+            continue
+        if usual in OF_CHATS:
+            # A single text is a mark of its document, as in other tables.
+            if usual in ("functions", "documents") and not isinstance(value, list):
+                continue
+            cure = ""
+        elif usual in parts and not _is_repeated(value, read):
+            cure = "" if setting is None else f"set {setting}, "
+        else:
+            continue
+        yield DataError(
+            f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
+            f"{cure}move it into the text, or remove it"
+        )
+
+
+def _is_repeated(value: Any, cells: Collection[Any]) -> bool:
+    own, read = [*_texts(value)], [text for cell in cells for text in _texts(cell)]
+    within = all(any(text in other for other in read) for text in own)
+    return within or all(any(text in other for other in own) for text in read)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a cell, with single spaces; of messages without roles."""
+    if isinstance(value, Mapping):
+        value = [inner for key, inner in value.items() if key not in ("role", "from")]
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+    elif not is_missing(value):
+        yield " ".join(str(value).split())
+
+
+WHOLE = Manner(seq2seq=False, chat=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row. Of a pair, `messages` end with the chosen answer, and `rejected` is the other one's."""
+
+    row: int
+    messages: tuple[Message, ...]
+    problem: str | None = None
+    """Why the row has no messages."""
+    rejected: tuple[Message, ...] | None = None
+    prompt: tuple[Message, ...] | None = None
+    """Of a pair whose answers are whole chats with different prompts: the rejected one's prompt."""
+    plain: bool = False
+    """Whether the row is plain text, without turns; its one message has the text."""
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the last answer."""
+        return self.messages[:-1] if self.messages and self.messages[-1].role == ANSWER else self.messages
+
+    @property
+    def answer(self) -> str:
+        """The last answer; "" without one."""
+        return self.messages[-1].content if self.messages and self.messages[-1].role == ANSWER else ""
+
+    def side(self, side: str) -> tuple[Message, ...]:
+        """The messages of one side of a pair, or of a row that is none."""
+        if side != "rejected" or self.rejected is None:
+            return self.messages
+        return (*(self.question if self.prompt is None else self.prompt), *self.rejected)
+
+
+def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
+    """Show one row as its messages, which need not be whole."""
+    source = Row({**cells}, "", row, row)
+    examples, problems = zip(*(one.parse(source, WHOLE) for one in format.sides), strict=True)
+    messages, *others = map(_shown_messages, examples)
+    if not messages and (why := [str(one) for one in problems[0]]):
+        return Conversation(row, (), why[0].removeprefix(f"{source.place}: "))
+    plain = isinstance(examples[0], Example) and format.columns.label is None
+    if not others:
+        return Conversation(row, messages, plain=plain)
+    *before, last = others[0] or messages
+    prompt = None if before == [*messages[:-1]] else tuple(before)
+    return Conversation(row, messages, rejected=(last,), prompt=prompt)
+
+
+def _shown_messages(example: Example | Chat) -> tuple[Message, ...]:
+    if isinstance(example, Chat):
+        return (*example.messages, *example.unanswered)
+    prompt = [Message("user", example.prompt)] if example.prompt else []
+    return (*prompt, Message(ANSWER, example.target or ""))
