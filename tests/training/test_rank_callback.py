@@ -390,12 +390,11 @@ def test_a_checkpoint_of_other_options_is_named_with_both(change: dict[str, Any]
 
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
 def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling: str, tmp_path: Path) -> None:
-    """Without a callback of ours accelerate draws, which under a random sampler forgets it within a resumed epoch."""
     drawn: list[tuple[int, list[int]]] = []
 
     def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
         look = At("step_begin", lambda state, options: drawn.append((state.global_step, data.indices.tolist())))
-        callbacks = [tsq.RankCallback(interval=4), look]
+        callbacks = [tsq.GuardCallback(data), tsq.RankCallback(interval=4), look]
         further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
         return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)
 

@@ -56,8 +56,8 @@ def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path
 @pytest.mark.parametrize("which", ["quality", "ranks", "guard"])
 def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
     data, (quality, ranks) = both()
-    chosen = {"quality": quality, "ranks": ranks, "guard": tsq.GuardCallback()}[which]
-    trained(tmp_path, chosen, data=data if which == "quality" else ROWS)
+    chosen = {"quality": [quality], "ranks": [ranks, tsq.GuardCallback()], "guard": [tsq.GuardCallback()]}[which]
+    trained(tmp_path, *chosen, data=data if which == "quality" else ROWS)
     gathered = gather(tmp_path)
     assert ("scores" in gathered.missing, "events" in gathered.missing) == (which != "quality", which != "ranks")
     assert "<html" in write_report(tmp_path).read_text()
@@ -65,7 +65,7 @@ def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tm
 
 def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path) -> None:
     measure = {"evaluate_on": ROWS, "compute_metrics": lambda p: {"accuracy": 0.25}}
-    trainer = trained(tmp_path, tsq.RankCallback(interval=2), eval_strategy="epoch", **measure)
+    trainer = trained(tmp_path, tsq.GuardCallback(), eval_strategy="epoch", **measure)
     logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = RunRecord.load(tmp_path).metrics["validation"]
     assert list(metrics) == ["accuracy", "loss"]
@@ -88,7 +88,7 @@ def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        trained(tmp_path, tsq.RankCallback(interval=2), Fail())
+        trained(tmp_path, Fail())
     assert RunRecord.load(tmp_path).status == "running"
     assert tsq.report(tmp_path).path.exists()
 
@@ -112,7 +112,7 @@ def test_a_stream_of_rows_has_a_record_without_their_number(tmp_path: Path) -> N
         def __iter__(self) -> Any:
             return iter(ROWS)
 
-    trained(tmp_path, tsq.RankCallback(interval=2), data=Stream(), max_steps=6, train_sampling_strategy="random")
+    trained(tmp_path, tsq.GuardCallback(), data=Stream(), max_steps=6, train_sampling_strategy="random")
     record = RunRecord.load(tmp_path)
     assert "rows" not in record.plan
     assert record.cost["training"].forward == 6 * 8
@@ -165,7 +165,7 @@ def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
 
     monkeypatch.setattr(RunRecord, "save", full)
     with pytest.warns(UserWarning, match=RECORD_FILE):
-        trained(tmp_path, tsq.RankCallback(interval=2))
+        trained(tmp_path, tsq.GuardCallback())
 
 
 def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) 
             state.log_history.append({"step": state.global_step, "words": "a", "list": [1], "loss": 1.0})
             super().on_step_end(args, state, control, **kwargs)
 
-    trained(tmp_path, tsq.RankCallback(interval=2), Log())
+    trained(tmp_path, Log())
     history = RunRecord.load(tmp_path).history
     assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
 

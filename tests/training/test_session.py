@@ -21,7 +21,7 @@ from tsqlora.training.session import require_fresh_draws
 DATA = moods()
 EPOCHS = 5
 """Of half the rows, 4 steps each."""
-KINDS = pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.RankCallback, tsq.GuardCallback])
+KINDS = pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
 
 
 def half(**options: Any) -> tsq.QualitySubset:
@@ -87,8 +87,9 @@ def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path)
         control.should_epoch_stop = state.global_step in (2, 6)  # within an epoch, and with its last step
 
     data = half()
-    drawn, other = Drawn(data), tsq.RankCallback if kind is tsq.GuardCallback else tsq.GuardCallback
-    trainer = train(data, tmp_path, made(kind, data), made(other, data), At(stop), drawn, num_train_epochs=3)
+    drawn = Drawn(data)
+    ranks = made(tsq.RankCallback, data)
+    trainer = train(data, tmp_path, made(kind, data), ranks, At(stop), drawn, num_train_epochs=3)
     assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
 
@@ -109,9 +110,8 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
     assert_same(*ends, "weights")
 
 
-@pytest.mark.parametrize("kind", [tsq.RankCallback, tsq.GuardCallback])
 @pytest.mark.parametrize("ended", ["well", "by an interrupt"])
-def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended: str, tmp_path: Path) -> None:
+def test_a_later_training_without_the_callback_is_a_random_one(ended: str, tmp_path: Path) -> None:
     def interrupt(state: Any, _: Any) -> None:
         if ended != "well" and state.global_step == 3:
             raise KeyboardInterrupt
@@ -122,11 +122,11 @@ def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended:
         train(data, tmp_path / "first", quality, At(interrupt))
     except KeyboardInterrupt:
         assert data.drawn_by == "QualityCallback"
-    callback, drawn = made(kind, data), Drawn(data)
-    train(data, tmp_path / "second", callback, drawn)
+    ranks, drawn = made(tsq.RankCallback, data), Drawn(data)
+    train(data, tmp_path / "second", made(tsq.GuardCallback, data), ranks, drawn)
     assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
     assert (data.scores, data.drawn_by) == (None, None)
-    assert not (kind is tsq.RankCallback and callback.loop.started)
+    assert not ranks.loop.started
 
 
 def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_the_trainers_seed_decides_rows_and_order_unless_the_subset_has_its_own(
     def rows(name: str, of_trainer: int, **options: Any) -> list[list[int]]:
         data = tsq.QualitySubset(DATA, 0.5, **options)
         drawn = [list[int]()]
-        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.RankCallback, data)], seed=of_trainer)
+        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.GuardCallback, data)], seed=of_trainer)
         with data.announcing(drawn[0].extend):
             trainer.train()
         return drawn

@@ -35,6 +35,14 @@ def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
     return cast(dict[str, Any], state.stateful_callbacks).setdefault(key, {})
 
 
+def live_note(state: TrainerState) -> dict[str, Any]:
+    """A mutable dict that callbacks share in one training; in no checkpoint.
+
+    `record` has fields for run.json, and `files` the names of those that a callback adds to each checkpoint.
+    """
+    return vars(state).setdefault("tsqlora_note", {})
+
+
 def carried(state: TrainerState, make: Callable[[], Any] | None = None) -> Any:
     """The object that callbacks share while this state lives, which is that of one training.
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,17 @@ def require_resumable_saves(args: TrainingArguments) -> bool:
     return saves
 
 
-def complete(folder: Path) -> None:
-    """Write the manifest of a checkpoint in which every callback's part is."""
+def complete(folder: Path, *, also: Iterable[str] = ()) -> None:
+    """Write the manifest of a checkpoint; without the files `also`, which may come later, it is not complete."""
     distributed.wait()  # each process writes its own random state
     if distributed.is_first():
-        write_manifest(folder)
+        write_manifest(folder, also=also)
         _date(folder.parent)
 
 
-def write_manifest(folder: Path) -> None:
-    """Sync all files of a checkpoint to the disk, and write their manifest."""
-    sizes: dict[str, int] = {}
+def write_manifest(folder: Path, *, also: Iterable[str] = ()) -> None:
+    """Sync all files of a checkpoint to the disk, and write their manifest; of the files `also` it has the names."""
+    sizes: dict[str, int | None] = dict.fromkeys(also)
     for path in sorted(folder.rglob("*")):
         # What begins with a dot is left over from a write that was cut off.
         if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("."):
@@ -76,7 +76,7 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["version"] != VERSION:
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+        sizes = {str(name): None if size is None else int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -85,7 +85,7 @@ def fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
+        if size is not None and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
     return None
 

@@ -50,7 +50,7 @@ class Method:
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        return [callback for callback in (self.quality, self.ranks) if callback is not None]
+        return [callback for callback in (self.ranks, self.quality) if callback is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def fit(
     data, task = method.data, inputs.task
     guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None))
     record.quality = of_draws(data)
-    for part in (method.quality, method.ranks, guard):
+    for part in (method.quality, guard):
         if part is not None:
             part.into = record, run
     live = [] if progress is None else [TellProgress(data, method.ranks, progress)]

@@ -1,6 +1,7 @@
 """Ranks that follow sensitivity, in a stock Trainer: a callback that drives a `RankLoop`."""
 
 import os
+import warnings
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -11,23 +12,22 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.adapter.change import require_moments
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
+from tsqlora.compat.transformers import live_note
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import write_tensors
 from tsqlora.layer_sensitivity import Estimator, get_estimator, name_of, sensitivity_rows
-from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.moves import RankEvent, RankSchedule, require_policy
 from tsqlora.tasks import Collate, task_of
-from tsqlora.training.checkpoints import read_state, write_state
+from tsqlora.training.checkpoints import checkpoint_folder, read_state, write_state
 from tsqlora.training.mover import RankLoop
-from tsqlora.training.session import PartCallback
 from tsqlora.training.steps import step_size
 
 RANKS_FILE = "tsqlora.json"
@@ -42,7 +42,7 @@ _NO_SLOTS = (
 )
 
 
-class RankCallback(PartCallback):
+class RankCallback(TrainerCallback):
     """Moves rank between the layers of a LoRA model, at constant parameters, in transformers' or TRL's Trainer.
 
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
@@ -67,10 +67,9 @@ class RankCallback(PartCallback):
     First ranks are measured by the model's own loss, or by the task of `QualityCallback`.
 
     `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing them,
-    without the steps' own backward passes. The Trainer's checkpoints have all of it, so that runs resume.
+    without the steps' own backward passes. The Trainer's checkpoints have all of it, so that runs resume; where another
+    callback writes run.json, it has it too.
     """
-
-    name = "RankCallback"
 
     def __init__(
         self,
@@ -103,7 +102,8 @@ class RankCallback(PartCallback):
         self.loop: RankLoop | None = None
         self._why_not: str | None = None
         """Why ranks cannot change in this Trainer."""
-        self.notes = []
+        self.notes: list[str] = []
+        """Warnings, for the record."""
 
     def rows_of(self, trained: int) -> int:
         """Rows that the first ranks are measured on, in a run that trains on `trained` rows."""
@@ -121,21 +121,17 @@ class RankCallback(PartCallback):
     def seconds(self) -> float:
         return 0.0 if self.loop is None else self.loop.seconds
 
-    @property
-    def spent(self) -> dict[str, PhaseCost]:
-        """Cost of measuring and changing ranks; empty if ranks stay."""
-        return {"ranks": replace(self.loop.spent)} if self.loop and self.seconds else {}
-
-    def summary(self) -> dict[str, Any]:
-        """Fields of the record: each decision, the current ranks, and warnings."""
+    def _tell(self, state: TrainerState) -> None:
+        """Put decisions, current ranks, warnings and cost into the Trainer's state, for whoever writes run.json."""
         schedule: RankSchedule = self.options["schedule"]
         options = {**self.options, "estimator": name_of(self.options["estimator"]), **asdict(schedule)}
         del options["schedule"]
-        return {
+        live_note(state)["record"] = {
             "rank_events": list(self.events),
             "ranks": {} if self.loop is None else self.loop.ranks,
             "notes": self.notes,
             "settings": {"ranks": options},
+            "cost": {"ranks": replace(self.loop.spent)} if self.loop and self.seconds else {},
         }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -157,13 +153,28 @@ class RankCallback(PartCallback):
             except UnsupportedError as error:
                 self._why_not = str(error)
 
-    def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
-        distributed.refuse_sharded_loading(kwargs["model"])
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
+        self._begin(args, state, resumed, kwargs["model"], kwargs["optimizer"])
+        # A checkpoint without these files is not complete, whichever callback writes its manifest, and when.
+        live_note(state)["files"] = [] if self.loop is None else [RANKS_FILE, IMPORTANCE_FILE]
+        self._tell(state)
+
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        resumed: Path | None,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        distributed.refuse_sharded_loading(model)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
         self.loop, self.notes = None, []
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not has_slots(model):
             self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
             return
@@ -204,7 +215,9 @@ class RankCallback(PartCallback):
             self._note(f"ranks are set once, before the first step, and do not move: {why_not}")
         self.loop = loop
 
-    def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if (loop := self.loop) is None or loop.final:
             return
         loader = kwargs["train_dataloader"]
@@ -216,6 +229,7 @@ class RankCallback(PartCallback):
         sets = self.options["policy"] != "fixed" and not (waits or loop.started)
         if sets and (scored or first):
             self._start(loop, args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
+            self._tell(state)
         if loop.state_of is None:  # ranks are set now, and stay
             loop.finish()
         else:
@@ -225,13 +239,18 @@ class RankCallback(PartCallback):
         if self.loop is not None and not self.loop.final:
             self.loop.before_optimizer_step()
 
-    def end_step(self) -> None:
-        if self.loop is not None and not self.loop.final:
-            self.loop.after_optimizer_step()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        if self.loop is None or self.loop.final:
+            return
+        before = len(self.events), self.seconds
+        self.loop.after_optimizer_step()
+        if before != (len(self.events), self.seconds):
+            self._tell(state)
 
-    def save_part(self, folder: Path) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.loop is None:
             return
+        folder = checkpoint_folder(args, state)
         values = self.loop.state_dict()
         del values["step"]  # the Trainer's state has it
         importance = values.pop("importance")
@@ -239,13 +258,18 @@ class RankCallback(PartCallback):
             write_tensors(folder / IMPORTANCE_FILE, importance)
         write_state(folder / RANKS_FILE, values)
 
-    def end(self, state: TrainerState) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.loop is None:
             return
         stays = self.finalize and any(map(distributed.is_sharded, self.loop.model.parameters()))
         self.loop.finish(finalize_model=self.finalize and not stays)
         if stays:
             self._note("the weights are sharded, so the model keeps its slots; trainer.save_model writes plain PEFT")
+        self._tell(state)
+
+    def _note(self, what: str) -> None:
+        self.notes.append(what)
+        warnings.warn(what, stacklevel=4)
 
     def _start(
         self,

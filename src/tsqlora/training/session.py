@@ -21,9 +21,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from tsqlora import distributed
-from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots
+from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots, layers_of
 from tsqlora.compat.accelerate import inner_batch_sampler
-from tsqlora.compat.transformers import carried, knows_lengths, saved_note
+from tsqlora.compat.transformers import carried, knows_lengths, live_note, saved_note
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
@@ -118,14 +118,14 @@ class Session:
         for part in self.parts:
             part.begin_step(args, state, **kwargs)
         if self._since is None or self._epoch != epoch_of(state):
-            self._epoch, self._since, self._elsewhere = epoch_of(state), time.perf_counter(), self._seconds_of_parts()
+            self._epoch, self._since, self._elsewhere = epoch_of(state), time.perf_counter(), self._elsewhere_in(state)
 
     def end_step(self, args: TrainingArguments, state: TrainerState, **_: Any) -> None:
         """Add the step's cost, and write run.json if it is time."""
         for part in self.parts:
             part.end_step()
         assert self.record is not None
-        now, elsewhere = time.perf_counter(), self._seconds_of_parts()
+        now, elsewhere = time.perf_counter(), self._elsewhere_in(state)
         rows, tokens = passed(self.data, args, state)
         cost = self.record.phase("training")
         since = now if self._since is None else self._since
@@ -146,7 +146,7 @@ class Session:
         for part in self.parts:
             part.save_part(folder)
         if not args.save_only_model:
-            complete(folder)
+            complete(folder, also=live_note(state).get("files", ()))
 
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation after training; earlier ones are in the history."""
@@ -154,13 +154,14 @@ class Session:
             self.record.metrics["validation"] = metrics_of(metrics) or self.record.metrics.get("validation", {})
             self.write()
 
-    def end(self, args: TrainingArguments, state: TrainerState, **_: Any) -> None:
+    def end(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """End every part; `QualitySubset.set_epoch` draws again. Record it, and write run.json."""
         if self.drawn is not None:
             self.drawn.drawn_by = None
         for part in self.parts:
             part.end(state)
-        record = self.fill(state)
+        model = distributed.unwrapped(kwargs["model"])  # which may be that of the best checkpoint by now
+        record = self.fill(state, ranks=active_ranks(model)) if layers_of(model) else self.fill(state)
         record.now = {}
         if self.finishes and state.is_world_process_zero:
             record.status = "finished"
@@ -171,9 +172,12 @@ class Session:
                 record.metrics["validation"] = metrics_of(shown)
             self.write()
 
-    def fill(self, state: TrainerState) -> RunRecord:
-        """The record with the current values."""
-        record, summaries = self.record, [dict(part.summary()) for part in self.parts]
+    def fill(self, state: TrainerState, **more: Any) -> RunRecord:
+        """The record with the current values, those of other callbacks, and `more`."""
+        others = dict(live_note(state).get("record", {}))
+        spent = self._spent(state)
+        others.pop("cost", None)
+        record, summaries = self.record, [*(dict(part.summary()) for part in self.parts), others, more]
         assert record is not None
         record.notes = [*self.notes, *(note for summary in summaries for note in summary.pop("notes", ()))]
         for summary in summaries:
@@ -182,7 +186,7 @@ class Session:
                 record.settings |= settings
             for name, value in summary.items():
                 setattr(record, name, value)
-        spent = record.cost | {phase: cost for part in self.parts for phase, cost in part.spent.items()}
+        spent = record.cost | spent
         order = [*PHASES, *(phase for phase in spent if phase not in PHASES)]
         record.cost = {phase: spent[phase] for phase in order if phase in spent}
         record.history = logged(state.log_history)
@@ -201,8 +205,13 @@ class Session:
             warnings.warn(f"{self.folder}: run.json cannot be written ({error.strerror}); no report", stacklevel=2)
             self.folder = None
 
-    def _seconds_of_parts(self) -> float:
-        return sum(cost.seconds for part in self.parts for cost in part.spent.values())
+    def _spent(self, state: TrainerState) -> dict[str, PhaseCost]:
+        """Cost of phases beside training's own."""
+        parts = {phase: cost for part in self.parts for phase, cost in part.spent.items()}
+        return parts | live_note(state).get("record", {}).get("cost", {})
+
+    def _elsewhere_in(self, state: TrainerState) -> float:
+        return sum(cost.seconds for cost in self._spent(state).values())
 
 
 def _shared(act: Callable[..., None]) -> Callable[..., None]:
