@@ -37,7 +37,7 @@ class Fail(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def trainer(folder: Path, order: tuple[int, ...] = (1, 0), fail: int = 0, **further: Any) -> Trainer:
+def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
     """Five epochs of four steps, looks before the first and the third; `order` is of quality, ranks and the crash."""
     subset = tsq.QualitySubset(DATA, 0.5, seed=0)
     quality = quality_by(subset, reference=40, weights={"loss": -1.0})

@@ -22,6 +22,8 @@ from tsqlora.files import write_json
 
 MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 2
+PENDING = -1
+"""The size in a manifest of a file that another callback writes after it, whole or not at all."""
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
 STATE_VERSION = 6
@@ -58,7 +60,7 @@ def complete(folder: Path, *, also: Iterable[str] = ()) -> None:
 
 def write_manifest(folder: Path, *, also: Iterable[str] = ()) -> None:
     """Sync all files of a checkpoint to the disk, and write their manifest; of the files `also` it has the names."""
-    sizes: dict[str, int | None] = dict.fromkeys(also)
+    sizes = dict.fromkeys(also, PENDING)
     for path in sorted(folder.rglob("*")):
         # What begins with a dot is left over from a write that was cut off.
         if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("."):
@@ -76,7 +78,7 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["version"] != VERSION:
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        sizes = {str(name): None if size is None else int(size) for name, size in manifest["files"].items()}
+        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -85,7 +87,7 @@ def fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if size is not None and path.stat().st_size != size:
+        if size != PENDING and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
     return None
 
