@@ -88,12 +88,3 @@ def test_unknown_columns_are_asked_for_with_the_complete_command() -> None:
         find_format(["id", "Die Frage", "Antwort"], source="t.jsonl")
     with pytest.raises(DataError, match=r"add --set data.prompt=a --set data.target=Antwort"):
         find_format(["Antwort", "a"], source="t.jsonl", prompt="a")
-
-
-def test_a_warning_about_a_packed_file_names_the_file_itself(tmp_path: Path) -> None:
-    (tmp_path / "t.csv.gz").write_bytes(gzip.compress('text,label\n"a "b" c","x"\n"caf\xe9","y"\n'.encode("cp1252")))
-    with pytest.warns(UserWarning, match=r"t\.csv\.gz") as caught:
-        table = open_table(tmp_path / "t.csv.gz")
-    texts = [str(one.message) for one in caught] + list(table.notes)
-    assert len(texts) == 3
-    assert all(text.startswith(f"{tmp_path}/t.csv.gz") for text in texts)

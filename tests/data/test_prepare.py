@@ -198,55 +198,123 @@ def labelled(texts: Sequence[str], label: int | None = None) -> list[Row]:
     return [{"text": text, "label": j % 2 if label is None else label} for j, text in enumerate(texts)]
 
 
+def marked(data: dict[str, Table]) -> list[int]:
+    """The training rows that are trusted rows, too."""
+    same = equals(data["train"].samples, data["trusted"].samples)
+    return [] if same is None else np.flatnonzero(same).tolist()
+
+
 POOL = labelled([f"good {'the ' * j}" for j in range(1, 9)])
 
 
-def test_trusted_rows_are_a_split_of_their_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    trusted, test = make_rows(6, seed=1), make_rows(4, seed=2)
-    data = prepared(tmp_path, tokenizer, train=make_rows(20), trusted=trusted, test=test)
+def test_trusted_rows_are_a_split_of_their_own_and_part_of_the_datas_name(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pool, trusted, test = make_rows(20), make_rows(6, seed=1), make_rows(4, seed=2)
+    data = prepared(tmp_path, tokenizer, train=pool, trusted=trusted, test=test)
     assert list(data) == ["train", "trusted", "validation", "test"]
     assert [row.cells for row in data["trusted"]] == list(trusted)
     assert data["trusted"].samples.labels.tolist() == [row["label"] for row in trusted]
-    assert equals(data["train"].samples, data["trusted"].samples) is None
-    assert notes_of(data) == []
-
-
-def test_they_are_part_of_the_datas_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    pool, trusted = make_rows(20), make_rows(6, seed=1)
+    assert (marked(data), notes_of(data)) == ([], [])
     some = [{}, {"trusted": trusted}, {"trusted": trusted[:-1]}, {"trusted": trusted[::-1]}, {"validation": trusted}]
     assert len({data_hash(prepared(tmp_path, tokenizer, train=pool, **files)) for files in some}) == len(some)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("train", "trusted", "message"),
     [
-        ({"text": "fine", "label": "c"}, r"trusted\.jsonl:2: label 'c' is not among the training data's classes"),
+        (make_rows(10, labels=("a", "b")), {"text": "fine", "label": "c"}, r"trusted\.jsonl:2: label 'c' is not among"),
         (
+            make_rows(10, labels=("a", "b")),
             {"text": "fine", "label": ""},
             r"trusted\.jsonl: 1 of 2 .*data\.max_bad_rows \(0\) .*no label in column 'label'",
         ),
     ],
 )
 def test_a_trusted_row_that_training_could_not_have_is_named(
-    row: Row, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    train: Any, trusted: Row, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = [{"text": "kind", "label": "a"}, row]
     with pytest.raises(DataError, match=message):
-        prepared(tmp_path, tokenizer, train=make_rows(10, labels=("a", "b")), trusted=rows)
+        prepared(tmp_path, tokenizer, train=train, trusted=[{"text": "kind", "label": "a"}, trusted])
 
 
-def test_a_trusted_row_that_is_measured_on_leaves_whatever_its_label(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+def chat(*turns: str) -> Row:
+    """Turns by turns from the user and the assistant; the system's begin with s."""
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    return {"messages": [{"role": names[turn[0]], "content": turn} for turn in turns]}
+
+
+FORMATS: dict[str, Any] = {
+    "prompt": [{"prompt": p, "completion": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))],
+    "document": [{"document": p, "summary": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))],
+    "alpaca": [{"instruction": "a", "input": p, "output": c} for p, c in (("b", "c"), ("b", "d"), ("", "c"))],
+    "chat": [chat("s", "u1", "a1", "u2", "a2"), chat("s", "u1", "a1", "u2", "a3", "u4"), chat("s", "u1", "a2")],
+    "text": [{"text": "ab"}, {"text": "ab"}, {"text": "abc"}],
+}
+"""Of each format a row, one with its input, one with another."""
+WARM = labelled(["kind", "kind day", "warm", "warm day"], label=1)
+TREES = [{"tokens": [word, "tree"], "tags": ["B-PER", "O"]} for word in ("good", "the", "kind")]
+DAYS = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
+ABS = [{"prompt": "ab", "completion": answer} for answer in "cde"]
+
+
+@pytest.mark.filterwarnings("ignore:.*chats end with turns that have no answer")
+@pytest.mark.parametrize(
+    ("answer", "files", "ids", "same"),
+    [
+        # A trusted row that is measured on leaves, whatever its label.
+        (
+            "class",
+            {"train": POOL, "trusted": WARM, "validation": labelled(["kind"]), "test": labelled(["warm day", "a"])},
+            [1, 2],
+            [],
+        ),
+        # A training row with a trusted row's input is marked, whatever its label.
+        (
+            "class",
+            {
+                "train": POOL,
+                "trusted": [*({**POOL[j], "label": 1 - POOL[j]["label"]} for j in (1, 6)), *labelled(["kind"])],
+                "validation": labelled(["a"]),
+            },
+            [0, 1, 2],
+            [1, 6],
+        ),
+        # Sentences with other tokens are other inputs; a pair is one input.
+        (
+            "tags",
+            {
+                "train": [*TREES[1:], {"tokens": ["good", "tree"], "tags": ["O", "O"]}],
+                "trusted": TREES[:1],
+                "validation": TREES[1:2],
+            },
+            [0],
+            [2],
+        ),
+        ("class", {"train": DAYS, "trusted": DAYS[1:2], "validation": [{**DAYS[1], "text": "bad"}]}, [0], [1]),
+        # A prompt with several trusted answers is the same by its answer.
+        ("text", {"train": ABS, "trusted": ABS[1:], "validation": [{**ABS[0], "prompt": "x"}]}, [0, 1], [1, 2]),
+        # The input of a text is its prompt.
+        *(
+            ("text", {"train": [other, alike, other], "trusted": [row, row], "validation": [other]}, [0, 1], [1])
+            for row, alike, other in FORMATS.values()
+        ),
+        *(
+            ("text", {"train": [alike, other], "trusted": [row, other], "validation": [alike]}, [1], [1])
+            for row, alike, other in FORMATS.values()
+        ),
+    ],
+)
+def test_trusted_rows_are_known_by_their_input(
+    answer: str, files: Any, ids: list[int], same: list[int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = labelled(["kind", "kind day", "warm", "warm day"], label=1)
-    data = prepared(
-        tmp_path, tokenizer, train=POOL, trusted=rows, validation=labelled(["kind"]), test=labelled(["warm day", "a"])
-    )
-    assert data["trusted"].ids.tolist() == [1, 2]
-    assert [row.cells["text"] for row in data["trusted"]] == ["kind day", "warm"]
-    assert len(data["trusted"]) == 2
-    (note,) = notes_of(data)
-    assert note.startswith("2 of 4 trusted rows are left out")
+    writes = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>") if answer == "text" else tokenizer
+    data = prepared(tmp_path, writes, answer=answer, **files)
+    assert data["trusted"].ids.tolist() == ids
+    assert [row.cells for row in data["trusted"]] == [files["trusted"][j] for j in ids]
+    assert marked(data) == same
+    left_out = len(files["trusted"]) - len(ids)
+    assert left_out == 0 or any(f"{left_out} of {len(files['trusted'])} trusted rows" in one for one in notes_of(data))
 
 
 def test_what_is_held_out_of_the_training_rows_is_measured_on_too(
@@ -260,93 +328,11 @@ def test_what_is_held_out_of_the_training_rows_is_measured_on_too(
     assert f"{6 - len(retained)} of 6 trusted rows are left out" in notes_of(data)[0]
 
 
-def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    turned = [{**row, "label": 1 - row["label"]} for row in (POOL[1], POOL[6])]
-    data = prepared(tmp_path, tokenizer, train=POOL, trusted=turned + labelled(["kind"]), validation=labelled(["a"]))
-    same = equals(data["train"].samples, data["trusted"].samples)
-    assert same is not None
-    assert np.flatnonzero(same).tolist() == [1, 6]
-    assert len(data["trusted"]) == 3
-    assert notes_of(data) == []
-
-
-def test_sentences_with_other_tokens_are_other_inputs(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"tokens": [word, "tree"], "tags": ["B-PER", "O"]} for word in ("good", "the", "kind")]
-    rows.append({"tokens": ["good", "tree"], "tags": ["O", "O"]})
-    data = prepared(tmp_path, tokenizer, answer="tags", train=rows[1:], trusted=rows[:1], validation=rows[1:2])
-    same = equals(data["train"].samples, data["trusted"].samples)
-    assert same is not None
-    assert same.tolist() == [False, False, True]
-
-
-def test_a_prompt_with_several_trusted_answers_is_the_same_by_its_answer(tmp_path: Path) -> None:
-    rows = [{"prompt": "ab", "completion": answer} for answer in "cde"]
-    data = prepared(
-        tmp_path, byte_tokenizer(), answer="text", train=rows, trusted=rows[1:], validation=[{**rows[0], "prompt": "x"}]
-    )
-    same = equals(data["train"].samples, data["trusted"].samples)
-    assert same is not None
-    assert same.tolist() == [False, True, True]
-
-
-def test_a_pair_is_one_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    train = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
-    data = prepared(tmp_path, tokenizer, train=train, trusted=[train[1]], validation=[{**train[1], "text": "bad"}])
-    same = equals(data["train"].samples, data["trusted"].samples)
-    assert same is not None
-    assert same.tolist() == [False, True, False]
-
-
 @pytest.mark.parametrize("trusted", [[0, 3], [3, 0, 0]])
 def test_where_none_is_left_is_an_error(trusted: list[int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    measured = [POOL[0], {**POOL[3], "label": 0}]
-    rows = [POOL[j] for j in trusted]
+    measured, rows = [POOL[0], {**POOL[3], "label": 0}], [POOL[j] for j in trusted]
     with pytest.raises(DataError, match=r"trusted\.jsonl.* data\.trusted"):
         prepared(tmp_path, tokenizer, train=POOL, trusted=rows, validation=measured)
-
-
-def chat(*turns: str) -> Row:
-    """Turns by turns from the user and the assistant; the system's begin with s."""
-    names = {"u": "user", "a": "assistant", "s": "system"}
-    return {"messages": [{"role": names[turn[0]], "content": turn} for turn in turns]}
-
-
-FORMATS: dict[str, tuple[Row, Row, Row]] = {
-    "prompt": tuple({"prompt": p, "completion": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))),  # type: ignore[dict-item]
-    "document": tuple({"document": p, "summary": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))),  # type: ignore[dict-item]
-    "alpaca": tuple({"instruction": "a", "input": p, "output": c} for p, c in (("b", "c"), ("b", "d"), ("", "c"))),  # type: ignore[dict-item]
-    "chat": (chat("s", "u1", "a1", "u2", "a2"), chat("s", "u1", "a1", "u2", "a3", "u4"), chat("s", "u1", "a2")),
-    "text": ({"text": "ab"}, {"text": "ab"}, {"text": "abc"}),
-}
-"""Of each format a row, one with its input, one with another."""
-
-
-@pytest.mark.filterwarnings("ignore:.*chats end with turns that have no answer")
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_text_s_input_is_its_prompt(name: str, tmp_path: Path) -> None:
-    row, alike, other = FORMATS[name]
-    writes = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
-    data = prepared(
-        tmp_path, writes, answer="text", train=[other, alike, other], trusted=[row, row], validation=[other]
-    )
-    same = equals(data["train"].samples, data["trusted"].samples)
-    assert same is not None
-    assert same.tolist() == [False, True, False]
-    data = prepared(tmp_path, writes, answer="text", train=[alike, other], trusted=[row, other], validation=[alike])
-    assert data["trusted"].ids.tolist() == [1]
-
-
-def chats_with_systems(path: Path, systems: int) -> Path:
-    rows = [[say("user", f"a{j}"), say("assistant", f"b{j}")] for j in range(20)]
-    return write_jsonl(
-        path, [{"messages": [*([say("system", "s")] if j < systems else []), *row]} for j, row in enumerate(rows)]
-    )
-
-
-def say(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def test_rows_that_the_template_refuses_are_left_out_up_to_a_share(tmp_path: Path) -> None:
@@ -357,13 +343,13 @@ def test_rows_that_the_template_refuses_are_left_out_up_to_a_share(tmp_path: Pat
     )
     tokenizer, encode = byte_tokenizer(chat_template=refuses), task_for("text").reading.encode
     for systems, most in ((1, 0.1), (2, 0.1), (3, 0.1), (20, 1.0)):
-        train = read(chats_with_systems(tmp_path / f"{systems}.jsonl", systems), answer="text", holds_out=False)[
-            "train"
-        ]
+        rows = [chat(*("s" * (j < systems)), f"u{j}", f"a{j}") for j in range(20)]
+        train = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text", holds_out=False)["train"]
+        how: dict[str, Any] = {"max_length": 200, "encode": encode, "most": most}
         if systems in (1, 2):
             with pytest.warns(UserWarning, match="System role not supported"):
-                made = prepare_tables({"train": train}, tokenizer, max_length=200, encode=encode, most=most)["train"]
+                made = prepare_tables({"train": train}, tokenizer, **how)["train"]
             assert made.samples.ids.tolist() == [*range(systems, 20)]
             continue
         with pytest.raises(DataError, match=rf":1: .*System role not supported.*{systems} of 20 .*max_bad_rows"):
-            prepare_tables({"train": train}, tokenizer, max_length=200, encode=encode, most=most)
+            prepare_tables({"train": train}, tokenizer, **how)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsqlora.data.table import Samples, store
+from tsqlora.data.table import Samples, store, stored_in
 
 CLASSES = [{"input_ids": list(range(n)), "attention_mask": [1] * n, "labels": n} for n in (3, 1, 2)]
 NUMBERS = [{**sample, "labels": sample["labels"] / 7} for sample in CLASSES]
@@ -23,7 +23,8 @@ def parts(samples: list[dict[str, Any]]) -> list[Samples]:
 
 @pytest.mark.parametrize("samples", [CLASSES, NUMBERS, TARGETS, PROMPTS])
 def test_what_is_stored_comes_back_as_plain_lists_and_numbers(samples: list[dict[str, Any]], tmp_path: Path) -> None:
-    stored = store(parts(samples), tmp_path)
+    with stored_in(tmp_path):
+        stored = store(parts(samples))
     assert not list(tmp_path.iterdir())
     for split in (stored, pickle.loads(pickle.dumps(stored))):  # as another process gets it
         assert list(split) == samples

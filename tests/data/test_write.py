@@ -11,10 +11,7 @@ from tables import cells_of
 from tsqlora.data.write import WRITERS, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
 
-ROWS = [
-    {"text": 'a "quoted", line\nand another', "label": "x"},
-    {"text": "tab\tand ünïcode 文字 🙂", "label": "y"},
-]
+ROWS = [{"text": 'a "quoted", line\nand another', "label": "x"}, {"text": "tab\tand ünïcode 文字 🙂", "label": "y"}]
 
 
 @pytest.mark.parametrize("extension", sorted(WRITERS))
@@ -65,8 +62,7 @@ def test_a_carriage_return_in_a_cell_is_no_end_of_a_line(tmp_path: Path, suffix:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "value"),
-    [(".parquet", 2**70), (".parquet", {}), (".csv", "\ud800"), (".tsv", "\ud800")],
+    ("suffix", "value"), [(".parquet", 2**70), (".parquet", {}), (".csv", "\ud800"), (".tsv", "\ud800")]
 )
 def test_what_a_format_cannot_hold_is_an_error_and_nothing_is_written(suffix: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"write \.jsonl"):

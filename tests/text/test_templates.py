@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from families import FAMILIES, Family, tokenizer_of
-from tsqlora.data.chat import conversation, format_of
+from tsqlora.data.chat import format_of
 from tsqlora.data.rows import Row
 from tsqlora.text.findings import findings_of
 from tsqlora.text.ledger import Line
@@ -31,7 +31,7 @@ def vocabulary(family: Family) -> Vocabulary:
 def lines(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, limit: int = LIMIT) -> list[Line]:
     format = format_of(list(rows[0]), "rows.jsonl")
     made = [Row(dict(cells), "rows.jsonl", j + 1, j) for j, cells in enumerate(rows)]
-    return audited(made, [conversation(row.cells, format, row.id) for row in made], format, vocabulary, limit)
+    return audited(made, format, vocabulary, limit)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

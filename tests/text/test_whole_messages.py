@@ -115,7 +115,7 @@ def chats(seed: int) -> dict[str, dict[str, Any]]:
 def lines(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, limit: int = 20_000) -> list[Line]:
     format = format_of(list(rows[0]), "rows.jsonl")
     made = [Row(json.loads(json.dumps(cells)), "rows.jsonl", j + 1, j) for j, cells in enumerate(rows)]
-    return audited(made, [conversation(row.cells, format, row.id) for row in made], format, vocabulary, limit)
+    return audited(made, format, vocabulary, limit)
 
 
 def texts(cells: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str, str]:
@@ -310,7 +310,7 @@ def test_the_audit_says_of_a_row_what_training_says(row: dict[str, Any]) -> None
     made = Row(row, "rows.jsonl", 7, 0)
     with pytest.raises(DataError) as caught:
         format.read(made, Manner(seq2seq=False, chat=True))
-    (line,) = audited([made], [conversation(row, format, 0)], format, family, 999)
+    (line,) = audited([made], format, family, 999)
     assert line.fate == "dropped"
     assert str(caught.value) == f"rows.jsonl:7: {line.detail}"
     assert {*line.findings} & {"dropped", "roles", "empty_answer"}

@@ -131,16 +131,14 @@ def sides_of(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def generation_collator(
     tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool, multiple: int = MULTIPLE, left: bool = False
 ) -> GenerationCollator:
-    """Pad on the right for training and scoring, on the left for writing.  Raises SettingsError as `padding_of`."""
-    return GenerationCollator(padding_of(tokenizer), seq2seq, multiple, left)
+    """Pad on the right for training and scoring, on the left for writing, with the padding or else the end token.
 
-
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token, else its end token.  Raises SettingsError if it has neither."""
+    Raises SettingsError for a tokenizer that has neither.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(pad, int):
         raise SettingsError("the tokenizer has neither a padding nor an end token; set its pad_token")
-    return pad
+    return GenerationCollator(pad, seq2seq, multiple, left)
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bool) -> Tensor:

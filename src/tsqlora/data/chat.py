@@ -16,20 +16,13 @@ from tsqlora.data.rows import (
     as_text,
     find_columns,
     is_missing,
+    lacking,
     named_columns,
     quoted,
     text_at,
     text_or_empty,
 )
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt, "" for none, and its target; None if targets are not read."""
-
-    prompt: str
-    target: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +56,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages for the tokenizer's chat template; every assistant's is a target, but for those of the `context`.
+    """Messages of which every assistant's is a target, but for those of the `context`.
 
     If targets are not read, the messages before the one to generate.
     """
@@ -75,6 +68,18 @@ class Chat:
     """How many messages at the beginning have no target: those of a prompt that is a chat."""
     unanswered: tuple[Message, ...] = field(default=(), compare=False)
     """Messages of the row behind its last answer."""
+    plain: bool = False
+    """Whether prompt and target follow each other as they are, in place of turns that a chat template renders."""
+
+    @property
+    def prompt(self) -> str:
+        """Of plain texts the one before the target; "" for none."""
+        return "".join(message.content for message in self.messages if message.role != ANSWER)
+
+    @property
+    def answer(self) -> str | None:
+        """The last answer; None where targets are not read."""
+        return next((message.content for message in reversed(self.messages) if message.role == ANSWER), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,9 @@ class Manner:
     targets: bool = True
     measured: bool = False
 
+
+PLAINLY = Manner(seq2seq=False, chat=False)
+WHOLE = Manner(seq2seq=False, chat=True)
 
 ANSWER = "assistant"
 CALLS = ("tool_calls", "function_call")
@@ -247,15 +255,13 @@ def _target(row: Row, columns: Columns, manner: Manner, problems: Problems) -> s
     return tried(problems, text_at, first, columns.label)
 
 
-def exchange(
-    row: Row, columns: Columns, prompt: str, target: str | None, problems: Problems, *, chat: bool
-) -> Example | Chat:
+def exchange(row: Row, columns: Columns, prompt: str, target: str | None, problems: Problems, *, chat: bool) -> Chat:
     """The row's system prompt, the prompt and its target: as a chat, or as text with a blank line after the first."""
     system = tried(problems, text_or_empty, row, columns.system)
-    if not chat:
-        return Example(f"{system}\n\n{prompt}" if system else prompt, target)
+    if system and not chat:
+        system, prompt = "", f"{system}\n\n{prompt}"
     before = [Message(role, text) for role, text in (("system", system), ("user", prompt)) if text]
-    return Chat((*before, *([] if target is None else [Message(ANSWER, target)])))
+    return Chat((*before, *([] if target is None else [Message(ANSWER, target)])), plain=not chat)
 
 
 def is_chat(columns: Columns, manner: Manner) -> bool:
@@ -263,7 +269,7 @@ def is_chat(columns: Columns, manner: Manner) -> bool:
     return columns.system is not None and manner.chat and not manner.seq2seq
 
 
-def read_alpaca(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+def read_alpaca(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
     """A chat of one exchange if the tokenizer has a template, else Alpaca's own prompt.
 
     A sequence-to-sequence model reads instruction and input with a blank line between them.
@@ -277,7 +283,7 @@ def read_alpaca(row: Row, columns: Columns, manner: Manner, problems: Problems) 
     return exchange(row, columns, plain, output, problems, chat=manner.chat and not manner.seq2seq)
 
 
-def read_prompt(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+def read_prompt(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
     """A prompt and its completion with nothing between them: a space must be part of one of the texts.
 
     A context stands before the prompt, with a blank line between them, unless the prompt has it. A prompt of messages
@@ -303,19 +309,19 @@ def read_prompt(row: Row, columns: Columns, manner: Manner, problems: Problems) 
 TLDR = "\n\nTL;DR:"
 
 
-def read_document(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example:
+def read_document(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
     """The document and "TL;DR:", then the summary; a sequence-to-sequence model reads the document alone.
 
     The space between them belongs to the summary: most tokenizers have words with the space before them.
     """
     document = tried(problems, text_at, row, columns.text)
     summary = _target(row, columns, manner, problems)
-    if manner.seq2seq:
-        return Example(document, summary)
-    return Example(document + TLDR, None if summary is None else f" {summary}")
+    if not manner.seq2seq:
+        document, summary = document + TLDR, None if summary is None else f" {summary}"
+    return exchange(row, columns, document, summary, problems, chat=False)
 
 
-def read_text(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example:
+def read_text(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
     """Plain text: all target, or all prompt if targets are not read."""
     if manner.seq2seq:
         raise UnsupportedError(
@@ -323,13 +329,13 @@ def read_text(row: Row, columns: Columns, manner: Manner, problems: Problems) ->
             "set data.prompt and data.target"
         )
     text = tried(problems, text_at, row, columns.text)
-    return Example("", text) if manner.targets else Example(text, None)
+    return Chat((Message(ANSWER if manner.targets else "user", text),), plain=True)
 
 
 PAIRS = Columns("prompt", "rejected", "chosen")
 
 
-def read_pair(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Example | Chat:
+def read_pair(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
     """The prompt, if any, with the answer in `columns.label`; `columns.text_pair` must have the other answer.
 
     What both answers begin with, such as the messages of a whole chat, cancels out of the loss.
@@ -363,20 +369,15 @@ class Kind:
         read: read a row, with these columns, for a model of this manner.
         usual: pairs of prompt and target; the target is None if one column holds both.
         further: names for a second part of the prompt, which is optional.
-        setting: the setting that names the column, if one column holds both.
+        setting: the settings that name its columns.
         system: whether a system prompt may stand in another column.
     """
 
-    read: Callable[[Row, Columns, Manner, Problems], Example | Chat]
+    read: Callable[[Row, Columns, Manner, Problems], Chat]
     usual: tuple[tuple[str, str | None], ...]
     further: tuple[str, ...] = ()
-    setting: str = "data.prompt"
+    setting: str = "data.prompt and data.target"
     system: bool = True
-
-    @property
-    def whole(self) -> bool:
-        """Whether one column holds prompt and target."""
-        return self.setting != "data.prompt"
 
 
 # In order of detection: a file of chats may also have their text in one piece.
@@ -445,29 +446,35 @@ class Format:
     columns: Columns
     whole: bool = field(default=True, compare=False)
 
-    def read(self, row: Row, manner: Manner) -> Example | Chat:
+    def read(self, row: Row, manner: Manner) -> Chat:
         """A row as prompt and target.  Raises DataError if it is not whole, or the model would not read all of it."""
         example, problems = self.parse(row, manner)
         if problems:
             raise problems[0]
         return example
 
-    def parse(self, row: Row, manner: Manner) -> tuple[Example | Chat, Problems]:
+    def parse(self, row: Row, manner: Manner) -> tuple[Chat, Problems]:
         """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
         read, problems = read_pair if self.name == PREFERENCE else FORMATS[self.name].read, Problems()
         example = read(row, self.columns, manner, problems)
         parts = PARTS if manner.targets else PARTS - ANSWERS
-        cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
-        tools = isinstance(example, Chat) and bool(example.tools)
-        problems += leftovers(row, self.columns, parts if self.whole else (), cure, tools=tools)
+        cure = None if self.name == PREFERENCE else FORMATS[self.name].setting
+        problems += leftovers(row, self.columns, parts if self.whole else (), cure, tools=bool(example.tools))
         return example, problems
 
-    def ends_unanswered(self, row: Row) -> bool:
-        """Whether a chat goes on behind its last answer."""
-        if not isinstance(row.cells.get(self.columns.text), list):
-            return False
-        example, _ = self.parse(row, Manner(seq2seq=False, chat=True))
-        return isinstance(example, Chat) and bool(example.messages and example.unanswered)
+    def lacks(self, row: Row, *, answers: bool = True) -> tuple[str | None, bool]:
+        """What a row lacks, in words, with `answers` also a target; and whether a chat goes on behind its last answer.
+
+        Any other problem is raised where the row is tokenised.
+        """
+        both = [(side, *side.parse(row, replace(PLAINLY, targets=answers))) for side in self.sides]
+        chat = both[0][1]
+        goes_on = isinstance(row.cells.get(self.columns.text), list) and bool(chat.messages and chat.unanswered)
+        for side, _, problems in both:
+            if problems and isinstance(first := problems[0], MissingError):
+                target = side.columns.label if answers else None
+                return lacking(row.cells, {} if target is None else {target: "target"}) or first.what, goes_on
+        return None, goes_on
 
     @property
     def sides(self) -> tuple["Format", ...]:
@@ -592,11 +599,6 @@ def _usual(usual: Sequence[str], names: Collection[str]) -> str | None:
     return next((name for name in usual if name in names), None)
 
 
-def _naming(kind: Kind) -> str:
-    """The settings that name all columns of a format."""
-    return kind.setting if kind.whole else "data.prompt and data.target"
-
-
 def _check_together(format: str | None, named: Collection[str]) -> None:
     if format is not None and format not in FORMATS:
         raise SettingsError(f"data.format '{format}' is unknown; {nearest(format, FORMATS)}")
@@ -607,7 +609,7 @@ def _check_together(format: str | None, named: Collection[str]) -> None:
         )
     if format is None or not named:
         return
-    settings = _naming(FORMATS[format])
+    settings = FORMATS[format].setting
     if wrong := sorted(set(named) - {*settings.split(" and ")}):
         raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {settings}")
 
@@ -664,9 +666,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield " ".join(str(value).split())
 
 
-WHOLE = Manner(seq2seq=False, chat=True)
-
-
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row. Of a pair, `messages` end with the chosen answer, and `rejected` is the other one's."""
@@ -701,20 +700,16 @@ class Conversation:
 def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
     """Show one row as its messages, which need not be whole."""
     source = Row({**cells}, "", row, row)
-    examples, problems = zip(*(one.parse(source, WHOLE) for one in format.sides), strict=True)
-    messages, *others = map(_shown_messages, examples)
-    if not messages and (why := [str(one) for one in problems[0]]):
-        return Conversation(row, (), why[0].removeprefix(f"{source.place}: "))
-    plain = isinstance(examples[0], Example) and format.columns.label is None
+    return shown(source, format, [side.parse(source, WHOLE) for side in format.sides])
+
+
+def shown(row: Row, format: Format, parsed: Sequence[tuple[Chat, Problems]]) -> Conversation:
+    """Show a row that was parsed, a pair by its two sides."""
+    (messages, plain), *others = (((*chat.messages, *chat.unanswered), chat.plain) for chat, _ in parsed)
+    if not messages and (problems := parsed[0][1]):
+        return Conversation(row.id, (), str(problems[0]).removeprefix(f"{row.place}: "))
     if not others:
-        return Conversation(row, messages, plain=plain)
-    *before, last = others[0] or messages
+        return Conversation(row.id, messages, plain=plain and format.columns.label is None)
+    *before, last = others[0][0] or messages
     prompt = None if before == [*messages[:-1]] else tuple(before)
-    return Conversation(row, messages, rejected=(last,), prompt=prompt)
-
-
-def _shown_messages(example: Example | Chat) -> tuple[Message, ...]:
-    if isinstance(example, Chat):
-        return (*example.messages, *example.unanswered)
-    prompt = [Message("user", example.prompt)] if example.prompt else []
-    return (*prompt, Message(ANSWER, example.target or ""))
+    return Conversation(row.id, messages, rejected=(last,), prompt=prompt)

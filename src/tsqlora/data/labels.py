@@ -184,8 +184,9 @@ def distinct_labels(
         best = max(alike, key=lambda name: (counts[name], name == " ".join(normalize("NFC", str(name)).split())))
         common |= dict.fromkeys(alike, best)
     read = [common.get(label, label) for label in written]
-    if not typed and all(_is_integer(str(label)) for label in read):
-        read = [_integer(str(label)) for label in read]  # "1" is "1.0"
+    numbers = [number for label in read if (number := _integer(str(label))) is not None]
+    if not typed and len(numbers) == len(read):
+        read = [*numbers]  # "1" is "1.0"
     values = {label: place for place, label in enumerate(dict.fromkeys(read))}
     spellings = {label: counts[label] for label, best in common.items() if label != best}
     return list(values), np.array([values[label] for label in read], dtype=np.int32)[groups], spellings
@@ -207,7 +208,7 @@ def class_finder(names: Iterable[str | int]) -> Callable[[str | int], str | int 
         text = str(label)
         if text in own:
             return own[text]
-        if _is_integer(text) and type(number := own.get(str(_integer(text)))) is int:
+        if type(number := own.get(str(_integer(text)))) is int:
             return number
         spelled = alike.get(_folded(text), [])
         return spelled[0] if len(spelled) == 1 else None
@@ -375,13 +376,9 @@ def plain_label(label: Any) -> Any:
     return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
-def _is_integer(text: str) -> bool:
-    # The canonical form alone, or that with a zero behind the point: no plus, no leading zero.
-    return re.fullmatch(r"(0|-?[1-9][0-9]{0,17})(\.0+)?", text) is not None
-
-
-def _integer(text: str) -> int:
-    return int(text.partition(".")[0])
+def _integer(text: str) -> int | None:
+    """The integer in its canonical form, or with a zero behind the point: no plus, no leading zero."""
+    return int(text.partition(".")[0]) if re.fullmatch(r"(0|-?[1-9][0-9]{0,17})(\.0+)?", text) else None
 
 
 def _listed(names: Sequence[str | int]) -> str:

@@ -525,7 +525,7 @@ def suffix_of(path: Path) -> str:
 
 
 @contextmanager
-def unpacked(path: Path, folder: Path | None = None) -> Iterator[Path]:
+def unpacked(path: Path, folder: Path | None) -> Iterator[Path]:
     """A compressed file's content as a temporary file in `folder`.  Errors and warnings name the file itself."""
     with tempfile.NamedTemporaryFile(suffix=suffix_of(path), dir=folder) as file:
         reading(path)

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape, glob, has_magic
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ from tsqlora.data.readers import (
     unpacked,
 )
 from tsqlora.data.rows import ENDINGS
-from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
+from tsqlora.data.table import CHUNK, FOLDER, Table, table_of, table_of_arrow
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading
 
@@ -59,15 +59,13 @@ FIRST = 200
 """Rows that tell what a file holds."""
 
 
-def open_table(
-    source: str | Path, *, split: str | None = None, hints: Hints = SNIFF, folder: Path | None = None
-) -> Table:
-    """Read a file, or one split of a directory or hub data set, into a table on disk in `folder`.
+def open_table(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Table:
+    """Read a file, or one split of a directory or hub data set, into a table on disk.
 
     `split` names the split of a directory or hub data set; None takes the only one. A file is one split, whatever its
     name. Raises DataError for missing, empty and broken files, with file and line.
     """
-    tables = _open(source, requested=SPLIT_NAMES if split is None else (split,), hints=hints, folder=folder)
+    tables = _open(source, requested=SPLIT_NAMES if split is None else (split,), hints=hints)
     if len(tables) != 1:
         has = f"has the splits {', '.join(tables)}" if tables else f"has no split {split or ', '.join(SPLIT_NAMES)}"
         raise DataError(f"{source} {has}; name one file or one split of it")
@@ -80,7 +78,6 @@ def open_tables(
     test: str | None,
     trusted: str | None = None,
     hints: Hints = SNIFF,
-    folder: Path | None = None,
 ) -> dict[str, Table]:
     """Read all splits, in ORDER: always "train", and the others if there are any.
 
@@ -91,14 +88,14 @@ def open_tables(
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
     requested = [name for name in SPLIT_NAMES if name not in explicit]
-    tables = _open(train, requested=requested, hints=hints, folder=folder)
+    tables = _open(train, requested=requested, hints=hints)
     if "train" not in tables:
         _refuse_without_train(train)
     for name, path in explicit.items():
-        tables[name] = open_table(path, split=name, hints=hints, folder=folder)
+        tables[name] = open_table(path, split=name, hints=hints)
     if trusted is not None:
-        named = _open(trusted, requested=("trusted",), hints=hints, folder=folder)
-        tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints, folder=folder)
+        named = _open(trusted, requested=("trusted",), hints=hints)
+        tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints)
     return {name: tables[name] for name in ORDER if name in tables}
 
 
@@ -115,23 +112,23 @@ def _refuse_without_train(source: str) -> NoReturn:
     )
 
 
-def _open(source: str | Path, *, requested: Collection[str], hints: Hints, folder: Path | None) -> dict[str, Table]:
+def _open(source: str | Path, *, requested: Collection[str], hints: Hints) -> dict[str, Table]:
     """Read those of the requested splits that the source has; a file, or one hub split, is the first of them."""
     path = Path(os.path.expanduser(source))
     if is_saved(path):
-        return _of_splits(_saved(path), str(source), requested, folder)
+        return _of_splits(_saved(path), str(source), requested)
     if files := _files_of_splits(source, requested):
-        return {split: _of_files(name, some, hints, folder) for split, (name, some) in files.items()}
+        return {split: _of_files(name, some, hints) for split, (name, some) in files.items()}
     if os.path.isdir(path):
         folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
         own = {name: name for name in folders}
         names = _match_splits(own, requested, source)
         if not names and not _match_splits(own, SPLIT_NAMES, source):
             folders, names = {"": path}, {next(iter(requested)): ""}
-        tables = {split: _of_folder(folders[name], hints, folder) for split, name in names.items()}
+        tables = {split: _of_folder(folders[name], hints) for split, name in names.items()}
         return {split: table for split, table in tables.items() if table is not None}
     require_source(source)
-    return _of_splits(_load_hub(DatasetName.of(str(source))), str(source), requested, folder)
+    return _of_splits(_load_hub(DatasetName.of(str(source))), str(source), requested)
 
 
 _ABOUT = "dataset_info.json"
@@ -213,12 +210,12 @@ def _saved(path: Path) -> Any:
     return data
 
 
-def _of_splits(data: Any, source: str, requested: Collection[str], folder: Path | None) -> dict[str, Table]:
+def _of_splits(data: Any, source: str, requested: Collection[str]) -> dict[str, Table]:
     """Those of the requested splits that a data set has; one without splits is the first of them."""
     if not isinstance(data, dict):
-        return {next(iter(requested)): of_dataset(data, source, folder=folder)}
+        return {next(iter(requested)): of_dataset(data, source)}
     names = _match_splits({name: name for name in data}, requested, source)
-    return {split: of_dataset(data[name], f"{source}[{name}]", folder=folder) for split, name in names.items()}
+    return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
@@ -236,7 +233,11 @@ def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]
         splits = {inner.name: inner.name for inner in _listed(path) if (inner / _ABOUT).is_file()}
         return _first_saved(path / (_match_splits(splits, ["train"], source).get("train") or ""))
     files = _files_of_splits(source, SPLIT_NAMES)
-    return _first_of(files["train"][1][0], hints) if "train" in files else []
+    if "train" not in files:
+        return []
+    with warnings.catch_warnings(action="ignore"):  # reading all rows gives them again
+        table = _of_file(files["train"][1][0], hints, most=FIRST)
+    return [row.cells for row in replace(table, class_names={})]
 
 
 def _first_saved(path: Path) -> list[dict[str, Any]]:
@@ -247,34 +248,6 @@ def _first_saved(path: Path) -> list[dict[str, Any]]:
             return next((batch.slice(0, FIRST).to_pylist() for batch in stream), [dict.fromkeys(stream.schema.names)])
     except (OSError, ValueError, LookupError):
         return []  # reading all rows says what is wrong
-
-
-def _first_of(path: Path, hints: Hints) -> list[dict[str, Any]]:
-    suffix = _require_reader(path)
-    if path.suffix.lower() in COMPRESSED:
-        with unpacked(path) as plain:
-            return _first_of(plain, hints)
-    if suffix == ".parquet":
-        with parquet_file(path) as file:
-            none = dict.fromkeys(file.schema_arrow.names)
-            return next((batch.to_pylist() for batch in file.iter_batches(FIRST)), [none])
-
-    def rows(dialect: Dialect) -> list[dict[str, Any]]:
-        return [cells for _, cells in islice(READERS[suffix](path, dialect), FIRST)]
-
-    with warnings.catch_warnings(action="ignore"):  # reading all rows gives them again
-        return _either_way(path, sniff(path, hints), rows)
-
-
-def _either_way(path: Path, dialect: Dialect, read: Callable[[Dialect], T]) -> T:
-    """Read a file with quotes around its fields; or, where they cannot be, as `quoting_of` sees them."""
-    try:
-        return read(dialect)
-    except BrokenQuotesError as error:
-        quoting = quoting_of(path, dialect) if error.broken and dialect.quoting is None else None
-        if quoting is None:
-            raise
-    return read(replace(dialect, quoting=quoting))
 
 
 def require_source(source: str | Path) -> None:
@@ -302,14 +275,14 @@ def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: st
     return matches
 
 
-def _of_folder(path: Path, hints: Hints, folder: Path | None) -> Table | None:
+def _of_folder(path: Path, hints: Hints) -> Table | None:
     """A folder of images or recordings, by its metadata table if it has one; None for other folders."""
     tables = (path / f"metadata{suffix}" for suffix in SUFFIXES)
     if (table := next((one for one in tables if one.is_file()), None)) is not None:
-        return _of_file(table, hints, folder)
+        return _of_file(table, hints)
     if (kind := kind_of(path)) is None:
         return None
-    return table_of(str(path), folder_rows(path, kind), folder=folder, typed=False, kind=kind)
+    return table_of(str(path), folder_rows(path, kind), typed=False, kind=kind)
 
 
 def _require_reader(path: Path) -> str:
@@ -324,18 +297,20 @@ def _require_reader(path: Path) -> str:
     return suffix
 
 
-def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
+def _of_file(path: Path, hints: Hints, most: int | None = None) -> Table:
+    """Read a file of rows, or at most so many of them."""
     suffix = _require_reader(path)
     if path.suffix.lower() in COMPRESSED:
-        with unpacked(path, folder) as plain:
-            table = _of_file(plain, hints, folder)
+        with unpacked(path, FOLDER.get()) as plain:
+            table = _of_file(plain, hints, most)
         notes = tuple(note.replace(str(plain), str(path)) for note in table.notes)
         return replace(table, name=str(path), path=None, notes=notes)
     reading(path)
     if suffix == ".parquet":
         with parquet_file(path) as file:
+            batches = file.iter_batches(CHUNK) if most is None else islice(file.iter_batches(most), 1)
             names = class_names_of_parquet(file.schema_arrow.metadata)
-            return table_of_arrow(str(path), file.iter_batches(CHUNK), folder=folder, path=path, class_names=names)
+            return table_of_arrow(str(path), batches, path=path, class_names=names)
     dialect = sniff(path, hints)
     notes = ()
     if note := dialect.note(str(path)):
@@ -345,52 +320,48 @@ def _of_file(path: Path, hints: Hints, folder: Path | None) -> Table:
     about = {"typed": not is_sheet and suffix not in TABLES, "path": None if is_sheet else path, "notes": notes}
 
     def read(dialect: Dialect) -> Table:
-        return table_of(str(path), READERS[suffix](path, dialect), folder=folder, dialect=dialect, **about)
+        return table_of(str(path), islice(READERS[suffix](path, dialect), most), dialect=dialect, **about)
 
-    return _either_way(path, dialect, read)
+    try:
+        return read(dialect)
+    except BrokenQuotesError as error:
+        # Where quotes cannot enclose fields: as `quoting_of` sees them.
+        quoting = quoting_of(path, dialect) if error.broken and dialect.quoting is None else None
+        if quoting is None:
+            raise
+    return read(replace(dialect, quoting=quoting))
 
 
-def _of_files(name: str, paths: Sequence[Path], hints: Hints, folder: Path | None) -> Table:
+def _of_files(name: str, paths: Sequence[Path], hints: Hints) -> Table:
     """Files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
     if len(paths) == 1:
-        return _of_file(paths[0], hints, folder)
+        return _of_file(paths[0], hints)
     kinds = {suffix_of(path) for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
-    tables = [_of_file(path, hints, folder) for path in paths]
     if kinds == {".parquet"}:
-        schema = _common_schema(paths)
+        schema, class_names = _common(paths)
         batches = (batch for path in paths for batch in _batches(path, schema))
-        return table_of_arrow(name, batches, folder=folder, class_names=_same_classes(paths, tables))
+        return table_of_arrow(name, batches, class_names=class_names)
+    tables = [_of_file(path, hints) for path in paths]
     rows = (
         (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
     )
     notes = tuple(note for table in tables for note in table.notes)
-    return table_of(name, rows, folder=folder, typed=tables[0].typed, notes=notes)
+    return table_of(name, rows, typed=tables[0].typed, notes=notes)
 
 
-def _same_classes(paths: Sequence[Path], tables: Sequence[Table]) -> dict[str, Sequence[str]]:
-    """The names of class numbers in all files.  Raises DataError for files that name those of a column differently."""
-    first = dict[str, tuple[Path, Sequence[str]]]()
-    for path, table in zip(paths, tables, strict=True):
-        for column in table.names:
-            names = table.class_names.get(column, ())
-            owner, others = first.setdefault(column, (path, names))
-            if names != others:
-                raise DataError(
-                    f"{owner} and {path} have different names for the class numbers of column '{column}'; "
-                    "write the names in place of the numbers"
-                )
-    return {column: names for column, (_, names) in first.items() if names}
+def _common(paths: Sequence[Path]) -> tuple[pa.Schema, dict[str, Sequence[str]]]:
+    """The columns of all Parquet files, with types that hold those of each, and their names of class numbers.
 
-
-def _common_schema(paths: Sequence[Path]) -> pa.Schema:
-    """The columns of all Parquet files, with types that hold those of each.  Raises DataError where there are none."""
-    common = pa.schema([])
+    Raises DataError where there are no such types, and for files that name the classes of a column differently.
+    """
+    common, first = pa.schema([]), dict[str, tuple[Path, Sequence[str]]]()
     for path in paths:
         with parquet_file(path) as file:
-            fields = list(file.schema_arrow)
-        for field in fields:
+            schema = file.schema_arrow
+        class_names = class_names_of_parquet(schema.metadata)
+        for field in schema:
             try:
                 common = pa.unify_schemas([common, pa.schema([field])], promote_options="permissive")
             except pa.ArrowException as error:
@@ -398,7 +369,13 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
                     f"{path}: column '{field.name}' is {field.type}, and {common.field(field.name).type} in files "
                     "before it; write it with the same type"
                 ) from error
-    return common
+            owner, names = first.setdefault(field.name, (path, class_names.get(field.name, ())))
+            if names != class_names.get(field.name, ()):
+                raise DataError(
+                    f"{owner} and {path} have different names for the class numbers of column '{field.name}'; "
+                    "write the names in place of the numbers"
+                )
+    return common, {column: names for column, (_, names) in first.items() if names}
 
 
 def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch | pa.Table]:
@@ -443,10 +420,10 @@ def _load_hub(name: DatasetName) -> Any:
         ) from exc
 
 
-def of_dataset(data: Any, name: str, *, folder: Path | None = None) -> Table:
+def of_dataset(data: Any, name: str) -> Table:
     """A `datasets.Dataset` as a table."""
     parts, names = data.with_format("arrow").iter(CHUNK), class_names(data.features.to_dict())
-    return table_of_arrow(name, parts, folder=folder, class_names=names)
+    return table_of_arrow(name, parts, class_names=names)
 
 
 MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)

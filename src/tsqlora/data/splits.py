@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.compat.deepspeed import whole_shape
-from tsqlora.data.chat import Format, Manner, are_answers
+from tsqlora.data.chat import Format, are_answers
 from tsqlora.data.labels import (
     LabelKind,
     LabelMap,
@@ -31,7 +30,6 @@ from tsqlora.data.media import require_reader, why_unread
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.rows import (
     Columns,
-    MissingError,
     NoColumnError,
     Row,
     is_missing,
@@ -74,7 +72,6 @@ def read_data(
     holds_out: bool = True,
     max_bad_rows: float = 0.0,
     hints: Hints = SNIFF,
-    folder: Path | None = None,
     numbers: bool = False,
 ) -> dict[str, Table]:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
@@ -86,7 +83,7 @@ def read_data(
     `numbers` class numbers do not get the names that a data set has for them; else those of the training rows serve
     for splits that have none. Raises DataError with file and row.
     """
-    tables = open_tables(train, validation, test, trusted, hints, folder)
+    tables = open_tables(train, validation, test, trusted, hints)
     first, tags, used = tables["train"], label is not None and label.by_token, None
     if not any(name.strip() for name in first.names):
         raise DataError(f"{first.name}: its rows have no columns with a name; write a text and a label into each")
@@ -178,10 +175,11 @@ def complete(table: Table, most: float, *, tags: bool) -> Table:
     lacks, bad = lacks_of(table.columns, table.format, tags=tags), dict[str, list[int | str]]()
     retained, unanswered = np.ones(len(table), dtype=np.bool_), 0
     for j, row in enumerate(table):
-        if (reason := lacks(row)) is not None:
+        reason, goes_on = (lacks(row), False) if table.format is None else table.format.lacks(row)
+        unanswered += goes_on
+        if reason is not None:
             bad.setdefault(reason, []).append(row.number)
             retained[j] = False
-        unanswered += table.format is not None and table.format.ends_unanswered(row)
     if unanswered:
         note = (
             f"{table.name}: {unanswered:,} of {len(table):,} chats end with turns that have no answer; "
@@ -235,37 +233,23 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
     media, text, label = columns.media, columns.text, columns.label if answers else None
     if media:
         require_reader(media)
-    used = {text: "file" if media else "text", columns.text_pair: "text", label: "label"}
+    used = {text: "tokens" if tags else "file" if media else "text", columns.text_pair: "text"}
+    used[label] = "tags" if tags else "label"
     needed = {column: what for column, what in used.items() if column is not None}
 
     def lacks(row: Row) -> str | None:
-        if tags:
-            return _lacks_tags(row.cells.get(text), row.cells.get(label or ""), columns, answers=answers)
-        if format is None:
-            return lacking(row.cells, needed) or (why_unread(text_at(row, text), media) if media else None)
-        for side in format.sides:
-            target = side.columns.label if answers else None
-            try:
-                side.read(row, Manner(seq2seq=False, chat=False, targets=answers))
-            except MissingError as error:
-                return lacking(row.cells, {} if target is None else {target: "target"}) or error.what
-            except DataError:  # tokenising raises it again, in the model's own manner
-                pass
-        return None
+        if format is not None:
+            return format.lacks(row, answers=answers)[0]
+        words, own = row.cells.get(text), row.cells.get(label or "")
+        if tags and words == []:
+            return f"no tokens in column '{text}'"
+        if reason := lacking(row.cells, needed):
+            return reason
+        if tags and isinstance(words, list) and isinstance(own, list) and len(words) != len(own):
+            return "unequal numbers of tokens and tags"
+        return why_unread(text_at(row, text), media) if media else None
 
     return lacks
-
-
-def _lacks_tags(tokens: Any, tags: Any, columns: Columns, *, answers: bool) -> str | None:
-    if is_missing(tokens) or tokens == []:
-        return f"no tokens in column '{columns.text}'"
-    if not answers:
-        return None
-    if is_missing(tags):
-        return f"no tags in column '{columns.label}'"
-    if isinstance(tokens, list) and isinstance(tags, list) and len(tokens) != len(tags):
-        return "unequal numbers of tokens and tags"
-    return None  # reading anything but lists raises an error
 
 
 def _with_classes(table: Table, label: LabelKind | None) -> tuple[Table, np.ndarray]:
@@ -365,7 +349,6 @@ def prepare(
     *,
     max_length: int,
     encode: Encode,
-    folder: Path | None = None,
     most: float = 0.0,
 ) -> dict[str, Table]:
     """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
@@ -376,7 +359,7 @@ def prepare(
     prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
     for name, table in tables.items():
         numbers, refused = list[int](), dict[int, DataError]()
-        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers, refused), folder)
+        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers, refused))
         inputs[name] = np.array(numbers, dtype=np.uint64)
         notes = [*table.notes, *left_out(samples), *_refusals(table, refused, most)]
         if table.format is not None:

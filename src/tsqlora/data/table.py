@@ -6,6 +6,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -272,13 +274,8 @@ def with_names(cells: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dic
     return {**cells, **{column: cell(cells[column], own) for column, own in names.items() if column in cells}}
 
 
-def table_of(
-    name: str, records: Iterable[tuple[int | str, dict[str, Any]]], *, folder: Path | None = None, **about: Any
-) -> Table:
-    """Store numbered rows as a table, on disk in `folder` (None: the system's); `about` has its other fields.
-
-    Raises DataError if there are none.
-    """
+def table_of(name: str, records: Iterable[tuple[int | str, dict[str, Any]]], **about: Any) -> Table:
+    """Store numbered rows as a table; `about` has its other fields.  Raises DataError if there are none."""
     names = dict[str, None]()
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -291,12 +288,10 @@ def table_of(
                 raise DataError(f"{name}: a row from {part[0][0]} on is nested too deeply") from error
             yield pa.record_batch([pa.array([number for number, _ in part]), pa.array(cells)], ["number", "cells"])
 
-    return _table(name, batches(), names, folder, about)
+    return _table(name, batches(), names, about)
 
 
-def table_of_arrow(
-    name: str, parts: Iterable[pa.RecordBatch | pa.Table], *, folder: Path | None = None, **about: Any
-) -> Table:
+def table_of_arrow(name: str, parts: Iterable[pa.RecordBatch | pa.Table], **about: Any) -> Table:
     """As `table_of`, of rows in Arrow, which keep their types; numbered from 1."""
     names = dict[str, None]()
 
@@ -309,30 +304,37 @@ def table_of_arrow(
             yield pa.record_batch([pa.array(np.arange(done + 1, done + len(part) + 1)), cells], ["number", "cells"])
             done += len(part)
 
-    return _table(name, batches(), names, folder, about)
+    return _table(name, batches(), names, about)
 
 
-def _table(
-    name: str,
-    batches: Iterable[pa.RecordBatch],
-    names: Collection[str],
-    folder: Path | None,
-    about: Mapping[str, Any],
-) -> Table:
-    stored = on_disk(batches, folder)
+def _table(name: str, batches: Iterable[pa.RecordBatch], names: Collection[str], about: Mapping[str, Any]) -> Table:
+    stored = on_disk(batches)
     if stored is None:
         cure = "write at least one, or name another file" if about.get("path") else "name another split or data set"
         raise DataError(f"{name} has no rows; {cure}")
     return Table(name, stored, tuple(names), np.arange(len(stored)), **about)
 
 
-def on_disk(batches: Iterable[pa.RecordBatch], folder: Path | None = None) -> pa.Table | None:
-    """Write Arrow to a temporary file of `folder` (None: the system's), and map it to memory; None without rows.
+FOLDER = ContextVar[Path | None]("folder", default=None)
+
+
+@contextmanager
+def stored_in(folder: Path) -> Iterator[None]:
+    """Keep the rows that are read inside, and their samples, on the disk of a folder, in place of the system's own."""
+    before = FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        FOLDER.reset(before)
+
+
+def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
+    """Write Arrow to a temporary file, and map it to memory; None without rows.
 
     The file has no name, and vanishes with the process, however that ends.
     """
     writer: pa.RecordBatchStreamWriter | None = None
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=FOLDER.get()) as file:
         for batch in batches:
             writer = writer or pa.ipc.new_stream(file, batch.schema)
             writer.write_batch(batch)
@@ -344,7 +346,7 @@ def on_disk(batches: Iterable[pa.RecordBatch], folder: Path | None = None) -> pa
         return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
 
 
-def store(parts: Iterable[Samples], folder: Path | None = None) -> Samples:
+def store(parts: Iterable[Samples]) -> Samples:
     """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
     hashes, ids, left_out, truncated, cut = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0, 0
 
@@ -359,7 +361,7 @@ def store(parts: Iterable[Samples], folder: Path | None = None) -> Samples:
             if len(part):
                 yield pa.RecordBatch.from_pylist(list(part), schema=_schema(part[0]))
 
-    stored = on_disk(batches(), folder)
+    stored = on_disk(batches())
     samples = () if stored is None else ArrowSamples(stored)
     return Samples(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out), cut)
 

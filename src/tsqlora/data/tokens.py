@@ -7,7 +7,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.chat import ANSWER, REASONING, Chat, Example, Format, Manner, Message
+from tsqlora.data.chat import ANSWER, PLAINLY, REASONING, Chat, Format, Manner, Message
 from tsqlora.data.rows import Columns, Row, as_text, text_at, tokens_at
 from tsqlora.data.table import Samples, of_rows
 from tsqlora.errors import DataError, SettingsError
@@ -35,15 +35,8 @@ class Piece:
     trained: bool
     message: int | None
     """The number of its message in the row, of a prompt that of the last one; counted from the end if negative."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The tokens of one piece."""
-
-    ids: list[int]
-    trained: bool
-    message: int | None
+    ids: list[int] = field(default_factory=list)
+    """Its tokens, once it has any."""
 
 
 class TemplateError(DataError):
@@ -54,12 +47,11 @@ class TemplateError(DataError):
         self.finding = finding
 
 
-def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
-    """The sample's text in order, without empty pieces.  Raises DataError with the row's place."""
-    if isinstance(example, Chat):
-        return chat_pieces(example, tokenizer, place)
-    target = [] if example.target is None else [Piece(example.target, True, -1)]
-    return [*([Piece(example.prompt, False, -2)] if example.prompt else []), *target]
+def pieces_of(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+    """The text of a chat that went through `as_read`, in order.  Raises DataError with the row's place."""
+    if not chat.plain:
+        return chat_pieces(chat, tokenizer, place)
+    return [Piece(one.content, one.role == ANSWER, k) for k, one in enumerate(chat.messages, -len(chat.messages))]
 
 
 def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
@@ -72,7 +64,6 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
     template rewrites earlier answers, the last one alone is a target. Raises TemplateError if the template refuses the
     messages, or leaves out the last answer, its reasoning, tool calls, or tools.
     """
-    chat = as_read(chat, tokenizer, place)
     messages, end = chat.messages, str(tokenizer.eos_token)
 
     def rendered(count: int, *, prompt: bool) -> str:
@@ -200,27 +191,27 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[list[Run]]:
-    """Tokenise the pieces of each sample, without the tokenizer's special tokens.
+def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
+    """The pieces of each sample with their tokens, without the tokenizer's special tokens.
 
     A piece's tokens follow those of the piece before it in their joint text. If a token would span the two, the piece
-    is tokenised alone. So every run has the same tokens whether or not another follows it.
+    is tokenised alone. So every piece has the same tokens whether or not another follows it.
     """
     # A row's last piece, most often the longest, is seldom read alone.
     alone = iter(plain_tokens([piece.text for row in pieces for piece in (row[:-1] or row)], tokenizer))
     joint = iter(plain_tokens([a.text + b.text for row in pieces for a, b in pairwise(row)], tokenizer))
-    tokens = list[list[Run]]()
+    tokens = list[list[Piece]]()
     for row in pieces:
-        runs, before = list[Run](), list[int]()
+        made, before = list[Piece](), list[int]()
         for j, piece in enumerate(row):
             own = next(alone) if j < len(row) - 1 or not j else None
             both = next(joint) if j else own or []
             follows = both[: len(before)] == before
             if own is None and not follows:
                 own = plain_tokens([piece.text], tokenizer)[0]
-            runs.append(Run(both[len(before) :] if follows else own or [], piece.trained, piece.message))
+            made.append(replace(piece, ids=both[len(before) :] if follows else own or []))
             before = own or []
-        tokens.append(runs)
+        tokens.append(made)
     return tokens
 
 
@@ -281,10 +272,15 @@ class Tokenised:
     needs: int
     places: tuple[tuple[int, int, int], ...] = ()
     """Number of the message, start and end of each piece among the tokens; an end may lie beyond them."""
-    targets: int = 0
-    """Tokens of all targets, also of those that are cut."""
-    example: Example | Chat | None = None
+    chat: Chat = field(default_factory=lambda: Chat(()))
+    """The row as its template reads it."""
     pieces: Sequence[Piece] = ()
+    """All of the row, also those that the limit cuts."""
+
+    @property
+    def targets(self) -> int:
+        """Tokens of all targets, also of those that are cut."""
+        return sum(len(piece.ids) for piece in self.pieces if piece.trained)
 
 
 def tokenise_generation(
@@ -316,22 +312,21 @@ def tokenise_generation(
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     if seq2seq:
-        tokenised = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
+        made = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
     else:
-        made = causal_rows(rows, format, manner, tokenizer, max_length)
-        errors = {row.id: one for row, one in zip(rows, made, strict=True) if isinstance(one, DataError)}
-        if errors and refused is None:
-            raise next(iter(errors.values()))
-        (refused if refused is not None else {}).update(errors)
-        rows = [row for row in rows if row.id not in errors]
-        tokenised = [one for one in made if isinstance(one, Tokenised)]
-    fitting = [i for i, one in enumerate(tokenised) if one.needs <= max_length]
+        made = causal_rows(rows, [format.parse(row, manner) for row in rows], tokenizer, max_length)
+    errors = {row.id: one for row, one in zip(rows, made, strict=True) if isinstance(one, DataError)}
+    if errors and refused is None:
+        raise next(iter(errors.values()))
+    (refused if refused is not None else {}).update(errors)
+    both = [(row, one) for row, one in zip(rows, made, strict=True) if isinstance(one, Tokenised)]
+    fitting = [(row, one) for row, one in both if one.needs <= max_length]
     return of_rows(
-        [tokenised[i].sample for i in fitting],
-        [rows[i] for i in fitting],
+        [one.sample for _, one in fitting],
+        [row for row, _ in fitting],
         format.columns,
-        truncated=sum(tokenised[i].cut for i in fitting),
-        left_out=tuple((rows[i].place, one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
+        truncated=sum(one.cut for _, one in fitting),
+        left_out=tuple((row.place, one.needs) for row, one in both if one.needs > max_length),
     )
 
 
@@ -406,19 +401,9 @@ def left_out(split: Samples) -> list[str]:
     return [f"{count} of {len(split) + count} rows are left out: {why}: {first}{more}"]
 
 
-PLAINLY = Manner(seq2seq=False, chat=False)
-
-
 def references(rows: Iterable[Row], format: Format) -> list[str]:
     """Each row's target, of a chat the last assistant turn, without white space around it."""
-    targets = list[str]()
-    for row in rows:
-        example = format.read(row, PLAINLY)
-        if isinstance(example, Chat):
-            targets.append(next(one.content for one in reversed(example.messages) if one.role == ANSWER).strip())
-        else:
-            targets.append(str(example.target).strip())
-    return targets
+    return [str(format.read(row, PLAINLY).answer).strip() for row in rows]
 
 
 def input_of(row: Row, format: Format) -> str:
@@ -426,60 +411,59 @@ def input_of(row: Row, format: Format) -> str:
 
     Of a row without a prompt, such as plain text, the whole text.
     """
-    example = format.read(row, PLAINLY)
-    if isinstance(example, Example):
-        return example.prompt or str(example.target)
-    before = example.messages[:-1]
+    chat = format.read(row, PLAINLY)
+    if chat.plain:
+        return chat.prompt or str(chat.answer)
+    before = chat.messages[:-1]
     # Answers to one system prompt alone would all have the same input.
     lone = all(message.role == "system" for message in before)
-    return json.dumps([(message.role, message.content) for message in (example.messages if lone else before)])
+    return json.dumps([(message.role, message.content) for message in (chat.messages if lone else before)])
 
 
 def causal_rows(
-    rows: Sequence[Row], format: Format, manner: Manner, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list["Tokenised | DataError"]:
-    """What a causal model reads of each row, or why nothing."""
-    read, made = list[tuple[Example | Chat, list[Piece]] | DataError](), list[Tokenised | DataError]()
-    for row in rows:
+    rows: Sequence[Row],
+    parsed: Sequence[tuple[Chat, Sequence[DataError]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Tokenised | DataError]:
+    """What a causal model reads of each row that was parsed, or why nothing."""
+    read = list[tuple[Chat, list[Piece]] | DataError]()
+    for row, (chat, problems) in zip(rows, parsed, strict=True):
         try:
-            example = format.read(row, manner)
-            read.append((example, pieces_of(example, tokenizer, row.place)))
+            chat = chat if problems else as_read(chat, tokenizer, row.place)
+            read.append(problems[0] if problems else (chat, pieces_of(chat, tokenizer, row.place)))
         except DataError as error:
             read.append(error)
     tokens = iter(tokens_of([one[1] for one in read if not isinstance(one, DataError)], tokenizer))
+    made = list[Tokenised | DataError]()
     for row, one in zip(rows, read, strict=True):
         if isinstance(one, DataError):
             made.append(one)
-        elif (runs := next(tokens))[-1].ids:
-            sample = causal_sample(one[0], runs, tokenizer, max_length, row.place)
-            targets = sum(len(run.ids) for run in runs if run.trained)
-            made.append(replace(sample, example=one[0], pieces=one[1], targets=targets))
+        elif (pieces := next(tokens))[-1].ids:
+            sample = causal_sample(one[0], pieces, tokenizer, max_length, row.place)
+            made.append(replace(sample, chat=one[0], pieces=pieces))
         else:
             made.append(no_tokens(row.place))
     return made
 
 
 def causal_sample(
-    example: Example | Chat,
-    runs: Sequence[Run],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    place: str,
+    chat: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
 ) -> Tokenised:
     """Make one sample of a causal model.  A chat that is too long loses whole exchanges, the oldest first."""
-    made = _causal_sample(example, runs, tokenizer, max_length)
-    if not isinstance(example, Chat) or not made.cut:
+    made = _causal_sample(pieces, tokenizer, max_length, plain=chat.plain)
+    if chat.plain or not made.cut:
         return made
-    messages = example.messages
+    messages = chat.messages
     roles = [message.role for message in messages]
     system = next((k for k, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
     starts = [k for k, role in enumerate(roles) if role == "user" and k > system]
 
     def from_message(k: int) -> Tokenised:
-        context = max(example.context - k + system, min(example.context, system))
-        rest = replace(example, messages=(*messages[:system], *messages[k:]), context=context)
-        runs = tokens_of([pieces_of(rest, tokenizer, place)], tokenizer)[0]
-        made = _causal_sample(rest, runs, tokenizer, max_length)
+        context = max(chat.context - k + system, min(chat.context, system))
+        rest = replace(chat, messages=(*messages[:system], *messages[k:]), context=context)
+        pieces = tokens_of([pieces_of(rest, tokenizer, place)], tokenizer)[0]
+        made = _causal_sample(pieces, tokenizer, max_length, plain=False)
         places = ((j if j < system else j + k - system, *span) for j, *span in made.places)
         return replace(made, places=tuple(places))
 
@@ -488,47 +472,45 @@ def causal_sample(
 
 
 def _causal_sample(
-    example: Example | Chat, runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int, *, plain: bool
 ) -> Tokenised:
-    chat = isinstance(example, Chat)
-    if chat:  # the template writes the special tokens
-        opening, start, first = list[int](), tokenizer.bos_token_id, runs[0]
+    if not plain:  # the template writes the special tokens
+        opening, start, first = list[int](), tokenizer.bos_token_id, pieces[0]
         # A start token that marks every turn opens no text.
-        if isinstance(start, int) and first.ids[:1] == [start] and sum(run.ids.count(start) for run in runs) == 1:
-            opening, runs = [start], [replace(first, ids=first.ids[1:]), *runs[1:]]
+        if isinstance(start, int) and first.ids[:1] == [start] and sum(piece.ids.count(start) for piece in pieces) == 1:
+            opening, pieces = [start], [replace(first, ids=first.ids[1:]), *pieces[1:]]
     else:
-        (opening, _), last, end = special_tokens(tokenizer), runs[-1], end_token(tokenizer)
+        (opening, _), last, end = special_tokens(tokenizer), pieces[-1], end_token(tokenizer)
         if last.trained and end is not None and last.ids[-1:] != [end]:
-            runs = [*runs[:-1], replace(last, ids=[*last.ids, end])]
-    # The opening is never cut, and the runs are, to the rest.
-    room, total = max_length - len(opening), sum(len(run.ids) for run in runs)
-    plain = len(runs) == 1 and runs[0].trained and not chat
-    over = 0 if plain else max(0, total - room)
-    ids = [token for run in runs for token in run.ids]
-    labels = [token if run.trained else IGNORED for run in runs for token in run.ids]
+            pieces = [*pieces[:-1], replace(last, ids=[*last.ids, end])]
+    # The opening is never cut, and the pieces are, to the rest.
+    room, total = max_length - len(opening), sum(len(piece.ids) for piece in pieces)
+    lone = len(pieces) == 1 and pieces[0].trained and plain
+    over = 0 if lone else max(0, total - room)
+    ids = [token for piece in pieces for token in piece.ids]
+    labels = [token if piece.trained else IGNORED for piece in pieces for token in piece.ids]
     span = slice(over, over + room)
     input_ids = [*opening, *ids[span]]
     sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
-    ends = np.cumsum([len(opening) - over, *(len(run.ids) for run in runs)]).tolist()
-    both = zip(runs, pairwise(ends), strict=True)
-    places = tuple((run.message, max(0, start), end) for run, (start, end) in both if run.message is not None)
-    if not runs or not runs[-1].trained:
+    ends = np.cumsum([len(opening) - over, *(len(piece.ids) for piece in pieces)]).tolist()
+    both = zip(pieces, pairwise(ends), strict=True)
+    places = tuple((piece.message, max(0, start), end) for piece, (start, end) in both if piece.message is not None)
+    if not pieces or not pieces[-1].trained:
         return Tokenised(sample, total > room, 0, places)
-    needs = 0 if plain else len(opening) + (total if chat else len(runs[-1].ids) + 1)
+    needs = 0 if lone else len(opening) + (len(pieces[-1].ids) + 1 if plain else total)
     labels = [*[IGNORED] * len(opening), *labels[span]]
     labels[0] = IGNORED  # nothing predicts the first token
     return Tokenised({**sample, "labels": labels}, total > room, needs, places)
 
 
 def _seq2seq(
-    examples: Sequence[Example | Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    chats: Sequence[Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
     front, back = special_tokens(tokenizer)
     room = max_length - len(front) - len(back)
-    sides = [(one.prompt, one.target) for one in examples if isinstance(one, Example)]
-    assert len(sides) == len(examples), "formats refuse chats for sequence-to-sequence models"
-    sources = plain_tokens([prompt for prompt, _ in sides], tokenizer)
-    targets = target_tokens([target for _, target in sides if target is not None], tokenizer)
+    assert all(chat.plain for chat in chats), "formats refuse chats for sequence-to-sequence models"
+    sources = plain_tokens([chat.prompt for chat in chats], tokenizer)
+    targets = target_tokens([chat.answer for chat in chats if chat.answer is not None], tokenizer)
     special, tokenised = set(tokenizer.all_special_ids), []
     for i, ids in enumerate(sources):
         require_tokens(ids, rows[i].place)
@@ -563,12 +545,17 @@ def tokenise(
     require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
     texts = [text_at(row, columns.text) for row in rows]
     pairs = None if pair is None else [text_at(row, pair) for row in rows]
-    samples = _call(tokenizer, texts, pairs, max_length=None)
+
+    def encoded(places: Sequence[int], **cut: Any) -> list[dict[str, Any]]:
+        first, second = [texts[i] for i in places], None if pairs is None else [pairs[i] for i in places]
+        # Long texts are counted, not warned about.
+        made = tokenizer(first, second, padding=False, return_attention_mask=True, verbose=False, **cut)
+        return [{key: values[k] for key, values in made.items()} for k in range(len(places))]
+
+    samples = encoded(range(len(rows)))
     long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
     if long:  # only these are tokenised twice
-        long_pairs = None if pairs is None else [pairs[i] for i in long]
-        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
-        for i, sample in zip(long, cut, strict=True):
+        for i, sample in zip(long, encoded(long, truncation=True, max_length=max_length), strict=True):
             samples[i] = sample
     for row, sample in zip(rows, samples, strict=True):
         require_tokens(sample["input_ids"], row.place)
@@ -607,18 +594,3 @@ def tokenise_words(
         targets = [tags[j] if begins else IGNORED for j, begins in zip(own, first, strict=True)]
         samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
     return of_rows(samples, rows, columns, truncated=truncated, cut_words=cut)
-
-
-def _call(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, *, max_length: int | None
-) -> list[dict[str, Any]]:
-    encoded = tokenizer(
-        texts,
-        pairs,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=True,
-        verbose=False,  # long texts are counted, not warned about
-    )
-    return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]

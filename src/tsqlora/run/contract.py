@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.chat import Chat, Format, Manner
+from tsqlora.data.chat import Format, Manner
 from tsqlora.data.rows import Row
-from tsqlora.data.tokens import pieces_of
+from tsqlora.data.tokens import as_read, pieces_of
 from tsqlora.files import write_text
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job
@@ -39,16 +39,11 @@ def prompts_of(
     for row in rows:
         sample = reading.encode([row], format, tokenizer, **how)
         if len(sample) == 1 and not sample.truncated:
-            example = format.read(row, manner)
-            text = "".join(piece.text for piece in pieces_of(example, tokenizer, row.place))
-            yield Prompt(text, list(sample[0]["input_ids"]), _messages(example))
-
-
-def _messages(example: Any) -> dict[str, Any] | None:
-    if not isinstance(example, Chat):
-        return None
-    messages = [message.whole for message in example.messages]
-    return {"messages": messages} | ({"tools": list(example.tools)} if example.tools else {})
+            chat = format.read(row, manner)
+            pieces = pieces_of(as_read(chat, tokenizer, row.place), tokenizer, row.place)
+            tools = {"tools": list(chat.tools)} if chat.tools else {}
+            served = None if chat.plain else {"messages": [message.whole for message in chat.messages], **tools}
+            yield Prompt("".join(piece.text for piece in pieces), list(sample[0]["input_ids"]), served)
 
 
 def write_contract(job: Job, run: Path) -> None:

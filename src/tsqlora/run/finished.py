@@ -92,12 +92,12 @@ class FinishedRun:
         tags = self.labels is not None and self.labels.kind.by_token
         return complete(table, self.config.data.max_bad_rows, tags=tags)
 
-    def job(self, tables: Mapping[str, Table], folder: Path | None = None) -> Job:
-        """Tokenise tables for the run's model; `folder` as in `load`."""
+    def job(self, tables: Mapping[str, Table]) -> Job:
+        """Tokenise tables for the run's model."""
         own = {name: self.using(table) for name, table in tables.items()}
         task, tokenizer = self.task, self.pretrained.tokenizer
         how: dict[str, Any] = {"encode": task.reading.encode, "most": self.config.data.max_bad_rows}
-        data = prepare(own, tokenizer, max_length=self.max_length, folder=folder, **how)
+        data = prepare(own, tokenizer, max_length=self.max_length, **how)
         for note in (note for table in data.values() for note in left_out(table.samples)):
             warnings.warn(note, stacklevel=2)
         return Job(self.config, task, self.pretrained, data, self.max_length)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -70,7 +69,6 @@ class Job:
 def load(
     config: Config,
     *,
-    folder: Path | None = None,
     scoring: bool = False,
     labels: Sequence[str | int] | None = None,
     gpus: Sequence[int] = (),
@@ -78,7 +76,7 @@ def load(
 ) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
-    `folder` holds rows and samples on disk; None is a temporary one. `labels` are the classes of a run that goes on.
+    `labels` are the classes of a run that goes on.
     `gpus` as in `load_pretrained`. `say` gets a line about the rows before the model loads. Raises UnsupportedError
     for preference rows, unless for `scoring`.
     """
@@ -89,13 +87,13 @@ def load(
             f"task.type {task.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
             "and `tsqlora select`), and train on them with TRL's DPOTrainer"
         )
-    tables = read(config, folder, labels)
+    tables = read(config, labels)
     say(described(tables, task))
     classes = tables["train"].classes
     task = trained_task(config, classes)
     pretrained = load_model(config, task, classes, gpus=gpus)
     length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-    how: dict[str, Any] = {"encode": task.reading.encode, "folder": folder, "most": config.data.max_bad_rows}
+    how: dict[str, Any] = {"encode": task.reading.encode, "most": config.data.max_bad_rows}
     data = prepare(tables, pretrained.tokenizer, max_length=length, **how)
     if note := unmeasured(data):
         warnings.warn(note, stacklevel=2)
@@ -106,12 +104,11 @@ def load(
 
 def read(
     config: Config,
-    folder: Path | None = None,
     labels: Sequence[str | int] | None = None,
     *,
     holds_out: bool = True,
 ) -> dict[str, Table]:
-    """Read the rows of every split; `folder` and `labels` as in `load`, `holds_out` as in `read_data`."""
+    """Read the rows of every split; `labels` as in `load`, `holds_out` as in `read_data`."""
     data, task, labels = config.data, get_task(config.task.type), labels or start_labels(config)
     tables = read_data(
         data.train,
@@ -126,7 +123,6 @@ def read(
         holds_out=holds_out and not task.reading.has_reference,
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
-        folder=folder,
         numbers=labels is not None and are_numbers(labels),
     )
     return without_measured(tables)

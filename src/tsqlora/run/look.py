@@ -15,6 +15,7 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.data.rows import Columns
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import complete, prepare
+from tsqlora.data.table import stored_in
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.files import parents_of, write_text, writing
@@ -153,14 +154,18 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
     task, record = trained_task(config, labels), saved.scores.record
     assert record.columns is not None
     used = Columns(**record.columns)
-    with writing(out), tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-        table = open_table(data, split="train", hints=hints_of(config), folder=Path(folder))
+    with (
+        writing(out),
+        tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder,
+        stored_in(Path(folder)),
+    ):
+        table = open_table(data, split="train", hints=hints_of(config))
         lenient = None if labels is None else replace(labels, strict=not labels.kind.single)
         table = table.using(used, lenient, format_of(config, record.format, used))
         table = complete(table, config.data.max_bad_rows, tags=False)
         pretrained = load_model(config, task, labels, gpus=gpus_of(config))
         length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-        how = {"encode": task.reading.encode, "folder": Path(folder), "most": config.data.max_bad_rows}
+        how = {"encode": task.reading.encode, "most": config.data.max_bad_rows}
         job = Job(
             config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, max_length=length, **how), length
         )

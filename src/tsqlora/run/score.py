@@ -8,7 +8,7 @@ from pathlib import Path
 from tsqlora import distributed
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import held_out_rows
-from tsqlora.data.table import Table
+from tsqlora.data.table import Table, stored_in
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
@@ -45,14 +45,14 @@ def score_rows(
             "which shares the scoring"
         )
     require_place(out)
-    with writing(out), _partial(out) as (partial, tokens):
+    with writing(out), _partial(out) as (partial, tokens), stored_in(tokens):
         if source.is_dir():
             run = open_run(source, overrides)
-            job, model = run.job(_tables(source, run, tokens), folder=tokens), run.model
+            job, model = run.job(_tables(source, run)), run.model
         else:
             config = with_start(load_config(source, overrides))
             require_scoring(config)
-            job = load(config, folder=tokens, scoring=True)
+            job = load(config, scoring=True)
             model = with_adapter(config, job.pretrained).to(device_of(config))
         scores = score(
             model,
@@ -83,9 +83,9 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(tokens, ignore_errors=True)
 
 
-def _tables(source: Path, run: FinishedRun, folder: Path) -> dict[str, Table]:
+def _tables(source: Path, run: FinishedRun) -> dict[str, Table]:
     """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
-        return read(run.config, folder, run.record.labels)
-    return {"train": run.complete(open_table(path, split="train", hints=hints_of(run.config), folder=folder))}
+        return read(run.config, run.record.labels)
+    return {"train": run.complete(open_table(path, split="train", hints=hints_of(run.config)))}

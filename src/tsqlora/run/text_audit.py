@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
 
 from tsqlora.compat.hub import loading, require_model
 from tsqlora.compat.transformers import load, row_collator
-from tsqlora.data.chat import Conversation, conversation, format_of
+from tsqlora.data.chat import Conversation, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.splits import resolve_max_length
@@ -37,7 +37,7 @@ from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
 from tsqlora.text.look import AnswerLook, Losses
 from tsqlora.text.prepared import IDS, Trained
-from tsqlora.text.raw import Conversations, audited, failed, prepared_rows
+from tsqlora.text.raw import Conversations, audited, prepared_rows
 from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
@@ -81,14 +81,9 @@ def audit_text(
     table = open_table(source, split="train", hints=hints)
     format = format_of(table.names, table.name, **(named or {}))
     evaluated = conversations_of(evaluation, hints, format)
-    lacks_template = format.name in ("messages", "sharegpt") and not tokenizer.chat_template
     rows, lines = Conversations(table, format), list[Line]()
     for chunk in table.chunks():
-        made = [conversation(row.cells, format, row.id) for row in chunk]
-        if lacks_template:
-            lines += [failed(one, vocabulary, "no_template") for one in made]
-        else:
-            lines += audited(chunk, made, format, vocabulary, limit)
+        lines += audited(chunk, format, vocabulary, limit)
         if progress is not None:
             progress("ledger", len(lines), len(table))
 

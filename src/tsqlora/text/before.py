@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tsqlora.data.chat import Conversation, conversation
+from tsqlora.data.chat import Conversation
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError
 from tsqlora.quality.rule import Compute, RowNames
@@ -47,8 +47,7 @@ def worst_findings(
     places = np.unique(np.linspace(0, len(samples) - 1, ROWS).astype(int)).tolist()
     if table is not None and table.format is not None:
         rows = list(replace(table, ids=np.sort(table.samples.ids[places])))
-        made = [conversation(row.cells, table.format, row.id) for row in rows]
-        lines = audited(rows, made, table.format, vocabulary, max_length)
+        lines = audited(rows, table.format, vocabulary, max_length)
     else:
         sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
         lines = [line_of(Conversation(one.row, ()), [one], vocabulary) for one in sequences]

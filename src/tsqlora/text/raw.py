@@ -10,10 +10,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.chat import ANSWER, PREFERENCE, REASONING, Chat, Conversation, Format, Manner, Message, conversation
+from tsqlora.data.chat import (
+    ANSWER,
+    PREFERENCE,
+    REASONING,
+    WHOLE,
+    Chat,
+    Conversation,
+    Format,
+    Message,
+    Problems,
+    conversation,
+    shown,
+)
 from tsqlora.data.rows import Row
 from tsqlora.data.table import Table
-from tsqlora.data.tokens import Piece, TemplateError, as_read, causal_rows, render
+from tsqlora.data.tokens import Piece, TemplateError, causal_rows, render
 from tsqlora.errors import DataError
 from tsqlora.text.ledger import REASONING_ENDS, SHOWN, Line, line_of
 from tsqlora.text.prepared import Trained
@@ -52,19 +64,22 @@ class Conversations(Sequence[Conversation]):
         return (conversation(row.cells, self.format, j) for j, row in enumerate(self.table))
 
 
-def audited(
-    chunk: Sequence[Row], made: Sequence[Conversation], format: Format, vocabulary: Vocabulary, limit: int
-) -> list[Line]:
+def audited(chunk: Sequence[Row], format: Format, vocabulary: Vocabulary, limit: int) -> list[Line]:
     """Return the lines of some rows."""
-    lines = list[Line]()
-    for one, prepared in zip(made, prepared_rows(chunk, format, vocabulary.tokenizer, max_length=limit), strict=True):
+    tokenizer, lines = vocabulary.tokenizer, list[Line]()
+    if format.name in ("messages", "sharegpt") and not tokenizer.chat_template:
+        return [failed(conversation(row.cells, format, row.id), vocabulary, "no_template") for row in chunk]
+    sides = [[side.parse(row, WHOLE) for row in chunk] for side in format.sides]
+    made = prepared_rows(chunk, format, tokenizer, max_length=limit, parsed=sides if tokenizer.chat_template else None)
+    for row, parsed, prepared in zip(chunk, zip(*sides, strict=True), made, strict=True):
+        one = shown(row, format, parsed)
         if prepared.finding:
             line = failed(one, vocabulary, prepared.finding)
             line.detail, line.lost_tokens = prepared.reason, prepared.lost
         else:
             line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
-        for name, shown in prepared.shows.items():
-            line.find(name, shown)
+        for name, text in prepared.shows.items():
+            line.find(name, text)
         if "prompt_not_prefix" in line.findings:
             line.findings = [name for name in line.findings if name != "only_last_answer"]
         lines.append(line)
@@ -81,11 +96,19 @@ def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
 
 
 def prepared_rows(
-    rows: Sequence[Row], format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Sequence[Row],
+    format: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    parsed: Sequence[Sequence[tuple[Chat, Problems]]] | None = None,
 ) -> list[Prepared]:
-    """Return what training makes of each row, in order."""
-    sides = ("chosen", "rejected") if format.name == PREFERENCE else ("",)
-    parts = [_side(rows, one, side, tokenizer, max_length) for side, one in zip(sides, format.sides, strict=True)]
+    """Return what training makes of each row, in order; `parsed` are the rows of each side as this tokenizer's."""
+    if parsed is None:
+        manner = replace(WHOLE, chat=bool(tokenizer.chat_template))
+        parsed = [[side.parse(row, manner) for row in rows] for side in format.sides]
+    names = ("chosen", "rejected") if format.name == PREFERENCE else ("",)
+    parts = [_side(rows, one, side, tokenizer, max_length) for side, one in zip(names, parsed, strict=True)]
     whole = list[Prepared]()
     for both in zip(*parts, strict=True):
         failed = next((one for one in both if one.finding), None)
@@ -105,25 +128,27 @@ def prepared_rows(
 
 
 def _side(
-    rows: Sequence[Row], format: Format, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row],
+    parsed: Sequence[tuple[Chat, Problems]],
+    side: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> list[Prepared]:
-    manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template))
     made = list[Prepared]()
-    for row, one in zip(rows, causal_rows(rows, format, manner, tokenizer, max_length), strict=True):
+    for row, one in zip(rows, causal_rows(rows, parsed, tokenizer, max_length), strict=True):
         if isinstance(one, DataError):
             finding = one.finding if isinstance(one, TemplateError) else "dropped"
             made.append(Prepared((), 0, finding=finding, reason=str(one).removeprefix(f"{row.place}: ")))
             continue
-        chat = one.example if isinstance(one.example, Chat) else None
         if one.needs > max_length:
-            what = "the answer" if chat is None else "the last exchange"
+            what = "the answer" if one.chat.plain else "the last exchange"
             why = f"{what} needs {one.needs} tokens, and {max_length} are read"
             made.append(Prepared((), one.targets, True, "answer_cut", why))
             continue
         ids = np.asarray(one.sample["input_ids"], np.int32)
         labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
         lost = max(0, one.targets - int((labels != IGNORED).sum())) if one.cut else 0
-        shows = {} if chat is None else dict(rewritten(chat, one.pieces, tokenizer, row.place))
+        shows = {} if one.chat.plain else dict(rewritten(one.chat, one.pieces, tokenizer, row.place))
         made.append(Prepared((Trained(ids, labels, row.id, side, one.places),), lost, one.cut, shows=shows))
     return made
 
@@ -136,7 +161,6 @@ def rewritten(
     Blanks do not count, nor reasoning of an earlier answer, which is a note. What is not there as it is written, and
     changes nothing where it is another text, is left out.
     """
-    chat = as_read(chat, tokenizer, place)
     messages, last = chat.messages, len(chat.messages) - 1
     trained = [k for k, piece in enumerate(pieces) if piece.trained]
     before = "".join(piece.text for piece in pieces[: max(trained, default=0)])
