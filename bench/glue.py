@@ -1,12 +1,11 @@
-"""Methods side by side on five tasks of GLUE's kind: `tsqlora compare` on prepared rows.
+"""Methods side by side on five tasks of GLUE's kind: bench/harness.py on prepared rows.
 
     python bench/glue.py [--tasks sst2,mrpc] [--wrong 0,0.2] [--rows 500] [--means 2] [--seeds 0,1] [--methods ...]
 
-A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells lie in
-bench/.cache/glue while they are made, and in bench/results/glue/BLOCK.json once finished. Every cell trains MiniLM for
-as many steps as four passes over the rows take and has the full test set; its seed draws the rows, which labels are
-wrong, the head and the batches. A finished cell is never run again, so that seeds and methods may come in any order,
-in several processes if each has its own blocks.
+A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells are in
+bench/results/glue/BLOCK.json. Every cell trains MiniLM for as many steps as four passes over the rows take and has the
+full test set; its seed draws the rows, which labels are wrong, the head and the batches. A finished cell is never run
+again, so that seeds and methods may come in any order, in several processes if each has its own blocks.
 
 Learning rates are chosen first, for each block and entry: seed 3, which is no seed of the results, tries three of
 LADDER, and goes on along it while the last one tried is the best on 600 validation rows.
@@ -21,20 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import Entry, cell, changed, entry
 
-from tsqlora.compare.comparison import compare
-from tsqlora.compare.methods import entries
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
-from tsqlora.reports.comparison import seconds_of
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.demo import package_folder
-from tsqlora.training.record import RunRecord
 
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
 PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
-ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora"
+ENTRIES = "lora,lora+random,tsqlora,lora+quality,tsqlora+all,adalora,elalora,eva"
 LADDER = (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOOSING, CHOOSING_ROWS, FIRST_TRIED = 3, 600, slice(2, 5)
 """The seed that chooses learning rates, its validation rows, and where on LADDER it begins."""
@@ -121,21 +117,19 @@ def config_of(block: Block, folder: Path) -> Config:
     return load_config(path)
 
 
-def run(block: Block, seed: int, method: str, shared: Path, **how: Any) -> None:
-    """One entry of the block with one seed, at each learning rate; its cells join the committed ones."""
+def run(block: Block, seed: int, entry: Entry, rate: float, shared: Path) -> None:
+    """A cell of the block joins its results, unless it is there."""
+    name = name_of_cell(entry.name, seed, rate)
+    if name in stored(block)["cells"]:
+        return
     folder = CACHE / block.name / f"seed{seed}"
     if not (folder / "settings.yaml").exists():
         write_data(block, seed, shared, folder)
-    compare(
-        config_of(block, folder),
-        [method],
-        seeds=[seed],
-        out=folder / "cells",
-        metric=block.metric,
-        say=lambda text: print(f"{block.name} {text}", flush=True),
-        **how,
-    )
-    keep(block, folder / "cells")
+    config = changed(config_of(block, folder), training={"seed": seed, "learning_rate": rate})
+    result = cell(config, entry)
+    keep(block, config, name, result)
+    shown = result.get("failed") or f"{block.metric} {result['metrics']['test'][block.metric]:.4f}"
+    print(f"{block.name} {name}: {shown}, {result['seconds']:.0f} s", flush=True)
 
 
 def stored(block: Block) -> dict[str, Any]:
@@ -144,56 +138,43 @@ def stored(block: Block) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"settings": {}, "rates": {}, "cells": {}}
 
 
-def keep(block: Block, comparison: Path) -> None:
-    """Adds the runs of a comparison to the block's results; the settings that all share stand there once.
+def keep(block: Block, config: Config, name: str, result: Mapping[str, Any]) -> None:
+    """Adds a cell to the block's results; the settings that all share stand there once.
 
-    Raises SettingsError for runs of other settings than those that are there.
+    Raises SettingsError for a cell of other settings than those that are there.
     """
-    results, settings = stored(block), load_config(comparison / "config.yaml").model_dump()
+    results, settings = stored(block), config.model_dump()
     settings["data"] |= dict.fromkeys(("train", "validation", "test"))
     settings["model"]["path"] = Path(settings["model"]["path"]).parent.name
     settings["training"] = {n: v for n, v in settings["training"].items() if n not in ("seed", "learning_rate")}
+    place = RESULTS / f"{block.name}.json"
     if results["cells"] and results["settings"] != settings:
-        place = RESULTS / f"{block.name}.json"
-        raise SettingsError(f"{comparison} has other settings than the cells in {place}; remove that file")
-    for file in comparison.glob("*/run.json"):
-        run = RunRecord.load(file.parent)
-        about = {name: run.compared[name] for name in ("method", "policy", "learning_rate")} | {"seed": run.seed}
-        failed = {"failed": run.compared["failed"]} if run.status == "failed" else {}
-        results["cells"][name_of_cell(entry_of({"cell": about}), run.seed, about["learning_rate"])] = {
-            "cell": about,
-            **failed,
-            **{name: run.compared[name] for name in ("commit", "bf16", "peak_memory_bytes")},
-            "quality": {**run.quality, "random": run.compared["random"]},
-            "metrics": run.metrics,
-            "seconds": seconds_of(run),
-            "parameters": run.parameters,
-            "data_hash": run.data["hash"],
-            "versions": run.versions,
-        }
+        raise SettingsError(f"{name} has other settings than the cells in {place}; remove that file")
+    cells = dict(sorted({**results["cells"], name: result}.items()))
     RESULTS.mkdir(parents=True, exist_ok=True)
     about = {"block": {**asdict(block), "metric": block.metric}, "settings": settings}
-    write_json(RESULTS / f"{block.name}.json", results | about | {"cells": dict(sorted(results["cells"].items()))})
+    write_json(place, results | about | {"cells": cells})
 
 
 def name_of_cell(entry: str, seed: int, rate: float) -> str:
     return f"{entry}_seed{seed}_lr{rate:g}"
 
 
-def choose(block: Block, method: str, shared: Path) -> float:
+def choose(block: Block, entry: Entry, shared: Path) -> float:
     """The entry's learning rate in this block, chosen now if it is not among the results."""
-    name, tried = entries([method])[0].name, [*LADDER[FIRST_TRIED]]
-    while name not in (results := stored(block))["rates"]:
-        run(block, CHOOSING, method, shared, sweep=tried)
+    tried = [*LADDER[FIRST_TRIED]]
+    while entry.name not in (results := stored(block))["rates"]:
+        for rate in tried:
+            run(block, CHOOSING, entry, rate, shared)
         results = stored(block)
-        cells = [c for c in results["cells"].values() if c["cell"]["seed"] == CHOOSING and entry_of(c) == name]
+        cells = [c for c in results["cells"].values() if c["cell"]["seed"] == CHOOSING and entry_of(c) == entry.name]
         rate = best_rate(cells, block.metric)
         place, step = LADDER.index(rate), (rate == max(tried)) - (rate == min(tried))
         if step and 0 <= place + step < len(LADDER):
             tried.append(LADDER[place + step])
         else:
-            write_json(RESULTS / f"{block.name}.json", results | {"rates": results["rates"] | {name: rate}})
-    return results["rates"][name]
+            write_json(RESULTS / f"{block.name}.json", results | {"rates": results["rates"] | {entry.name: rate}})
+    return results["rates"][entry.name]
 
 
 def best_rate(cells: Sequence[Mapping[str, Any]], metric: str = "accuracy") -> float:
@@ -230,10 +211,8 @@ def main() -> None:
     every = itertools.product(*(values.split(",") for values in (args.wrong, args.tasks, args.rows, args.means)))
     blocks: list[Block] = [Block(task, int(rows), float(wrong), int(mean)) for wrong, task, rows, mean in every]
     for seed, block in itertools.product(args.seeds.split(","), blocks):
-        for method in args.methods.split(","):
-            rate, entry = choose(block, method, args.shared), entries([method])[0]
-            if name_of_cell(entry.name, int(seed), rate) not in stored(block)["cells"]:
-                run(block, int(seed), method, args.shared, rates={entry.name: rate})
+        for one in map(entry, args.methods.split(",")):
+            run(block, int(seed), one, choose(block, one, args.shared), args.shared)
 
 
 if __name__ == "__main__":

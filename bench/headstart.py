@@ -23,18 +23,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from origin import ROOT, commit, encoder, machine, parser_of, stored
-from transformers import TrainerCallback, set_seed
+from harness import entry, train
+from origin import ROOT, encoder, machine, parser_of, stored
+from transformers import TrainerCallback
 
-from tsqlora.compare.methods import POLICIES, build
-from tsqlora.data.table import data_hash
 from tsqlora.quality.head_start import SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
-from tsqlora.run.fit import arguments, predictor_of
-from tsqlora.run.job import Job, load
-from tsqlora.training.fit import Method, fit
-from tsqlora.training.record import RunRecord, versions
+from tsqlora.run.fit import predictor_of
+from tsqlora.run.job import Job
+from tsqlora.tasks import get_task
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "headstart"))
@@ -52,12 +50,6 @@ TABLES = {
 """Of each the data set, how many rows train, and the batch size."""
 TASKS = {"stsb": "regression", "goemotions": "multi-label-classification", "wnut17": "token-classification"}
 """Task types of data sets that do not have one class a row."""
-METHODS = {
-    "lora": ("lora", "all"),
-    "lora+head": ("lora", "head"),
-    "tsqlora": ("tsqlora", "quality"),
-    "lora-third": ("lora", "all"),
-}
 FURTHER: dict[str, Any] = json.loads(os.environ.get("FURTHER", "{}"))
 EPOCHS, TEST_ROWS = 3, 1500
 MARKS = [0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400]
@@ -134,70 +126,31 @@ def rescaled(scale: str, job: Job) -> Rescaled:
 def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
     way, _, scale = method.partition(":")
-    kind, policy = METHODS[way]
-    total = EPOCHS * math.ceil(rows / batch)
+    total, curves = EPOCHS * math.ceil(rows / batch), list[Curve]()
     steps = math.ceil(total / 3) if table == "clinc150" and method != "lora" else total
+
+    def callbacks(job: Job, steps: int) -> list[TrainerCallback]:
+        curves.append(Curve(job, steps, time.process_time()))
+        return [*([rescaled(scale, job)] if scale else []), *curves]
+
+    training = {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "max_steps": steps, **FURTHER}
+    task = TASKS.get(name, "sequence-classification")
     with tempfile.TemporaryDirectory() as folder:
         write_table(name, rows, seed, Path(folder))
-        settings = {
-            "model": {"path": MODEL},
-            "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
-            | {"max_length": 64},
-            "training": {
-                "epochs": 2,
-                "learning_rate": rate,
-                "batch_size": batch,
-                "seed": seed,
-                "save_strategy": "no",
-                **FURTHER,
-            },
-        }
-        if name in TASKS:
-            settings["task"] = {"type": TASKS[name]}
-        config = Config.model_validate(settings)
-        job = load(config)
-        args = arguments(config, Path(folder) / "run")
-        args.max_steps = steps
-        record = RunRecord("running", seed, job.task.name, None, {"hash": data_hash(job.data)}, {})
-        begun = time.process_time()
-        chosen = POLICIES[policy](job, Path(folder) / "scores.parquet", None)
-        set_seed(seed)
-        built, ranks = build(job, kind, steps=steps)
-        curve = Curve(job, steps, begun)
-        fit(
-            built.model,
-            args,
-            Method(chosen.data, chosen.quality, ranks),
-            job.inputs,
-            record,
-            also=[*built.callbacks, *([rescaled(scale, job)] if scale else []), curve],
-        )
-        validation = predictor_of(job, built.model, args).metrics(
-            job.data["validation"].samples, phase="validation", progress=None
-        )
+        files = {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
+        settings = {"model": {"path": MODEL}, "data": files | {"max_length": 64}, "training": training}
+        config = Config.model_validate({**settings, "task": {"type": task}})
+        result = train(config, entry(way.removesuffix("-third")), also=callbacks)
+    validation = result["metrics"]["validation"]
     return {
-        "settings": {
-            "table": table + MARK,
-            "method": method,
-            "rate": rate,
-            "seed": seed,
-            "steps": steps,
-            **settings["training"],
-        },
-        "curve": curve.points,
+        "settings": {"table": table + MARK, "method": method, "rate": rate, "steps": steps, **training},
+        "curve": curves[0].points,
         "validation": validation,
-        "headline": validation[job.task.headline],
-        "cost": {phase: vars_of(cost) for phase, cost in record.cost.items()},
-        "looks": [] if chosen.quality is None else chosen.quality.looks,
-        "data_hash": data_hash(job.data),
-        "versions": versions(),
+        "headline": validation[get_task(task).headline],
+        "looks": result["quality"].get("looks", []),
         "machine": machine(),
-        "commit": commit(),
+        **{name: result[name] for name in ("cost", "data_hash", "versions", "commit")},
     }
-
-
-def vars_of(cost: Any) -> dict[str, float]:
-    return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
 
 
 def cell(table: str, method: str, rate: float, seed: int) -> float:

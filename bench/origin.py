@@ -1,21 +1,39 @@
 """Files of results, and where a result comes from: the commit, the versions and the machine that made it."""
 
 import argparse
+import functools
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tsqlora.compare.cell import commit
+import tsqlora
 from tsqlora.files import write_json
 from tsqlora.run.demo import package_folder
 from tsqlora.training.record import versions
 
 ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the imported code, with "-dirty" if it was changed; None if it is not a checkout's."""
+    package = str(Path(tsqlora.__file__).parent)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", package, *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", ".").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 commit()  # now, when the code is imported, and not hours later
 
 

@@ -4,23 +4,23 @@ The text is bench/results_page.md.jinja.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import glue
+import harness
 import jinja2
 import pandas as pd
 from markdown_table import NONE, markdown
-
-from tsqlora.compare.methods import entries
-from tsqlora.reports.comparison import Mean, interval, verdict
+from scipy import stats
 
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
-ORDER = [*(entry.name for entry in entries(glue.ENTRIES.split(","))), "eva+all"]
+ORDER = [harness.entry(name).name for name in glue.ENTRIES.split(",")]
 LORA = "lora+all"
 KIND = ["rows", "wrong", "mean"]
 """What blocks of several tasks have in common."""
@@ -103,6 +103,30 @@ def _tasks(cells: Any) -> list[str]:
 
 
 # --------------------------------------------------------------------------------- differences
+
+
+class Mean(NamedTuple):
+    """A mean over n seeds and the half width of its 95 % interval; None for one seed."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+def interval(values: Sequence[float]) -> Mean:
+    """Student's t-interval of the mean of at least one value."""
+    n = len(values)
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
+    return Mean(math.fsum(values) / n, half, n)
+
+
+def verdict(difference: Mean, other: str) -> str:
+    """The difference in words; it needs three seeds, since one or two may agree by chance."""
+    if difference.half is None or difference.n < 3:
+        return f"{difference.n} seed{'s' if difference.n > 1 else ''}: too few to tell from {other}"
+    if abs(difference.mean) <= difference.half:
+        return f"within noise of {other}"
+    return f"{'better' if difference.mean > 0 else 'worse'} than {other}"
 
 
 def beside(cells: Any, reference: str) -> Any:

@@ -35,7 +35,7 @@ the report list settings that have no effect, such as `ranks.interval` where `ra
 Numbers are YAML 1.2's: `5e-4` is a number, and `no` is text.
 
 The learning rate matters most, for LoRA and for tsqlora: try three values on validation rows before anything else
-(`tsqlora compare tsq.yaml --lr-sweep 2.5e-4,5e-4,1e-3`). The last column says when to change a default.
+(`tsqlora train tsq.yaml --set training.learning_rate=1e-3`). The last column says when to change a default.
 
 {sections}
 Further `training` settings are any field of `transformers.TrainingArguments` (`lr_scheduler_type`, `warmup_steps`,

@@ -2,7 +2,7 @@
 
 Test folders mirror src/tsqlora.  What tests share stands beside this file: models (tiny models, rows, batches),
 oracles and scoring (slow twins, and comparisons with them), slotted (wrapped models), stock (a Trainer), loops,
-setups (baselines), runs (checkpoints, settings and the command line), made_runs (run directories without a training),
+runs (checkpoints, settings and the command line), made_runs (run directories without a training),
 loras and kinds (adapters as files), byte_tokenizers, hostile and watch (strangers' files), browser and seen
 (pages), slow (which tests `make test` leaves out).
 """

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pickle
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -28,10 +29,13 @@ from hypothesis import HealthCheck, Phase, given
 from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
-from tsqlora.compare.cell import commit
 from tsqlora.files import write_json
 from tsqlora.training.record import versions
 from watch import attempt
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from origin import commit
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "bench" / ".cache" / "fuzz"

@@ -27,11 +27,10 @@ OPTIONS = {
     "select": "--out --fraction --seed --data",
     "evaluate": "--data --max-new-tokens --beams",
     "predict": "--data --out --max-new-tokens --beams",
-    "compare": "--methods --seeds --out --equal --lr-sweep --lr --metric --set",
     "export": "--format --out --base --dtype --max-rank --mean-rank",
     "doctor": "--server --template",
     "check": "--server-url --served-name --yes",
-    "report": "--out --control",
+    "report": "--out",
 }
 """Every command with its options, beside --json."""
 
@@ -243,10 +242,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
         ("select scores.parquet --fraction 2 --out OUT.csv", 2),
         ("select scores.parquet --fraction 0.5 --data holes.jsonl --out OUT.csv", 3),
         ("select none.parquet --fraction 0.5 --out OUT.csv", 3),
-        ("compare c.yaml --methods no --seeds 0 --out OUT", 2),
-        ("compare c.yaml --methods lora --seeds 0 --metric no --out OUT", 2),
-        ("compare c.yaml --methods lora --seeds 0 --set data.train=none.csv --out OUT", 3),
-        ("compare c.yaml --methods lora --seeds 0 --set adapter.target_modules=[no] --out OUT", 2),
         ("export adapter --format no --out OUT", 2),
         ("export adapter --format merged --out OUT", 2),
         ("export empty --format universal --out OUT", 3),
@@ -254,7 +249,8 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
         ("export adapter --format compressed --base base --mean-rank 0 --out OUT", 2),
         ("export adapter --format compressed --base base --out OUT", 2),
         ("report empty --out OUT.html", 3),
-        ("report run --control empty --out OUT.html", 3),
+        ("compare c.yaml --methods lora --seeds 0 --out OUT", 2),
+        ("report run --control run --out OUT.html", 2),
         ("init -o OUT.yaml --task no", 2),
         ("evaluate run --data none.csv", 3),
         ("explain run --row 5", 3),

@@ -69,7 +69,6 @@ REPLACING = [
     ("report run", "trusted.jsonl"),
     ("report run", "run/run.json"),
     ("report run", "run/scores.parquet"),
-    ("compare c.yaml --set data.train=comparison.json --methods lora --seeds 0", "."),
     ("train c.yaml", "."),
     ("train run/config.yaml", "run"),
     ("export run --format peft", "run/adapter"),
@@ -83,8 +82,6 @@ REPLACING = [
 
 @pytest.mark.parametrize(("command", "out"), REPLACING, ids=lambda text: text)
 def test_an_input_is_never_replaced(command: str, out: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if command.startswith("compare"):
-        shutil.copy("train.jsonl", "comparison.json")
     before = contents(place)
     code, _, error = run_cli(capsys, *command.split(), "-o" if command == "init" else "--out", out)
     assert code == 2, error

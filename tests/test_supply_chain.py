@@ -29,9 +29,9 @@ def hook(event, args):
         touched.append((event, args))
 sys.addaudithook(hook)
 import tsqlora
-# preload is what a server of processes imports to be warm, and __main__ is the program: that is their effect.
+# __main__ is the program: that is its effect.
 # tsqlora.plugins says where axolotl's plugin is now.
-programs = ("tsqlora.compare.preload", "tsqlora.__main__", "tsqlora.cli.__main__", "tsqlora.plugins")
+programs = ("tsqlora.__main__", "tsqlora.cli.__main__", "tsqlora.plugins")
 names = [m.name for m in pkgutil.walk_packages(tsqlora.__path__, "tsqlora.") if m.name not in programs]
 for name in names:
     importlib.import_module(name)

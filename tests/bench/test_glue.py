@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tsqlora.errors import SettingsError
-from tsqlora.training.record import RunRecord
+from tsqlora.run.config import Config
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")
+harness: Any = importlib.import_module("harness")
 
 BLOCK, NOW = glue.Block("sst2", 2000, 0.2, 4), "c0ffee0" + 33 * "0"
 
@@ -30,42 +31,31 @@ def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit
     return {"cell": about, "commit": commit, "metrics": metrics, "data_hash": "of the rows"} | more
 
 
-def finished(folder: Path, *cells: Any, epochs: int = 8) -> Path:
-    """A comparison as `tsqlora compare` leaves it."""
-    folder.mkdir(parents=True)
-    training = {"epochs": epochs, "learning_rate": 1e-3}
-    model, data = {"path": f"{folder}/minilm/model"}, {"train": f"{folder}/train.jsonl"}
-    (folder / "config.yaml").write_text(json.dumps({"model": model, "data": data, "training": training}))
-    for number, cell in enumerate(cells):
-        about = {"bf16": True, "commit": NOW, "peak_memory_bytes": 1, "random": None, **cell["cell"]}
-        seed, metrics = about.pop("seed"), cell["metrics"]
-        run = RunRecord("finished", seed, "sequence-classification", None, {"hash": "of the rows"}, {}, metrics=metrics)
-        run.compared = about
-        (folder / str(number)).mkdir()
-        run.save(folder / str(number))
-    return folder
+def config(*, seed: int = 0, epochs: int = 8) -> Config:
+    training = {"epochs": epochs, "learning_rate": 1e-3, "seed": seed}
+    return Config.model_validate({"model": {"path": "a/minilm/model"}, "data": {"train": "b"}, "training": training})
 
 
 def retained(results: Path) -> Any:
     return json.loads((results / f"{BLOCK.name}.json").read_text())
 
 
-def test_what_is_kept_names_no_path_no_seed_and_no_rate(tmp_path: Path, results: Path) -> None:
-    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), a_cell(seed=1)))
+def test_what_is_kept_names_no_path_no_seed_and_no_rate(results: Path) -> None:
+    glue.keep(BLOCK, config(), "one", a_cell())
+    glue.keep(BLOCK, config(seed=1), "other", a_cell(seed=1))
     settings = retained(results)["settings"]["training"]
     assert settings["epochs"] == 8
     assert not {"seed", "learning_rate"} & settings.keys()
     assert retained(results)["settings"]["model"]["path"] == "minilm"
     assert retained(results)["settings"]["data"]["train"] is None
-    assert len(retained(results)["cells"]) == 2
+    assert retained(results)["cells"].keys() == {"one", "other"}
 
 
-def test_cells_of_other_settings_are_refused(tmp_path: Path, results: Path) -> None:
-    glue.keep(BLOCK, finished(tmp_path / "a", a_cell()))
+def test_cells_of_other_settings_are_refused(results: Path) -> None:
+    glue.keep(BLOCK, config(), "one", a_cell())
     before = retained(results)
-    new = finished(tmp_path / "b", a_cell(seed=1), epochs=6)
     with pytest.raises(SettingsError, match="sst2_2000_wrong20_rank4"):
-        glue.keep(BLOCK, new)
+        glue.keep(BLOCK, config(epochs=6), "other", a_cell(seed=1))
     assert retained(results) == before
 
 
@@ -80,20 +70,22 @@ def test_a_block_chooses_its_rates_along_the_ladder_until_the_best_is_not_the_la
     results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By the block's metric, on another seed; the results keep the choice when cells are added."""
-    block, sweeps = glue.Block("cola", 500, 0.0, 2), list[list[float]]()
+    block, ran = glue.Block("cola", 500, 0.0, 2), list[float]()
+    monkeypatch.setattr(glue, "write_data", lambda *_: None)
+    monkeypatch.setattr(glue, "config_of", lambda *_: config())
 
-    def run(block: Any, seed: int, method: str, shared: Path, *, sweep: list[float]) -> None:
-        sweeps.append(list(sweep))
-        cells = [a_cell(seed=seed, rate=rate) for rate in sweep]
-        for cell in cells:
-            rate = cell["cell"]["learning_rate"]
-            cell["metrics"]["validation"] = {"accuracy": -rate, "matthews": -abs(rate - 1e-2), "loss": 0.5}
-        glue.keep(block, finished(tmp_path / str(len(sweeps)), *cells))
+    def trained(config: Config, entry: Any) -> Any:
+        rate = config.training.learning_rate
+        ran.append(rate)
+        values = {"accuracy": -rate, "matthews": -abs(rate - 1e-2), "loss": 0.5}
+        metrics = {"validation": values, "test": values}
+        return a_cell(seed=config.training.seed, rate=rate, metrics=metrics, seconds=1.0)
 
-    monkeypatch.setattr(glue, "run", run)
-    assert glue.choose(block, "lora", tmp_path) == 1e-2
-    assert sweeps == [[1e-3, 2e-3, 5e-3], [1e-3, 2e-3, 5e-3, 1e-2], [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]]
-    glue.keep(block, finished(tmp_path / "later", a_cell(rate=1e-2)))
-    assert glue.choose(block, "lora", tmp_path) == 1e-2
-    assert len(sweeps) == 3
+    monkeypatch.setattr(glue, "cell", trained)
+    assert glue.choose(block, harness.entry("lora"), tmp_path) == 1e-2
+    assert ran == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    glue.run(block, 0, harness.entry("lora"), 1e-2, tmp_path)
+    glue.run(block, 0, harness.entry("lora"), 1e-2, tmp_path)
+    assert glue.choose(block, harness.entry("lora"), tmp_path) == 1e-2
+    assert len(ran) == 6
     assert {cell["cell"]["seed"] for cell in glue.stored(block)["cells"].values()} == {0, glue.CHOOSING}

@@ -316,7 +316,6 @@ def test_a_run_is_continued_by_its_directory(
     ("command", "advice"),
     [
         ("train", "the same command with --resume"),
-        ("compare", "the same command continues"),
         ("audit", "the same command starts again"),
     ],
 )

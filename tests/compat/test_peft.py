@@ -1,21 +1,17 @@
 """What we rely on in PEFT beyond its documentation: a failure here says which interface has changed."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from setups import build
 from tsqlora.adapter.slots import find_slots
-from tsqlora.baselines.triplets import config_of
 from tsqlora.compat.peft import (
     VARIANTS,
-    allocate_triplets,
-    chosen_triplets,
     forget_adapter,
     has_variant,
     lora_matrices,
@@ -61,34 +57,6 @@ def test_a_layer_forgets_an_adapter() -> None:
     forget_adapter(layer, "default")
     assert "default" not in {*layer.r, *layer.lora_A, *layer.scaling, *layer.lora_dropout}
     assert torch.equal(layer(x), layer.get_base_layer()(x))
-
-
-def test_the_allocator_says_when_it_chose_and_how_many_triplets_are_kept() -> None:
-    model = cast(PeftModel, build("adalora").model)  # tinit 5, every 10 steps, final at 34 of 48
-    config = config_of(model)
-    assert chosen_triplets(config) == {}
-    generator, chosen = torch.Generator().manual_seed(0), list[int]()
-    for step in range(36):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-        if allocate_triplets(model, config, step):
-            chosen.append(step)
-    assert chosen == [10, 20, 30, 34]
-    retained = chosen_triplets(config)
-    assert sum(retained.values()) == 4 * 7
-    assert "bert.pooler.dense" in retained
-
-
-def test_the_penalty_is_read_from_the_config_in_every_forward_pass() -> None:
-    model = cast(PeftModel, build("adalora").model)
-    batch: dict[str, Any] = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([0, 1])}
-
-    def loss(weight: float) -> float:
-        cast(AdaLoraConfig, config_of(model)).orth_reg_weight = weight
-        return float(model.eval()(**batch).loss.detach())
-
-    assert loss(0.1) < loss(0.5) < loss(1.0)
 
 
 def test_layers_that_add_nothing_are_left_out_and_come_back() -> None:

@@ -31,7 +31,6 @@ from tsqlora.compat.transformers import (
     saved_note,
     set_deletion_order,
     set_loss_scaling,
-    summed_batches,
     was_loaded,
 )
 from tsqlora.training.stop import StopCallback
@@ -75,11 +74,10 @@ def made(folder: Path, **options: Any) -> Trainer:
 def test_a_step_sums_its_batches_only_where_it_is_told_to(tmp_path: Path) -> None:
     """`loss_is_scaled_for_ga`, `model_accepts_loss_kwargs`, `label_smoother`, `current_gradient_accumulation_steps`."""
     trainer: Any = made(tmp_path)
-    trainer.current_gradient_accumulation_steps = 4
-    for accepts, divides, summed in ((True, True, 4), (True, False, 1), (False, True, 1)):
+    for accepts, divides, sums in ((True, True, True), (True, False, False), (False, True, False)):
         trainer.model_accepts_loss_kwargs = accepts
         set_loss_scaling(trainer, divides_by_window=divides)
-        assert summed_batches(trainer) == summed
+        assert getattr(trainer, SUMS) == sums
     smoothed: Any = made(tmp_path, label_smoothing_factor=0.1)
     assert smoothed.label_smoother is not None
     source = inspect.getsource(Trainer)

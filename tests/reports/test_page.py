@@ -20,7 +20,7 @@ from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
 from tsqlora.reports.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
-from tsqlora.reports.gather import control_of, gather
+from tsqlora.reports.gather import gather
 from tsqlora.reports.page import environment
 from tsqlora.reports.run_page import run_page
 from tsqlora.reports.samples import DOUBTED, Sample, Samples
@@ -56,15 +56,6 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(seen: Seen) -
         assert text in page
     assert "About 20% of the labels seem wrong." in page
     assert "tsqlora train run/config.yaml" in page
-
-
-def test_a_control_of_other_rows_is_said_to_be_one(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "ours", rows=ROWS)
-    for name, rows, differs in (("same", "abc123", False), ("other", "fff999", True)):
-        control = make_run(tmp_path / name, data={"hash": rows}, metrics={"test": {"accuracy": 0.8}})
-        page = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
-        assert "+7.5 points against run" in page
-        assert ("trained on other rows" in page) == differs
 
 
 def test_tables_and_controls_are_usable_without_sight_or_mouse(seen: Seen) -> None:
@@ -232,15 +223,6 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SettingsError, match="pip install plotly"):
         write_report(make_run(tmp_path))
-
-
-def test_a_comparison_is_refused_and_one_of_its_runs_is_named(tmp_path: Path) -> None:
-    out = tmp_path / "comparison"
-    make_run(out).rename(out / "lora+all.0")
-    (out / "comparison.json").write_text("{}")
-    with pytest.raises(SettingsError, match=r"lora\+all\.0"):
-        write_report(out)
-    assert not (out / "report.html").exists()
 
 
 def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:

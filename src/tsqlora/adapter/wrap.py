@@ -216,13 +216,7 @@ _NOT_PLAIN = (
 
 
 def new_config(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    dropout: float,
-    modules_to_save: Sequence[str],
-    *,
-    kind: type[LoraConfig] = LoraConfig,
-    **further: Any,
+    model: nn.Module, target_modules: str | Sequence[str], dropout: float, modules_to_save: Sequence[str]
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved.
 
@@ -238,14 +232,13 @@ def new_config(
             whole += [name] if new and name.partition(".")[0] not in own else []
     # PEFT copies a module in place: of one inside another it would train a copy that no forward pass calls.
     whole = outermost(whole)
-    return kind(
+    return LoraConfig(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
         modules_to_save=whole or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         # PEFT trains and saves the head by it too.
         task_type=TaskType.SEQ_CLS if type(model).__name__.endswith("ForSequenceClassification") else None,
-        **further,
     )
 
 

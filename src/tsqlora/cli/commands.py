@@ -31,7 +31,6 @@ for command in (
     runs.evaluate,
     runs.predict,
     results.report,
-    results.compare,
     results.export,
     results.doctor,
     results.check,
@@ -45,7 +44,8 @@ MOVED = {
     "adapter": "tsqlora export --format compressed",
     "allocate": "tsqlora.allocate(tsqlora.sensitivity(…)) in Python",
     "score --explain": "tsqlora explain RUN|SCORES",
-    "compare --policies": "tsqlora compare --methods METHOD+POLICY",
+    "compare": "bench/harness.py of tsqlora's repository, which trains each method with each seed",
+    "report --control": "tsqlora report of each run",
     "export --push-to-hub": "hf upload REPO DIR",
     "export --by": "tsqlora export --mean-rank R",
 }
@@ -55,7 +55,6 @@ INTERRUPTED = 130
 AFTER_INTERRUPTION = {
     "train": "; the same command with --resume continues from the last complete checkpoint, or starts if there is none",
     "score": "; the same command continues it",
-    "compare": "; the same command continues it",
     "audit": "; the same command starts again",
 }
 

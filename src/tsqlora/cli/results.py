@@ -1,82 +1,22 @@
-"""Commands about results and adapters: compare, report, export, doctor, check."""
+"""Commands about results and adapters: report, export, doctor, check."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.adapter_display import show_check, show_doctor, show_export
-from tsqlora.cli.console import Json, Run, Set
+from tsqlora.cli.console import Json, Run
 from tsqlora.cli.display import show_numbers
-from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.files import writing
-
-
-def compare(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `tsqlora init` writes one.")],
-    methods: Annotated[
-        str,
-        typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas; lora+head: LoRA with the head start."),
-    ],
-    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Seeds; each gives one training a method.")] = "0,1,2",
-    out: Annotated[Path, typer.Option(help="Directory of the results; resumes there.")] = Path("comparison"),
-    equal: Annotated[str, typer.Option(help="What all methods share: steps or epochs.")] = "steps",
-    lr_sweep: Annotated[
-        str, typer.Option(metavar="LR,LR", help="Learning rates to choose from, by validation rows, for each method.")
-    ] = "",
-    lr: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD=LR", help="Learning rate of a method; repeatable.")
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="The metric to compare; by default the task's own.")] = None,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Compare methods at equal cost, seed by seed: is it better than LoRA, on your data?
-
-    The same command resumes an interrupted comparison, and may add methods and seeds.
-
-    Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
-    """
-    from tsqlora.cli.comparison_display import show_comparison
-    from tsqlora.compare.comparison import compare as run_all
-    from tsqlora.reports.comparison import COMPARISON_FILE
-    from tsqlora.run.config import load_config
-
-    rates = dict[str, float]()
-    for pair in lr or []:
-        method, _, rate = pair.partition("=")
-        if method in rates:
-            raise SettingsError(f"--lr {method} is set twice; remove one")
-        rates[method] = _number(rate, float, f"--lr {method}")
-    with writing(out / COMPARISON_FILE):
-        settings = load_config(config, set_ or [])
-    with Display(console.stderr) as display:
-        result = run_all(
-            settings,
-            _listed(methods),
-            seeds=[_number(seed, int, "--seeds") for seed in _listed(seeds)],
-            out=out,
-            equal=equal,  # type: ignore[arg-type]  (it refuses an unknown one)
-            sweep=[_number(rate, float, "--lr-sweep") for rate in _listed(lr_sweep)],
-            rates=rates,
-            metric=metric,
-            progress=display.progress,
-            say=display.say,
-        )
-    console.show(result, as_json, show_comparison)
 
 
 def report(
     run: Run,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the directory.")] = None,
-    control: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Another run, to compare this one's metric with.")
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one page about a run, from its directory alone; it opens anywhere, offline.
@@ -85,7 +25,7 @@ def report(
     """
     from tsqlora.reports.write import write_report
 
-    written = write_report(run, out, control=control)
+    written = write_report(run, out)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 
@@ -245,14 +185,3 @@ def _local(source: Path) -> Path:
 
     name = source.as_posix()
     return download_adapter(name) if "/" in name and not source.exists() and is_hub_id(name) else source
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(text: str, kind: Callable[[str], Any], option: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise SettingsError(f"{option}: '{text}' is not a number") from None

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -81,21 +81,3 @@ def forget_adapter(layer: LoraLayer, adapter: str) -> None:
         by_adapter: Any = getattr(layer, attribute)
         if adapter in by_adapter:
             del by_adapter[adapter]
-
-
-def allocate_triplets(model: PeftModel, config: AdaLoraConfig, step: int) -> bool:
-    """Call AdaLoRA's `update_and_allocate`; return whether it chose triplets at this step.
-
-    PEFT returns nothing, but replaces `rank_pattern` by a new dict when it chooses.
-    """
-    before = config.rank_pattern
-    cast(Any, model.base_model).update_and_allocate(step)
-    return config.rank_pattern is not before
-
-
-def chosen_triplets(config: AdaLoraConfig) -> dict[str, int]:
-    """The number of triplets that the last allocation kept, by layer name; empty before the first.
-
-    Keys of PEFT are `NAME.lora_E.ADAPTER`, and `NAME.lora_E` after the model was saved.
-    """
-    return {key.partition(".lora_E")[0]: sum(mask) for key, mask in (config.rank_pattern or {}).items()}

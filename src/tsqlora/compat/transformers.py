@@ -75,11 +75,6 @@ def set_loss(trainer: Trainer, loss: Callable[[Any, Tensor], Tensor]) -> None:
     trainer.compute_loss_func = scaled
 
 
-def summed_batches(trainer: Trainer) -> int:
-    """The number of batches whose losses the current step sums; 1 if the Trainer averages them."""
-    return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
-
-
 def row_collator(trainer: Trainer) -> Callable[[list[Any]], Mapping[str, Any]]:
     """The Trainer's collator, which gets the columns alone that the Trainer would give it."""
     if not trainer.args.remove_unused_columns:

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.moves import RankEvent, layer_places
-from tsqlora.reports.metrics import words
+from tsqlora.reports.page import words
 
 BLUE, ORANGE, GREEN = "#0072b2", "#c44e00", "#007f5f"
 GREY = "#5f6b7a"

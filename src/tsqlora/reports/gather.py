@@ -16,14 +16,6 @@ from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
-    """The run that a report compares with."""
-
-    name: str
-    record: RunRecord
-
-
-@dataclass(frozen=True, slots=True)
 class ScoresView:
     """Histograms and samples of a scores file."""
 
@@ -41,7 +33,6 @@ class Gathered:
     config: dict[str, Any]
     scores: ScoresView | None
     missing: dict[str, str]
-    control: Control | None = None
 
 
 def read_scores(path: Path, texts: Sequence[str] | None = None) -> ScoresView:
@@ -50,7 +41,7 @@ def read_scores(path: Path, texts: Sequence[str] | None = None) -> ScoresView:
     return ScoresView(histograms(scores), choose_samples(scores, texts))
 
 
-def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], ScoresView] = read_scores) -> Gathered:
+def gather(run: Path, *, read: Callable[[Path], ScoresView] = read_scores) -> Gathered:
     """Read run.json, config.yaml, scores.parquet and, if it still exists, the file of the training rows.
 
     For a training in the user's own Trainer, run.json has the settings.  Raises DataError if the directory is no run or
@@ -71,16 +62,7 @@ def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], 
         config=config,
         scores=scores,
         missing=_missing(record, config, scored=scores is not None),
-        control=control,
     )
-
-
-def control_of(run: Path) -> Control:
-    """Read a run to compare with.  Raises DataError if it is no run, or has not finished."""
-    record = RunRecord.load(run)
-    if record.status != "finished":
-        raise DataError(f"{run / RECORD_FILE} is '{record.status}', but a control must be finished; name another run")
-    return Control(run.resolve().name, record)
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:

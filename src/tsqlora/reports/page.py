@@ -8,7 +8,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tsqlora.errors import SettingsError
-from tsqlora.reports import metrics
 
 # The page may load nothing, whatever text it contains.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -58,8 +57,8 @@ def environment() -> Environment:
     )
     jinja.policies["json.dumps_function"] = _json
     jinja.policies["json.dumps_kwargs"] = {}
-    jinja.filters |= {"spec": format, "words": metrics.words, "duration": duration, "sentence": sentence}
-    jinja.globals |= {"value_of": metrics.value_of, "gain_of": metrics.gain_of}
+    jinja.filters |= {"spec": format, "words": words, "duration": duration, "sentence": sentence}
+    jinja.globals["value_of"] = value_of
     return jinja
 
 
@@ -68,6 +67,20 @@ def _json(value: Any) -> str:
     from plotly.io.json import to_json_plotly
 
     return str(to_json_plotly(value, engine="json"))
+
+
+def words(name: str) -> str:
+    """A name as a phrase."""
+    return name.replace("_", " ")
+
+
+def value_of(metric: str, value: float) -> str:
+    """Format a metric: a share of rows in percent.
+
+    >>> value_of("accuracy", 0.8125), value_of("matthews", 0.8125)
+    ('81.2%', '0.812')
+    """
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,7 @@ from html import escape
 from pathlib import Path
 
 from tsqlora.data.write import require_place
-from tsqlora.errors import SettingsError
 from tsqlora.files import write_text, writing
-from tsqlora.reports.comparison import COMPARISON_FILE
 from tsqlora.reports.page import plotly_script
 
 REPORT_FILE = "report.html"
@@ -26,7 +24,7 @@ class Report:
         return f'<iframe srcdoc="{page}" title="report" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def report(directory: str | Path, *, texts: Sequence[str] | None = None, control: str | Path | None = None) -> Report:
+def report(directory: str | Path, *, texts: Sequence[str] | None = None) -> Report:
     """Write report.html into the directory of a training, and show it in a notebook.
 
         tsq.report("out", texts=dataset["text"])
@@ -35,41 +33,26 @@ def report(directory: str | Path, *, texts: Sequence[str] | None = None, control
 
     Args:
         texts: texts of the scored rows, in their order; a run of `tsqlora train` needs none.
-        control: the directory of another run, to compare the metric with.
 
     Raises SettingsError if plotly is not installed, DataError if the directory has no record of a training.
     """
-    return Report(write_report(Path(directory), control=None if control is None else Path(control), texts=texts))
+    return Report(write_report(Path(directory), texts=texts))
 
 
-def write_report(
-    directory: Path,
-    out: Path | None = None,
-    *,
-    control: Path | None = None,
-    texts: Sequence[str] | None = None,
-) -> Path:
+def write_report(directory: Path, out: Path | None = None, *, texts: Sequence[str] | None = None) -> Path:
     """Write the report of a run, by default into its directory, and return the path.
 
-    `control` and `texts` as in `report`.
-
-    Raises SettingsError if plotly is missing, the file cannot be written, or the directory is that of a comparison,
-    DataError if the directory cannot be read.
+    `texts` as in `report`. Raises SettingsError if plotly is missing or the file cannot be written, DataError if the
+    directory cannot be read.
     """
     script = plotly_script()
     # These import plotly; the line above has a better message than an ImportError.
-    from tsqlora.reports.gather import control_of, gather, read_scores
+    from tsqlora.reports.gather import gather, read_scores
     from tsqlora.reports.run_page import run_page
 
     place = directory / REPORT_FILE if out is None else out
     with writing(place):
-        if (directory / COMPARISON_FILE).exists():
-            raise SettingsError(
-                f"{directory} is a comparison, whose table `tsqlora compare` prints; name one of its runs, as in "
-                f"{next(directory.glob('*+*'), directory)}"
-            )
-        other = None if control is None else control_of(control)
-        page = run_page(gather(directory, control=other, read=partial(read_scores, texts=texts)), script)
+        page = run_page(gather(directory, read=partial(read_scores, texts=texts)), script)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page, private=True)

@@ -51,11 +51,6 @@ def scoring_rule(config: Config) -> ScoringRule:
     )
 
 
-def control_rule(config: Config) -> ScoringRule:
-    """Even draws of all rows, with the head start."""
-    return ScoringRule(select=False, head_start=True, seed=config.training.seed)
-
-
 def trusted_of(job: Job) -> Samples | None:
     """The rows of data.trusted."""
     return job.data["trusted"].samples if "trusted" in job.data else None
@@ -67,14 +62,12 @@ def row_names(job: Job, **about: Any) -> RowNames:
     return RowNames(samples.ids, samples.hashes, samples.lengths, {**job.scored_rows, **about})
 
 
-def quality_callback(
-    job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, *, rule: ScoringRule | None = None
-) -> QualityCallback:
-    """The QualityCallback of the config, with `rule` in place of `scoring_rule`.
+def quality_callback(job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None) -> QualityCallback:
+    """The QualityCallback of the config.
 
     Raises SettingsError or UnsupportedError for terms that the task lacks, and for a draw that is too small.
     """
-    rule = rule or scoring_rule(job.config)
+    rule = scoring_rule(job.config)
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
         if job.task.reading.stratified:
@@ -103,13 +96,6 @@ def rank_callback(job: Job) -> RankCallback | None:
         seed=job.config.training.seed,
         collate=job.collate,
     )
-
-
-def moving(config: Config) -> Config:
-    """The config with ranks that follow sensitivity, also where they are fixed."""
-    if config.ranks.moves:
-        return config
-    return config.model_copy(update={"ranks": config.ranks.model_copy(update={"policy": "tsqlora"})})
 
 
 def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = None) -> Method:

@@ -75,7 +75,7 @@ def run_demo(
         say(f"plain LoRA on all rows, for the same time: {steps} steps")
         plain = train(make_config(folder / "data", seed=seed, plain_steps=steps), folder / "lora", progress=progress)
         runs = [summary("plain LoRA", plain), ours]
-        report = None if out is None else write_report(folder / "tsqlora", control=folder / "lora")
+        report = None if out is None else write_report(folder / "tsqlora")
         return {
             "look": look,
             "runs": runs,

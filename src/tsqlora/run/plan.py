@@ -31,8 +31,7 @@ def plan(
     method: Method,
 ) -> dict[str, Any]:
     """Samples, steps, budget, initial ranks and passes by phase."""
-    data, shapes = method.data, layer_shapes(model)
-    ranks = active_ranks(model) if shapes else {}  # a baseline may train the whole model
+    data, shapes, ranks = method.data, layer_shapes(model), active_ranks(model)
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)

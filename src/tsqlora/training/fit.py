@@ -1,10 +1,9 @@
 """One training run in the stock Trainer: its arguments, the method's callbacks, and checks of the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora import distributed
 from tsqlora.compat.torch import upcast
-from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss, set_loss_scaling, summed_batches
+from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss, set_loss_scaling
 from tsqlora.data.table import Samples
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
@@ -29,15 +28,6 @@ from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
 from tsqlora.training.session import of_draws
 from tsqlora.training.tell_progress import TellProgress
-
-
-@runtime_checkable
-class AddsToLoss(Protocol):
-    """A callback that adds a term to each batch's loss, and needs the number of batches that a step sums."""
-
-    def set_summed(self, summed: Callable[[], int]) -> None:
-        """`summed` returns their number within a step; 1 if the gradient is that of their mean."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +96,6 @@ def fit(
     set_loss_scaling(trainer, divides_by_window=divides)
     if has_own_loss(task, model):
         set_loss(trainer, lambda outputs, labels: task.batch_loss(task.loss(_logits(outputs), labels), labels))
-    for callback in also:
-        if isinstance(callback, AddsToLoss):
-            callback.set_summed(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 

@@ -50,8 +50,6 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     """What the Trainer logged, in its order: `step` and `epoch` with `loss` and the like, or with `eval_…`."""
-    compared: dict[str, Any] = field(default_factory=dict)
-    """Of a run of `tsqlora compare`: method, policy and learning rate, and what its table shows beside the metrics."""
     now: dict[str, Any] = field(default_factory=dict)
     """Of a run that trains: the `phase` and `step` that it is in, and the `time` at which that was written."""
 
@@ -71,10 +69,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if not self.compared:
-            del plain["compared"]
-        return plain | {
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
             "cost": {name: asdict(cost) for name, cost in self.cost.items()},
             "rank_events": [event.to_dict() for event in self.rank_events],
         }
@@ -90,6 +85,7 @@ class RunRecord:
         reading(path)
         try:
             stored: dict[str, Any] = json.loads(path.read_text())
+            stored.pop("compared", None)  # of a run of `tsqlora compare`, in earlier versions
             costs = {name: PhaseCost(**cost) for name, cost in stored.pop("cost").items()}
             events = [RankEvent.from_dict(event) for event in stored.pop("rank_events")]
             return cls(**stored, cost=costs, rank_events=events)
