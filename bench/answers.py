@@ -2,23 +2,15 @@
 
     python bench/answers.py features [--tables alpaca,scitldr,xsum,chats] [--rows 300] [--model DIR]
     python bench/answers.py coverage
-    python bench/answers.py apply
     python bench/answers.py pairs
-    python bench/answers.py real --model DIR
-    python bench/answers.py short [--rows 150] --model DIR
-    python bench/answers.py cuts [--rows 500] --model DIR
 
 `features` reads each table with the model: answers behind their prompts, alone, behind those of planted and of real
 faults, and behind eight other prompts. Real faults come from other generators than the detector's: answers of the next
 row, answers of the row with the nearest prompt, and the first half of an answer. A table is a file in
 bench/.cache/answers, and is not read again. `coverage` plants real faults in a share of the rows, many times, and
-writes the look's results: bench/results/answers.json. `apply` judges the half of the rows that a look has not seen by
-itself, as `score --look` does, and together with the others: bench/results/answers_apply.json. `pairs` has a row's
-answer as the chosen one and a faulty one as rejected, and swaps a share: bench/results/answers_pairs.json. `real` looks
-at machine-written summaries that people judged: bench/results/answers_real.json. `short` looks at SciTLDR as it is,
-with abstracts cut to 160 tokens: bench/results/answers_short.json. `cuts` reads Alpaca's answers once, with the stop
-behind every token, and looks at 300 of them and at 15 more that are cut in the middle of a sentence, by 20 seeds:
-bench/results/answers_cuts.json.
+writes the look's results: bench/results/answers.json. `pairs` has a row's answer as the chosen one and a faulty one as
+rejected, and swaps a share: bench/results/answers_pairs.json. Commit 1299620 has further parts, which are finished:
+`apply`, `real`, `short` and `cuts`.
 """
 
 import itertools
@@ -32,7 +24,7 @@ import numpy as np
 import torch
 from origin import ROOT, commit, machine, parser_of, stored, write
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM
 
 from tsqlora.data.chat import conversation, format_of
@@ -43,7 +35,6 @@ from tsqlora.text import answers
 from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
 from tsqlora.text.faults import (
     Detection,
-    FaultJudge,
     cross_fitted,
     cut_place,
     detect,
@@ -51,14 +42,14 @@ from tsqlora.text.faults import (
     folds_of,
     plantings,
 )
-from tsqlora.text.look import CUT, DECOYS, AnswerLook, _find_cut, look_at_answers
+from tsqlora.text.look import DECOYS
 from tsqlora.text.raw import prepared_rows
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"
 PROMPT, SHORT = {"scitldr": 512, "xsum": 512}, 160
-"""Most tokens of a prompt: more for documents, since summaries of a document that is cut seem foreign (`short`)."""
-SHARES, DRAWS, FEW = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40, 10
+"""Most tokens of a prompt: more for documents, since summaries of a document that is cut seem foreign."""
+SHARES, DRAWS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 40
 Row = dict[str, Any]
 Draw = Callable[[dict[str, Any], float, int], dict[str, Any]]
 
@@ -120,8 +111,8 @@ def nearest(turns: Sequence[Turn]) -> np.ndarray:
     return alike.argmax(1)
 
 
-def features(name: str, rows: int, model: str, prompt: int | None = None) -> dict[str, Any]:
-    answers.MOST_PROMPT, answers.MOST_ANSWER = prompt or PROMPT.get(name, SHORT), 96
+def features(name: str, rows: int, model: str) -> dict[str, Any]:
+    answers.MOST_PROMPT, answers.MOST_ANSWER = PROMPT.get(name, SHORT), 96
     vocabulary, _ = load_vocabulary(model, None)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns, rng = turns_of_table(name, rows, vocabulary), np.random.default_rng(0)
@@ -165,40 +156,6 @@ def features(name: str, rows: int, model: str, prompt: int | None = None) -> dic
     }
 
 
-def real(model: str) -> dict[str, Any]:
-    """What the look sees of summaries that people judged, and whether its order is theirs: area under ROC."""
-    rows = [json.loads(line) for line in (DATA / "qags" / "rows.jsonl").read_text().splitlines()]
-    vocabulary, _ = load_vocabulary(model, None)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    chats = [chat(f"Summarise in one sentence.\n\n{row['document']}", row["summary"]) for row in rows]
-    turns, compute = turns_of_rows(chats, "qags", vocabulary), Compute(8, torch.bfloat16)
-    faulty = np.array([not rows[one.row]["faithful"] for one in turns])
-    losses = [
-        read_answers(net, [behind(before(one), one.answer) for one in turns], vocabulary.stops, compute, phase=phase)
-        for phase, before in (("prompted", lambda one: one.prompt), ("alone", lambda one: one.opening))
-    ]
-    prompted, alone = (some["loss"] / some["tokens"] for some in losses)
-    scores = {"loss": prompted, "loss / loss alone": prompted / alone}
-    look = look_at_answers(net, turns, vocabulary, compute)
-    scores |= {name: one.score for name, one in look.detections.items()}
-    return {
-        "settings": {"table": "qags", "model": Path(model).name, "rows": len(turns), "faulty": int(faulty.sum())},
-        "area": {
-            name: float(roc_auc_score(faulty[np.isfinite(score)], score[np.isfinite(score)]))
-            for name, score in scores.items()
-        },
-        "look": look.summary(),
-        "machine": machine(),
-        "commit": commit(),
-    }
-
-
-def short(rows: int, model: str) -> dict[str, Any]:
-    """The look's result for documents that are cut off, where no answer is faulty."""
-    cell = features("scitldr", rows, model, SHORT)
-    return {name: cell[name] for name in ("settings", "machine", "commit")} | foreign_draw(cell, 0.0, "next", 0)
-
-
 def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> dict[str, Any]:
     """The look's result where a share of the answers is another row's."""
     own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, order, seed)
@@ -208,29 +165,6 @@ def foreign_draw(cell: dict[str, Any], share: float, order: str, seed: int) -> d
 
 def part_of(cell: dict[str, Any], key: str) -> dict[str, np.ndarray]:
     return {name: np.array(cell["columns"][f"{key}.{name}"]) for name in ("loss", "tokens", "entropy")}
-
-
-def foreign_apart(cell: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
-    """The decisions on rows that a look has not seen, by themselves and together with those that it has seen."""
-    own, bad, planted, loss, decoys, faulty = with_foreign(cell, share, "next", seed)
-    folds = np.array(cell["folds"])
-    seen = np.random.default_rng([seed, 3]).permutation(len(own)) < len(own) // 2
-    detection = looked(
-        own[seen], bad[seen[planted]], folds[seen], folds[planted[seen[planted]]], loss[seen], decoys[seen]
-    )
-    judge = FaultJudge.fit(own[seen], bad[seen[planted]], detection)
-    alone = judge.of(own)[1] & (loss >= decoys)
-    together = np.isin(np.arange(len(own)), looked(own, bad, folds, folds[planted], loss, decoys).listed)
-    return {
-        "faulty": int(faulty[~seen].sum()),
-        "rows": int((~seen).sum()),
-        "agree": float((alone == together)[~seen].mean()),
-        **{
-            f"{name}, {what}": int((chosen & ~seen & (faulty | (what == "listed"))).sum())
-            for name, chosen in (("alone", alone), ("together", together))
-            for what in ("listed", "right")
-        },
-    }
 
 
 def with_foreign(cell: dict[str, Any], share: float, order: str, seed: int) -> tuple[np.ndarray, ...]:
@@ -306,59 +240,6 @@ def judged(detection: Detection, faulty: np.ndarray) -> dict[str, Any]:
     }
 
 
-def stops_of_table(rows: int, model: str) -> dict[str, Any]:
-    """The log-probability of a stop behind every token of Alpaca's answers that are read whole."""
-    vocabulary, _ = load_vocabulary(model, None)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    turns = [one for one in turns_of_table("alpaca", rows, vocabulary) if len(one.answer) <= answers.MOST_ANSWER]
-    places = range(answers.MOST_ANSWER + 1)
-    samples = [behind(one.prompt, one.answer, [min(k, len(one.answer)) for k in places]) for one in turns]
-    stops = read_answers(net, samples, vocabulary.stops, Compute(16, torch.bfloat16), phase="stops")["stop"]
-    return {
-        "settings": {"table": "alpaca", "rows": rows, "answers": len(turns), "model": Path(model).name},
-        "stops": [np.round(row[: len(one.answer) + 1], 4).tolist() for row, one in zip(stops, turns, strict=True)],
-        "tokens": [[vocabulary.tokens[j].decode("latin-1") for j in one.answer] for one in turns],
-    }
-
-
-def cuts(table: dict[str, Any]) -> dict[str, Any]:
-    """The look's result for 300 answers as they are, and for 15 more that are cut, by seed."""
-    tokens = [[text.encode("latin-1") for text in some] for some in table["tokens"]]
-    results = list[dict[str, Any]]()
-    for seed, cut in itertools.product(range(20), (0, 15)):
-        rng = np.random.default_rng([seed, 6])
-        sizes = {j: len(tokens[j]) for j in rng.permutation(len(tokens)).tolist()}
-        bad = [j for j, size in sizes.items() if size > 15][:cut]
-        sizes |= {j: place for j in bad if (place := cut_place(tokens[j], rng))}
-        chosen = [*bad, *[j for j in sizes if j not in bad][:300]]
-        ids, none = [np.arange(sizes[j]) for j in chosen], np.arange(0)
-        look = AnswerLook([Turn(j, "", none, none, one, True, f"{j}", "") for j, one in zip(chosen, ids, strict=True)])
-        inside = np.array([cut_place(tokens[j][: sizes[j]], rng) for j in chosen])
-        stops = [[table["stops"][j][k] for k in (sizes[j], at)] for j, at in zip(chosen, inside.tolist(), strict=True)]
-        _find_cut(look, np.array(stops), inside > 0, folds_of(look.turns, 0), rng)
-        listed = {*look.rows(CUT)}
-        one = look.detections[CUT]
-        results.append(
-            {"seed": seed, "cut": len(bad), "right": len(listed & {*bad}), "wrong": len(listed - {*bad})}
-            | {"recall": one.recall, "between": list(one.between), "rate": one.rate, "high": one.high}
-        )
-        print(results[-1], flush=True)
-    return {"settings": table["settings"], "results": results, "machine": machine(), "commit": commit()}
-
-
-def apart() -> dict[str, Any]:
-    """Means of `foreign_apart` over draws."""
-    results = dict[str, Any]()
-    for path in sorted(CACHE.glob("*.json")):
-        cell = json.loads(path.read_text())
-        for share in SHARES[:5]:
-            some = [foreign_apart(cell, share, k) for k in range(FEW)]
-            key = f"{cell['settings']['table']}, foreign, next, {share:g}"
-            results[key] = {name: float(np.mean([one[name] for one in some])) for name in some[0]}
-            print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
-    return {"draws": FEW, "results": results, "machine": machine(), "commit": commit()}
-
-
 def covered(kinds: Mapping[str, Draw]) -> dict[str, Any]:
     """Means over draws, for each table, kind of fault and share."""
     results, settings = dict[str, Any](), list[Any]()
@@ -392,7 +273,7 @@ KINDS: dict[str, dict[str, Draw]] = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("features", "coverage", "apply", "pairs", "real", "short", "cuts"))
+    parser.add_argument("what", choices=("features", "coverage", "pairs"))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--model", default="")
@@ -400,19 +281,6 @@ def main() -> None:
     torch.set_num_threads(1)
     if result := {"coverage": "answers", "pairs": "answers_pairs"}.get(request.what):
         write(RESULTS / f"{result}.json", covered(KINDS[result]))
-        return
-    if request.what == "apply":
-        write(RESULTS / "answers_apply.json", apart())
-        return
-    if request.what == "real":
-        write(RESULTS / "answers_real.json", real(request.model))
-        return
-    if request.what == "short":
-        write(RESULTS / "answers_short.json", short(request.rows, request.model))
-        return
-    if request.what == "cuts":
-        path = CACHE.parent / f"cuts.{Path(request.model).name}.json"
-        write(RESULTS / "answers_cuts.json", cuts(stored(path, partial(stops_of_table, request.rows, request.model))))
         return
     for name in request.tables.split(","):
         path = CACHE / f"{name}.{Path(request.model).name}.json"

@@ -33,13 +33,6 @@ def chosen() -> dict[str, dict[str, dict[int, Curve]]]:
     return curves
 
 
-def scales() -> pd.DataFrame:
-    """By table, scale of the fitted head and seed: the curve at one rate."""
-    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*lora+head:*.json"))]
-    runs = pd.DataFrame([{**cell["settings"], "curve": cell["curve"]} for cell in cells])
-    return runs.assign(scale=runs.method.str.partition(":")[2].astype(float))
-
-
 def reached(curve: Curve, goal: Point) -> tuple[float, float] | None:
     """Shares of another training's steps and seconds until its last accuracy is reached; None if it never is."""
     at = next((point for point in curve if point["accuracy"] >= goal["accuracy"]), None)

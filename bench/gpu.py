@@ -1,19 +1,16 @@
 """Everything that only a GPU can tell, in one command of under nine minutes; on a CPU the same in miniature.
 
-    python bench/gpu.py [--cases parity,speed] [--out bench/results/gpu.json]
+    python bench/gpu.py [--cases parity,sharded] [--out bench/results/gpu.json]
 
 It needs this repository, torch, transformers and peft, and no download: weights come from configs. Each case writes its
 result, or its error, into the JSON before the next one begins.
 
 - `parity`: scores, sensitivities and moved ranks beside those of the CPU in float32.
-- `precision`: scores under bfloat16 and float16 autocast beside float32.
 - `quantized`: a 4-bit and an 8-bit base (bitsandbytes) trained with both callbacks.
 - `compiled`, `checkpointing`: torch.compile, gradient checkpointing.
 - `engines`: the launch lines of docs/scaling.md on one node, with as many processes as there are GPUs.
 - `sharded`: FSDP2 on one device.
 - `synchronisations`: how often a step waits for the device, by method.
-- `speed`: rows per second and peak memory of a LoRA step, of the same with moving ranks, of scoring, of a forward pass.
-- `pool`: right rows among those that `tsq.select` draws from a pool in which one in four is right.
 """
 
 import json
@@ -34,9 +31,8 @@ import numpy as np
 import torch
 from made import make_rows, save_checkpoint, write_config, write_jsonl
 from origin import ROOT, commit, machine, parser_of, write
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from scipy.stats import spearmanr
-from torch import Tensor, nn
+from peft import prepare_model_for_kbit_training
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -54,18 +50,6 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SECONDS = 520
 """After so many no further case begins."""
-SHAPES: dict[str, dict[str, int]] = {
-    "mpnet": {"hidden": 768, "layers": 12, "heads": 12, "vocabulary": 30527},
-    "smollm2": {"hidden": 576, "layers": 30, "heads": 9, "vocabulary": 49152},
-}
-LENGTHS = {"mpnet": (128, 512), "smollm2": (128, 512, 2048)}
-TOKENS = 16384
-"""Of a batch whose speed is measured."""
-if not GPU:
-    SHAPES = {
-        name: {**shape, "hidden": 64, "layers": 2, "heads": 2, "vocabulary": 200} for name, shape in SHAPES.items()
-    }
-    LENGTHS, TOKENS = {"mpnet": (32,), "smollm2": (32,)}, 256
 Row = dict[str, Any]
 Result = dict[str, Any]
 
@@ -178,19 +162,6 @@ def relative(value: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(value - exact).max() / max(np.abs(exact).max(), 1e-30))
 
 
-def precision() -> Result:
-    """Rank correlation of gradient norms with those of float32."""
-    model, rows = tsq.wrap(encoder(), mean_rank=4).to(DEVICE), labelled(128)
-    rule = tsq.ScoringRule(terms=("gradient_norm", "convergence"))
-    exact = tsq.score(model, rows, collate, rule=rule).terms["gradient_norm"]
-    result: Result = {}
-    for dtype in (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,):
-        term = tsq.score(model, rows, collate, rule=rule, compute=tsq.Compute(autocast=dtype)).terms["gradient_norm"]
-        correlation: Any = spearmanr(exact, term)
-        result[str(dtype)] = float(correlation.statistic)
-    return result
-
-
 def quantized() -> Result:
     if find_spec("bitsandbytes") is None:
         return {"skipped": "bitsandbytes is not installed"}
@@ -295,92 +266,8 @@ def synchronisations() -> Result:
     return result
 
 
-def timed(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float | None]:
-    """Seconds, the median of some calls after one that warms up; peak memory in GB where a device counts it."""
-    work()
-    seconds = []
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(repeats):
-        if GPU:
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        work()
-        if GPU:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e9 if GPU else None
-
-
-def speed() -> Result:
-    result: Result = {}
-    for shape, lengths in LENGTHS.items():
-        build, rows_of = (encoder, labelled) if shape == "mpnet" else (decoder, written)
-        for tokens in lengths:
-            rows = rows_of(TOKENS // tokens, tokens, SHAPES[shape]["vocabulary"])
-            try:
-                result[f"{shape}, {tokens} tokens"] = rates(build(**SHAPES[shape]), rows)
-            except torch.OutOfMemoryError as error:
-                result[f"{shape}, {tokens} tokens"] = {"error": str(error).splitlines()[0]}
-    return result
-
-
-def rates(base: Any, rows: list[Row]) -> Result:
-    """Of plain LoRA, of moving ranks in steps that change nothing, of scoring and of a forward pass, in bfloat16."""
-    batch, sizes = moved(collate(rows)), len(rows)
-
-    def step_of(model: nn.Module, ranks: tsq.RankLoop | None, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        def step() -> None:
-            if ranks is not None:
-                ranks.before_forward()
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
-            if ranks is not None:
-                ranks.before_optimizer_step()
-            optimizer.step()
-            if ranks is not None:
-                ranks.after_optimizer_step()
-            optimizer.zero_grad()
-
-        return step
-
-    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-
-    plain = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).to(DEVICE).train()
-    lora, memory = timed(step_of(plain, None, optimizer_of(plain)))
-    model = tsq.wrap(plain.unload(), mean_rank=8).to(DEVICE).train()
-    optimizer = optimizer_of(model)
-    loop = tsq.RankLoop(model, optimizer, total_steps=10_000, interval=4000)
-    moving, moving_memory = timed(step_of(model, loop, optimizer))
-    loop.close()
-    rule = tsq.ScoringRule(terms=("gradient_norm", "convergence"))
-    compute = tsq.Compute(batch_size=sizes, autocast=torch.bfloat16)
-    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
-        forward, _ = timed(lambda: model(**batch))
-    scoring, scoring_memory = timed(lambda: tsq.score(model, rows, collate, rule=rule, compute=compute), repeats=2)
-    seconds = {"LoRA step": lora, "step with moving ranks": moving, "score, all passes": scoring, "forward": forward}
-    return {
-        "rows per second": {name: sizes / value for name, value in seconds.items()},
-        "moving ranks, of LoRA's seconds": moving / lora,
-        "score, of LoRA's seconds": scoring / lora,
-        "peak GB": {"LoRA step": memory, "step with moving ranks": moving_memory, "score": scoring_memory},
-    }
-
-
-def pool() -> Result:
-    """Share of right rows in the pool, and in what the density ratio draws of it with 48 trusted rows."""
-    rows, trusted = written(256, right=0.25), written(304)[256:]
-    model = tsq.wrap(decoder(), mean_rank=8).to(DEVICE)
-    drawn = tsq.sample(tsq.score(model, rows, collate, trusted=trusted), fraction=0.25, seed=0)
-    right = np.array([row["right"] for row in rows])
-    return {"of the pool": float(right.mean()), "of the drawn rows": float(right[drawn].mean())}
-
-
 CASES: dict[str, Callable[[], Result]] = {
-    case.__name__: case
-    for case in (parity, precision, quantized, compiled, checkpointing, engines, sharded, synchronisations, speed, pool)
+    case.__name__: case for case in (parity, quantized, compiled, checkpointing, engines, sharded, synchronisations)
 }
 
 

@@ -5,9 +5,8 @@
 Plain LoRA trains for three epochs of all rows; `lora+head`, and `tsqlora` in epochs of half the rows, for as many
 steps, on all of CLINC150 for a third of them. Each has its learning rate chosen on validation rows, on the first seed.
 One core a cell; seconds are those of the processor, evaluations left out, so that two cells may run side by side. Each
-cell is a file in bench/results/headstart, and a cell that is there is not run again. `lora+head:0.5` installs half of
-the fit of least out-of-fold loss, in place of the default share; `lora-third` is plain LoRA on CLINC150, whose schedule
-ends at a third of the steps.
+cell is a file in bench/results/headstart, and a cell that is there is not run again. `lora-third` is plain LoRA on
+CLINC150, whose schedule ends at a third of the steps.
 """
 
 import itertools
@@ -27,7 +26,6 @@ from harness import entry, train
 from origin import ROOT, encoder, machine, parser_of, stored
 from transformers import TrainerCallback
 
-from tsqlora.quality.head_start import SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
 from tsqlora.run.fit import predictor_of
@@ -103,35 +101,14 @@ class Curve(TrainerCallback):
         self.started = time.process_time() - seconds
 
 
-class Rescaled(TrainerCallback):
-    """Scales the fitted head around the middle of its outputs."""
-
-    def __init__(self, factor: float, middle: float) -> None:
-        self.factor, self.middle = factor, middle
-
-    @torch.no_grad()
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.requires_grad and "classifier" in name:
-                parameter.mul_(self.factor)
-                if parameter.dim() == 1:
-                    parameter.add_((1 - self.factor) * self.middle)
-
-
-def rescaled(scale: str, job: Job) -> Rescaled:
-    numbers = job.train.samples.labels if job.task.name == "regression" else 0.0
-    return Rescaled(float(scale) / SCALE, float(np.mean(numbers)))
-
-
 def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
-    way, _, scale = method.partition(":")
     total, curves = EPOCHS * math.ceil(rows / batch), list[Curve]()
     steps = math.ceil(total / 3) if table == "clinc150" and method != "lora" else total
 
     def callbacks(job: Job, steps: int) -> list[TrainerCallback]:
         curves.append(Curve(job, steps, time.process_time()))
-        return [*([rescaled(scale, job)] if scale else []), *curves]
+        return [*curves]
 
     training = {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "max_steps": steps, **FURTHER}
     task = TASKS.get(name, "sequence-classification")
@@ -140,7 +117,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         files = {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
         settings = {"model": {"path": MODEL}, "data": files | {"max_length": 64}, "training": training}
         config = Config.model_validate({**settings, "task": {"type": task}})
-        result = train(config, entry(way.removesuffix("-third")), also=callbacks)
+        result = train(config, entry(method.removesuffix("-third")), also=callbacks)
     validation = result["metrics"]["validation"]
     return {
         "settings": {"table": table + MARK, "method": method, "rate": rate, "steps": steps, **training},

@@ -1,14 +1,11 @@
-"""What grows and what does not: rows, steps, and the terms of the cost model in docs/scaling.md.
+"""What grows with rows and with steps, and what does not.
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
     python bench/scale.py parts [--rows 100000,1000000]  # in a hundred parts, by the look of a sample
     python bench/scale.py chats [--rows 50000]           # the ledger and the findings of chats, and its memory
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
-    python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
-    python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
 
-Each part runs in its own process, and is an entry of bench/results/scale.json. Operations and bytes are counted, not
-timed, so that they do not depend on what else the machine does; seconds are the processor's, and say so.
+Each part runs in its own process, and is an entry of bench/results/scale.json. Seconds are the processor's.
 """
 
 import json
@@ -19,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
@@ -29,17 +26,13 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-import torch.distributed as dist
 from made import BAD, GOOD, PLAIN, bert, make_rows, save_checkpoint, write_config, write_jsonl
 from origin import ROOT, commit, parser_of, read, write
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
 from tsqlora.data.splits import prepare
-from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
@@ -261,19 +254,6 @@ def steps(count: int) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------- model
-
-
-def llama(*, tokens: int, width: int, depth: int) -> Any:
-    config = LlamaConfig(
-        vocab_size=100, hidden_size=width, num_hidden_layers=depth, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=4 * width, max_position_embeddings=tokens, pad_token_id=0, num_labels=2,
-        attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return tsq.wrap(LlamaForSequenceClassification(config), mean_rank=4)
-
-
 def sentences(count: int, tokens: int) -> list[dict[str, Any]]:
     rng = random.Random(0)
     rows_ = []
@@ -289,131 +269,6 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[list[int]]:
-    """Bytes that autograd keeps for the backward pass beside the parameters, each tensor's memory counted once."""
-    seen = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
-    total = [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage.nbytes()
-            total[0] = sum(seen.values())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
-
-
-def counted(work: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def predicted(model: Any, tokens: int, width: int, depth: int) -> dict[str, float]:
-    """The terms of docs/scaling.md, for one sample."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear = sum(m.weight.numel() for name, m in layers.items() if name.endswith("base_layer"))
-    lora = sum(m.weight.numel() for name, m in layers.items() if "lora_" in name)
-    attention = 4 * tokens**2 * width * depth
-    forward = 2 * tokens * (linear + lora) + attention
-    # Backward: the gradient of the inputs of each layer, and of A and B; of the attention's products both factors'.
-    return {"forward": forward, "step": forward + 2 * tokens * (linear + 2 * lora) + 2 * attention}
-
-
-def model_point(*, count: int, tokens: int, width: int, depth: int) -> dict[str, Any]:
-    model = llama(tokens=tokens, width=width, depth=depth)
-    batch = collate(sentences(count, tokens))
-
-    def step() -> None:
-        model(**batch).loss.backward()
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(**batch)
-
-    with held(model) as inputs:
-        model(**batch)
-    formula = predicted(model, tokens, width, depth)
-    return {
-        "rows": count, "tokens": tokens, "width": width, "depth": depth,
-        "forward": counted(forward), "forward_predicted": count * formula["forward"],
-        "step": counted(step), "step_predicted": count * formula["step"],
-        "held_bytes": inputs[0],
-        "held_a_token_and_layer_of_width": round(inputs[0] / (count * tokens * width * depth), 2),
-    }  # fmt: skip
-
-
-BASE = {"count": 8, "tokens": 64, "width": 64, "depth": 4}
-
-
-def model() -> list[dict[str, Any]]:
-    """Each of rows, length, width and depth doubled, and doubled again."""
-    points = [BASE]
-    for name in BASE:
-        points += [BASE | {name: BASE[name] * factor} for factor in (2, 4)]
-    return [model_point(**point) for point in points]
-
-
-# ------------------------------------------------------------------------------- processes
-
-
-def one_process(rank: int, processes: int, folder: Path) -> None:
-    """A DDP step whose gradients' bytes are counted, and a scoring of 96 rows that all processes share."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
-    sent = 0
-    model = llama(tokens=32, width=64, depth=4)
-    rows_ = sentences(96, 32)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    wrapped = DistributedDataParallel(model)
-
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        nonlocal sent
-        sent += bucket.buffer().nbytes
-        return dist.all_reduce(bucket.buffer() / processes, async_op=True).get_future().then(lambda f: f.value()[0])
-
-    wrapped.register_comm_hook(None, hook)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(30):
-        sent = 0
-        wrapped(**collate(rows_[rank::processes][:16])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    forwards = 0
-
-    def count_rows(module: nn.Module, arguments: Any, kwargs: Any) -> None:
-        nonlocal forwards
-        forwards += len(kwargs["input_ids"])
-
-    handle = model.register_forward_pre_hook(count_rows, with_kwargs=True)
-    start = time.process_time()
-    rule = tsq.ScoringRule(terms=PAPER_TERMS, reference=range(16))
-    names = tsq.RowNames(hashes=[str(j) for j in range(96)])
-    tsq.score(model, rows_, collate, rule=rule, rows=names, compute=tsq.Compute(batch_size=8))
-    seconds = time.process_time() - start
-    handle.remove()
-    result = {
-        "trainable": trainable,
-        "bytes_a_step": sent,
-        "rows_forward": forwards,
-        "processor_seconds": round(seconds, 2),
-    }
-    (folder / f"{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    del wrapped  # once the group is gone its end may hang
-    dist.destroy_process_group()
-
-
-def processes(count: int) -> dict[str, Any]:
-    folder = CACHE / f"processes-{count}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    torch.multiprocessing.start_processes(one_process, (count, folder), nprocs=count, start_method="spawn")
-    return {"processes": count, "each": [json.loads((folder / f"{j}.json").read_text()) for j in range(count)]}
-
 
 # ------------------------------------------------------------------------------------ main
 
@@ -424,8 +279,6 @@ def main() -> None:
         "parts": lambda: in_parts(int(arguments.rows)),
         "chats": lambda: chats(int(arguments.rows)),
         "steps": lambda: steps(arguments.steps),
-        "model": model,
-        "processes": lambda: [processes(count) for count in (1, 2, 3)],
     }
     parser = parser_of(__doc__, "scale")
     parser.add_argument("part", choices=parts)

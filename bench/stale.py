@@ -14,20 +14,13 @@ SRC = "src/tsqlora/"
 DECIDES = {
     "answers.json": ["text/answers.py", "text/faults.py"],
     "answers_pairs.json": ["text/answers.py", "text/faults.py"],
-    "answers_short.json": ["text/answers.py", "text/faults.py"],
     "faults.json": ["training", "files.py", "run/train.py", "run/fit.py"],
     "fuzz.json": ["data/readers.py", "interop", "compat/yaml.py", "text/prepared.py"],
     "headstart_controls": ["quality/head_start.py", "quality/linear_head.py"],
     "judge.json": ["quality/judge.py", "quality/label_noise.py", "quality/linear_head.py"],
     "ledger.json": ["text/ledger.py", "text/among.py", "text/raw.py", "text/reconcile.py"],
-    "preferences": ["text/answers.py", "text/faults.py"],
-    "rank_cost.json": ["layer_sensitivity.py", "adapter", "training/mover.py"],
-    "sample.json": ["quality/judge.py"],
     "scale.json": ["data", "quality/passes.py", "quality/look.py"],
-    "scoring.json": ["gradients", "quality/gradient_pass.py"],
     "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/files.py"],
-    "text_training": ["text/answers.py", "text/faults.py"],
-    "trusted_length.json": ["quality/density_ratio.py"],
     "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/session.py"],
 }
 

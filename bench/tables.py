@@ -7,7 +7,6 @@ several tables, a hyphen and the table's own name. A sentence stands between `<!
 import itertools
 import json
 import re
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import curves
 import differences
-import numpy as np
 import pandas as pd
 from curves import EPOCHS
 from glue import CHOOSING, entry_of
@@ -34,90 +32,8 @@ Results = Mapping[str, Any]
 Rows = list[dict[str, str]]
 
 
-SCORING_GOALS = {"loop at batch 1": 1.3, "bergson": 1.3, "vmap(grad), norm": 1.0, "opacus, norm": 1.0}
-"""Least rows per second of ours over those of the others."""
-
-
-def scoring(results: Results) -> Rows:
-    """Rows per second and median seconds over those of a training step; for ours, floor and peak memory too."""
-    rows = []
-    for where, cell in _scoring_cells(results):
-        without, peak = _without_dropout(cell), cell["peak"]
-        for name, ratio in cell["ratio"].items():
-            floor, difference = cell["floor"].get(name), cell["difference"].get(name)
-            numbers = {
-                "rows per second": _rows_per_second(cell, name),
-                "of a training step": f"{ratio:.2f}",
-                "of one without dropout": f"{ratio / without:.2f}",
-                "of its floor, without dropout": f"{ratio / without / floor:.2f}" if floor else "",
-                "peak memory": f"{peak[name] / peak['training step']:.2f}" if name in peak else "",
-                "largest difference": "" if difference is None else f"{difference:.0e}",
-            }
-            rows.append(where | {"what": name} | numbers)
-        errors = cell.get("errors", {}).items()
-        rows += [where | {"what": name, "of a training step": f"does not run here: {why}"} for name, why in errors]
-    return rows
-
-
-def scoring_goals(results: Results) -> Rows:
-    """Our rows per second over the others', and our shares of floor and step, each with whether its goal is met.
-
-    Two shares are of a training step with dropout and of one without, which decides.
-    """
-    rows = []
-    for where, cell in _scoring_cells(results):
-        ratio, name, forward = cell["ratio"], "norm + convergence", "reducible loss, one forward pass"
-        row = where | {"rows per second": _rows_per_second(cell, name)}
-        for peer, goal in SCORING_GOALS.items():
-            share = ratio[peer] / ratio[name] if peer in ratio else None
-            row[f"over {peer} (≥ {goal})"] = share and f"{share:.2f} {_verdict(share >= goal)}"
-        for column, share, goal in (
-            (f"{name}, of its floor (≤ 1.15)", ratio[name] / cell["floor"][name], 1.15),
-            (f"{forward}, of a training step (≤ 0.55)", ratio.get(forward), 0.55),
-        ):
-            without = share and share / _without_dropout(cell)
-            row[column] = without and f"{share:.2f} / {without:.2f} {_verdict(without <= goal)}"
-        rows.append(row)
-    return rows
-
-
-def _scoring_cells(results: Results) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
-    for key, cell in results["cells"].items():
-        length, dtype, *decoder = key.split("/")
-        yield {"tokens": ", ".join([length, *decoder]), "precision": dtype}, cell
-
-
-def _without_dropout(cell: Mapping[str, Any]) -> float:
-    return cell["ratio"].get("training step, no dropout", 1.0)
-
-
-def _rows_per_second(cell: Mapping[str, Any], name: str) -> str:
-    return f"{cell['rows'] / statistics.median(cell['seconds'][name]):.1f}" if "rows" in cell else "–"
-
-
 def _verdict(met: bool) -> str:
     return "met" if met else "**missed**"
-
-
-def rank_cost(results: Results) -> Rows:
-    """Cost of a run whose ranks move, in units of plain LoRA at the same mean rank."""
-    rows = []
-    for cell, result in results["cells"].items():
-        without, measured = result["ratio of steps without measuring"], result["ratio of steps with"]
-        share = result["adjustments"] / result["steps"]
-        rows.append(
-            {
-                "model, precision": cell.replace("/", ", "),
-                "steps": str(result["steps"]),
-                "of them measured": str(result["adjustments"]),
-                "a step not measured": f"{without:.3f}",
-                "one measured": f"{measured:.3f}",
-                "the run, by medians": f"{(1 - share) * without + share * measured:.3f}",
-                "its seconds": f"{result['ratio']:.3f}",
-                "peak memory": f"{result['peak']['ours'] / result['peak']['plain']:.3f}",
-            }
-        )
-    return rows
 
 
 def servers(results: Results) -> pd.DataFrame:
@@ -238,35 +154,6 @@ def fuzz_found(results: Results) -> Rows:
 # -------------------------------------------------------------------------------------- scale
 
 
-def scale_model(results: Results) -> Rows:
-    """Operations counted over those of the formulas, and bytes held."""
-    return [
-        {
-            **{name: str(p[name]) for name in ("rows", "tokens", "width", "depth")},
-            "forward, MFLOP": f"{p['forward'] / 1e6:,.0f}",
-            "forward, of the formula": f"{p['forward'] / p['forward_predicted']:.3f}",
-            "step, MFLOP": f"{p['step'] / 1e6:,.0f}",
-            "step, of the formula": f"{p['step'] / p['step_predicted']:.3f}",
-            "held, MB": f"{p['held_bytes'] / 1e6:.1f}",
-            "c, bytes": f"{p['held_a_token_and_layer_of_width']:.0f}",
-        }
-        for p in results["model"]["found"]
-    ]
-
-
-def scale_processes(results: Results) -> Rows:
-    """Bytes of gradients a step and rows passed forward, by how many processes."""
-    return [
-        {
-            "processes": str(result["processes"]),
-            "bytes of gradients a step": f"{result['each'][0]['bytes_a_step']:,}",
-            "4 × what trains": f"{4 * result['each'][0]['trainable']:,}",
-            "rows forward, each process": ", ".join(str(one["rows_forward"]) for one in result["each"]),
-        }
-        for result in results["processes"]["found"]
-    ]
-
-
 def scale_rows(results: Results) -> Rows:
     """Memory and seconds by rows."""
     measured = (entry["found"] for key, entry in results.items() if key.startswith("rows-"))
@@ -381,27 +268,6 @@ def headstart(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def headstart_scale(_: Results) -> Rows:
-    """The head's scale: accuracy before the first step, over the curve and at its end, and test loss."""
-    rows = []
-    for (table, scale), of in (
-        curves.scales().sort_values("scale", ascending=False).groupby(["table", "scale"], sort=False)
-    ):
-        runs = [[point["accuracy"] for point in curve] for curve in of.curve]
-        rows.append(
-            {
-                "table": str(table),
-                "scale": f"{scale:g}",
-                "seeds": str(len(of)),
-                "before the first step": _mean([100 * run[0] for run in runs]),
-                "mean over the curve": _mean([100 * sum(run) / len(run) for run in runs]),
-                "at its end": _mean([100 * run[-1] for run in runs]),
-                "test loss": _mean([curve[-1]["loss"] for curve in of.curve], 3),
-            }
-        )
-    return sorted(rows, key=lambda row: row["table"])
-
-
 def headstart_controls(_: Results) -> Rows:
     """CLINC150: the fitted head, fewer rows and a shorter schedule apart; seconds as shares of plain LoRA's."""
     names = {
@@ -495,25 +361,6 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows)
     return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
-
-
-def trusted_head(results: Results) -> Rows:
-    """How well a head predicts trusted rows that it has not seen, beside what training on them alone reaches."""
-    done, rows = differences.cells(), list[dict[str, str]]()
-    for world, trusted in results["settings"].items():
-        heads = pd.DataFrame(cell for key, cell in results["cells"].items() if key.startswith(f"{world}/{trusted}/"))
-        here = done[(done.world == world) & (done.trusted == trusted)].groupby("method").accuracy.mean()
-        rows.append(
-            {
-                "world": differences.WORLDS[world],
-                "trusted rows": str(trusted),
-                "their head's loss": f"{heads.loss.mean():.2f}",
-                "the pool's head's": f"{heads.loss_of_pool.mean():.2f}",
-                "accuracy of a training on them alone": f"{100 * here['alone']:.1f}",
-                "of tsqlora": f"{100 * here['default']:.1f}",
-            }
-        )
-    return rows
 
 
 def worlds_rates(_: Results) -> Rows:
@@ -649,23 +496,6 @@ def judge_order(results: Results) -> Rows:
     ]
 
 
-def sample(results: Results) -> Rows:
-    """How the look of a sample judges rows that it has not seen, by its size: means over draws."""
-    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in results["cells"].values()])
-    cells["sample"] = cells["sample"].fillna(0).astype(int)
-    names = ("precision", "recall", "agree", "accuracy")
-    rows = sorted(cells.groupby(["table", "sample"]), key=lambda one: (one[0][0], not one[0][1], one[0][1]))
-    return [
-        {
-            "table": {"clinc150": "CLINC150", "made": "made rows"}[table],
-            "rows of the look": f"{size:,}" if size else "all, out of fold",
-            "draws": str(len(of)),
-            **{name: f"{of[name].mean():.3f} ({of[name].min():.3f})" for name in names},
-        }
-        for (table, size), of in rows
-    ]
-
-
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
     """The cells of bench/judge.py by part, table and noise, in its order."""
     cells = pd.DataFrame(
@@ -777,57 +607,6 @@ def answers(results: Results) -> Rows:
     return rows
 
 
-def text_training(_: Results) -> Rows:
-    """What answers that do not fit cost a training, and what leaving them out wins back; means over seeds."""
-    cells = pd.DataFrame(_cells("text_training"))
-    cells[["kind", "method", "seed"]] = [(one["kind"], one["method"], one["seed"]) for one in cells.settings]
-    ways_of = cells.groupby(["kind", "seed"]).method.transform("nunique")
-    cells = cells[ways_of == cells.groupby("kind").method.transform("nunique")]  # seeds differ more than ways
-    rows, ways = list[dict[str, str]](), {"all": "all rows", "ours": "without the listed rows", "perfect": "right rows"}
-    for (kind, method), some in cells.groupby(["kind", "method"], sort=True):
-        left_out = f"{some.left_out.mean():.0f}, {some.wrong_left_out.mean():.0f} of the {some.wrong.iloc[0]}"
-        rows.append(
-            {
-                "fault of a fifth of the answers": {"cut": "cut in the middle", "foreign": "another row's"}[kind],
-                "trained on": ways[method],
-                "seeds": str(len(some)),
-                "test loss": f"{some.loss.mean():.3f}",
-                "answers that stop": f"{100 * some.stops.mean():.0f} %",
-                "of these, at the end of a sentence": f"{100 * some.ends.sum() / some.stops.sum():.0f} %",
-                "words": f"{some.words.mean():.0f}",
-                "left out, of them faulty": left_out if method == "ours" else "",
-            }
-        )
-    return rows
-
-
-def preferences(_: Results) -> Rows:
-    """What swapped pairs cost a DPO training, and what leaving out the listed ones wins back; means over seeds."""
-    ways = {
-        "all": "all pairs",
-        "robust": 'all pairs, `loss_type="robust"` with the right share',
-        "ours": "without the listed pairs",
-        "perfect": "right pairs",
-    }
-    cells, rows = _cells("preferences"), list[dict[str, str]]()
-    seeds = Counter(cell["settings"]["seed"] for cell in cells)
-    cells = [cell for cell in cells if seeds[cell["settings"]["seed"]] == len(ways)]  # seeds differ more than ways
-    for method, name in ways.items():
-        some = [cell for cell in cells if cell["settings"]["method"] == method]
-        mean = {key: np.mean([one[key] for one in some]) for key in ("accuracy", "margin", "left_out")}
-        swapped = np.mean([one["swapped_left_out"] for one in some])
-        rows.append(
-            {
-                "trained on": name,
-                "seeds": str(len(some)),
-                "test pairs with the right order": f"{100 * mean['accuracy']:.1f} %",
-                "mean margin": f"{mean['margin']:.2f}",
-                "left out, of them swapped": f"{mean['left_out']:.0f}, {swapped:.0f}" if method == "ours" else "",
-            }
-        )
-    return rows
-
-
 SHAPES = {
     "SmolLM2-135M": (30, 576, 192, 1536, 49152, 1),
     "Qwen2.5-0.5B": (24, 896, 128, 4864, 151936, 1),
@@ -883,27 +662,17 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "judge-coverage": judge_coverage,
     "judge-order": judge_order,
     "claims-train": claims_train,
-    "rank_cost": rank_cost,
     "answers": answers,
     "answers_pairs": answers,
     "memory": memory,
-    "preferences": preferences,
     "rules": rules,
-    "scale-model": scale_model,
-    "scale-processes": scale_processes,
-    "sample": sample,
     "scale-chats": scale_chats,
     "scale-parts": scale_parts,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
     "headstart-controls": headstart_controls,
-    "headstart-scale": headstart_scale,
     "headstart-short": headstart_short,
-    "scoring": scoring,
-    "text_training": text_training,
-    "trusted_head": trusted_head,
-    "scoring-goals": scoring_goals,
     "servers": servers,
     "worlds-cost": worlds_cost,
     "worlds-rates": worlds_rates,

@@ -20,7 +20,6 @@ def test_each_case_runs_and_device_and_cpu_agree(tmp_path: Path) -> None:
     for part in ("encoder", "decoder"):
         assert cases["parity"][part].pop("same ranks")
         assert max(cases["parity"][part].values()) < 1e-3
-    assert cases["pool"]["of the drawn rows"] > cases["pool"]["of the pool"]
 
 
 def test_the_engines_are_launched_by_the_lines_of_the_docs() -> None:
