@@ -14,7 +14,7 @@ for name in sys.stdin.read().split():
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("matplotlib", "llama_cpp", "gguf", "opacus", "cleanlab"):
+        if (error.name or "").split(".")[0] not in ("matplotlib", "llama_cpp", "gguf", "cleanlab"):
             raise
         print(f"{name} needs {error.name}")
 """
