@@ -48,7 +48,6 @@ TABLES = {
 """Of each the data set, how many rows train, and the batch size."""
 TASKS = {"stsb": "regression", "goemotions": "multi-label-classification", "wnut17": "token-classification"}
 """Task types of data sets that do not have one class a row."""
-FURTHER: dict[str, Any] = json.loads(os.environ.get("FURTHER", "{}"))
 EPOCHS, TEST_ROWS = 3, 1500
 MARKS = [0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400]
 """Steps after which a run is measured, and after its last."""
@@ -110,7 +109,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         curves.append(Curve(job, steps, time.process_time()))
         return [*curves]
 
-    training = {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "max_steps": steps, **FURTHER}
+    training = {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "max_steps": steps}
     task = TASKS.get(name, "sequence-classification")
     with tempfile.TemporaryDirectory() as folder:
         write_table(name, rows, seed, Path(folder))

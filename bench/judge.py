@@ -1,20 +1,15 @@
-"""The table that the judge of labels must pass, how often its bounds hold, and how well it orders the rows.
+"""The table that the judge of labels must pass, and how often its bounds hold.
 
-    python bench/judge.py [clean] [uniform] [one] [coverage] [order]
+    python bench/judge.py [clean] [uniform] [one] [coverage]
 
 Labels as they are must stay: of each table at most 2 % is left out. A tenth or a fifth of them wrong at random must be
 evident in 9 of 10 draws; of a tenth of all rows relabelled as one class the judge must leave out 60 %, with a precision
 of 65 %. `coverage` counts how often the share of wrong labels lies inside the bounds, by kind of error.
 
-`order` gives the average precision of the audit's order, of self-confidence (the order of cleanlab) on the same
-out-of-fold logits, and of the judge with wrong labels that are always drawn uniformly, by the labels' frequency, by the
-likelier of both, or by fitted shares. ATIS, banking and SMS are read from clones, which `CLONES` names.
-
 Features are those of `tsqlora audit`, read once and kept under ~/.cache/tsqlora-bench. Wrong labels are set before the
 rows are drawn, so that their share differs a little from draw to draw:
 
 - `even-RATE`: rows at random get any other class;
-- `drawn-RATE`: rows at random get any class, their own included;
 - `pairs-RATE`: each class loses rows to one certain other;
 - `one-RATE`: this share of all rows, of the other classes, gets one class;
 - `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
@@ -23,10 +18,8 @@ rows are drawn, so that their share differs a little from draw to draw:
 Results are in bench/results/judge.json; what is there is not run again.
 """
 
-import csv
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -38,36 +31,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from origin import ROOT, commit, machine, parser_of, read, write
-from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from tsqlora.quality import label_noise
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.judge import Judgement, judge, judge_logits
+from tsqlora.quality.judge import judge
 from tsqlora.quality.rule import Compute
-from tsqlora.quality.suspects import audit_of_judgement
 from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS
 from tsqlora.run.demo import bbc_news, package_folder
 from tsqlora.tasks import get_task
 
 SHARED = ROOT / ".." / "shared" / "data"
 FEATURES = Path.home() / ".cache" / "tsqlora-bench"
-CLONES = {
-    "atis": "howl-anderson/ATIS_dataset",
-    "banking": "PolyAI-LDN/task-specific-datasets",
-    "sms": "justmarkham/pycon-2016-tutorial",
-}
-"""Repositories of GitHub; a bare clone of each is expected as FEATURES / NAME.git."""
 ITERATIONS = 400
 
 ROWS = {"bbc": 4_000, "sst2": 6_920, "mrpc": 4_000, "cola": 8_551, "clinc150": 15_000, "goemotions": 8_000}
-ROWS |= dict.fromkeys(CLONES, 20_000)
 """Rows of each table that are read, at most: all of them."""
 XOR_ROWS, XOR_WIDTH, XOR_SPREAD = 3_000, 16, 0.5
 
@@ -97,15 +79,6 @@ CASES: dict[str, list[Case]] = {
         for noise in KINDS
         if not (table == "sst2" and noise.startswith("pairs"))  # of two classes the same as `even`
     ],
-    "order": [
-        *(
-            Case(table, f"even-{rate}", 6_000, 1)
-            for table in ("bbc", "sst2", "goemotions", "clinc150", *CLONES)
-            for rate in (0.01, 0.03, 0.1)
-        ),
-        Case("atis", "drawn-0.05", draws=1),
-        *(Case(table, f"one-{rate}", 6_000, 1) for table in ("bbc", "atis", "banking") for rate in (0.03, 0.05)),
-    ],
 }
 """`intents in K`: CLINC150's intents merged at random into K classes; `N intents`: its rows of N intents."""
 
@@ -117,8 +90,6 @@ def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
     """
     if table == "bbc":
         rows = [([text], label) for text, label in bbc_news()]
-    elif table in CLONES:
-        rows = [([text], label) for text, label in cloned(table)]
     else:
         lines = [
             row
@@ -130,25 +101,6 @@ def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
         rows = list(zip(texts, labels, strict=True))
     some = np.sort(np.random.default_rng(30).permutation(len(rows))[:most])
     return [rows[j][0] for j in some], np.unique([rows[j][1] for j in some], return_inverse=True)[1]
-
-
-def cloned(table: str) -> list[tuple[str, Any]]:
-    """Texts and labels of the training rows of a clone."""
-
-    def lines(path: str) -> list[str]:
-        words = ["git", "--git-dir", str(FEATURES / f"{table}.git"), "show", f"HEAD:{path}"]
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
-
-    if table == "banking":
-        return [(row["text"], row["category"]) for row in csv.DictReader(lines("banking_data/train.csv"))]
-    if table == "sms":
-        return [(text, label) for label, _, text in (line.partition("\t") for line in lines("data/sms.tsv")) if text]
-    folder = "data/raw_data/ms-cntk-atis/atis"
-    words = lines(f"{folder}.dict.vocab.csv")
-    texts = [[words[int(j)] for j in line.split()][1:-1] for line in lines(f"{folder}.train.query.csv")]
-    return [
-        (" ".join(text), int(label)) for text, label in zip(texts, lines(f"{folder}.train.intent.csv"), strict=True)
-    ]
 
 
 def features_of(table: str, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +132,6 @@ def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> n
     rng, n, k = np.random.default_rng([seed, 30]), len(labels), int(labels.max()) + 1
     rows = rng.permutation(n)[: round(float(rate or 0) * n)]
     others = (labels + rng.integers(1, k, n)) % k
-    if kind == "drawn":
-        others = rng.integers(k, size=n)
     if kind == "pairs":
         ring = rng.permutation(k)  # each class loses to the next one
         others = ring[(np.argsort(ring)[labels] + 1) % k]
@@ -237,31 +187,7 @@ def table_of(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     return features[chosen], np.unique(labels[chosen], return_inverse=True)[1]
 
 
-def orders(judgement: Judgement, labels: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
-    """Average precision of the audit's order, of self-confidence, and of distributions of wrong labels."""
-
-    def of(judgement: Judgement) -> float:
-        return float(average_precision_score(wrong[audit_of_judgement(judgement, labels).ids], -np.arange(len(wrong))))
-
-    own = log_softmax(judgement.logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
-    result = {"order": of(judgement), "self_confidence": float(average_precision_score(wrong, -own))}
-    before = label_noise.LESS_GAIN, label_noise.GAIN
-    ways = {
-        "uniform": (np.inf, np.inf),
-        "frequency": (-np.inf, np.inf),
-        "likelier": (0.0, np.inf),
-        "fitted": (np.inf, -np.inf),
-    }
-    try:
-        for name, gains in ways.items():
-            label_noise.LESS_GAIN, label_noise.GAIN = gains
-            result[name] = of(judge_logits(judgement.logits, labels))
-    finally:
-        label_noise.LESS_GAIN, label_noise.GAIN = before
-    return result
-
-
-def run(case: Case, draw: int, part: str) -> dict[str, Any]:
+def run(case: Case, draw: int) -> dict[str, Any]:
     rng = np.random.default_rng([draw, 44])
     features, right = table_of(case.table, rng)
     labels = spoilt(features, right, case.noise, draw)
@@ -270,7 +196,6 @@ def run(case: Case, draw: int, part: str) -> dict[str, Any]:
     begun = time.process_time()
     judgement = judge(features, labels, int(right.max()) + 1)
     seconds = time.process_time() - begun
-    order = orders(judgement, labels, wrong) if part == "order" else {}
     left_out = judgement.left_out
     hits = int((left_out & wrong).sum())
     return {
@@ -286,7 +211,6 @@ def run(case: Case, draw: int, part: str) -> dict[str, Any]:
         "left_out": float(left_out.mean()),
         "precision": hits / int(left_out.sum()) if wrong.any() and left_out.any() else None,
         "recall": hits / int(wrong.sum()) if wrong.any() else None,
-        **order,
         "processor_seconds": round(seconds, 2),
         "commit": commit(),
     }
@@ -308,7 +232,7 @@ def main() -> None:
     for part in request.parts:
         for key, case, draw in cells(part):
             if key not in results["cells"]:
-                results["cells"][key] = cell = run(case, draw, part)
+                results["cells"][key] = cell = run(case, draw)
                 write(request.out, results)
                 numbers = (f"{name} {value:.3f}" for name, value in cell.items() if isinstance(value, float))
                 print(key, "evident" if cell["evident"] else "not evident", *numbers, flush=True)

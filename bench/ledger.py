@@ -1,37 +1,28 @@
 """Does the ledger find what is planted, and nothing else?
 
     python bench/ledger.py [--draws 10]
-    python bench/ledger.py --rows 50000 --out bench/results/ledger_time.json
 
 Rows are Alpaca's 900, as messages, as Alpaca's own columns, as prompt and completion, and as pairs with another row's
 answer rejected. Each fault is planted in 3 % of them, in ten draws of places. Faults of a preparation are planted in
 the tokens and labels that `tsqlora train` makes. Recall counts planted rows with the finding; false alarms other rows
 with a finding that they do not have without the fault.
-
-With --rows, the time and the memory of an audit of that many made chats of about 500 tokens, beside tokenising alone.
 """
 
 import json
-import resource
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from origin import ROOT, commit, machine, parser_of, write
-from transformers import LlamaConfig
 
 sys.path.append(str(ROOT / "tests"))
 
-from families import FAMILIES, tokenizer_of, trained_tokenizer
+from families import FAMILIES, tokenizer_of
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.chat import Conversation, Format, conversation, format_of
 from tsqlora.data.rows import Row
-from tsqlora.run.text_audit import audit_text
 from tsqlora.text.among import among_rows
 from tsqlora.text.ledger import Line, line_of
 from tsqlora.text.prepared import Trained
@@ -220,56 +211,12 @@ def _prepared(rows: Rows, planted: set[int], about: dict[str, Any], vocabulary: 
     return results
 
 
-def timed(count: int) -> dict[str, Any]:
-    """Time and memory of an audit of chats made of Alpaca's and XSum's sentences."""
-    documents = (ROOT / ".." / "shared" / "data" / "xsum" / "train.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["document"] for line in documents] + [row["output"] for row in alpaca()]
-    sentences, family = [part for text in texts for part in text.split(". ")], FAMILIES["qwen 2.5"]
-    tokenizer = trained_tokenizer(family, texts, 16_000)
-    rng = np.random.default_rng(46)
-    with tempfile.TemporaryDirectory() as folder:
-        source, model = Path(folder) / "chats.jsonl", Path(folder) / "model"
-        tokenizer.save_pretrained(model)
-        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(model)
-        with source.open("w") as file:
-            for j in range(count):
-                parts = [sentences[k] for k in rng.integers(0, len(sentences), 7)]
-                turns = [f"{j}: {'. '.join(parts[:2])}", ". ".join(parts[2:])]
-                roles = ("user", "assistant")
-                chat = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
-                file.write(json.dumps({"messages": chat}) + "\n")
-        peak, start, spent = _peak(), time.perf_counter(), time.process_time()
-        result = audit_text(str(source), model=str(model), out=Path(folder) / "out")
-        cell = {"rows": count, "tokens": result["tokens"], "seconds": time.perf_counter() - start}
-        cell |= {
-            "core_seconds": time.process_time() - spent,
-            "mib": (_peak() - peak) / 2**10,
-            "mib_before": peak / 2**10,
-        }
-        start, spent, rows = time.perf_counter(), time.process_time(), list[Any]()
-        with source.open() as file:
-            for line in file:
-                rows += [message["content"] for message in json.loads(line)["messages"]]
-                if len(rows) >= 2048:
-                    tokenizer(rows, add_special_tokens=False)
-                    rows = []
-        tokenizer(rows or [""], add_special_tokens=False)
-    alone = {"seconds": time.perf_counter() - start, "core_seconds": time.process_time() - spent}
-    return {**cell, "tokenising": alone, "ratio": cell["core_seconds"] / alone["core_seconds"]}
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
     parser = parser_of(__doc__, "ledger")
-    parser.add_argument("--rows", type=int)
     parser.add_argument("--draws", type=int, default=10)
     request = parser.parse_args()
     about = {"share": SHARE, "limit": LIMIT, "draws": request.draws, "commit": commit(), "machine": machine()}
-    result = {"cells": cells(request.draws)} if request.rows is None else {"time": timed(request.rows)}
-    write(request.out, {**about, **result})
+    write(request.out, {**about, "cells": cells(request.draws)})
 
 
 if __name__ == "__main__":

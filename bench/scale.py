@@ -1,9 +1,8 @@
-"""What grows with rows and with steps, and what does not.
+"""What grows with rows, and what does not.
 
     python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
     python bench/scale.py parts [--rows 100000,1000000]  # in a hundred parts, by the look of a sample
     python bench/scale.py chats [--rows 50000]           # the ledger and the findings of chats, and its memory
-    python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
 
 Each part runs in its own process, and is an entry of bench/results/scale.json. Seconds are the processor's.
 """
@@ -16,8 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +24,8 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-from made import BAD, GOOD, PLAIN, bert, make_rows, save_checkpoint, write_config, write_jsonl
+from made import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from origin import ROOT, commit, parser_of, read, write
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
 from tsqlora.data.splits import prepare
@@ -42,7 +38,6 @@ from tsqlora.run.text_audit import audit_text
 from tsqlora.run.train import train
 
 CACHE = ROOT / "bench" / ".cache" / "scale"
-MIB = 2**20
 
 
 def status(name: str) -> int:
@@ -199,102 +194,23 @@ def chats(count: int) -> dict[str, Any]:
     return result
 
 
-# ----------------------------------------------------------------------------------- steps
-
-
-class Watch(TrainerCallback):
-    """Bytes, open files and threads of the process, a hundred times in a run."""
-
-    def __init__(self, steps: int) -> None:
-        self.every, self.seen = max(steps // 100, 1), list[dict[str, int]]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0:
-            handles = len(os.listdir("/proc/self/fd"))
-            self.seen.append(
-                {"step": state.global_step, "bytes": status("VmRSS"), "handles": handles, "threads": status("Threads")}
-            )
-
-
-def steps(count: int) -> dict[str, Any]:
-    """Short steps of a tiny BERT with quality draws, and every ten random ranks, so that slots never stop moving."""
-    model = tsq.wrap(bert(vocab=100, layers=1, hidden=8, labels=2), mean_rank=4)
-    data = tsq.QualitySubset(sentences(64, 8), fraction=0.5, seed=0)
-    ranks, watch = (
-        tsq.RankCallback(estimator="random", interval=10, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.0)),
-        Watch(count),
-    )
-    args = TrainingArguments(
-        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.003, use_cpu=True,
-        report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
-    )  # fmt: skip
-    callbacks = [tsq.QualityCallback(data), ranks, watch]
-    trainer = Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=callbacks)
-    start = time.process_time()
-    trainer.train()
-    settled = [seen for seen in watch.seen if seen["step"] > count // 5]
-    first, last = settled[: len(settled) // 4], settled[-len(settled) // 4 :]
-
-    def mean(part: list[dict[str, int]], name: str) -> float:
-        return sum(seen[name] for seen in part) / len(part)
-
-    return {
-        "steps": count,
-        "processor_seconds": round(time.process_time() - start, 1),
-        "growth_bytes_a_step": round(
-            (mean(last, "bytes") - mean(first, "bytes")) / (mean(last, "step") - mean(first, "step")), 1
-        ),
-        "handles": [min(s["handles"] for s in settled), max(s["handles"] for s in settled)],
-        "threads": [min(s["threads"] for s in settled), max(s["threads"] for s in settled)],
-        "bytes": [settled[0]["bytes"], settled[-1]["bytes"]],
-        "adjustments_kept": len(ranks.events),
-        "slots_moved": sum(event.moved for event in ranks.events),
-        "trainer_log_bytes": len(json.dumps(trainer.state.log_history)),
-        "samples": watch.seen[:: max(len(watch.seen) // 20, 1)],
-    }
-
-
-def sentences(count: int, tokens: int) -> list[dict[str, Any]]:
-    rng = random.Random(0)
-    rows_ = []
-    for j in range(count):
-        ids = [rng.randint(1, 49) + 50 * (j % 2) for _ in range(tokens)]
-        rows_.append({"input_ids": ids, "attention_mask": [1] * tokens, "labels": j % 2})
-    return rows_
-
-
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A batch of rows of one length."""
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-
-
-@contextmanager
-
 # ------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
-    parts: dict[str, Callable[[], Any]] = {
-        "rows": lambda: rows(int(arguments.rows)),
-        "parts": lambda: in_parts(int(arguments.rows)),
-        "chats": lambda: chats(int(arguments.rows)),
-        "steps": lambda: steps(arguments.steps),
-    }
+    parts: dict[str, Callable[[int], dict[str, Any]]] = {"rows": rows, "parts": in_parts, "chats": chats}
     parser = parser_of(__doc__, "scale")
     parser.add_argument("part", choices=parts)
     parser.add_argument("--rows", default="100000,1000000")
-    parser.add_argument("--steps", type=int, default=100_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(parents=True, exist_ok=True)
-    counted = arguments.part in ("rows", "parts", "chats")
-    if counted and "," in arguments.rows:
+    if "," in arguments.rows:
         for count in arguments.rows.split(","):
             command = [sys.executable, __file__, arguments.part, "--rows", count, "--out", str(arguments.out)]
             subprocess.run(command, check=True)
         return
-    result = parts[arguments.part]()
-    key = f"{arguments.part}-{arguments.rows}" if counted else arguments.part
+    result, key = parts[arguments.part](int(arguments.rows)), f"{arguments.part}-{arguments.rows}"
     entry = {"commit": (commit() or "unknown")[:7], "torch": torch.__version__, "found": result}
     write(arguments.out, read(arguments.out) | {key: entry})
     print(key, json.dumps(result)[:600])

@@ -203,21 +203,6 @@ def scale_parts(results: Results) -> Rows:
     ]
 
 
-def scale_steps(results: Results) -> Rows:
-    """What grew in a run of many steps."""
-    run = results["steps"]["found"]
-    return [
-        {
-            "steps": f"{run['steps']:,}",
-            "growth, bytes a step": f"{run['growth_bytes_a_step']:,.0f}",
-            "open files": " to ".join(map(str, run["handles"])),
-            "threads": " to ".join(map(str, run["threads"])),
-            "adjustments kept": f"{run['adjustments_kept']:,}",
-            "slots moved": f"{run['slots_moved']:,}",
-        }
-    ]
-
-
 LOW = ("lora", "lora+head", "tsqlora", "adalora", "elalora", "eva")
 
 
@@ -482,20 +467,6 @@ def judge_coverage(results: Results) -> Rows:
     return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
 
 
-def judge_order(results: Results) -> Rows:
-    """Average precision of the judge's order, of self-confidence, and of each distribution of wrong labels."""
-    ways = ("order", "self_confidence", "uniform", "frequency", "likelier", "fitted")
-    return [
-        {
-            "table": f"{table}, {cells.rows.max():,} rows",
-            "wrong labels": WRONG[noise],
-            **{name.replace("_", "-"): f"{cells[name].mean():.3f}" for name in ways},
-        }
-        for (part, table, noise), cells in _judged(results)
-        if part == "order"
-    ]
-
-
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
     """The cells of bench/judge.py by part, table and noise, in its order."""
     cells = pd.DataFrame(
@@ -660,7 +631,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "llamacpp": llamacpp,
     "judge": judge,
     "judge-coverage": judge_coverage,
-    "judge-order": judge_order,
     "claims-train": claims_train,
     "answers": answers,
     "answers_pairs": answers,
@@ -669,7 +639,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-chats": scale_chats,
     "scale-parts": scale_parts,
     "scale-rows": scale_rows,
-    "scale-steps": scale_steps,
     "headstart": headstart,
     "headstart-controls": headstart_controls,
     "headstart-short": headstart_short,
