@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
