@@ -15,10 +15,10 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from tsqlora.adapter.change import moments, new_row, smoothed
-from tsqlora.adapter.slots import layers_of
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.ranks.moves import default_interval, moves_allowed
+from tsqlora.paper.change import moments, new_row, smoothed
+from tsqlora.paper.moves import default_interval, moves_allowed
+from tsqlora.paper.slots import layers_of
 
 ADAPTER = "default"
 ORTHOGONALITY, OFFERED, MOVES = 0.1, 2, 4

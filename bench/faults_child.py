@@ -65,9 +65,9 @@ class Phases:
         from transformers import Trainer
         from transformers.trainer_callback import CallbackHandler
 
-        from tsqlora.training.mover import RankLoop
+        from tsqlora.paper.callback import RankCallback
+        from tsqlora.paper.loop import RankLoop
         from tsqlora.training.quality_callback import QualityCallback
-        from tsqlora.training.rank_callback import RankCallback
 
         self._within(CallbackHandler, "on_step_begin", "training")
         self._within(QualityCallback, "_look", "look")

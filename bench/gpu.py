@@ -43,6 +43,7 @@ from transformers import (
 )
 
 import tsqlora as tsq
+from tsqlora import paper
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -101,7 +102,7 @@ def arguments(folder: str, *, steps: int = 24, **also: Any) -> TrainingArguments
 def trained(model: Any, rows: list[Row], **also: Any) -> Result:
     """Train with both callbacks in a stock Trainer; the losses, and which ranks came out."""
     data = tsq.QualitySubset(rows, fraction=0.5, seed=0)
-    ranks = tsq.RankCallback(interval=4, seed=0)
+    ranks = paper.RankCallback(interval=4, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
@@ -122,10 +123,12 @@ def parity() -> Result:
     for name, build, rows in (("encoder", encoder, labelled(64)), ("decoder", decoder, written(64))):
         sides = []
         for device in ("cpu", DEVICE):
-            model = tsq.wrap(build(), mean_rank=4).to(device)
+            model = paper.wrap(build(), mean_rank=4).to(device)
             scores = tsq.score(model, rows, collate)
-            measured = tsq.sensitivity(model, rows, collate)
-            sides.append((scores.terms, np.array(list(measured.values.values())), tsq.allocate(measured, mean_rank=4)))
+            measured = paper.sensitivity(model, rows, collate)
+            sides.append(
+                (scores.terms, np.array(list(measured.values.values())), paper.allocate(measured, mean_rank=4))
+            )
         (cpu, layers, ranks), (gpu, other_layers, other_ranks) = sides
         result[name] = {term: relative(gpu[term], cpu[term]) for term in cpu}
         result[name] |= {"sensitivity": relative(other_layers, layers), "same ranks": ranks == other_ranks}
@@ -146,16 +149,16 @@ def quantized() -> Result:
             settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
             base = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": DEVICE})
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-        result[f"{bits} bits"] = trained(tsq.wrap(base, mean_rank=4), written(64))
+        result[f"{bits} bits"] = trained(paper.wrap(base, mean_rank=4), written(64))
     return result
 
 
 def compiled() -> Result:
-    return trained(tsq.wrap(encoder(), mean_rank=4), labelled(64), torch_compile=GPU)
+    return trained(paper.wrap(encoder(), mean_rank=4), labelled(64), torch_compile=GPU)
 
 
 def checkpointing() -> Result:
-    return trained(tsq.wrap(decoder(), mean_rank=4), written(64), gradient_checkpointing=True)
+    return trained(paper.wrap(decoder(), mean_rank=4), written(64), gradient_checkpointing=True)
 
 
 def launch_lines() -> list[str]:
@@ -196,12 +199,12 @@ def sharded() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("nccl" if GPU else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            model: Any = tsq.wrap(encoder(), mean_rank=4).to(DEVICE).train()
+            model: Any = paper.wrap(encoder(), mean_rank=4).to(DEVICE).train()
             for layer in model.get_base_model().bert.encoder.layer:
                 fully_shard(layer)
             fully_shard(model)
             optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-            ranks, rows, losses = tsq.RankLoop(model, optimizer, total_steps=40, interval=10), labelled(64), []
+            ranks, rows, losses = paper.RankLoop(model, optimizer, total_steps=40, interval=10), labelled(64), []
             for step in range(40):
                 ranks.before_forward()
                 loss = model(**{n: x.to(DEVICE) for n, x in collate(rows[8 * (step % 8) :][:8]).items()}).loss

@@ -21,19 +21,19 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from tsqlora.adapter.slots import active_parameters, active_ranks, layers_of
-from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, nearest
+from tsqlora.paper.budget import default_max_rank
+from tsqlora.paper.moves import RankSchedule, default_interval
+from tsqlora.paper.slots import active_parameters, active_ranks, layers_of
 from tsqlora.quality.sampling import draw_size
-from tsqlora.ranks.allocate import default_max_rank
-from tsqlora.ranks.moves import RankSchedule, default_interval
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, measure
 from tsqlora.run.job import Job, load, with_adapter
 from tsqlora.seeds import stream
 from tsqlora.training.fit import Method, fit
+from tsqlora.training.lora import inject, new_config
 from tsqlora.training.record import RunRecord, versions
 from tsqlora.training.tell_progress import peak_memory
 

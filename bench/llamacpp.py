@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-import tsqlora as tsq
+from tsqlora import paper
 from tsqlora.files import write_json
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.gguf import FILE
@@ -66,7 +66,7 @@ def trained(base: Path, folder: Path, tokenizer: Any, *, steps: int) -> None:
     tokens = tokenizer(text).input_ids
     rows = [{"input_ids": row, "labels": row} for row in _cut(tokens[: 2 * steps * TOKENS])]
     torch.manual_seed(0)
-    model = tsq.wrap(AutoModelForCausalLM.from_pretrained(base), mean_rank=4, target_modules=LAYERS)
+    model = paper.wrap(AutoModelForCausalLM.from_pretrained(base), mean_rank=4, target_modules=LAYERS)
     args = TrainingArguments(
         str(folder / "trainer"),
         max_steps=steps,
@@ -77,7 +77,7 @@ def trained(base: Path, folder: Path, tokenizer: Any, *, steps: int) -> None:
         save_strategy="no",
         disable_tqdm=True,
     )
-    ranks = tsq.RankCallback(interval=2, schedule=tsq.RankSchedule(moves=80, warmup=0.0, freeze=0.2))
+    ranks = paper.RankCallback(interval=2, schedule=paper.RankSchedule(moves=80, warmup=0.0, freeze=0.2))
     Trainer(model, args, train_dataset=rows, callbacks=[ranks]).train()  # type: ignore[arg-type]
     model.save_pretrained(str(folder / "adapter"))
 

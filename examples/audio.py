@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 import tsqlora as tsq
+from tsqlora import paper
 
 
 def tones(n: int, seed: int, wrong: float = 0.0) -> list[dict[str, Tensor]]:
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     model = tsq.wrap(wav2vec2(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(tones(400, seed=0, wrong=0.2), fraction=0.5)
     quality = tsq.QualityCallback(data)
-    ranks = tsq.RankCallback(interval=10)
+    ranks = paper.RankCallback(interval=10)
     arguments = TrainingArguments(
         "audio-run",
         num_train_epochs=6,

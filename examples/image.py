@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import tsqlora as tsq
+from tsqlora import paper
 
 
 def images(n: int, seed: int, wrong: float = 0.0) -> list[dict[str, Tensor]]:
@@ -30,7 +31,7 @@ def vit() -> ViTForImageClassification:
 if __name__ == "__main__":
     model = tsq.wrap(vit(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(images(400, seed=0, wrong=0.2), fraction=0.5)
-    ranks = tsq.RankCallback(interval=10)
+    ranks = paper.RankCallback(interval=10)
     quality = tsq.QualityCallback(data)
     arguments = TrainingArguments(
         "image-run",

@@ -5,7 +5,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-import tsqlora as tsq
+from tsqlora import paper
 
 STEPS, ACCUMULATE = 100, 2
 
@@ -24,10 +24,10 @@ def bert() -> BertForSequenceClassification:
 
 
 if __name__ == "__main__":
-    model = tsq.wrap(bert(), mean_rank=4).train()  # first the slots, then the optimizer
+    model = paper.wrap(bert(), mean_rank=4).train()  # first the slots, then the optimizer
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    ranks = tsq.RankLoop(model, optimizer, total_steps=STEPS, interval=10)
+    ranks = paper.RankLoop(model, optimizer, total_steps=STEPS, interval=10)
     for step in range(STEPS):
         ranks.before_forward()
         for part in range(ACCUMULATE):

@@ -13,19 +13,19 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-import tsqlora as tsq
+from tsqlora import paper
 
 STEPS, PROCESSES = 60, 2
 
 
 def train(process: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=process, world_size=PROCESSES)
-    model = tsq.wrap(bert(), mean_rank=4).train()  # first the slots, then the parts, then the optimizer
+    model = paper.wrap(bert(), mean_rank=4).train()  # first the slots, then the parts, then the optimizer
     for layer in model.get_base_model().bert.encoder.layer:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    ranks = tsq.RankLoop(model, optimizer, total_steps=STEPS, interval=10)
+    ranks = paper.RankLoop(model, optimizer, total_steps=STEPS, interval=10)
     for step in range(STEPS):
         ranks.before_forward()
         model(**batch(PROCESSES * step + process)).loss.backward()

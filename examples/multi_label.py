@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import tsqlora as tsq
+from tsqlora import paper
 
 
 def rows(n: int, seed: int, wrong: float = 0.0) -> list[dict[str, Tensor]]:
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     model = tsq.wrap(bert(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(rows(1200, seed=0, wrong=0.1), fraction=0.5)
     quality = tsq.QualityCallback(data)
-    ranks = tsq.RankCallback(interval=10)
+    ranks = paper.RankCallback(interval=10)
     arguments = TrainingArguments(
         "multi_label-run",
         num_train_epochs=12,

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-import tsqlora as tsq
+from tsqlora import paper
 
 WORDS = ["<pad>", "<eos>", *(f"w{number}" for number in range(20))]
 
@@ -28,7 +28,7 @@ def llama() -> LlamaForCausalLM:
 
 if __name__ == "__main__":
     counting = [{"prompt": f"w{j}", "completion": f" w{(j + 1) % 20} w{(j + 2) % 20}"} for j in range(20)] * 10
-    ranks = tsq.RankCallback(interval=10)
+    ranks = paper.RankCallback(interval=10)
     trainer = SFTTrainer(
         llama(),
         SFTConfig(

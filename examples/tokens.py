@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
 
 import tsqlora as tsq
+from tsqlora import paper
 
 NAMES = {0: "O", 1: "B-person", 2: "B-place"}
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     model = tsq.wrap(bert(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(rows(400, seed=0), fraction=0.5)
     quality = tsq.QualityCallback(data)
-    ranks = tsq.RankCallback(interval=10)
+    ranks = paper.RankCallback(interval=10)
     arguments = TrainingArguments(
         "tokens-run",
         num_train_epochs=8,

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-import tsqlora as tsq
 from models import collate
 from slotted import trained
 from stock import moods, slotted_bert
+from tsqlora import paper
 
 ROWS = moods(40)
 
@@ -18,7 +18,7 @@ ROWS = moods(40)
 STEPS = 30
 
 
-PERIOD: dict[str, Any] = {"interval": 4, "schedule": tsq.RankSchedule(moves=6)}
+PERIOD: dict[str, Any] = {"interval": 4, "schedule": paper.RankSchedule(moves=6)}
 
 
 def batch(step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0)
 
 
-def one_step(ranks: tsq.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False) -> None:
+def one_step(ranks: paper.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False) -> None:
     """A step by the documented protocol."""
     called = ranks.model if model is None else model
     for part in range(parts):
@@ -51,12 +51,12 @@ def one_step(ranks: tsq.RankLoop, step: int, *, model: Any = None, parts: int = 
     ranks.optimizer.zero_grad()
 
 
-def begin(**further: Any) -> tsq.RankLoop:
+def begin(**further: Any) -> paper.RankLoop:
     model = certain(slotted_bert())
-    return tsq.RankLoop(model, adamw(model), STEPS, **(PERIOD | further))
+    return paper.RankLoop(model, adamw(model), STEPS, **(PERIOD | further))
 
 
-def whole_run(*, also: Callable[[tsq.RankLoop], None] = lambda _: None, **options: Any) -> tsq.RankLoop:
+def whole_run(*, also: Callable[[paper.RankLoop], None] = lambda _: None, **options: Any) -> paper.RankLoop:
     ranks = begin()
     for step in range(STEPS):
         one_step(ranks, step, **options)

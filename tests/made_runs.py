@@ -8,8 +8,7 @@ import numpy as np
 from runs import Row, write_jsonl
 from tsqlora.data.rows import sample_hash
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.ranks.moves import RankEvent
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record import RankEvent, RunRecord
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
 CLASSES = ("no", "yes")

@@ -8,10 +8,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-import tsqlora as tsq
 from models import PAD, collate, samples, tiny_bert
-from tsqlora.adapter.change import drop_slots, grow_slot
-from tsqlora.adapter.slots import Slots, find_slots, sync_config
+from tsqlora import paper
+from tsqlora.paper.change import drop_slots, grow_slot
+from tsqlora.paper.slots import Slots, find_slots, sync_config
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 WIDE = "bert.encoder.layer.1.intermediate.dense"
@@ -43,7 +43,7 @@ def wrapped(
     """A wrapped model (a tiny BERT), B not zero, in eval mode; `ranks` says which layers differ from the mean."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        slotted = tsq.wrap(tiny_bert(dtype=dtype) if model is None else model, **({"mean_rank": 4} | options))
+        slotted = paper.wrap(tiny_bert(dtype=dtype) if model is None else model, **({"mean_rank": 4} | options))
         slotted.to(dtype)
         fill(slotted)
         resize(slotted, ranks or {})

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-import tsqlora as tsq
 from models import collate, tiny_bert
+from tsqlora import paper
 
 # Every Trainer begins with a garbage collection; going through all that was imported takes the longest of it.
 gc.freeze()
@@ -37,7 +37,7 @@ def base_bert() -> BertForSequenceClassification:
 
 def slotted_bert(*, mean_rank: float = 4, seed: int = 0, **options: Any) -> PeftModel:
     torch.manual_seed(seed)
-    return tsq.wrap(base_bert(), mean_rank=mean_rank, **options)
+    return paper.wrap(base_bert(), mean_rank=mean_rank, **options)
 
 
 def make_trainer(

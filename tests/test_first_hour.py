@@ -21,6 +21,7 @@ from transformers import (
 
 import tsqlora as tsq
 from runs import make_rows, save_checkpoint
+from tsqlora import paper
 from words import llama, tokenizer
 
 ROWS, CLASSES = 400, {0: "übel", 1: "schön"}
@@ -86,7 +87,7 @@ def test_a_stock_trainer_with_one_epoch_and_early_stopping(table: Path) -> None:
         report_to="none",
         use_cpu=True,
     )
-    callbacks = [tsq.QualityCallback(data), tsq.RankCallback(), EarlyStoppingCallback(1)]
+    callbacks = [tsq.QualityCallback(data), paper.RankCallback(), EarlyStoppingCallback(1)]
     trainer: Any = Trainer(
         model,
         args,

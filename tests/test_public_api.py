@@ -14,6 +14,7 @@ import tsqlora as tsq
 from models import collate
 from scoring import logits_of
 from stock import base_bert, make_trainer, moods
+from tsqlora import paper
 
 CALLS = {
     "train": [{"config": "tsq.yaml"}, {"model": {"path": "m"}, "data": {"train": "f"}, "out": "run", "resume": True}],
@@ -91,7 +92,7 @@ def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    code = "import tsqlora.layer_sensitivity, tsqlora.reports, tsqlora as t; assert callable(t.sensitivity), t.report"
+    code = "import tsqlora.paper.probe, tsqlora.reports, tsqlora as t; assert callable(t.sensitivity), t.report"
     subprocess.run([sys.executable, "-c", f"{code}; assert callable(t.report)"], check=True)
 
 
@@ -102,11 +103,11 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     assert isinstance(model, PeftModel)
     rows = moods()
     data = tsq.QualitySubset(rows, fraction=0.5, seed=0)
-    ranks = tsq.RankCallback(interval=2)
+    ranks = paper.RankCallback(interval=2)
     make_trainer(model, data, tmp_path, [tsq.QualityCallback(data), ranks], num_train_epochs=8).train()
     assert len(data) == len(rows) // 2
     assert isinstance(data.scores, tsq.Scores)
-    assert all(isinstance(event, tsq.RankEvent) for event in ranks.events)
+    assert all(isinstance(event, paper.RankEvent) for event in ranks.events)
     assert any(event.moved for event in ranks.events)
     shown = tsq.report(tmp_path)
     assert shown.path == tmp_path / "report.html"
@@ -119,7 +120,7 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     assert len(scores) == len(rows)
     drawn = tsq.sample(scores, fraction=0.5, seed=0)
     assert len(np.unique(drawn)) == len(drawn) == len(rows) // 2
-    measured = tsq.sensitivity(model, rows, collate)
-    assert isinstance(measured, tsq.Sensitivity)
-    allocated = tsq.allocate(measured, mean_rank=8)
+    measured = paper.sensitivity(model, rows, collate)
+    assert isinstance(measured, paper.Sensitivity)
+    allocated = paper.allocate(measured, mean_rank=8)
     assert allocated.keys() == measured.values.keys()

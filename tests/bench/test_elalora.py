@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from models import collate
 from oracles import slow_elalora_rule, slow_elalora_run
 from stock import base_bert, make_trainer, moods
-from tsqlora.adapter.change import BETA
 from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.paper.change import BETA
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 elalora: Any = importlib.import_module("elalora")

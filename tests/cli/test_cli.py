@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from runs import make_rows, set_up, write_config, write_jsonl
 from tables import cells_of
 from tsqlora.data.rows import Columns, row_hash, sample_hash
+from tsqlora.paper.callback import RankCallback
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.run.train import train
-from tsqlora.training.rank_callback import RankCallback
 
 Run = Callable[..., tuple[int, str, str]]
 

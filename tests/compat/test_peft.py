@@ -9,7 +9,6 @@ from peft.tuners.lora import LoraLayer
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.adapter.slots import find_slots
 from tsqlora.compat.peft import (
     VARIANTS,
     forget_adapter,
@@ -19,6 +18,7 @@ from tsqlora.compat.peft import (
     without_zero_updates,
 )
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.paper.slots import find_slots
 
 EMBEDDING, QUERY = "bert.embeddings.word_embeddings", "bert.encoder.layer.0.attention.self.query"
 

@@ -23,7 +23,7 @@ import tsqlora as tsq
 from models import collate
 from stock import base_bert, make_trainer, moods
 from training.test_question import CONTRARY, POOL, Handed
-from tsqlora import distributed
+from tsqlora import distributed, paper
 
 ROWS = moods(96)
 SAVED_AT, KILLED_AT, POISONED_AT, ANSWERED_AT = 6, 8, 4, 18
@@ -139,8 +139,8 @@ def trained(
     watch, handed = Watch(killed), Handed()
     callbacks: list[Any] = [] if late else [quality]
     if ranks:
-        schedule = tsq.RankSchedule(warmup=0.0, freeze=0.2)
-        callbacks.append(tsq.RankCallback(interval=2, schedule=schedule))
+        schedule = paper.RankSchedule(warmup=0.0, freeze=0.2)
+        callbacks.append(paper.RankCallback(interval=2, schedule=schedule))
     if poisoned:
         callbacks += [tsq.GuardCallback(data), Poison()]
     args = {

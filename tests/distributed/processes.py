@@ -39,11 +39,11 @@ from stock import base_bert, make_trainer, moods, slotted_bert
 from text.test_before import model as repeats
 from text.test_before import samples as foreign_samples
 from training.test_question import Handed, answer_of, make
-from tsqlora import distributed
-from tsqlora.adapter.change import Importance, change_ranks, drop_slots, grow_slot, moments
-from tsqlora.adapter.slots import Slots, active_ranks, find_slots
+from tsqlora import distributed, paper
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.layer_sensitivity import Probe
+from tsqlora.paper.change import Importance, change_ranks, drop_slots, grow_slot, moments
+from tsqlora.paper.probe import Probe
+from tsqlora.paper.slots import Slots, active_ranks, find_slots
 from tsqlora.quality import passes
 from tsqlora.quality.rule import Compute
 from tsqlora.text.answers import turns_in
@@ -77,7 +77,7 @@ def measured(rank: int, world: int) -> Any:
     """Sensitivities of the rows, each process with its own, through DDP where there are several."""
     model = wrapped()
     trains = DistributedDataParallel(model) if world > 1 else model
-    return dict(tsq.sensitivity(trains, halves(ROWS, rank, world), collate).values)
+    return dict(paper.sensitivity(trains, halves(ROWS, rank, world), collate).values)
 
 
 def measured_in_training(rank: int, world: int) -> Any:
@@ -121,7 +121,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     """The stock Trainer with both callbacks, a global batch of 8; of our arguments what several processes need."""
     model = quiet(slotted_bert())
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
-    ranks = tsq.RankCallback(interval=2, finalize=False, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.2))
+    ranks = paper.RankCallback(interval=2, finalize=False, schedule=paper.RankSchedule(warmup=0.0, freeze=0.2))
     quality = quality_by(data, reference=32, terms=["gradient_norm"])
     numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
     ours = training_arguments(folder, **numbers, bf16=False, further={})
@@ -291,8 +291,8 @@ def looped(rank: int, world: int, folder: Path) -> Any:
     """A custom loop with a global batch of 8; then the saved adapter."""
     model = in_parts(quiet(slotted_bert(max_rank=7)), world)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    ranks = tsq.RankLoop(
-        model, optimizer, 12, interval=2, min_rank=0, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.2, moves=4)
+    ranks = paper.RankLoop(
+        model, optimizer, 12, interval=2, min_rank=0, schedule=paper.RankSchedule(warmup=0.0, freeze=0.2, moves=4)
     )
     ranks.start(halves(MOODS[:8], rank, world), collate, batch_size=4)
     for step in range(12):

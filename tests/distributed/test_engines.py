@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from runs import set_up
 from stock import base_bert
 from training.test_question import ROWS
-from tsqlora.adapter.slots import has_slots
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.health import nonfinite
+from tsqlora.paper.slots import has_slots
 from tsqlora.run.config import load_config
 from tsqlora.run.look import look_at
 from tsqlora.training.record import RunRecord

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tsqlora as tsq
 from models import lora, tiny_bert
+from tsqlora import paper
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.sites import Site, batch_coupled, effective_weight, find_sites, lora_layers, seen
 
@@ -28,7 +28,7 @@ def test_sites_are_all_that_trains() -> None:
 
 
 def test_rank_slots_are_seen_through_their_parametrisation() -> None:
-    plain, slots = lora(tiny_bert()), tsq.wrap(tiny_bert(), mean_rank=4, modules_to_save=["classifier"])
+    plain, slots = lora(tiny_bert()), paper.wrap(tiny_bert(), mean_rank=4, modules_to_save=["classifier"])
     assert find_sites(slots).keys() == find_sites(plain).keys()
 
 
@@ -113,7 +113,7 @@ def test_lora_over_an_unsupported_layer_is_refused(base: nn.Module) -> None:
 
 def test_lora_over_an_embedding_is_refused_with_the_cure() -> None:
     model = get_peft_model(tiny_bert(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["word_embeddings"]))
-    for wrap in (lambda model: model, tsq.wrap):
+    for wrap in (lambda model: model, paper.wrap):
         with pytest.raises(UnsupportedError, match=r"word_embeddings.lora_embedding_A.* target_modules"):
             find_sites(wrap(model))
 

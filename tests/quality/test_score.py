@@ -31,9 +31,9 @@ from scoring import (
     teach,
     trainable,
 )
-from tsqlora.adapter.slots import find_slots
 from tsqlora.data.batches import padded_labels
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.paper.slots import find_slots
 from tsqlora.quality.terms import TERMS, Term
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.multi_label import MultiLabel

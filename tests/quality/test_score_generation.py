@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from peft import PeftModel, TaskType
 from torch import Tensor
 
-import tsqlora as tsq
 from models import GENERATORS, lora, text_collator, texts
 from oracles import slow_scores
 from scoring import assert_agree, assert_unchanged, fingerprint, score_by, trainable
+from tsqlora import paper
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
 
@@ -105,7 +105,7 @@ def test_el2n_is_refused_by_name_where_it_has_a_weight() -> None:
 @pytest.mark.parametrize("family", GENERATORS)
 def test_sensitivity_is_the_mean_over_samples_alone(family: str) -> None:
     model, rows = adapted(family)
-    together = tsq.sensitivity(model, rows, text_collator(model), batch_size=N)
-    alone = [tsq.sensitivity(model, [row], text_collator(model)).values for row in rows]
+    together = paper.sensitivity(model, rows, text_collator(model), batch_size=N)
+    alone = [paper.sensitivity(model, [row], text_collator(model)).values for row in rows]
     for name, value in together.values.items():
         assert value == pytest.approx(np.mean([one[name] for one in alone]), rel=1e-5)

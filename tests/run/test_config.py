@@ -24,7 +24,6 @@ from tsqlora.run.config import (
     REMOVED_SETTINGS,
     Config,
     QualitySettings,
-    RankSettings,
     dump_config,
     load_config,
     template,
@@ -127,11 +126,6 @@ def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     assert loaded("", "model.path=~/mine").model.path == str(tmp_path / "mine")
-
-
-def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
-    assert RankSettings(mean=2.3).resolved_max() == 5
-    assert RankSettings(mean=2.3, max=9).resolved_max() == 9
 
 
 # ------------------------------------------------------------------------------- messages

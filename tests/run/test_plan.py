@@ -13,6 +13,7 @@ from peft import PeftModel
 import tsqlora as tsq
 from models import samples, tiny_bert
 from tables import table_with
+from tsqlora import paper
 from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
@@ -36,7 +37,7 @@ def planned(
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"].samples, q.fraction)
     scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
-    ranks = tsq.RankCallback(r.interval, policy=r.policy, samples=20)
+    ranks = paper.RankCallback(r.interval, policy=r.policy, samples=20)
     args = arguments(config, Path("nowhere"))
     return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from runs import make_rows, set_up, write_jsonl
 from synchronisations import waits_of_ours
-from tsqlora.adapter.slots import active_ranks, has_slots
 from tsqlora.errors import SettingsError
 from tsqlora.interop.files import read_adapter
-from tsqlora.ranks.allocate import budget, used
+from tsqlora.paper.budget import budget, used
+from tsqlora.paper.slots import active_ranks, has_slots
 from tsqlora.run import train as pipeline
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, dump_config, load_config

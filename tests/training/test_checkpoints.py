@@ -18,7 +18,7 @@ from transformers.trainer_utils import HPSearchBackend
 import tsqlora as tsq
 from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
-from tsqlora import distributed
+from tsqlora import distributed, paper
 from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, write_manifest
 
 DATA = moods()
@@ -43,7 +43,7 @@ def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **furt
     quality = quality_by(subset, reference=40, weights={"loss": -1.0})
     callbacks = (
         quality,
-        tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2)),
+        paper.RankCallback(interval=3, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2)),
         Fail(fail),
     )
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
@@ -202,7 +202,7 @@ def test_each_callback_alone_seals_also_where_a_run_goes_on_without_the_other(on
     else:
         data = tsq.QualitySubset(DATA, 0.5, seed=0)
         data.use(tsq.Scores.load(run / "scores.parquet"), 2)
-        ranks = tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2))
+        ranks = paper.RankCallback(interval=3, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2))
         options = {"save_strategy": "epoch", "num_train_epochs": 5}
         made = make_trainer(slotted_bert(), data, run, [ranks, tsq.GuardCallback()], **options)
         made.train(resume_from_checkpoint=str(run / "checkpoint-12"))

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.training.nonfinite import GUARD_FILE, NAMED
 
 ROWS = moods(40)
@@ -122,7 +123,7 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
             tables = ranks.loop.importance.tables()
             seen[state.global_step] = {name: table.clone() for name, table in tables.items()}
 
-    ranks = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
+    ranks = paper.RankCallback(interval=4, schedule=paper.RankSchedule(moves=6))
     callbacks = (Tables(), Poison(*steps, what=what, value=value), tsq.GuardCallback(limit=9))
     # Either order of the two; tables are looked at before an adjustment changes them.
     order = (*callbacks, ranks) if clipping else (callbacks[0], ranks, *callbacks[1:])
@@ -239,11 +240,11 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path) -> None:
 
 def test_a_run_begun_without_a_guard_goes_on_with_one(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 5}
-    ranks = {"interval": 4, "schedule": tsq.RankSchedule(freeze=0.2)}
-    trainer(tmp_path, tsq.RankCallback(**ranks), **saves).train()
+    ranks = {"interval": 4, "schedule": paper.RankSchedule(freeze=0.2)}
+    trainer(tmp_path, paper.RankCallback(**ranks), **saves).train()
     assert not (tmp_path / "checkpoint-10" / GUARD_FILE).exists()
     guard = tsq.GuardCallback()
-    trainer(tmp_path, tsq.RankCallback(**ranks), guard, Poison(12), **saves).train(
+    trainer(tmp_path, paper.RankCallback(**ranks), guard, Poison(12), **saves).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-10")
     )
     assert guard.count == 1

@@ -23,6 +23,7 @@ import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, fingerprint, quality_by
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.judge import Judgement
@@ -290,7 +291,7 @@ def test_a_model_at_chance_is_trained_on_random_draws_with_a_warning(tmp_path: P
 @UNLEARNED
 def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(noise(), 0.5, seed=0)
-    ranks = tsq.RankCallback(interval=2)
+    ranks = paper.RankCallback(interval=2)
     model = slotted_bert()
     callbacks = [quality_by(subset, reference=40), ranks]
     with pytest.warns(UserWarning, match="ranks are unchanged: .*until step 2"):
@@ -303,7 +304,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
 def test_a_second_look_sets_the_ranks_of_a_model_that_has_learned_by_then(tmp_path: Path) -> None:
     subset, watch = tsq.QualitySubset(DATA, 0.5, seed=0), Watch()
     quality = quality_by(subset, reference=40, head_start=False)
-    ranks = tsq.RankCallback(interval=4, samples=16, schedule=tsq.RankSchedule(moves=3))
+    ranks = paper.RankCallback(interval=4, samples=16, schedule=paper.RankSchedule(moves=3))
     make_trainer(slotted_bert(), subset, tmp_path, [watch, quality, ranks], num_train_epochs=9).train()
     assert [look["not_ready"] is None for look in quality.looks] == [False, True]
     assert [step for step, waits in watch.waiting.items() if waits] == list(range(12))

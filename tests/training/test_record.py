@@ -8,8 +8,7 @@ import pytest
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
-from tsqlora.ranks.moves import RankEvent
-from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.record import RECORD_FILE, RankEvent, RunRecord
 
 
 def record() -> RunRecord:

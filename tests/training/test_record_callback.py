@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.reports.gather import gather
 from tsqlora.reports.write import write_report
 from tsqlora.training.record import RECORD_FILE, RunRecord
@@ -28,7 +29,7 @@ def trained(folder: Path, *callbacks: Any, data: Any = ROWS, model: PeftModel | 
 
 def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
     data = tsq.QualitySubset(ROWS, 0.5, seed=0)
-    return data, [tsq.QualityCallback(data), tsq.RankCallback(interval=2, **further)]
+    return data, [tsq.QualityCallback(data), paper.RankCallback(interval=2, **further)]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -138,7 +139,7 @@ class Uncounted(Counted):
 
 @pytest.mark.parametrize("stream", [Counted, Uncounted])
 def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counted], tmp_path: Path) -> None:
-    callbacks = [tsq.RankCallback(interval=2), tsq.GuardCallback()]
+    callbacks = [paper.RankCallback(interval=2), tsq.GuardCallback()]
     trained(tmp_path, *callbacks, data=stream(), max_steps=6, train_sampling_strategy="random")
     record = RunRecord.load(tmp_path)
     assert ("rows" in record.plan) == (stream is Counted)

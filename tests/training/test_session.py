@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 import tsqlora as tsq
 from scoring import assert_same, quality_by
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.compat.transformers import carried
 from tsqlora.errors import SettingsError
 from tsqlora.training.session import require_fresh_draws
@@ -29,8 +30,8 @@ def half(**options: Any) -> tsq.QualitySubset:
 
 
 def made(kind: Any, data: tsq.QualitySubset, **options: Any) -> Any:
-    if kind is tsq.RankCallback:
-        return tsq.RankCallback(interval=4, **options)
+    if kind is paper.RankCallback:
+        return paper.RankCallback(interval=4, **options)
     return quality_by(data, reference=40, **options) if kind is tsq.QualityCallback else kind(data, **options)
 
 
@@ -88,7 +89,7 @@ def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path)
 
     data = half()
     drawn = Drawn(data)
-    ranks = made(tsq.RankCallback, data)
+    ranks = made(paper.RankCallback, data)
     trainer = train(data, tmp_path, made(kind, data), ranks, At(stop), drawn, num_train_epochs=3)
     assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
@@ -98,7 +99,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
     ends, quality, events = [], [], []
     for order in (1, -1):
         data = half()
-        ranks = made(tsq.RankCallback, data, samples=16, schedule=tsq.RankSchedule(moves=3))
+        ranks = made(paper.RankCallback, data, samples=16, schedule=paper.RankSchedule(moves=3))
         trainer = train(data, tmp_path / str(order), *[made(tsq.QualityCallback, data), ranks][::order])
         ends.append(trainer.model.state_dict())
         quality.append(data.scores.quality)  # type: ignore[union-attr]
@@ -122,7 +123,7 @@ def test_a_later_training_without_the_callback_is_a_random_one(ended: str, tmp_p
         train(data, tmp_path / "first", quality, At(interrupt))
     except KeyboardInterrupt:
         assert data.drawn_by == "QualityCallback"
-    ranks, drawn = made(tsq.RankCallback, data), Drawn(data)
+    ranks, drawn = made(paper.RankCallback, data), Drawn(data)
     train(data, tmp_path / "second", made(tsq.GuardCallback, data), ranks, drawn)
     assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
     assert (data.scores, data.drawn_by) == (None, None)
@@ -134,7 +135,7 @@ def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
     train(data, tmp_path / "first", made(tsq.QualityCallback, data, weights={"loss": 1.0}))
     assert data.scores is not None
     again.use(data.scores, 0)
-    ranks = made(tsq.RankCallback, again, samples=16)
+    ranks = made(paper.RankCallback, again, samples=16)
     train(again, tmp_path / "second", ranks)
     assert (again.scores is data.scores, ranks.loop.started) == (True, True)
 

@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import tsqlora as tsq
 from scoring import quality_by
+from tsqlora import paper
 from words import llama, tokenizer
 
 trl = pytest.importorskip("trl", reason="needs trl")
@@ -96,7 +97,7 @@ def assert_loads_in_plain_peft(folder: Path, expected: torch.Tensor) -> None:
 )
 def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, options: dict[str, Any]) -> None:
     # Sharper than the default: a tiny model's layers differ little.
-    ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4, gamma=4))
+    ranks = paper.RankCallback(interval=3, schedule=paper.RankSchedule(moves=4, gamma=4))
     trainer = make(tmp_path, [ranks], data, **options)
     assert trainer.args.activation_checkpointing  # TRL's default
     trainer.train()
@@ -114,7 +115,7 @@ def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, 
 def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path) -> None:
     ended = []
     for resume in (False, True):
-        ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4))
+        ranks = paper.RankCallback(interval=3, schedule=paper.RankSchedule(moves=4))
         trainer = make(tmp_path, [ranks], save_strategy="steps", save_steps=5, save_total_limit=3)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
         ended.append((ranks.events, logits(trainer.model)))
@@ -124,7 +125,7 @@ def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path
 
 
 def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
-    trainer = make(tmp_path, [tsq.RankCallback(interval=3)], gradient_checkpointing_kwargs={"use_reentrant": True})
+    trainer = make(tmp_path, [paper.RankCallback(interval=3)], gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(tsq.UnsupportedError, match=r"reentrant gradient checkpointing.*use_reentrant': False"):
         trainer.train()
 
@@ -132,7 +133,7 @@ def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [PAIRS, TALKS])
 def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_path: Path) -> None:
     """Half of the rows an epoch; targets are what TRL trains on, of a prompt's completion and of an assistant."""
-    ranks = tsq.RankCallback(interval=3)
+    ranks = paper.RankCallback(interval=3)
     options = {"assistant_only_loss": True} if data is TALKS else {}
     trainer = make(tmp_path, [ranks], data, max_steps=-1, num_train_epochs=12, **options)
     rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)

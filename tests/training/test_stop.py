@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import tsqlora as tsq
 from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.errors import StoppedError
 from tsqlora.training.stop import SIGNALS, StopCallback
 
@@ -57,7 +58,7 @@ def train(folder: Path, *also: TrainerCallback, resume: bool = False, **further:
     data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     callbacks = [
         quality_by(data, reference=40),
-        tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(freeze=0.2)),
+        paper.RankCallback(interval=3, samples=16, schedule=paper.RankSchedule(freeze=0.2)),
         *also,
     ]
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tsqlora.ranks.moves import layer_places
+from tsqlora.reports.page import layer_places
 
 _BLOCKS_ABREAST = 12
 _CLASSES = 20

@@ -15,8 +15,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tsqlora.quality.scores import Scores
-from tsqlora.ranks.moves import RankEvent, layer_places
-from tsqlora.reports.page import words
+from tsqlora.reports.page import layer_places, words
+from tsqlora.training.record import RankEvent
 
 BLUE, ORANGE, GREEN = "#0072b2", "#c44e00", "#007f5f"
 GREY = "#5f6b7a"

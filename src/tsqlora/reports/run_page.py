@@ -5,11 +5,10 @@ from shlex import quote
 from typing import Any
 
 from tsqlora.quality.reasons import WHY
-from tsqlora.ranks.moves import MOST_EVENTS
 from tsqlora.reports import figures
 from tsqlora.reports.gather import Gathered
 from tsqlora.reports.page import Table, render
-from tsqlora.training.record import RunRecord, look_sentences
+from tsqlora.training.record import MOST_EVENTS, RunRecord, look_sentences
 
 LOGGED = 60
 """Rows of the table of the log."""

@@ -12,11 +12,10 @@ from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import Config
-from tsqlora.run.job import Job
+from tsqlora.run.job import Job, published
 from tsqlora.tasks import has_own_loss
 from tsqlora.training.fit import Method
 from tsqlora.training.quality_callback import QualityCallback
-from tsqlora.training.rank_callback import RankCallback
 
 
 def subset(job: Job, fraction: float) -> QualitySubset:
@@ -84,18 +83,10 @@ def quality_callback(job: Job, data: QualitySubset, scores_path: Path, progress:
     )
 
 
-def rank_callback(job: Job) -> RankCallback | None:
+def rank_callback(job: Job) -> Any:
     """The RankCallback that the config describes; None where ranks stay."""
-    r = job.config.ranks
-    if not r.moves:
-        return None
-    return RankCallback(
-        r.interval,
-        min_rank=r.min,
-        policy=r.policy,
-        seed=job.config.training.seed,
-        collate=job.collate,
-    )
+    r, seed = job.config.ranks, job.config.training.seed
+    return published().RankCallback(r.interval, min_rank=r.min, seed=seed, collate=job.collate) if r.moves else None
 
 
 def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = None) -> Method:

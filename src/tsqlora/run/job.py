@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from peft import PeftModel
 from transformers import set_seed
 
-from tsqlora.adapter.wrap import plain_lora, start_from, wrap
 from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
 from tsqlora.data.readers import Hints
@@ -22,6 +23,7 @@ from tsqlora.run.start import start_labels, start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
 from tsqlora.training.load import Pretrained, load_pretrained
+from tsqlora.training.lora import start_from, wrap
 
 _SHOWN = 6
 """Classes in the line about the rows."""
@@ -198,24 +200,30 @@ def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Seq
     )
 
 
+def published() -> ModuleType:
+    """The wing of the published method, imported only where a setting asks for it."""
+    from tsqlora import paper
+
+    return paper
+
+
 def with_adapter(config: Config, pretrained: Pretrained) -> PeftModel:
     """Add LoRA to the pretrained model in place, new or from adapter.init_from; with slots where ranks move."""
     adapter, ranks = config.adapter, config.ranks
     set_seed(config.training.seed)
     common: dict[str, Any] = {"dropout": adapter.dropout, "modules_to_save": pretrained.new_modules}
-    slots: dict[str, Any] = {"max_rank": ranks.max} if ranks.moves else {}
+    with_slots = partial(published().wrap, max_rank=ranks.max) if ranks.moves else None
     if (start := start_of(config)) is not None:
         model = start_from(pretrained.model, start, **common)
-        if ranks.moves:
-            wrap(model, **slots)
+        if with_slots is not None:
+            with_slots(model)
     else:
-        model = (wrap if ranks.moves else plain_lora)(
+        model = (with_slots or wrap)(
             pretrained.model,
             mean_rank=ranks.mean,
             depth=None if ranks.depth == "all" else ranks.depth,
             alpha=adapter.alpha,
             target_modules=adapter.target_modules,
-            **slots,
             **common,
         )
     for written in model.peft_config.values():

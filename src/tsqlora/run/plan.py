@@ -7,17 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.table import Samples, Table
 from tsqlora.quality.cost import look_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule
-from tsqlora.ranks.allocate import used
-from tsqlora.ranks.moves import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.training.fit import Method
+from tsqlora.training.lora import active_ranks, layer_shapes, trainable_parameters, used
 
 _SHOWN_CHARACTERS = 600
 
@@ -37,9 +35,8 @@ def plan(
     steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
     epochs = steps / steps_an_epoch
     idle = without_effect(config)
-    interval = config.ranks.interval or default_interval(steps)
-    if config.ranks.moves and not RankSchedule().steps(steps, interval):
-        idle.append(f"ranks.policy has no effect: {steps} steps at an interval of {interval} allow no adjustment")
+    if method.ranks is not None and (why := method.ranks.why_idle(steps)):
+        idle.append(f"ranks.policy has no effect: {why}")
     return {
         "rows": {name: len(table) for name, table in tables.items()},
         "classes": _classes(task, model, tables["train"].samples),
@@ -49,7 +46,7 @@ def plan(
         "passes": _passes(task, method, epochs=epochs),
         "ranks": ranks,
         "budget": used(ranks, shapes),
-        "trainable": active_parameters(model),
+        "trainable": trainable_parameters(model),
         "bf16": args.bf16,
         "without_effect": idle,
     }

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsqlora.adapter.wrap import mean_rank, read_start
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.lora import LoraAdapter
-from tsqlora.ranks.allocate import default_max_rank
 from tsqlora.run.config import Config
+from tsqlora.training.lora import mean_rank, read_start
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import adapter_folder, is_run
 
@@ -26,9 +25,7 @@ def with_start(config: Config) -> Config:
     ranks = _require_unset(config, "ranks", {"mean": mean, "depth": "all"})
     scale = next(iter(adapter.targets.values())).scale  # of all the same
     targets = {"alpha": scale * mean, "target_modules": sorted(adapter.targets)}
-    if config.ranks.max is None:
-        ranks["max"] = default_max_rank(mean, least=largest)
-    elif config.ranks.max < largest:
+    if config.ranks.max is not None and config.ranks.max < largest:
         raise SettingsError(f"ranks.max is {config.ranks.max}, and adapter.init_from has a rank of {largest}; raise it")
     return config.model_copy(
         update={

@@ -24,7 +24,6 @@ from tsqlora.tasks import Collate, Task, has_own_loss
 from tsqlora.tasks.forward import output_part
 from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
-from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
 from tsqlora.training.session import of_draws
 from tsqlora.training.tell_progress import TellProgress
@@ -36,7 +35,8 @@ class Method:
 
     data: QualitySubset
     quality: QualityCallback | None = None
-    ranks: RankCallback | None = None
+    ranks: Any = None
+    """The RankCallback of `tsqlora.paper`, where ranks move."""
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -72,7 +72,7 @@ def fit(
     for part in (method.quality, guard):
         if part is not None:
             part.into = record, run
-    live = [] if progress is None else [TellProgress(data, method.ranks, progress)]
+    live = [] if progress is None else [TellProgress(data, progress)]
 
     def measure(result: Any) -> dict[str, float]:
         return task.metrics(result.predictions, result.label_ids)

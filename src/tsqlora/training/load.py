@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.wrap import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import loading, require_model
 from tsqlora.compat.transformers import (
@@ -31,6 +30,7 @@ from tsqlora.compat.transformers import (
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.tasks import Task
+from tsqlora.training.lora import heads, outermost, require_supported_packing
 
 ROOM = 0.7
 """Share of a GPU's free memory that weights may take; a look needs the rest."""

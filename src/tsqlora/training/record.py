@@ -5,7 +5,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -14,12 +14,46 @@ from typing import Any
 from tsqlora.errors import DataError
 from tsqlora.files import reading, write_json
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.moves import RankEvent
 
 RECORD_FILE = "run.json"
 MOST_ENTRIES = 5000
 """Of the log, in the record."""
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class RankEvent:
+    """One decision about ranks that move, as in run.json.
+
+    `step` counts completed optimizer steps, `reason` is start or adjustment, `ranks`
+    hold from here on, `target` and `sensitivity` are what they were decided from, `moved` is
+    the number of slots given up, `used` and `budget` are in parameters.
+    """
+
+    step: int
+    reason: str
+    ranks: Mapping[str, int]
+    target: Mapping[str, int]
+    sensitivity: Mapping[str, float]
+    moved: int
+    used: int
+    budget: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
+        """Inverse of `to_dict`; DataError if a field is missing."""
+        try:
+            return cls(**{field.name: data[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise DataError(f"saved rank event has no {error}; the file is cut off or from another version") from None
+
+
+MOST_EVENTS = 1000
+"""Events of a run in run.json; each has three numbers per layer."""
 
 
 @dataclass(slots=True)

@@ -21,7 +21,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from tsqlora import distributed
-from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots, layers_of
 from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.compat.transformers import carried, knows_lengths, live_note, saved_note
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -37,6 +36,7 @@ from tsqlora.training.checkpoints import (
     require_resumable_saves,
     set_aside,
 )
+from tsqlora.training.lora import active_ranks, trainable_parameters
 from tsqlora.training.record import RunRecord, logged, metrics_of
 from tsqlora.training.steps import EPOCH_ERROR, epoch_of, passed
 
@@ -161,7 +161,7 @@ class Session:
         for part in self.parts:
             part.end(state)
         model = distributed.unwrapped(kwargs["model"])  # which may be that of the best checkpoint by now
-        record = self.fill(state, ranks=active_ranks(model)) if layers_of(model) else self.fill(state)
+        record = self.fill(state, ranks=active_ranks(model))
         record.now = {}
         if self.finishes and state.is_world_process_zero:
             record.status = "finished"
@@ -337,7 +337,7 @@ _ARGUMENTS = (
 def own_record(args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> RunRecord:
     """The record of a training in a user's Trainer."""
     model = distributed.unwrapped(model)
-    plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model) if has_slots(model) else {}}
+    plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model)}
     rows, task = "a stream", None
     if has_length(data):
         pool = len(data.dataset) if isinstance(data, QualitySubset) else len(data)
@@ -357,7 +357,7 @@ def own_record(args: TrainingArguments, state: TrainerState, model: nn.Module, d
         data={},
         plan=plan,
         quality=of_draws(data),
-        parameters={"trainable": active_parameters(model)},
+        parameters={"trainable": trainable_parameters(model)},
         settings={
             "model": {
                 "path": getattr(getattr(model, "config", None), "name_or_path", "") or type(base_model(model)).__name__

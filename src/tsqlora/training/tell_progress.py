@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tsqlora.compat.transformers import live_note
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.steps import passed
 
 SPAN = 50
@@ -40,8 +40,8 @@ class Pace:
 class TellProgress(TrainerCallback):
     """Reports each step: how many are done, loss, learning rate, speed, slots moved, memory."""
 
-    def __init__(self, data: QualitySubset, ranks: RankCallback | None, progress: Progress) -> None:
-        self.data, self.ranks, self.progress = data, ranks, progress
+    def __init__(self, data: QualitySubset, progress: Progress) -> None:
+        self.data, self.progress = data, progress
         self.loss: float | None = None
         self.pace = Pace()
 
@@ -56,7 +56,7 @@ class TellProgress(TrainerCallback):
         rows, tokens = passed(self.data, args, state)
         rows_a_second, tokens_a_second = self.pace.add(rows, tokens)
         rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
-        moved = 0 if self.ranks is None else sum(event.moved for event in self.ranks.events)
+        moved = sum(event.moved for event in live_note(state).get("record", {}).get("rank_events", ()))
         pulse = Pulse(self.loss, rate, rows_a_second, tokens_a_second, moved, peak_memory())
         self.progress("training", state.global_step, state.max_steps, pulse)
 

@@ -14,7 +14,6 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.hub import is_revision
 from tsqlora.data.readers import Hints
 from tsqlora.errors import SettingsError, nearest
-from tsqlora.ranks.allocate import default_max_rank
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 
 PresetName = Literal["default", "paper"]
@@ -192,7 +191,9 @@ class QualitySettings(Section):
 
 
 class RankSettings(Section):
-    policy: str = setting("fixed", "fixed: every layer keeps the mean rank; tsqlora: ranks follow sensitivity.")
+    policy: Literal["fixed", "tsqlora"] = setting(
+        "fixed", "fixed: every layer keeps the mean rank; tsqlora: ranks follow sensitivity."
+    )
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
@@ -200,10 +201,6 @@ class RankSettings(Section):
         "all", "Adapt only the top N transformer blocks, with as many parameters as ranks.mean has in all."
     )
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
-
-    def resolved_max(self) -> int:
-        """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
-        return default_max_rank(self.mean) if self.max is None else self.max
 
     @property
     def moves(self) -> bool:

@@ -1,1 +1,0 @@
-"""PEFT's LoRA layers with a rank that can change."""

@@ -1,0 +1,44 @@
+"""The published method, TsqLoRA (https://arxiv.org/abs/2509.18585), and what became of it here.
+
+Theirs: a row's quality Q, from the norm of its gradient, the loss that one step on it saves, and its agreement with the
+mean gradient (docs/method.md eq. 1 to 4); draws by softmax(Q/τ) (eq. 5); a layer's sensitivity (eq. 6) and ranks in
+proportion to it (eq. 7). Ours: gradients of single rows that are exact and cost one backward pass; rank slots, which
+let ranks move without a new optimizer; where new slots point. Neither part raised accuracy by more than noise
+(docs/ranks.md, docs/results.md), so nothing of it is on by default, and nothing outside this wing needs it:
+`ranks.policy: tsqlora` and `quality.preset: paper` import it.
+
+    from tsqlora import paper
+
+    model = paper.wrap(model, mean_rank=8)                       # LoRA with slots
+    Trainer(model, args, train_dataset=rows, callbacks=[paper.RankCallback(interval=50)]).train()
+
+    ranks = paper.allocate(paper.sensitivity(model, rows, collate), mean_rank=8)
+
+Names are imported on first use.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "budget": ("Sensitivity", "allocate"),
+    "callback": ("RankCallback",),
+    "loop": ("RankLoop",),
+    "moves": ("RankEvent", "RankSchedule"),
+    "probe": ("sensitivity",),
+    "slots": ("active_parameters", "active_ranks", "finalize", "wrap"),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"tsqlora.paper.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'tsqlora.paper' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,231 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+
+import tsqlora as tsq
+from scoring import quality_by
+from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora import paper
+from tsqlora.quality.scores import Scores
+from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
+
+DATA = moods()
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """As a crash behind the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
+    """Six epochs of four steps; looks come before the first and the third, ranks with the first."""
+    subset = tsq.QualitySubset(DATA, 0.5, seed=0)
+    quality = quality_by(subset, reference=40, weights={"loss": -1.0})
+    ranks = paper.RankCallback(interval=interval, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2))
+    model = slotted_bert(max_rank=max_rank)
+    options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
+    return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
+
+
+class Falling:
+    """A metric that is best at the first evaluation."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def __call__(self, _predictions: Any) -> dict[str, float]:
+        self.value -= 0.1
+        return {"falling": self.value}
+
+
+def callback(of: Trainer, kind: type) -> Any:
+    return next(c for c in of.callback_handler.callbacks if isinstance(c, kind))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    made = trainer(tmp_path_factory.mktemp("whole"))
+    made.train()
+    assert sum(event.moved > 0 for event in callback(made, paper.RankCallback).events) > 1
+    return made
+
+
+def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
+    """Bit by bit."""
+    ranks, expected = (callback(made, paper.RankCallback) for made in (resumed, whole))
+    assert ranks.events == expected.events
+    assert ranks.final == expected.final
+    left, right = (made.model.state_dict() for made in (resumed, whole))
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        assert torch.equal(weight, right[name]), name
+
+
+STEPS = {1: (1, 6, 7, 8, 9, 16, 23, 24), 3: range(1, 13)}
+"""From which a run is resumed, the last one of all included, by batches a step. Three of an epoch's four batches make a
+step, and the last one alone another."""
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that was saved at every step."""
+    made = trainer(tmp_path_factory.mktemp("saved"), save_steps=1, **every_step(request.param))
+    made.train()
+    assert made.state.global_step == STEPS[request.param][-1]
+    events = callback(made, paper.RankCallback).events
+    assert [event.reason for event in events[:2]] == ["start", "adjustment"]
+    assert any(event.moved for event in events)
+    assert [look["epoch"] for look in callback(made, tsq.QualityCallback).looks] == [0, 2]
+    return made
+
+
+def every_step(accumulation: int) -> dict[str, Any]:
+    return {"save_strategy": "steps", "gradient_accumulation_steps": accumulation}
+
+
+def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(saved: Trainer) -> None:
+    """Before the second look, where it comes, behind it; at steps of adjustments; within epochs; behind the last."""
+    accumulation = saved.args.gradient_accumulation_steps
+    folder = Path(saved.args.output_dir)
+    for step in STEPS[accumulation]:
+        resumed = trainer(folder, save_steps=100, **every_step(accumulation))
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert_same_end(resumed, saved)
+
+
+class CrashInWindow(TrainerCallback):
+    """In the middle of a step's accumulation; in the step of an adjustment its sensitivities are half measured."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.step = 0
+            raise Interrupted
+
+
+@pytest.mark.parametrize("again", ["in the same Trainer", "in a new process"])
+def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Trainer, tmp_path: Path) -> None:
+    accumulation = saved.args.gradient_accumulation_steps
+    if accumulation == 1:
+        return  # no window
+    # The odd steps have three batches.
+    step = next(event.step for event in callback(saved, paper.RankCallback).events[1:] if event.step % 2)
+    made = trainer(tmp_path, CrashInWindow(step), save_steps=2, **every_step(accumulation))
+    with pytest.raises(Interrupted):
+        made.train()
+    if again == "in a new process":
+        made = trainer(tmp_path, save_steps=2, **every_step(accumulation))
+    made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
+    assert_same_end(made, saved)
+
+
+def test_a_run_that_stops_twice_ends_the_same(whole: Trainer, tmp_path: Path) -> None:
+    """Behind a checkpoint that another process had begun from another."""
+    for step in (5, 14):
+        made = trainer(tmp_path, Interrupt(step), save_strategy="steps", save_steps=3)
+        start = tsq.last_checkpoint(tmp_path)
+        with pytest.raises(Interrupted):
+            made.train(resume_from_checkpoint=None if start is None else str(start))
+    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
+    assert_same_end(made, whole)
+
+
+def best_of_falling(folder: Path) -> Trainer:
+    return make_trainer(
+        slotted_bert(),
+        DATA,
+        folder,
+        [paper.RankCallback(interval=3, schedule=paper.RankSchedule(moves=3))],
+        num_train_epochs=4,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        eval_strategy="epoch",
+        metric_for_best_model="falling",
+        evaluate_on=DATA[:16],
+        compute_metrics=Falling(),
+    )
+
+
+def test_the_best_checkpoint_is_loaded_with_its_ranks_after_a_resume_too(tmp_path: Path) -> None:
+    made = best_of_falling(tmp_path)
+    made.train()
+    ranks = callback(made, paper.RankCallback)
+    best = Path(made.state.best_model_checkpoint)  # type: ignore[arg-type]
+    assert best.name == "checkpoint-8"
+    assert ranks.final == next(event for event in reversed(ranks.events) if event.step <= 8).ranks
+    assert ranks.final != ranks.events[-1].ranks
+    plain = PeftModel.from_pretrained(base_bert(), str(best)).eval()
+    batch = made.data_collator(DATA[:8])
+    assert torch.equal(plain(**batch).logits, made.model.eval()(**batch).logits)
+    resumed = best_of_falling(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert_same_end(resumed, made)
+
+
+@pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])
+def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole: Trainer) -> None:
+    made = trainer(Path(whole.args.output_dir), **options)
+    with pytest.raises(tsq.TsqLoraError, match=r"interval 3, and .* has 4|max 8, and .* has 6|larger max_rank"):
+        made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
+
+
+def test_a_checkpoint_made_without_the_callbacks_is_told(tmp_path: Path) -> None:
+    make_trainer(slotted_bert(), DATA, tmp_path, [], save_strategy="epoch", num_train_epochs=1).train()
+    made = make_trainer(slotted_bert(), DATA, tmp_path, [paper.RankCallback(interval=4)])
+    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*checkpoint-8/tsqlora\.json is missing"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_scores_that_are_gone_are_told(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(12)).train()
+    for path in tmp_path.glob("scores*.parquet"):
+        path.unlink()
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing; put it"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
+def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(8)).train()
+    path = tmp_path / "scores.parquet"
+    scores = Scores.load(path)
+    replace(scores, quality=np.arange(len(DATA), dtype=float)).save(path)
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    used, expected = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
+    assert np.array_equal(used.quality, expected.quality)
+
+
+@pytest.mark.parametrize("name", ["tsqlora", "tsqlora_quality"])
+@pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
+def test_a_state_that_is_missing_or_of_another_version_is_named(name: str, version: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(4)).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / f"{name}.json").unlink()
+    if version is not None:
+        (checkpoint / f"{name}.json").write_text(json.dumps({"version": version}))
+    write_manifest(checkpoint)
+    with pytest.raises(tsq.TsqLoraError, match=rf"{name}\.json (is missing.*|was written by .*)start"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
