@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from adapter.test_families import FAMILIES
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 import tsqlora as tsq
@@ -16,18 +16,13 @@ from slotted import fill
 from stock import make_trainer, moods
 from tsqlora import paper
 from tsqlora.compat.transformers import transformer_blocks
-from tsqlora.paper.budget import budget, used
-from tsqlora.paper.slots import layer_shapes
-from tsqlora.training.lora import plain_lora
+from tsqlora.training.lora import budget, layer_shapes, used
 
 TOP = "bert.encoder.layer.1."
 
 
 def built(model: nn.Module, *, slots: bool, mean: float = 4, **options: Any) -> PeftModel:
-    if slots:
-        return tsq.wrap(model, mean_rank=mean, **options)
-    rest: dict[str, Any] = {"alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": ()}
-    return plain_lora(model, mean_rank=mean, **rest | options)
+    return (paper.wrap if slots else tsq.wrap)(model, mean_rank=mean, **options)
 
 
 @pytest.mark.parametrize("slots", [True, False])
@@ -82,11 +77,9 @@ def test_plain_peft_loads_what_was_saved(slots: bool, mean: float, tmp_path: Pat
     assert all(name.startswith((TOP, "bert.pooler")) for name in paper.active_ranks(loaded))
 
 
-def test_the_scale_is_that_of_all_blocks_also_with_a_config() -> None:
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["query", "dense"])
-    model = tsq.wrap(tiny_bert(), config=config, depth=1)
+def test_the_scale_is_that_of_all_blocks() -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=4, alpha=12, target_modules=["query", "dense"], depth=1)
     assert {layer.scaling["default"] for layer in layers(model)} == {3.0}
-    assert config.target_modules == {"query", "dense"}
     assert all(rank > 4 for rank in paper.active_ranks(model).values())
 
 
@@ -97,7 +90,7 @@ def layers(model: nn.Module) -> list[Any]:
 def test_ranks_move_among_the_top_blocks_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = tiny_bert(num_labels=2, layers=2, hidden=8, intermediate=16, vocab=40, dtype=torch.float32)
-    model = tsq.wrap(base, mean_rank=2, depth=1)
+    model = paper.wrap(base, mean_rank=2, depth=1)
     reached: list[bool] = []
     base.bert.embeddings.register_forward_hook(lambda _, __, output: reached.append(output.requires_grad))
     ranks = paper.RankCallback(interval=4, samples=16)
@@ -132,4 +125,4 @@ def test_a_depth_that_the_model_does_not_have_is_refused(base: Any, options: dic
 
 def test_an_adapter_that_is_there_has_its_own_depth() -> None:
     with pytest.raises(tsq.SettingsError, match="leave out"):
-        tsq.wrap(paper.finalize(tsq.wrap(tiny_bert())), depth=1)
+        paper.wrap(tsq.wrap(tiny_bert()), depth=1)
