@@ -124,7 +124,7 @@ def parity() -> Result:
         sides = []
         for device in ("cpu", DEVICE):
             model = paper.wrap(build(), mean_rank=4).to(device)
-            scores = tsq.score(model, rows, collate)
+            scores = paper.score(model, rows, collate)
             measured = paper.sensitivity(model, rows, collate)
             sides.append(
                 (scores.terms, np.array(list(measured.values.values())), paper.allocate(measured, mean_rank=4))

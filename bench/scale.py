@@ -88,9 +88,9 @@ def rows(count: int) -> dict[str, Any]:
     )["train"].samples
     stored = time.process_time() - start
     about = {"columns": asdict(tables["train"].columns), "data": str(file)}
-    names = tsq.RowNames(split.ids, split.hashes, split.lengths, about)
-    rule, compute = tsq.ScoringRule(weights={"loss": 1.0}), tsq.Compute(batch_size=1024)
-    scores = tsq.score(run.model, split, run.predictor.collate(), rule=rule, rows=names, compute=compute)
+    names = paper.RowNames(split.ids, split.hashes, split.lengths, about)
+    rule, compute = paper.ScoringRule(weights={"loss": 1.0}), paper.Compute(batch_size=1024)
+    scores = paper.score(run.model, split, run.predictor.collate(), rule=rule, rows=names, compute=compute)
     scores.save(table)
     scored, peak = time.process_time() - start, status("VmHWM")
     del scores

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tsqlora as tsq
 from models import collate
 from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_sensitivity
+from tsqlora import paper
 from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
 from tsqlora.quality.scores import Scores
 
@@ -171,7 +172,7 @@ def score_by(
 ) -> Scores:
     """`tsqlora.score` with the fields of its rule, its rows' names and its computing as options."""
     arguments = _values({"terms": PAPER_TERMS} | options)
-    return tsq.score(model, dataset, collate, task=task, trusted=trusted, **arguments)
+    return paper.score(model, dataset, collate, task=task, trusted=trusted, **arguments)
 
 
 def quality_by(data: Any, **options: Any) -> tsq.QualityCallback:

@@ -17,7 +17,7 @@ ROWS = moods()
 
 def test_a_training_looks_and_moves_ranks(tmp_path: Path) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.5, trusted=moods(8, seed=3)), paper.RankCallback(interval=2)
-    quality = tsq.QualityCallback(data, rule=tsq.ScoringRule(look_again=True))
+    quality = tsq.QualityCallback(data, rule=paper.ScoringRule(look_again=True))
     trainer = make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], num_train_epochs=4)
     with without_float64():
         trainer.train()
@@ -27,9 +27,9 @@ def test_a_training_looks_and_moves_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"task": Classification(label_smoothing=0.1)}])
 def test_gradients_are_scored_and_layers_measured(options: dict[str, Any]) -> None:
-    rule = tsq.ScoringRule(weights={"loss": 1.0, "gradient_norm": 1.0, "convergence": 1.0})
+    rule = paper.ScoringRule(weights={"loss": 1.0, "gradient_norm": 1.0, "convergence": 1.0})
     with without_float64():
-        assert len(tsq.score(slotted_bert(), ROWS, collate, rule=rule, **options)) == len(ROWS)
+        assert len(paper.score(slotted_bert(), ROWS, collate, rule=rule, **options)) == len(ROWS)
         assert paper.sensitivity(slotted_bert(), ROWS, collate, **options).samples == len(ROWS)
 
 

@@ -20,53 +20,68 @@ CALLS = {
     "train": [{"config": "tsq.yaml"}, {"model": {"path": "m"}, "data": {"train": "f"}, "out": "run", "resume": True}],
     "wrap": [
         {"model": 0, "mean_rank": 8},
-        {"model": 0, "config": 0},
-        {"model": 0, "mean_rank": 8, "max_rank": 16, "alpha": 16.0, "dropout": 0.1, "target_modules": ["query"]},
+        {"model": 0, "mean_rank": 8, "alpha": 16.0, "dropout": 0.1, "target_modules": ["query"]},
     ],
     "QualitySubset": [{"dataset": [], "fraction": 0.5, "seed": 0}],
     "QualityCallback": [{"data": 0}],
-    "RankCallback": [{"interval": 50}],
-    "RankLoop": [{"model": 0, "optimizer": 0, "total_steps": 100}],
     "GuardCallback": [{}],
-    "score": [{"model": 0, "dataset": [], "collate": 0}],
     "attach": [{"trainer": 0, "fraction": 0.5, "trusted": []}],
     "apply": [{"model": 0, "look": "LOOK", "batch": {}}],
     "look": [{"model": 0, "dataset": [], "collate": 0, "out": "LOOK"}],
+    "last_checkpoint": [{"folder": "out"}],
+    "report": [{"directory": "out"}, {"directory": "out", "texts": []}],
+}
+"""Calls that users have written, by the names of their arguments."""
+PAPER: dict[str, list[dict[str, Any]]] = {
+    "wrap": [{"model": 0, "mean_rank": 8, "max_rank": 16, "alpha": 16.0, "target_modules": ["query"]}],
+    "RankCallback": [{"interval": 50}],
+    "RankLoop": [{"model": 0, "optimizer": 0, "total_steps": 100}],
+    "score": [{"model": 0, "dataset": [], "collate": 0}],
     "sample": [{"scores": 0, "fraction": 0.5, "seed": 0}],
     "sensitivity": [{"model": 0, "dataset": [], "collate": 0}],
     "allocate": [{"sensitivity": 0, "mean_rank": 8, "min_rank": 1, "max_rank": 16}],
     "active_ranks": [{"model": 0}],
     "active_parameters": [{"model": 0}],
     "finalize": [{"model": 0}],
-    "last_checkpoint": [{"folder": "out"}],
-    "report": [{"directory": "out"}, {"directory": "out", "texts": []}],
 }
-"""Calls that users have written, by the names of their arguments."""
 EXIT_CODES = {"TsqLoraError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
-VALUES = ["RankEvent", "Report", "Scores", "Sensitivity"]
+VALUES = ["Report", "paper"]
 
 
 def test_the_public_names_are_there_and_listed() -> None:
     assert {*CALLS, *EXIT_CODES, *VALUES} <= set(tsq.__all__)
-    assert tsq.__all__ == sorted(tsq.__all__) == sorted(name for names in tsq._HOMES.values() for name in names)
+    assert (
+        tsq.__all__
+        == sorted(tsq.__all__)
+        == sorted(["paper", *(name for names in tsq._HOMES.values() for name in names)])
+    )
     assert dir(tsq) == tsq.__all__
     for name in tsq.__all__:
-        assert getattr(tsq, name).__name__ == name
+        assert getattr(tsq, name).__name__.rpartition(".")[2] == name
     with pytest.raises(AttributeError, match="nothing"):
         _ = tsq.nothing
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_the_documentation_is_accepted(name: str) -> None:
-    for arguments in CALLS[name]:
-        inspect.signature(getattr(tsq, name)).bind(**arguments)
+def test_names_of_the_published_method_are_in_its_wing() -> None:
+    assert {*PAPER, *tsq._TO_PAPER} == {*paper.__all__}
+    for name in paper.__all__:
+        assert getattr(paper, name).__name__ == name
+    for name in tsq._TO_PAPER:
+        with pytest.raises(AttributeError, match=rf"it is tsqlora\.paper\.{name} now"):
+            getattr(tsq, name)
+
+
+@pytest.mark.parametrize(("home", "name"), [*((tsq, name) for name in CALLS), *((paper, name) for name in PAPER)])
+def test_a_call_of_the_documentation_is_accepted(home: Any, name: str) -> None:
+    for arguments in (CALLS if home is tsq else PAPER)[name]:
+        inspect.signature(getattr(home, name)).bind(**arguments)
 
 
 def test_what_may_be_given_by_place() -> None:
-    for name, count in (("wrap", 1), ("QualitySubset", 1), ("QualityCallback", 1), ("RankLoop", 3)):
+    for name, count in (("wrap", 1), ("QualitySubset", 1), ("QualityCallback", 1)):
         inspect.signature(getattr(tsq, name)).bind(*range(count))
-    for name in ("score", "sensitivity"):
-        inspect.signature(getattr(tsq, name)).bind(*range(3))
+    for name in ("RankLoop", "score", "sensitivity"):
+        inspect.signature(getattr(paper, name)).bind(*range(3))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +107,7 @@ def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    code = "import tsqlora.paper.probe, tsqlora.reports, tsqlora as t; assert callable(t.sensitivity), t.report"
+    code = "import tsqlora.reports, tsqlora as t"
     subprocess.run([sys.executable, "-c", f"{code}; assert callable(t.report)"], check=True)
 
 
@@ -106,7 +121,7 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     ranks = paper.RankCallback(interval=2)
     make_trainer(model, data, tmp_path, [tsq.QualityCallback(data), ranks], num_train_epochs=8).train()
     assert len(data) == len(rows) // 2
-    assert isinstance(data.scores, tsq.Scores)
+    assert isinstance(data.scores, paper.Scores)
     assert all(isinstance(event, paper.RankEvent) for event in ranks.events)
     assert any(event.moved for event in ranks.events)
     shown = tsq.report(tmp_path)
@@ -116,9 +131,9 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     plain = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits_of(plain, rows), logits_of(model, rows), rtol=1e-5, atol=1e-6)
 
-    scores = tsq.score(model, rows, collate)
+    scores = paper.score(model, rows, collate)
     assert len(scores) == len(rows)
-    drawn = tsq.sample(scores, fraction=0.5, seed=0)
+    drawn = paper.sample(scores, fraction=0.5, seed=0)
     assert len(np.unique(drawn)) == len(drawn) == len(rows) // 2
     measured = paper.sensitivity(model, rows, collate)
     assert isinstance(measured, paper.Sensitivity)

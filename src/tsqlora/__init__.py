@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     from tsqlora import paper
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-    from tsqlora.quality.epochs import sample
-    from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-    from tsqlora.quality.score import score
-    from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.quality.suspects import Audit
     from tsqlora.reports.write import Report, report
@@ -28,15 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Audit",
-    "Compute",
     "DataError",
     "GuardCallback",
     "QualityCallback",
     "QualitySubset",
     "Report",
-    "RowNames",
-    "Scores",
-    "ScoringRule",
     "SettingsError",
     "TsqLoraError",
     "UnsupportedError",
@@ -47,8 +39,6 @@ __all__ = [
     "look",
     "paper",
     "report",
-    "sample",
-    "score",
     "select",
     "train",
     "wrap",
@@ -57,10 +47,6 @@ __all__ = [
 _HOMES = {
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
-    "quality.epochs": ("sample",),
-    "quality.rule": ("Compute", "RowNames", "ScoringRule"),
-    "quality.score": ("score",),
-    "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
     "quality.suspects": ("Audit",),
     "reports.write": ("Report", "report"),
@@ -76,8 +62,8 @@ _HOMES = {
 
 
 _TO_PAPER = {
-    *("RankCallback", "RankEvent", "RankLoop", "RankSchedule", "Sensitivity"),
-    *("active_parameters", "active_ranks", "allocate", "finalize", "sensitivity"),
+    *("Compute", "RankCallback", "RankEvent", "RankLoop", "RankSchedule", "RowNames", "Scores", "ScoringRule"),
+    *("Sensitivity", "active_parameters", "active_ranks", "allocate", "finalize", "sample", "score", "sensitivity"),
 }
 
 

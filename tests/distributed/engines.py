@@ -232,8 +232,8 @@ def main(engine: str, folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what == "look":  # one process, before anything is sharded
         base_bert().save_pretrained(folder / "whole")
-        tsq.look(bert(), ROWS, collate, out=folder / "LOOK", compute=tsq.Compute(8))
-        tsq.look(bert(), POOL, collate, out=folder / "CONTRARY", trusted=CONTRARY, compute=tsq.Compute(8))
+        tsq.look(bert(), ROWS, collate, out=folder / "LOOK", compute=paper.Compute(8))
+        tsq.look(bert(), POOL, collate, out=folder / "CONTRARY", trusted=CONTRARY, compute=paper.Compute(8))
         return
     if engine.startswith("fsdp"):
         fsdp_on_cpu()

@@ -12,6 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 import tsqlora as tsq
 from models import collate
 from stock import base_bert, moods
+from tsqlora import paper
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.saved_look import SavedLook
 
@@ -28,7 +29,7 @@ def bert() -> Any:
 def look(tmp_path_factory: pytest.TempPathFactory) -> SavedLook:
     """Of rows of which every twelfth has a wrong label."""
     rows = [{**row, "labels": 1 - row["labels"]} if j in WRONG else row for j, row in enumerate(SEEN)]
-    names = tsq.RowNames(hashes=[str(j) for j in range(len(rows))])
+    names = paper.RowNames(hashes=[str(j) for j in range(len(rows))])
     return tsq.look(bert(), rows, collate, out=tmp_path_factory.mktemp("look") / "LOOK", rows=names)
 
 

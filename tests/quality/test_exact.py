@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import tsqlora as tsq
 from models import collate as models_collate
 from models import samples, tiny_bert
 from oracles import slow_scores
 from scoring import assert_agree, score_by, squared_error
+from tsqlora import paper
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.exact import require_own_loss
 from tsqlora.tasks import Task, task_of
@@ -68,7 +68,7 @@ def score(
     task: Task | None = None,
     batch_size: int = 5,
     tokens: int = TOKENS,
-) -> tsq.Scores:
+) -> paper.Scores:
     task = Regression() if task is None else task
     how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size}
     return score_by(model, rows_for(model, tokens), collate, **how)

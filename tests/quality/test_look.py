@@ -25,6 +25,7 @@ from models import (
     tiny_llama_classifier,
 )
 from scoring import assert_unchanged, fingerprint, trainable
+from tsqlora import paper
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
@@ -338,7 +339,7 @@ def test_a_row_with_the_input_of_a_trusted_row_is_never_drawn(relabelled: bool) 
     rows[3], rows[40] = [copy.deepcopy(row) for row in trusted[:2]]
     if relabelled:
         rows[3], rows[40] = shifted([rows[3], rows[40]])
-    scores = tsq.score(model, rows, collate, trusted=trusted)
+    scores = paper.score(model, rows, collate, trusted=trusted)
     assert np.flatnonzero(~scores.kept).tolist() == [3, 40]
     assert np.flatnonzero(scores.left_out_as("trusted row")).tolist() == [3, 40]
     subset = tsq.QualitySubset(rows, 0.5, trusted=trusted)
@@ -427,7 +428,7 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
         return collate(batch)
 
     before = fingerprint(model)
-    run = partial(tsq.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=trusted)
+    run = partial(paper.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=trusted)
     scores = run()
     assert scores.record.head_start["replaced"]
     assert_unchanged(before, model)
@@ -440,7 +441,7 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
 
 def test_one_trusted_row_is_too_few() -> None:
     with pytest.raises(SettingsError, match="1 trusted rows are too few; give at least 2"):
-        tsq.score(wrapped(), learnable(12), collate, trusted=learnable(1, seed=1))
+        paper.score(wrapped(), learnable(12), collate, trusted=learnable(1, seed=1))
 
 
 def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
@@ -500,7 +501,7 @@ def test_a_label_that_the_loss_cannot_use_is_named_with_its_row(at: int, label: 
     task = CLASSES if label in (-100, 3) else NUMBERS
     wrong = with_label(rows, at, label)
     with pytest.raises(DataError, match=f"^row {at} has the label {label}"):
-        tsq.score(model, wrong, collate)
+        paper.score(model, wrong, collate)
     if at == 1:
         with pytest.raises(DataError, match=f"^row 1 has the label {label}"):
             require_scorable(model, wrong[:2], collate, task=task, rule=ScoringRule())

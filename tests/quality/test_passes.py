@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
 from scoring import assert_unchanged, fingerprint, logits_of, score_by, teach
+from tsqlora import paper
 from tsqlora.errors import SettingsError
 from tsqlora.quality import passes
 from tsqlora.quality.passes import empty
@@ -60,7 +60,7 @@ def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder:
     return score_by(*learned, collate, **arguments)
 
 
-def same_bytes(one: tsq.Scores, other: tsq.Scores, folder: Path) -> bool:
+def same_bytes(one: paper.Scores, other: paper.Scores, folder: Path) -> bool:
     one.save(folder / "one.parquet")
     other.save(folder / "other.parquet")
     return (folder / "one.parquet").read_bytes() == (folder / "other.parquet").read_bytes()

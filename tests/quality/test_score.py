@@ -31,6 +31,7 @@ from scoring import (
     teach,
     trainable,
 )
+from tsqlora import paper
 from tsqlora.data.batches import padded_labels
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.paper.slots import find_slots
@@ -69,7 +70,7 @@ def slotted(dtype: torch.dtype = torch.float64) -> tuple[PeftModel, Rows]:
     return model, rows
 
 
-def score(model: nn.Module, rows: Rows, **options: Any) -> tsq.Scores:
+def score(model: nn.Module, rows: Rows, **options: Any) -> paper.Scores:
     """With the head that the model has: it is what the twins are given."""
     return score_by(model, rows, collate, **{"reference": REFERENCE, "batch_size": 7, "head_start": False} | options)
 
@@ -269,7 +270,7 @@ def test_the_loss_is_that_of_training_with_class_weights_and_smoothing() -> None
 # --- what a score may not depend on -------------------------------------------------------
 
 
-def assert_equal_scores(left: tsq.Scores, right: tsq.Scores, order: Any = slice(None)) -> None:
+def assert_equal_scores(left: paper.Scores, right: paper.Scores, order: Any = slice(None)) -> None:
     assert left.terms.keys() == right.terms.keys()
     for name, values in left.terms.items():
         atol = 1e-9 * np.abs(values).max()

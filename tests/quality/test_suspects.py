@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from oracles import slow_contradictions
+from tsqlora import paper
 from tsqlora.quality import duplicates
 from tsqlora.quality.judge import judge, judge_logits
 from tsqlora.quality.suspects import Audit, audit_of, audit_of_judgement, audit_of_units
@@ -179,7 +180,7 @@ def test_rows_too_many_to_be_compared_are_counted(monkeypatch: pytest.MonkeyPatc
 def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:
     model, rows = tiny_bert(2), samples(40, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    audit = tsq.audit(model, rows, collate, classes=["no", "yes"], rows=tsq.RowNames(ids=np.arange(40) + 100))
+    audit = tsq.audit(model, rows, collate, classes=["no", "yes"], rows=paper.RowNames(ids=np.arange(40) + 100))
     assert sorted(audit.ids) == list(range(100, 140))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())

@@ -10,6 +10,7 @@ import torch
 
 import tsqlora as tsq
 from text.test_before import ASSISTANT, END, FOREIGN_ROWS, USER, WORDS, model, samples
+from tsqlora import paper
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.tasks import get_task
 from words import tokenizer
@@ -48,7 +49,10 @@ def new_rows() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory) -> SavedLook:
     """Of rows of which a tenth has the answers of the rows after them."""
-    out, names = tmp_path_factory.mktemp("look") / "LOOK", tsq.RowNames(hashes=[str(j) for j in range(len(samples()))])
+    out, names = (
+        tmp_path_factory.mktemp("look") / "LOOK",
+        paper.RowNames(hashes=[str(j) for j in range(len(samples()))]),
+    )
     tsq.look(model(), samples(), collate, out=out, rows=names, task=TASK, processing_class=tokenizer())
     return SavedLook.load(out)
 

@@ -201,7 +201,7 @@ def test_each_callback_alone_seals_also_where_a_run_goes_on_without_the_other(on
         trainer(run, (0,)).train(resume_from_checkpoint=str(run / "checkpoint-12"))
     else:
         data = tsq.QualitySubset(DATA, 0.5, seed=0)
-        data.use(tsq.Scores.load(run / "scores.parquet"), 2)
+        data.use(paper.Scores.load(run / "scores.parquet"), 2)
         ranks = paper.RankCallback(interval=3, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2))
         options = {"save_strategy": "epoch", "num_train_epochs": 5}
         made = make_trainer(slotted_bert(), data, run, [ranks, tsq.GuardCallback()], **options)
@@ -349,7 +349,7 @@ def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
-    scores = tsq.Scores.load(run / "scores.parquet")
+    scores = paper.Scores.load(run / "scores.parquet")
     scores.save(run / "scores.parquet")
     replace(scores, record=replace(scores.record, epoch=7)).save(run / "scores.parquet")
     with pytest.raises(tsq.DataError, match=r"scores\.parquet holds other scores.*put it back"):

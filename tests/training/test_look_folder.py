@@ -10,6 +10,7 @@ from torch import nn
 import tsqlora as tsq
 from models import collate
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import paper
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.saved_look import SavedLook
@@ -21,7 +22,7 @@ RULE = ScoringRule(look_again=False)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("look") / "LOOK"
-    tsq.look(slotted_bert(), ROWS, collate, out=place, compute=tsq.Compute(8))
+    tsq.look(slotted_bert(), ROWS, collate, out=place, compute=paper.Compute(8))
     return place
 
 

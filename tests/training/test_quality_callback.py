@@ -66,7 +66,7 @@ def test_rows_without_a_token_to_learn_are_said(tmp_path: Path) -> None:
     data = tsq.QualitySubset(
         [{"input_ids": [5, 6, 7 + j], "labels": [-100, -100, -100 if j < 6 else 7 + j]} for j in range(8)]
     )
-    callback = tsq.QualityCallback(data, rule=tsq.ScoringRule(select=False))
+    callback = tsq.QualityCallback(data, rule=paper.ScoringRule(select=False))
     with pytest.warns(UserWarning, match=r"^nothing_trained: .* \(75% of all rows: 0, 1, 2, …\)"):
         train_a_step(data, callback, tmp_path, processing_class=tokenizer())
 

@@ -42,7 +42,7 @@ MOVED = {
     "merge": "tsqlora export --format merged",
     "llamafactory": "python llama_factory.py CONFIG, which is in examples/ of tsqlora's repository",
     "adapter": "tsqlora export --format compressed",
-    "allocate": "tsqlora.allocate(tsqlora.sensitivity(…)) in Python",
+    "allocate": "allocate(sensitivity(…)) of tsqlora.paper in Python",
     "score --explain": "tsqlora explain RUN|SCORES",
     "compare": "bench/harness.py of tsqlora's repository, which trains each method with each seed",
     "report --control": "tsqlora report of each run",

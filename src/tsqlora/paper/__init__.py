@@ -13,6 +13,7 @@ let ranks move without a new optimizer; where new slots point. Neither part rais
     Trainer(model, args, train_dataset=rows, callbacks=[paper.RankCallback(interval=50)]).train()
 
     ranks = paper.allocate(paper.sensitivity(model, rows, collate), mean_rank=8)
+    drawn = paper.sample(paper.score(model, rows, collate), fraction=0.5)
 
 Names are imported on first use.
 """
@@ -21,12 +22,17 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "budget": ("Sensitivity", "allocate"),
-    "callback": ("RankCallback",),
-    "loop": ("RankLoop",),
-    "moves": ("RankEvent", "RankSchedule"),
-    "probe": ("sensitivity",),
-    "slots": ("active_parameters", "active_ranks", "finalize", "wrap"),
+    "paper.budget": ("Sensitivity", "allocate"),
+    "paper.callback": ("RankCallback",),
+    "paper.loop": ("RankLoop",),
+    "paper.moves": ("RankSchedule",),
+    "paper.probe": ("sensitivity",),
+    "paper.slots": ("active_parameters", "active_ranks", "finalize", "wrap"),
+    "quality.epochs": ("sample",),
+    "quality.rule": ("Compute", "RowNames", "ScoringRule"),
+    "quality.score": ("score",),
+    "quality.scores": ("Scores",),
+    "training.record": ("RankEvent",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -34,7 +40,7 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)  # pyright
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f"tsqlora.paper.{home}"), name)
+            value = getattr(importlib.import_module(f"tsqlora.{home}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module 'tsqlora.paper' has no attribute '{name}'")

@@ -68,7 +68,7 @@ def look(
         out: the folder to write.
         processing_class: the tokenizer; with it the answers of a causal model are looked at, too.
         trusted: the trusted rows of the QualitySubset.
-        rule, task, rows, compute: as in `tsqlora.score`; by default the rule of QualityCallback.
+        rule, task, rows, compute: as in `tsqlora.paper.score`; by default the rule of QualityCallback.
 
     Raises UnsupportedError for a model that is sharded already; SettingsError for a folder that is not empty.
     """
