@@ -50,11 +50,8 @@ VALUES = ["Report", "paper"]
 
 def test_the_public_names_are_there_and_listed() -> None:
     assert {*CALLS, *EXIT_CODES, *VALUES} <= set(tsq.__all__)
-    assert (
-        tsq.__all__
-        == sorted(tsq.__all__)
-        == sorted(["paper", *(name for names in tsq._HOMES.values() for name in names)])
-    )
+    homes = [name for names in tsq._HOMES.values() for name in names]
+    assert tsq.__all__ == sorted(tsq.__all__) == sorted(["paper", *homes])
     assert dir(tsq) == tsq.__all__
     for name in tsq.__all__:
         assert getattr(tsq, name).__name__.rpartition(".")[2] == name
@@ -63,7 +60,7 @@ def test_the_public_names_are_there_and_listed() -> None:
 
 
 def test_names_of_the_published_method_are_in_its_wing() -> None:
-    assert {*PAPER, *tsq._TO_PAPER} == {*paper.__all__}
+    assert {"wrap", *tsq._TO_PAPER} == {*paper.__all__}
     for name in paper.__all__:
         assert getattr(paper, name).__name__ == name
     for name in tsq._TO_PAPER:
@@ -85,18 +82,18 @@ def test_what_may_be_given_by_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"),
+    ("function", "call"),
     [
-        ("audit", r"audit\(model, dataset, collate\)"),
-        ("score", r"score\(model, dataset, collate\)"),
-        ("select", r"select\(model, dataset, processing_class\)"),
-        ("sensitivity", r"sensitivity\(model, dataset, collate\)"),
+        (tsq.audit, r"audit\(model, dataset, collate\)"),
+        (paper.score, r"score\(model, dataset, collate\)"),
+        (tsq.select, r"select\(model, dataset, processing_class\)"),
+        (paper.sensitivity, r"sensitivity\(model, dataset, collate\)"),
     ],
 )
-def test_a_path_in_place_of_the_model_names_the_arguments(name: str, call: str) -> None:
+def test_a_path_in_place_of_the_model_names_the_arguments(function: Any, call: str) -> None:
     for path in ("a.csv", Path("a.csv")):
-        with pytest.raises(tsq.SettingsError, match=f"'a.csv'; call tsqlora.{call}"):
-            getattr(tsq, name)(path)
+        with pytest.raises(tsq.SettingsError, match=f"'a.csv'; call {call}"):
+            function(path)
 
 
 @pytest.mark.parametrize("name", EXIT_CODES)

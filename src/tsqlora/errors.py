@@ -94,7 +94,7 @@ def of_loaded_model(function: Callable[P, T]) -> Callable[P, T]:
         if isinstance(model, str | os.PathLike):
             required = ", ".join(one.name for one in parameters if one.default is one.empty)
             raise SettingsError(
-                f"tsqlora.{name} needs a loaded model, not {os.fspath(model)!r}; call tsqlora.{name}({required}), or a "
+                f"{name} needs a loaded model, not {os.fspath(model)!r}; call {name}({required}), or a "
                 "command that reads files: `tsqlora --help`"
             )
         return function(*args, **kwargs)
