@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapter.test_families import FAMILIES
 from peft import PeftModel
 from torch import nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
+from paper.test_families import FAMILIES
 from scoring import logits_of
 from slotted import fill
 from stock import make_trainer, moods
