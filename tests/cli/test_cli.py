@@ -77,7 +77,7 @@ def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
         ("model.path=/no/such/model", 2, "/no/such/model"),
         ("task.type=clasification", 2, "did you mean"),
         ("quality.gate=share", 2, "quality.gate was removed"),
-        ("ranks.policy=nothing", 2, "choices"),
+        ("ranks.policy=nothing", 2, "tsqlora"),
         ("data.max_length=1000", 2, "positions"),
     ],
 )
