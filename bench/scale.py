@@ -27,7 +27,7 @@ import torch
 from made import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from origin import ROOT, commit, parser_of, read, write
 
-import tsqlora as tsq
+from tsqlora import paper
 from tsqlora.data.splits import prepare
 from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading
