@@ -21,7 +21,7 @@ from tsqlora.run.finished import open_run
 from tsqlora.run.train import train
 
 Run = Callable[..., tuple[int, str, str]]
-COMPRESS = ("export", "--format", "compressed")
+CUT = ("export", "--format", "peft")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def test_what_a_run_is_not_made_into_is_named(run: Path, tmp_path: Path, tsqlora
     for command, named in (
         (("export", run, "--format", "gguf"), "classifier"),
         (("export", run, "--format", "merged", "--base", "other"), "--base"),
-        ((*COMPRESS, run, "--mean-rank", 1, "--by", "size"), "removed"),
+        ((*CUT, run, "--by", "size"), "removed"),
+        ((*CUT, run, "--mean-rank", 1), "--keep SHARE"),
+        ((*CUT, run, "--keep", 2), "--keep 2"),
     ):
         code, out, err = tsqlora(*command, "--out", tmp_path / "x")
         assert (code, out) == (2, "")
@@ -93,12 +95,13 @@ def test_any_adapter_is_exported_in_every_format(format: str, plain: Path, tmp_p
     assert report["logits_difference"] < 1e-4 * report["largest_logit"]
 
 
-def test_a_run_is_compressed_to_the_parameters_of_a_uniform_rank(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+def test_a_run_is_cut_to_a_share_of_its_parameters(run: Path, tmp_path: Path, tsqlora: Run) -> None:
     before = read_adapter(run / "adapter")
-    uniform = sum(target.inputs + target.outputs for target in before.targets.values())
-    code, out, _ = tsqlora(*COMPRESS, run, "--mean-rank", 1, "--out", tmp_path / "out", "--json")
-    assert (code, json.loads(out)["format"]) == (0, "compressed")
-    assert 0.8 * uniform < read_adapter(tmp_path / "out").parameters <= uniform < before.parameters
+    half = before.parameters / 2
+    for format, out in (("peft", tmp_path / "out"), ("compressed", tmp_path / "old")):
+        code, text, _ = tsqlora("export", run, "--format", format, "--keep", 0.5, "--out", out, "--json")
+        assert (code, json.loads(text)["format"]) == (0, format)
+        assert 0.8 * half < read_adapter(out).parameters <= half
 
 
 def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:

@@ -16,8 +16,7 @@ from models import tiny_bert
 from tsqlora.compat.peft import VARIANTS
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.interop import lora
-from tsqlora.interop.attach import attach
-from tsqlora.interop.base import load_base
+from tsqlora.interop.base import Base, attach
 from tsqlora.interop.config import SETTINGS
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
@@ -61,34 +60,32 @@ def edit(folder: Path, **settings: Any) -> Path:
     return folder
 
 
+PATTERNS = {
+    "target_modules": f"{ENDLESS}|.*q_proj",
+    "exclude_modules": ENDLESS,
+    "layers_to_transform": [0, 1],
+    "layers_pattern": [ENDLESS, "layers"],
+    "rank_pattern": {ENDLESS.replace("#", "x"): 8},
+    "alpha_pattern": {f"{'a' * 60}|(.*a){{20}}b": 3, "1.*": 5},
+}
+
+
 @pytest.mark.usefixtures("in_time")
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        {"target_modules": f"{ENDLESS}|.*q_proj"},
-        {"exclude_modules": ENDLESS},
-        {"layers_to_transform": [0, 1], "layers_pattern": [ENDLESS, "layers"]},
-        {"rank_pattern": {ENDLESS.replace("#", "x"): 8}},
-        {"target_parameters": [ENDLESS]},
-    ],
-    ids=lambda bomb: next(reversed(bomb)),
-)
-@pytest.mark.parametrize("format", ["peft", "merged"])
-def test_peft_matches_no_pattern_of_a_stranger(
-    bomb: Mapping[str, Any], format: str, base: Path, adapter: Path, tmp_path: Path
-) -> None:
-    report = export(edit(adapter, **bomb), tmp_path / "out", format=format, base=str(base))
-    assert report["logits_difference"] < 1e-4 < report["largest_logit"]
-    written = tmp_path / "out" / CONFIG
-    assert format == "merged" or ENDLESS[:8] not in written.read_text()
-
-
-def test_peft_reads_no_file_of_settings(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bombs", [PATTERNS, {"target_parameters": [ENDLESS]}], ids=["patterns", "parameters"])
+@pytest.mark.parametrize("format", ["peft", "universal", "merged"])
+def test_peft_reads_no_settings_of_a_stranger_and_matches_no_pattern(
+    bombs: Mapping[str, Any], format: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PeftConfig, "from_json_file", lambda *_, **__: pytest.fail("PEFT read the file"))
-    for format in ("peft", "universal", "merged"):
-        export(adapter, tmp_path / format, format=format, base=str(base))
+    if format == "universal" and "target_parameters" in bombs:
+        return  # which holds no parameters
+    report = export(edit(adapter, **bombs), tmp_path / "out", format=format, base=str(base))
+    assert report["logits_difference"] < 1e-4 < report["largest_logit"]
+    if format != "merged":
+        assert ENDLESS[:8] not in (tmp_path / "out" / CONFIG).read_text()
+    if format == "peft" and bombs is PATTERNS:
+        scales = [target.scale for target in read_adapter(tmp_path / "out").targets.values()]
+        assert scales == [2, 5 / 8], "as PEFT would match them"
 
 
 def test_no_module_of_a_strangers_choice_is_imported(
@@ -166,7 +163,7 @@ def test_every_setting_of_this_peft_is_judged() -> None:
 
 
 def test_a_variant_that_this_peft_lacks_is_not_left_out(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tsqlora.interop.attach.OPTIONS", frozenset({"r", "lora_alpha", "target_modules"}))
+    monkeypatch.setattr("tsqlora.interop.base.OPTIONS", frozenset({"r", "lora_alpha", "target_modules"}))
     with pytest.raises(UnsupportedError, match="use_dora"):
         attach(tiny_llama(), edit(adapter, use_dora=True))
 
@@ -179,7 +176,7 @@ def test_a_base_that_is_an_adapter_is_not_given_to_transformers(
     named = read_adapter(edit(adapter, base_model_name_or_path=str(base)))
     for name in (CONFIG, WEIGHTS):
         (base / name).write_bytes((adapter / name).read_bytes())
-    for load in (lambda: load_base(str(base), named), lambda: load_pretrained(str(base), get_task("regression"))):
+    for load in (lambda: Base(str(base)).load(named), lambda: load_pretrained(str(base), get_task("regression"))):
         with pytest.raises(SettingsError, match=CONFIG):
             load()
 

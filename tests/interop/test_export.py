@@ -1,6 +1,8 @@
 """An exported adapter is its source: the same update, the same logits, in plain PEFT, whatever the ranks and scales."""
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -40,6 +42,7 @@ from transformers import (
 
 from elsewhere import environment_without_us
 from families import FAMILIES, tokenizer_of
+from kinds import edit, saved, with_experts
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from made_media import save_vit, save_wav2vec2
 from models import SIZES, tiny_bert, tiny_llama_classifier
@@ -50,13 +53,11 @@ from tsqlora.interop.checkpoint import revision_of
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.export import merge_into
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, write_adapter
-from tsqlora.interop.lora import LoraAdapter
-from tsqlora.interop.rewrite import compact, served_rank, universal
+from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.rewrite import compact, ranks_for, served_rank, truncate, universal
 from tsqlora.interop.tensors import PRECISIONS
 from tsqlora.interop.verify import TEXTS, compare_updates, compare_weights, logits, probe_rows
 from tsqlora.run.export import export
-
-WRITTEN = Path(__file__).parents[1] / "fixtures" / "v0.1"
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LLAMA = [f"model.layers.{j}.{name}" for j in range(LAYERS) for name in KINDS]
@@ -157,7 +158,7 @@ def test_any_adapter_is_the_same_in_every_form(case: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("heads", [("classifier.weight",), ("classifier.weight", "classifier.bias", "score.weight")])
 def test_a_head_that_only_one_side_has_is_an_error(heads: tuple[str, ...]) -> None:
-    source = read_adapter(WRITTEN / "run" / "adapter")
+    source = read_adapter(Path(__file__).parents[1] / "fixtures" / "v0.1" / "run" / "adapter")
     tensor = next(iter(source.saved.values()))
     source = replace(source, saved={"classifier.weight": tensor, "classifier.bias": tensor})
     with pytest.raises(TsqLoraError, match=r"classifier\.bias|score\.weight"):
@@ -182,14 +183,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(place: Path, out: Path, format: str, **options: Any) -> dict[str, Any]:
     return export(place / "adapter", out, format=format, base=str(place / "base"), **options)
-
-
-def renamed(place: Path, folder: Path, base: str | None) -> Path:
-    """The adapter with another name for its base."""
-    shutil.copytree(place / "adapter", folder)
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}))
-    return folder
 
 
 def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
@@ -218,20 +211,33 @@ def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
     assert not filled.b.any()
 
 
-def test_the_base_that_the_adapter_names_gives_shapes_and_no_logits(place: Path, tmp_path: Path) -> None:
-    report = export(renamed(place, tmp_path / "a", str(place / "base")), tmp_path / "out", format="universal")
-    assert (report["logits_difference"], report["targets"]) == (None, 8)
-
-
 @pytest.mark.parametrize("named", [None, "../base", "/home/someone/model"])
-def test_a_base_that_is_not_named_or_not_here_must_be_given(named: str | None, place: Path, tmp_path: Path) -> None:
-    source = renamed(place, tmp_path / "a", named)
+def test_the_base_that_an_adapter_names_gives_shapes_and_no_logits(
+    named: str | None, place: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(place / "adapter", tmp_path / "a")
+    edit(source, base_model_name_or_path=named)
     with pytest.raises(SettingsError, match="--base"):
         export(source, tmp_path / "out", format="universal")
     assert export(source, tmp_path / "out", format="peft")["targets"] == 3, "which needs no base"
+    edit(source, base_model_name_or_path=str(place / "base"))
+    report = export(source, tmp_path / "universal", format="universal")
+    assert (report["logits_difference"], report["targets"]) == (None, 8)
 
 
-@pytest.mark.parametrize("cut_to", [{"max_rank": 4}, {"mean_rank": 2}])
+def test_the_revision_that_an_adapter_names_is_its_bases(place: Path) -> None:
+    adapter = read_adapter(place / "adapter")
+
+    def named(revision: Any) -> LoraAdapter:
+        return replace(adapter, config={**adapter.config, "revision": revision, "base_model_name_or_path": "org/b"})
+
+    assert [revision_of("org/b", named(name)) for name in ("v2", None)] == ["v2", "main"]
+    assert revision_of("org/other", named("v2")) == "main"
+    with pytest.raises(SettingsError, match=r"\.\./x.*--base"):
+        revision_of("org/b", named("../x"))
+
+
+@pytest.mark.parametrize("cut_to", [{"max_rank": 4}, {"keep": 0.4}])
 def test_truncation_is_the_best_there_is_and_reports_its_error(
     cut_to: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
@@ -398,23 +404,6 @@ def test_a_model_that_encodes_and_decodes_is_fed_on_both_sides(format: str, tmp_
     assert report.get("targets") in (None, 10), "q of three attentions and wo of two sides, in two blocks"
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q", "shared"]},
-        {"target_modules": ["q", "embed_tokens"]},
-        {"target_modules": ["q"], "modules_to_save": ["shared"]},
-    ],
-)
-def test_an_embedding_that_encoder_and_decoder_share_is_not_merged(options: Mapping[str, Any], tmp_path: Path) -> None:
-    save_base(tmp_path / "base", t5())
-    save_lora(tmp_path / "a", t5(), lora_config(task_type="SEQ_2_SEQ_LM", **options))
-    with pytest.raises(UnsupportedError, match=r"shared|embed_tokens"):
-        export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
-    assert "merged" not in {consumer["mend"] for consumer in examine(tmp_path / "a")["consumers"]}
-
-
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # PEFT takes its own biases for shards
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
 def test_what_is_more_than_a_product_is_merged_or_copied_and_refused_otherwise(
@@ -458,16 +447,6 @@ def test_a_text_model_is_merged_without_pillow(tmp_path: Path, monkeypatch: pyte
     save_lora(tmp_path / "a", tiny_llama(), lora_config())
     export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
-@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # PEFT takes its own biases for shards
-def test_biases_of_b_are_not_merged_into_a_base_without_biases(tmp_path: Path) -> None:
-    save_base(tmp_path / "base", tiny_llama())
-    save_lora(tmp_path / "a", tiny_llama(), lora_config(lora_bias=True))
-    with pytest.raises(UnsupportedError, match=r"lora_bias.*layers\.0\.self_attn\.k_proj"):
-        export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", ["universal", "merged", "peft"])
@@ -545,7 +524,7 @@ def wrong_update(adapter: LoraAdapter, folder: Path) -> None:
     write_adapter(replace(adapter, targets=scaled), folder)
 
 
-def wrong_merge(model: PreTrainedModel, _: Any, folder: Path, size: float = 0.01) -> None:
+def wrong_merge(model: PreTrainedModel, folder: Path, size: float = 0.01) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] += size  # type: ignore[index,operator]
     model.save_pretrained(folder)
@@ -572,59 +551,130 @@ def test_an_export_that_is_not_its_source_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf, 0.0])
-def test_an_adapter_of_nan_or_of_nothing_is_not_exported(number: float, place: Path, tmp_path: Path) -> None:
-    source = read_adapter(place / "adapter")
-    broken = {name: replace(target, b=np.full_like(target.b, number)) for name, target in source.targets.items()}
-    write_into(tmp_path / "broken", replace(source, targets=broken))
-    with pytest.raises((DataError, SettingsError)):
-        export(tmp_path / "broken", tmp_path / "out", format="peft")
-    assert not (tmp_path / "out").exists()
+def filled(number: float) -> Callable[[Path], Path]:
+    """An adapter of which every B has this number."""
+
+    def make(folder: Path) -> Path:
+        source = read_adapter(save_lora(folder, tiny_llama(), lora_config()))
+        broken = {name: replace(target, b=np.full_like(target.b, number)) for name, target in source.targets.items()}
+        write_adapter(replace(source, targets=broken), folder)
+        return folder
+
+    return make
 
 
-def test_another_base_is_refused_by_name(place: Path, tmp_path: Path) -> None:
-    save_base(tmp_path / "other", tiny_gpt2_lm())
-    for format in ("universal", "merged", "peft"):
-        with pytest.raises(DataError, match=r"model\.layers\.0"):
-            export(place / "adapter", tmp_path / "out", format=format, base=str(tmp_path / "other"))
-    with pytest.raises(SettingsError, match=r"--base .*nowhere.*no such directory"):
-        export(place / "adapter", tmp_path / "out", format="universal", base=str(tmp_path / "nowhere"))
-
-
-def test_an_enlarged_vocabulary_is_named(tmp_path: Path) -> None:
-    save_base(tmp_path / "base", tiny_llama())
+def large_llama() -> PreTrainedModel:
     large = tiny_llama()
     large.resize_token_embeddings(large.config.vocab_size + 3)
-    folder = save_lora(tmp_path / "a", large, lora_config(modules_to_save=["embed_tokens", "lm_head"]))
-    with pytest.raises(SettingsError, match="vocabulary was enlarged"):
-        export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    return large
 
 
-def test_the_revision_that_an_adapter_names_is_its_bases(place: Path) -> None:
-    adapter = read_adapter(place / "adapter")
-
-    def named(revision: Any) -> LoraAdapter:
-        return replace(adapter, config={**adapter.config, "revision": revision, "base_model_name_or_path": "org/b"})
-
-    assert [revision_of("org/b", named(name)) for name in ("v2", None)] == ["v2", "main"]
-    assert revision_of("org/other", named("v2")) == "main"
-    with pytest.raises(SettingsError, match=r"\.\./x.*--base"):
-        revision_of("org/b", named("../x"))
+def lora(base: Callable[[], Any] = tiny_llama, **options: Any) -> Callable[[Path], Path]:
+    return lambda folder: save_lora(folder, base(), lora_config(**options))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"format": "unversal"}, "--format unversal"),
-        ({"format": "peft", "dtype": "int8"}, "--dtype int8"),
-        ({"format": "gguf", "dtype": "bfloat16"}, "--dtype bfloat16"),
-        ({"format": "peft", "max_rank": -1}, "--max-rank"),
-        ({"format": "peft", "mean_rank": 0.001}, "--mean-rank"),
-    ],
-)
-def test_wrong_options_are_refused_by_name(options: dict[str, Any], named: str, place: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=named):
-        exported(place, tmp_path / "out", **options)
+def tiny_tied() -> PreTrainedModel:
+    return tiny_llama(tied=True)
+
+
+def small_bert() -> PreTrainedModel:
+    return tiny_bert().float()
+
+
+MERGED, PEFT, GGUF = ({"format": format} for format in ("merged", "peft", "gguf"))
+UNIVERSAL, SHARED = {"format": "universal"}, {"task_type": "SEQ_2_SEQ_LM"}
+EVERY = (PEFT, UNIVERSAL, MERGED)
+REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
+    "NaN": (filled(np.nan), tiny_llama, EVERY, DataError, "NaN or infinite"),
+    "infinite": (filled(np.inf), tiny_llama, EVERY, DataError, "NaN or infinite"),
+    "nothing": (filled(0.0), tiny_llama, PEFT, SettingsError, "would be empty"),
+    "another base": (saved(), tiny_gpt2_lm, EVERY, DataError, r"no module model\.layers\.0"),
+    "another size": (saved(), lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), EVERY, DataError, "16 → 16 in the base"),
+    "no base": (saved(), None, UNIVERSAL, SettingsError, r"--base .*base.*no such directory"),
+    "a larger vocabulary": (
+        lora(large_llama, modules_to_save=["embed_tokens", "lm_head"]),
+        tiny_llama,
+        MERGED,
+        SettingsError,
+        "vocabulary was enlarged",
+    ),
+    "experts": (with_experts, tiny_llama, PEFT, UnsupportedError, "target_parameters"),
+    "a bias of B": (
+        lora(lora_bias=True),
+        tiny_llama,
+        MERGED,
+        UnsupportedError,
+        r"lora_bias.*layers\.0\.self_attn\.k_proj",
+    ),
+    "shared": (
+        lora(t5, target_modules=["q", "shared"], **SHARED),
+        t5,
+        MERGED,
+        UnsupportedError,
+        "shared",
+    ),
+    "an embedding": (
+        lora(t5, target_modules=["q", "embed_tokens"], **SHARED),
+        t5,
+        MERGED,
+        UnsupportedError,
+        "embed_tokens",
+    ),
+    "shared and saved": (
+        lora(t5, target_modules=["q"], modules_to_save=["shared"], **SHARED),
+        t5,
+        MERGED,
+        UnsupportedError,
+        "shared",
+    ),
+    "gguf of a head": (lora(modules_to_save=["lm_head"]), tiny_llama, GGUF, UnsupportedError, "lm_head"),
+    "gguf of BERT": (
+        lora(small_bert, target_modules=["query"], task_type=None),
+        small_bert,
+        GGUF,
+        UnsupportedError,
+        "bert.*arcee, gemma",
+    ),
+    "gguf of positions": (
+        lora(tiny_gpt2_lm, target_modules=["wpe"], fan_in_fan_out=True),
+        tiny_gpt2_lm,
+        GGUF,
+        UnsupportedError,
+        r"transformer\.wpe",
+    ),
+    "gguf of tied weights": (
+        lora(tiny_tied, target_modules=["embed_tokens"]),
+        tiny_tied,
+        GGUF,
+        UnsupportedError,
+        r"model\.embed_tokens",
+    ),
+    "an unknown format": (saved(), tiny_llama, {"format": "unversal"}, SettingsError, "--format unversal.*universal"),
+    "an unknown dtype": (saved(), tiny_llama, PEFT | {"dtype": "int8"}, SettingsError, "--dtype int8"),
+    "gguf's dtypes": (saved(), tiny_llama, GGUF | {"dtype": "bfloat16"}, SettingsError, "--dtype bfloat16"),
+    "no rank": (saved(), tiny_llama, PEFT | {"max_rank": -1}, SettingsError, "--max-rank"),
+    "too little": (saved(), tiny_llama, PEFT | {"keep": 0.001}, SettingsError, "--keep"),
+    "more than all": (saved(), tiny_llama, PEFT | {"keep": 1.5}, SettingsError, "--keep 1.5"),
+    "no cut": (saved(), tiny_llama, {"format": "compressed"}, SettingsError, "--keep SHARE or --max-rank"),
+}
+"""An adapter, its base, options of the export, and the error that names what is wrong."""
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # PEFT takes its own biases for shards
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exported_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    build, base, options, kind, named = REFUSED[case]
+    source = build(tmp_path / "a")
+    if base is not None:
+        save_base(tmp_path / "base", base())
+    for each in [options] if isinstance(options, dict) else options:
+        with pytest.raises(kind, match=named):
+            export(source, tmp_path / "out", base=str(tmp_path / "base"), **each)
+        assert not (tmp_path / "out").exists()
+    if "shared" in case:
+        assert "merged" not in {consumer["mend"] for consumer in examine(source)["consumers"]}
 
 
 def test_a_directory_is_new_or_empty_and_nothing_is_overwritten(
@@ -646,3 +696,55 @@ def test_a_directory_is_new_or_empty_and_nothing_is_overwritten(
         export(place / "adapter", tmp_path / name, format="peft")
         assert (tmp_path / name / CONFIG).exists()
     assert (tmp_path / "link").is_symlink()
+
+
+# ------------------------------------------------------------------------------------- cuts
+
+
+def target(singular: list[float], inputs: int, outputs: int, scale: float = 1.0) -> Target:
+    """A target whose BA has these singular values."""
+    r = len(singular)
+    return Target(np.eye(r, inputs), np.eye(outputs, r) * singular, scale)
+
+
+def by_mean(adapter: LoraAdapter, mean: float) -> dict[str, int]:
+    """The ranks at the parameters of a uniform LoRA."""
+    return ranks_for(adapter, mean * sum(target.inputs + target.outputs for target in adapter.targets.values()))
+
+
+def test_ranks_by_hand() -> None:
+    # Worth by parameter, of 20 and 10 parameters a slot: 100/20, 1/20 against 4/10, 0.01/10.
+    adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5)})
+    assert by_mean(adapter, 1) == {"large": 1, "small": 1}
+    assert by_mean(adapter, 0.7) == {"large": 1, "small": 0}
+    assert by_mean(adapter, 2) == {"large": 2, "small": 2}
+    # A scale of 10 makes 4 into 400, and 0.01 into 1: 0.1 by parameter, above the 0.05 of large's second.
+    adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5, scale=10)})
+    assert by_mean(adapter, 5 / 3) == {"large": 1, "small": 2}
+    # 9 of 20 parameters are worth less than 6.25 of 10.
+    adapter = LoraAdapter({"r": 1}, {"large": target([3], 10, 10), "small": target([2.5], 5, 5)})
+    assert by_mean(adapter, 2 / 3) == {"large": 0, "small": 1}
+
+
+@given(
+    values=st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=3, max_size=3),
+    mean=st.sampled_from((0.5, 1.0, 1.7, 2.5)),
+)
+def test_nothing_of_equal_cost_loses_less(values: list[list[float]], mean: float) -> None:
+    adapter = LoraAdapter({"r": 3}, {str(j): target(row, 4, 4) for j, row in enumerate(values)})
+    ranks = by_mean(adapter, mean)
+    assert sum(ranks.values()) == math.floor(3 * mean)
+
+    def lost(ranks: dict[str, int]) -> float:
+        return sum(sum(v * v for v in sorted(values[int(name)], reverse=True)[rank:]) for name, rank in ranks.items())
+
+    others = (dict(zip(ranks, choice, strict=True)) for choice in itertools.product(range(4), repeat=3))
+    best = min(lost(other) for other in others if sum(other.values()) == sum(ranks.values()))
+    assert lost(ranks) == pytest.approx(best, rel=1e-5)
+
+
+def test_a_layer_that_loses_all_is_gone() -> None:
+    adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4), "b": target([1, 0.5], 4, 4)})
+    cut, errors = truncate(adapter, by_mean(adapter, 1))
+    assert list(cut.targets) == ["a"]
+    assert errors == {"b": 1.0}

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
-from models import tiny_bert
-from tsqlora.errors import SettingsError, UnsupportedError
+from loras import lora_config, save_base, save_lora, tiny_llama
+from tsqlora.errors import SettingsError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES, FILE, PERMUTED, read_gguf, write_gguf
@@ -156,26 +155,6 @@ def test_the_export_is_compared_by_update_and_logits(tmp_path: Path) -> None:
     assert "max_lora_rank" not in report
     half = export(tmp_path / "a", tmp_path / "half", format="gguf", base=str(tmp_path / "base"), dtype="float16")
     assert half["bytes"] < 0.7 * report["bytes"]
-
-
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "head": (tiny_llama, {"modules_to_save": ["lm_head"]}, "lm_head"),
-    "dora": (tiny_llama, {"use_dora": True}, "use_dora"),
-    "unknown": (lambda: tiny_bert().float(), {"target_modules": ["query"], "task_type": None}, "bert.*arcee, gemma"),
-    "position": (tiny_gpt2_lm, {"target_modules": ["wpe"], "fan_in_fan_out": True}, r"transformer\.wpe"),
-    "tied": (lambda: tiny_llama(tied=True), {"target_modules": ["embed_tokens"]}, r"model\.embed_tokens"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_file_cannot_hold_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    base, options, named = REFUSED[case]
-    save_base(tmp_path / "base", base())
-    save_lora(tmp_path / "a", base(), lora_config(**options))
-    with pytest.raises(UnsupportedError, match=named):
-        export(tmp_path / "a", tmp_path / "out", format="gguf", base=str(tmp_path / "base"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package_its_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
     """The fields without a default of its structs at 0d124dc; transformers 5 leaves some of ModernBERT's out."""
     (rule,), _ = rule_for("text-embeddings-inference")
     assert model.__name__ in rule.serves
-    save_merged(model(model.config_class(**sizes)), [], tmp_path)
+    save_merged(model(model.config_class(**sizes)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert {*read, "architectures", "model_type", "id2label", "label2id"} <= config.keys()
     assert all(config[name] is not None for name in read)

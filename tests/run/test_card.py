@@ -90,7 +90,7 @@ def test_what_a_stranger_wrote_is_text_and_not_markup(run: Path, tmp_path: Path)
 
 def test_the_card_of_a_cut_adapter_has_no_results(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRUST, "1")
-    report = export(run, tmp_path / "cut", format="peft", mean_rank=1.0)
+    report = export(run, tmp_path / "cut", format="peft", keep=0.5)
     assert report["truncation"]
     card = ModelCard((tmp_path / "cut" / "README.md").read_text())
     assert "the result was not measured" in card.text

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from byte_tokenizers import CHATML, END
+from interop.test_check import say, serving
 from run.test_generation import PLAIN, TRAINING, config_of
-from run.test_server import say, serving
 from runs import write_jsonl
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.run import check

@@ -41,13 +41,14 @@ for command in (
 MOVED = {
     "merge": "tsqlora export --format merged",
     "llamafactory": "python llama_factory.py CONFIG, which is in examples/ of tsqlora's repository",
-    "adapter": "tsqlora export --format compressed",
+    "adapter": "tsqlora export --format peft --keep SHARE",
     "allocate": "allocate(sensitivity(…)) of tsqlora.paper in Python",
     "score --explain": "tsqlora explain RUN|SCORES",
     "compare": "bench/harness.py of tsqlora's repository, which trains each method with each seed",
     "report --control": "tsqlora report of each run",
     "export --push-to-hub": "hf upload REPO DIR",
-    "export --by": "tsqlora export --mean-rank R",
+    "export --by": "tsqlora export --keep SHARE",
+    "export --mean-rank": "tsqlora export --keep SHARE",
 }
 """Commands and options of earlier versions, and their replacements."""
 

@@ -34,7 +34,7 @@ def export(
         Path, typer.Argument(metavar="RUN|ADAPTER|HUB_ID", help="A directory, or OWNER/NAME on the hub.")
     ],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    format: Annotated[str | None, typer.Option(help="peft, universal, compressed, gguf or merged.")] = None,
+    format: Annotated[str | None, typer.Option(help="peft, universal, gguf or merged.")] = None,
     server: Annotated[
         str | None,
         typer.Option(metavar="NAME[==VERSION]", help="Use the format that this server reads."),
@@ -42,26 +42,26 @@ def export(
     base: Annotated[str | None, typer.Option(help="The adapter's base model: a directory or a hub id.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default unchanged.")] = None,
     max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
-    mean_rank: Annotated[
+    keep: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Cut to the parameters of this uniform rank, at the least change."),
+        typer.Option(metavar="SHARE", help="Cut to this share of the parameters, at the least change."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter, ours or any PEFT LoRA, in the format of its server, and compare it with its source.
 
     peft: the smallest. universal: one rank and alpha for all layers, which every
-    server that takes adapters on this base reads. compressed: fewer parameters, by
-    --mean-rank or --max-rank. gguf: for llama.cpp. merged: base and adapter as one
-    plain transformers model, with head and tokenizer. For a classifier it first says
-    which servers serve it. If the export differs by more than rounding, it fails and
+    server that takes adapters on this base reads. gguf: for llama.cpp. merged: base
+    and adapter as one plain transformers model, with head and tokenizer. --keep and
+    --max-rank cut it first, in any format. For a classifier it first says which
+    servers serve it. If the export differs by more than rounding, it fails and
     writes nothing.
 
     Example: tsqlora export run --format universal --out adapter-for-vllm
 
     Example: tsqlora export run --server sglang --out adapter-for-sglang
 
-    Example: tsqlora export run --format compressed --mean-rank 4 --out smaller
+    Example: tsqlora export run --format peft --keep 0.5 --out smaller
     """
     if (format is None) == (server is None):
         raise SettingsError("an export needs either --format or --server; set one of them")
@@ -81,7 +81,7 @@ def export(
     assert format is not None
     from tsqlora.run.export import export as write
 
-    result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
+    result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, keep=keep)
     console.show(result, as_json, show_export)
 
 

@@ -5,7 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import reading
@@ -105,6 +108,11 @@ def download_adapter(name: str) -> Path:
             "and is not opened; if you trust it, load the adapter with PEFT and save it with save_pretrained"
         )
     return folder
+
+
+def http_library() -> Any:
+    """The HTTP client that huggingface_hub brings: httpx2, before its version 2 httpx."""
+    return import_module("httpx2" if find_spec("httpx2") else "httpx")
 
 
 @dataclass(frozen=True, slots=True)

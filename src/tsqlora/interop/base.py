@@ -1,15 +1,17 @@
-"""Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
+"""Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights; attach."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,20 +26,14 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.hub import loading
 from tsqlora.compat.transformers import class_for, load, require_no_adapter, without_named_files, without_weights
-from tsqlora.errors import SettingsError
-from tsqlora.interop.checkpoint import base_path, revision_of
-from tsqlora.interop.files import read_adapter, require_inside
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.interop.checkpoint import SUFFIXES, base_path, revision_of
+from tsqlora.interop.files import config_for, read_adapter, require_inside
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
-CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+CLASSES = {task: f"AutoModel{end}" for task, end in SUFFIXES.items()}
+CLASSES |= {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "FEATURE_EXTRACTION": "AutoModel"}
 """transformers' class for each task_type of PEFT."""
 
 _HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out", "summary")
@@ -46,44 +42,106 @@ _HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out",
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Loaders for the base model; each export format calls those that it needs.
+    """The base model of an adapter, by where it lies; an export loads what it needs.
 
     Attributes:
-        skeleton: its modules and config; weights may be absent.
-        load: a fresh model, in a precision or, for None, its own.
-        processors: its tokenizer, image processor, feature extractor and generation_config, those that there are.
-        compare: compare logits too, for which `load` is called.
+        path: a directory or hub id; None for the one that the adapter names.
+        compare: compare logits too, for which it is loaded.
+        setting: what names the path in errors.
+        revision: of the hub; None for the one that the adapter names.
+        dtype: the precision if an export names none; None for its own.
+        auto, config: transformers' class for its task, and its config for that, with which it gets the modules that
+            were trained whole, too; None to find them by the adapter.
+        processors: its tokenizer and the like; None to take them from beside the adapter, else from the base.
+        trusted: the model's own code may run.
     """
 
-    skeleton: Callable[[], PreTrainedModel]
-    load: Callable[[str | None], PreTrainedModel]
-    processors: Callable[[], Sequence[Any]]
+    path: str | None = None
     compare: bool = True
+    setting: str = "--base"
+    revision: str | None = None
+    dtype: str | None = None
+    auto: str | None = None
+    config: Any = None
+    processors: Sequence[Any] | None = None
+    trusted: bool = False
 
+    def skeleton(self, adapter: LoraAdapter) -> PreTrainedModel:
+        """The model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
+        path = base_path(adapter, self.path)
+        with loading(self.setting, path):
+            config = self._config(path, adapter)
+            return _skeleton(self._class(config, adapter), config, trusted=self.trusted)
 
-def base_of(folder: Path, path: str | None) -> Base:
-    """The base at `path`, with which logits are compared, else the one that the adapter in `folder` names.
+    def load(self, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
+        """A fresh model with its weights, in the precision that is named, else its own.  Raises as `skeleton`."""
+        path, dtype = base_path(adapter, self.path), dtype or self.dtype
+        with loading(self.setting, path):
+            config, revision = self._config(path, adapter), self.revision or revision_of(path, adapter)
+            require_no_adapter(path, revision)
+            if self.config is None and adapter.config.get("task_type") == "SEQ_CLS":
+                _set_padding(config, path, revision)
+            how: dict[str, Any] = {"revision": revision, "trust_remote_code": self.trusted}
+            # The head is the adapter's, whatever the checkpoint's is.
+            if "Classification" in (self.auto or "") or _labels(adapter):
+                how["ignore_mismatched_sizes"] = True
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # gives a head that the checkpoint lacks the same values every time
+                how["dtype"] = getattr(torch, dtype) if dtype else "auto"
+                model = load(self._class(config, adapter), path, config=config, **how).eval()
+        if self.config is not None:
+            own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            saved = {name: torch.tensor(t.numbers()) for name, t in adapter.saved.items() if own.get(name) == t.shape}
+            model.load_state_dict(saved, strict=False)
+        return model
 
-    Its functions raise SettingsError if it does not exist.
-    """
-    adapter = read_adapter(folder)
+    def processors_for(self, adapter: LoraAdapter, folder: Path) -> Sequence[Any]:
+        """Of each kind of processor, and of generation_config.json, the first: the adapter's in `folder`, the base's.
 
-    def where() -> str:
-        return base_path(adapter, path)
-
-    def processors() -> Sequence[Any]:
+        Raises DataError if a link in the folder leads out of it.
+        """
+        if self.processors is not None:
+            return self.processors
         require_inside(folder)
         places = [(str(folder), "main")]
         with suppress(SettingsError):  # an adapter can be rewritten without its base
-            places.append((where(), revision_of(where(), adapter)))
-        return load_processors(*places)
+            path = base_path(adapter, self.path)
+            places.append((path, revision_of(path, adapter)))
 
-    return Base(
-        lambda: base_skeleton(where(), adapter),
-        lambda dtype: load_base(where(), adapter, dtype),
-        processors,
-        compare=path is not None,
-    )
+        def loaded(kind: Any, path: str, revision: str) -> Any:
+            with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
+                return load(kind, path, revision=revision)
+            return None
+
+        kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
+        loaders = (load_tokenizer, *(partial(loaded, kind) for kind in kinds))
+        firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
+        return [one for one in firsts if one is not None]
+
+    def _config(self, path: str, adapter: LoraAdapter) -> Any:
+        if self.config is not None:
+            return copy.deepcopy(self.config)
+        return load(AutoConfig, path, revision=self.revision or revision_of(path, adapter), **_labels(adapter))
+
+    def _class(self, config: Any, adapter: LoraAdapter) -> Any:
+        """The task's class; without a task the class that the adapter was made on, else the checkpoint's own.
+
+        An adapter for causal models may be one on a model that reads images as well, which has another class.
+        """
+        if self.auto is not None:
+            return getattr(transformers, self.auto)
+        task = CLASSES.get(adapter.config.get("task_type") or "")
+        kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
+        # The name may be hostile: transformers has functions and modules too.
+        own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+        if task is None:
+            return own or transformers.AutoModel
+        auto = getattr(transformers, task)
+        mapped = class_for(auto, config)
+        if own is None or mapped is own or not own.can_generate() or (mapped and not mapped.can_generate()):
+            return auto
+        names = dict(_skeleton(auto, copy.deepcopy(config)).named_modules()) if mapped else {}
+        return auto if mapped and all(name in names for name in adapter.targets) else own
 
 
 def module_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -97,33 +155,6 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
         elif isinstance(module, nn.Embedding):
             shapes[name] = Shape("embedding", module.num_embeddings, module.embedding_dim)
     return shapes
-
-
-def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
-    """The base model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
-    with loading("--base", path):
-        config = _config(path, adapter)
-        return _skeleton(_class(config, adapter), config)
-
-
-def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
-    """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
-    with loading("--base", path):
-        config, revision = _config(path, adapter), revision_of(path, adapter)
-        require_no_adapter(path, revision)
-        if adapter.config.get("task_type") == "SEQ_CLS":
-            _set_padding(config, path, revision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # gives a head that the checkpoint lacks the same values every time
-            how: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype), "revision": revision}
-            if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
-                how["ignore_mismatched_sizes"] = True
-            return load(_class(config, adapter), path, config=config, **how).eval()
-
-
-def _config(path: str, adapter: LoraAdapter) -> Any:
-    revision = revision_of(path, adapter)
-    return load(AutoConfig, path, revision=revision, **_labels(adapter))
 
 
 def _set_padding(config: Any, path: str, revision: str) -> None:
@@ -154,53 +185,14 @@ def tokenizer_among(processors: Sequence[Any]) -> PreTrainedTokenizerBase | None
     return next((one for one in processors if isinstance(one, PreTrainedTokenizerBase)), None)
 
 
-def load_processors(*places: tuple[str, str]) -> list[Any]:
-    """Of each kind of processor, and of generation_config.json, the first in these places.
-
-    They are a directory or a hub id, and a revision.
-    """
-
-    def loaded(kind: Any, path: str, revision: str) -> Any:
-        with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
-            return load(kind, path, revision=revision)
-        return None
-
-    kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
-    loaders = (load_tokenizer, *(partial(loaded, kind) for kind in kinds))
-    firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
-    return [one for one in firsts if one is not None]
-
-
-def _class(config: Any, adapter: LoraAdapter) -> Any:
-    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own.
-
-    An adapter for causal models may be one on a model that reads images as well, which has another class.
-    """
-    task = CLASSES.get(adapter.config.get("task_type") or "")
-    kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
-    # The name may be hostile: transformers has functions and modules too.
-    own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
-    if task is None:
-        return own or transformers.AutoModel
-    auto = getattr(transformers, task)
-    mapped = class_for(auto, config)
-    if own is None or mapped is own or not own.can_generate() or (mapped is not None and not mapped.can_generate()):
-        return auto
-    return auto if mapped is not None and _has_targets(auto, config, adapter) else own
-
-
-def _has_targets(kind: Any, config: Any, adapter: LoraAdapter) -> bool:
-    names = dict(_skeleton(kind, copy.deepcopy(config)).named_modules())
-    return all(name in names for name in adapter.targets)
-
-
-def _skeleton(kind: Any, config: Any) -> PreTrainedModel:
+def _skeleton(kind: Any, config: Any, *, trusted: bool = False) -> PreTrainedModel:
     with torch.device("meta"):
         if not kind.__name__.startswith("Auto"):
             return kind(config)
         mapped, text = class_for(kind, config), config.get_text_config()
         # transformers 5.2 takes the text part's config only in from_pretrained.
-        return without_weights(kind, text if mapped is not None and mapped.config_class is type(text) else config)
+        part = text if mapped is not None and mapped.config_class is type(text) else config
+        return without_weights(kind, part, trust_remote_code=trusted)
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:
@@ -216,3 +208,24 @@ def _labels(adapter: LoraAdapter) -> Mapping[str, Any]:
     ends = tuple(f".{head}.weight" for head in _HEADS)
     heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and len(tensor.shape) == 2]
     return {"num_labels": heads[-1].shape[0]} if heads else {}
+
+
+OPTIONS = frozenset(field.name for field in fields(LoraConfig))
+_NOT_NEEDED = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision")
+
+
+def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """The model, changed in place, with the adapter in a directory, by PEFT.
+
+    PEFT imports modules that a config names, and matches its patterns without a limit of time. So it gets the settings
+    that `read_adapter` lets through, with the names of modules in place of patterns.
+
+    Raises as `read_adapter`, and UnsupportedError for a variant that the installed PEFT does not have.
+    """
+    adapter = read_adapter(folder)
+    if lacking := [option for option in adapter.variants() if option.partition("=")[0] not in OPTIONS]:
+        raise UnsupportedError(
+            f"{folder} has {lacking[0]}, which PEFT {peft.__version__} does not know; install a later one"
+        )
+    config = {name: value for name, value in config_for(adapter).items() if name in OPTIONS - {*_NOT_NEEDED}}
+    return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)

@@ -1,20 +1,110 @@
-"""Find the base checkpoint of an adapter and read its modules' shapes, without loading weights."""
+"""An adapter's base by its files: config.json and the headers of its weights.  No torch, no weights in memory."""
 
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tsqlora.compat.hub import is_hub_id, is_revision
+from tsqlora.compat.hub import cached_model, is_hub_id, is_revision
 from tsqlora.errors import SettingsError
 from tsqlora.interop.files import is_own
+from tsqlora.interop.health import resized
 from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.rewrite import Shape, layer_kind, partners
 
 _MOST_CONFIG_BYTES = 1 << 24
+_MOST_BLOCKS = 1000
+"""A larger number in a name is no number of a block."""
+_MOST_IMPLIED = 100_000
+"""Modules; no model has more."""
+
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What can be determined of an adapter's base model.
+
+    Attributes:
+        shapes: its modules of the adapter's kinds, and those that a server stacks with them.
+        is_here: they are the base's own; else the adapter's names imply them.
+        layers: its modules by each of the adapter's kinds of layer.
+        weights: the shape of each weight by its module's name in the checkpoint; empty if packed or not here.
+        model_type: from its config; None without one.
+        tied: its head shares the weight of its embedding.
+        biased: the adapter's layers have biases in it; True without its weights.
+        name: transformers' class of it with the adapter's task; without a config the family may be missing, as in
+            "ForSequenceClassification".
+        added: tokens of the adapter's added_tokens.json beyond the base's vocabulary.
+        other: embeddings and heads of the adapter with another number of tokens than the base, and that number.
+        resized: the first of them in words; or empty.
+        labels: classes of a head that transformers makes by its config; None without one.
+    """
+
+    shapes: Mapping[str, Shape]
+    is_here: bool = False
+    layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    weights: Sizes = field(default_factory=dict)
+    model_type: str | None = None
+    tied: bool = False
+    biased: bool = True
+    name: str = ""
+    added: Sequence[str] = ()
+    other: Sequence[tuple[str, int]] = ()
+    resized: str = ""
+    labels: int | None = None
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.name.endswith("Classification")
+
+    def is_one_of(self, patterns: Sequence[str], *, perhaps: bool = False) -> bool:
+        """Whether its class matches one of the patterns; `perhaps`: also if only its family is unknown."""
+        unknown = perhaps and self.name.startswith("For")
+        return any(fnmatchcase(self.name, p) or (unknown and p.endswith(self.name)) for p in patterns)
+
+
+def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
+    """Read the base that an adapter names, if it is on this machine; `source` is the adapter's directory."""
+    try:
+        path = base_path(adapter, None)
+        folder = path if os.path.isdir(path) else cached_model(path, revision_of(path, adapter))
+    except SettingsError:
+        folder = None
+    config = {} if folder is None else read_json(Path(folder, "config.json"))
+    weights, biases = ({}, {}) if folder is None else weight_sizes(folder)
+    own = as_adapted(weights, adapter.targets)
+    shapes = _implied(adapter) if own is None else _shapes(adapter, own)
+    layers: dict[str, list[str]] = {layer_kind(name): [] for name in adapter.targets}
+    for name in shapes:
+        if (kind := layer_kind(name)) in layers:
+            layers[kind].append(name)
+    size = config.get("vocab_size")
+    other = resized(adapter, size) if isinstance(size, int) else []
+    ids = read_json(added) if is_own(added := source / "added_tokens.json", source) else {}
+    beyond = size if isinstance(size, int) else 0
+    labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
+    return BaseFacts(
+        shapes,
+        own is not None,
+        layers,
+        {} if "quantization_config" in config else weights,  # packed weights have other shapes
+        config.get("model_type"),
+        # Where config.json leaves it out, transformers ties.
+        tied=bool(config) and config.get("tie_word_embeddings", True),
+        biased=own is None or as_adapted(biases, adapter.targets) is not None,
+        name=base_class(adapter, config),
+        added=tuple(str(token) for token, number in ids.items() if isinstance(number, int) and number >= beyond),
+        other=other,
+        resized=f"{other[0][0]} has {other[0][1]:,} tokens, the base {size:,}" if other else "",
+        labels=labels if config and isinstance(labels, int) else None,
+    )
 
 
 def base_path(adapter: LoraAdapter, path: str | None) -> str:
@@ -42,11 +132,6 @@ def revision_of(path: str, adapter: LoraAdapter) -> str:
     return named or "main"
 
 
-def base_config(folder: str) -> dict[str, Any]:
-    """The base's config.json; empty if it cannot be read."""
-    return read_json(Path(folder, "config.json"))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """An object in a JSON file; empty if it cannot be read."""
     try:
@@ -56,14 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def added_tokens(folder: Path, vocabulary: int | None) -> tuple[str, ...]:
-    """The tokens of added_tokens.json that the base's vocabulary has not; all of them if its size is unknown."""
-    path = folder / "added_tokens.json"
-    ids = read_json(path) if is_own(path, folder) else {}
-    return tuple(str(token) for token, number in ids.items() if isinstance(number, int) and number >= (vocabulary or 0))
-
-
-_SUFFIXES = {
+SUFFIXES = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
@@ -76,7 +154,7 @@ _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "
 """The family of a model by the attribute that holds its body: the first part of an adapter's names."""
 
 
-def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
+def base_class(adapter: LoraAdapter, config: Mapping[str, Any]) -> str:
     """transformers' class of the model that the adapter was made on, as far as its files say; else empty.
 
     Args:
@@ -87,7 +165,7 @@ def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else ""
     own = named if isinstance(named, str) else ""
-    suffix = _SUFFIXES.get(adapter.config.get("task_type") or "", "")
+    suffix = SUFFIXES.get(adapter.config.get("task_type") or "", "")
     # A model that reads images as well has a class of its own for the task of writing.
     if not suffix or (own and suffix in ("ForCausalLM", "ForConditionalGeneration")):
         return own
@@ -95,35 +173,60 @@ def base_class(adapter: LoraAdapter, config: dict[str, Any]) -> str:
     return (family or _FAMILIES.get(next(iter(adapter.targets), "").partition(".")[0], "")) + suffix
 
 
-def base_weights(folder: str, targets: Collection[str], kind: str = "weight") -> dict[str, tuple[int, ...]] | None:
-    """Each module's shape of its weight, or its bias, from the headers of the base's safetensors files.
-
-    A checkpoint of a body may lack the prefix that the body has below a head, or have one too many: names are returned
-    as the adapter's targets have them. None if files or modules are missing.
-    """
-    if not (shapes := weight_shapes(folder, kind)):
-        return None
-    first = next(iter(targets), "").partition(".")[0]
-    for renamed in (
-        shapes,
-        {f"{first}.{name}": shape for name, shape in shapes.items()},
-        {name.partition(".")[2]: shape for name, shape in shapes.items()},
-    ):
-        if all(name in renamed for name in targets):
-            return renamed
-    return None
-
-
-def weight_shapes(folder: str, kind: str = "weight") -> dict[str, tuple[int, ...]]:
-    """The same by the checkpoint's own names; empty if files are missing or broken."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def weight_sizes(folder: str) -> tuple[Sizes, Sizes]:
+    """The shape of each module's weight and bias in the safetensors files; empty if they are missing or broken."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {"weight": {}, "bias": {}}
     try:
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="np") as file:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     module, _, leaf = key.rpartition(".")
-                    if leaf == kind:
-                        shapes[module] = tuple(file.get_slice(key).get_shape())
+                    if leaf in shapes:
+                        shapes[leaf][module] = tuple(file.get_slice(key).get_shape())
     except (OSError, SafetensorError):
-        return {}
+        return {}, {}
+    return shapes["weight"], shapes["bias"]
+
+
+def as_adapted(sizes: Sizes, targets: Collection[str]) -> Sizes | None:
+    """The checkpoint's modules by the names that the adapter's targets have; None if targets are missing.
+
+    A checkpoint of a body may lack the prefix that the body has below a head, or have one too many.
+    """
+    first = next(iter(targets), "").partition(".")[0]
+    for renamed in (
+        sizes,
+        {f"{first}.{name}": size for name, size in sizes.items()},
+        {name.partition(".")[2]: size for name, size in sizes.items()},
+    ):
+        if sizes and all(name in renamed for name in targets):
+            return renamed
+    return None
+
+
+def _shapes(adapter: LoraAdapter, sizes: Sizes) -> dict[str, Shape]:
+    """The base's modules of the adapter's kinds, and their partners."""
+    kinds = {layer_kind(name): target for name, target in adapter.targets.items()}
+    beside = {layer_kind(partner) for name in adapter.targets for partner in partners(name)}
+    shapes = {}
+    for name, size in sizes.items():
+        if (target := kinds.get(layer_kind(name))) is not None:
+            own = (target.inputs, target.outputs)
+            # Conv1D and Embedding store inputs first, Linear stores them last.
+            turned = tuple(reversed(size)) if own != size else size
+            shapes[name] = Shape(target.kind, *turned) if len(size) == 2 else Shape(target.kind, *own)
+        elif layer_kind(name) in beside and len(size) == 2:
+            shapes[name] = Shape("linear", size[1], size[0])
     return shapes
+
+
+def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
+    """The modules that the adapter's names imply: every kind in every block, and the partners."""
+    shapes = {name: Shape(target.kind, target.inputs, target.outputs) for name, target in adapter.targets.items()}
+    # Names with several numbers (experts in layers) do not show how many there are of each.
+    kinds = {kind: shape for name, shape in shapes.items() if (kind := layer_kind(name)).count("*") == 1}
+    blocks = 1 + max((int(part) for name in shapes for part in name.split(".") if part.isdigit()), default=0)
+    if blocks <= _MOST_BLOCKS and blocks * len(kinds) <= _MOST_IMPLIED:
+        shapes = {kind.replace("*", str(j)): shape for kind, shape in kinds.items() for j in range(blocks)} | shapes
+    # Assume a partner's width to be that of the layer that it is stacked with.
+    return {partner: shape for name, shape in shapes.items() for partner in partners(name)} | shapes

@@ -14,15 +14,13 @@ from transformers import PreTrainedModel
 from tsqlora.compat.transformers import load
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop import gguf
-from tsqlora.interop.attach import attach
-from tsqlora.interop.base import Base, module_shapes, tokenizer_among
+from tsqlora.interop.base import Base, attach, module_shapes, tokenizer_among
 from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
-    Difference,
     compare_logits,
     compare_updates,
     compare_weights,
@@ -36,64 +34,28 @@ from tsqlora.interop.verify import (
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Values of `dtype`, with safetensors' names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """The result of an export, with its difference from the source.
-
-    Attributes:
-        rank, targets: of the written adapter; None for a merged model.
-        truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank; `difference` is from the cut adapter.
-        logits_lost: by how much the cut moves a logit at most; None without a base.
-        notes: for the user.
-        bfloat16: of a merged model in bfloat16 how far its logits are from PEFT's in float32, and the base's from the
-            base's, relative.
-    """
-
-    difference: Difference
-    rank: int | None = None
-    targets: int | None = None
-    truncation: Mapping[str, float] = field(default_factory=dict)
-    logits_lost: float | None = None
-    notes: tuple[str, ...] = ()
-    bfloat16: Mapping[str, float] | None = None
-
-    def report(self, out: Path, format: str) -> dict[str, Any]:
-        """A summary for JSON of the export in `out`."""
-        difference = self.difference
-        compared = difference.layer is not None
-        report: dict[str, Any] = {
-            "out": str(out),
-            "format": format,
-            "update_difference": difference.update if compared else None,
-            "relative_difference": difference.relative if compared else None,
-            "logits_difference": difference.logits,
-            "largest_logit": difference.logits_size,
-            "bfloat16": self.bfloat16,
-        }
-        if self.rank is not None:
-            report |= {"rank": self.rank, "targets": self.targets}
-            if format != "gguf":
-                report["max_lora_rank"] = vllm_rank(self.rank)
-        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        cut = {"truncation": dict(self.truncation), "logits_lost": self.logits_lost}
-        return report | {"bytes": size, **cut, "notes": list(self.notes)}
+COMPARED = ("update_difference", "relative_difference", "logits_difference", "largest_logit", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """Input of an export format: the adapter to write, a directory from which PEFT can load it, and the destination.
 
-    `whole` is the adapter before it was cut; None if it was not.
+    `whole` is the adapter before it was cut; None if it was not. `notes` are for the user.
     """
 
     source: Path
     adapter: LoraAdapter
     folder: Path
     base: Base
+    processors: Sequence[Any]
     dtype: str | None
     whole: LoraAdapter | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def load(self, dtype: str | None) -> PreTrainedModel:
+        """A fresh base in this precision."""
+        return self.base.load(self.adapter, dtype)
 
 
 def require_format(format: str) -> None:
@@ -110,166 +72,171 @@ def export_adapter(
     base: Base,
     dtype: str | None = None,
     max_rank: int | None = None,
-    mean_rank: float | None = None,
-) -> Exported:
-    """Write the adapter in the directory `source` to a new directory `out`, in one of FORMATS.
+    keep: float | None = None,
+) -> dict[str, Any]:
+    """Write the adapter in the directory `source` to a new directory `out`, in one of FORMATS; a report for JSON.
 
     The export is read back and compared with its source: the update of every layer, and logits if a base is
     available. A difference beyond rounding is an error, and nothing is written.
 
+    The report has ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut (truncation), by how much the cut moves a logit at most,
+    and differences from the cut adapter; of a merged model in bfloat16 how far its logits are from PEFT's in float32,
+    and the base's from the base's, relative. What was not compared is None.
+
     Args:
         dtype: precision of the export, one of FLOATS; by default the adapter's, or the base's if merged.
         max_rank: first cut every layer to this rank by SVD.
-        mean_rank: cut to the parameters of a uniform LoRA of this rank, with the least loss.
+        keep: first cut to this share of the adapter's parameters, with the least loss.
 
     Raises SettingsError, DataError and UnsupportedError before it writes anything, TsqLoraError if the comparison
     fails.
     """
     require_format(format)
-    if format == "compressed" and (max_rank, mean_rank) == (None, None):
-        raise SettingsError("--format compressed needs --mean-rank R or --max-rank R")
+    if format == "compressed" and (max_rank, keep) == (None, None):
+        raise SettingsError("--format compressed needs --keep SHARE or --max-rank R")
+    if keep is not None and not 0 <= keep <= 1:
+        raise SettingsError(f"--keep {keep:g}: give a share of the parameters, from 0 to 1")
     floats = gguf.DTYPES if format == "gguf" else FLOATS
     if dtype is not None and dtype not in floats:
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
     require_new(out)
     whole = adapter = read_adapter(source)
-    errors = dict[str, float]()
     require_finite(adapter)
-    if (max_rank, mean_rank) != (None, None):
-        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
+    errors = dict[str, float]()
+    if (max_rank, keep) != (None, None):
+        ranks = {name: target.rank for name, target in adapter.targets.items()}
+        ranks = ranks if keep is None else ranks_for(adapter, keep * adapter.parameters)
+        most = adapter.rank if max_rank is None else max(max_rank, 0)
+        adapter, errors = truncate(adapter, {name: min(rank, most) for name, rank in ranks.items()})
     with TemporaryDirectory() as loadable, new_directory(out) as folder:
+        processors = base.processors_for(adapter, source)
         if errors or not all(target.rank for target in adapter.targets.values()):
             # PEFT cannot load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
-        done = FORMATS[format](Job(source, adapter, folder, base, dtype, whole if errors else None))
-        if format != "merged":
-            _carry(base.processors(), folder, whole=format != "gguf")
-    unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
-    return replace(done, truncation=errors, notes=(*done.notes, *unknown))
+        job = Job(source, adapter, folder, base, processors, dtype, whole if errors else None)
+        report: dict[str, Any] = {"out": str(out), "format": format} | dict.fromkeys(COMPARED) | FORMATS[format](job)
+        template = getattr(tokenizer_among(processors), "chat_template", None)
+        if format != "gguf":
+            for each in processors:
+                each.save_pretrained(folder)
+        elif isinstance(template, str):  # llama.cpp has the tokenizer in the base's file
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    job.notes.extend(f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored)
+    lost = report.pop("logits_lost", None)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return report | {"bytes": size, "truncation": errors, "logits_lost": lost, "notes": job.notes}
 
 
-def _carry(processors: Sequence[Any], folder: Path, *, whole: bool) -> None:
-    """Save the processors beside an adapter; llama.cpp has the tokenizer in the base's file, so the template alone."""
-    for each in processors if whole else ():
-        each.save_pretrained(folder)
-    template = getattr(tokenizer_among(processors), "chat_template", None)
-    if isinstance(template, str) and not whole:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
-    ranks = {name: target.rank for name, target in adapter.targets.items()}
-    if mean_rank is not None:
-        ranks = ranks_for(adapter, mean_rank)
-    return ranks if max_rank is None else {name: max(min(rank, max_rank), 0) for name, rank in ranks.items()}
-
-
-def _peft(job: Job) -> Exported:
+def _peft(job: Job) -> dict[str, Any]:
     if beyond := [*job.adapter.variants(), *sorted(job.adapter.further)]:
-        return _written(
-            job, spelled_out(job.adapter), f"the adapter has {beyond[0]}: its tensors are copied as they are"
-        )
-    return _written(job, compact(job.adapter))
+        job.notes.append(f"the adapter has {beyond[0]}: its tensors are copied as they are")
+    return _written(job, spelled_out(job.adapter) if beyond else compact(job.adapter))
 
 
-def _universal(job: Job) -> Exported:
-    skeleton = job.base.skeleton()
+def _universal(job: Job) -> dict[str, Any]:
+    skeleton = job.base.skeleton(job.adapter)
     names = [name for name, _ in skeleton.named_modules()]
     return _written(job, universal(job.adapter, module_shapes(skeleton), names))
 
 
-def _written(job: Job, export: LoraAdapter, *notes: str) -> Exported:
+def _written(job: Job, export: LoraAdapter) -> dict[str, Any]:
     """Write an adapter in PEFT's format, and compare it."""
     dtype = FLOATS[job.dtype or "float32"]
-    write_adapter(export if job.dtype is None else _cast(export, dtype), job.folder)
+    if job.dtype is not None:
+        targets = {name: replace(target, dtype=dtype) for name, target in export.targets.items()}
+        saved, further = ({name: t.to(dtype) for name, t in each.items()} for each in (export.saved, export.further))
+        export = replace(export, targets=targets, saved=saved, further=further)
+    write_adapter(export, job.folder)
     back = read_adapter(job.folder)
-    difference = compare_updates(job.adapter, back, dtype)
-    return _with_logits(job, Exported(difference, back.rank, len(back.targets), notes=notes), job.folder, dtype)
+    done = compare_updates(job.adapter, back, dtype).report() | {"rank": back.rank, "targets": len(back.targets)}
+    return done | {"max_lora_rank": vllm_rank(back.rank)} | _logits(job, job.folder, dtype)
 
 
-def _gguf(job: Job) -> Exported:
-    config, dtype = job.base.skeleton().config, gguf.DTYPES[job.dtype or "float32"]
+def _gguf(job: Job) -> dict[str, Any]:
+    config, dtype = job.base.skeleton(job.adapter).config, gguf.DTYPES[job.dtype or "float32"]
     gguf.write_gguf(job.adapter, config, job.folder / gguf.FILE, dtype)
     back = gguf.read_gguf(job.folder / gguf.FILE, job.adapter, config)
-    done = Exported(compare_updates(job.adapter, back, dtype), back.rank, len(back.targets))
+    done = compare_updates(job.adapter, back, dtype).report() | {"rank": back.rank, "targets": len(back.targets)}
     with TemporaryDirectory() as folder:
         # PEFT runs the adapter that was read back from the file.
         write_adapter(compact(back), Path(folder))
-        return _with_logits(job, done, Path(folder), dtype)
+        return done | _logits(job, Path(folder), dtype)
 
 
-def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported:
+def _logits(job: Job, export: Path, dtype: str) -> dict[str, Any]:
     """Compare logits of the base with the source and with the export, both through PEFT in float32."""
     if not job.base.compare:
-        return done
-    model = job.base.load("float32")
+        return {}
+    model = job.load("float32")
     _require_fit(job.adapter, model)
-    if reason := why_not_compared(model):
-        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
-    reference = peft_logits(model, job.source)
+    if (reference := _reference(job, model)) is None:
+        return {}
     del model  # keep one base in memory at a time
-    return _compared(job, done, reference, peft_logits(job.base.load("float32"), export), dtype)
+    return _compared(job, reference, peft_logits(job.load("float32"), export), dtype)
 
 
-def _compared(job: Job, done: Exported, reference: Tensor, export: Tensor, dtype: str) -> Exported:
-    """The export with its logits' difference from the reference's, and that of the adapter before it was cut."""
+def _reference(job: Job, model: PreTrainedModel) -> Tensor | None:
+    """PEFT's logits of the source; None, with a note, for a model that needs more than tokens."""
+    if reason := why_not_compared(model):
+        job.notes.append(f"logits not compared, because {reason}")
+        return None
+    return peft_logits(model, job.source)
+
+
+def _compared(job: Job, reference: Tensor, export: Tensor, dtype: str) -> dict[str, Any]:
+    """The difference of an export's logits from the source's, and of these from those before the cut."""
     gap, size = compare_logits(reference, export, dtype)
-    done = replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+    done = {"logits_difference": gap, "largest_logit": size}
     if job.whole is None:
         return done
     with TemporaryDirectory() as folder:
         write_adapter(compact(job.whole), Path(folder))
-        before = peft_logits(job.base.load("float32"), Path(folder))
-    return replace(done, logits_lost=float((before - reference).abs().max()))
+        before = peft_logits(job.load("float32"), Path(folder))
+    return done | {"logits_lost": float((before - reference).abs().max())}
 
 
-def _merged(job: Job) -> Exported:
-    base = job.base
-    model, processors = base.load(job.dtype), base.processors()
+def _merged(job: Job) -> dict[str, Any]:
+    model = job.load(job.dtype)
     _require_fit(job.adapter, model)
     half = model.dtype == torch.bfloat16 and why_not_compared(model) is None
-    texts = text_batches(model, tokenizer_among(processors)) if half else []
+    texts = text_batches(model, tokenizer_among(job.processors)) if half else []
     rounded = logits_of(model, texts) if half else None
-    save_merged(merge_into(model, job.adapter, job.source), processors, job.folder)
+    save_merged(merge_into(model, job.adapter, job.source), job.folder)
     saved, dtype = reload(job.folder, model), NAMES[model.dtype]
     del model  # keep one base in memory at a time, beside the merged model
+    done: dict[str, Any] = {}
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
-        note = f"the adapter has {beyond[0]}: PEFT merged it, and only logits were compared"
-        done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
+        job.notes.append(f"the adapter has {beyond[0]}: PEFT merged it, and only logits were compared")
     else:
-        done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
+        done = compare_weights(job.load(job.dtype), saved, job.adapter).report()
     if rounded is not None:
-        done = _in_bfloat16(job, done, rounded, saved, texts)
+        done |= {"bfloat16": _in_bfloat16(job, rounded, saved, texts, compared=not beyond)}
     # In float32, so that only the rounding of the weights differs.
-    model = base.load(job.dtype).float()
-    if reason := why_not_compared(model):
-        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
-    reference = peft_logits(model, job.source)
-    del model
-    return _compared(job, done, reference, logits(saved.float()), dtype)
+    if (reference := _reference(job, job.load(job.dtype).float())) is None:
+        return done
+    return done | _compared(job, reference, logits(saved.float()), dtype)
 
 
 def _in_bfloat16(
-    job: Job, done: Exported, rounded: Tensor, saved: PreTrainedModel, texts: Sequence[Mapping[str, Tensor]]
-) -> Exported:
+    job: Job, rounded: Tensor, saved: PreTrainedModel, texts: Sequence[Mapping[str, Tensor]], *, compared: bool
+) -> dict[str, float]:
     """Compare the merged model with PEFT in float32 as the base in bfloat16 with the base in float32.
 
-    Twice the base's gap is named, since the weights were compared; where they were not, it is an error.
+    Twice the base's gap is named if the weights were compared; where they were not, it is an error.
     """
-    exact = job.base.load("float32")
+    exact = job.load("float32")
     own = relative_gap(rounded, logits_of(exact, texts))
     gap = relative_gap(logits_of(saved, texts), logits_of(attach(exact, job.source), texts))
-    done = replace(done, bfloat16={"base": own, "merged": gap})
-    if gap <= 2 * own:
-        return done
-    what = (
-        f"in bfloat16 the merged model's logits differ from PEFT's in float32 by {gap:.2%}, {gap / own:.1f} times as "
-        "much as the base's own; serve the adapter, or merge with --dtype float32"
-    )
-    if done.difference.layer is None:
-        raise TsqLoraError(f"{what}; nothing was written")
-    return replace(done, notes=(*done.notes, what))
+    if gap > 2 * own:
+        what = (
+            f"in bfloat16 the merged model's logits differ from PEFT's in float32 by {gap:.2%}, {gap / own:.1f} times "
+            "as much as the base's own; serve the adapter, or merge with --dtype float32"
+        )
+        if not compared:
+            raise TsqLoraError(f"{what}; nothing was written")
+        job.notes.append(what)
+    return {"base": own, "merged": gap}
 
 
 def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
@@ -322,21 +289,19 @@ def _untie(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def save_merged(model: PreTrainedModel, processors: Sequence[Any], folder: Path) -> None:
-    """Save a model and its processors as transformers does."""
-    for each in (model, *processors):
-        each.save_pretrained(folder)
-    if type(model).__name__.endswith("Classification"):
-        _name_labels(model.config, folder / "config.json")
+def save_merged(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model as transformers does, a classifier with id2label and label2id.
 
-
-def _name_labels(config: Any, path: Path) -> None:
-    """Write id2label and label2id, which transformers leaves out where they are its default for two classes.
-
-    text-embeddings-inference does not start without them.
+    transformers leaves them out where they are its default for two classes, and text-embeddings-inference does not
+    start without them.
     """
-    names = {"id2label": {str(number): name for number, name in config.id2label.items()}, "label2id": config.label2id}
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | names, indent=2) + "\n", encoding="utf-8")
+    model.save_pretrained(folder)
+    if type(model).__name__.endswith("Classification"):
+        config: Any = model.config
+        names = {"id2label": {str(n): name for n, name in config.id2label.items()}, "label2id": config.label2id}
+        path = folder / "config.json"
+        whole = json.loads(path.read_text(encoding="utf-8")) | names
+        path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
@@ -345,16 +310,7 @@ def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     return load(kind, folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
 
 
-def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
-    return replace(
-        adapter,
-        targets={name: replace(target, dtype=dtype) for name, target in adapter.targets.items()},
-        saved={name: tensor.to(dtype) for name, tensor in adapter.saved.items()},
-        further={name: tensor.to(dtype) for name, tensor in adapter.further.items()},
-    )
-
-
-FORMATS: Mapping[str, Callable[[Job], Exported]] = {
+FORMATS: Mapping[str, Callable[[Job], dict[str, Any]]] = {
     "peft": _peft,
     "universal": _universal,
     "compressed": _peft,  # its ranks are cut before

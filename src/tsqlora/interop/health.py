@@ -1,7 +1,8 @@
 """Check an adapter's numbers: NaN, slots without effect, effective rank, and whether it does anything at all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -62,89 +63,90 @@ def _nonfinite(numbers: Array) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """Why an adapter that can be read does nothing, or breaks its base.
+class Finding:
+    """What keeps an adapter from doing what was trained: by itself, or in one server.
 
     Attributes:
-        layers: that have it, with the numbers; empty for all.
+        name: of the fault, or of the server's check.
+        severity: a fault of the adapter itself; or what a server does: it reads the adapter wrongly, or refuses it.
+        where: the layers that have it, with the numbers; empty for all. A server leaves out what was trained for them.
     """
 
     name: str
-    cure: str
-    layers: tuple[str, ...] = ()
+    severity: Literal["fault", "wrong", "refused"]
+    where: tuple[str, ...] = ()
+    cause: str = ""
+    cure: str = ""
 
 
-DIFFERENT = "shapes differ from the base"
-RESIZED = (
-    "it was trained on a base of another size; if the vocabulary was enlarged before training "
-    "(resize_token_embeddings), save that base and name it"
-)
+CURES = {
+    "not finite": "training diverged: take an earlier checkpoint, or train at a lower learning rate",
+    "every update is zero": "it was not trained, or was saved before training; check that lora_B gets a gradient and a "
+    "learning rate",
+    "a trained module is not in the file": "it was trained, but not saved; save the adapter with the PEFT model's "
+    "save_pretrained",
+    "tied weights were saved twice": "the base has one weight for both, and {how}, or train with PEFT's "
+    "ensure_weight_tying",
+    "no key matches the base": "it was trained on another model; name that one as the base",
+    "shapes differ from the base": "it was trained on a base of another size; if the vocabulary was enlarged before "
+    "training (resize_token_embeddings), save that base and name it",
+}
+"""Every fault of an adapter that can be read, with its cure."""
 
 
-def faults(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> list[Fault]:
-    """What keeps an adapter from doing what was trained.
+def faults(
+    adapter: LoraAdapter,
+    base: Mapping[str, tuple[int, ...]],
+    *,
+    tied: bool = False,
+    other: Sequence[tuple[str, int]] = (),
+) -> list[Finding]:
+    """Why the adapter does nothing, or breaks its base.
 
     Args:
         base: the shape of each weight of the base, by its module's name in the checkpoint; may be empty.
         tied: the base's head shares the weight of its embedding.
+        other: what `resized` finds.
     """
-    result = []
+    layers, how = dict[str, Iterable[str]](), ""
     if counts := nonfinite(adapter):
-        cure = "training diverged: take an earlier checkpoint, or train at a lower learning rate"
-        result.append(Fault("not finite", cure, tuple(counts)))
+        layers["not finite"] = counts
     elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
-        cure = "it was not trained, or was saved before training; check that lora_B gets a gradient and a learning rate"
-        result.append(Fault("every update is zero", cure))
+        layers["every update is zero"] = ()
     if absent := _not_in_file(adapter):
-        cure = "it was trained, but not saved; save the adapter with the PEFT model's save_pretrained"
-        result.append(Fault("a trained module is not in the file", cure, tuple(absent)))
-    if tied and (twice := _saved_twice(adapter)):
-        result.append(twice)
+        layers["a trained module is not in the file"] = absent
+    pair = {name: t for name, t in _weights(adapter).items() if _in_block(name) in ("embed_tokens", "lm_head", "wte")}
+    if tied and len(pair) == 2:
+        one, copy = pair.values()
+        same = one.dtype == copy.dtype and np.array_equal(one.raw, copy.raw)
+        apart = "they were trained apart: `tsqlora export --format merged` keeps both"
+        how = "the copies are the same: save one of them" if same else apart
+        layers["tied weights were saved twice"] = pair
     # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
     shapes = dict[str, list[tuple[int, ...]]]()
     for name, shape in base.items():
         shapes.setdefault(_in_block(name), []).append(shape)
-    if shapes and adapter.targets and not any(_in_block(name) in shapes for name in adapter.targets):
-        cure = "it was trained on another model; name that one as the base"
-        return [*result, Fault("no key matches the base", cure)]
     sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
-    sizes |= {
-        module: tensor.shape for module, tensor in _weights(adapter).items() if "embed" in module or "lm_head" in module
-    }
+    sizes |= {name: t.shape for name, t in _weights(adapter).items() if "embed" in name or "lm_head" in name}
     different = [
-        f"{name} is {_times(size)}, the base's {_times(its[0])}"
+        f"{name} is {' × '.join(map(str, size))}, the base's {' × '.join(map(str, its[0]))}"
         for name, size in sizes.items()
         if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
     ]
-    if different:
-        result.append(Fault(DIFFERENT, RESIZED, tuple(different)))
-    return result
+    if shapes and adapter.targets and not any(_in_block(name) in shapes for name in adapter.targets):
+        layers["no key matches the base"] = different = ()
+    if different := different or [f"{name} has {rows:,} tokens" for name, rows in other]:
+        layers["shapes differ from the base"] = different
+    return [Finding(name, "fault", tuple(where), cure=CURES[name].format(how=how)) for name, where in layers.items()]
 
 
-def _saved_twice(adapter: LoraAdapter) -> Fault | None:
-    """An embedding and a head that are one weight in the base, and both saved whole."""
-    pair = [(name, t) for name, t in _weights(adapter).items() if _in_block(name) in ("embed_tokens", "lm_head", "wte")]
-    if len(pair) != 2:
-        return None
-    (_, one), (_, other) = pair
-    same = one.dtype == other.dtype and np.array_equal(one.raw, other.raw)
-    cure = (
-        "the base has one weight for both, and the copies are the same: save one of them, or train with PEFT's "
-        "ensure_weight_tying"
-        if same
-        else "the base has one weight for both, and they were trained apart: `tsqlora export --format merged` keeps "
-        "both, or train with PEFT's ensure_weight_tying"
-    )
-    return Fault("tied weights were saved twice", cure, tuple(name for name, _ in pair))
-
-
-def resized(adapter: LoraAdapter, size: int | None) -> list[tuple[str, int]]:
+def resized(adapter: LoraAdapter, size: int) -> list[tuple[str, int]]:
     """Embeddings and heads of the adapter with another number of tokens than `size`, and that number."""
     rows = {name: t.shape[0] for name, t in _weights(adapter).items() if name.endswith(("embed_tokens", "lm_head"))}
     rows |= {n: t.shape[0] for n, t in adapter.base_layers.items() if "embed_tokens" in n or "lm_head" in n}
     rows |= {name: target.inputs for name, target in adapter.targets.items() if target.kind == "embedding"}
     rows |= {name: target.outputs for name, target in adapter.targets.items() if name.endswith("lm_head")}
-    return [] if size is None else [(name, count) for name, count in rows.items() if count != size]
+    return [(name, count) for name, count in rows.items() if count != size]
 
 
 def _not_in_file(adapter: LoraAdapter) -> list[str]:
@@ -174,10 +176,6 @@ def _in_block(name: str) -> str:
 def _weights(adapter: LoraAdapter) -> dict[str, Stored]:
     """The weights of modules that were saved in full, by the modules' names."""
     return {name.removesuffix(".weight"): t for name, t in adapter.saved.items() if name.endswith(".weight")}
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def require_finite(adapter: LoraAdapter) -> None:

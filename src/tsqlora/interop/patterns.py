@@ -36,7 +36,7 @@ def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) ->
     if not active:
         raise SettingsError(
             "every layer is at rank 0, so the adapter would be empty; raise ranks.mean or set ranks.min to 1; for an "
-            "export raise --mean-rank or --max-rank"
+            "export raise --keep or --max-rank"
         )
     alphas = {
         name: alpha_for(scale[name] if isinstance(scale, Mapping) else scale, rank) for name, rank in active.items()

@@ -58,15 +58,14 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     return left, {name: error for name, (_, error) in cut.items()}
 
 
-def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
-    """The ranks that lose least of the update at the parameters of a uniform LoRA of `mean_rank`.
+def ranks_for(adapter: LoraAdapter, left: float) -> dict[str, int]:
+    """The ranks that lose least of the update with at most `left` parameters in A and B.
 
     A direction of layer l is worth (s_l·σ)², and costs as many parameters as l has inputs and outputs. Greedy by worth
     per parameter, which is within one direction of the optimum. Among equal
     directions, the layer whose name sorts first keeps its own.
     """
     costs = {name: target.inputs + target.outputs for name, target in adapter.targets.items()}
-    left = mean_rank * sum(costs.values())
     worth = []
     for name, target in adapter.targets.items():
         _, singular, _ = decompose(target)

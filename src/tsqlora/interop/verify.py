@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import TsqLoraError
-from tsqlora.interop.attach import attach
+from tsqlora.interop.base import attach
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 
@@ -41,16 +41,16 @@ class Difference:
     Attributes:
         update: largest |ΔW − ΔW'| of any layer or head. `relative`: in units of that layer's largest |ΔW|.
         used: the largest difference over the rounding bound; above 1 is an error.
-        layer: the layer with that difference; None if updates were not compared.
-        logits: largest difference of logits, None without a base. `logits_size`: the largest logit.
+        layer: the layer with that difference.
     """
 
     update: float
     relative: float
     used: float
-    layer: str | None = ""
-    logits: float | None = None
-    logits_size: float | None = None
+    layer: str = ""
+
+    def report(self) -> dict[str, float]:
+        return {"update_difference": self.update, "relative_difference": self.relative}
 
     def with_layer(self, name: str, parts: Parts) -> "Difference":
         """The maximum of this and another layer's difference, block by block."""

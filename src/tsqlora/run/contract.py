@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tsqlora.data.chat import Format, Manner
 from tsqlora.data.rows import Row
 from tsqlora.data.tokens import as_read, pieces_of
 from tsqlora.files import write_text
+from tsqlora.interop.check import Prompt
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job
 from tsqlora.tasks.task import Reading
@@ -19,15 +19,6 @@ from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
 PROMPTS, SEEN = 5, 200
 """Prompts of a contract, and training rows whose ends are looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A row's prompt as training renders it; `chat` is what a server's own template renders."""
-
-    text: str
-    ids: list[int]
-    chat: Mapping[str, Any] | None
 
 
 def prompts_of(

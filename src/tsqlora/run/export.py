@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
+from tsqlora.compat.transformers import load
 from tsqlora.errors import SettingsError
-from tsqlora.interop.base import Base, base_of
+from tsqlora.interop.base import Base
 from tsqlora.interop.doctor import serving
 from tsqlora.interop.export import export_adapter
+from tsqlora.run.card import FILE as CARD
 from tsqlora.run.card import write_card
-from tsqlora.run.config import load_config
-from tsqlora.run.finished import open_run
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.finished import labels_of, require_finished, require_trust
+from tsqlora.run.job import trained_task
+from tsqlora.training.load import load_settings
 from tsqlora.training.run_dir import CONFIG_FILE, adapter_folder, is_run
-
-UNQUANTIZED = "model.quantization=null"
-"""Override for `open_run`: the base before quantisation."""
 
 
 def export(
@@ -24,7 +27,7 @@ def export(
     base: str | None = None,
     dtype: str | None = None,
     max_rank: int | None = None,
-    mean_rank: float | None = None,
+    keep: float | None = None,
 ) -> dict[str, Any]:
     """Write the adapter of a run or of a directory to `out` with `export_adapter`; return a report for JSON.
 
@@ -33,38 +36,41 @@ def export(
     """
     if is_run(source) and base is not None:
         raise SettingsError(f"{source} is a run, which names its base model; remove --base")
-    done = export_adapter(
-        adapter_folder(source),
-        out,
-        format=format,
-        base=_base_of_run(source) if is_run(source) else base_of(source, base),
-        dtype=dtype,
-        max_rank=max_rank,
-        mean_rank=mean_rank,
-    )
-    if is_run(source):
-        write_card(source, out, format=format, cut=bool(done.truncation))
-    report: dict[str, Any] = done.report(out, format) | {"serve": serving(adapter_folder(source), out, format)}
-    quantization = load_config(source / CONFIG_FILE, trained=True).model.quantization if is_run(source) else None
-    if format == "merged" and quantization is not None:
-        report["notes"].append(f"trained on a {quantization} base, merged into the full one: outputs differ slightly")
+    adapter = adapter_folder(source)
+    config = load_config(source / CONFIG_FILE, trained=True) if is_run(source) else None
+    where = Base(base, compare=base is not None) if config is None else base_of_run(source, config)
+    report = export_adapter(adapter, out, format=format, base=where, dtype=dtype, max_rank=max_rank, keep=keep)
+    report["serve"] = serving(adapter, out, format)
+    packed = None
+    if config is not None:
+        write_card(source, out, format=format, cut=bool(report["truncation"]))
+        report["bytes"] += (out / CARD).stat().st_size
+        packed = config.model.quantization
+    if format == "merged" and packed is not None:
+        report["notes"].append(f"trained on a {packed} base, merged into the full one: outputs differ slightly")
     return report
 
 
-def _base_of_run(run: Path) -> Base:
-    """The run's base without quantisation: merging into quantised weights would round them again."""
-    beside: list[Any] = []
-
-    def load(dtype: str | None) -> Any:
-        opened = open_run(run, [UNQUANTIZED, *([] if dtype is None else [f"model.dtype={dtype}"])])
-        model: Any = opened.model.unload().cpu().eval()
-        parts = (opened.pretrained.tokenizer, getattr(model, "generation_config", None))
-        beside[:] = [one for one in parts if one is not None]
-        return model
-
-    def processors() -> list[Any]:
-        if not beside:
-            load(None)
-        return beside
-
-    return Base(lambda: load(None), load, processors)
+def base_of_run(run: Path, config: Config) -> Base:
+    """The base of a run by its settings, without quantisation: merging would round packed weights again."""
+    labels = labels_of(require_finished(run))
+    require_trust(run, config)
+    model, task = config.model, trained_task(config, labels)
+    common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    own, processor = load_settings(model.path, task, labels=labels, **common)
+    processors = [processor]
+    if task.reading.whole:
+        try:
+            processors.append(load(GenerationConfig, model.path, revision=model.revision or "main"))
+        except OSError:  # as transformers does for a model without this file
+            processors.append(GenerationConfig.from_model_config(own))
+    return Base(
+        model.path,
+        setting="model.path",
+        revision=model.revision or "main",
+        dtype=model.dtype,
+        auto=task.reading.auto,
+        config=own,
+        processors=processors,
+        trusted=model.trust_remote_code,
+    )

@@ -18,7 +18,7 @@ from tsqlora.data.splits import complete, prepare
 from tsqlora.data.table import Samples, Table
 from tsqlora.data.tokens import left_out
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.interop.attach import attach
+from tsqlora.interop.base import attach
 from tsqlora.interop.files import read_adapter
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
@@ -44,7 +44,7 @@ class FinishedRun:
     @property
     def labels(self) -> LabelMap | None:
         """The classes of training; None for numbers and texts."""
-        return _labels_of(self.record)
+        return labels_of(self.record)
 
     @property
     def task(self) -> Task:
@@ -133,21 +133,26 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> FinishedRun:
     record = require_finished(run)
     config = load_config(run / CONFIG_FILE, overrides, trained=True)
     require_of_task(config, [override.partition("=")[0] for override in overrides])
-    # A run may be a stranger's: whoever opens it decides whether its model's code may run.
-    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
-        raise SettingsError(
-            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code of {config.model.path}; if you "
-            f"trust it, set {TRUST}=1 in the environment"
-        )
+    require_trust(run, config)
     read_adapter(run / ADAPTER_DIR)  # before the model is loaded
-    pretrained = load_model(config, trained_task(config), _labels_of(record))
+    pretrained = load_model(config, trained_task(config), labels_of(record))
     model = attach(pretrained.model, run / ADAPTER_DIR, trainable=True)
     if config.model.quantization is None:  # a quantised model is on its device already
         model.to(device_of(config))
     return FinishedRun(config, record, replace(pretrained, model=model), model)
 
 
-def _labels_of(record: RunRecord) -> LabelMap | None:
+def require_trust(run: Path, config: Config) -> None:
+    """Raise SettingsError if the run's model has code: a run may be a stranger's, and whoever opens it decides."""
+    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
+        raise SettingsError(
+            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code of {config.model.path}; if you "
+            f"trust it, set {TRUST}=1 in the environment"
+        )
+
+
+def labels_of(record: RunRecord) -> LabelMap | None:
+    """The classes of a run; None for numbers and texts."""
     kind = get_task(record.task).reading.label
     return None if record.labels is None or kind is None else LabelMap(tuple(record.labels), kind)
 

@@ -89,16 +89,9 @@ def load_pretrained(
     what writes text, would have new layers packed, or is too large for all GPUs; and where bitsandbytes is not
     installed.
     """
-    require_model(path)
     reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    config, tokenizer = load_settings(path, task, labels=labels, **common)
     with loading("model.path", path):
-        require_no_adapter(path, common["revision"])
-        config = load(AutoConfig, path, **common, **({} if reading.whole else _head(task, labels)))
-        if reading.media is not None:
-            tokenizer = load(_PROCESSORS[reading.media], path, **common)
-        else:
-            by_token = task.reading.by_token
-            tokenizer = _tokenizer(path, config, by_word=by_token, generates=reading.whole, **common)
         if reading.whole:
             _require_kind(task, config, path)
         weights, kind = getattr(torch, dtype), getattr(transformers, reading.auto)
@@ -130,6 +123,21 @@ def load_pretrained(
     _require_whole(model, new, quantization)
     keep_as_trained(model)
     return Pretrained(model, tokenizer, new)
+
+
+def load_settings(
+    path: str, task: Task, *, labels: LabelMap | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """The checkpoint's config with a head for these classes, and its tokenizer or processor.  Raises SettingsError."""
+    require_model(path)
+    reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    with loading("model.path", path):
+        require_no_adapter(path, common["revision"])
+        config = load(AutoConfig, path, **common, **({} if reading.whole else _head(task, labels)))
+        if reading.media is not None:
+            return config, load(_PROCESSORS[reading.media], path, **common)
+        by_word = task.reading.by_token
+        return config, _tokenizer(path, config, by_word=by_word, generates=reading.whole, **common)
 
 
 def _require_weights(missing_keys: Iterable[str], path: str) -> None:

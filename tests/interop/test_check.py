@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.run import server as module
-from tsqlora.run.server import KEY, AnswerError, Server
+from tsqlora.interop import check as module
+from tsqlora.interop.check import KEY, AnswerError, Server
 
 Answer = Callable[[BaseHTTPRequestHandler, Any], None]
 
