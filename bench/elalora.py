@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerState
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.paper.change import moments, new_row, smoothed
 from tsqlora.paper.moves import default_interval, moves_allowed
-from tsqlora.paper.slots import layers_of
+from tsqlora.training.lora import layers_of
 
 ADAPTER = "default"
 ORTHOGONALITY, OFFERED, MOVES = 0.1, 2, 4

@@ -25,7 +25,7 @@ from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.paper.budget import default_max_rank
 from tsqlora.paper.moves import RankSchedule, default_interval
-from tsqlora.paper.slots import active_parameters, active_ranks, layers_of
+from tsqlora.paper.slots import active_parameters, active_ranks
 from tsqlora.quality.sampling import draw_size
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config
@@ -33,7 +33,7 @@ from tsqlora.run.fit import arguments, measure
 from tsqlora.run.job import Job, load, with_adapter
 from tsqlora.seeds import stream
 from tsqlora.training.fit import Method, fit
-from tsqlora.training.lora import inject, new_config
+from tsqlora.training.lora import inject, layers_of, new_config
 from tsqlora.training.record import RunRecord, versions
 from tsqlora.training.tell_progress import peak_memory
 

@@ -32,14 +32,14 @@ class Module:
 
 
 def modules() -> dict[str, Module]:
-    found = {}
+    made = {}
     for path in sorted(SRC.rglob("*.py")):
         text, parts = path.read_text(encoding="utf-8"), path.relative_to(SRC.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = Module(name, ast.parse(text), len(text.splitlines()))
-    for module in found.values():
-        _bind(module, found)
-    return found
+        made[name] = Module(name, ast.parse(text), len(text.splitlines()))
+    for module in made.values():
+        _bind(module, made)
+    return made
 
 
 def _bind(module: Module, others: Mapping[str, Module]) -> None:
@@ -82,17 +82,17 @@ def _home(name: Name, all_of: Mapping[str, Module]) -> Name:
 
 def reached(roots: list[Name], all_of: Mapping[str, Module]) -> dict[Name, int]:
     """Lines of each definition that the roots reach."""
-    found, todo = dict[Name, int](), [_home(root, all_of) for root in roots]
+    lines_of, todo = dict[Name, int](), [_home(root, all_of) for root in roots]
     while todo:
         name = todo.pop()
         module = all_of.get(name[0])
         node = module.definitions.get(name[1]) if module else None
-        if name in found or node is None or module is None:
+        if name in lines_of or node is None or module is None:
             continue
         first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
-        found[name] = int(node.end_lineno or node.lineno) - first + 1
+        lines_of[name] = int(node.end_lineno or node.lineno) - first + 1
         todo += names_in(module, node, all_of)
-    return found
+    return lines_of
 
 
 def where(name: str, all_of: Mapping[str, Module]) -> Name:
@@ -152,12 +152,12 @@ def sizes(all_of: Mapping[str, Module]) -> dict[str, int]:
 
 def wings(all_of: Mapping[str, Module]) -> dict[str, int]:
     """Statements of each package; files beside the packages are `root`."""
-    found = defaultdict[str, int](int)
+    counts = defaultdict[str, int](int)
     for module in all_of.values():
         parts = module.name.split(".")[1:]
         inside = bool(parts) and (SRC / parts[0]).is_dir()
-        found[parts[0] if inside else "root"] += statements(module.tree)
-    return dict(found)
+        counts[parts[0] if inside else "root"] += statements(module.tree)
+    return dict(counts)
 
 
 def doors(all_of: Mapping[str, Module]) -> dict[str, list[Name]]:

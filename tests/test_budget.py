@@ -74,9 +74,9 @@ def test_a_figure_is_within_its_budget(name: str, measured: dict[str, float]) ->
 
 
 def test_each_wing_keeps_its_statements() -> None:
-    found = house.wings(house.modules())
-    assert found.keys() == WINGS.keys(), "pyproject.toml names the wings"
-    assert {name: n for name, n in found.items() if n > WINGS[name]} == {}
+    counts = house.wings(house.modules())
+    assert counts.keys() == WINGS.keys(), "pyproject.toml names the wings"
+    assert {name: n for name, n in counts.items() if n > WINGS[name]} == {}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which format a file has, what a row of each format says, and what is said of one that is not whole."""
+"""Which format a file has, what a row of each format says, and the problem of a row that is not whole."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -337,8 +337,8 @@ def find(names: str, **settings: Any) -> Format:
     ],
 )
 def test_the_format_follows_from_columns_and_settings(names: str, settings: Any, format: str, columns: Any) -> None:
-    found = find(names, **settings)
-    assert found == find(" ".join(reversed(names.split())), **settings) == Format(format, Columns(*columns))
+    result = find(names, **settings)
+    assert result == find(" ".join(reversed(names.split())), **settings) == Format(format, Columns(*columns))
 
 
 @pytest.mark.parametrize("name", FORMATS)

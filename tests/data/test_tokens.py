@@ -116,7 +116,7 @@ def test_samples_do_not_depend_on_their_neighbours(texts: list[tuple[str, str]],
 
 LONG = ("sS", "ua", "abcdef", "ug", "ah", "ui", "aj")
 ENDS, CLOSES = {"chat_template": CHATML, "eos": "<|im_end|>"}, {"opens": False, "closes": True}
-IN_TURNS, ASKED = {"chat_template": TURNS}, {"with_targets": False}
+IN_TURNS, PROMPTS = {"chat_template": TURNS}, {"with_targets": False}
 TALK = "<s>user a<s>assistant b<s>user c"
 HEAD = "<|im_start|>assistant\n"
 
@@ -154,7 +154,7 @@ HEAD = "<|im_start|>assistant\n"
         (chat("ua", "ab", "uc"), THINKS, {"with_targets": False}, "<s>user a<s>assistant b<s>user c<s>assistant ", ""),
         # What is measured goes on from what its answer followed, though the chat ends with a further question.
         (chat("ua", "ab", "uc"), IN_TURNS, {"with_targets": False, "measured": True}, "<s>[u]a|", ""),
-        (chat("ua", "ab", "uc"), IN_TURNS, ASKED, "<s>[u]a|[a]b|[u]c|", ""),
+        (chat("ua", "ab", "uc"), IN_TURNS, PROMPTS, "<s>[u]a|[a]b|[u]c|", ""),
         # Of a prompt that is a chat no answer is trained on.
         *(
             (rows_of({"prompt": turns("ua", "ab", "uc"), "completion": one}), IN_TURNS, {}, None, "[a]d|")
@@ -175,8 +175,8 @@ def test_what_a_model_reads_and_what_it_learns(
     assert learned == trained
     assert text in (None, whole)
     assert made.truncated == ("max_length" in options)
-    asked = how in (ENDS, IN_TURNS, THINKS) and len(rows[0].cells.get("messages", "ab")) > 1
-    if asked and not options:  # what it is asked is what it is trained with
+    has_prompt = how in (ENDS, IN_TURNS, THINKS) and len(rows[0].cells.get("messages", "ab")) > 1
+    if has_prompt and not options:  # a prompt has the tokens that it has in training
         prompts = make(rows, tokenizer, with_targets=False)[0]["input_ids"]
         assert made[0]["input_ids"][: len(prompts)] == prompts
         assert references(rows, format_of(rows))[0] in trained

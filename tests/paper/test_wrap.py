@@ -130,9 +130,9 @@ def test_the_head_of_a_classifier_and_modules_to_save_train_whole() -> None:
     ids=lambda option: "-".join(str(x) for x in next(iter(option.items()))).split("(")[0],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(option: dict[str, object]) -> None:
-    model, asked = with_lora(), LoraConfig(**option)  # type: ignore[arg-type]
+    model, config = with_lora(), LoraConfig(**option)  # type: ignore[arg-type]
     for name in option:
-        setattr(model.peft_config["default"], name, getattr(asked, name))
+        setattr(model.peft_config["default"], name, getattr(config, name))
     with pytest.raises(tsq.UnsupportedError, match=rf"LoraConfig\({next(iter(option))}=.*leave it out"):
         paper.wrap(model)
 
