@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -206,35 +207,35 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
         bert,
         of_all(("PEFT", "vLLM"), "right")
         | of_all(("vLLM to 0.32", *OLD_VLLM, *SGLANG, "text-embeddings-inference"), "refused -> merged")
-        | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused"),
+        | of_all(("llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "refused*"),
         "takes no LoRA on layers named key, query, value",
     ),
     "as many classes": (beside(bert, id2label=names_of(3)), {"vLLM": "right"}, ""),
     "more classes": (beside(bert, id2label=names_of(2)), {"vLLM": "refused -> merged"}, "--max-lora-cls-labels 3"),
     "DistilBERT": (tei("DistilBert"), {"text-embeddings-inference": "refused -> merged"}, ""),
     "DeBERTa": (tei("DebertaV2"), {"text-embeddings-inference": "refused -> merged"}, ""),
-    "MPNet": (tei("MPNet"), {"text-embeddings-inference": "refused"}, "takes no LoRA on MPNet"),
+    "MPNet": (tei("MPNet"), {"text-embeddings-inference": "refused*"}, "takes no LoRA on MPNet"),
     "a head of two layers": (roberta, of_all(("vLLM", "text-embeddings-inference"), "refused -> merged"), ""),
     "rank 512": (saved(r=512), of_all(VLLM, "right"), ""),
     "rank 513": (saved(r=513), of_all(VLLM, "refused -> merged"), "rank 513 is above 512"),
     "Llama": (beside(saved(), architectures=["LlamaForCausalLM"]), {"TGI": "right"}, ""),
-    "Qwen 3": (beside(saved(), architectures=["Qwen3ForCausalLM"]), {"TGI": "refused"}, "LoRA on Qwen3ForCausalLM"),
+    "Qwen 3": (beside(saved(), architectures=["Qwen3ForCausalLM"]), {"TGI": "refused*"}, "LoRA on Qwen3ForCausalLM"),
     "an unknown base": (beside(saved(), architectures=[]), {"TGI": "right"}, ""),
-    "other names": (gpt2(), {"TGI": "wrong"} | of_all(SGLANG, "refused -> merged"), "layers named c_attn"),
+    "other names": (gpt2(), {"TGI": "wrong*"} | of_all(SGLANG, "refused -> merged"), "layers named c_attn"),
     "a body": (body, {"llama.cpp": "wrong -> gguf"}, ""),
     "a body of BERT": (on(lambda: tiny_bert().float().bert, body), {"llama.cpp": "wrong -> merged"}, ""),
     "old tokens": (adding("<old>"), {"SGLang": "right"}, ""),
-    "new tokens": (adding("<old>", "<new>"), {"SGLang": "refused"}, "takes no added tokens: <new>"),
+    "new tokens": (adding("<old>", "<new>"), {"SGLang": "refused*"}, "takes no added tokens: <new>"),
     "trained tokens": (
         saved(trainable_token_indices=[1, 2]),
-        of_all(VLLM, "refused") | of_all(SGLANG, "wrong") | {"PEFT": "right"},
+        of_all(VLLM, "refused*") | of_all(SGLANG, "wrong*") | {"PEFT": "right"},
         "",
     ),
     "experts": (beside(with_experts, **GPT_OSS), of_all(VLLM, "right"), ""),
-    "experts alone": (lambda folder: with_experts(folder, target_modules=[]), of_all(VLLM, "wrong"), "as interleaved"),
+    "experts alone": (lambda folder: with_experts(folder, target_modules=[]), of_all(VLLM, "wrong*"), "as interleaved"),
     "half of the experts": (
         lambda folder: with_experts(folder, target_parameters=["mlp.experts.down_proj"]),
-        of_all(VLLM, "refused"),
+        of_all(VLLM, "refused*"),
         "needs gate_up_proj and down_proj",
     ),
     "tied head": (on(tiny_tied, HEAD), {"llama.cpp": "refused -> merged"}, "another layer of the base shares"),
@@ -253,7 +254,7 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
     ),
     "activated": (
         saved(alora_invocation_tokens=[1, 2]),
-        {"llama.cpp": "right", "vLLM": "refused", "SGLang": "wrong"},
+        {"llama.cpp": "right", "vLLM": "refused*", "SGLang": "wrong*"},
         "",
     ),
     "biases of B, base unknown": (PLAIN, {"TGI": "wrong -> merged"}, ""),
@@ -270,10 +271,8 @@ def test_what_the_files_and_the_base_say_decides(case: str, tmp_path: Path) -> N
     build, expected, reason = CASES[case]
     report = examine(build(tmp_path / "a"))
     verdict_of = verdicts(report)
-    assert {name: verdict_of[name] for name in expected} == {
-        name: verdict_of[name] if verdict in ("refused", "wrong") and verdict_of[name].startswith(verdict) else verdict
-        for name, verdict in expected.items()
-    }
+    for name, pattern in expected.items():
+        assert fnmatchcase(verdict_of[name], pattern), (name, verdict_of[name])
     assert reason in " ".join(reason for consumer in report["consumers"] for reason in consumer["reasons"])
     assert report["faults"] == []
 
