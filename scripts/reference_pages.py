@@ -46,7 +46,7 @@ Further `training` settings are any field of `transformers.TrainingArguments` (`
 {refused}
 
 Some options are arguments of Python functions only (`reference`, `calibration`, `judge`, `gamma`, `samples`
-…): see `tsqlora.score`, `ScoringRule`, `RankCallback` and `RankSchedule` in the [API](api.md).
+…): see `score`, `ScoringRule`, `RankCallback` and `RankSchedule` of `tsqlora.paper` in the [API](api.md).
 
 ## Detected columns
 
