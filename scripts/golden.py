@@ -169,7 +169,7 @@ def labels(case: Case) -> None:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows({**row, "reviewed_label": row["label"]} for row in table[:30])
-    case.run("apply", "audit", data, "--apply", "reviewed.csv", "--out", "applied")
+    case.run("apply", "audit", "--apply", "reviewed.csv", "--out", "applied")
     for path in sorted((case.folder / "applied").glob("*.jsonl")):
         case.keep_lines(f"apply: {path.name}", path)
     case.run("score", "score", write_config(case, data), "--out", "scores.parquet")
@@ -206,10 +206,9 @@ def trusted(case: Case) -> None:
 
 def served(case: Case, source: Path) -> None:
     """Every export of a run, and what the doctor says."""
-    for kind, more in (("peft", ()), ("peft", ("--keep", 0.5)), ("universal", ()), ("merged", ())):
-        name = f"{kind}{''.join(map(str, more))}"
-        case.run(f"export {name}", "export", source, "--format", kind, *more, "--out", f"export-{name}")
-        case.keep_tensors(f"export {name}", Path(f"export-{name}"))
+    for kind in ("peft", "compressed", "universal", "merged"):
+        case.run(f"export {kind}", "export", source, "--format", kind, "--out", f"export-{kind}")
+        case.keep_tensors(f"export {kind}", Path(f"export-{kind}"))
     found = case.run("doctor", "doctor", source / "adapter" if (source / "adapter").exists() else source)
     case.keep("doctor", {key: value for key, value in found.items() if key not in ("path", "seconds", "adapter")})
 
@@ -262,8 +261,11 @@ def texts(case: Case) -> None:
     case.keep_tensors("export gguf", Path("export-gguf"))
     pairs = [{**row, "chosen": row["completion"] or "no", "rejected": "Once there was"} for row in rows]
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
-    kind = settings(task={"type": "preference"}, data={"max_length": 256})
-    trained(case, "pairs", "--model", model, "--data", write(case.folder / "pairs.jsonl", pairs), *kind)
+    sections = {"model": {"path": str(model)}, "task": {"type": "preference"}}
+    sections["data"] = {"train": str(write(case.folder / "pairs.jsonl", pairs)), "max_length": 256}
+    (case.folder / "pairs.yaml").write_text(json.dumps(sections), encoding="utf-8")
+    case.run("pairs", "score", "pairs.yaml", "--out", "pairs.parquet")
+    case.keep_scores("pairs", Path("pairs.parquet"))
     summaries = write(case.folder / "summaries.jsonl", rows_of("scitldr", 48))
     kind = settings(task={"type": "seq2seq"}, data={"prompt": "document", "target": "summary", "max_length": 64})
     trained(case, "seq2seq", "--model", tiny_bart(case.folder / "bart"), "--data", summaries, *kind)
@@ -308,9 +310,10 @@ def media(case: Case) -> None:
 
 def demo(case: Case) -> None:
     """The demo: suspects of the embedded table, and the adapter."""
-    case.keep("metrics", case.run("demo", "demo", "--out", "demo").get("metrics", {}))
-    for path in sorted((case.folder / "demo").rglob("suspects.csv")):
-        case.keep_table("suspects", path)
+    case.run("demo", "demo", "--out", "demo")
+    for path in sorted((case.folder / "demo").rglob("run.json")):
+        case.keep(f"{path.parent.name}: metrics", json.loads(path.read_text(encoding="utf-8"))["metrics"])
+        case.keep_scores(path.parent.name, path.parent / "scores.parquet")
     for path in sorted((case.folder / "demo").rglob("adapter")):
         case.keep_tensors(path.parent.name, path)
 
