@@ -7,8 +7,8 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-import tsqlora as tsq
 from models import collate, samples, tiny_bert
+from tsqlora import paper
 from tsqlora.compat.peft import (
     VARIANTS,
     forget_adapter,
@@ -60,7 +60,7 @@ def test_a_layer_forgets_an_adapter() -> None:
 
 
 def test_layers_that_add_nothing_are_left_out_and_come_back() -> None:
-    model, rows = tsq.wrap(tiny_bert().float(), mean_rank=2).eval(), collate(samples(4, 3))
+    model, rows = paper.wrap(tiny_bert().float(), mean_rank=2).eval(), collate(samples(4, 3))
     del rows["labels"]
     layers = list(lora_layers(model).values())
     with torch.no_grad():

@@ -75,9 +75,6 @@ def test_an_optimizer_that_slots_cannot_follow_trains_plain_lora_of_ranks_set_on
     twin = first.model
     make_trainer(twin, ROWS, tmp_path / "twin", [], num_train_epochs=3, **requires(options, twin)).train()
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
-    record = RunRecord.load(tmp_path)
-    assert (record.status, record.ranks) == ("finished", ranks.final)
-    assert any("do not move" in note for note in record.notes)
 
 
 def test_ranks_that_were_set_once_go_on_where_training_was_cut_off(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_invalid_arguments_are_errors() -> None:
 
 
 def test_a_probe_that_saw_no_backward_is_an_error() -> None:
-    watching = Probe(lora_layers(MODEL), "sampled")
+    watching = Probe(lora_layers(MODEL))
     with watching.watch(MODEL), torch.no_grad():
         MODEL(**collate(ROWS))
     with pytest.raises(tsq.UnsupportedError, match="no backward pass"):

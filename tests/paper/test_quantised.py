@@ -17,6 +17,7 @@ from slotted import assert_hidden_are_zero, resize, take_steps, trained, update,
 from tsqlora import paper
 from tsqlora.compat.bitsandbytes import linear_bits
 from tsqlora.gradients.sites import effective_weight, lora_layers
+from tsqlora.paper import probe
 from tsqlora.paper.slots import find_slots
 
 pytestmark = [

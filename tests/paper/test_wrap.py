@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,7 +121,6 @@ def test_the_head_of_a_classifier_and_modules_to_save_train_whole() -> None:
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
-        {"init_lora_weights": "eva", "eva_config": lora_configs.EvaConfig()},
         {"init_lora_weights": "corda", "corda_config": lora_configs.CordaConfig()},
         {"init_lora_weights": "loftq", "loftq_config": lora_configs.LoftQConfig()},
         {"init_lora_weights": "mica"},

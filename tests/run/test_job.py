@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from tables import table_with
+from tsqlora import paper
 from tsqlora.errors import SettingsError
 from tsqlora.run import callbacks, fit, job
 from tsqlora.run.config import Config, RankSettings, Section
@@ -108,13 +109,13 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "prepare"): tables,
         (job, "require_embedded"): None,
         (job, "wrap"): model,
-        (job, "plain_lora"): model,
+        (paper, "wrap"): model,
         (job, "start_from"): model,
         (job, "read_data"): tables,
         (callbacks, "QualitySubset"): [0] * 4,
         (callbacks, "QualityCallback"): None,
         (callbacks, "ScoringRule"): SimpleNamespace(weights=None),
-        (callbacks, "RankCallback"): None,
+        (paper, "RankCallback"): None,
         (fit, "training_arguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
 

@@ -37,14 +37,14 @@ def planned(
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"].samples, q.fraction)
     scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
-    ranks = paper.RankCallback(r.interval, policy=r.policy, samples=20)
+    ranks = paper.RankCallback(r.interval, samples=20) if r.moves else None
     args = arguments(config, Path("nowhere"))
     return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))
 
 
 @pytest.fixture(scope="module")
 def model() -> PeftModel:
-    return tsq.wrap(tiny_bert(num_labels=2, dtype=torch.float32), mean_rank=8)
+    return paper.wrap(tiny_bert(num_labels=2, dtype=torch.float32), mean_rank=8)
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulation"), [(100, 8, 1), (100, 7, 3), (9, 8, 4), (101, 50, 2)])

@@ -9,8 +9,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tsqlora.reports.page import layer_places
-
 _BLOCKS_ABREAST = 12
 _CLASSES = 20
 _CHARACTERS = 240
@@ -84,6 +82,8 @@ def show_ranks(console: Console, ranks: Mapping[str, int]) -> None:
 
 def ranks_table(ranks: Mapping[str, int]) -> Group:
     """Ranks by kind of module and block, a table for every 12 blocks."""
+    from tsqlora.reports.page import layer_places  # imports jinja2, which --help does without
+
     cells = {place: ranks[name] for name, place in layer_places(ranks).items()}
     blocks = list(dict.fromkeys(block for block, _ in cells if block))
     starts = range(0, len(blocks), _BLOCKS_ABREAST)

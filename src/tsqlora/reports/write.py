@@ -29,7 +29,7 @@ def report(directory: str | Path, *, texts: Sequence[str] | None = None) -> Repo
 
         tsq.report("out", texts=dataset["text"])
 
-    The directory is the `output_dir` of a Trainer with QualityCallback or RankCallback, or a run of `tsqlora train`.
+    The directory is the `output_dir` of a Trainer with QualityCallback, or a run of `tsqlora train`.
 
     Args:
         texts: texts of the scored rows, in their order; a run of `tsqlora train` needs none.

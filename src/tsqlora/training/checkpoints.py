@@ -76,9 +76,11 @@ def fault(folder: Path) -> str | None:
         return "it is not there"
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["version"] != VERSION:
+        if manifest["version"] not in (1, VERSION):
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+        # Version 1 had hashes beside the sizes; the state that lies beside it says whether training can go on.
+        files = manifest["files"].items()
+        sizes = {str(name): int(one["size"] if isinstance(one, dict) else one) for name, one in files}
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):

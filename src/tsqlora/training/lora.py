@@ -243,7 +243,11 @@ _HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
 
 
 def new_config(
-    model: nn.Module, target_modules: str | Sequence[str], dropout: float, modules_to_save: Sequence[str]
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    dropout: float,
+    modules_to_save: Sequence[str],
+    **further: Any,
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved.
 
@@ -266,6 +270,7 @@ def new_config(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         # PEFT trains and saves the head by it too.
         task_type=TaskType.SEQ_CLS if type(model).__name__.endswith("ForSequenceClassification") else None,
+        **further,
     )
 
 
