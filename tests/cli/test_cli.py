@@ -369,7 +369,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     name: str, stopped: Path, trained: Path, place: Path, tsqlora: Run
 ) -> None:
     path = stopped / "checkpoints" / "checkpoint-15" / name
-    path.write_bytes(path.read_bytes()[::-1])
+    path.write_bytes(path.read_bytes()[:-9])
     code, _, err = tsqlora("train", place / "c.yaml", "--out", stopped, "--resume")
     assert code == 0, err
     assert f"warning: {path.parent} is passed over: {name} " in err
