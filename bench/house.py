@@ -162,7 +162,7 @@ def wings(all_of: Mapping[str, Module]) -> dict[str, int]:
 
 def doors(all_of: Mapping[str, Module]) -> dict[str, list[Name]]:
     """What a user calls: `tsqlora audit` of labels, `tsqlora doctor`, the callback of a Trainer."""
-    homes = ast.literal_eval(all_of["tsqlora"].definitions["_HOMES"].value)  # type: ignore[attr-defined]
+    homes = ast.literal_eval(all_of["tsqlora"].definitions["_HOMES"].value)
     callback = next(f"tsqlora.{home}" for home, names in homes.items() if "QualityCallback" in names)
     return {
         "reach_audit": [where("run_audit", all_of)],

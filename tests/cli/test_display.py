@@ -13,7 +13,6 @@ from rich.console import Console
 
 from tsqlora.cli import console
 from tsqlora.cli.display import (
-    layer_places,
     ranks_table,
     show_audit,
     show_explained,
@@ -27,6 +26,7 @@ from tsqlora.cli.display import (
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
 from tsqlora.quality.reasons import WHY
+from tsqlora.reports.page import layer_places
 from tsqlora.text.look import PHASES
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")

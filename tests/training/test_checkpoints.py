@@ -144,7 +144,7 @@ def test_a_manifest_that_is_none_is_told(text: str, run: Path) -> None:
 
 def test_a_manifest_of_another_version_is_told(run: Path) -> None:
     path = run / "checkpoint-12" / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} was written by another version of tsqlora"
 
 

@@ -78,7 +78,7 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["version"] not in (1, VERSION):
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        # Version 1 had hashes beside the sizes; the state that lies beside it says whether training can go on.
+        # Version 1 has hashes beside the sizes; `read_state` decides whether training can go on.
         files = manifest["files"].items()
         sizes = {str(name): int(one["size"] if isinstance(one, dict) else one) for name, one in files}
     except FileNotFoundError:

@@ -125,7 +125,7 @@ class RunRecord:
             return cls(**stored, cost=costs, rank_events=events)
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
-                f"{run} is not a run: it has no {RECORD_FILE}, which `tsqlora train` and our callbacks write"
+                f"{run} is not a run: it has no {RECORD_FILE}, which `tsqlora train` and QualityCallback write"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a run's record ({error})") from None
