@@ -58,7 +58,7 @@ def slotted(dtype: torch.dtype = torch.float64) -> tuple[PeftModel, Rows]:
     """A model of `wrap` whose layers have ranks 0 to 4, at capacity 6."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tsq.wrap(tiny_bert(dtype=dtype), mean_rank=3, dropout=0.1, modules_to_save=["classifier"])
+        model = paper.wrap(tiny_bert(dtype=dtype), mean_rank=3, dropout=0.1, modules_to_save=["classifier"])
         for j, slots in enumerate(find_slots(model).values()):
             with torch.no_grad():
                 slots.b.normal_(std=0.1)
