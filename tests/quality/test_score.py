@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertForTokenClassification, Wav2Vec2ForSequenceClassification
 
-import tsqlora as tsq
 from made_media import wav2vec2_config
 from models import collate, lora, samples, tiny_bert
 from oracles import slow_multi_label_loss, slow_scores, slow_token_loss
