@@ -241,12 +241,16 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path) -> None:
 def test_a_run_begun_without_a_guard_goes_on_with_one(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 5}
     ranks = {"interval": 4, "schedule": paper.RankSchedule(freeze=0.2)}
-    trainer(tmp_path, paper.RankCallback(**ranks), **saves).train()
+
+    def begun(*further: TrainerCallback) -> Trainer:
+        data = tsq.QualitySubset(ROWS, 1.0, seed=0)
+        both = tsq.QualityCallback(data), paper.RankCallback(**ranks)
+        return trainer(tmp_path, *both, *further, data=data, **saves)
+
+    begun().train()
     assert not (tmp_path / "checkpoint-10" / GUARD_FILE).exists()
     guard = tsq.GuardCallback()
-    trainer(tmp_path, paper.RankCallback(**ranks), guard, Poison(12), **saves).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-10")
-    )
+    begun(guard, Poison(12)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert guard.count == 1
     saved = json.loads((tmp_path / "checkpoint-20" / GUARD_FILE).read_text())
     assert saved["skipped"] == [{"step": 12, "rows": None}]
