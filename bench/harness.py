@@ -277,8 +277,8 @@ def train(
 
 def planned_steps(config: Config, rows: int) -> int:
     """Optimizer steps of every method: training.max_steps, else the settings' epochs of their share of the rows."""
-    if config.training.max_steps is not None:
-        return config.training.max_steps
+    if config.training.steps is not None:
+        return config.training.steps
     batches = math.ceil(draw_size(rows, config.quality.fraction) / config.training.batch_size)
     return math.ceil(config.training.epochs * batches)
 

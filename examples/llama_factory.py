@@ -89,9 +89,10 @@ def main() -> None:
     if request.out.exists() and any(request.out.iterdir()):
         parser.error(f"--out {request.out} is not empty; name another directory")
     from datasets import DatasetDict, load_from_disk
-    from ruamel.yaml import YAML
 
-    settings = YAML(typ="safe", pure=True).load(request.config)
+    from tsqlora.compat.yaml import load_yaml
+
+    settings = load_yaml(request.config.read_bytes())
     if not isinstance(settings, dict) or settings.get("stage") != "sft":
         parser.error(f"{request.config} does not have stage: sft, which alone is supported")
     if settings.get("tokenized_path"):

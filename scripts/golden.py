@@ -247,7 +247,7 @@ def texts(case: Case) -> None:
     rows[3]["completion"], rows[5]["completion"], rows[9] = "", rows[5]["completion"] + "\u00e2\u20ac\u2122", rows[8]
     rows[20]["completion"], rows[21]["completion"] = rows[21]["completion"], rows[20]["completion"]
     data = write(case.folder / "rows.jsonl", rows)
-    case.run("audit", "audit", data, "--model", model, "--max-length", 256, "--out", "audit")
+    case.run("audit", "audit", data, "--model", model, "--set", "data.max_length=256", "--out", "audit")
     found = json.loads((case.folder / "audit/findings.json").read_text(encoding="utf-8"))
     kept = ("name", "finding", "code", "severity", "rows", "p", "where", "count")
     listed = found["findings"] if isinstance(found, dict) else found

@@ -20,7 +20,7 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.console import Console, Group
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,6 @@ from families import FAMILIES, trained_tokenizer  # noqa: E402
 from tsqlora.cli import console  # noqa: E402
 from tsqlora.cli.commands import app  # noqa: E402
 from tsqlora.cli.progress_bars import Display  # noqa: E402
-from tsqlora.progress import Pulse  # noqa: E402
 from tsqlora.run.demo import bbc_news, run_demo  # noqa: E402
 
 
@@ -63,11 +62,11 @@ def demo(folder: Path) -> None:
     display = Display(Console(file=StringIO()))
     # Bars compute speeds from the clock of their own console: only the last picture is printed.
 
-    def progress(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
-        display.progress(phase, done, total, pulse)
+    def progress(phase: str, done: int, total: int, note: str = "", /) -> None:
+        display.progress(phase, done, total, note)
         if phase == "training" and done > 0.6 * total and not frames:
             frames.append(done)
-            screen.print(Group(display.bars, display.pulse))
+            screen.print(display.bars)
 
     run_demo(folder, seed=0, progress=progress, say=display.say)
     save_svg("training", screen, "tsqlora train tsq.yaml --out run")
@@ -89,10 +88,11 @@ def doctor(folder: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(str(folder / "adapter"))
-    console.stdout = recorder(width=120)
+    screen = recorder(width=120)
+    console.terminal = lambda **_: screen
     with contextlib.chdir(folder):
         typer.main.get_command(app)(["doctor", "adapter"], standalone_mode=False)
-    save_svg("doctor", console.stdout, "tsqlora doctor adapter")
+    save_svg("doctor", screen, "tsqlora doctor adapter")
 
 
 def screenshot(page: Page, name: str, *, of: str = "", height: int = 900) -> None:
@@ -150,7 +150,7 @@ def chats(folder: Path) -> None:
     (folder / "chats.jsonl").write_text(
         "".join(json.dumps({"messages": one}) + "\n" for one in turns), encoding="utf-8"
     )
-    call = ["audit", "chats.jsonl", "--model", "model", "--max-length", "300", "--out", "chats"]
+    call = ["audit", "chats.jsonl", "--model", "model", "--set", "data.max_length=300", "--out", "chats"]
     with contextlib.chdir(folder):
         typer.main.get_command(app)(call, standalone_mode=False)
     with browser() as page:

@@ -1,19 +1,23 @@
-"""Writes docs/cli.md and docs/settings.md from the source: python scripts/reference_pages.py [--check]"""
+"""Writes docs/cli.md, docs/settings.md and run/config/settings.yaml: python scripts/reference_pages.py [--check]"""
 
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer.main
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
 
 from tsqlora.cli.commands import app
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.data.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
 from tsqlora.run.config import REFUSED_ARGUMENTS, Config
-from tsqlora.run.config.template import allowed
 
 DOCS = Path(__file__).parents[1] / "docs"
+TEMPLATE = Path(__file__).parents[1] / "src" / "tsqlora" / "run" / "config" / "settings.yaml"
+EXAMPLE = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
 
 CLI = """# Command line
 
@@ -39,14 +43,14 @@ The learning rate matters most, for LoRA and for tsqlora: try three values on va
 
 {sections}
 Further `training` settings are any field of `transformers.TrainingArguments` (`lr_scheduler_type`, `warmup_steps`,
-`gradient_accumulation_steps`, `eval_strategy`, `report_to` …), except those that another setting decides:
+`max_steps`, `gradient_accumulation_steps`, `eval_strategy`, `report_to` …), except those that another setting decides:
 
 | not under `training` | instead |
 | --- | --- |
 {refused}
 
-Some options are arguments of Python functions only (`reference`, `calibration`, `judge`, `gamma`, `samples`
-…): see `score`, `ScoringRule`, `RankCallback` and `RankSchedule` of `tsqlora.paper` in the [API](api.md).
+Some options are arguments of Python functions only (`weights`, `calibration`, `judge`, `depth`, `samples`
+…): see `wrap`, and `score`, `ScoringRule`, `RankCallback` and `RankSchedule` of `tsqlora.paper`, in the [API](api.md).
 
 ## Detected columns
 
@@ -79,13 +83,11 @@ WHEN = {
     "quality.preset": "paper, to reproduce the published Q",
     "ranks.policy": "tsqlora, to see which layers matter",
     "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
-    "ranks.depth": "half of the blocks, for shorter steps; measure what it costs",
     "ranks.min": "0, to allow layers without an adapter",
     "adapter.alpha": "with ranks.mean, to keep the scale",
     "adapter.target_modules": "names such as [q_proj, v_proj], for a smaller adapter",
     "adapter.init_from": "you continue from an adapter",
     "training.epochs": "few rows need more; 1 is enough for many",
-    "training.max_steps": "you have a budget of steps",
     "training.learning_rate": "always: the first thing to try",
     "training.batch_size": "memory",
     "training.seed": "to repeat a run with other draws",
@@ -163,8 +165,49 @@ def settings_section(name: str, section: Any) -> Iterator[str]:
     yield ""
 
 
+def settings_file() -> Iterator[str]:
+    """What `tsqlora init` writes: every setting with its description, type and default."""
+    yield "# Settings of a tsqlora run. A setting that is missing has its default."
+    for name, section in Config.model_fields.items():
+        yield from ("", f"# {section.description}", f"{name}:")
+        for setting, field in section.annotation.model_fields.items():
+            default = "required" if field.is_required() else f"default {dump_yaml(field.default, inline=True)}"
+            value = dump_yaml(EXAMPLE.get(f"{name}.{setting}", field.default), inline=True)
+            yield from (f"  # {field.description}", f"  {setting}: {value}  # {allowed(field)}; {default}")
+
+
+WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: "a list of texts",
+    dict[str, float]: "a number for each term",
+    types.NoneType: "null",
+}
+BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values of a setting in words: 'a number > 0 and <= 1, or null'."""
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    members: tuple[Any, ...] = get_args(field.annotation) if is_union else (field.annotation,)
+    first, *others = [
+        " or ".join(map(str, get_args(member))) if get_origin(member) is Literal else WORDS[member]
+        for member in members
+    ]
+    bounds = [
+        f"{symbol} {getattr(bound, attribute)}"
+        for kind, (attribute, symbol) in BOUNDS.items()
+        for bound in field.metadata
+        if isinstance(bound, kind)
+    ]
+    return ", or ".join([" ".join([first, " and ".join(bounds)]).strip(), *others])
+
+
 def main() -> None:
     pages = {DOCS / "cli.md": cli_page(), DOCS / "settings.md": settings_page()}
+    pages[TEMPLATE] = "\n".join(settings_file()) + "\n"
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if stale and "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(path.name for path in stale)}; run python scripts/reference_pages.py")

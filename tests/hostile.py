@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tables import cells_of, read_as
-from tsqlora.cli.adapter_display import show_doctor
+from tsqlora.cli.display import show_doctor
 from tsqlora.data.splits import read_data
 from tsqlora.data.write import WRITERS, write_rows
 from tsqlora.interop.doctor import examine
@@ -194,7 +194,7 @@ _KEYS = (*_keys(), "training.logging_steps", "training.hub_token", "training.opt
 
 _SOUND = b"""model: {path: m, dtype: float32}
 data: {train: t.jsonl, text: text, max_length: 64}
-quality: {fraction: 0.5, weights: {loss: 1.0}, temperature: 2.0}
+quality: {fraction: 0.5, preset: paper}
 ranks: {mean: 4.0, min: 0, max: 16}
 adapter: {target_modules: [query, value], dropout: 0.1}
 training: {epochs: 3, learning_rate: 5e-4, seed: 7, logging_steps: 10, optim: adamw_torch}

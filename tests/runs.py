@@ -1,7 +1,9 @@
 """Settings of runs that take seconds, on what bench/made.py makes, and the command line."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,17 @@ def set_up(folder: Path, *, rows: int = 80, labels: Sequence[Any] = (0, 1), **se
     return folder
 
 
+@cache
+def _wide(*, stderr: bool = False) -> Console:
+    return Console(width=200, stderr=stderr, markup=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run `tsqlora ARGUMENTS` in this process: exit code, stdout and stderr."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        patch.setattr(console, "stdout", Console(width=200, markup=False))
-        patch.setattr(console, "stderr", Console(width=200, stderr=True, markup=False))
+        patch.setattr(console, "terminal", _wide)
         with pytest.raises(SystemExit) as stopped:
             commands.main()
     return (int(stopped.value.code or 0), *capsys.readouterr())

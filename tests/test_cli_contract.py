@@ -20,13 +20,13 @@ OPTIONS = {
     "demo": "--out --seed",
     "init": "-o --output --task",
     "look": "--model --set --out",
-    "train": "--model --data --set --out --init-from --look --resume --dry-run",
+    "train": "--model --data --set --out --look --resume --dry-run",
     "audit": "--model --review --out --apply --set",
     "score": "--look --out --set",
     "explain": "--row --samples --data",
     "select": "--out --fraction --seed --data",
-    "evaluate": "--data --max-new-tokens --beams",
-    "predict": "--data --out --max-new-tokens --beams",
+    "evaluate": "--data --set",
+    "predict": "--data --out --set",
     "export": "--format --out --base --dtype --max-rank --keep",
     "doctor": "--server --template",
     "check": "--server-url --served-name --yes",
@@ -164,6 +164,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(folder / "base", tiny_llama())
     save_lora(folder / "adapter", tiny_llama(), lora_config())
     (folder / "empty").mkdir()
+    good = '{"text": "good", "label": "a"}\n'
+    for name, content in {"blank": "", "half": good + '{"text": "bad"}\n', "broken": good + "{broken\n"}.items():
+        (folder / f"{name}.jsonl").write_text(content)
     write_jsonl(folder / "one-class.jsonl", make_rows(20, labels=("a", "a")))
     write_jsonl(folder / "holes.jsonl", [{"text": "", "label": 0}, {"text": "good", "label": 1}] * 5)
     return folder
@@ -212,58 +215,74 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "code", "named"),
     [
-        ("train c.yaml --set quality.enabled=true --set quality.gate=share --out OUT", 2),
-        ("train c.yaml --set quality.enabled=true --set quality.preset=paper --set quality.fraction=0.01 --out OUT", 2),
-        ("train c.yaml --set data.train=none.csv --out OUT", 3),
-        ("train c.yaml --set data.train=one-class.jsonl --out OUT", 3),
-        ("train c.yaml --set data.train=holes.jsonl --out OUT", 3),
-        ("train c.yaml --set data.label=text --set task.type=regression --out OUT", 3),
-        ("train c.yaml --set model.path=empty --out OUT", 2),
-        ("train c.yaml --set adapter.target_modules=[no] --out OUT", 2),
-        ("train c.yaml --set adapter.init_from=empty --out OUT", 3),
-        ("train c.yaml --set ranks.mean=0.1 --out OUT", 2),
-        ("train c.yaml --set ranks.policy=no --out OUT", 2),
-        ("train c.yaml --set training.optim=no --out OUT", 2),
-        ("train c.yaml --set quality.fraction=0.001 --dry-run --set ranks.mean=0.1 --out OUT", 2),
-        ("train c.yaml --look empty --out OUT", 3),
-        ("look c.yaml --set data.train=none.csv --out OUT", 3),
-        ("look c.yaml --set data.train=holes.jsonl --out OUT", 3),
-        ("score c.yaml --out OUT.parquet", 2),
-        ("score train.jsonl --look empty --out OUT.parquet", 3),
-        ("score none.jsonl --look empty --out OUT.parquet", 3),
-        ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2),
-        ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3),
-        ("score run --set data.train=one-class.csv --out OUT.parquet", 3),
-        ("predict run --data none.csv --out OUT.csv", 3),
-        ("predict run --data holes.jsonl --out OUT.txt", 2),
-        ("predict empty --data holes.jsonl --out OUT.csv", 3),
-        ("select scores.parquet --fraction 2 --out OUT.csv", 2),
-        ("select scores.parquet --fraction 0.5 --data holes.jsonl --out OUT.csv", 3),
-        ("select none.parquet --fraction 0.5 --out OUT.csv", 3),
-        ("export adapter --format no --out OUT", 2),
-        ("export adapter --format merged --out OUT", 2),
-        ("export empty --format universal --out OUT", 3),
-        ("export adapter --format merged --base empty --out OUT", 2),
-        ("export adapter --format compressed --base base --keep 0 --out OUT", 2),
-        ("export adapter --format compressed --base base --out OUT", 2),
-        ("report empty --out OUT.html", 3),
-        ("compare c.yaml --methods lora --seeds 0 --out OUT", 2),
-        ("report run --control run --out OUT.html", 2),
-        ("init -o OUT.yaml --task no", 2),
-        ("evaluate run --data none.csv", 3),
-        ("explain run --row 5", 3),
-        ("doctor empty", 3),
+        ("train c.yaml --set quality.enabled=true --set quality.gate=share --out OUT", 2, "quality.gate was removed"),
+        (
+            "train c.yaml --set quality.enabled=true --set quality.preset=paper --set quality.fraction=0.01 --out OUT",
+            2,
+            "",
+        ),
+        ("train c.yaml --set quality.fracton=0.5 --out OUT", 2, "did you mean 'fraction'?"),
+        ("train c.yaml --set quality.fraction=0 --out OUT", 2, "quality.fraction is 0"),
+        ("train c.yaml --set task.type=clasification --out OUT", 2, "did you mean"),
+        ("train c.yaml --set data.max_length=1000 --out OUT", 2, "positions"),
+        ("train c.yaml --set data.label=lable --out OUT", 3, "did you mean 'label'?"),
+        ("train c.yaml --set data.train=none.csv --out OUT", 3, "none.csv"),
+        ("train c.yaml --set data.train=blank.jsonl --out OUT", 3, "no rows"),
+        ("train c.yaml --set data.train=half.jsonl --out OUT", 3, "no label in column 'label' (line 2)"),
+        ("train c.yaml --set data.train=broken.jsonl --out OUT", 3, "broken.jsonl:2"),
+        ("train c.yaml --set data.train=one-class.jsonl --out OUT", 3, ""),
+        ("train c.yaml --set data.train=holes.jsonl --out OUT", 3, ""),
+        ("train c.yaml --set data.label=text --set task.type=regression --out OUT", 3, ""),
+        ("train c.yaml --set model.path=empty --out OUT", 2, "empty"),
+        ("train c.yaml --set model.path=/no/such/model --out OUT", 2, "/no/such/model"),
+        ("train c.yaml --set adapter.target_modules=[no] --out OUT", 2, ""),
+        ("train c.yaml --set adapter.init_from=empty --out OUT", 3, "empty"),
+        ("train c.yaml --set ranks.mean=0.1 --out OUT", 2, "ranks.mean"),
+        ("train c.yaml --set ranks.policy=no --out OUT", 2, "tsqlora"),
+        ("train c.yaml --set training.optim=no --out OUT", 2, ""),
+        ("train c.yaml --set quality.fraction=0.001 --dry-run --set ranks.mean=0.1 --out OUT", 2, "ranks.mean"),
+        ("train c.yaml --look empty --out OUT", 3, "empty"),
+        ("look c.yaml --set data.train=none.csv --out OUT", 3, "none.csv"),
+        ("look c.yaml --set data.train=holes.jsonl --out OUT", 3, ""),
+        ("score c.yaml --out OUT.parquet", 2, "quality.enabled"),
+        ("score scores.parquet --out OUT.parquet", 2, "tsqlora explain"),
+        ("score train.jsonl --look empty --out OUT.parquet", 3, "empty"),
+        ("score none.jsonl --look empty --out OUT.parquet", 3, "none.jsonl"),
+        ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2, "quality.gate"),
+        ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3, ""),
+        ("score run --set data.train=one-class.csv --out OUT.parquet", 3, "one-class.csv"),
+        ("predict run --data none.csv --out OUT.csv", 3, "none.csv"),
+        ("predict run --data holes.jsonl --out OUT.txt", 2, ".txt"),
+        ("predict empty --data holes.jsonl --out OUT.csv", 3, "empty"),
+        ("select scores.parquet --fraction 2 --out OUT.csv", 2, "fraction"),
+        ("select scores.parquet --fraction 0.5 --data holes.jsonl --out OUT.csv", 3, ""),
+        ("select none.parquet --fraction 0.5 --out OUT.csv", 3, "none.parquet"),
+        ("export adapter --format no --out OUT", 2, ""),
+        ("export adapter --format merged --out OUT", 2, ""),
+        ("export empty --format universal --out OUT", 3, ""),
+        ("export adapter --format merged --base empty --out OUT", 2, ""),
+        ("export adapter --format compressed --base base --keep 0 --out OUT", 2, ""),
+        ("export adapter --format compressed --base base --out OUT", 2, ""),
+        ("report empty --out OUT.html", 3, ""),
+        ("compare c.yaml --methods lora --seeds 0 --out OUT", 2, "bench/harness.py"),
+        ("report run --control run --out OUT.html", 2, "tsqlora report"),
+        ("init -o OUT.yaml --task no", 2, ""),
+        ("evaluate run --data none.csv", 3, ""),
+        ("explain run --row 5", 3, ""),
+        ("doctor empty", 3, ""),
     ],
 )
 @pytest.mark.parametrize("out", ["deep/er/out", "empty"])
 def test_a_refused_command_leaves_the_file_system_as_it_was(
-    out: str, arguments: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+    out: str, arguments: str, code: int, named: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
 ) -> None:
     monkeypatch.chdir(folder)
     before = tree(folder)
     result, stdout, err = tsqlora(*arguments.replace("OUT", out).split())
     assert (result, stdout) == (code, ""), err
+    assert "Traceback" not in err
     assert len(err.splitlines()[-1]) > 10
+    assert named in err
     assert tree(folder) == before

@@ -58,7 +58,8 @@ DOORS: dict[str, str] = {
     "plan": "train --model {base} --data {chats} --dry-run --set task.type=causal-lm",
     "plan of labels": "train --model {base} --data {labels} --dry-run",
     "train": "train --model {base} --data {chats} --out {out} --set task.type=causal-lm",
-    "continue an adapter": "train --model {base} --data {chats} --init-from {lora} --dry-run --set task.type=causal-lm",
+    "continue an adapter": "train --model {base} --data {chats} --set adapter.init_from={lora} --dry-run "
+    "--set task.type=causal-lm",
     "look": "look {labels} --model {base} --out {out}",
     "look at chats": "look {chats} --model {base} --out {out} --set task.type=causal-lm",
     "score": "score {run} --out {out}.parquet",

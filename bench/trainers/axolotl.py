@@ -5,6 +5,7 @@
 axolotl packs at batch time alone, so its prepared set has a row for each source row.
 """
 
+import json
 import os
 import subprocess
 import tempfile
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from chats import LIMIT, compared, environment, place_of, save
 from origin import parser_of
-from ruamel.yaml import YAML
 
 VERSION = "0.19.0"
 PINS = (
@@ -44,7 +44,7 @@ def main() -> None:
             config |= {"output_dir": str(place / "out"), "micro_batch_size": 1, "num_epochs": 1, "learning_rate": 1e-4}
             config |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "bf16": False}
             config |= {key: value for key, value in variant.items() if key == "excess_length_strategy"}
-            YAML().dump(config, place / "axolotl.yaml")
+            (place / "axolotl.yaml").write_text(json.dumps(config))  # which is YAML
             quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": ""}
             command = [python, "-m", "axolotl.cli.preprocess", place / "axolotl.yaml"]
             subprocess.run(command, check=True, env={**os.environ, **quiet}, cwd=place)

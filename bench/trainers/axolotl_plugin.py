@@ -15,7 +15,6 @@ from pathlib import Path
 
 from chats import LIMIT, place_of
 from origin import ROOT
-from ruamel.yaml import YAML
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "num_epochs": 1, "tf32": False}
         config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # they need triton
         config |= {"plugins": ["axolotl_plugin.TsqloraPlugin"], "tsqlora": {"drop": ["stop_not_trained"]}}
-        YAML().dump(config, place / "axolotl.yaml")
+        (place / "axolotl.yaml").write_text(json.dumps(config))  # which is YAML
         quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
         command = [request.env / "bin" / "python", "-m", f"axolotl.cli.{request.command}", place / "axolotl.yaml"]
         quiet |= {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'examples'}"}

@@ -1,15 +1,12 @@
 """Communication between processes.  With one process every function is the identity."""
 
 import os
-import pickle
 import warnings
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,65 +43,29 @@ def any_process(here: bool, device: torch.device) -> bool:
 
 def from_first(value: T) -> T:
     """The first process's value, in every process."""
-    if not active():
-        return value
-    parcel, arrays = _packed(value if is_first() else None)
-    box = [parcel]
-    dist.broadcast_object_list(box, src=0, device=None if (device := _device()).type == "cpu" else device)
-    return _moved(value, box[0], arrays, 0, partial(dist.broadcast, src=0))
+    if active():
+        box = [value if is_first() else None]
+        dist.broadcast_object_list(box, src=0)
+        value = value if is_first() else cast(T, box[0])
+    return value
 
 
 def gathered(value: T) -> list[T]:
     """Every process's value, in their order."""
     if not active():
         return [value]
-    parcel, arrays = _packed(value)
-    parcels: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parcels, parcel)
-    return [_moved(value, one, arrays, j, partial(dist.broadcast, src=j)) for j, one in enumerate(parcels)]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def to_first(value: T) -> Iterator[T]:
-    """Yield every process's value, in their order, in the first one, and nothing in the others; all must exhaust it."""
+def to_first(value: T) -> list[T]:
+    """Every process's value, in their order, in the first one, and nothing in the others."""
     if not active():
-        yield value
-        return
-    parcel, arrays = _packed(value)
-    parcels: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
-    dist.gather_object(parcel, parcels, dst=0)
-    if parcels is None:
-        _moved(value, parcel, arrays, dist.get_rank(), partial(dist.send, dst=0))
-        return
-    yield value
-    for process, one in enumerate(parcels[1:], start=1):
-        yield _moved(value, one, [], process, partial(dist.recv, src=process))
-
-
-def _packed(value: Any) -> tuple[tuple[bytes, list[int]], list[np.ndarray]]:
-    """A pickle without numpy's contiguous arrays, with their sizes; and their bytes, which travel as tensors."""
-    buffers: list[pickle.PickleBuffer] = []
-    header = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
-    return (header, [len(array) for array in arrays]), arrays
-
-
-def _moved(
-    value: T, parcel: tuple[bytes, list[int]], arrays: list[np.ndarray], source: int, move: Callable[[Tensor], Any]
-) -> T:
-    """The value of a process, whose arrays `move` sends, or brings into empty ones."""
-    own, device = source == dist.get_rank(), _device()
-    arrays = arrays if own else [np.empty(size, np.uint8) for size in parcel[1]]
-    for array in filter(len, arrays):
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
-        move(tensor)
-        if not own and device.type != "cpu":
-            array[:] = tensor.numpy(force=True)
-    return value if own else pickle.loads(parcel[0], buffers=arrays)
-
-
-def _device() -> torch.device:
-    """Where tensors lie that the processes exchange."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def together(work: Callable[[], T]) -> T:

@@ -1,29 +1,14 @@
 """Progress reports of long functions, for a terminal or a test."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """The state of training at one step; None where a number is not available."""
-
-    loss: float | None
-    learning_rate: float
-    rows_a_second: float | None
-    tokens_a_second: float | None
-    moved: int
-    """Rank slots that have moved from one layer to another."""
-    memory: int
-    """Peak bytes: of the GPU where torch has CUDA, else of the process."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
 class Progress(Protocol):
-    """Receives how many steps or rows of a phase are done, and during training a Pulse."""
+    """Receives how many steps or rows of a phase are done, and during training a note, such as its loss."""
 
-    def __call__(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None: ...
+    def __call__(self, phase: str, done: int, total: int, note: str = "", /) -> None: ...
 
 
 def bars(rows: int) -> Progress:
@@ -32,7 +17,7 @@ def bars(rows: int) -> Progress:
 
     shown, before = dict[str, Any](), dict[str, int]()
 
-    def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+    def show(phase: str, done: int, total: int, note: str = "", /) -> None:
         if phase not in shown:
             shown[phase], before[phase] = tqdm(total=total, desc=f"{phase} at {rows} rows", leave=False), 0
         shown[phase].update(done - before[phase])

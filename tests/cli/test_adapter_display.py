@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from loras import lora_config, save_lora, tiny_llama
-from tsqlora.cli.adapter_display import show_doctor, show_export
+from tsqlora.cli.display import show_doctor, show_export
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.rewrite import layer_kind
 

@@ -65,54 +65,6 @@ def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
     return code, message
 
 
-@pytest.mark.parametrize(
-    ("override", "code", "message"),
-    [
-        ("data.train=nowhere.jsonl", 3, "nowhere.jsonl"),
-        ("quality.fracton=0.5", 2, "did you mean 'fraction'?"),
-        ("data.label=lable", 3, "did you mean 'label'?"),
-        ("quality.fraction=0", 2, "quality.fraction is 0"),
-        ("ranks.mean=0.5", 2, "ranks.mean"),
-        ("adapter.target_modules=[nothing]", 2, "nothing"),
-        ("model.path=/no/such/model", 2, "/no/such/model"),
-        ("task.type=clasification", 2, "did you mean"),
-        ("quality.gate=share", 2, "quality.gate was removed"),
-        ("ranks.policy=nothing", 2, "tsqlora"),
-        ("data.max_length=1000", 2, "positions"),
-    ],
-)
-def test_a_bad_setting_is_refused_before_anything_is_written(
-    override: str, code: int, message: str, place: Path, tmp_path: Path, tsqlora: Run
-) -> None:
-    out = tmp_path / "out"
-    dry = ["--dry-run"] if len(override) % 2 else []
-    result, text = refused(tsqlora, "train", place / "c.yaml", "--set", override, "--out", out, *dry)
-    assert result == code, text
-    assert message in text
-    assert not (out / "config.yaml").exists(), "the directory must be free for the next attempt"
-
-
-GOOD_ROW = '{"text": "good", "label": "a"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "no rows"),
-        (GOOD_ROW + '{"text": "bad"}\n', "no label in column 'label' (line 2)"),
-        (GOOD_ROW + "{broken\n", "rows.jsonl:2"),
-    ],
-)
-def test_bad_data_exits_3_and_names_file_and_row(
-    content: str, message: str, place: Path, tmp_path: Path, tsqlora: Run
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    code, text = refused(tsqlora, "train", place / "c.yaml", "--set", f"data.train={path}", "--out", tmp_path / "out")
-    assert code == 3
-    assert message in text
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_directory_of_something_else_is_left_alone(resume: bool, place: Path, tmp_path: Path, tsqlora: Run) -> None:
     (tmp_path / "thesis.tex").write_text("x")
@@ -489,23 +441,6 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
         code, text = refused(tsqlora, *arguments)
         assert (code, "--out" in text) == (2, True)
     assert Path(rows).read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("score {scored} --out s.parquet", "tsqlora explain"),
-        ("select {scored} --fraction 1.5 --out x.csv", "fraction"),
-        ("report run --port 80", "--port"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(
-    arguments: str, named: str, place: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, text = refused(tsqlora, *arguments.format(scored=scored, config=place / "c.yaml").split())
-    assert (code, named in text) == (2, True)
-    assert not any(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------- evaluate and predict

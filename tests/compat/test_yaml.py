@@ -23,7 +23,7 @@ def test_what_is_written_is_read_back(value: object) -> None:
 
 
 def test_plain_values_are_those_of_yaml_1_2() -> None:
-    text = "a: 5e-4\nb: no\nc: 2026-01-31\nd: 1e3\ne: .inf\nf: ~\ng: =\nh: 0x1F\ni: 12:30\n"
+    text = "a: 5e-4\nb: no\nc: 2026-01-31\nd: 1e3\ne: .inf\nf: ~\ng: =\nh: 0x1F\ni: 12:30\nj: 017\n"
     assert load_yaml(text) == {
         "a": 5e-4,
         "b": "no",
@@ -34,7 +34,14 @@ def test_plain_values_are_those_of_yaml_1_2() -> None:
         "g": "=",
         "h": 31,
         "i": "12:30",
+        "j": 17,
     }
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "Yes", "NO", "oN"])
+def test_only_true_and_false_are_booleans(text: str) -> None:
+    assert load_yaml(f"a: {text}") == {"a": text}
+    assert load_yaml("[true, True, false, FALSE]") == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,8 @@ def test_plain_values_are_those_of_yaml_1_2() -> None:
         ("a: !!bool x", "bool"),
         ("? !!str [a]\n: b\n", "line 1: "),
         ("{a: 1}: b\n", "line 1: "),
-        ("a: 1\na: 2\n", "line 2: "),
+        ("a: 1\na: 2\n", "line 2: the key 'a' comes twice"),
+        ("b: {a: 1}\nc:\n  a: 1\n  'a': 2\n", "line 4: the key 'a' comes twice"),
         ('"\\ud800": 1', "line 1: "),
         ('a: "\\UFFFFFFFF"', ""),
         ("a: [", "line 1: "),

@@ -37,7 +37,7 @@ class TextDay:
         self.rng = random.Random(f"{one.number} door")
         self.model = model_folder(one.family)
         self.task = ("--set", "task.type=" + ("preference" if "pair" in one.kind else "causal-lm"))
-        self.limit: tuple[object, ...] = () if one.limit == POSITIONS else ("--max-length", one.limit)
+        self.limit: tuple[object, ...] = () if one.limit == POSITIONS else ("--set", f"data.max_length={one.limit}")
 
     @property
     def clean(self) -> bool:
@@ -114,7 +114,7 @@ class TextDay:
         return [*self.task, *options_of(self.day.file), *options]
 
     def generation(self) -> tuple[object, ...]:
-        return ("--max-new-tokens", 2)
+        return ("--set", "task.max_new_tokens=2")
 
     def run(self) -> None:
         """Train, predict, export, and ask the doctor."""

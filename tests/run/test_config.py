@@ -74,7 +74,7 @@ def test_only_the_model_and_the_rows_must_be_set() -> None:
 
 
 def test_a_section_with_nothing_under_it_has_its_defaults() -> None:
-    assert loaded("quality:\n  weights:\nranks:\n") == loaded("")
+    assert loaded("quality:\n  weights: {loss: null}\nranks:\n") == loaded("")
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -111,17 +111,6 @@ def test_task_types_are_all_tasks_and_each_has_a_template() -> None:
         assert config.task.type == task
 
 
-def test_weights_come_from_the_preset_unless_set() -> None:
-    assert QualitySettings().resolved_weights() is None
-    assert QualitySettings(weights={"loss": -1.0, "convergence": 0.0}).resolved_weights() == {"loss": -1.0}
-    paper = QualitySettings(preset="paper", weights={"convergence": 2.0})
-    assert paper.resolved_weights() == {
-        "gradient_norm": 1 / 3,
-        "loss_reduction": 1 / 3,
-        "convergence": 2.0,
-    }
-
-
 def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
@@ -148,22 +137,20 @@ def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.Monkey
         ("quality: {fraction: half}", "quality.fraction is half", "number"),
         ("quality: {enabled: yes}", "quality.enabled is yes", "boolean"),
         ("quality: {preset: papers}", "quality.preset is papers", "'paper'"),
-        ("quality: {temperature: 0}", "quality.temperature is 0", "greater than 0"),
         ("ranks: {mean: .nan}", "ranks.mean is .nan", "finite"),
         ("ranks: {max: 2.5}", "ranks.max is 2.5", "integer"),
         ("training: {epochs: true}", "training.epochs is true", "number"),
         ("training: {epochs: 0}", "training.epochs is 0", "greater than 0"),
-        ("training: {max_steps: 0.5}", "training.max_steps is 0.5", "integer"),
-        ("training: {max_steps: -1}", "training.max_steps is -1", "equal to 1"),
+        ("training: {max_steps: 0.5}", "training.max_steps is 0.5", "whole number"),
+        ("training: {max_steps: -1}", "training.max_steps is -1", "1 or more"),
         ("task: {type: 7}", "task.type is 7", "string"),
         ("task: {type: ''}", "task.type is ''", "at least 1"),
         ("adapter: {target_modules: []}", "adapter.target_modules is []", "at least 1"),
         ("adapter: {target_modules: [1]}", "adapter.target_modules", "string"),
         ("adapter: 3", "adapter is 3", "dictionary"),
         ("ranks: {min: 20}", "ranks.min 20", "ranks.mean 8"),
-        ("quality: {weights: {convergense: 1}}", "quality.weights.convergense", "'convergence'"),
-        ("quality: {weights: {loss: much}}", "quality.weights.loss is much", "number"),
-        ("quality: {temperature: 2.0}", "quality.temperature", "quality.weights"),
+        ("quality: {weights: {loss: 1}}", "quality.weights was removed", "ScoringRule(weights"),
+        ("quality: {look: LOOK}", "quality.look was removed", "--look"),
         ("quality: {fraction: 1, fraction: 1}", "line 5", "fraction"),
         ("model: {path: other}", "line 5", "model"),
         ("7: 8", "7", "string"),
@@ -201,13 +188,13 @@ def test_a_run_with_a_removed_term_still_loads_for_what_needs_no_rows_drawn(tmp_
     path.write_text("model: {path: m}\ndata: {train: t.csv}\nquality: {weights: {reducible_loss: 1.0, loss: 2.0}}\n")
     with pytest.raises(SettingsError, match=r"quality\.weights\.reducible_loss was removed"):
         load_config(path)
-    assert load_config(path, trained=True).quality.weights == {"loss": 2.0}
+    assert load_config(path, trained=True).quality == QualitySettings()
 
 
 def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -> None:
     messages = [removed.why for removed in REMOVED_SETTINGS.values()]
     named = [match[1] for why in messages if (match := re.search(r"ScoringRule\((\w+)=", why))]
-    assert {"reference", "calibration"} == {*named}
+    assert {"reference", "calibration", "weights", "temperature", "look_again"} == {*named}
     assert {*named} <= {field.name for field in dataclasses.fields(ScoringRule)}
 
 
@@ -240,21 +227,21 @@ def test_bytes_that_are_no_text_are_not_yaml() -> None:
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins() -> None:
-    config = loaded("quality: {fraction: 0.2, look_again: false}", "quality.fraction=0.3", "quality.fraction=0.4")
-    assert (config.quality.fraction, config.quality.look_again) == (0.4, False)
+    config = loaded("quality: {fraction: 0.2, head_start: false}", "quality.fraction=0.3", "quality.fraction=0.4")
+    assert (config.quality.fraction, config.quality.head_start) == (0.4, False)
 
 
 def test_override_values_are_yaml() -> None:
     config = loaded(
         "",
         "training.learning_rate=1e-3",
-        "quality.weights={gradient_norm: 1}",
+        "training.lr_scheduler_kwargs={gamma: 1}",
         "adapter.target_modules=[query, value]",
         "data.label=",
         "task.type=a=b",
     )
     assert config.training.learning_rate == 1e-3
-    assert config.quality.weights == {"gradient_norm": 1.0}
+    assert config.training.further_arguments() == {"lr_scheduler_kwargs": {"gamma": 1}}
     assert config.adapter.target_modules == ["query", "value"]
     assert config.data.label is None
     assert config.task.type == "a=b"
@@ -360,7 +347,6 @@ configs = st.builds(
         {
             "fraction": st.floats(0, 1, exclude_min=True),
             "preset": st.sampled_from(sorted(PRESETS)),
-            "weights": st.dictionaries(st.sampled_from(["loss", "convergence"]), st.floats(-2, 2)),
         }
     ),
     adapter=st.fixed_dictionaries({"target_modules": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1)}),
@@ -400,4 +386,5 @@ def test_further_training_arguments_are_fields_of_the_trainer() -> None:
     config = loaded("training: {weight_decay: 0.1, warmup_steps: 0.06}")
     assert config.training.further_arguments() == {"weight_decay": 0.1, "warmup_steps": 0.06}
     assert set(REFUSED_ARGUMENTS) <= theirs == _trainer_arguments()
+    assert PRESETS["paper"] is not None
     assert math.isclose(sum(PRESETS["paper"].values()), 1)

@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = {"batch_size": 8, "epochs": 2, "bf16": False, "learni
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("look")
-    return set_up(folder, training=TRAINING, quality={"look_again": False})
+    return set_up(folder, training=TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,7 @@ def test_training_with_a_look_is_training_that_looks(
     assert any(str(look) in note for note in json.loads(out)["notes"])
     one, other = weights(tmp_path / "inline"), weights(tmp_path / "run")
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    again = load_config(tmp_path / "run" / "config.yaml")
-    assert again.quality.look == str(look)
+    assert RunRecord.load(tmp_path / "run").plan["look"] == str(look)
 
 
 def test_the_command_says_what_to_type_next(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +77,7 @@ def test_a_model_in_4_bits_takes_the_look_for_the_whole_one(place: Path, tmp_pat
     pytest.importorskip("bitsandbytes")
     saved = look_at(load_config(place / "c.yaml", ["model.quantization=4bit"]), tmp_path / "LOOK")
     assert saved.about["bits"] == 4
-    pipeline.train(load_config(place / "c.yaml", [f"quality.look={tmp_path / 'LOOK'}"]), tmp_path / "run")
+    pipeline.train(load_config(place / "c.yaml"), tmp_path / "run", look=tmp_path / "LOOK")
     notes = RunRecord.load(tmp_path / "run").notes
     assert any("in 4 bits" in note for note in notes)
 
@@ -108,7 +107,7 @@ def test_a_model_that_one_gpu_does_not_hold_is_spread_over_all(
     assert all(torch.equal(value, saved.head[name]) for name, value in one.head.items())
     score_by_look(str(place / "train.jsonl"), saved.path, tmp_path / "scores.parquet")
     assert len(maps) == 2
-    pipeline.train(load_config(place / "c.yaml", [f"quality.look={saved.path}"]), tmp_path / "run")
+    pipeline.train(load_config(place / "c.yaml"), tmp_path / "run", look=saved.path)
     assert any("on 2 devices" in note for note in RunRecord.load(tmp_path / "run").notes)
 
 
@@ -132,9 +131,9 @@ def test_a_look_that_does_not_exist_is_refused_before_anything_is_loaded(
 
 
 def test_a_look_at_other_rows_is_refused(place: Path, look: Path, tmp_path: Path) -> None:
-    config = load_config(place / "c.yaml", [f"quality.look={look}", "training.seed=3"])  # holds out other rows
+    config = load_config(place / "c.yaml", ["training.seed=3"])  # holds out other rows
     with pytest.raises(Exception, match="rows differ"):
-        pipeline.train(config, tmp_path / "run")
+        pipeline.train(config, tmp_path / "run", look=look)
 
 
 def test_a_look_scores_the_rows_of_another_file(look: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

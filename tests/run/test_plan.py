@@ -90,7 +90,6 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
     [
         ({}, {}, (100, 0)),
         ({}, {"reference": 40}, (100, 0)),
-        ({"weights": {"convergence": 1.0}}, {}, (100 + 100 + 2 * 100, 100 + 100)),
         ({"preset": "paper"}, {}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
     ],
 )

@@ -23,7 +23,7 @@ ROWS = [*make_rows(39, seed=10), {**make_rows(1, seed=11)[0], "label": 9}]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
-    set_up(folder, quality={"look_again": False})
+    set_up(folder)
     look_at(load_config(folder / "c.yaml"), folder / "LOOK")
     (folder / "rows").mkdir()
     write_jsonl(folder / "rows" / "0.jsonl", ROWS)

@@ -231,11 +231,12 @@ def test_several_processes_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("weights", "measured"), [({}, set()), ({"gradient_norm": 1.0}, {"gradient_norm", "cosine"})])
-def test_only_the_terms_that_the_rule_weighs_are_measured(
-    weights: dict[str, float], measured: set[str], tmp_path: Path
-) -> None:
-    place, phases = set_up(tmp_path, quality={"weights": weights}), list[str]()
+@pytest.mark.parametrize(
+    ("preset", "measured"),
+    [("default", set()), ("paper", {"gradient_norm", "loss_reduction", "convergence", "cosine"})],
+)
+def test_only_the_terms_that_the_rule_weighs_are_measured(preset: str, measured: set[str], tmp_path: Path) -> None:
+    place, phases = set_up(tmp_path, quality={"preset": preset}), list[str]()
     scores = score_rows(place / "c.yaml", tmp_path / "s.parquet", progress=lambda name, *_: phases.append(name))
     assert scores.terms.keys() == {"loss", "el2n"} | measured
     assert set(phases) == {"look"} | ({"scoring"} if measured else set())

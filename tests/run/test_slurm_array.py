@@ -20,7 +20,7 @@ PARTS = 2
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    set_up(tmp_path, quality={"look_again": False})
+    set_up(tmp_path)
     look_at(load_config(tmp_path / "c.yaml"), tmp_path / "LOOK")
     (tmp_path / "parts").mkdir()
     for j in range(PARTS):

@@ -90,7 +90,17 @@ def test_a_chat_that_is_too_long_has_lost_its_oldest_answers(place: Path, tsqlor
     older = turns("And to Rome? " * 20, "Far away. " * 12)["messages"]
     rows = [{"messages": [system, *older, *chat]}, {"messages": [system, *chat, chat[0]]}]
     source = write_jsonl(place / "long.jsonl", rows)
-    command = ("audit", source, "--model", place / "model", "--max-length", "200", "--out", place / "long", "--json")
+    command = (
+        "audit",
+        source,
+        "--model",
+        place / "model",
+        "--set",
+        "data.max_length=200",
+        "--out",
+        place / "long",
+        "--json",
+    )
     code, shown, err = tsqlora(*command)
     assert code == 0, err
     findings = {finding["name"]: finding["places"] for finding in json.loads(shown)["findings"]}
@@ -329,10 +339,10 @@ def test_an_option_without_effect_is_refused_and_named_columns_are_read(place: P
     out, model = place / "options", ("--model", place / "model")
     for words in (
         ("audit", "--apply", place / "chats.jsonl", "--baseline", "x.jsonl"),
-        ("audit", "--apply", place / "chats.jsonl", "--max-length", "9"),
+        ("audit", "--apply", place / "chats.jsonl", "--chat-template", "9"),
         ("audit", "--drop-findings", "duplicate", "--strict"),
         ("audit", place / "chats.jsonl", *model, "--data", "x.jsonl"),
-        ("audit", "--prepared", place, *model, "--max-length", "9"),
+        ("audit", "--prepared", place, *model, "--chat-template", "9"),
         ("audit", write_jsonl(place / "labels.jsonl", make_rows(20)), *model, "--strict"),
     ):
         code, _, err = tsqlora(*words, "--out", out)

@@ -105,8 +105,8 @@ def test_ranks_move_among_the_top_blocks_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "options", "words"),
     [
-        (tiny_bert, {"depth": 3}, "ranks.depth is 3.*2 transformer blocks"),
-        (tiny_bert, {"depth": 0}, "ranks.depth is 0"),
+        (tiny_bert, {"depth": 3}, "depth is 3.*2 transformer blocks"),
+        (tiny_bert, {"depth": 0}, "depth is 0"),
         (tiny_bert, {"depth": 1, "target_modules": ["layer.0.attention.self.query"]}, "top 1 of 2 blocks"),
         (
             lambda: nn.Sequential(nn.Linear(4, 4)),

@@ -1,6 +1,5 @@
 """The command line: parse, call, show; an error becomes one or two lines and an exit code."""
 
-import os
 import sys
 import warnings
 from difflib import get_close_matches
@@ -15,7 +14,7 @@ from tsqlora.errors import SettingsError, TsqLoraError, printable
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich takes a tenth of a second to import
     epilog="The --help of every command has an example; --debug after any command shows the traceback.",
     help="LoRA fine-tuning on imperfect rows: find wrong labels, train, and check adapters.",
 )
@@ -35,9 +34,7 @@ for command in (
     results.doctor,
     results.check,
 ):
-    # Each paragraph on one line, which rich wraps as wide as the terminal; it would keep the docstring's own lines.
-    paragraphs = (" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
-    app.command(help="\n\n".join(paragraphs).strip())(command)
+    app.command(short_help=" ".join((command.__doc__ or "").partition("\n\n")[0].split()))(command)
 MOVED = {
     "merge": "tsqlora export --format merged",
     "llamafactory": "python llama_factory.py CONFIG, which is in examples/ of tsqlora's repository",
@@ -49,6 +46,12 @@ MOVED = {
     "export --push-to-hub": "hf upload REPO DIR",
     "export --by": "tsqlora export --keep SHARE",
     "export --mean-rank": "tsqlora export --keep SHARE",
+    "train --init-from": "--set adapter.init_from=ADAPTER",
+    "audit --max-length": "--set data.max_length=N",
+    "evaluate --max-new-tokens": "--set task.max_new_tokens=N",
+    "evaluate --beams": "--set task.beams=N",
+    "predict --max-new-tokens": "--set task.max_new_tokens=N",
+    "predict --beams": "--set task.beams=N",
 }
 """Commands and options of earlier versions, and their replacements."""
 
@@ -64,8 +67,7 @@ def main() -> None:
     """Run the command line; an error becomes one or two lines and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
-    # Under torchrun or accelerate every process runs this; only the first one prints.
-    console.stdout.quiet = console.stderr.quiet = os.environ.get("RANK", "0") != "0"
+    console.terminal.cache_clear()  # RANK may be another one since the last call
     with warnings.catch_warnings():
         console.quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)

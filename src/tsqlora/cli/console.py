@@ -4,21 +4,24 @@ Texts of rows and files are escaped, so that they cannot control the terminal.
 """
 
 import json
+import os
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from tsqlora.compat.quieten import quieten
 from tsqlora.errors import printable
 
-# Square brackets in names and texts are not markup.
-stdout, stderr = Console(markup=False), Console(stderr=True, markup=False)
+if TYPE_CHECKING:  # rich takes a tenth of a second to import, and `tsqlora --help` needs none of it
+    from rich.console import Console
+
+    from tsqlora.cli.progress_bars import Display
+
 _warned: set[str] = set()
 """Warnings that this process has printed."""
 
@@ -28,14 +31,36 @@ Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file,
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
-def show(result: Mapping[str, Any], as_json: bool, table: Callable[[Console, Mapping[str, Any]], None]) -> None:
-    """Print a command's result: as one JSON object, or as its table, without notes that were printed as warnings."""
+@cache
+def terminal(*, stderr: bool = False) -> "Console":
+    """Stdout or stderr; of several processes under torchrun or accelerate, only the first one prints."""
+    from rich.console import Console
+
+    # Square brackets in names and texts are not markup.
+    return Console(stderr=stderr, markup=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def progress() -> "Display":
+    """Bars on stderr, for a `with` block."""
+    from tsqlora.cli.progress_bars import Display
+
+    return Display(terminal(stderr=True))
+
+
+def show(result: Mapping[str, Any], as_json: bool, how: str) -> None:
+    """Print a command's result: as one JSON object, or by the function of cli/display.py that `how` names.
+
+    Notes that were printed as warnings are left out.
+    """
     if as_json:  # NaN and infinity are no JSON
-        stdout.out(json.dumps(json.loads(json.dumps(result), parse_constant=lambda _: None)), highlight=False)
+        text = json.dumps(json.loads(json.dumps(result), parse_constant=lambda _: None))
+        terminal().out(text, highlight=False)
         return
+    from tsqlora.cli import display
+
     if "notes" in result:
         result = {**result, "notes": [note for note in result["notes"] if note not in _warned]}
-    table(stdout, harmless(result))
+    getattr(display, how)(terminal(), harmless(result))
 
 
 def harmless(value: Any) -> Any:
@@ -51,14 +76,16 @@ def harmless(value: Any) -> Any:
 
 def note(text: str, mark: str = "") -> None:
     """Print a remark to stderr, behind a mark in rich's markup."""
-    stderr.print(Text.from_markup(mark).append(harmless(text)), soft_wrap=True, highlight=False)
+    from rich.text import Text
+
+    terminal(stderr=True).print(Text.from_markup(mark).append(harmless(text)), soft_wrap=True, highlight=False)
 
 
 def error(problem: str, *, debug: bool = False) -> None:
     """Print an error from any process; with `debug` also its traceback."""
     if debug:
         traceback.print_exc()
-    stderr.quiet = False
+    terminal(stderr=True).quiet = False
     note(problem, "[bold red]error:[/] ")
 
 

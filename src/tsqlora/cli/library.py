@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from tsqlora.cli.progress_bars import Display
+from tsqlora.cli import console
 
 
 def audit(
@@ -57,6 +55,7 @@ def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
+    look: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **sections: Mapping[str, Any],
 ) -> Path:
@@ -70,6 +69,7 @@ def train(
     Args:
         config: a YAML file, or all settings as a mapping; `sections` win over it.
         out: the run directory; by default runs/DATE-NAME, by the name of the file or of the data.
+        look: a folder of `tsqlora look`, in place of a look.
         resume: continue the run in `out`, or the newest one of this name.
 
     Raises SettingsError and DataError as the command line does.
@@ -82,6 +82,7 @@ def train(
     mapping, path = (config, None) if isinstance(config, Mapping) else ({}, config)
     settings = load_config(path, sections=merged(mapping, sections))
     run = Path(out) if out is not None else dated(settings.data.train if path is None else str(path), resume=resume)
-    with Display(Console(stderr=True, markup=False)) as display:
-        pipeline.train(settings, run, resume=resume, progress=display.progress)
+    with console.progress() as display:
+        folder = None if look is None else Path(look).absolute()
+        pipeline.train(settings, run, look=folder, resume=resume, progress=display.progress)
     return run

@@ -1,22 +1,15 @@
-"""Progress in a terminal: a bar for each phase, and the state of training."""
+"""Progress in a terminal: a bar for each phase."""
 
 import time
 from collections.abc import Callable
-from types import TracebackType
+from datetime import timedelta
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
-from tsqlora.progress import Pulse, duration
-
-_STEPS = "training"
-"""The phase that counts steps; others count rows."""
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
-    """A progress bar for each phase, and below them the state of training; without a terminal, lines.
+    """A progress bar for each phase; without a terminal, lines.
 
     Args:
         every: seconds between two lines of one phase, without a terminal.
@@ -28,71 +21,42 @@ class Display:
             TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             expand=True,
+            disable=not console.is_interactive,
+            get_time=clock,
             speed_estimate_period=300,
         )
-        self.pulse = Text()
-        self.live = Live(Group(self.bars, self.pulse), console=console, refresh_per_second=8)
-        self.phases: dict[str, TaskID] = {}
-        self.last_line: dict[str, float] = {}
-        self.start: dict[str, tuple[float, int]] = {}
+        self.printed: dict[str, float] = {}
+        """The time of the last line of each phase."""
 
     def __enter__(self) -> "Display":
-        if self.console.is_interactive:
-            self.live.start()
+        self.bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.live.stop()
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
 
     def say(self, text: str) -> None:
         """Print a line above the bars, and remove those of earlier phases."""
-        for task in self.phases.values():
+        for task in self.bars.task_ids:
             self.bars.remove_task(task)
-        self.phases, self.last_line, self.start = {}, {}, {}
-        self.pulse.plain = ""
+        self.printed.clear()
         self.console.print(text, soft_wrap=True, highlight=False)
 
-    def progress(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+    def progress(self, phase: str, done: int, total: int, note: str = "", /) -> None:
         """The Progress that the library reports to."""
-        unit = "steps" if phase == _STEPS else "rows"
-        if phase not in self.phases:
-            self.phases[phase] = self.bars.add_task(phase, total=total, rate="")
-        task = self.bars.tasks[self.bars.task_ids.index(self.phases[phase])]
-        rate = f"{task.speed:.1f} {unit}/s" if task.speed else ""
-        self.bars.update(task.id, completed=done, total=total, rate=rate)
-        self.pulse.plain = "" if pulse is None else " · ".join(_state(pulse))
-        if not self.console.is_interactive:
-            self._print_line(phase, done, total, unit, pulse)
-
-    def _print_line(self, phase: str, done: int, total: int, unit: str, pulse: Pulse | None) -> None:
-        """A line at the start of a phase, and one every `every` seconds."""
-        now, before = self.clock(), self.last_line.get(phase)
-        if before is not None and now - before < self.every:
+        task = next((task for task in self.bars.tasks if task.description == phase), None)
+        number = self.bars.add_task(phase, total=total, note="") if task is None else task.id
+        self.bars.update(number, completed=done, note=note)
+        now, before = self.clock(), self.printed.get(phase)
+        if self.console.is_interactive or (before is not None and now - before < self.every):
             return
-        self.last_line[phase] = now
-        begun, first = self.start.setdefault(phase, (now, done))
-        if before is None:
-            self.console.print(f"{phase}: {total:,} {unit}", soft_wrap=True, highlight=False)
-            return
-        left = [f"{duration((total - done) * (now - begun) / (done - first))} left"] if done > first else []
-        parts = [f"{done:,}/{total:,} {unit}", *left, *([] if pulse is None else _state(pulse))]
+        self.printed[phase] = now
+        parts = [f"{total:,} {'steps' if phase == 'training' else 'rows'}"]
+        if task is not None:
+            left = [] if task.time_remaining is None else [f"{timedelta(seconds=int(task.time_remaining))} left"]
+            parts = [f"{done:,}/{parts[0]}", *left, *([note] if note else [])]
         self.console.print(f"{phase}: {', '.join(parts)}", soft_wrap=True, highlight=False)
-
-
-def _state(pulse: Pulse) -> list[str]:
-    """The state of training, without what is not measured yet."""
-    rates = {"samples/s": pulse.rows_a_second, "tokens/s": pulse.tokens_a_second}
-    measured = {unit: rate for unit, rate in rates.items() if rate is not None}
-    return [
-        *([] if pulse.loss is None else [f"loss {pulse.loss:.4g}"]),
-        f"lr {pulse.learning_rate:.3g}",
-        *(f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.2g} {unit}" for unit, rate in measured.items()),
-        f"{pulse.moved:,} rank{'' if pulse.moved == 1 else 's'} moved",
-        f"{pulse.memory / 2**20:,.0f} MiB",
-    ]

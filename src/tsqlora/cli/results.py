@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.adapter_display import show_check, show_doctor, show_export
 from tsqlora.cli.console import Json, Run
-from tsqlora.cli.display import show_numbers
 from tsqlora.errors import SettingsError, UnsupportedError
 
 
@@ -26,7 +24,7 @@ def report(
     from tsqlora.reports.write import write_report
 
     written = write_report(run, out)
-    console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
+    console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, "show_numbers")
 
 
 def export(
@@ -82,7 +80,7 @@ def export(
     from tsqlora.run.export import export as write
 
     result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, keep=keep)
-    console.show(result, as_json, show_export)
+    console.show(result, as_json, "show_export")
 
 
 MISREAD = 4
@@ -137,7 +135,7 @@ def doctor(
 
             contract = contract_of_prepared(adapter_folder(source), prepared, template)
         result["template"] = compare_template(source, template, contract)
-    console.show(result, as_json, show_doctor)
+    console.show(result, as_json, "show_doctor")
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]
         instead = "correct the fault that the report names" if result["faults"] else "serve it with PEFT"
@@ -174,7 +172,7 @@ def check(
     from tsqlora.run.check import check_run
 
     report = check_run(run, server_url, served_name=served_name, yes=yes, say=console.note)
-    console.show(report, as_json, show_check)
+    console.show(report, as_json, "show_check")
     if report["verdict"] == "wrong":
         raise typer.Exit(MISREAD)
 

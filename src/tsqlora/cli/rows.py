@@ -8,16 +8,6 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Set, Source
-from tsqlora.cli.display import (
-    show_audit,
-    show_explained,
-    show_numbers,
-    show_review,
-    show_row,
-    show_scores,
-    show_text_audit,
-)
-from tsqlora.cli.progress_bars import Display
 from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
 
@@ -62,10 +52,10 @@ def score(
             raise SettingsError("--set cannot be used with --look, which has the settings of the look; leave it out")
         from tsqlora.run.look import score_by_look
 
-        with Display(console.stderr) as display:
+        with console.progress() as display:
             scores = score_by_look(str(source), look, out, progress=display.progress)
         result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum()), "dropped": scores.dropped}
-        console.show({**result, "missing": scores.record.about["missing"]}, as_json, show_numbers)
+        console.show({**result, "missing": scores.record.about["missing"]}, as_json, "show_numbers")
         return
 
     if source.suffix == ".parquet" and source.is_file():
@@ -74,13 +64,13 @@ def score(
         require_inputs(load_config(source, set_ or []))
     from tsqlora.run.score import score_rows  # after these checks, since torch takes seconds to import
 
-    with Display(console.stderr) as display:
+    with console.progress() as display:
         scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
     names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta")
     record = {name: getattr(scores.record, name) for name in names}
     result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum()), "dropped": scores.dropped}
     result["held_out"] = scores.record.held_out
-    console.show({**result, **record}, as_json, show_scores)
+    console.show({**result, **record}, as_json, "show_scores")
 
 
 def explain(
@@ -101,9 +91,9 @@ def explain(
     from tsqlora.run.explain import explain_samples, explain_source
 
     if row is None:
-        console.show(explain_samples(source, samples, data=data), as_json, show_explained)
+        console.show(explain_samples(source, samples, data=data), as_json, "show_explained")
     else:
-        console.show(explain_source(source, row, data=data), as_json, show_row)
+        console.show(explain_source(source, row, data=data), as_json, "show_row")
 
 
 def select(
@@ -125,7 +115,7 @@ def select(
     from tsqlora.quality.select import select_rows
 
     rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
-    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
+    console.show({"out": str(out), "rows": rows}, as_json, "show_numbers")
 
 
 def audit(
@@ -144,7 +134,6 @@ def audit(
         str | None,
         typer.Option("--eval", metavar="FILE", help="For text: evaluation rows, to find among the training rows."),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="For text: most tokens of a row.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="For text: a Jinja file, in place of the model's.")] = None,
     prepared: Annotated[Path | None, typer.Option(metavar="DIR", help="A set that a trainer has prepared.")] = None,
     data: Annotated[str | None, typer.Option(help="With --prepared: the source rows.")] = None,
@@ -179,12 +168,12 @@ def audit(
     """
     _require_one(source, apply, drop_findings, prepared, out)
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
-    of_raw = {"--max-length": max_length, "--chat-template": chat_template}
+    of_raw = {"--chat-template": chat_template}
     if apply or drop_findings:
         others = {"--data": data, "--model": model, "--review": review}
         _refuse({**of_text, **of_raw, **others}, "to apply a review, which only needs --out")
         if (reviewed_text := _reviewed_text(apply, drop_findings, out, set_)) is not None:
-            console.show(reviewed_text, as_json, show_numbers)
+            console.show(reviewed_text, as_json, "show_numbers")
             return
     if apply is not None:
         from tsqlora.run.config import load_config
@@ -194,7 +183,7 @@ def audit(
             raise SettingsError("--apply only corrects labels; remove each --set but data.encoding")
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
-        console.show(apply_review(apply, out, encoding=encoding), as_json, show_review)
+        console.show(apply_review(apply, out, encoding=encoding), as_json, "show_review")
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.sources import require_source
@@ -217,16 +206,16 @@ def audit(
         return
     if config is not None:
         _refuse({"--data": data, "--review": review}, "in an audit of text")
-        options = {**both, "max_length": max_length, "chat_template": chat_template}
+        options = {**both, "chat_template": chat_template}
         _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
         return
     _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
-    with Display(console.stderr) as display:
+    with console.progress() as display:
         options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
         result = run_audit(str(source), **options, progress=display.progress)
-    console.show(result, as_json, show_audit)
+    console.show(result, as_json, "show_audit")
 
 
 def _require_one(
@@ -289,17 +278,17 @@ def _audit_text(
 
     source = "" if config is None else config.data.train
     folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
-    with Display(console.stderr) as display:
+    with console.progress() as display:
         options |= {"progress": display.progress, "tell": display.say}
         if config is None:
             assert prepared is not None
             result = audit_prepared(prepared, model=model, out=folder, **options)
         else:
             named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
-            options |= {"max_length": options["max_length"] or config.data.max_length}
-            options |= {"batch": config.training.batch_size, "hints": config.data.hints}
+            options |= {"max_length": config.data.max_length, "hints": config.data.hints}
+            options |= {"batch": config.training.batch_size}
             options |= {"trust_remote_code": config.model.trust_remote_code}
             result = audit_text(source, model=model, named=named, out=folder, **options)
-    console.show(result, as_json, show_text_audit)
+    console.show(result, as_json, "show_text_audit")
     if strict and any(finding["severity"] == "error" for finding in result["findings"]):
         raise typer.Exit(4)

@@ -9,15 +9,10 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Run, Set
-from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
-from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 
 if TYPE_CHECKING:
     from tsqlora.run.config import Config
-
-NewTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; by default task.max_new_tokens.", min=1)]
-Beams = Annotated[int | None, typer.Option(help="Beams of the search; by default task.beams.", min=1)]
 
 
 def demo(
@@ -31,10 +26,10 @@ def demo(
     """
     from tsqlora.run.demo import run_demo
 
-    with Display(console.stderr) as display:
-        first = {} if as_json else {"show": lambda look: console.show(look, False, show_suspects)}
+    with console.progress() as display:
+        first = {} if as_json else {"show": lambda look: console.show(look, False, "show_suspects")}
         result = run_demo(out, seed=seed, progress=display.progress, say=display.say, **first)
-    console.show(result, as_json, show_demo)
+    console.show(result, as_json, "show_demo")
 
 
 def init(
@@ -74,10 +69,9 @@ def train(
     data: Annotated[str | None, typer.Option(metavar="F", help="data.train: a file, directory or hub id.")] = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/DATE-NAME.")] = None,
-    init_from: Annotated[
-        str | None, typer.Option(metavar="RUN|ADAPTER", help="adapter.init_from: continue this adapter.")
+    look: Annotated[
+        Path | None, typer.Option(metavar="LOOK", help="A folder of `tsqlora look`, in place of a look.")
     ] = None,
-    look: Annotated[str | None, typer.Option(metavar="LOOK", help="quality.look: a folder of `tsqlora look`.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run; start if there is none.")
     ] = False,
@@ -108,7 +102,7 @@ def train(
     if config is not None and data is None and has_rows:
         console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)
-    named = {"model.path": model, "data.train": data, "adapter.init_from": init_from, "quality.look": look}
+    named = {"model.path": model, "data.train": data}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     overrides += set_ or []
     if config is None and not overrides:
@@ -118,9 +112,10 @@ def train(
         require_inputs(settings)
     from tsqlora.run import train as pipeline  # after this check, since torch takes seconds to import
 
+    look = None if look is None else look.absolute()
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
     if dry_run:
-        console.show(pipeline.dry_run(settings), as_json, show_plan)
+        console.show(pipeline.dry_run(settings, look), as_json, "show_plan")
         try:
             require_free(run, resume=resume)
         except SettingsError as taken:
@@ -128,9 +123,10 @@ def train(
         if resume:
             console.note("this is the plan of the whole run; --resume continues it")
         return
-    with Display(console.stderr) as display:
-        record = pipeline.train(settings, run, resume=resume, progress=display.progress, say=display.say)
-    console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
+    with console.progress() as display:
+        how = {"resume": resume, "progress": display.progress, "say": display.say}
+        record = pipeline.train(settings, run, look=look, **how)
+    console.show({"run": str(run), **record.to_dict()}, as_json, "show_record")
 
 
 def look(
@@ -158,10 +154,10 @@ def look(
     require_inputs(settings)
     from tsqlora.run.look import look_at  # after this check, since torch takes seconds to import
 
-    with Display(console.stderr) as display:
+    with console.progress() as display:
         saved = look_at(settings, out, progress=display.progress)
     result = {"look": str(out), **saved.summary}
-    console.show({**result, "head": sorted(saved.head), "model": saved.about["model"]}, as_json, show_numbers)
+    console.show({**result, "head": sorted(saved.head), "model": saved.about["model"]}, as_json, "show_numbers")
     if not as_json:
         whose = "" if model is None else f" --model {quote(model)}"
         console.note(f"tsqlora train {quote(source)}{whose} --look {quote(str(out))} trains with it, by any launcher")
@@ -181,8 +177,7 @@ def require_inputs(settings: "Config") -> None:
 def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="A labelled file; by default the run's test or validation.")] = None,
-    max_new_tokens: NewTokens = None,
-    beams: Beams = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Measure the task's metrics; a model that writes text generates it for them.
@@ -191,9 +186,9 @@ def evaluate(
     """
     from tsqlora.run.predict import evaluate_run, own_rows
 
-    with Display(console.stderr) as display:
-        metrics = evaluate_run(run, data, overrides=_generation(max_new_tokens, beams), progress=display.progress)
-    console.show(metrics, as_json, show_numbers)
+    with console.progress() as display:
+        metrics = evaluate_run(run, data, overrides=set_ or [], progress=display.progress)
+    console.show(metrics, as_json, "show_numbers")
     if data is None:
         console.note(f"measured on {own_rows(run)}; --data FILE measures another file")
 
@@ -202,8 +197,7 @@ def predict(
     run: Run,
     data: Annotated[Path, typer.Option(help="File of rows; they need no label.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
-    max_new_tokens: NewTokens = None,
-    beams: Beams = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Write the file's rows with a prediction each: a class, a number, or a text.
@@ -216,13 +210,7 @@ def predict(
     """
     from tsqlora.run.predict import predict_run
 
-    with Display(console.stderr) as display:
-        options = {"overrides": _generation(max_new_tokens, beams), "progress": display.progress, "say": display.say}
+    with console.progress() as display:
+        options = {"overrides": set_ or [], "progress": display.progress, "say": display.say}
         rows = predict_run(run, data, out, **options)
-    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
-
-
-def _generation(max_new_tokens: int | None, beams: int | None) -> list[str]:
-    """The options as overrides of settings."""
-    options = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
-    return [f"{name}={value}" for name, value in options.items() if value is not None]
+    console.show({"out": str(out), "rows": rows}, as_json, "show_numbers")

@@ -110,7 +110,7 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
     if look.rule.weights is not None:
         raise SettingsError(
             f"the look in {look.path} draws by Q, which compares all rows with each other; take one without "
-            "quality.weights and quality.preset, or score all rows together: tsqlora score CONFIG"
+            "quality.preset, or score all rows together: tsqlora score CONFIG"
         )
     record: dict[str, Any] = {**rows.about, "noise": look.summary["noise"], "out_of_sample": True}
     record["answers"] = look.scores.record.answers

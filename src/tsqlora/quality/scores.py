@@ -137,7 +137,7 @@ class Scores:
             return None
         return (
             "some labels are evidently wrong, and a draw by Q may prefer those that were not left out; compare with "
-            "even draws: remove quality.weights and quality.preset"
+            "even draws: remove quality.preset"
         )
 
     @property

@@ -113,7 +113,7 @@ def _part(path: Path) -> tuple[ScoreRecord | None, np.ndarray]:
     if not scores.even:
         raise SettingsError(
             f"{path} draws by Q, which is standardised within the part; score all rows together, or with a look that "
-            "has no quality.weights"
+            "has no quality.preset"
         )
     return scores.record, scores.reason_codes
 

@@ -11,7 +11,7 @@ from tsqlora.quality.rows import REVIEWED_AS
 from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.run.config import Config
+from tsqlora.run.config import PRESETS, Config
 from tsqlora.run.job import Job, published
 from tsqlora.tasks import has_own_loss
 from tsqlora.training.fit import Method
@@ -26,7 +26,6 @@ def subset(job: Job, fraction: float) -> QualitySubset:
         fraction,
         training.seed,
         trusted=trusted_of(job),
-        resample=job.config.quality.resample,
         lengths=samples.lengths,
         batch_size=training.batch_size,
     )
@@ -38,14 +37,12 @@ def subset(job: Job, fraction: float) -> QualitySubset:
 
 def scoring_rule(config: Config) -> ScoringRule:
     """How rows are scored and drawn."""
-    q, weights = config.quality, config.quality.resolved_weights()
+    q = config.quality
     return ScoringRule(
-        weights=weights,
+        weights=PRESETS[q.preset],
         judge=q.preset != "paper",
-        temperature=q.temperature or 1.0,
         seed=config.training.seed,
         head_start=q.head_start,
-        look_again=q.look_again,
         select=q.enabled,
     )
 
@@ -61,8 +58,10 @@ def row_names(job: Job, **about: Any) -> RowNames:
     return RowNames(samples.ids, samples.hashes, samples.lengths, {**job.scored_rows, **about})
 
 
-def quality_callback(job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None) -> QualityCallback:
-    """The QualityCallback of the config.
+def quality_callback(
+    job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, *, look: Path | None = None
+) -> QualityCallback:
+    """The QualityCallback of the config, with a look in a folder.
 
     Raises SettingsError or UnsupportedError for terms that the task lacks, and for a draw that is too small.
     """
@@ -78,7 +77,7 @@ def quality_callback(job: Job, data: QualitySubset, scores_path: Path, progress:
         scores_path=scores_path,
         progress=progress,
         collate=job.collate,
-        look=job.config.quality.look,
+        look=look,
         task=job.task if has_own_loss(job.task, job.pretrained.model) else None,
     )
 
@@ -89,9 +88,11 @@ def rank_callback(job: Job) -> Any:
     return published().RankCallback(r.interval, min_rank=r.min, seed=seed, collate=job.collate) if r.moves else None
 
 
-def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = None) -> Method:
-    """The QualitySubset, QualityCallback and RankCallback that the config describes."""
+def build_callbacks(
+    job: Job, scores_path: Path, progress: Progress | None = None, *, look: Path | None = None
+) -> Method:
+    """The QualitySubset, QualityCallback and RankCallback that the config describes, with a look in a folder."""
     q = job.config.quality
     data = subset(job, q.fraction)
-    quality = quality_callback(job, data, scores_path, progress) if q.enabled or q.head_start else None
+    quality = quality_callback(job, data, scores_path, progress, look=look) if q.enabled or q.head_start else None
     return Method(data, quality, rank_callback(job))

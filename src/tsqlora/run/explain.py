@@ -60,7 +60,6 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
         len(scores),
         config.quality.fraction,
         config.training.seed,
-        config.quality.resample,
         trusted=quality["trusted_rows"],
         excluded=twins if twins.any() else None,
         asks=tuple(question["from"]) if "from" in question else None,

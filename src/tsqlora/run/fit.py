@@ -65,7 +65,7 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
     return training_arguments(
         run / CHECKPOINT_DIR,
         epochs=settings.epochs,
-        max_steps=settings.max_steps,
+        max_steps=further.pop("max_steps", None),
         learning_rate=settings.learning_rate,
         batch_size=rows,
         eval_batch_size=further.pop("per_device_eval_batch_size"),

@@ -18,7 +18,7 @@ from tsqlora.data.splits import prepare, read_data, require_embedded, unmeasured
 from tsqlora.data.table import Table
 from tsqlora.errors import SettingsError, UnsupportedError, printable
 from tsqlora.quality.rule import require_terms
-from tsqlora.run.config import Config
+from tsqlora.run.config import PRESETS, Config
 from tsqlora.run.start import start_labels, start_of
 from tsqlora.tasks import Collate, Task, get_task
 from tsqlora.training.fit import Inputs
@@ -181,7 +181,7 @@ def require_scoring(config: Config) -> None:
     """Raises SettingsError, before anything is loaded, if the config has no scores."""
     if not config.quality.enabled:
         raise SettingsError("quality.enabled is false, so there is nothing to score; set it to true")
-    require_terms(config.quality.resolved_weights() or {}, trained_task(config))
+    require_terms(PRESETS[config.quality.preset] or {}, trained_task(config))
 
 
 def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:
@@ -221,7 +221,6 @@ def with_adapter(config: Config, pretrained: Pretrained) -> PeftModel:
         model = (with_slots or wrap)(
             pretrained.model,
             mean_rank=ranks.mean,
-            depth=None if ranks.depth == "all" else ranks.depth,
             alpha=adapter.alpha,
             target_modules=adapter.target_modules,
             **common,

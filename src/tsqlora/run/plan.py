@@ -12,7 +12,7 @@ from tsqlora.data.table import Samples, Table
 from tsqlora.quality.cost import look_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule
-from tsqlora.run.config import Config, QualitySettings, Section
+from tsqlora.run.config import Config, Section
 from tsqlora.tasks import Task
 from tsqlora.training.fit import Method
 from tsqlora.training.lora import active_ranks, layer_shapes, trainable_parameters, used
@@ -32,7 +32,7 @@ def plan(
     data, shapes, ranks = method.data, layer_shapes(model), active_ranks(model)
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
+    steps = config.training.steps or math.ceil(config.training.epochs * steps_an_epoch)
     epochs = steps / steps_an_epoch
     idle = without_effect(config)
     if method.ranks is not None and (why := method.ranks.why_idle(steps)):
@@ -56,8 +56,7 @@ def without_effect(config: Config) -> list[str]:
     """Settings that are not at their defaults and have no effect beside the others, with the reasons."""
     groups = list[tuple[str, Section, Iterable[str], str]]()
     if not config.quality.enabled:
-        idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample", "head_start"}
-        groups.append(("quality", config.quality, idle, "quality.enabled is false"))
+        groups.append(("quality", config.quality, {"preset"}, "quality.enabled is false"))
     if not config.ranks.moves:
         idle = {"interval", *([] if config.quality.enabled else ["min", "max"])}
         groups.append(("ranks", config.ranks, idle, "ranks.policy is fixed"))

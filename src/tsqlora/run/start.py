@@ -22,7 +22,7 @@ def with_start(config: Config) -> Config:
     if adapter is None:
         return config
     mean, largest = mean_rank(adapter), adapter.rank
-    ranks = _require_unset(config, "ranks", {"mean": mean, "depth": "all"})
+    ranks = _require_unset(config, "ranks", {"mean": mean})
     scale = next(iter(adapter.targets.values())).scale  # of all the same
     targets = {"alpha": scale * mean, "target_modules": sorted(adapter.targets)}
     if config.ranks.max is not None and config.ranks.max < largest:

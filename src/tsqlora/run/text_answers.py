@@ -1,5 +1,6 @@
 """The audit's look at answers: a causal model reads a sample of the rows, and says which answers do not fit."""
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -72,13 +72,21 @@ def no_judge(model: str) -> str:
     if not files:
         return f"the weights of {model} are not on this machine"
     size = MARGIN * sum(path.stat().st_size for path in files)
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available()
     if size > free:
         return (
             f"{model} needs {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "
             "give --model a smaller one with the same tokenizer"
         )
     return ""
+
+
+def _available() -> int:
+    """Bytes of memory that the machine can still give, or all that it has where it does not say."""
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def about_time(model: Any, turns: Sequence[Turn], compute: Compute, vocabulary: Vocabulary) -> str:

@@ -41,21 +41,25 @@ def train(
     config: Config,
     run: Path,
     *,
+    look: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunRecord:
-    """Train into a run directory, and return the record in its run.json.
+    """Train into a run directory, by a `look` in a folder if there is one; return the record in its run.json.
 
     With `resume` an unfinished run continues from its last complete checkpoint, and a finished one stays as it is.
     `say` gets a line about the rows, the step from which a resumed run goes on, or that the run is finished.
     Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
-    require_look(config)
     distributed.warn_of_one_process()
+    record = _started(run, config) if resume else None
+    if look is None and record is not None and record.plan.get("look"):
+        look = Path(record.plan["look"])
+    _require_look(config, look)  # before the Trainer's arguments, which set the engine up
     args = arguments(config, run)
-    if resume and (record := _started(run, config)) is not None and record.status == "finished":
+    if record is not None and record.status == "finished":
         say(f"the run in {run} is finished, so nothing is trained; another --out trains again")
         return record  # nothing is written, not even a lock
     with locked(run, resume=resume) if distributed.is_first() else nullcontext():
@@ -68,7 +72,7 @@ def train(
             distributed.explain_lost_peer(HOW_TO_RESUME),
             nullcontext() if args.save_only_model else stop,
         ):
-            work, batch = partial(_train, config, run, before, stop, progress, say), config.training.batch_size
+            work, batch = partial(_train, config, run, look, before, stop, progress, say), config.training.batch_size
             if (processes := distributed.launched()) > 1:
                 try:
                     return work(batch)
@@ -86,11 +90,11 @@ def train(
             return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
-def require_look(config: Config) -> None:
+def _require_look(config: Config, look: Path | None) -> None:
     """Raises SettingsError if the launcher shards the model, and no look was taken before."""
     engine = distributed.sharding(config.training.further_arguments())
     q = config.quality
-    if engine is None or q.look is not None or not (q.enabled or q.head_start):
+    if engine is None or look is not None or not (q.enabled or q.head_start):
         return
     raise SettingsError(
         f"{engine} shards the model, and a look needs a whole one; type `tsqlora look CONFIG --out LOOK`, then "
@@ -101,6 +105,7 @@ def require_look(config: Config) -> None:
 def _train(
     config: Config,
     run: Path,
+    look: Path | None,
     before: RunRecord | None,
     stop: StopCallback,
     progress: Progress | None,
@@ -114,8 +119,9 @@ def _train(
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
         )
-    method, model = build_callbacks(job, run / SCORES_FILE, progress), with_adapter(config, job.pretrained)
+    method, model = build_callbacks(job, run / SCORES_FILE, progress, look=look), with_adapter(config, job.pretrained)
     record = begin(job, args, method, model)
+    record.plan |= {} if look is None else {"look": str(look)}
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
     if (
         checkpoint is not None
@@ -159,12 +165,12 @@ def _in_parts(config: Config, rows: int) -> str:
     )
 
 
-def dry_run(config: Config) -> dict[str, Any]:
+def dry_run(config: Config, look: Path | None = None) -> dict[str, Any]:
     """The plan of `train`, with everything loaded and checked; nothing is written."""
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
     require_resumable_saves(args)
-    method = build_callbacks(job, Path("run") / SCORES_FILE)
+    method = build_callbacks(job, Path("run") / SCORES_FILE, look=look)
     record = begin(job, args, method, with_adapter(job.config, job.pretrained))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
     plan = {**record.plan, "columns": asdict(job.train.columns), "max_length": job.max_length, "notes": notes}

@@ -72,7 +72,7 @@ def fit(
     for part in (method.quality, guard):
         if part is not None:
             part.into = record, run
-    live = [] if progress is None else [TellProgress(data, progress)]
+    live = [] if progress is None else [TellProgress(progress)]
 
     def measure(result: Any) -> dict[str, float]:
         return task.metrics(result.predictions, result.label_ids)

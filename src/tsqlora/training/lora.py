@@ -225,14 +225,14 @@ def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]
     if not 1 <= depth <= len(blocks):
         choices = f"1 to {len(blocks)}, or to all" if blocks else "all"
         raise SettingsError(
-            f"ranks.depth is {depth}, and the model has {len(blocks)} transformer blocks (entries of an nn.ModuleList "
+            f"depth is {depth}, and the model has {len(blocks)} transformer blocks (entries of an nn.ModuleList "
             f"with layers to adapt); set it to {choices} (None in tsqlora.wrap)"
         )
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     top = [layer for layer in layers if order[layer] >= order[blocks[-depth]]]
     if not top:
         raise SettingsError(
-            f"ranks.depth is {depth}, and no layer of adapter.target_modules lies in the top {depth} of "
+            f"depth is {depth}, and no layer of adapter.target_modules lies in the top {depth} of "
             f"{len(blocks)} blocks; raise it, or adapt other layers"
         )
     return top

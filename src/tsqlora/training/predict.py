@@ -186,5 +186,5 @@ def require_room(positions: int | None, new: int, *, longest: int = 1) -> None:
     if positions is not None and longest + new > positions:
         raise SettingsError(
             f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
-            "task.max_new_tokens (--max-new-tokens) or data.max_length"
+            "task.max_new_tokens or data.max_length"
         )

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora import distributed
 from tsqlora.errors import StoppedError
-from tsqlora.progress import Progress, Pulse
+from tsqlora.progress import Progress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,9 +51,9 @@ class StopCallback(TrainerCallback):
     def watch(self, progress: Progress | None) -> Progress:
         """A Progress that raises in phases without steps, once a signal has arrived."""
 
-        def report(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        def report(phase: str, done: int, total: int, note: str = "", /) -> None:
             if progress is not None:
-                progress(phase, done, total, pulse)
+                progress(phase, done, total, note)
             self._in_step &= phase == "training"
             if self.asked is not None and phase != "training":
                 raise self._stopped(f"in {phase}")

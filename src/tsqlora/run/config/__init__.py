@@ -7,12 +7,12 @@ from tsqlora.run.config.file import (
     is_yaml,
     load_config,
     package_folder,
+    template,
     text_config,
     writes,
 )
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 from tsqlora.run.config.settings import PRESETS, Config, QualitySettings, RankSettings, Section
-from tsqlora.run.config.template import template
 
 __all__ = [
     "ELSEWHERE",

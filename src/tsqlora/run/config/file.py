@@ -204,10 +204,7 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
         reading(path)
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
     adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
-    quality = config.quality.model_copy(update={"look": _locate(config.quality.look, beside)})
-    return config.model_copy(
-        update={"model": model, "quality": quality, "adapter": adapter, "data": data.model_copy(update=files)}
-    )
+    return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
 
 
 def _with_task(config: Config) -> Config:
@@ -310,3 +307,22 @@ def _assign(raw: dict[str, Any], key: str, value: object) -> None:
             parent = ".".join(sections[:depth])
             raise SettingsError(f"--set: unknown key {key!r}; {parent!r} has no settings under it")
     here[name] = value
+
+
+_MODELS = {
+    "image-classification": "google/vit-base-patch16-224-in21k",
+    "audio-classification": "facebook/hubert-large-ll60k",
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M",
+    "preference": "HuggingFaceTB/SmolLM2-135M",
+    "seq2seq": "google/flan-t5-small",
+}
+"""Example models of tasks that the default example does not fit."""
+
+
+def template(task: str | None = None) -> str:
+    """The file that `tsqlora init` writes, with every setting: settings.yaml, which loads as it is, for a task."""
+    text = Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
+    data = "train" if (task or "").startswith(("image", "audio")) else "train.jsonl"
+    for key, value in {"path": _MODELS.get(task or ""), "train": data, "type": task}.items():
+        text = text if value is None else re.sub(rf"(?m)^  {key}: \S+", f"  {key}: {value}", text, count=1)
+    return text

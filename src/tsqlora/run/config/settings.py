@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
 from tsqlora.data.readers import Hints
-from tsqlora.errors import SettingsError, nearest
+from tsqlora.errors import SettingsError
 from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
 
 PresetName = Literal["default", "paper"]
@@ -33,8 +33,8 @@ TASK_TYPES = (
 CAUSAL_TASKS = ("preference", "causal-lm")
 """Those that an audit of text reads."""
 
-PRESETS: Mapping[PresetName, Mapping[str, float]] = {
-    "default": {},
+PRESETS: Mapping[PresetName, Mapping[str, float] | None] = {
+    "default": None,
     "paper": {"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3},
 }
 """Weights of the terms of Q (docs/method.md eq. 4).  Without weights, rows are drawn evenly."""
@@ -147,47 +147,10 @@ class DataSettings(Section):
 class QualitySettings(Section):
     enabled: bool = setting(True, "Select rows; false draws the same share at random, with the same head start.")
     fraction: float = setting(0.5, "Share of the rows in an epoch.", gt=0, le=1)
-    preset: PresetName = setting("default", "Source of weights that are not set; paper is the published Q.")
-    weights: dict[str, float] = setting(
-        {},
-        "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
+    preset: PresetName = setting(
+        "default", "default draws rows evenly, text with trusted rows by density_ratio; paper by the published Q."
     )
-    temperature: float | None = setting(None, "Temperature of the softmax over Q, choosier if small; null is 1.", gt=0)
     head_start: bool = setting(True, "Fit a new head before the first step.")
-    look_again: bool = setting(True, "Measure Q again after a third of the steps.")
-    look: str | None = setting(None, "Folder of `tsqlora look`, in place of a look; a sharded model needs one.")
-    resample: bool = setting(True, "Sample fresh rows each epoch; false repeats the first draw.")
-
-    def resolved_weights(self) -> dict[str, float] | None:
-        """Weight of each term of Q: the setting, else the preset's; None if all are 0.
-
-        >>> QualitySettings(weights={"gradient_norm": 2.0, "loss": 0.0}).resolved_weights()
-        {'gradient_norm': 2.0}
-        """
-        weights = {term: weight for term, weight in ({**PRESETS[self.preset], **self.weights}).items() if weight}
-        return weights or None
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _null_is_the_presets(cls, values: Any) -> Any:
-        values = {} if values is None else values
-        return (
-            {term: weight for term, weight in values.items() if weight is not None} if type(values) is dict else values
-        )
-
-    @model_validator(mode="after")
-    def _terms_exist(self) -> "QualitySettings":
-        if self.weights:
-            from tsqlora.quality.terms import TERMS  # imports torch
-
-            for term in self.weights.keys() - TERMS.keys():
-                raise SettingsError(f"unknown key 'quality.weights.{term}'; {nearest(term, TERMS)}")
-        if self.temperature is not None and self.resolved_weights() is None:
-            raise SettingsError(
-                f"quality.temperature {self.temperature} needs softmax sampling, but all weights are 0; set "
-                "quality.weights or quality.preset, or remove it"
-            )
-        return self
 
 
 class RankSettings(Section):
@@ -197,22 +160,12 @@ class RankSettings(Section):
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
-    depth: int | Literal["all"] = setting(
-        "all", "Adapt only the top N transformer blocks, with as many parameters as ranks.mean has in all."
-    )
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
 
     @property
     def moves(self) -> bool:
         """Whether ranks move while the model trains."""
         return self.policy != "fixed"
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _depth_is_a_number_or_all(cls, depth: Any) -> Any:
-        if depth != "all" and not (type(depth) is int and depth >= 1):
-            raise SettingsError(f"ranks.depth is {depth!r}; give a number of transformer blocks, 1 or more, or all")
-        return depth
 
     @model_validator(mode="after")
     def _bounds_leave_room(self) -> "RankSettings":
@@ -230,7 +183,7 @@ class AdapterSettings(Section):
         "all-linear", "Layers to adapt: names, a pattern, or all-linear.", min_length=1
     )
     init_from: str | None = setting(
-        None, "Adapter or run to continue; it decides alpha, target_modules, ranks.mean and ranks.depth."
+        None, "Adapter or run to continue; it decides alpha, target_modules and ranks.mean."
     )
 
 
@@ -240,7 +193,6 @@ class TrainingSettings(Section):
     model_config = ConfigDict(extra="allow")
 
     epochs: float = setting(6, "Passes over the drawn share of the rows; may be a fraction.", gt=0)
-    max_steps: int | None = setting(None, "Optimizer steps; null trains for epochs.", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
     batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
     seed: int = setting(0, "Seed of every random draw.", ge=0, lt=2**32)
@@ -249,6 +201,11 @@ class TrainingSettings(Section):
         """The settings that go to `transformers.TrainingArguments` unchanged."""
         return dict(self.model_extra or {})
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps by max_steps, a field of TrainingArguments; None trains for epochs."""
+        return self.further_arguments().get("max_steps")
+
     @field_validator("epochs")
     @classmethod
     def _whole_epochs_are_integers(cls, epochs: float) -> float:
@@ -256,10 +213,11 @@ class TrainingSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _bf16_null_is_unset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("bf16", 0) is None:  # version 0.1 wrote it
-            return {name: value for name, value in values.items() if name != "bf16"}
-        return values
+    def _null_is_unset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # Earlier versions wrote these.
+        return {name: x for name, x in values.items() if not (name in ("bf16", "max_steps") and x is None)}
 
     @model_validator(mode="after")
     def _further_names_exist(self) -> "TrainingSettings":
@@ -269,6 +227,8 @@ class TrainingSettings(Section):
         fields = _trainer_arguments() if names else frozenset[str]()
         for name in sorted(names.keys() - fields):
             raise SettingsError(_unknown_training_key(name, fields))
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise SettingsError(f"training.max_steps is {self.steps!r}; give a whole number of steps, 1 or more")
         return self
 
 
@@ -298,7 +258,10 @@ class Config(Section):
             section: Any = values
             for name in sections:
                 section = section.get(name) if isinstance(section, dict) else None
-            if isinstance(section, dict) and section.pop(setting, removed.default) != removed.default and not trained:
+            value = section.pop(setting, removed.default) if isinstance(section, dict) else removed.default
+            if isinstance(value, dict) and all(one is None for one in value.values()):  # as version 0.1 wrote weights
+                value = None
+            if value != removed.default and not trained:
                 raise SettingsError(f"{key} was removed: {removed.why}")
         return values
 
