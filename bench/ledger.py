@@ -124,7 +124,7 @@ def lines_of(rows: Rows, vocabulary: Vocabulary) -> tuple[list[Line], list[Conve
     format = format_of(list(rows[0]), "rows")
     made = [Row(cells, "rows", j, j) for j, cells in enumerate(rows)]
     talks = [conversation(row.cells, format, row.id) for row in made]
-    return audited(made, talks, format, vocabulary, LIMIT), talks, made, format
+    return audited(made, format, vocabulary, LIMIT), talks, made, format
 
 
 def found_in(rows: Rows, vocabulary: Vocabulary, evaluation: Rows | None = None) -> dict[str, set[int]]:

@@ -29,6 +29,7 @@ from origin import ROOT, commit, parser_of, read, write
 
 from tsqlora import paper
 from tsqlora.data.splits import prepare
+from tsqlora.data.table import stored_in
 from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
@@ -82,10 +83,10 @@ def rows(count: int) -> dict[str, Any]:
     write_many(file, count)
     before, start = status("VmRSS"), time.process_time()
     files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
-    tables = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}), CACHE)
-    split = prepare(
-        tables, run.pretrained.tokenizer, max_length=run.max_length, encode=run.task.reading.encode, folder=CACHE
-    )["train"].samples
+    with stored_in(CACHE):
+        tables = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
+        how = {"max_length": run.max_length, "encode": run.task.reading.encode}
+        split = prepare(tables, run.pretrained.tokenizer, **how)["train"].samples
     stored = time.process_time() - start
     about = {"columns": asdict(tables["train"].columns), "data": str(file)}
     names = paper.RowNames(split.ids, split.hashes, split.lengths, about)
