@@ -17,7 +17,7 @@ PARTS = {
     "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/start.py", "run/finished.py"),
     "Models and tokenizers": ("compat/hub.py", "training/load.py", "training/predict.py", "tasks/classification.py"),
     "Run directories and resuming": ("training/run_dir.py", "training/checkpoints.py"),
-    "Audit and review": ("run/audit.py", "run/review.py", "run/text_review.py"),
+    "Audit and review": ("run/audit.py", "run/review.py"),
 }
 """What a user of the commands meets, by the module that raises it."""
 

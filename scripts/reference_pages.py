@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/settings.md and run/config/settings.yaml: python scripts/reference_pages.py [--check]"""
+"""Writes docs/{cli,settings,moved}.md and run/config/settings.yaml: python scripts/reference_pages.py [--check]"""
 
 import sys
 import types
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from tsqlora.cli.commands import app
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.data.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
+from tsqlora.moved import MOVED, what_of
 from tsqlora.run.config import REFUSED_ARGUMENTS, Config
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -62,6 +63,17 @@ Where `data.text`, `data.text_pair` and `data.label` are not set, the first of t
 | text, with its pair | {pairs} |
 | label | {label} |
 | tokens and tags (`token-classification`) | {tokens}; {tags} |
+"""
+
+NAMES = """# What moved
+
+<!-- Made by scripts/reference_pages.py from src/tsqlora/moved.toml. -->
+
+Each name of an earlier version, and what it is now; the old name is an error that says the same. A file of
+settings that has a removed one at its former default still loads.
+
+| before | now |
+| --- | --- |
 """
 
 WHEN = {
@@ -205,8 +217,14 @@ def allowed(field: FieldInfo) -> str:
     return ", or ".join([" ".join([first, " and ".join(bounds)]).strip(), *others])
 
 
+def moved_page() -> str:
+    names = {f"tsqlora {command}": now for command, now in MOVED["commands"].items()}
+    names |= MOVED["settings"] | {f"tsqlora.{name}": now for name, now in MOVED["names"].items()} | MOVED["calls"]
+    return NAMES + "".join(f"| `{old}` | {what_of(now).replace('|', chr(92) + '|')} |\n" for old, now in names.items())
+
+
 def main() -> None:
-    pages = {DOCS / "cli.md": cli_page(), DOCS / "settings.md": settings_page()}
+    pages = {DOCS / "cli.md": cli_page(), DOCS / "settings.md": settings_page(), DOCS / "moved.md": moved_page()}
     pages[TEMPLATE] = "\n".join(settings_file()) + "\n"
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if stale and "--check" in sys.argv:

@@ -22,6 +22,7 @@ OPTIONS = {
     "look": "--model --set --out",
     "train": "--model --data --set --out --look --resume --dry-run",
     "audit": "--model --review --out --apply --set",
+    "apply": "--drop --out",
     "score": "--look --out --set",
     "explain": "--row --samples --data",
     "select": "--out --fraction --seed --data",

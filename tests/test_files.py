@@ -4,10 +4,9 @@ import errno
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tsqlora.data.readers import PLAIN
+from tsqlora.data.sources import open_table
 from tsqlora.data.write import copy_rows, require_place, write_rows
 from tsqlora.errors import SettingsError
 from tsqlora.files import replacing, write_text
@@ -65,7 +64,7 @@ def test_rows_and_pages_are_readable_by_their_owner_alone_unless_the_file_was_op
         (tmp_path / name).chmod(0o644)
         write_rows(tmp_path / name, [{"text": "secret"}])
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
-    copy_rows(tmp_path / "a.jsonl", tmp_path / "b.jsonl", np.array([0]), PLAIN)
+    copy_rows(open_table(tmp_path / "a.jsonl"), tmp_path / "b.jsonl")
     write_text(tmp_path / "page.html", "secret", private=True)
     with replacing(tmp_path / "c.txt", private=True) as unfinished:
         assert unfinished.stat().st_mode & 0o777 == 0o600, "also while it is written"

@@ -210,8 +210,3 @@ def test_the_examples_name_the_findings_that_rows_of_one_answer_can_have(
     example = axolotl if name == "axolotl_plugin" else importlib.import_module(name)
     of_pairs = {one for one in OF_LABELS if "pair" in one}
     assert {*example.OF_TOKENS, *example.OF_ANSWERS} == OF_LABELS - of_pairs - {"eval_leak"}
-
-
-def test_the_former_plugin_says_where_it_is_now_and_is_no_import_error() -> None:
-    with pytest.raises(tsq.SettingsError, match=r"examples/axolotl_plugin\.py"):
-        importlib.import_module("tsqlora.plugins.axolotl")

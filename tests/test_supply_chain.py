@@ -30,8 +30,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 import tsqlora
 # __main__ is the program: that is its effect.
-# tsqlora.plugins says where axolotl's plugin is now.
-programs = ("tsqlora.__main__", "tsqlora.cli.__main__", "tsqlora.plugins")
+programs = ("tsqlora.__main__", "tsqlora.cli.__main__")
 names = [m.name for m in pkgutil.walk_packages(tsqlora.__path__, "tsqlora.") if m.name not in programs]
 for name in names:
     importlib.import_module(name)

@@ -61,12 +61,6 @@ _HOMES = {
 }
 
 
-_TO_PAPER = {
-    *("Compute", "RankCallback", "RankEvent", "RankLoop", "RankSchedule", "RowNames", "Scores", "ScoringRule"),
-    *("Sensitivity", "active_parameters", "active_ranks", "allocate", "finalize", "sample", "score", "sensitivity"),
-}
-
-
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
@@ -75,8 +69,10 @@ def __getattr__(name: str) -> Any:
             return value
     if name == "paper":
         return importlib.import_module("tsqlora.paper")
-    moved = f"; it is tsqlora.paper.{name} now (docs/moved.md)" if name in _TO_PAPER else ""
-    raise AttributeError(f"module 'tsqlora' has no attribute '{name}'{moved}")
+    from tsqlora.moved import MOVED
+
+    now = MOVED["names"].get(name)
+    raise AttributeError(f"tsqlora.{name} was removed: {now}" if now else f"module 'tsqlora' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ import importlib, pkgutil, sys
 sys.modules["jaxtyping"] = None
 import tsqlora
 for module in pkgutil.walk_packages(tsqlora.__path__, "tsqlora."):
-    if not module.name.endswith("__main__") and module.name != "tsqlora.plugins":  # which says where the plugin is
+    if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 """
 

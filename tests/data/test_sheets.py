@@ -11,7 +11,7 @@ import pytest
 from tables import cells_of
 from tsqlora.data.readers import Hints
 from tsqlora.data.sources import first_columns, open_table, require_source
-from tsqlora.data.write import write_corrected
+from tsqlora.data.write import copy_rows
 from tsqlora.errors import DataError, SettingsError
 
 
@@ -38,7 +38,7 @@ def test_cells_are_text_as_the_sheet_shows_them(tmp_path: Path) -> None:
     assert [tuple(row.cells.values()) for row in table] == shown
     assert [row.number for row in table] == [2, 4, 5, 6, 7]
     assert (table.typed, table.names) == (False, ("text", "label"))
-    write_corrected(table, tmp_path / "corrected.jsonl", {1: {"label": "x"}})
+    copy_rows(table, tmp_path / "corrected.jsonl", cells={1: {"label": "x"}})
     assert [tuple(row.values()) for row in cells_of(tmp_path / "corrected.jsonl")][1] == ("été 語", "x")
 
 

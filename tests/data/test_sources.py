@@ -11,7 +11,7 @@ import pytest
 from tables import cells_of
 from tsqlora.data.sources import open_table, open_tables
 from tsqlora.data.table import Table
-from tsqlora.data.write import copy_rows, write_corrected
+from tsqlora.data.write import copy_rows
 from tsqlora.errors import DataError
 
 
@@ -37,8 +37,8 @@ def test_quotes_that_enclose_nothing_belong_to_the_text(name: str, separator: st
     )
     table = open_table(path)
     assert [row.cells["text"] for row in table] == texts
-    copy_rows(path, tmp_path / f"copy{path.suffix}", np.array([1, 3]), table.dialect)
-    write_corrected(table, tmp_path / f"corrected{path.suffix}", {1: {"label": "z"}})
+    copy_rows(table, tmp_path / f"copy{path.suffix}", np.array([1, 3]))
+    copy_rows(table, tmp_path / f"corrected{path.suffix}", cells={1: {"label": "z"}})
     assert (tmp_path / f"copy{path.suffix}").read_text().splitlines()[1:] == [
         f'"so" they said{separator}b',
         f"plain{separator}b",
@@ -52,7 +52,7 @@ def test_excel_may_name_the_separator_in_the_first_line(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", "sep=;\r\ntext;label\r\na, b;x\r\nc;y\r\n")
     table = open_table(path)
     assert [row.cells for row in table] == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
-    copy_rows(path, tmp_path / "copy.csv", np.array([1]), table.dialect)
+    copy_rows(table, tmp_path / "copy.csv", np.array([1]))
     assert [row.cells for row in open_table(tmp_path / "copy.csv")] == [{"text": "c", "label": "y"}]
 
 
@@ -258,7 +258,7 @@ def test_a_corrected_label_is_written_as_the_number_of_its_name(tmp_path: Path) 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     path = tmp_path / "t.parquet"
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 0]}, features=features).to_parquet(path)
-    write_corrected(open_table(path), tmp_path / "out.parquet", {1: {"label": "yes"}})
+    copy_rows(open_table(path), tmp_path / "out.parquet", cells={1: {"label": "yes"}})
     assert pq.read_table(tmp_path / "out.parquet")["label"].to_pylist() == [0, 1]
     assert [row["label"] for row in cells_of(tmp_path / "out.parquet")] == ["no", "yes"]
 

@@ -1,13 +1,12 @@
 """What is served beside the weights: tokenizer, chat template, generation_config, and the command of each server."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     BertForSequenceClassification,
     CamembertForSequenceClassification,
@@ -156,56 +155,3 @@ def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
     assert {*read, "architectures", "model_type", "id2label", "label2id"} <= config.keys()
     assert all(config[name] is not None for name in read)
     assert (tmp_path / "model.safetensors").is_file()
-
-
-def prepared(folder: Path, family: str, chats: Sequence[Sequence[Mapping[str, str]]], *, stop: bool = True) -> Path:
-    """A set as axolotl and LLaMA-Factory save it: tokens, and labels of the answer alone."""
-    tokenizer, rows = tokenizer_of(FAMILIES[family]), []
-    for chat in chats:
-        text = str(tokenizer.apply_chat_template([*chat], tokenize=False, add_generation_prompt=True))
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = tokenizer("Yes." + tokenizer.eos_token * stop, add_special_tokens=False)["input_ids"]
-        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    Dataset.from_list(rows).save_to_disk(folder)
-    return folder
-
-
-USER, ANSWER, SYSTEM = ({"role": role, "content": f"A {role} says é."} for role in ("user", "assistant", "system"))
-
-
-@pytest.mark.parametrize("carried", [False, True])
-def test_the_prompts_of_another_trainer_are_compared_with_a_template(
-    carried: bool, tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]
-) -> None:
-    source = chat_model(tmp_path)
-    if carried:  # the trainer's own template, beside the adapter
-        (source / "chat_template.jinja").write_text(FAMILIES["zephyr"].template)
-    family = "zephyr" if carried else "qwen 2.5"
-    made = prepared(tmp_path / "made", family, [[USER], [SYSTEM, USER], [USER, ANSWER, USER]], stop=not carried)
-    if carried:
-        edit(source, base_model_name_or_path=str(tmp_path / "zephyr"))
-        (tmp_path / "base").rename(tmp_path / "zephyr")
-        tokenizer_of(FAMILIES["zephyr"]).save_pretrained(tmp_path / "zephyr")
-    template = FAMILIES[family].template
-    (tmp_path / "same.jinja").write_text(template)
-    (tmp_path / "other.jinja").write_text(template.replace("assistant", "bot"))
-    results = []
-    for name in ("same", "other"):
-        code, out, err = tsqlora(
-            "doctor", source, "--template", tmp_path / f"{name}.jinja", "--prepared", made, "--json"
-        )
-        assert out, err
-        results.append((code, json.loads(out)["template"]))
-    assert [(code, one["same"], one["prompts"]) for code, one in results] == [(0, 3, 3), (4, 0, 3)]
-    assert results[1][1]["first"]["other"].startswith("bot")
-    assert results[0][1]["stops_trained"] == (not carried)
-
-
-def test_prompts_that_no_template_here_makes_are_shown(tmp_path: Path, tsqlora: Callable[..., Any]) -> None:
-    made = prepared(tmp_path / "made", "qwen 2.5", [[USER]])
-    (tmp_path / "a.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    source = chat_model(tmp_path)
-    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    code, _, err = tsqlora("doctor", source, "--template", tmp_path / "a.jinja", "--prepared", made)
-    assert (code, "im_start" in err) == (3, True), err
-    assert tsqlora("doctor", source, "--prepared", made)[0] == 2

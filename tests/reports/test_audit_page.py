@@ -10,7 +10,7 @@ import pytest
 
 from browser import Page, axe
 from seen import Seen
-from tsqlora.reports.audit_page import audit_page
+from tsqlora.reports.review_page import audit_page
 from tsqlora.run.audit_listing import Listed
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> " + "long" * 200

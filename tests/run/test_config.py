@@ -16,12 +16,11 @@ from pydantic import BaseModel
 
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.errors import SettingsError
+from tsqlora.moved import MOVED, what_of
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.run.config import (
-    ELSEWHERE,
     PRESETS,
     REFUSED_ARGUMENTS,
-    REMOVED_SETTINGS,
     Config,
     QualitySettings,
     dump_config,
@@ -166,7 +165,7 @@ def test_an_error_names_the_file_the_key_the_value_and_the_cure(text: str, key: 
 
 
 def test_names_of_other_tools_lead_to_settings_that_there_are() -> None:
-    for section, name in (key.split(".") for key in ELSEWHERE.values()):
+    for section, name in (key.split(".") for key in MOVED["elsewhere"].values()):
         assert name in type(getattr(loaded(""), section)).model_fields
 
 
@@ -176,9 +175,10 @@ def test_a_training_argument_that_we_decide_is_refused_with_the_cure(name: str) 
     assert error_of(f"training: {{{name}: 1}}") == f"tsq.yaml: 'training.{name}' cannot be set; {cure}"
 
 
-@pytest.mark.parametrize("key", REMOVED_SETTINGS)
+@pytest.mark.parametrize("key", MOVED["settings"])
 def test_a_removed_setting_is_refused_by_its_name_unless_it_has_its_former_default(key: str) -> None:
-    default = dump_yaml(REMOVED_SETTINGS[key].default, inline=True)
+    entry = MOVED["settings"][key]
+    default = dump_yaml(entry.get("was") if isinstance(entry, dict) else None, inline=True)
     assert loaded("", f"{key}={default}") == loaded("")
     assert key in error_of("", f"{key}=no-such-value")
 
@@ -192,7 +192,7 @@ def test_a_run_with_a_removed_term_still_loads_for_what_needs_no_rows_drawn(tmp_
 
 
 def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -> None:
-    messages = [removed.why for removed in REMOVED_SETTINGS.values()]
+    messages = [what_of(entry) for entry in MOVED["settings"].values()]
     named = [match[1] for why in messages if (match := re.search(r"ScoringRule\((\w+)=", why))]
     assert {"reference", "calibration", "weights", "temperature", "look_again"} == {*named}
     assert {*named} <= {field.name for field in dataclasses.fields(ScoringRule)}

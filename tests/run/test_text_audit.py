@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from families import FAMILIES, tokenizer_of
 from masked import chats, masked
 from runs import make_rows, write_jsonl
+from tables import cells_of
 from tsqlora.run.config import load_config, text_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -211,20 +212,20 @@ def test_the_terminal_shows_trained_rows_first_and_the_cure_of_errors(place: Pat
     assert "stop_not_trained, with axolotl: train_on_eos: turn" in shown
 
 
-def test_a_review_parts_the_rows_byte_for_byte(place: Path, tsqlora: Run) -> None:
+def test_a_review_parts_the_rows(place: Path, tsqlora: Run) -> None:
     out, source = place / "reviewed", place / "chats.jsonl"
     assert tsqlora("audit", source, "--model", place / "model", "--out", out)[0] == 0
     (place / "reviewed.csv").write_text("row,finding,reviewed\n4,duplicate,drop\n9,duplicate,keep\n10,,\n")
     assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 0
-    lines = source.read_bytes().splitlines(keepends=True)
-    assert (out / "quarantine.jsonl").read_bytes() == lines[4]
-    assert (out / "clean.jsonl").read_bytes() == b"".join(lines[:4] + lines[5:])
+    lines = cells_of(source)
+    assert cells_of(out / "quarantine.jsonl") == lines[4:5]
+    assert cells_of(out / "clean.jsonl") == lines[:4] + lines[5:]
     code, shown, _ = tsqlora("audit", "--drop-findings", "empty_answer, duplicate", "--out", out, "--json")
     assert (code, json.loads(shown)["dropped"], json.loads(shown)["dropped_before"]) == (0, 3, 1)
-    assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[4] + lines[20]  # a drop stays, until it is kept
+    assert cells_of(out / "quarantine.jsonl") == (lines[3], lines[4], lines[20])  # a drop stays, until it is kept
     (place / "reviewed.csv").write_text("row,finding,reviewed\n4,duplicate,keep\n3,empty_answer,\n")
     assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 0
-    assert (out / "quarantine.jsonl").read_bytes() == lines[3] + lines[20]
+    assert cells_of(out / "quarantine.jsonl") == (lines[3], lines[20])
     for without in ("row,finding\n4,duplicate\n", "finding,reviewed\nduplicate,keep\n"):
         (place / "reviewed.csv").write_text(without)
         assert tsqlora("audit", "--apply", place / "reviewed.csv", "--out", out)[0] == 3
@@ -296,7 +297,7 @@ def test_an_audit_without_source_rows_offers_no_review_and_says_why(place: Path,
     assert tsqlora(*command, tmp_path / "of rows", "--data", source)[0] == 0
     assert "--apply" in (tmp_path / "of rows" / "audit.html").read_text(encoding="utf-8")
     assert tsqlora("audit", "--drop-findings", "duplicate", "--out", tmp_path / "of rows")[0] == 0
-    assert (tmp_path / "of rows" / "clean.jsonl").read_bytes() == b"".join(source.read_bytes().splitlines(True)[:-1])
+    assert cells_of(tmp_path / "of rows" / "clean.jsonl") == cells_of(source)[:-1]
 
 
 @pytest.mark.parametrize("source", [False, True])

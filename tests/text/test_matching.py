@@ -1,6 +1,6 @@
 """Each prepared sequence finds the row that it was made of, and no other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
@@ -14,7 +14,7 @@ from tsqlora.data.chat import Conversation
 from tsqlora.data.chat import Message as Turn
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.ledger import line_of
-from tsqlora.text.matching import match, unwrapped
+from tsqlora.text.matching import match
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import vocabulary_of
 
@@ -56,38 +56,25 @@ def sequence(one: Conversation, keep: slice = slice(None), tokenizer: Any = TOKE
     return Trained(ids, np.full(len(ids), IGNORED), one.row)
 
 
-def split(one: Trained, size: int) -> list[Trained]:
-    parts = range(0, len(one.ids), size)
-    return [replace(one, ids=one.ids[k : k + size], targets=one.targets[k : k + size]) for k in parts]
-
-
-MODES: dict[str, Callable[[Trained], list[Trained]]] = {
-    "whole": lambda one: [one],
-    "cut": lambda one: [replace(one, ids=one.ids[:-30], targets=one.targets[:-30])],
-    "packed and split": lambda one: split(one, 512),
-}
-
-
 @pytest.mark.parametrize("script", LETTERS)
 @pytest.mark.parametrize("constant", CONSTANTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("keep", [slice(None), slice(-30)], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["llama 3", "qwen 3, thinking", "mistral", "zephyr"])
-def test_each_sequence_comes_back_to_its_row(name: str, mode: str, constant: str, script: str) -> None:
+def test_each_sequence_comes_back_to_its_row(name: str, keep: slice, constant: str, script: str) -> None:
     rows, tokenizer = drawn(constant, script), tokenizer_of(FAMILIES[name])
-    made = {row.row: MODES[mode](sequence(row, tokenizer=tokenizer)) for row in rows}
-    parts, vocabulary = [part for own in made.values() for part in own], vocabulary_of(tokenizer)
-    order = np.random.default_rng(0).permutation(len(parts))
-    taken, sure, left = match(rows, [parts[j] for j in order], vocabulary)
+    made = [sequence(row, keep, tokenizer) for row in rows]
+    order = np.random.default_rng(0).permutation(len(made))
+    taken, sure, left = match(rows, [made[j] for j in order], vocabulary_of(tokenizer))
+    assert ({*sure.values()}, left) == ({"exact"}, [])
+    wrong = [j for j, one in enumerate(made) if taken[j] != [one]]
+    assert len(wrong) <= (keep.stop is not None) * 0.03 * len(rows), "more than what several rows begin with"
 
-    def spelled(parts: Sequence[Trained]) -> bytes:
-        return b"".join(sorted(vocabulary.plain(one.ids).strip(b"\0\n ") for one in parts))
 
-    named = {one.row for one in left}
-    wrong = [j for j, own in made.items() if j not in named and spelled(taken[j]) != spelled(own)]
-    assert ({*taken}, {*sure.values()}) == ({*range(len(rows))}, {"exact"})
-    assert len(wrong) <= (mode != "whole") * 0.03 * len(rows), "more than what several rows begin or end with"
-    assert not named or mode == "packed and split"
-    assert len(left) < (0.2 if script == "thai" else 0.1) * len(parts), "Thai sentences have no ends"
+def test_a_piece_that_packing_cut_has_no_row() -> None:
+    rows, cut = drawn("none", "latin"), {*range(0, 150, 7)}
+    made = [sequence(row, slice(-30 if row.row in cut else None)) for row in rows]
+    taken, _, left = match(rows, made, VOCABULARY, packed=True)
+    assert ({*taken}, [one.row for one in left]) == ({*range(150)} - cut, sorted(cut))
 
 
 @pytest.mark.parametrize("constant", CONSTANTS)
@@ -98,18 +85,6 @@ def test_what_is_of_no_row_is_left(constant: str) -> None:
     made = [sequence(row) for row in rows if row.row not in missing]
     taken, _, left = match(rows, [*strangers, *made], VOCABULARY)
     assert ({*taken}, left) == ({*range(len(rows))} - missing, strangers)
-
-
-@pytest.mark.parametrize("side", [slice(0, 60), slice(-60, None)])
-def test_a_text_without_sentences_that_is_cut_at_an_end_has_its_row(side: slice) -> None:
-    texts = [" ".join(f"{name} and number {k}" for k in range(20)) for name in ("Ann", "Bob", "Cy", "Dee", "Eve")]
-    rows = [
-        Conversation(j, (Turn("assistant", f"{text} of {name}"),), plain=True)
-        for j, (text, name) in enumerate(zip(texts, ("Rome", "Oslo", "Bern", "Graz", "Lima"), strict=True))
-    ]
-    ids = [np.array(TOKENIZER(row.answer)["input_ids"])[side] for row in rows]
-    made = [Trained(one, np.full(len(one), IGNORED), j) for j, one in enumerate(ids)]
-    assert match(rows, made[::-1], VOCABULARY)[0] == {j: [one] for j, one in enumerate(made)}
 
 
 def test_equal_rows_share_their_sequences_by_count() -> None:
@@ -185,8 +160,6 @@ def test_a_tool_result_that_the_template_writes_as_json_is_there() -> None:
     taken, *_ = match(rows, whole, VOCABULARY)
     assert taken == {k: [one] for k, one in enumerate(whole)}
     assert all("content_lost" not in line_of(one, taken[one.row], VOCABULARY).findings for one in rows)
-    (stream,) = unwrapped(rows[:1], [Trained(whole[0].ids, whole[0].targets, 0)], VOCABULARY)
-    assert len(stream.ids) == len(whole[0].ids) - 1  # without the line feed behind the stop
     between = (Turn("assistant", "Let me see.", {"tool_calls": [{}]}), Turn("tool", "of another form"))
     other = [replace(one, messages=(one.messages[0], *between, one.messages[3])) for one in rows]
     assert match(other, whole, VOCABULARY)[0] == taken

@@ -20,6 +20,7 @@ import tsqlora as tsq
 from families import FAMILIES, tokenizer_of
 from masked import masked
 from tsqlora.errors import UnsupportedError
+from tsqlora.text.findings import OF_TOKENS
 from tsqlora.text.reconcile import Reconciled, audit_sequences
 from tsqlora.text.vocabulary import vocabulary_of
 
@@ -100,16 +101,20 @@ def test_a_row_has_the_tokens_of_its_batch(
         assert line.trained_tokens == (labels != -100).sum()
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_rows_find_their_source(strategy: str, tmp_path: Path) -> None:
-    result, _ = audited(MESSAGES, tmp_path, packing=True, packing_strategy=strategy, max_length=512)
+def test_packed_rows_find_their_source(tmp_path: Path) -> None:
+    result, _ = audited(MESSAGES, tmp_path, packing=True, packing_strategy="bfd", max_length=512)
     assert {line.fate for line in result.lines} == {"trained"}
     assert {line.match for line in result.lines} == {"exact"}
     assert result.unmatched == []
     assert all(line.stop_trained for line in result.lines)
 
 
-def test_rows_that_packing_splits_are_whole_again(tmp_path: Path) -> None:
+def test_parts_of_a_stream_are_rows_of_their_own(tmp_path: Path) -> None:
+    result, trainer = audited(MESSAGES, tmp_path, packing=True, packing_strategy="wrapped", max_length=512)
+    assert ([line.row for line in result.lines], result.finds) == ([*range(len(trainer.train_dataset))], OF_TOKENS)
+
+
+def test_pieces_that_packing_cut_are_named_by_their_place(tmp_path: Path) -> None:
     long = [
         {
             "messages": [
@@ -119,9 +124,12 @@ def test_rows_that_packing_splits_are_whole_again(tmp_path: Path) -> None:
         }
         for j, chat in enumerate(CHATS)
     ]
-    result, _ = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=128)
-    assert {(line.fate, line.lost_tokens, line.match) for line in result.lines} == {("trained", 0, "exact")}
-    assert result.unmatched == []
+    result, trainer = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=128)
+    assert {(line.fate, line.match) for line in result.lines} == {("trained", "exact"), ("unknown", "unmatched")}
+    whole = sum(line.match == "exact" for line in result.lines)
+    made = sum(len(row["seq_lengths"]) for row in trainer.train_dataset)
+    assert len(result.unmatched) == made - whole
+    assert len({(one["row"], one["sequence"]) for one in result.unmatched}) == made - whole
 
 
 def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:

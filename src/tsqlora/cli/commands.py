@@ -10,7 +10,8 @@ import typer
 
 from tsqlora.cli import console, results, rows, runs
 from tsqlora.compat.typer import UsageError
-from tsqlora.errors import SettingsError, TsqLoraError, printable
+from tsqlora.errors import TsqLoraError, printable
+from tsqlora.moved import MOVED, refuse_commands
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -22,6 +23,7 @@ for command in (
     runs.demo,
     runs.init,
     rows.audit,
+    rows.apply,
     runs.look,
     runs.train,
     rows.score,
@@ -35,25 +37,6 @@ for command in (
     results.check,
 ):
     app.command(short_help=" ".join((command.__doc__ or "").partition("\n\n")[0].split()))(command)
-MOVED = {
-    "merge": "tsqlora export --format merged",
-    "llamafactory": "python llama_factory.py CONFIG, which is in examples/ of tsqlora's repository",
-    "adapter": "tsqlora export --format peft --keep SHARE",
-    "allocate": "allocate(sensitivity(…)) of tsqlora.paper in Python",
-    "score --explain": "tsqlora explain RUN|SCORES",
-    "compare": "bench/harness.py of tsqlora's repository, which trains each method with each seed",
-    "report --control": "tsqlora report of each run",
-    "export --push-to-hub": "hf upload REPO DIR",
-    "export --by": "tsqlora export --keep SHARE",
-    "export --mean-rank": "tsqlora export --keep SHARE",
-    "train --init-from": "--set adapter.init_from=ADAPTER",
-    "audit --max-length": "--set data.max_length=N",
-    "evaluate --max-new-tokens": "--set task.max_new_tokens=N",
-    "evaluate --beams": "--set task.beams=N",
-    "predict --max-new-tokens": "--set task.max_new_tokens=N",
-    "predict --beams": "--set task.beams=N",
-}
-"""Commands and options of earlier versions, and their replacements."""
 
 INTERRUPTED = 130
 AFTER_INTERRUPTION = {
@@ -77,7 +60,7 @@ def main() -> None:
 def _run(arguments: list[str], *, debug: bool) -> int:
     """The exit code."""
     try:
-        _refuse_moved(arguments)
+        refuse_commands(arguments)
         # typer returns a code for --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -102,12 +85,11 @@ def _as_setting(error: Any, arguments: list[str]) -> str | None:
     option, own = getattr(error, "option_name", None), error.ctx.command.params if error.ctx else ()
     if option is None or not any("--set" in one.opts for one in own):
         return None
-    from tsqlora.run.config.removed import ELSEWHERE
     from tsqlora.run.config.settings import Config, section_of
 
     sections = {name: section_of(field) for name, field in Config.model_fields.items()}
     keys = {name: f"{part}.{name}" for part, section in sections.items() if section for name in section.model_fields}
-    keys |= {key: key for key in keys.values()} | dict(ELSEWHERE)
+    keys |= {key: key for key in keys.values()} | MOVED["elsewhere"]
     name = option.strip("-").replace("-", "_")
     options = [word.strip("-") for one in own for word in one.opts]
     if name not in keys:
@@ -120,14 +102,6 @@ def _as_setting(error: Any, arguments: list[str]) -> str | None:
     value = value if equals else next(after, "")  # none behind -r3
     setting = f"{keys[name]}=…" if value.startswith("-") or not value else quote(f"{keys[name]}={value}")
     return f"No such option: {option}; did you mean --set {setting}?"
-
-
-def _refuse_moved(arguments: list[str]) -> None:
-    options = {argument.partition("=")[0] for argument in arguments[1:]}
-    for old, new in MOVED.items():
-        command, *removed = old.split()
-        if command == arguments[0] and options.issuperset(removed):
-            raise SettingsError(f"`tsqlora {old}` was removed; use `{new}`")
 
 
 def _show_version(value: bool) -> None:

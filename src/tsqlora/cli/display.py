@@ -120,7 +120,8 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 def show_review(console: Console, result: Mapping[str, Any]) -> None:
     """What a review changed, and how to train on it."""
     show_numbers(console, {name: value for name, value in result.items() if name not in ("notes", "next")})
-    say(console, [*(f"note: {note}" for note in result["notes"]), f"next: {result['next']}"])
+    notes = (f"note: {note}" for note in result.get("notes", ()))
+    say(console, [*notes, *([f"next: {result['next']}"] if "next" in result else [])])
 
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:

@@ -98,43 +98,31 @@ def doctor(
     template: Annotated[
         Path | None, typer.Option(help="A chat template: does it give the prompts that a run was trained on?")
     ] = None,
-    prepared: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="With --template: the set that another trainer prepared, for its prompts."),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check which servers read an adapter correctly, how to fix it for the others, and its numerical health.
 
     With --server the exit code is 0 if that server reads the adapter correctly,
     and 4 if it misreads or refuses it. With --template it is 4 if that template
-    gives other prompts than those in the run's template.json, or in a set that
-    another trainer prepared.
+    gives other prompts than those in the run's template.json.
 
     Example: tsqlora doctor adapter --json
 
     Example: tsqlora doctor adapter --server vllm==0.31.0
 
-    Example: tsqlora doctor adapter --template chat.jinja --prepared prepared
+    Example: tsqlora doctor run --template chat.jinja
     """
     # The matrices are small: more threads of OpenBLAS only wait for each other. numpy is not imported yet.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from tsqlora.interop.doctor import examine
     from tsqlora.training.run_dir import adapter_folder
 
-    if prepared is not None and template is None:
-        raise SettingsError("--prepared is for --template FILE, whose prompts are compared; add it")
     source = _local(source)
     result = examine(adapter_folder(source), server=server)
     if template is not None:
         from tsqlora.interop.template import compare_template
 
-        contract = None
-        if prepared is not None:
-            from tsqlora.run.prepared_contract import contract_of_prepared
-
-            contract = contract_of_prepared(adapter_folder(source), prepared, template)
-        result["template"] = compare_template(source, template, contract)
+        result["template"] = compare_template(source, template)
     console.show(result, as_json, "show_doctor")
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]

@@ -172,18 +172,13 @@ def audit(
     if apply or drop_findings:
         others = {"--data": data, "--model": model, "--review": review}
         _refuse({**of_text, **of_raw, **others}, "to apply a review, which only needs --out")
-        if (reviewed_text := _reviewed_text(apply, drop_findings, out, set_)) is not None:
-            console.show(reviewed_text, as_json, "show_numbers")
-            return
-    if apply is not None:
         from tsqlora.run.config import load_config
-        from tsqlora.run.review import apply_review
 
         if not all(override.startswith("data.encoding=") for override in set_ or []):
-            raise SettingsError("--apply only corrects labels; remove each --set but data.encoding")
+            raise SettingsError("--apply only applies a review; remove each --set but data.encoding")
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
-        console.show(apply_review(apply, out, encoding=encoding), as_json, "show_review")
+        _apply(apply or out or Path(), drop_findings, out, as_json, encoding)
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.sources import require_source
@@ -235,21 +230,33 @@ def _require_one(
     raise SettingsError(f"{'DATA' if source else '--prepared'} and {later.split()[0]} do not go together; {why}")
 
 
-def _reviewed_text(
-    apply: Path | None, names: str | None, out: Path | None, set_: list[str] | None
-) -> dict[str, Any] | None:
-    """Part the rows of a text audit by its review; None for an audit of labels."""
-    from tsqlora.run.text_review import apply_text_review, is_text_audit
+def apply(
+    review: Annotated[
+        Path, typer.Argument(metavar="CSV|DIR", help="A reviewed table, or the directory of an audit of text.")
+    ],
+    drop: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="For text: quarantine the rows with these findings.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write; by default the audit's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the rows of an audit as you reviewed them.
 
-    folder = out or (apply.parent if apply is not None else Path())
-    if not is_text_audit(folder):
-        if names is not None:
-            raise SettingsError(
-                f"--drop-findings needs the audit of a text file, and {folder} has none; give its --out"
-            )
-        return None
-    _refuse({"--set": set_}, "to apply a review of text")
-    return apply_text_review(folder, apply, [name.strip() for name in names.split(",")] if names else ())
+    Of labels: the rows with your corrections, and the reviewed ones as trusted.jsonl, for data.trusted.
+    Of text: clean.jsonl and quarantine.jsonl.
+
+    Example: tsqlora apply audit/reviewed.csv
+
+    Example: tsqlora apply audit --drop duplicate,empty_answer --out clean
+    """
+    _apply(review, drop, out, as_json)
+
+
+def _apply(review: Path, drop: str | None, out: Path | None, as_json: bool, encoding: str | None = None) -> None:
+    from tsqlora.run.review import apply_review
+
+    names = [name.strip() for name in (drop or "").split(",") if name.strip()]
+    console.show(apply_review(review, out, drop=names, encoding=encoding), as_json, "show_review")
 
 
 def _refuse(options: dict[str, Any], what: str) -> None:

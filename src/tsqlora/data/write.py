@@ -1,7 +1,6 @@
-"""Write rows in the format of a file's extension, or copy a file's rows byte by byte."""
+"""Write rows in the format of a file's extension, or copy a file's rows, with corrections."""
 
 import csv
-import io
 import json
 import math
 import os
@@ -10,8 +9,9 @@ import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.data.labels import join_labels
-from tsqlora.data.readers import TABLES, Dialect, is_array, json_lines, parquet_file, records, rows_in
+from tsqlora.data.readers import PLAIN, TABLES, Dialect, is_array, parquet_file
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
@@ -62,7 +62,7 @@ def save_beside(path: Path, rows: Sequence[Row]) -> Path:
 
 def _write(path: Path, suffix: str, rows: Sequence[Row], original: Path | None) -> None:
     if original is None:
-        WRITERS[suffix.lower()](path, rows)
+        WRITERS[suffix.lower()](path, rows, _names(rows))
         return
     with parquet_file(original) as file:
         table = file.read()
@@ -141,46 +141,48 @@ def _folder_of(path: Path) -> Path:
     return next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
 
 
-def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
+def _write_jsonl(path: Path, rows: Iterable[Row], names: Sequence[str], dialect: Dialect = PLAIN) -> None:
     # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", encoding=dialect.encoding, errors="backslashreplace") as file:
         # Dates and decimals, which a Parquet file may hold, become text.
         file.writelines(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
-def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None:
-    rows = joined(rows)
-    quoting = csv_quoting(value for row in rows for pair in row.items() for value in pair)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _names(rows), delimiter=delimiter, lineterminator="\n", quoting=quoting)
-        writer.writeheader()
-        writer.writerows(rows)
+def _write_csv(path: Path, rows: Iterable[Row], names: Sequence[str], dialect: Dialect = PLAIN) -> None:
+    delimiter = dialect.delimiter or ","
+    with open(path, "a", encoding=dialect.encoding, newline="") as file:
+        # Python before 3.13 leaves a "\r" unquoted, and readers end the line there.
+        plain, quoted = (
+            csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=quoting)
+            for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        for row in chain([dict(zip(names, names, strict=True))], joined(rows)):
+            fields = [row.get(name) for name in names]
+            if dialect.quoting == "literal":
+                file.write(delimiter.join("" if field is None else str(field) for field in fields) + "\n")
+            else:
+                (quoted if any("\r" in str(field) for field in fields) else plain).writerow(fields)
 
 
-def joined(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def joined(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """Join lists of labels as the reader splits them.  Raises DataError for other nested values, which no cell holds.
 
-    >>> joined([{"text": "Oh!", "labels": ["joy", "love"]}])
+    >>> list(joined([{"text": "Oh!", "labels": ["joy", "love"]}]))
     [{'text': 'Oh!', 'labels': 'joy|love'}]
     """
-    flat = [{name: join_labels(value) for name, value in row.items()} for row in rows]
-    for number, row in enumerate(flat, start=1):
-        for name, value in row.items():
+    for number, row in enumerate(rows, start=1):
+        flat = {name: join_labels(value) for name, value in row.items()}
+        for name, value in flat.items():
             if isinstance(value, list | tuple | dict):
                 raise DataError(
                     f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV; "
                     "write .jsonl or .parquet"
                 )
-    return flat
+        yield flat
 
 
-def csv_quoting(values: Iterable[Any]) -> Any:
-    """Quote all if a value has a "\\r": Python before 3.13 leaves it unquoted, and readers end the line there."""
-    return csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
-
-
-def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in _names(rows)}), path)
+def _write_parquet(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -188,36 +190,16 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
+WRITERS: dict[str, Callable[..., None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,
-    ".tsv": partial(_write_csv, delimiter="\t"),
+    ".tsv": partial(_write_csv, dialect=Dialect(delimiter="\t")),
     ".parquet": _write_parquet,
 }
-
-
-COPIED = (".jsonl", ".parquet", *TABLES)
-"""Formats whose rows can be copied as they stand."""
+"""By extension: a function of a new file's path, rows and names of columns."""
 
 Cells = Mapping[int, Mapping[str, Any]]
 """New cells by column, by the places of their rows, from 0."""
-
-
-def can_copy(source: Path, out: Path) -> bool:
-    """Whether both files have the same format, and one whose rows can be copied."""
-    return source.suffix.lower() == out.suffix.lower() and out.suffix.lower() in COPIED
-
-
-def copy_rows(source: Path, out: Path, places: np.ndarray, dialect: Dialect) -> None:
-    """Write the rows at these places (ascending, from 0) atomically.
-
-    Encoding, delimiter, header, byte order mark, quoting and line ends stay; blank lines go. Parquet keeps its schema.
-    """
-    with parents_of(out), replacing(out, private=True) as unfinished:
-        if source.suffix.lower() == ".parquet":
-            _copy_parquet(source, unfinished, places)
-        else:
-            _copy_text(source, unfinished, dialect, places.tolist())
 
 
 def corrected_name(source: Table) -> str:
@@ -225,109 +207,54 @@ def corrected_name(source: Table) -> str:
     return f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
 
 
-def write_corrected(source: Table, out: Path, cells: Cells) -> None:
-    """Write a copy with new cells atomically; other rows stay byte for byte, except in a JSON array.
+def copy_rows(source: Table, out: Path, places: np.ndarray | None = None, cells: Cells | None = None) -> None:
+    """Write the rows of a file at these places (ascending, from 0), or all, atomically and with new cells.
 
-    A row with a new cell keeps its other values, but not always its quotes and the digits of its numbers (1.50).
+    A copy in the file's own format has its encoding, its delimiter and its kind of quotes, or its schema. The cells
+    are equal; which of them are quoted, and the digits of numbers (1.50), may change.
     """
-    path = source.path
-    if path is None:
-        write_rows(out, [{**row.cells, **cells.get(row.id, {})} for row in source])
+    path, new = source.path, cells or {}
+    chosen = source if places is None else replace(source, ids=places)
+    rows = ({**row.cells, **new.get(row.id, {})} for row in chosen)
+    if path is None or path.suffix.lower() != out.suffix.lower():
+        write_rows(out, list(rows))
         return
-    with _fitting(out), replacing(out, private=True) as unfinished:
+    with _fitting(out), parents_of(out), replacing(out, private=True) as unfinished:
         if path.suffix.lower() == ".parquet":
-            _correct_parquet(path, unfinished, cells, source.class_names)
-        elif is_array(path, source.dialect):
-            _correct_array(path, unfinished, source.dialect, cells)
+            _copy_parquet(path, unfinished, chosen.ids, new, source.class_names)
+            return
+        with open(path, "rb") as file:
+            unfinished.write_bytes(file.read(source.dialect.mark))
+        if is_array(path, source.dialect):
+            text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
+            with open(unfinished, "a", encoding=source.dialect.encoding, errors="backslashreplace") as copy:
+                copy.write(text)
         else:
-            _copy_text(path, unfinished, source.dialect, cells=cells)
+            write = _write_csv if path.suffix.lower() in TABLES else _write_jsonl
+            write(unfinished, rows, source.names, source.dialect)
 
 
-def _copy_text(
-    source: Path,
-    out: Path,
-    dialect: Dialect,
-    places: Iterable[int] | None = None,
-    *,
-    cells: Cells | None = None,
+def _copy_parquet(
+    path: Path, out: Path, places: np.ndarray, cells: Cells, class_names: Mapping[str, Sequence[str]]
 ) -> None:
-    """Copy the rows at `places`, or the whole file, with new cells."""
-    if source.suffix.lower() in TABLES:
-        spans = ((fields, start, end) for _, fields, start, end in records(source, dialect))
-    else:
-        lines = (([line], start, end) for _, line, start, end in json_lines(source, dialect))
-        spans = chain([(list[str](), 0, dialect.mark)], lines)
-    remaining, new, at = iter(count() if places is None else places), cells or {}, 0
-    following = next(remaining, None)
-    with open(source, "rb") as file, open(out, "wb") as copy:
-        header, _, end = next(spans)
-        copy.write(file.read(end))
-        at = end
-        for place, (fields, start, end) in enumerate(spans):
-            if place == following:
-                blank = file.read(start - at)
-                copy.write(blank if places is None else b"")
-                raw = file.read(end - start)
-                if place in new:
-                    raw = _corrected(raw, fields, header, dialect, new[place])
-                copy.write(raw)
-                following = next(remaining, None)
-            at = file.seek(end)
-        copy.write(file.read() if places is None else b"")
-
-
-def _corrected(raw: bytes, fields: list[str], header: list[str], dialect: Dialect, new: Mapping[str, Any]) -> bytes:
-    text = raw.decode(dialect.encoding)
-    ending = text[len(text.rstrip("\r\n")) :]
-    if not header:
-        row = json.dumps({**json.loads(fields[0]), **new}, ensure_ascii=False)
-        # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
-        return (row + ending).encode(dialect.encoding, errors="backslashreplace")
-    for column, value in new.items():
-        fields[header.index(column)] = str(value)
-    if dialect.quoting == "literal":
-        return ((dialect.delimiter or ",").join(fields) + ending).encode(dialect.encoding)
-    line = io.StringIO()
-    quoting = csv_quoting(fields)
-    # Python before 3.13 quotes the line feed of a field only if lines end in one.
-    csv.writer(line, delimiter=dialect.delimiter or ",", lineterminator="\n", quoting=quoting).writerow(fields)
-    return (line.getvalue()[:-1] + ending).encode(dialect.encoding)
-
-
-def _correct_array(path: Path, out: Path, dialect: Dialect, cells: Cells) -> None:
-    document: Any = json.loads("".join(line for line, _ in dialect.lines(path, newline="\n")))
-    for place, new in cells.items():
-        rows_in(document)[place] |= new
-    text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    mark = path.read_bytes()[: dialect.mark]
-    out.write_bytes(mark + text.encode(dialect.encoding, errors="backslashreplace"))
-
-
-def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
     """One row group in memory at a time."""
-    before = 0
-    with parquet_file(source) as file, pq.ParquetWriter(out, file.schema_arrow) as copy:
+    before, columns = 0, {name: None for new in cells.values() for name in new}
+    with parquet_file(path) as file, pq.ParquetWriter(out, file.schema_arrow) as copy:
         for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            here = places[(places >= before) & (places < before + rows)] - before
+            table = file.read_row_group(group)
+            for column in columns:
+                numbers = {name: number for number, name in enumerate(class_names.get(column, ()))}
+                at = table.schema.get_field_index(column)
+                values = table.column(at).to_pylist()
+                for place in range(len(values)):
+                    if column in cells.get(before + place, {}):
+                        value = cells[before + place][column]
+                        many = isinstance(value, list)
+                        values[place] = [numbers.get(one, one) for one in value] if many else numbers.get(value, value)
+                kind = table.schema.field(at).type
+                plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+                table = table.set_column(at, table.schema.field(at), pa.array(values, type=plain).cast(kind))
+            here = places[(places >= before) & (places < before + len(table))] - before
             if len(here):
-                copy.write_table(file.read_row_group(group).take(here))
-            before += rows
-
-
-def _correct_parquet(path: Path, out: Path, cells: Cells, class_names: Mapping[str, Sequence[str]]) -> None:
-    with parquet_file(path) as file:
-        table = file.read()
-    for column in {name: None for new in cells.values() for name in new}:
-        numbers = {name: number for number, name in enumerate(class_names.get(column, ()))}
-        at = table.schema.get_field_index(column)
-        values = table.column(at).to_pylist()
-        for place, new in cells.items():
-            value = new.get(column, values[place])
-            many = isinstance(value, list)
-            values[place] = [numbers.get(one, one) for one in value] if many else numbers.get(value, value)
-        kind = table.schema.field(at).type
-        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-        made = pa.array(values, type=plain).cast(kind)
-        table = table.set_column(at, table.schema.field(at), made)
-    pq.write_table(table, out)
+                copy.write_table(table.take(here))
+            before += len(table)

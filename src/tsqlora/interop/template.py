@@ -8,9 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +85,7 @@ def read_contract(source: Path) -> dict[str, Any]:
                 return contract
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(f"{path} is damaged ({error}); `tsqlora train` writes it") from None
-    raise DataError(
-        f"{source} has no {CONTRACT_FILE}, which `tsqlora train` writes for models with a chat template; for an "
-        "adapter of another trainer give --prepared the set that it was trained on"
-    )
+    raise DataError(f"{source} has no {CONTRACT_FILE}, which `tsqlora train` writes for models with a chat template")
 
 
 def read_template(file: Path) -> str:
@@ -119,63 +114,13 @@ def render(template: str, contract: Mapping[str, Any]) -> list[str]:
     return answer["texts"]
 
 
-_SHAPES = [(*system, *("user", "assistant") * turns, "user") for turns in (3, 2, 1, 0) for system in (("system",), ())]
-"""Roles of the prompts that can be read back, the longest first."""
-
-
-def messages_in(text: str, template: str, special: Mapping[str, str]) -> tuple[list[dict[str, str]], bool] | None:
-    """Read a rendered prompt back by a template, and whether the template then gives this very text.
-
-    None where its markers are not there in any order of roles.
-    """
-    for roles in _SHAPES:
-        pieces = _pieces_between(template, tuple(special.items()), roles)
-        if pieces and (contents := _contents(text, pieces)) is not None:
-            read = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-            with suppress(DataError):  # a template may refuse a content
-                again = render(template, {"special_tokens": special, "prompts": [{"messages": read}]})
-                return read, again == [text]
-    return None
-
-
-@lru_cache(maxsize=64)
-def _pieces_between(template: str, special: tuple[tuple[str, str], ...], roles: tuple[str, ...]) -> tuple[str, ...]:
-    """What the template writes before, between and behind messages of these roles; empty if it takes no such ones."""
-    marks = [f"9f3aTurn{j}Probe" for j in range(len(roles))]
-    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    pieces = []
-    try:
-        (text,) = render(template, {"special_tokens": dict(special), "prompts": [{"messages": turns}]})
-    except DataError:  # a template may have no system role
-        return ()
-    for mark in marks:
-        piece, there, text = text.partition(mark)
-        if not there:
-            return ()
-        pieces.append(piece)
-    return (*pieces, text)
-
-
-def _contents(text: str, pieces: Sequence[str]) -> list[str] | None:
-    """What stands between the pieces; behind the last one there may be more."""
-    if not text.startswith(pieces[0]):
-        return None
-    contents, rest = [], text[len(pieces[0]) :]
-    for piece in pieces[1:]:
-        content, there, rest = rest.partition(piece) if piece else (rest, "end", "")
-        if not there:
-            return None
-        contents.append(content)
-    return contents
-
-
-def compare_template(source: Path, file: Path, contract: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Render the contract of a run, or another one, with a template, and find the first token that differs.
+def compare_template(source: Path, file: Path) -> dict[str, Any]:
+    """Render the contract of a run with a template, and find the first token that differs.
 
     Returns `same` of `prompts`, and `first`: prompt, place, and the tokens from there on, or the text where the base's
     tokenizer.json is not on this machine; None if all are the same.
     """
-    contract = contract or read_contract(source)
+    contract = read_contract(source)
     texts = render(read_template(file), contract)
     trained = [one["text"] for one in contract["prompts"]]
     differ = [j for j, (own, other) in enumerate(zip(trained, texts, strict=True)) if own != other]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from tsqlora.data.rows import Columns, row_hash
 from tsqlora.data.table import Table
-from tsqlora.data.write import can_copy, copy_rows, require_writable, write_rows
+from tsqlora.data.write import copy_rows, require_writable, write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
@@ -39,13 +39,9 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
         columns |= {} if scores.hashes is None else {"hash": np.array(scores.hashes)}
         write_rows(out, [{name: values[j].item() for name, values in columns.items()} for j in chosen])
         return len(chosen)
-    if scores.record.columns is not None:
-        table = table.using(Columns(**scores.record.columns))
-    places = _find_rows(scores, chosen, table)
-    if table.path is not None and can_copy(table.path, out):
-        copy_rows(table.path, out, places, table.dialect)
-    else:
-        write_rows(out, [row.cells for row in replace(table, ids=places)])
+    shown = table if scores.record.columns is None else table.using(Columns(**scores.record.columns))
+    places = _find_rows(scores, chosen, shown)
+    copy_rows(table if shown.path else shown, out, places)  # without a column of labels that the file has not
     return len(places)
 
 

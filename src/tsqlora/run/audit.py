@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from tsqlora.quality.duplicates import MOST_CONTRADICTIONS
 from tsqlora.quality.judge import DOUBT, FEWEST
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.suspects import Audit, audit
-from tsqlora.reports.audit_page import audit_page
+from tsqlora.reports.review_page import audit_page
 from tsqlora.run.audit_listing import Listed, make_listing
 from tsqlora.run.config import ENCODER, Config, load_config
 from tsqlora.run.finished import device_of
@@ -31,7 +31,7 @@ from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained
 from tsqlora.tasks import TASKS, Reading, get_task
 from tsqlora.training.run_dir import dated
 
-SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
+SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE, FINDINGS_FILE = "suspects.csv", "audit.html", "audit.json", "findings.json"
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -60,20 +60,12 @@ def run_audit(
         names = ", ".join(name for name in TASKS if get_task(name).reading.label is not None)
         raise UnsupportedError(f"audit works for {names}, and task.type is {task.name}")
     folder = out or dated(f"audit-{Path(source).stem}")
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"--out {folder} is a file; name a directory")
-    if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
-        raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
-    require_place(folder / AUDIT_FILE)
+    require_new(folder)
     table, result, notes = audited(config, progress)
     listing = make_listing(result, table, review=review, seed=config.training.seed)
     about = _about(config, table, result, listing, notes)
     page = audit_page(folder, about, listing)
-    cells, _ = without_formulas([_cells(row) for row in listing])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / SUSPECTS_FILE, cells)
-    write_text(folder / PAGE_FILE, page, private=True)
-    write_json(folder / AUDIT_FILE, about)
+    write_audit(folder / AUDIT_FILE, about, [_cells(row) for row in listing], page)
     return {
         "out": str(folder),
         "page": str(folder / PAGE_FILE),
@@ -82,6 +74,23 @@ def run_audit(
         "first": [asdict(row) for row in listing[:FIRST]],
         "seconds": time.perf_counter() - start,
     }
+
+
+def require_new(folder: Path) -> None:
+    """Raise SettingsError if a folder holds an audit already, or cannot hold one."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"--out {folder} is a file; name a directory")
+    if any((folder / name).exists() for name in (AUDIT_FILE, FINDINGS_FILE, SUSPECTS_FILE)):
+        raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
+    require_place(folder / AUDIT_FILE)
+
+
+def write_audit(record: Path, about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], page: str) -> None:
+    """Write the record of an audit, and beside it suspects.csv and the page."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(record.parent / SUSPECTS_FILE, without_formulas(cells)[0])
+    write_text(record.parent / PAGE_FILE, page, private=True)
+    write_json(record, about)
 
 
 def audit_config(source: str, model: str | None, overrides: Sequence[str]) -> Config:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tsqlora.interop.check import Prompt
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job
 from tsqlora.tasks.task import Reading
-from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
+from tsqlora.text.vocabulary import vocabulary_of_model
 
 PROMPTS, SEEN = 5, 200
 """Prompts of a contract, and training rows whose ends are looked at."""
@@ -48,28 +48,19 @@ def write_contract(job: Job, run: Path) -> None:
     if not chats:
         return
     model: Any = job.pretrained.model
-    vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
-    stops, samples = vocabulary.stops, job.train.samples
+    stops = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model).stops
+    samples = job.train.samples
     seen = [[k for k in samples[j]["labels"] if k >= 0] for j in range(min(SEEN, len(samples)))]
-    ends = [not stops or any(k in vocabulary.stops for k in labels) for labels in seen]
+    ends = [not stops or any(k in stops for k in labels) for labels in seen]
     prompts = [{**one.chat, "text": one.text, "ids": one.ids} for one in chats if one.chat is not None]
-    contract = contract_for(job.config.model.path, vocabulary, tokenizer.chat_template, ends, prompts)
-    write_text(run / CONTRACT_FILE, json.dumps(contract, indent=1, ensure_ascii=False) + "\n", private=True)
-
-
-def contract_for(
-    base: str, vocabulary: Vocabulary, template: str, ends: Sequence[bool], prompts: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The content of template.json; `ends`: whether a stop was trained behind each answer."""
-    tokenizer: Any = vocabulary.tokenizer
-    stops = sorted(vocabulary.stops)
-    return {
-        "base": base,
-        "template": template,
-        "sha256": hashlib.sha256(str(template).encode()).hexdigest(),
+    contract = {
+        "base": job.config.model.path,
+        "template": tokenizer.chat_template,
+        "sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token},
-        "stops": stops,
-        "stop_tokens": tokenizer.convert_ids_to_tokens(stops),
+        "stops": sorted(stops),
+        "stop_tokens": tokenizer.convert_ids_to_tokens(sorted(stops)),
         "stops_trained": sum(ends) / max(len(ends), 1),
         "prompts": prompts,
     }
+    write_text(run / CONTRACT_FILE, json.dumps(contract, indent=1, ensure_ascii=False) + "\n", private=True)

@@ -97,7 +97,7 @@ def predict_run(
     predicted = [{**row, **prediction} for row, prediction in zip(own, shown, strict=True)]
     try:
         if is_table:  # spreadsheets run formulas
-            predicted, cells = without_formulas(joined(predicted))
+            predicted, cells = without_formulas(list(joined(predicted)))
             if cells:
                 warnings.warn(
                     f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from "

@@ -1,8 +1,8 @@
-"""`tsqlora audit --apply`: write the corrected rows of a reviewed table, and the reviewed rows as trusted rows."""
+"""`tsqlora apply`: the rows of a reviewed audit, corrected and trusted, or of text clean and quarantined."""
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -16,16 +16,21 @@ from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, Row, is_missing, is_one
 from tsqlora.data.sources import open_table
 from tsqlora.data.table import Table
-from tsqlora.data.write import corrected_name, without_formulas, write_corrected, write_rows
-from tsqlora.errors import DataError, nearest
-from tsqlora.files import reading, writing
+from tsqlora.data.write import copy_rows, corrected_name, without_formulas, write_rows
+from tsqlora.errors import DataError, SettingsError, nearest
+from tsqlora.files import reading, write_json, writing
 from tsqlora.quality.rows import REVIEWED_AS
-from tsqlora.run.audit import AUDIT_FILE, source_digest
+from tsqlora.run.audit import AUDIT_FILE, FINDINGS_FILE, source_digest
 from tsqlora.run.config.settings import TaskSettings
+from tsqlora.text.findings import require_possible
 
-TRUSTED_FILE = "trusted.jsonl"
+TRUSTED_FILE, CLEAN_FILE, QUARANTINE_FILE = "trusted.jsonl", "clean.jsonl", "quarantine.jsonl"
+RECORDS = {FINDINGS_FILE: {"rows", "findings"}, AUDIT_FILE: {"hints", "columns", "classes"}}
+"""The record of an audit of text, and of labels, with its keys beside `source` and `sha256`."""
 SHOWN = 20
 """Classes that a message lists."""
+DROP = {"drop", "remove", "x", "bad", "quarantine", "no"}
+KEEP = {"", "keep", "ok", "yes", "good"}
 
 Label = str | int
 Find = Callable[[str], Label | None]
@@ -46,26 +51,110 @@ class Reviewed:
     """The number of the tag's token."""
 
 
-def apply_review(table: Path, out: Path | None = None, *, encoding: str | None = None) -> dict[str, Any]:
+def apply_review(
+    review: Path, out: Path | None = None, *, drop: Collection[str] = (), encoding: str | None = None
+) -> dict[str, Any]:
+    """Write the rows of an audited file as reviewed, into `out`, by default the audit's folder.
+
+    `review` is a reviewed table, of whose audit the record lies in `out` or beside it, or the folder of an audit of
+    text. `drop` are findings of an audit of text, all of whose rows go to quarantine. `encoding` is that of the table,
+    if it is not UTF-8; None is the audit's. Raises DataError, with row and value, for what the table or the file lacks,
+    and if the file has changed since the audit; SettingsError for a finding that no row can have.
+    """
+    places, table = [review if review.is_dir() else review.parent], None if review.is_dir() else review
+    places = places if out is None else [out, *places]
+    record = next((place / name for place in places for name in RECORDS if (place / name).is_file()), None)
+    folders = " or ".join(map(str, places))
+    if (drop or table is None) and (record is None or record.name != FINDINGS_FILE):
+        raise SettingsError(f"findings are dropped by the audit of a text file, and {folders} has none; give its --out")
+    if record is None:
+        raise DataError(f"no {AUDIT_FILE}, which names the audited file, in {folders}; give the audit's --out")
+    try:
+        about = json.loads(record.read_text(encoding="utf-8"))
+        whole = {"source", "sha256", *RECORDS[record.name]} <= about.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{record} cannot be read ({error}); audit again") from None
+    if not whole:
+        raise DataError(f"{record} is not the record of an audit; audit again")
+    folder = out or record.parent
+    if record.name == FINDINGS_FILE:
+        return _part(about, record, table, folder, drop, encoding)
+    assert table is not None
+    return _correct(about, table, folder, encoding)
+
+
+def _source(about: Mapping[str, Any], *outputs: Path) -> Table:
+    """The audited rows, which the outputs must not overwrite.  Raises DataError if they have changed."""
+    with writing(*outputs):
+        source = open_table(about["source"], split="train", hints=Hints(**about.get("hints", {})))
+    if about["sha256"] is not None and source_digest(source) != about["sha256"]:
+        raise DataError(f"{source.name} has changed since its audit; audit it again")
+    return source
+
+
+def _filled(table: Path, needed: Collection[str], encoding: str | None) -> Table:
+    filled = open_table(table, hints=Hints(encoding=encoding))
+    if lacking := [name for name in needed if name not in filled.names]:
+        raise DataError(
+            f"{filled.name} has no column '{lacking[0]}'; give the table of an audit, or the export of its page"
+        )
+    return filled
+
+
+def _part(
+    about: Mapping[str, Any],
+    record: Path,
+    table: Path | None,
+    folder: Path,
+    drop: Collection[str],
+    encoding: str | None,
+) -> dict[str, Any]:
+    """Write each row of the audited file to one of two files.
+
+    Rows with "drop" in the column `reviewed` of the table go to quarantine, all rows of the findings `drop`, and those
+    that were dropped before, but for rows with "keep".
+    """
+    require_possible(drop, about.get("cannot", {}))
+    if about["sha256"] is None:
+        raise SettingsError(
+            f"{record.parent} has the audit of a set without its source rows, so there is no file to part; "
+            "audit it with --data FILE, or name its findings to examples/llama_factory.py or examples/axolotl_plugin.py"
+        )
+    clean, quarantine, count = folder / CLEAN_FILE, folder / QUARANTINE_FILE, about["rows"]
+    source, dropped = _source(about, clean, quarantine), dict[int, bool]()
+    if table is not None:
+        with writing(clean, quarantine):
+            reading(table)
+        for line in _filled(table, ("row", "reviewed"), encoding or about.get("hints", {}).get("encoding")):
+            word = str(line.cells.get("reviewed") or "").strip().lower()
+            if word not in DROP | KEEP:
+                raise DataError(f"{line.place}: column 'reviewed' holds {word!r}; write drop, or leave it empty")
+            if word:  # a row without a word is in doubt and left as it is, and a row has a line a finding
+                if (row := _number(line, "row")) >= count:
+                    raise DataError(f"{line.place}: {source.name} has no row {row}; its rows are numbered from 0")
+                dropped[row] = word in DROP or dropped.get(row, False)
+    before = {*about.get("dropped", ())}
+    gone = before | {place for one in about["findings"] if one["name"] in drop for place in one["places"]}
+    gone = {row for row in gone | {*dropped} if dropped.get(row, True)}
+    copy_rows(source, clean, np.array(sorted({*range(count)} - gone), np.int64))
+    copy_rows(source, quarantine, np.array(sorted(gone), np.int64))
+    write_json(record, {**about, "dropped": sorted(gone)})
+    files = {"out": str(folder), "clean": str(clean), "quarantine": str(quarantine)}
+    return {**files, "rows": count, "dropped": len(gone), "dropped_before": len(before & gone)}
+
+
+def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str | None) -> dict[str, Any]:
     """Write corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
 
-    The field `reviewed_as` of a trusted row is "suspect", or "check" where it was drawn at random.
-
-    Rows of images or recordings become corrected.jsonl, with absolute paths. `encoding` is that of the table, if it is
-    not UTF-8; None is the audit's.
-    audit.json, in `out` or beside the table, names the audited file. Raises DataError, with row and value, for a
-    label that is not a class and a row that the file lacks; and if the file has changed since the audit.
+    The field `reviewed_as` of a trusted row is "suspect", or "check" where it was drawn at random. Rows of images or
+    recordings become corrected.jsonl, with absolute paths.
     """
-    about, folder = _about(table, out)
     kind = KINDS[about.get("answer", CLASS.name)]
-    filled = open_table(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
+    needed = ("row", *(["token"] if kind.by_token else []), "label", "reviewed_label")
+    filled = _filled(table, needed, encoding or about["hints"].get("encoding"))
     reviewed, unread = _read(filled, about["classes"], several=kind.joint, tags=kind.by_token)
     trusted = folder / TRUSTED_FILE
-    with writing(folder / "corrected.jsonl", trusted):  # the copy of several files, which are read here
-        source = open_table(about["source"], split="train", hints=Hints(**about["hints"]))
-    before = about["sha256"]
-    if before is not None and source_digest(source) != before:
-        raise DataError(f"{source.name} has changed since its audit; audit it again")
+    source = _source(about, folder / "corrected.jsonl", trusted)  # the copy of several files, which are read here
     columns, find = Columns(**about["columns"]), _finder(about["classes"])
     opened = source.numbered() if are_numbers(about["classes"]) else source
     source, column = opened.using(columns), str(columns.label)
@@ -91,7 +180,7 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
         for path in (table, about["source"]):
             reading(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_corrected(source, corrected, changed)
+    copy_rows(source, corrected, cells=changed)
     whole = [row for row in new if row not in unread]
     # The loss of suspects, which are hard rows, does not show what the pool teaches.
     kinds = {one.row: "check" if one.is_check else "suspect" for one in reviewed}
@@ -129,22 +218,6 @@ def _as_yaml(text: str) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
-    """The content of audit.json, and the folder for corrections: `out`, or that of audit.json."""
-    places = [*([] if out is None else [out]), table.parent]
-    path = next((place / AUDIT_FILE for place in places if (place / AUDIT_FILE).is_file()), None)
-    if path is None:
-        folders = " or ".join(map(str, places))
-        raise DataError(f"no {AUDIT_FILE}, which names the audited file, in {folders}; give the audit's --out")
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if {"source", "sha256", "hints", "columns", "classes"} <= about.keys():
-            return about, out or path.parent
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); audit again") from None
-    raise DataError(f"{path} is not the record of an audit; audit again")
-
-
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
     """The reviewed label or labels in the form of the file's cell; several in place of a number are a list."""
     if isinstance(reviewed, list) and isinstance(cell, list):
@@ -169,22 +242,28 @@ def _as_flag(one: bool, cell: Any) -> Any:
 
 def _read(filled: Table, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
     """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
-    table = filled.name
-    needed = ("row", *(["token"] if tags else []), "label", "reviewed_label")
-    if lacking := [name for name in needed if name not in filled.names]:
-        raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
-    find = _finder(classes)
-    by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
-    for row in filled:
-        if is_missing(row.cells.get("reviewed_label")):
-            if tags:
-                unread.add(_number(row, "row"))
+    find, by_row, unread = _finder(classes), dict[tuple[int, int], Reviewed](), set[int]()
+    for line in filled:
+        cells = line.cells
+        if is_missing(cells.get("reviewed_label")):
+            unread |= {_number(line, "row")} if tags else set()
             continue
-        one = _reviewed(row, classes, find, several=several, tags=tags)
-        if by_row.setdefault((one.row, one.token or 0), one).reviewed != one.reviewed:
-            raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
+        row, labels = _number(line, "row"), list[Label]()
+        for part in _parts(str(cells["reviewed_label"]), several=several):
+            if (label := find(part)) is None:
+                part, choices = part.strip(), {*map(str, classes)}
+                if len(choices) > SHOWN:
+                    near = difflib.get_close_matches(part, choices, n=5, cutoff=0.5)
+                    choices = {*(near or sorted(choices)[:SHOWN])}
+                why = f"row {row} has the reviewed_label {part!r}, not a class; {nearest(part, choices)}"
+                raise DataError(f"{line.place}: {why}")
+            labels.append(label)
+        token, reviewed = _number(line, "token") if tags else None, labels if several else labels[0]
+        one = Reviewed(line.place, row, str(cells["label"]), reviewed, cells.get("kind") == "check", token)
+        if by_row.setdefault((row, token or 0), one).reviewed != reviewed:
+            raise DataError(f"{line.place}: row {row} has two different reviews; remove one")
     if not by_row:
-        raise DataError(f"no row of {table} has a reviewed_label; fill in the right label where you are sure")
+        raise DataError(f"no row of {filled.name} has a reviewed_label; fill in the right label where you are sure")
     return [by_row[key] for key in sorted(by_row)], unread
 
 
@@ -195,34 +274,8 @@ def _number(row: Row, column: str) -> int:
     return int(number)
 
 
-def _reviewed(row: Row, classes: Sequence[Label], find: Find, *, several: bool, tags: bool) -> Reviewed:
-    cells, place = row.cells, row.place
-    number, value = _number(row, "row"), str(cells["reviewed_label"])
-    labels = list[Label]()
-    for part in _parts(value, several=several):
-        label = find(part)
-        if label is None:
-            choices = nearest(part.strip(), _near(part.strip(), {*map(str, classes)}))
-            raise DataError(f"{place}: row {number} has the reviewed_label {part.strip()!r}, not a class; {choices}")
-        labels.append(label)
-    return Reviewed(
-        place,
-        number,
-        str(cells["label"]),
-        labels if several else labels[0],
-        cells.get("kind") == "check",
-        _number(row, "token") if tags else None,
-    )
-
-
 def _parts(cell: Any, *, several: bool) -> list[str]:
     return [cell if isinstance(part, list) else str(part) for part in split_labels(cell)] if several else [cell]
-
-
-def _near(value: str, classes: set[str]) -> set[str]:
-    """The classes for a message: those with similar names if there are too many."""
-    near = set(difflib.get_close_matches(value, classes, n=5, cutoff=0.5))
-    return classes if len(classes) <= SHOWN else near or set(sorted(classes)[:SHOWN])
 
 
 def _finder(classes: Sequence[Label]) -> Find:

@@ -22,26 +22,25 @@ from tsqlora.data.chat import Conversation, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.splits import resolve_max_length
-from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.files import digest, reading, replacing, write_json, write_text
+from tsqlora.files import digest, reading, replacing
 from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.reports.text_page import ON_PAGE, text_page
-from tsqlora.run.audit import source_digest
+from tsqlora.reports.review_page import OF_A_FINDING, text_page
+from tsqlora.run.audit import FINDINGS_FILE, PAGE_FILE, require_new, source_digest, write_audit
 from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
-from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, Finding, findings_of, impossible
+from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, OF_TOKENS, findings_of, impossible
 from tsqlora.text.ledger import Line
 from tsqlora.text.lengths import lengths_of
-from tsqlora.text.look import AnswerLook, Losses
+from tsqlora.text.look import AnswerLook
 from tsqlora.text.prepared import IDS, Trained
 from tsqlora.text.raw import Conversations, audited, prepared_rows
 from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
-LEDGER_FILE, FINDINGS_FILE, PAGE_FILE, SUSPECTS_FILE = "ledger.parquet", "findings.json", "audit.html", "suspects.csv"
+LEDGER_FILE = "ledger.parquet"
 BATCH = 8
 """Rows of a batch, where nothing says how many there are."""
 MOST_PADDING = 0.3
@@ -135,6 +134,9 @@ def audit_prepared(
     result = audit_sequences(made, None, vocabulary, data=data, progress=progress)
     if all("vocabulary" in line.findings for line in result.lines):
         raise DataError(f"{prepared}: {reason}")
+    if data is not None and result.finds is OF_TOKENS:
+        tell(f"packing cut {prepared} anywhere: findings are by its own rows, not by those of {data}")
+        data = None
     about = {
         "source": absolute(data or str(prepared)),
         "sha256": None if data is None else _digest_of(data),
@@ -167,6 +169,7 @@ def audit_trainer(
         raise SettingsError("the Trainer has no tokenizer; give it as processing_class")
     vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
     result = audit_sequences(made, row_collator(trainer), vocabulary, data=data)
+    data = None if result.finds is OF_TOKENS else data
     about = {
         "source": absolute(data) if isinstance(data, str) else type(trainer).__name__,
         "sha256": _digest_of(data) if isinstance(data, str) else None,
@@ -231,11 +234,16 @@ def prepared_set(folder: Path) -> Any:
     return made
 
 
-def require_new(out: Path) -> None:
-    """Raise SettingsError if a folder holds an audit already, or cannot hold one."""
-    if (out / FINDINGS_FILE).exists() or (out / SUSPECTS_FILE).exists():
-        raise SettingsError(f"{out} holds an audit, maybe with your review; choose another --out")
-    require_place(out / FINDINGS_FILE)
+def _cells(finding: str, row: Conversation, suspects: Mapping[int, float]) -> dict[str, Any]:
+    """A row of suspects.csv; the reader fills in `reviewed`."""
+    return {
+        "row": row.row,
+        "finding": finding,
+        "probability": round(suspects[row.row], 3) if suspects else "",
+        "prompt": "\n".join(message.content for message in row.question),
+        "answer": row.answer,
+        "reviewed": "",
+    }
 
 
 def finish(
@@ -284,8 +292,14 @@ def finish(
     }
     if out is None:
         return {**about, "ledger": ledger}
-    shown = {place for finding in findings for place in finding.places[:ON_PAGE]}
-    _write(out, about, rows, lines, findings, sequences(shown), vocabulary, suspects, answers.by_token())
+    names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings", "cannot")
+    own = [finding for finding in findings if finding.name not in OF_ALL]
+    cells = [_cells(one.name, rows[place], suspects.get(one.name, {})) for one in own for place in one.places]
+    none = dict.fromkeys(_cells("", Conversation(0, ()), {}), "")
+    tokens = sequences({place for finding in findings for place in finding.places[:OF_A_FINDING]})
+    page = text_page(out, about, rows, lines, findings, tokens, vocabulary, answers.by_token())
+    record = {name: about[name] for name in names if name in about}
+    write_audit(out / FINDINGS_FILE, record, cells or [none], page)
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
 
 
@@ -308,35 +322,3 @@ def load_vocabulary(
         generation = load(GenerationConfig, model)
     vocabulary = vocabulary_of_model(tokenizer, config, generation, size_of=model)
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _write(
-    out: Path,
-    about: Mapping[str, Any],
-    rows: Sequence[Conversation],
-    lines: Sequence[Line],
-    findings: Sequence[Finding],
-    tokens: Mapping[int, Sequence[Trained]],
-    vocabulary: Vocabulary,
-    suspects: Mapping[str, Mapping[int, float]],
-    losses: Losses,
-) -> None:
-    names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings", "cannot")
-    write_json(out / FINDINGS_FILE, {name: about[name] for name in names if name in about})
-    cells = [
-        {
-            "row": place,
-            "finding": finding.name,
-            "probability": round(suspects[finding.name][place], 3) if finding.name in suspects else "",
-            "prompt": "\n".join(message.content for message in rows[place].question),
-            "answer": rows[place].answer,
-            "reviewed": "",
-        }
-        for finding in findings
-        if finding.name not in OF_ALL
-        for place in finding.places
-    ]
-    none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
-    write_rows(out / SUSPECTS_FILE, without_formulas(cells or [none])[0])
-    page = text_page(out, about, rows, lines, findings, tokens, vocabulary, losses)
-    write_text(out / PAGE_FILE, page, private=True)

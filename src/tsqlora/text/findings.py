@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tsqlora.errors import SettingsError, nearest
@@ -15,14 +15,24 @@ LEAKS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A finding's severity for single rows, its cause, and the cure as a line for each trainer."""
+class Finding:
+    """What is wrong with some rows: its severity, its cause, and the cure as a line for each trainer."""
 
+    name: str
     severity: str
+    """As an entry of FINDINGS that of single rows."""
     cause: str
-    cures: Mapping[str, str] = field(default_factory=dict)
+    cure: Mapping[str, str] = field(default_factory=dict)
     if_all: str | None = None
     """Its severity where (nearly) all rows have it, if that is another."""
+    places: tuple[int, ...] = ()
+    """Its rows in the source."""
+    share: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of findings.json."""
+        about = {name: getattr(self, name) for name in ("name", "severity", "share", "cause")}
+        return {**about, "rows": len(self.places), "places": list(self.places), "cure": dict(self.cure)}
 
 
 def _cures(trl: str, axolotl: str, llamafactory: str) -> dict[str, str]:
@@ -31,19 +41,21 @@ def _cures(trl: str, axolotl: str, llamafactory: str) -> dict[str, str]:
 
 _LONGER = _cures("SFTConfig(max_length={longer})", "sequence_len: {longer}", "cutoff_len: {longer}")
 
-FINDINGS: dict[str, Kind] = {
-    "nothing_trained": Kind(
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "nothing_trained": (
         WARNING,
         "no token of an answer has a loss",
         _cures("SFTConfig(max_length=None)", "train_on_inputs: false, sequence_len: {longer}", "cutoff_len: {longer}"),
         ERROR,
     ),
-    "answer_cut": Kind(WARNING, "the length limit takes tokens of an answer", _LONGER),
-    "cut_then_stop": Kind(
-        ERROR, "a cut answer is followed by a trained stop: the model learns to stop in the middle", _LONGER
+    "answer_cut": (WARNING, "the length limit takes tokens of an answer", _LONGER),
+    "cut_then_stop": (
+        ERROR,
+        "a cut answer is followed by a trained stop: the model learns to stop in the middle",
+        _LONGER,
     ),
-    "dropped": Kind(WARNING, "the preparation left these rows out", _LONGER, ERROR),
-    "stop_not_trained": Kind(
+    "dropped": (WARNING, "the preparation left these rows out", _LONGER, ERROR),
+    "stop_not_trained": (
         WARNING,
         "no stop is trained behind the last answer, so the model does not learn to end it",
         _cures(
@@ -53,7 +65,7 @@ FINDINGS: dict[str, Kind] = {
         ),
         ERROR,
     ),
-    "stop_mismatch": Kind(
+    "stop_mismatch": (
         ERROR,
         "the trained stop is not among the tokens at which generation stops",
         _cures(
@@ -62,17 +74,17 @@ FINDINGS: dict[str, Kind] = {
             "replace_eos: true",
         ),
     ),
-    "prompt_trained": Kind(
+    "prompt_trained": (
         NOTE,
         "tokens of prompts, system prompts or tool outputs are trained, too",
         _cures("SFTConfig(assistant_only_loss=True)", "train_on_inputs: false", "train_on_prompt: false"),
     ),
-    "only_last_answer": Kind(
+    "only_last_answer": (
         NOTE,
         "only the last of several answers is trained",
         _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
     ),
-    "bos": Kind(
+    "bos": (
         ERROR,
         "the text begins with its BOS token twice",
         _cures(
@@ -81,34 +93,36 @@ FINDINGS: dict[str, Kind] = {
             "template: the one of the base model",
         ),
     ),
-    "template_twice": Kind(
-        WARNING, "a text contains special tokens of the tokenizer, as one that a template has rendered already"
+    "template_twice": (
+        WARNING,
+        "a text contains special tokens of the tokenizer, as one that a template has rendered already",
     ),
-    "template_error": Kind(ERROR, "the chat template refuses these messages"),
-    "no_template": Kind(
+    "template_error": (ERROR, "the chat template refuses these messages"),
+    "no_template": (
         ERROR,
         "rows are chats, and the tokenizer has no chat template",
         _cures("SFTConfig(chat_template_path=…)", "chat_template: chatml", "template: chatml"),
     ),
-    "content_lost": Kind(
+    "content_lost": (
         ERROR,
         "the preparation leaves out content of a message, such as a tool call or the reasoning of the last answer; "
         "give a chat template that writes it",
     ),
-    "reasoning_stripped": Kind(
-        NOTE, "the template leaves out the reasoning of earlier answers, as it does when the model is served"
+    "reasoning_stripped": (
+        NOTE,
+        "the template leaves out the reasoning of earlier answers, as it does when the model is served",
     ),
-    "prompt_not_prefix": Kind(
+    "prompt_not_prefix": (
         WARNING,
         "the template renders what stands before an answer in another way than the prompt of that answer; these rows "
         "are trained on as it renders the whole chat, and earlier answers that it rewrites are not targets (write one "
         "answer a row to train all)",
         _cures("SFTConfig(assistant_only_loss=True)", "roles_to_train: [assistant]", "mask_history: false"),
     ),
-    "empty_answer": Kind(WARNING, "an answer is empty"),
-    "copies_prompt": Kind(WARNING, "the answer begins with the whole prompt"),
-    "vocabulary": Kind(ERROR, "token ids lie beyond the vocabulary"),
-    "untrained_tokens": Kind(
+    "empty_answer": (WARNING, "an answer is empty"),
+    "copies_prompt": (WARNING, "the answer begins with the whole prompt"),
+    "vocabulary": (ERROR, "token ids lie beyond the vocabulary"),
+    "untrained_tokens": (
         WARNING,
         "turn markers of several tokens, or added tokens that look untrained and that this LoRA does not train",
         _cures(
@@ -117,27 +131,29 @@ FINDINGS: dict[str, Kind] = {
             "additional_target: embed_tokens,lm_head",
         ),
     ),
-    "foreign_answer": Kind(WARNING, "the answer fits other prompts as well as its own; see how the rows were joined"),
-    "cut_answer": Kind(WARNING, "the answer ends in the middle, as generation stopped at a limit"),
-    "disordered_answer": Kind(WARNING, "the answer's sentences are out of order, or repeated"),
-    "swapped_pair": Kind(WARNING, "chosen and rejected answer differ as in most other pairs, but the other way round"),
-    "roles": Kind(WARNING, "no user turn, two in a row, no answer to the last one, or a tool call without a result"),
-    "duplicate": Kind(WARNING, "the row is a copy of an earlier one, or near to it in prompt and answer"),
-    "eval_leak": Kind(WARNING, "the row contains a prompt of the evaluation file"),
-    "conflicting_answers": Kind(WARNING, "the same prompt has different answers"),
-    "one_answer": Kind(NOTE, "many prompts have the same answer"),
-    "broken_characters": Kind(WARNING, "mojibake, control characters, or role markers written as text"),
-    "html": Kind(NOTE, "a text has HTML tags outside code"),
-    "pair_equal": Kind(ERROR, "chosen and rejected answer are the same"),
-    "pair_prompt": Kind(ERROR, "chosen and rejected answer have different prompts"),
-    "pair_conflict": Kind(ERROR, "another row prefers the answer that this one rejects"),
-    "lengths": Kind(
+    "foreign_answer": (WARNING, "the answer fits other prompts as well as its own; see how the rows were joined"),
+    "cut_answer": (WARNING, "the answer ends in the middle, as generation stopped at a limit"),
+    "disordered_answer": (WARNING, "the answer's sentences are out of order, or repeated"),
+    "swapped_pair": (WARNING, "chosen and rejected answer differ as in most other pairs, but the other way round"),
+    "roles": (WARNING, "no user turn, two in a row, no answer to the last one, or a tool call without a result"),
+    "duplicate": (WARNING, "the row is a copy of an earlier one, or near to it in prompt and answer"),
+    "eval_leak": (WARNING, "the row contains a prompt of the evaluation file"),
+    "conflicting_answers": (WARNING, "the same prompt has different answers"),
+    "one_answer": (NOTE, "many prompts have the same answer"),
+    "broken_characters": (WARNING, "mojibake, control characters, or role markers written as text"),
+    "html": (NOTE, "a text has HTML tags outside code"),
+    "pair_equal": (ERROR, "chosen and rejected answer are the same"),
+    "pair_prompt": (ERROR, "chosen and rejected answer have different prompts"),
+    "pair_conflict": (ERROR, "another row prefers the answer that this one rejects"),
+    "lengths": (
         NOTE,
         "much of a random batch is padding, since rows differ in length",
         _cures("SFTConfig(packing=True)", "sample_packing: true", "packing: true"),
     ),
-    "length_bias": Kind(NOTE, "the chosen answer is the longer one far more often than not"),
+    "length_bias": (NOTE, "the chosen answer is the longer one far more often than not"),
 }
+"""Severity, cause, cure, and severity where nearly all rows have it."""
+FINDINGS = {name: Finding(name, *about) for name, about in _KINDS.items()}
 """By name; the names are a contract."""
 OF_TOKENS = frozenset({"nothing_trained", "bos", "vocabulary", "untrained_tokens"})
 """What tokens show without the rows that they were made of."""
@@ -168,30 +184,6 @@ def require_possible(names: Collection[str], why_not: Mapping[str, str]) -> None
         if name in why_not:
             cure = "leave the name out, or audit with what it needs"
             raise SettingsError(f"no row can have the finding '{name}' here: {why_not[name]}; {cure}")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One finding with the places of its rows in the source."""
-
-    name: str
-    severity: str
-    places: tuple[int, ...]
-    share: float
-    cause: str
-    cure: Mapping[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of findings.json."""
-        return {
-            "name": self.name,
-            "severity": self.severity,
-            "rows": len(self.places),
-            "share": self.share,
-            "places": list(self.places),
-            "cause": self.cause,
-            "cure": dict(self.cure),
-        }
 
 
 def findings_of(
@@ -230,7 +222,7 @@ def findings_of(
             severity = kind.if_all
         if name == "eval_leak" and share > LEAKS:
             severity = ERROR
-        cause, cures = kind.cause, {one: cure.replace("{longer}", longer) for one, cure in kind.cures.items()}
+        cause, cures = kind.cause, {one: cure.replace("{longer}", longer) for one, cure in kind.cure.items()}
         if name == "nothing_trained" and (
             prompts := sum(line.trained_tokens > 0 for line in lines if name in line.findings)
         ):
@@ -243,5 +235,5 @@ def findings_of(
             cures = cures if not all(details) else {}  # a longer limit would not help
         if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
-        findings.append(Finding(name, severity, tuple(places), share, cause, cures))
+        findings.append(replace(kind, severity=severity, cause=cause, cure=cures, places=tuple(places), share=share))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))

@@ -18,7 +18,7 @@ from tsqlora.progress import Progress
 from tsqlora.text.answers import empty_tokens, stretches
 from tsqlora.text.findings import FINDINGS, NEARLY_ALL, OF_LABELS, OF_TOKENS
 from tsqlora.text.ledger import ROLE_MARKERS, SPEAKERS, Line, Span, line_of
-from tsqlora.text.matching import match, unwrapped
+from tsqlora.text.matching import match
 from tsqlora.text.prepared import Collate, Trained, is_packed, sequences_of
 from tsqlora.text.vocabulary import Vocabulary
 
@@ -60,7 +60,8 @@ def audit_sequences(
 ) -> Reconciled:
     """Reconcile a prepared set with source rows: a file, rows, the set's own columns, or else what its labels say.
 
-    Where more than MOST_UNMATCHED of the sequences have no row, no row is called dropped.
+    Where more than MOST_UNMATCHED of the sequences have no row, or packing has cut one, no row is called dropped. Parts
+    of a stream, as TRL's `wrapped` packing makes them, have no rows; findings are by part.
     """
     sequences = list[Trained]()
     for number, one in enumerate(sequences_of(made, collate)):
@@ -71,13 +72,10 @@ def audit_sequences(
     packed, wrapped = is_packed(sequences), _may_be_wrapped(names, sequences)
     longest = max((len(one.ids) for one in sequences), default=0)
     finds, lines = FINDINGS.keys(), None
-    if data is not None:
-        rows = conversations_of(data)
-        assert rows is not None
-        if wrapped:
-            parts = unwrapped(rows, sequences, vocabulary)
-            sequences = parts if len(parts) > len(rows) / 2 else sequences  # rows cut to one length are hardly whole
-        by_row, sure, left = match(rows, sequences, vocabulary)
+    source = conversations_of(data)
+    if source is not None and not (wrapped and len(sequences) != len(source)):  # rows may be cut to one length
+        rows = source
+        by_row, sure, left = match(rows, sequences, vocabulary, packed=packed)
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and (format := _own_format(names)) is not None:
@@ -91,7 +89,7 @@ def audit_sequences(
             rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
     if lines is None:
         lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
-    unsure = len(unmatched) > MOST_UNMATCHED * len(sequences)
+    unsure = len(unmatched) > (0 if packed else MOST_UNMATCHED * len(sequences))
     for line in lines:
         line.match = sure.get(line.row, line.match)
         if unsure and line.match == "unmatched":

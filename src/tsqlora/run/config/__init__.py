@@ -11,16 +11,13 @@ from tsqlora.run.config.file import (
     text_config,
     writes,
 )
-from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
-from tsqlora.run.config.settings import PRESETS, Config, QualitySettings, RankSettings, Section
+from tsqlora.run.config.settings import PRESETS, REFUSED_ARGUMENTS, Config, QualitySettings, RankSettings, Section
 
 __all__ = [
-    "ELSEWHERE",
     "ENCODER",
     "NO_TOKENIZER",
     "PRESETS",
     "REFUSED_ARGUMENTS",
-    "REMOVED_SETTINGS",
     "Config",
     "QualitySettings",
     "RankSettings",

@@ -20,7 +20,7 @@ from tsqlora.data.readers import SUFFIXES
 from tsqlora.data.sources import first_columns, first_rows, kind_of
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading
-from tsqlora.run.config.removed import ELSEWHERE
+from tsqlora.moved import MOVED
 from tsqlora.run.config.settings import Config, DataSettings, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
@@ -159,7 +159,8 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
     section: type[Section] = Config
     for part in sections:
         section = section_of(section.model_fields[part]) or section
-    hint = f"did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else nearest(name, section.model_fields)
+    setting = MOVED["elsewhere"].get(name)
+    hint = f"did you mean {setting!r}?" if setting else nearest(name, section.model_fields)
     return f"unknown key {'.'.join(map(str, loc))!r}; {hint}"
 
 

@@ -14,7 +14,21 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.hub import is_revision
 from tsqlora.data.readers import Hints
 from tsqlora.errors import SettingsError
-from tsqlora.run.config.removed import ELSEWHERE, REFUSED_ARGUMENTS, REMOVED_SETTINGS
+from tsqlora.moved import MOVED, drop_settings
+
+# TrainingArguments that another setting decides, or that would break the method, with their cures.
+REFUSED_ARGUMENTS: Mapping[str, str] = {
+    "num_train_epochs": "set training.epochs",
+    "per_device_train_batch_size": "set training.batch_size",
+    "output_dir": "give the run directory as --out",
+    "resume_from_checkpoint": "give --resume",
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN: settings are copied into the run's files",
+    "data_seed": "set training.seed, which decides the draws too",
+    "train_sampling_strategy": "remove it: the draw decides the order of rows",
+    "dataloader_drop_last": "remove it: every drawn row is trained on",
+    "dataloader_persistent_workers": "remove it: such workers would repeat the first epoch's draw",
+    "remove_unused_columns": "remove it: the task chooses its columns",
+}
 
 PresetName = Literal["default", "paper"]
 
@@ -249,20 +263,9 @@ class Config(Section):
     @classmethod
     def _drop_removed_settings(cls, values: Any, info: ValidationInfo) -> Any:
         """Raises SettingsError for a removed setting that is not at its former default, unless the run is `trained`."""
-        trained = bool(info.context and info.context.get("trained"))
-        if not isinstance(values, dict):
-            return values
-        values = copy.deepcopy(values)
-        for key, removed in REMOVED_SETTINGS.items():
-            *sections, setting = key.split(".")
-            section: Any = values
-            for name in sections:
-                section = section.get(name) if isinstance(section, dict) else None
-            value = section.pop(setting, removed.default) if isinstance(section, dict) else removed.default
-            if isinstance(value, dict) and all(one is None for one in value.values()):  # as version 0.1 wrote weights
-                value = None
-            if value != removed.default and not trained:
-                raise SettingsError(f"{key} was removed: {removed.why}")
+        if isinstance(values, dict):
+            values = copy.deepcopy(values)
+            drop_settings(values, trained=bool(info.context and info.context.get("trained")))
         return values
 
 
@@ -277,8 +280,8 @@ def _trainer_arguments() -> frozenset[str]:
 def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:
     ours = list(TrainingSettings.model_fields)
     theirs = sorted(trainer_arguments - REFUSED_ARGUMENTS.keys())
-    close = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, [*ours, *theirs], n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    meant = MOVED["elsewhere"].get(name) or next(iter(difflib.get_close_matches(name, [*ours, *theirs], n=1)), None)
+    hint = f"did you mean {meant!r}? " if meant else ""
     return (
         f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, or a field of transformers.TrainingArguments"
     )

@@ -1,7 +1,9 @@
-"""The page of a text audit: findings first, and each row as its tokens, trained ones coloured."""
+"""The review pages of an audit: each is one file that loads nothing, and exports the reviewed table."""
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,20 +12,56 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.chat import ANSWER, Conversation
-from tsqlora.reports.page import POLICY, environment
+from tsqlora.data.media import thumbnail
+from tsqlora.reports.page import POLICY, Table, environment
 from tsqlora.text.findings import Finding
 from tsqlora.text.ledger import Line
 from tsqlora.text.look import Losses
 from tsqlora.text.prepared import Trained
 from tsqlora.text.vocabulary import Vocabulary
 
-ON_PAGE = 200
-"""Rows of a finding that the page shows; findings.json has all."""
+LABELS_ON_PAGE, OF_A_FINDING = 2_000, 200
+"""Rows that a browser can show without delay; suspects.csv and findings.json have all."""
 MOST_TOKENS = 1_500
 """Tokens of a row that the page shows."""
 PROMPT, TRAINED, UNEXPECTED, STOP, LOST = "p", "t", "u", "s", "l"
 UNEXPECTED_LOSS = 5.0
 """−log p in nats of a token that the model does not expect at all."""
+
+
+def _render(template: str, folder: Path, about: Mapping[str, Any], data: Mapping[str, Any], **values: Any) -> str:
+    """The page, whose script gets `data`; a browser stores the choices by its key."""
+    name, command = Path(about["source"]).name, f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}"
+    data = htmlsafe_json_dumps(data, dumps=json.dumps)
+    page = environment().get_template(template)
+    return page.render(policy=POLICY, about=about, name=name, command=command, data=data, **values)
+
+
+def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> str:
+    """Render the page.
+
+    `about` is the content of audit.json. `rows` are dataclasses of row, text, label, suggested_label,
+    wrong_probability, kind, candidates and near. Every text is escaped. Where the text is the path of an image, a small
+    copy of it is in the page.
+    """
+    shown = [asdict(row) for row in rows if row.kind == "check"]
+    suspects = [asdict(row) for row in rows if row.kind != "check"][: max(LABELS_ON_PAGE - len(shown), 0)]
+    if about.get("columns", {}).get("media") == "image":
+        for row in suspects + shown:
+            row["picture"] = f"data:image/png;base64,{b64encode(thumbnail(row['text'])).decode()}"
+    data = {
+        "rows": suspects + shown,
+        "classes": about["classes"],
+        "answer": about["answer"],
+        # Another label column of the file has choices apart.
+        "key": json.dumps([about["sha256"] or about["source"], about.get("columns", {}).get("label")]),
+    }
+    wrong = ["of them wrong"] if about["evident"] else []
+    pairs = [
+        [p["label"], p["suggested"], f"{p['rows']:,}", *[f"{p['wrong']:.1f}" for _ in wrong]] for p in about["pairs"]
+    ]
+    table = Table("Confused classes", ["label", "looks like", "rows", *wrong], pairs, [1])
+    return _render("audit.html", folder, about, data, left_out=len(rows) - len(data["rows"]), pairs=table)
 
 
 def text_page(
@@ -37,27 +75,14 @@ def text_page(
     losses: Losses,
 ) -> str:
     """Render the page.  `tokens` has the sequences of the rows that it shows."""
-    shown = sorted({place for finding in findings for place in finding.places[:ON_PAGE]})
+    shown = sorted({place for finding in findings for place in finding.places[:OF_A_FINDING]})
     data = {
-        "findings": [{"name": f.name, "places": list(f.places[:ON_PAGE])} for f in findings],
+        "findings": [{"name": f.name, "places": list(f.places[:OF_A_FINDING])} for f in findings],
         "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary, losses) for place in shown},
         "key": json.dumps([about["sha256"] or about["source"], about["rows"]]),
     }
-    return (
-        environment()
-        .get_template("text.html")
-        .render(
-            policy=POLICY,
-            about=about,
-            name=Path(about["source"]).name,
-            findings=findings,
-            on_page=ON_PAGE,
-            reviewable=about["sha256"] is not None,
-            command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
-            unexpected=bool(losses),
-            data=htmlsafe_json_dumps(data, dumps=json.dumps),
-        )
-    )
+    values = {"findings": findings, "on_page": OF_A_FINDING, "unexpected": bool(losses)}
+    return _render("text.html", folder, about, data, reviewable=about["sha256"] is not None, **values)
 
 
 def _row(
