@@ -40,7 +40,6 @@ CHECKPOINT_FILES = (
     "tsqlora.json",
     "tsqlora.safetensors",
     "tsqlora_quality.json",
-    "tsqlora_guard.json",
     "tsqlora_manifest.json",
 )
 FULL = (0.3, 0.5, 0.6, 0.7, 0.85, 0.95)

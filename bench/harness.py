@@ -292,7 +292,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 def _why_at_random(method: Method) -> str | None:
     """Why a policy with scores drew rows evenly; None if its scores decided, and for a control."""
     quality, scores = method.quality, method.data.scores
-    if quality is None or not quality.rule.select:
+    if not quality.rule.select:
         return None
     if scores is None:
         return quality.why_not

@@ -21,7 +21,7 @@ DECIDES = {
     "ledger.json": ["text/ledger.py", "text/among.py", "text/raw.py", "text/reconcile.py"],
     "scale.json": ["data", "quality/passes.py", "quality/look.py"],
     "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/files.py"],
-    "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/session.py"],
+    "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/trusted_last.py"],
 }
 
 

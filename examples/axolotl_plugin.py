@@ -86,8 +86,3 @@ class TsqloraPlugin(BasePlugin):
         cfg.total_num_tokens = cfg.total_supervised_tokens = None  # of all rows
         steps = cfg.max_steps or calculate_total_num_steps(cfg, rows)
         return TrainDatasetMeta(train_dataset=rows, eval_dataset=meta.eval_dataset, total_num_steps=steps)
-
-    def add_callbacks_post_trainer(self, cfg, trainer):
-        import tsqlora as tsq
-
-        return [tsq.GuardCallback()]  # steps that are not finite are undone

@@ -181,6 +181,11 @@ def quality_by(data: Any, **options: Any) -> tsq.QualityCallback:
     return tsq.QualityCallback(data, **own, **_values(options))
 
 
+def drawing(data: Any) -> tsq.QualityCallback:
+    """A callback that draws random rows, without a look."""
+    return quality_by(data, select=False, head_start=False)
+
+
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     kinds = {"rule": ScoringRule, "rows": RowNames, "compute": Compute}
     result = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -29,6 +30,31 @@ def moods(n: int = ROWS, *, seed: int = 0) -> list[dict[str, Any]]:
         ids = [rng.randrange(first, first + 3) for _ in range(rng.randint(4, 8))]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": j % 2})
     return rows
+
+
+class Poison(TrainerCallback):
+    """In some steps, counted from 1, makes a loss or gradient not finite."""
+
+    def __init__(self, *steps: int, what: str = "loss", value: float = torch.nan) -> None:
+        self.steps, self.what, self.value, self.step = steps, what, value, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook = kwargs["model"].register_forward_hook(self._forward, with_kwargs=True, prepend=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step + 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
+
+    def _forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not (module.training and self.step in self.steps):
+            return
+        if self.what == "loss":
+            output["loss"] = output["loss"] + self.value  # its gradient alone would be finite
+        else:
+            weight = next(p for name, p in module.named_parameters() if self.what in name and p.requires_grad)
+            output["loss"] = output["loss"] + (weight * 0.0).sum().sqrt()  # 0, of infinite slope
 
 
 def base_bert() -> BertForSequenceClassification:

@@ -26,7 +26,6 @@ CALLS = {
     ],
     "QualitySubset": [{"dataset": [], "fraction": 0.5, "seed": 0}],
     "QualityCallback": [{"data": 0}],
-    "GuardCallback": [{}],
     "attach": [{"trainer": 0, "fraction": 0.5, "trusted": []}],
     "apply": [{"model": 0, "look": "LOOK", "batch": {}}],
     "look": [{"model": 0, "dataset": [], "collate": 0, "out": "LOOK"}],

@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from tsqlora.training.attach import attach
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.lora import wrap
-    from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
 
 __all__ = [
     "Audit",
     "DataError",
-    "GuardCallback",
     "QualityCallback",
     "QualitySubset",
     "Report",
@@ -54,7 +52,6 @@ _HOMES = {
     "run.pool": ("select",),
     "text.apply": ("apply",),
     "training.attach": ("attach",),
-    "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
     "training.lora": ("wrap",),

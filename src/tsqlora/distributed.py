@@ -179,15 +179,6 @@ def warn_of_one_process() -> None:
         )
 
 
-def refuse_copies(n_gpu: int) -> None:
-    """Raises UnsupportedError where a Trainer would take its batches apart among GPUs, by DataParallel."""
-    if n_gpu > 1:
-        raise UnsupportedError(
-            f"{n_gpu} GPUs in one process copy the model at each step, so measurements on a copy are lost; use one "
-            "of them, CUDA_VISIBLE_DEVICES=0, or start a process each: accelerate launch"
-        )
-
-
 def refuse_deepspeed(plugin: Any) -> None:
     """Raises UnsupportedError where ranks would move in a training with a plugin of DeepSpeed."""
     if plugin is not None:

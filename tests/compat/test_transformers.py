@@ -23,9 +23,9 @@ from models import tiny_bert
 from tsqlora.compat.transformers import (
     CLASSES_OF,
     SUMS,
-    carried,
     installed_reporters,
     knows_lengths,
+    live_note,
     packing_method,
     reporter_kinds,
     saved_note,
@@ -57,13 +57,12 @@ def test_a_note_in_the_state_is_in_every_checkpoint(tmp_path: Path) -> None:
     assert saved_note(TrainerState.load_from_json(str(tmp_path / "state.json")), "tsqlora") == {"run": "a"}
 
 
-def test_what_a_state_carries_is_made_once_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+def test_what_callbacks_share_in_a_training_is_in_no_checkpoint(tmp_path: Path) -> None:
     state = TrainerState()
-    assert carried(state) is None
-    shared = carried(state, object)
-    assert carried(state, object) is carried(state) is shared
+    live_note(state)["files"] = ["a"]
+    assert live_note(state) == {"files": ["a"]}
     state.save_to_json(str(tmp_path / "state.json"))
-    assert carried(TrainerState.load_from_json(str(tmp_path / "state.json"))) is None
+    assert live_note(TrainerState.load_from_json(str(tmp_path / "state.json"))) == {}
 
 
 def made(folder: Path, **options: Any) -> Trainer:

@@ -142,7 +142,7 @@ def trained(
         schedule = paper.RankSchedule(warmup=0.0, freeze=0.2)
         callbacks.append(paper.RankCallback(interval=2, schedule=schedule))
     if poisoned:
-        callbacks += [tsq.GuardCallback(data), Poison()]
+        callbacks.append(Poison())
     args = {
         "average_tokens_across_devices": False,
         "save_strategy": "steps",

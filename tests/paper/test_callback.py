@@ -9,11 +9,12 @@ import torch
 import torch._dynamo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import BertConfig, BertForTokenClassification, TrainerCallback, TrainerState
 
 import tsqlora as tsq
 from models import lora
-from scoring import assert_same, quality_by
+from scoring import assert_same, drawing, quality_by
 from slotted import assert_hidden_are_zero
 from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
@@ -382,13 +383,37 @@ def test_a_checkpoint_of_other_options_is_named_with_both(change: dict[str, Any]
         other.train(resume_from_checkpoint=str(saved / "checkpoint-10"))
 
 
+class Counted(IterableDataset[Any]):
+    """A stream that knows its length."""
+
+    def __iter__(self) -> Any:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+class Uncounted(Counted):
+    """As accelerate's shard of a stream of unknown length."""
+
+    def __len__(self) -> int:
+        raise TypeError("no length")
+
+
+@pytest.mark.parametrize("stream", [Counted, Uncounted])
+def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counted], tmp_path: Path) -> None:
+    ranks = paper.RankCallback(interval=2)
+    run(tmp_path, ranks, data=stream(), max_steps=6, train_sampling_strategy="random")
+    assert ranks.final
+
+
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
 def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling: str, tmp_path: Path) -> None:
     drawn: list[tuple[int, list[int]]] = []
 
     def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
         look = At("step_begin", lambda state, options: drawn.append((state.global_step, data.indices.tolist())))
-        callbacks = [tsq.GuardCallback(data), paper.RankCallback(interval=4), look]
+        callbacks = [drawing(data), paper.RankCallback(interval=4), look]
         further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
         return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)
 

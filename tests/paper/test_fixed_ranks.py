@@ -113,7 +113,7 @@ def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(
 def test_several_gpus_in_one_process_choose_rows_and_set_ranks_once(tmp_path: Path) -> None:
     data = tsq.QualitySubset(ROWS, 0.5, seed=0)
     quality, ranks = tsq.QualityCallback(data), paper.RankCallback(interval=2)
-    trainer = make_trainer(slotted_bert(), data, tmp_path, [quality, ranks, tsq.GuardCallback(data)])
+    trainer = make_trainer(slotted_bert(), data, tmp_path, [quality, ranks])
     trainer.args._n_gpu = 2  # the Trainer wraps the model in DataParallel, which without GPUs calls it as it is
     with pytest.warns(UserWarning, match="2 GPUs in one process"):
         trainer.train()

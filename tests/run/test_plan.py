@@ -36,7 +36,7 @@ def planned(
     splits = {name: table_with(samples(n, 2)) for name, n in (("train", rows), ("validation", validation))}
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"].samples, q.fraction)
-    scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
+    scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality))
     ranks = paper.RankCallback(r.interval, samples=20) if r.moves else None
     args = arguments(config, Path("nowhere"))
     return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))
@@ -70,7 +70,9 @@ def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulat
 def test_steps_that_fill_no_epoch_are_planned_too(
     training: dict[str, Any], epochs: int, steps: int, rows: int, model: PeftModel
 ) -> None:
-    result = planned(settings(training=training, quality={"enabled": False}, ranks={"policy": "fixed"}), model)
+    result = planned(
+        settings(training=training, quality={"enabled": False, "head_start": False}, ranks={"policy": "fixed"}), model
+    )
     assert (result["epochs"], result["steps"]) == (epochs, steps)
     assert result["passes"] == {"training": {"forward": rows, "backward": rows}}
 
@@ -103,7 +105,7 @@ def test_passes_are_counted_by_phase(
 
 
 def test_the_control_only_trains(model: PeftModel) -> None:
-    result = planned(settings(quality={"enabled": False}), model)["passes"]
+    result = planned(settings(quality={"enabled": False, "head_start": False}), model)["passes"]
     assert result == {"training": {"forward": 300, "backward": 300}}
 
 

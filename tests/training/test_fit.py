@@ -280,24 +280,20 @@ class NotFiniteAt(TrainerCallback):
     def __init__(self, *steps: int) -> None:
         self.steps = steps
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 in self.steps:
-            next(p for p in kwargs["model"].parameters() if p.grad is not None).grad[:] = torch.nan
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        broken = state.global_step + 1 in self.steps
+        parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
+        self.hook = parameter.register_hook(lambda grad: grad * torch.nan if broken else grad)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
 
 
-def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path, tmp_path: Path) -> None:
-    counted = Counted(settings(place), tmp_path, also=NotFiniteAt(3, 14))
-    assert counted.record.skipped["count"] == 2
-    steps = counted.record.skipped["steps"]
-    assert [step["step"] for step in steps] == [3, 14]
-    # In the order of the draw: the third of an epoch's four batches of 8, then the second of the fourth epoch's; by
-    # their places in the file, of which some are held out.
-    places = counted.data.dataset.ids
-    assert steps[0]["rows"] == places[counted.data.draw(0)[16:24]].tolist()
-    assert steps[1]["rows"] == places[counted.data.draw(3)[8:16]].tolist()
-    assert counted.record.notes[-1].startswith(
-        "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
-    )
+def test_the_record_names_steps_that_were_not_finite(place: Path, tmp_path: Path) -> None:
+    record = Counted(settings(place), tmp_path, also=NotFiniteAt(3, 14)).record
+    assert record.skipped == {"count": 2, "steps": [{"step": 3}, {"step": 14}]}
+    note = "2 steps were skipped whose loss or gradient was not finite: step 3, 14"
+    assert note in record.notes
 
 
 class Twice(Classification):

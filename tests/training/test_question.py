@@ -13,38 +13,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import tsqlora as tsq
 from models import tiny_bert
+from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
-from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
+from stock import VOCAB, base_bert, make_trainer, slotted_bert
 from tsqlora.quality import question
 from tsqlora.quality.epochs import trusted_steps
 
-UNIQUE = [*{tuple(row["input_ids"]): row for row in moods(1000)}.values()]
-ROWS, FEW = 160, 32
-POOL, TRUSTED, OTHERS = UNIQUE[:ROWS], UNIQUE[ROWS : ROWS + FEW], UNIQUE[ROWS + FEW : ROWS + 2 * FEW]
-UNSEEN = UNIQUE[ROWS + 2 * FEW : ROWS + 2 * FEW + 8]
-NUMBERS = {tuple(row["input_ids"]): j for j, row in enumerate(UNIQUE)}
-"""Of the rows by their tokens; trusted ones are numbered from ROWS on."""
-CONTRARY = [row | {"labels": 1 - row["labels"]} for row in TRUSTED]
-"""Trusted rows that the pool contradicts."""
 EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
-
-
-class Handed(TrainerCallback):
-    """The rows that each step's forward passes were given."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, list[int]] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def note(module: Any, _: Any, arguments: dict[str, Any]) -> None:
-            if module.training:
-                pairs = zip(arguments["input_ids"].tolist(), arguments["attention_mask"].sum(1).tolist(), strict=True)
-                self.steps.setdefault(state.global_step, []).extend(NUMBERS[tuple(ids[:n])] for ids, n in pairs)
-
-        self.hook = kwargs["model"].register_forward_pre_hook(note, with_kwargs=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.remove()
 
 
 class Stop(TrainerCallback):
@@ -91,7 +66,7 @@ def assert_order(handed: dict[int, list[int]], quality: tsq.QualityCallback, tot
     assert quality.data.scores is not None
     held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in np.flatnonzero(quality.data.scores.left_out_as("held out"))}
     assert len(held) == 16
-    answer, first = answer_of(quality), quality.schedule.trusted_step
+    answer, first = answer_of(quality), quality.last.schedule.trusted_step
     assert list(handed) == list(range(total))
     assert 0 < answer["step"] < first == answer["from_step"] - 1 < total
     before = {row for step in range(first) for row in handed[step]}
@@ -136,7 +111,7 @@ def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, 
     if total == 40:  # after two epochs the model has learned what the pool teaches
         assert answer["contradicted"] == (trusted is CONTRARY)
     assert (answer["trusted_rows"], answer["pool_rows"], answer["suspects"]) == (FEW, 16, 0)
-    assert quality.spent["question"].forward == FEW + 16
+    assert quality.record.record.cost["question"].forward == FEW + 16
     (note,) = [note for note in quality.notes if note.startswith("the pool")]
     verb = "contradicts" if answer["contradicted"] else "does not contradict"
     assert note.startswith(f"the pool {verb} the trusted rows: on held-out rows of the pool the model has accuracy")
@@ -152,7 +127,7 @@ def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Pa
     held = np.flatnonzero(quality.data.scores.left_out_as("held out"))
     assert {*held} == {*(held + 80) % 160}
     numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held.tolist()}
-    before = {row for step in range(quality.schedule.trusted_step) for row in handed.steps[step]}
+    before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before
     assert not before & numbers
 
@@ -295,7 +270,7 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, t
 def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
     trainer, quality = make(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
     trainer.train()
-    before = {row for step in range(quality.schedule.trusted_step) for row in handed.steps[step]}
+    before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before <= {*range(FEW, ROWS)}
     assert len(before) == ROWS - FEW - 12
     assert quality.data.scores is not None
@@ -336,15 +311,11 @@ def test_a_run_resumed_before_or_after_the_question_ends_the_same(trusted: Any, 
 
 
 @SAYS
-@pytest.mark.parametrize("ranks_first", [False, True])
-def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(ranks_first: bool, tmp_path: Path) -> None:
+def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(tmp_path: Path) -> None:
     make(tmp_path, **EVERY, max_steps=6)[0].train()
     there = sorted(path.name for path in tmp_path.iterdir())
     for rows in (OTHERS, [*TRUSTED[:-1], TRUSTED[-1] | {"labels": 1 - TRUSTED[-1]["labels"]}], None):
-        first = (tsq.GuardCallback(),) if ranks_first else ()
-        other, _ = make(tmp_path, trusted=rows, first=first, **EVERY, max_steps=6)
-        if ranks_first:  # whose part the checkpoint has not
-            (tmp_path / "checkpoint-3" / "tsqlora_guard.json").unlink(missing_ok=True)
+        other, _ = make(tmp_path, trusted=rows, **EVERY, max_steps=6)
         with pytest.raises(tsq.SettingsError, match=r"the resumed run had trusted rows \w{16}, and this one has"):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert sorted(path.name for path in tmp_path.iterdir()) == there

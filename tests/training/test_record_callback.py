@@ -5,11 +5,11 @@ from typing import Any, cast
 
 import pytest
 from peft import PeftModel
-from torch.utils.data import IterableDataset
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 import tsqlora as tsq
+from scoring import drawing
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.reports.gather import gather
@@ -20,8 +20,10 @@ from tsqlora.training.steps import step_size
 ROWS = moods()
 
 
-def trained(folder: Path, *callbacks: Any, data: Any = ROWS, model: PeftModel | None = None, **further: Any) -> Any:
+def trained(folder: Path, *callbacks: Any, data: Any = None, model: PeftModel | None = None, **further: Any) -> Any:
     further = {"num_train_epochs": 4, "logging_strategy": "epoch"} | further
+    if data is None:
+        callbacks = (drawing(data := tsq.QualitySubset(ROWS, 1.0, seed=0)), *callbacks)
     trainer = make_trainer(model or slotted_bert(), data, folder, list(callbacks), **further)
     trainer.train()
     return trainer
@@ -35,8 +37,7 @@ def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path) -> None:
     data, callbacks = both()
-    guard = tsq.GuardCallback(data)
-    trainer = trained(tmp_path, *callbacks[::order], guard, data=data)
+    trainer = trained(tmp_path, *callbacks[::order], data=data)
     record, (_, ranks) = RunRecord.load(tmp_path), callbacks
     assert record.status == "finished"
     assert record.rank_events == ranks.events != []
@@ -54,11 +55,11 @@ def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "scores.parquet"]
 
 
-@pytest.mark.parametrize("which", ["quality", "ranks", "guard"])
-def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["quality", "ranks", "neither"])
+def test_whatever_is_asked_of_it_a_training_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
     data, (quality, ranks) = both()
-    chosen = {"quality": [quality], "ranks": [ranks, tsq.GuardCallback()], "guard": [tsq.GuardCallback()]}[which]
-    trained(tmp_path, *chosen, data=data if which == "quality" else ROWS)
+    options = {"quality": ([quality], data), "ranks": ([ranks], None), "neither": ([], None)}
+    trained(tmp_path, *options[which][0], data=options[which][1])
     gathered = gather(tmp_path)
     assert ("scores" in gathered.missing, "events" in gathered.missing) == (which != "quality", which != "ranks")
     assert "<html" in write_report(tmp_path).read_text()
@@ -66,7 +67,7 @@ def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tm
 
 def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path) -> None:
     measure = {"evaluate_on": ROWS, "compute_metrics": lambda p: {"accuracy": 0.25}}
-    trainer = trained(tmp_path, tsq.GuardCallback(), eval_strategy="epoch", **measure)
+    trainer = trained(tmp_path, eval_strategy="epoch", **measure)
     logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = RunRecord.load(tmp_path).metrics["validation"]
     assert list(metrics) == ["accuracy", "loss"]
@@ -83,7 +84,7 @@ def test_the_best_models_metrics_are_the_records_where_it_is_brought_back(tmp_pa
 
 
 def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp_path: Path) -> None:
-    class Fail(tsq.GuardCallback):
+    class Fail(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 raise ZeroDivisionError
@@ -108,44 +109,6 @@ def test_the_time_and_rows_of_a_resumed_training_go_on(tmp_path: Path) -> None:
     assert record.ranks == whole.ranks
 
 
-def test_a_stream_of_rows_has_a_record_without_their_number(tmp_path: Path) -> None:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter(ROWS)
-
-    trained(tmp_path, tsq.GuardCallback(), data=Stream(), max_steps=6, train_sampling_strategy="random")
-    record = RunRecord.load(tmp_path)
-    assert "rows" not in record.plan
-    assert record.cost["training"].forward == 6 * 8
-    assert tsq.report(tmp_path).path.exists()
-
-
-class Counted(IterableDataset[Any]):
-    """A stream that knows its length."""
-
-    def __iter__(self) -> Any:
-        return iter(ROWS)
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-
-class Uncounted(Counted):
-    """As accelerate's shard of a stream of unknown length."""
-
-    def __len__(self) -> int:
-        raise TypeError("no length")
-
-
-@pytest.mark.parametrize("stream", [Counted, Uncounted])
-def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counted], tmp_path: Path) -> None:
-    callbacks = [paper.RankCallback(interval=2), tsq.GuardCallback()]
-    trained(tmp_path, *callbacks, data=stream(), max_steps=6, train_sampling_strategy="random")
-    record = RunRecord.load(tmp_path)
-    assert ("rows" in record.plan) == (stream is Counted)
-    assert record.cost["training"].forward == 6 * 8
-
-
 def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True)
     state = TrainerState(train_batch_size=4)
@@ -166,14 +129,13 @@ def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
 
     monkeypatch.setattr(RunRecord, "save", full)
     with pytest.warns(UserWarning, match=RECORD_FILE):
-        trained(tmp_path, tsq.GuardCallback())
+        trained(tmp_path)
 
 
 def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
-    class Log(tsq.GuardCallback):
+    class Log(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             state.log_history.append({"step": state.global_step, "words": "a", "list": [1], "loss": 1.0})
-            super().on_step_end(args, state, control, **kwargs)
 
     trained(tmp_path, Log())
     history = RunRecord.load(tmp_path).history
@@ -181,10 +143,8 @@ def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("drawn", [True, False])
-def test_batches_that_the_loader_drops_cost_nothing(drawn: bool, accumulated: int, tmp_path: Path) -> None:
-    rows = moods(30)
-    data: Any = tsq.QualitySubset(rows, 1.0, seed=0) if drawn else rows
+def test_batches_that_the_loader_drops_cost_nothing(accumulated: int, tmp_path: Path) -> None:
+    data = tsq.QualitySubset(moods(30), 1.0, seed=0)
     options = {"num_train_epochs": 3, "gradient_accumulation_steps": accumulated, "dataloader_drop_last": True}
-    trained(tmp_path, tsq.GuardCallback(), data=data, **options)
+    trained(tmp_path, drawing(data), data=data, **options)
     assert RunRecord.load(tmp_path).cost["training"].forward == 3 * 24

@@ -13,7 +13,8 @@ from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
-from tsqlora.training import session
+from tsqlora.training import live_record
+from tsqlora.training.live_record import LiveRecord
 from tsqlora.training.record import RunRecord
 
 Logged = list[tuple[str, Any, int]]
@@ -99,8 +100,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             records.append(json.loads((run / "run.json").read_text()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "EVERY", 0.0)
-        patch.setattr(session, "SHARE", float("inf"))
+        patch.setattr(live_record, "EVERY", 0.0)
+        patch.setattr(live_record, "SHARE", float("inf"))
         record = pipeline.train(load_config(config, ["data.max_length=16"]), run, progress=progress)
     return {"logged": logged, "records": records, "record": record, "run": run}
 
@@ -119,7 +120,7 @@ def test_every_step_is_told_with_what_is_known_of_it(watched: dict[str, Any]) ->
 
 def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, Any]) -> None:
     records, final = watched["records"], watched["record"]
-    # The Session comes before TellProgress: at a step its record is there.
+    # QualityCallback comes before TellProgress: at a step its record is there.
     assert all(record["status"] == "running" for record in records)
     assert [record["now"].get("step") for record in records] == [*range(1, len(records) + 1)]
     assert [len(record["history"]) for record in records] == sorted(len(record["history"]) for record in records)
@@ -145,16 +146,16 @@ def test_writing_the_record_takes_a_small_share_of_the_time(tmp_path: Path, monk
     written: list[float] = []
 
     state, args = TrainerState(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    keep = session.Session(args, state, [None] * 8)
-    keep.keep(state, RunRecord("running", 0, "t", None, {}, {"steps": 1000}), tmp_path)
+    keep = LiveRecord(RunRecord("running", 0, "t", None, {}, {"steps": 1000}), tmp_path, finishes=True)
 
-    def save(run: Path) -> None:
+    def save() -> None:
         written.append(clock[0])
         clock[0] += 2.0
 
-    monkeypatch.setattr(session.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(keep, "write", lambda: save(tmp_path))
+    monkeypatch.setattr(live_record.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(keep, "write", save)
     for state.global_step in range(1, 1001):
-        keep.end_step(args, state)
+        if keep.end_step(args, state, QualitySubset(range(8), 1.0)):
+            keep.write_now(state, {"notes": [], "settings": {}})
         clock[0] += 1.0
     assert len(written) * 2.0 / clock[0] < 0.03

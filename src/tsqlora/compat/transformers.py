@@ -38,19 +38,10 @@ def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
 def live_note(state: TrainerState) -> dict[str, Any]:
     """A mutable dict that callbacks share in one training; in no checkpoint.
 
-    `record` has fields for run.json, and `files` the names of those that a callback adds to each checkpoint.
+    `record` has fields for run.json, `files` the names of those that a callback adds to each checkpoint, and `draws`
+    the callback that draws the rows.
     """
     return vars(state).setdefault("tsqlora_note", {})
-
-
-def carried(state: TrainerState, make: Callable[[], Any] | None = None) -> Any:
-    """The object that callbacks share while this state lives, which is that of one training.
-
-    It is no field, and in no checkpoint. Without one `make` makes it; None if there is none.
-    """
-    if make is not None and "tsqlora" not in vars(state):
-        vars(state)["tsqlora"] = make()
-    return vars(state).get("tsqlora")
 
 
 def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:

@@ -284,7 +284,7 @@ class RankCallback(TrainerCallback):
         trained = state.max_steps * step_size(args, state)
         places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
         looked = isinstance(data, QualitySubset)
-        rows = [data.row_at(place) if looked else data[place] for place in places]
+        rows = [data[place] for place in places]
         task = data.task if looked else None
         options: dict[str, Any] = {
             "batch_size": args.per_device_train_batch_size,

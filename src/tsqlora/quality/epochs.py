@@ -27,8 +27,8 @@ class EpochPlan:
     permutations of the kept rows if scores draw evenly, or sample by softmax(Q/τ).
 
     Trusted rows are numbered from `rows` on, and mixed in: each epoch includes all of them, or as many by turns as are
-    half of its rows. A run that asks the pool has neither trusted nor held-out rows before the place `asks`; from there
-    on it has trusted rows alone if the pool has contradicted them, else both are mixed in.
+    half of its rows. A run that asks the pool has neither trusted nor held-out rows among its first `asks` rows; from
+    there on it has trusted rows alone if the pool has contradicted them, else both are mixed in.
 
     Raises SettingsError for a fraction outside 0 < f ≤ 1 and for scores of another number of rows.
     """
@@ -44,8 +44,8 @@ class EpochPlan:
     """Rows outside of the pool, because their input equals a trusted row's."""
     held_out: Bool[np.ndarray, " n"] | None = None
     """Rows of the pool that come after the question."""
-    asks: tuple[int, int] | None = None
-    """Epoch and position from which on the answer to the question decides; None without a question."""
+    asks: int | None = None
+    """Rows of the run, over its epochs, before the answer to the question decides; None without a question."""
     contradicted: bool = False
     """The answer."""
     scores: Scores | None = None
@@ -53,8 +53,6 @@ class EpochPlan:
     """The first epoch that is drawn by scores."""
     awaits_scores: bool = False
     """Whether scores will follow: ranks wait for them."""
-    by: str | None = None
-    """The callback that scores; None for scores that the user passed."""
 
     def __post_init__(self) -> None:
         draw_size(self.rows, self.fraction)
@@ -68,14 +66,14 @@ class EpochPlan:
         """Rows per epoch."""
         return draw_size(self.rows, self.fraction)
 
-    def scored(self, scores: Scores, epoch: int, *, by: str | None = None) -> "EpochPlan":
+    def scored(self, scores: Scores, epoch: int) -> "EpochPlan":
         """Return the plan that draws by these scores from `epoch` on."""
-        return replace(self.holding_out(scores), scores=scores, scored_epoch=epoch, awaits_scores=False, by=by)
+        return replace(self.holding_out(scores), scores=scores, scored_epoch=epoch, awaits_scores=False)
 
-    def unscored(self, *, awaits_scores: bool = False, by: str | None = None) -> "EpochPlan":
+    def unscored(self, *, awaits_scores: bool = False) -> "EpochPlan":
         """Return the plan that draws at random and has no question, for good or until scores follow."""
         plan = replace(self, held_out=None, asks=None, contradicted=False)
-        return replace(plan, scores=None, scored_epoch=0, awaits_scores=awaits_scores, by=by)
+        return replace(plan, scores=None, scored_epoch=0, awaits_scores=awaits_scores)
 
     def holding_out(self, scores: Scores) -> "EpochPlan":
         """Return the plan with the rows that these scores hold out."""
@@ -90,13 +88,13 @@ class EpochPlan:
         """Return the rows before the question and those behind it, unordered; trusted ones alone in training order."""
         if self.asks is None:
             return [self._mixed(epoch, self.size)]
-        first, place = self.asks
-        before = min(max((first - epoch) * self.size + place, 0), self.size)
+        left = self.asks - epoch * self.size
+        before = min(max(left, 0), self.size)
         out = [mask for mask in (self.excluded, self.held_out) if mask is not None]
         pool = replace(self, trusted=0, excluded=np.logical_or.reduce(out) if out else None)
-        after, behind = self.size - before, (epoch - first) * self.size - place + before
+        after = self.size - before
         if self.contradicted:
-            trusted = _stretch(max(behind, 0), after, self.trusted, lambda p: stream("trusted order", self.seed, p))
+            trusted = _stretch(max(-left, 0), after, self.trusted, lambda p: stream("trusted order", self.seed, p))
             return [pool._mixed(epoch, before), self.rows + trusted]
         return [pool._mixed(epoch, before), self._mixed(epoch, after)]
 

@@ -1,8 +1,8 @@
 """QualitySubset: the part of a data set that an epoch trains on, and trusted rows."""
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -89,34 +89,14 @@ class QualitySubset(Dataset[Any]):
         """The task that QualityCallback was given; first ranks use its loss, too."""
         self.drawn_by: str | None = None
         """The callback that draws in the current training."""
-        self._listeners: list[Callable[[list[int]], None]] = []
         self.set_epoch(0)
 
     def __len__(self) -> int:
         return self.plan.size
 
     def __getitem__(self, index: int) -> Any:
-        row = int(self.indices[index])
-        for listener in self._listeners:
-            listener([row])
-        return self._row(row)
-
-    def row_at(self, index: int) -> Any:
-        """Return the row at a position of the epoch without calling listeners."""
-        return self._row(int(self.indices[index]))
-
-    def _row(self, row: int) -> Any:
-        rows = len(self.dataset)
+        row, rows = int(self.indices[index]), len(self.dataset)
         return self.dataset[row] if row < rows else self.trusted[row - rows]
-
-    @contextmanager
-    def announcing(self, listener: Callable[[list[int]], None]) -> Generator[None]:
-        """Call the listener with each row that this process reads, while open."""
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
 
     @property
     def scores(self) -> Scores | None:
@@ -141,9 +121,9 @@ class QualitySubset(Dataset[Any]):
             )
         self._draw(epoch)
 
-    def begin_epoch(self, epoch: int, by: str) -> None:
-        """Draw the rows of an epoch for a callback, which alone draws until it sets `drawn_by` to None."""
-        self.drawn_by = by
+    def begin_epoch(self, epoch: int) -> None:
+        """Draw the rows of an epoch for QualityCallback, which alone draws until it sets `drawn_by` to None."""
+        self.drawn_by = "QualityCallback"
         self._draw(epoch)
 
     def answer(self, *, contradicted: bool) -> None:

@@ -77,7 +77,7 @@ def quality_callback(
         scores_path=scores_path,
         progress=progress,
         collate=job.collate,
-        look=look,
+        look=look if rule.select or rule.head_start else None,
         task=job.task if has_own_loss(job.task, job.pretrained.model) else None,
     )
 
@@ -92,7 +92,5 @@ def build_callbacks(
     job: Job, scores_path: Path, progress: Progress | None = None, *, look: Path | None = None
 ) -> Method:
     """The QualitySubset, QualityCallback and RankCallback that the config describes, with a look in a folder."""
-    q = job.config.quality
-    data = subset(job, q.fraction)
-    quality = quality_callback(job, data, scores_path, progress, look=look) if q.enabled or q.head_start else None
-    return Method(data, quality, rank_callback(job))
+    data = subset(job, job.config.quality.fraction)
+    return Method(data, quality_callback(job, data, scores_path, progress, look=look), rank_callback(job))

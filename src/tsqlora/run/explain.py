@@ -1,5 +1,6 @@
 """Explain why training rows were drawn, left out or suspected, from a run or a file of scores."""
 
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -62,10 +63,12 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
         config.training.seed,
         trusted=quality["trusted_rows"],
         excluded=twins if twins.any() else None,
-        asks=tuple(question["from"]) if "from" in question else None,
         contradicted=question.get("contradicted", False),
         awaits_scores=True,
     ).holding_out(scores)
+    if "from" in question:
+        epoch, place = question["from"]
+        plan = replace(plan, asks=epoch * plan.size + place)
     plans, first = {0: plan}, first_scores(run / SCORES_FILE)
     for one in ([Scores.load(first)] if first.exists() else []) + [scores]:
         epoch = one.record.epoch or 0

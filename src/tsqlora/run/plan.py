@@ -87,12 +87,12 @@ def _passes(task: Task, method: Method, *, epochs: float) -> dict[str, dict[str,
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
     phases: dict[str, dict[str, int]] = {}
     n, trusted = len(data.dataset), len(data.trusted)
-    if quality is not None and quality.rule.decides(task, trusted > 0):
+    if quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
         phases["look"] = _look(rule, task, rows=n, trusted=trusted)
-    elif quality is not None and not quality.rule.select and task.writer is None:
+    elif quality.rule.head_start and not quality.rule.select and task.writer is None:
         phases["look"] = {"forward": n + trusted, "backward": 0}
-    if ranks is not None and quality is not None and quality.rule.select:
+    if ranks is not None and quality.rule.select:
         phases["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
     return phases | {"training": _both(round(size * epochs))}
 

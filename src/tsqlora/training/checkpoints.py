@@ -7,6 +7,7 @@ are there, every file is synced to the disk, and the manifest renamed into place
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import set_deletion_order
+from tsqlora.compat.transformers import saved_note, set_deletion_order
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json
 
@@ -26,7 +27,7 @@ PENDING = -1
 """The size in a manifest of a file that another callback writes after it, whole or not at all."""
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
-STATE_VERSION = 6
+STATE_VERSION = 7
 """Of the callbacks' files. 6: one callback; 5: the question to the pool; 4: labels are judged once; 3: a look
 before the first step, in place of a warm-up; 2: draws from named streams."""
 NOTE = "tsqlora"
@@ -48,6 +49,23 @@ def require_resumable_saves(args: TrainingArguments) -> bool:
             "save_total_limit 1 deletes the last complete checkpoint before the next one is; set it to 2 or more"
         )
     return saves
+
+
+def begin_saves(args: TrainingArguments, state: TrainerState) -> tuple[int | None, Path | None]:
+    """Begin the checkpoints of a training.
+
+    Returns the step after which checkpoints in its folder are another training's, None where this process renames none,
+    and the checkpoint that it resumes from, which is complete, as the best one is if it is to be brought back. Raises
+    TsqLoraError naming the file that is damaged, or the folder that is of another run; SettingsError where there would
+    be times without a complete checkpoint.
+    """
+    saves, note = require_resumable_saves(args), saved_note(state, NOTE)
+    resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
+    if resumed is not None:
+        require_resumable(args, resumed, note.get("run"))
+    # Unique for each training, also where two resume from the same checkpoint.
+    note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
+    return state.global_step if saves and distributed.is_first() else None, resumed
 
 
 def complete(folder: Path, *, also: Iterable[str] = ()) -> None:

@@ -22,10 +22,8 @@ from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, Task, has_own_loss
 from tsqlora.tasks.forward import output_part
-from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import RunRecord
-from tsqlora.training.session import of_draws
 from tsqlora.training.tell_progress import TellProgress
 
 
@@ -34,7 +32,7 @@ class Method:
     """The rows that epochs are drawn from, and the callbacks that draw them and move ranks."""
 
     data: QualitySubset
-    quality: QualityCallback | None = None
+    quality: QualityCallback
     ranks: Any = None
     """The RankCallback of `tsqlora.paper`, where ranks move."""
 
@@ -67,11 +65,7 @@ def fit(
 ) -> Trainer:
     """Train the model in place; decisions, costs and logs go into the record, and into run.json in `run`."""
     data, task = method.data, inputs.task
-    guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None))
-    record.quality = of_draws(data)
-    for part in (method.quality, guard):
-        if part is not None:
-            part.into = record, run
+    method.quality.into = record, run
     live = [] if progress is None else [TellProgress(progress)]
 
     def measure(result: Any) -> dict[str, float]:
@@ -87,7 +81,7 @@ def fit(
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=measure if task.writer is None else None,
-        callbacks=[*method.callbacks, *also, guard, *live],
+        callbacks=[*method.callbacks, *also, *live],
     )
     # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)

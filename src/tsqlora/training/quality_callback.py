@@ -1,4 +1,8 @@
-"""The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
+"""The look at all rows in a stock Trainer: a fitted head, which rows are drawn, and what a training keeps of both.
+
+State has one place each: the plan of the draws is the QualitySubset's, the question TrustedLast's, skipped steps
+FiniteSteps', costs and run.json the record's; the callback has the looks, and writes all of it into checkpoints.
+"""
 
 import math
 import time
@@ -7,18 +11,17 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
-from torch.utils.data import SequentialSampler, Subset
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.compat.accelerate import inner_batch_sampler
+from tsqlora.compat.transformers import knows_lengths, live_note
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import digest
 from tsqlora.gradients.eval_mode import eval_mode
@@ -26,27 +29,38 @@ from tsqlora.progress import Progress, bars
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look, require_scorable
-from tsqlora.quality.question import LEAST_HELD_OUT, ask, why_unasked
+from tsqlora.quality.question import why_unasked
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset, hash_of_some, inputs_of
+from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
-from tsqlora.training.checkpoints import ROWS_HASH, read_state, require_options, write_state
-from tsqlora.training.record import question_in_words
+from tsqlora.training.checkpoints import (
+    ROWS_HASH,
+    begin_saves,
+    checkpoint_folder,
+    complete,
+    read_state,
+    require_options,
+    set_aside,
+    write_state,
+)
+from tsqlora.training.live_record import LiveRecord, own_record
+from tsqlora.training.nonfinite import FiniteSteps
+from tsqlora.training.record import RunRecord, question_in_words
 from tsqlora.training.run_dir import SCORES_FILE
-from tsqlora.training.session import PartCallback, of_draws, require_subset
-from tsqlora.training.steps import EPOCH_ERROR, Schedule, epoch_of
+from tsqlora.training.steps import EPOCH_ERROR, epoch_of
+from tsqlora.training.trusted_last import Schedule, TrustedLast
 
 QUALITY_FILE = "tsqlora_quality.json"
 """The callback's state in a checkpoint, beside the scores, which are in another file."""
 
 
-class QualityCallback(PartCallback):
+class QualityCallback(TrainerCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
     A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
@@ -56,9 +70,14 @@ class QualityCallback(PartCallback):
     the start texts, fewer than 32 rows, and rows that lack a class are mixed in. A run of several epochs measures Q
     again after a third of its steps.
 
+    Steps whose loss or gradient is not finite are skipped and counted; if five of the last ten were, training ends with
+    a TsqLoraError, which gives advice and names the last complete checkpoint before them. Each of the Trainer's
+    checkpoints becomes complete, so that a resumed run ends with the same bytes, and run.json is written.
+
     Args:
         data: the Trainer's train_dataset.
         rule: the terms to measure, and how they decide the draw; its reference is a number of rows.
+            ScoringRule(select=False, head_start=False) draws random rows, without a look.
         task: needed only for a custom loss, such as class weights.
         rows: ids and hashes of the rows, and further fields of the scores' record.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
@@ -71,11 +90,14 @@ class QualityCallback(PartCallback):
     is a small difference, and needs float32.
 
     `looks` has a summary of each look. Raises SettingsError for options that contradict each other; before the first
-    step SettingsError or UnsupportedError naming what cannot be scored or drawn.
+    step SettingsError or UnsupportedError naming what cannot be scored or drawn; TsqLoraError naming the file of a
+    checkpoint that is damaged.
     """
 
-    name = "QualityCallback"
-    data: QualitySubset
+    into: tuple[RunRecord, Path | None] | None = None
+    """The record of `tsqlora train` and the folder of its run.json; None: the callback makes one."""
+    record: LiveRecord
+    last: TrustedLast
 
     def __init__(
         self,
@@ -89,14 +111,16 @@ class QualityCallback(PartCallback):
         collate: Collate | None = None,
         look: str | Path | None = None,
     ) -> None:
-        require_subset(data, self.name)
+        if not isinstance(data, QualitySubset):
+            raise SettingsError(
+                f"QualityCallback got a {type(data).__name__}; it goes with a QualitySubset: make data = "
+                "tsqlora.QualitySubset(rows), and give it to the Trainer too"
+            )
         self.data = data
         self.saved = None if look is None else SavedLook.load(look)
         self.rule = rule or (ScoringRule() if self.saved is None else self.saved.rule)
         if self.saved is not None and self.rule.select:
             self.saved.require_rule(self.rule)
-        self._left_out: str | None = None
-        self._written: weakref.ref[nn.Module] | None = None
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
@@ -105,24 +129,198 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule = Schedule(0, 0, 0, None, 0, 1, 0)
-        self._rows_hash: str | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self.notes = []
+        self.finite = FiniteSteps()
         self.looks: list[dict[str, Any]] = []
-        self._spent: dict[str, PhaseCost] = {}
-        self._digest: str | None = None
-        self._first: Scores | None = None
-        self._answers: AnswerLook | None = None
-        self.question: dict[str, Any] | None = None
-        self._stopped = False
+        self.notes: list[str] = []
+        """Warnings, for the record."""
+        self._left_out: str | None = None
+        self._written: weakref.ref[nn.Module] | None = None
+        self._rows_hash: str | None = None
+
+    @property
+    def _needs_model(self) -> bool:
+        """Whether rows go through the model, or its head is replaced: an engine may not have sharded it before."""
+        return self.rule.select or self.rule.head_start or self.saved is not None
+
+    @property
+    def question(self) -> dict[str, Any] | None:
+        """The answer of the pool, or why there is none; None before."""
+        return self.last.question
+
+    @property
+    def why_not(self) -> str | None:
+        """Why the last look could not rank the rows; None if it could."""
+        return self.looks[-1]["not_ready"] if self.looks else None
+
+    # ---------------------------------------------------------------------------------- events of the Trainer
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        distributed.refuse_sharded_loading(kwargs["model"])
+        if self._needs_model:
+            distributed.refuse_sharded_loading(kwargs["model"])
         if self.saved is not None:
             self.write_head(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, loader, data = kwargs["model"], kwargs["train_dataloader"], self.data
+        if self._needs_model:
+            distributed.refuse_sharded_loading(model)
+        if loader.dataset is not data:
+            raise SettingsError(
+                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset; for a trainer that "
+                "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
+                "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
+            )
+        require_fresh_draws(args, loader)
+        if live_note(state).setdefault("draws", id(self)) != id(self):
+            raise SettingsError("the Trainer has two QualityCallbacks; give it one at most")
+        self._earlier, resumed = begin_saves(args, state)
+        saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
+        if data.seed is None:
+            data.plan = replace(data.plan, seed=args.seed)
+        data.task = self.task
+        self._begin(args, state, saved, loader, model, kwargs.get("processing_class"))
+        skipped = [] if saved is None else saved["skipped"]
+        self.finite.begin(args, model, kwargs["optimizer"], skipped)
+        if args.deepspeed_plugin is not None:
+            self.notes.append("DeepSpeed takes its own steps, so steps that are not finite are not undone")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Not on train begin: a callback that refuses to begin leaves the folder as it was.
+        if self._earlier is not None:
+            set_aside(Path(str(args.output_dir)), after=self._earlier)
+            self._earlier = None
+        self._look_again(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
+        # accelerate tells a data set its epoch only in some cases.
+        self.data.begin_epoch(epoch_of(state))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.record.begin_step(state)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.finite.check(args, state, kwargs["optimizer"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.record.end_step(args, state, self.data):
+            self.record.write_now(state, self.summary())
+        if self.last.is_due(state):
+            self._ask(args, state, **kwargs)
+        self.last.close_validation(state, control)
+        self.last.end_step(args, state, control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Its rows would count as handed out for training.
+        if self.data.drawn_by is not None and kwargs["eval_dataloader"].dataset is self.data:
+            raise SettingsError(
+                "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give "
+                "another data set: torch.utils.data.Subset(rows, data.draw(0))"
+            )
+        if self.data.drawn_by is not None:
+            self.last.stops(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.data.drawn_by is not None:
+            self._ask_early(args, state, control, **kwargs)
+        elif hasattr(self, "record"):
+            self.record.evaluated(state, kwargs["metrics"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ask_early(args, state, control, **kwargs)  # EarlyStoppingCallback may come after this callback
+        folder = checkpoint_folder(args, state)
+        write_state(folder / QUALITY_FILE, self._state())
+        if not args.save_only_model:
+            complete(folder, also=live_note(state).get("files", ()))
+        self.last.close_validation(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ask_early(args, state, control, **kwargs)
+        if control.should_epoch_stop and not control.should_training_stop:
+            # The Trainer counts on, but its state would be within this epoch, and the next one draw the same rows.
+            state.epoch = float(math.ceil((state.epoch or 0) - EPOCH_ERROR))
+        self.last.close_validation(state, control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.data.drawn_by = None  # `QualitySubset.set_epoch` draws again
+        self.finite.close()
+        if (none := self.last.end(state)) is not None:
+            self._note(none)
+        self.record.end(args, state, kwargs["model"], self.summary())
+
+    # ---------------------------------------------------------------------------------- state and record
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of the record: how rows were drawn, the looks, and the reasons."""
+        data, scores = self.data, self.data.scores
+        quality = {"enabled": self.rule.select, "used": scores is not None, "fraction": data.plan.fraction}
+        quality |= {"rows_an_epoch": len(data), "trusted_rows": len(data.trusted), "looks": self.looks}
+        quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
+        notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
+        if len(data.trusted) and self.looks:
+            quality["question"] = self.last.summary()
+            if self.question is not None and "why_not" in self.question:
+                notes.append(question_in_words(self.question))
+            if twins is not None:
+                notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
+        if scores is not None and noise is not None and noise["evident"]:
+            bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
+            wrong = f"{scores.left_out_as('confident negative').sum()} of {len(scores)} rows were left out"
+            notes.append(f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {wrong}")
+            notes += [scores.caution] if scores.caution else []
+        elif noise is not None:
+            notes.append("no evidence of wrong labels: every row may be drawn")
+        notes += self.finite.in_words()
+        settings = {"quality": self._draws()}
+        return {"quality": quality, "skipped": self.finite.summary(), "notes": notes, "settings": settings}
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "draws": self._draws(),
+            "looks": self.looks,
+            "scored_epoch": None if self.data.scores is None else self.data.plan.scored_epoch,
+            "scores_sha256": self._digest,
+            "question": self.question,
+            "skipped": self.finite.skipped,
+            "notes": self.notes,
+            "cost": {phase: asdict(cost) for phase, cost in self.record.record.cost.items()},
+        }
+
+    def _draws(self) -> dict[str, Any]:
+        data, plan = self.data, self.data.plan
+        about: dict[str, Any] = {name: getattr(plan, name) for name in ("rows", "fraction", "seed", "resample")}
+        rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
+        rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
+        if self._rows_hash is not None:
+            about[ROWS_HASH] = self._rows_hash
+        decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
+        decides["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
+        return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
+
+    def _resume(self, saved: Mapping[str, Any]) -> None:
+        self.looks, self.notes, self._digest = saved["looks"], saved["notes"], saved["scores_sha256"]
+        self.record.record.cost |= {phase: PhaseCost(**cost) for phase, cost in saved["cost"].items()}
+        self.last.resume(saved["question"])
+        if self._digest is None:
+            return
+        # If the run went on after this checkpoint, the first look's scores have another name.
+        paths = [path for path in (self._path, first_scores(self._path)) if path.exists()]
+        path = distributed.once(lambda: next((p for p in paths if digest(p) == self._digest), None))
+        if path is None:
+            what = "holds other scores than the run's" if paths else "is missing"
+            raise DataError(f"cannot resume: {self._path} {what}; put it back, or start again")
+        self._first = Scores.load(path)
+        self.data.plan = self.data.plan.holding_out(self._first)
+        if saved["scored_epoch"] is not None:
+            self.data.plan = self.data.plan.scored(self._first, saved["scored_epoch"])
+
+    # ---------------------------------------------------------------------------------- the look
 
     def write_head(self, model: nn.Module) -> None:
         """Write the head of the look into the model, before a Trainer shards it.
@@ -133,24 +331,23 @@ class QualityCallback(PartCallback):
         self._left_out = self.saved.write_head(model)
         self._written = weakref.ref(distributed.unwrapped(model))
 
-    def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
-        distributed.refuse_sharded_loading(kwargs["model"])
-        loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
-        if loader.dataset is not data:
-            raise SettingsError(
-                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset; for a trainer that "
-                "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
-                "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
-            )
-        self.schedule = Schedule.of(data, args, state, len(loader))
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        saved: Mapping[str, Any] | None,
+        loader: Any,
+        model: nn.Module,
+        tokenizer: Any,
+    ) -> None:
+        """Check what the look needs, and take it, or go on from a checkpoint's state."""
+        data, task, collate = self.data, self._task(args, model), loader.collate_fn
         self._path = self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
         with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
             self._rows_hash = hash_of_some(data.dataset)
-        saved = None if resumed is None else read_state(resumed / QUALITY_FILE)
-        task = self._task(args, model)
         looks = self.rule.decides(task, len(data.trusted) > 0) and self.saved is None
         if self.saved is None:
-            if looks or self.rule.select or self.rule.head_start:
+            if self._needs_model:
                 distributed.require_whole(model, args.deepspeed_plugin)
         else:
             self.saved.require_rows(data.dataset, data.trusted, self.rows)
@@ -159,36 +356,79 @@ class QualityCallback(PartCallback):
         if saved is not None:
             require_options(saved["draws"], self._draws())
         elif looks:
-            self._require_scorable(args, model, loader.collate_fn)
-        awaits = looks and (saved is None or len(saved["looks"]) < 2)
-        self._forget()
-        data.plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
+            self._require_scorable(args, model, collate)
+        self.looks, self.notes, self._digest, self._first, self._answers = [], [], None, None, None
+        data.plan = data.plan.unscored(awaits_scores=looks and (saved is None or len(saved["looks"]) < 2))
+        self.last = TrustedLast(data, Schedule.of(data, args, state, len(loader)))
+        self._open_record(args, state, model)
         if self.rule.select and len(data.trusted):
-            about = (data.trusted, data.suspects, task, model, self.collate or loader.collate_fn)
-            too_short = None if self.schedule.asks else f"a run of {state.max_steps} steps has none behind the question"
-            self._plan_question(why_unasked(*about) or too_short)
+            about = (data.trusted, data.suspects, task, model, self.collate or collate)
+            behind = self.last.schedule.trusted_step < state.max_steps
+            too_short = None if behind else f"a run of {state.max_steps} steps has none behind the question"
+            self.last.plan(why_unasked(*about) or too_short)
         if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
             read_in_order(loader, data)
-        data.task = self.task
-        tokenizer = kwargs.get("processing_class")
         if task.reading.causal and getattr(tokenizer, "is_fast", False):
             answers = saved is None and self.saved is None
-            self._look_at_texts(args, task, model, loader.collate_fn, tokenizer, answers=answers)
+            self._look_at_texts(args, task, model, collate, tokenizer, answers=answers)
         if saved is not None:
             self._resume(saved)
-            self._close_validation(state)
+            self.last.close_validation(state)
         elif self.saved is not None:
             self._use(self.saved)
         elif looks:
-            self._look(args, state, model, loader.collate_fn)
+            self._look(args, state, model, collate)
         elif self.rule.select:
-            self._draw_texts_evenly(loader.collate_fn)
+            self._draw_texts_evenly(collate)
         elif self.rule.head_start and task.writer is None:  # the head only: for the control
             start = time.perf_counter()
-            started = start_head(distributed.unwrapped(model), self._request(args, model, loader.collate_fn, {}))
+            started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
             head = None if started.head is None else started.head.summary()
             self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
-            self._spent["look"] = PhaseCost(time.perf_counter() - start, len(data.dataset) + len(data.trusted))
+            self._spend("look", time.perf_counter() - start, forward=len(data.dataset) + len(data.trusted))
+
+    def _open_record(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Begin the record, or that of `tsqlora train`."""
+        record, folder = self.into or (own_record(args, state, model, self.data, self.task), Path(str(args.output_dir)))
+        self.record = LiveRecord(record, folder, finishes=self.into is None)
+
+    def _look_again(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Collate) -> None:
+        """Look again before the epoch that begins a third of the run's steps in, if its draws would change."""
+        epoch = epoch_of(state)
+        # A run resumed in the middle of an epoch begins it again, with weights that are further on.
+        at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
+        due = at_start and epoch == self.last.schedule.second_look and len(self.looks) == 1
+        if not due or self.saved is not None or not (self.rule.look_again and self.rule.select):
+            return
+        # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
+        scores = self.data.scores
+        if scores is None or not (
+            scores.even or all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
+        ):
+            self._look(args, state, model, collate)
+
+    def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask where EarlyStoppingCallback has stopped the pool's steps."""
+        if self.last.is_due_early(state, control):
+            self._ask(args, state, early=control, **kwargs)
+
+    def _ask(
+        self, args: TrainingArguments, state: TrainerState, *, early: TrainerControl | None = None, **kwargs: Any
+    ) -> None:
+        """Ask the pool whether it contradicts the trusted rows; the answer decides the draws from then on."""
+        start, model = time.perf_counter(), kwargs["model"]
+        request = self._request(args, model, kwargs["train_dataloader"].collate_fn, {})
+        task = self.task or task_of(model)  # plain: training's own loss may be smoothed
+        rows, words = self.last.ask(args, state, model, task, request, early=early)
+        self._spend("question", time.perf_counter() - start, forward=rows)
+        self._note(words)
+
+    def _spend(self, phase: str, seconds: float, **passes: int) -> None:
+        self.record.record.phase(phase).add(seconds=seconds, **passes)
+
+    def _note(self, what: str) -> None:
+        self.notes.append(what)
+        warnings.warn(what, stacklevel=4)
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Collate) -> None:
         """Check on two rows, before the look, what can be checked."""
@@ -214,213 +454,6 @@ class QualityCallback(PartCallback):
             cure = "give QualitySubset(trusted=rows), or a fraction of 1"
             what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
             warnings.warn(what, stacklevel=5)
-
-    def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        epoch = epoch_of(state)
-        # A run resumed in the middle of an epoch begins it again, with weights that are further on.
-        at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        if self.saved is not None or not (at_start and epoch == self.schedule.second_look and len(self.looks) == 1):
-            return
-        # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
-        scores = self.data.scores
-        stays = scores is not None and (
-            scores.even or all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
-        )
-        if self.rule.look_again and self.rule.select and not stays:
-            self._look(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
-
-    def save_part(self, folder: Path) -> None:
-        write_state(
-            folder / QUALITY_FILE,
-            {
-                "looks": self.looks,
-                "scored_epoch": None if self.data.scores is None else self.data.plan.scored_epoch,
-                "scores_sha256": self._digest,
-                "spent": {phase: asdict(cost) for phase, cost in self.spent.items()},
-                "draws": self._draws(),
-                "notes": self.notes,
-                "question": self.question,
-            },
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if self._waits and state.global_step >= self.schedule.asks_step:
-            self._ask(args, state, self.schedule.trusted_step, **kwargs)
-        self._close_validation(state, control)
-        if state.global_step >= (self.question or {}).get("until_step", math.inf):
-            control.should_training_stop = True
-            control.should_save |= args.save_strategy == SaveStrategy.STEPS  # as the Trainer does at its last step
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_prediction_step(args, state, control, **kwargs)
-        self._stopped = control.should_training_stop  # before EarlyStoppingCallback has seen this evaluation
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
-        self._ask_early(args, state, control, **kwargs)
-
-    def begin_save(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        self._ask_early(args, state, **kwargs)  # EarlyStoppingCallback may come after this callback
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_save(args, state, control, **kwargs)
-        self._close_validation(state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._ask_early(args, state, control, **kwargs)
-        super().on_epoch_end(args, state, control, **kwargs)
-        self._close_validation(state, control)
-
-    @property
-    def _waits(self) -> bool:
-        """Whether the question to the pool is still to come."""
-        return self.question is None and self.data.plan.asks is not None
-
-    def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Where EarlyStoppingCallback has stopped the pool's steps, ask; contradicted, the epoch ends and R follows."""
-        at = state.global_step
-        evaluated = any(name.startswith("eval_") for log in state.log_history if log["step"] == at for name in log)
-        stopped = control.should_training_stop and not self._stopped and evaluated and stops_early(state)
-        if not (self._waits and stopped):
-            return
-        between = abs((state.epoch or 0) - epoch_of(state)) < EPOCH_ERROR
-        self.data.plan = replace(self.data.plan, asks=(epoch_of(state) + (not between), 0))
-        question = self._ask(args, state, at, **kwargs)
-        if question["contradicted"]:
-            question["until_step"] = at + self.schedule.steps - self.schedule.trusted_step
-            control.should_training_stop, control.should_epoch_stop = False, True
-
-    def _ask(self, args: TrainingArguments, state: TrainerState, first: int, **kwargs: Any) -> dict[str, Any]:
-        """Ask the pool whether it contradicts the trusted rows; the answer decides the draws from this step on."""
-        start, data = time.perf_counter(), self.data
-        assert data.plan.held_out is not None
-        held = np.flatnonzero(data.plan.held_out)
-        rows, few = cast(Any, data.dataset), cast(Any, data.trusted)
-        trusted = Subset(few, np.flatnonzero(~data.suspects).tolist())
-        pool = Subset(rows, held[np.unique(inputs_of(Subset(rows, held.tolist())))].tolist())  # one of its copies
-        model: nn.Module = kwargs["model"]
-        request = self._request(args, model, kwargs["train_dataloader"].collate_fn, {})
-        task = self.task or task_of(model)  # plain: training's own loss may be smoothed
-        compute = replace(request.compute, workers=0, progress=None)
-        answer = ask(model, trusted, pool, request.collate, task, compute)
-        when = {"step": state.global_step, "from_step": first + 1, "from": list(data.plan.asks or ())}
-        self.question = {**when, **answer, "suspects": int(data.suspects.sum())}
-        data.answer(contradicted=answer["contradicted"])
-        self._spent["question"] = PhaseCost(time.perf_counter() - start, len(trusted) + len(pool))
-        words = question_in_words(self.question)
-        if answer["contradicted"] and args.load_best_model_at_end:
-            words += "; it keeps its last model, since validation rows that are like the pool would choose another"
-        if answer["contradicted"] and stops_early(state):
-            words += "; it does not evaluate in these steps, since such rows would stop it"
-        self._note(words)
-        return self.question
-
-    def _close_validation(self, state: TrainerState, control: TrainerControl | None = None) -> None:
-        """Where trusted rows come last, validation rows, which are like the pool, choose neither model nor end."""
-        if self.question is not None and self.question.get("contradicted"):
-            state.best_model_checkpoint = None
-            if control is not None:
-                control.should_evaluate &= not stops_early(state)
-
-    def end(self, state: TrainerState) -> None:
-        first = (self.question or {}).get("from_step", self.schedule.trusted_step + 1)
-        if self.data.plan.asks is not None and state.global_step < first:
-            none = f"training ended at step {state.global_step}, and trusted rows come from step {first} on: none was "
-            none += "trained on; train longer, or stop later"
-            if stops_early(state):
-                none += ", or name EarlyStoppingCallback before QualityCallback: then the question comes when it stops"
-            self.question = {**(self.question or {"from": list(self.data.plan.asks)}), "unasked": none}
-            self._note(none)
-        self.data.plan = replace(self.data.plan, asks=None)  # the next training has its own
-
-    @property
-    def spent(self) -> dict[str, PhaseCost]:
-        return self._spent
-
-    def summary(self) -> dict[str, Any]:
-        """Fields of the record: how rows were drawn, the looks, and the reasons."""
-        data, scores = self.data, self.data.scores
-        quality = of_draws(data) | {"enabled": self.rule.select, "used": scores is not None, "looks": self.looks}
-        quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
-        notes, twins, noise = [*self.notes], data.plan.excluded, None if scores is None else scores.record.noise
-        if len(data.trusted) and self.looks:
-            waits = {
-                "unasked": f"the question to the pool comes after step {self.schedule.asks_step}",
-                "from": list(data.plan.asks or ()),
-            }
-            quality["question"] = waits if self._waits else self.question
-            if self.question is not None and "why_not" in self.question:
-                notes.append(question_in_words(self.question))
-            if twins is not None:
-                notes.append(f"{twins.sum()} training rows are left out: a trusted row has the same input")
-        if scores is not None and noise is not None and noise["evident"]:
-            bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
-            wrong = f"{scores.left_out_as('confident negative').sum()} of {len(scores)} rows were left out"
-            notes.append(f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {wrong}")
-            notes += [scores.caution] if scores.caution else []
-        elif noise is not None:
-            notes.append("no evidence of wrong labels: every row may be drawn")
-        return {"quality": quality, "notes": notes, "settings": {"quality": self._draws()}}
-
-    @property
-    def why_not(self) -> str | None:
-        """Why the last look could not rank the rows; None if it could."""
-        return self.looks[-1]["not_ready"] if self.looks else None
-
-    def _plan_question(self, why_not: str | None) -> None:
-        """Plan the question to the pool, or mix trusted rows in and say why."""
-        if why_not is None:
-            place = self.schedule.place_of(self.schedule.trusted_step)
-            self.data.plan = replace(self.data.plan, asks=place)
-        else:
-            self.data.plan, self.question = replace(self.data.plan, asks=None), {"why_not": why_not}
-
-    def _hold_out(self, scores: Scores, source: str = "the pool") -> None:
-        """Plan the rows that a look holds out; without enough of them trusted rows are mixed in."""
-        self.data.plan = plan = self.data.plan.holding_out(scores)
-        held = 0 if plan.held_out is None else int(plan.held_out.sum())
-        if plan.asks is not None and held < LEAST_HELD_OUT:
-            self._plan_question(f"{source} has {held} rows to hold out, and the question needs {LEAST_HELD_OUT}")
-
-    def _draws(self) -> dict[str, Any]:
-        data, plan = self.data, self.data.plan
-        about: dict[str, Any] = {name: getattr(plan, name) for name in ("rows", "fraction", "seed", "resample")}
-        rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
-        rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
-        if self._rows_hash is not None:
-            about[ROWS_HASH] = self._rows_hash
-        decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
-        decides["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
-        return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
-
-    def _resume(self, saved: Mapping[str, Any]) -> None:
-        self.looks, self._digest = saved["looks"], saved["scores_sha256"]
-        self._spent = {phase: PhaseCost(**cost) for phase, cost in saved["spent"].items()}
-        self.notes, self.question = saved.get("notes", []), saved["question"]
-        if (question := self.question) is not None:
-            plan = replace(self.data.plan, contradicted=question.get("contradicted", False))
-            place = tuple(question["from"]) if "from" in question else None
-            if "from_step" in question and (self.schedule.skipped or "until_step" in question):
-                # Its epochs had other steps than they have in the Trainer now.
-                place = self.schedule.place_of(question["from_step"] - 1)
-            self.data.plan = replace(plan, asks=place)
-        if self._digest is None:
-            return
-        # If the run went on after this checkpoint, the first look's scores have another name.
-        paths = [path for path in (self._path, first_scores(self._path)) if path.exists()]
-        path = distributed.once(lambda: next((p for p in paths if digest(p) == self._digest), None))
-        if path is None:
-            what = "holds other scores than the run's" if paths else "is missing"
-            raise DataError(f"cannot resume: {self._path} {what}; put it back, or start again")
-        self._first = Scores.load(path)
-        self.data.plan = self.data.plan.holding_out(self._first)
-        if saved["scored_epoch"] is not None:
-            self.data.plan = self.data.plan.scored(self._first, saved["scored_epoch"], by=self.name)
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
@@ -460,7 +493,7 @@ class QualityCallback(PartCallback):
         if self.looks:
             request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
         result = look(model, request)
-        self._spent.setdefault("look", PhaseCost()).add(**asdict(result.cost))
+        self._spend("look", **asdict(result.cost))
         scores, first, plan = result.scores, not self.looks, self.data.plan
         if first and self._answers is not None:
             scores = without_unfit(scores, self._answers)
@@ -473,14 +506,14 @@ class QualityCallback(PartCallback):
         if result.why_not is None or self.data.scores is None:
             self._save(scores)
         if result.why_not is None:
-            self.data.plan = plan.scored(scores, epoch, by=self.name)
-            self._hold_out(scores)
+            self.data.plan = plan.scored(scores, epoch)
+            self.last.hold_out(scores)
             return
         if self.data.scores is None:
             # Later ranks may move all the same: what the model learns until its end shows in its gradients.
-            self.data.plan = replace(plan.unscored(awaits_scores=first, by=self.name), asks=plan.asks)
-            self._hold_out(scores)
-        more = "until the second look" if first and self.schedule.second_look else "to the end"
+            self.data.plan = replace(plan.unscored(awaits_scores=first), asks=plan.asks)
+            self.last.hold_out(scores)
+        more = "until the second look" if first and self.last.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
 
     def _write_late(self, args: TrainingArguments, model: nn.Module) -> None:
@@ -505,9 +538,9 @@ class QualityCallback(PartCallback):
         self.looks.append(saved.summary)
         self._first = saved.scores
         self._save(saved.scores)
-        self._hold_out(saved.scores, f"the look in {saved.path}")
+        self.last.hold_out(saved.scores, f"the look in {saved.path}")
         if self.why_not is None:
-            self.data.plan = self.data.plan.scored(saved.scores, 0, by=self.name)
+            self.data.plan = self.data.plan.scored(saved.scores, 0)
         else:
             self._note(f"rows are drawn evenly to the end: {self.why_not}")
 
@@ -540,8 +573,7 @@ class QualityCallback(PartCallback):
         compute = self._request(args, model, collate, {}).compute
         unwrapped, seed = distributed.unwrapped(model), data.plan.seed
         look = look_before(unwrapped, data.dataset, vocabulary, compute, collate=self.collate or collate, seed=seed)
-        cost = PhaseCost(time.perf_counter() - start, tokens=sum(look.tokens.values()))
-        self._spent.setdefault("look", PhaseCost()).add(**asdict(cost))
+        self._spend("look", time.perf_counter() - start, tokens=sum(look.tokens.values()))
         self.notes += look.sentences(faults=False)
         return look
 
@@ -553,7 +585,7 @@ class QualityCallback(PartCallback):
         summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
         self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
         self._save(scores)
-        self.data.plan = data.plan.scored(scores, 0, by=self.name)
+        self.data.plan = data.plan.scored(scores, 0)
 
 
 def read_in_order(loader: Any, data: QualitySubset) -> None:
@@ -571,9 +603,33 @@ def read_in_order(loader: Any, data: QualitySubset) -> None:
         )
 
 
-def stops_early(state: TrainerState) -> bool:
-    """Whether the Trainer has an EarlyStoppingCallback."""
-    return "EarlyStoppingCallback" in (state.stateful_callbacks or ())
+def require_fresh_draws(args: TrainingArguments, loader: DataLoader[Any]) -> None:
+    """Raises SettingsError for a loader of a QualitySubset that keeps an earlier draw or its rows' lengths.
+
+    Its sampler is made once, from the first draw; the next one has other rows in the same places.
+    """
+    data: Any = loader.dataset
+    if args.dataloader_persistent_workers:
+        raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
+    batches = inner_batch_sampler(loader.batch_sampler)
+    sampler = getattr(batches, "sampler", batches)
+    if knows_lengths(sampler):
+        raise SettingsError(
+            f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
+            "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
+            "QualitySubset(rows, lengths=..., batch_size=...) group them"
+        )
+    if isinstance(sampler, RandomSampler) and data.lengths is not None:
+        raise SettingsError(
+            "QualitySubset(lengths=..., batch_size=...) puts rows of like length together, and the Trainer's sampler "
+            "mixes them again; set train_sampling_strategy to 'sequential', or leave lengths and batch_size out"
+        )
+    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
+        raise SettingsError(
+            f"the Trainer's sampler is a {type(sampler).__name__}, which fits the first draw only: a QualitySubset has "
+            "other rows in the same places in the next epoch; leave the sampler out of get_train_dataloader, and to "
+            "see some rows more often repeat them in the data set"
+        )
 
 
 def first_scores(path: Path) -> Path:

@@ -78,7 +78,7 @@ class RunRecord:
     parameters: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, Any] = field(default_factory=dict)
-    """Of steps whose loss or gradient was not finite: how many, and the first ones' rows; empty if there were none."""
+    """Of steps whose loss or gradient was not finite: how many, and the first ones; empty if there were none."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of a training in a Trainer of the user's own; a run of `tsqlora train` has them in config.yaml."""
     notes: list[str] = field(default_factory=list)
@@ -154,7 +154,7 @@ def metrics_of(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The finite numbers, since JSON has no others, and GuardCallback names such steps; without those of speed."""
+    """The finite numbers, since JSON has no others; without those of speed."""
     return {
         name: value
         for name, value in logs.items()

@@ -1,7 +1,5 @@
-"""What our callbacks do alike: each draws a QualitySubset's epochs, in any order, and refuses what spoils a draw."""
+"""QualityCallback draws a QualitySubset's epochs, in any order of the callbacks, and refuses what spoils a draw."""
 
-import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,26 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
-from scoring import assert_same, quality_by
+from scoring import assert_same, drawing, quality_by
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
-from tsqlora.compat.transformers import carried
 from tsqlora.errors import SettingsError
-from tsqlora.training.session import require_fresh_draws
+from tsqlora.training.quality_callback import require_fresh_draws
 
 DATA = moods()
 EPOCHS = 5
 """Of half the rows, 4 steps each."""
-KINDS = pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
 
 
 def half(**options: Any) -> tsq.QualitySubset:
     return tsq.QualitySubset(DATA, 0.5, seed=0, **options)
 
 
-def made(kind: Any, data: tsq.QualitySubset, **options: Any) -> Any:
-    if kind is paper.RankCallback:
-        return paper.RankCallback(interval=4, **options)
-    return quality_by(data, reference=40, **options) if kind is tsq.QualityCallback else kind(data, **options)
+def looking(data: Any, **options: Any) -> tsq.QualityCallback:
+    return quality_by(data, **{"reference": 40} | options)
+
+
+KINDS = pytest.mark.parametrize("kind", [looking, drawing])
 
 
 def train(data: tsq.QualitySubset, folder: Path, *callbacks: Any, **further: Any) -> Any:
@@ -61,25 +58,15 @@ class At(TrainerCallback):
         self.act(state, control)
 
 
-# ------------------------------------------------------------------------------------------------ draws
-
-
 @KINDS
-def test_a_callback_itself_draws_the_epoch(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callback_itself_draws_the_epoch(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate calls set_epoch as well, but with several processes not under every sampler."""
     monkeypatch.setattr(tsq.QualitySubset, "set_epoch", lambda *_: None)
     data = half()
     data._draw(0)
     drawn = Drawn(data)
-    train(data, tmp_path, made(kind, data), drawn, num_train_epochs=2)
+    train(data, tmp_path, kind(data), drawn, num_train_epochs=2)
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(2)]
-
-
-@KINDS
-def test_a_copy_of_the_trainers_state_is_of_no_training(kind: Any, tmp_path: Path) -> None:
-    data = half()
-    state = train(data, tmp_path, made(kind, data)).state
-    assert all(carried(again) is None for again in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))))
 
 
 @KINDS
@@ -89,8 +76,8 @@ def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path)
 
     data = half()
     drawn = Drawn(data)
-    ranks = made(paper.RankCallback, data)
-    trainer = train(data, tmp_path, made(kind, data), ranks, At(stop), drawn, num_train_epochs=3)
+    callbacks = (kind(data), paper.RankCallback(interval=4), At(stop), drawn)
+    trainer = train(data, tmp_path, *callbacks, num_train_epochs=3)
     assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
 
@@ -99,8 +86,8 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
     ends, quality, events = [], [], []
     for order in (1, -1):
         data = half()
-        ranks = made(paper.RankCallback, data, samples=16, schedule=paper.RankSchedule(moves=3))
-        trainer = train(data, tmp_path / str(order), *[made(tsq.QualityCallback, data), ranks][::order])
+        ranks = paper.RankCallback(interval=4, samples=16, schedule=paper.RankSchedule(moves=3))
+        trainer = train(data, tmp_path / str(order), *[looking(data), ranks][::order])
         ends.append(trainer.model.state_dict())
         quality.append(data.scores.quality)  # type: ignore[union-attr]
         events.append(ranks.events)
@@ -112,50 +99,86 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ended", ["well", "by an interrupt"])
-def test_a_later_training_without_the_callback_is_a_random_one(ended: str, tmp_path: Path) -> None:
+def test_a_later_training_without_a_look_is_a_random_one(ended: str, tmp_path: Path) -> None:
     def interrupt(state: Any, _: Any) -> None:
         if ended != "well" and state.global_step == 3:
             raise KeyboardInterrupt
 
     data = half()
-    quality = made(tsq.QualityCallback, data, weights={"loss": 1.0})
     try:
-        train(data, tmp_path / "first", quality, At(interrupt))
+        train(data, tmp_path / "first", looking(data, weights={"loss": 1.0}), At(interrupt))
     except KeyboardInterrupt:
         assert data.drawn_by == "QualityCallback"
-    ranks, drawn = made(paper.RankCallback, data), Drawn(data)
-    train(data, tmp_path / "second", made(tsq.GuardCallback, data), ranks, drawn)
+    ranks, drawn = paper.RankCallback(interval=4), Drawn(data)
+    train(data, tmp_path / "second", drawing(data), ranks, drawn)
     assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
     assert (data.scores, data.drawn_by) == (None, None)
-    assert not ranks.loop.started
+    assert not ranks.loop.started  # type: ignore[union-attr]
 
 
 def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
     data, again = half(), half()
-    train(data, tmp_path / "first", made(tsq.QualityCallback, data, weights={"loss": 1.0}))
+    train(data, tmp_path / "first", looking(data, weights={"loss": 1.0}))
     assert data.scores is not None
     again.use(data.scores, 0)
-    ranks = made(paper.RankCallback, again, samples=16)
+    ranks = paper.RankCallback(interval=4, samples=16)
     train(again, tmp_path / "second", ranks)
     assert (again.scores is data.scores, ranks.loop.started) == (True, True)
 
 
+def test_the_trainers_seed_decides_rows_and_order_unless_the_subset_has_its_own(tmp_path: Path) -> None:
+    def rows(name: str, of_trainer: int, **options: Any) -> list[list[int]]:
+        data = tsq.QualitySubset(DATA, 0.5, **options)
+        train(data, tmp_path / name, drawing(data), drawn := Drawn(data), seed=of_trainer, num_train_epochs=2)
+        return drawn.rows
+
+    first, again, other = rows("first", 1), rows("again", 1), rows("other", 2)
+    assert first == again
+    assert {*first[0], *first[1]} == {*other[0], *other[1]}, "two epochs of a half have all rows"
+    assert first[0] != other[0]
+    assert rows("own", 1, seed=5) == rows("own too", 2, seed=5) != first
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
+LENGTHS: dict[str, Any] = {"lengths": [len(row["input_ids"]) for row in DATA], "batch_size": 8}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a plain list": (lambda folder: looking(DATA), r"QualityCallback got a list; .*tsqlora\.QualitySubset\(rows\)"),
+    "an unknown term": (lambda folder: train(data := half(), folder, looking(data, terms=("lerned",))), "lerned"),
+    "one reference row": (
+        lambda folder: train(data := half(), folder, looking(data, reference=1)),
+        "reference is 1; it must be a whole number of rows, at least 2",
+    ),
+    "another data set": (lambda folder: train(half(), folder, looking(half())), "need the same QualitySubset"),
+    "two callbacks": (
+        lambda folder: train(data := half(), folder, looking(data), looking(data)),
+        "the Trainer has two QualityCallbacks",
+    ),
+    "one checkpoint at a time": (
+        lambda folder: train(data := half(), folder, looking(data), save_strategy="epoch", save_total_limit=1),
+        "save_total_limit",
+    ),
+} | {
+    str(further): (
+        lambda folder, further=further: train(data := half(**LENGTHS), folder, drawing(data), **further),
+        key,
+    )
+    for further, key in (
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old draw"),
+        ({"train_sampling_strategy": "group_by_length"}, "reads the rows' lengths once"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "reads the rows' lengths once"),
+        ({"train_sampling_strategy": "random"}, "mixes them again"),
+    )
+}
+"""What is called with an output_dir, and the key of its SettingsError."""
 
-@pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
-def test_a_plain_list_is_refused_with_the_cure(kind: Any) -> None:
-    with pytest.raises(SettingsError, match=rf"{kind.__name__} got a list; .*tsqlora\.QualitySubset\(rows\)"):
-        kind(DATA)
 
-
-@KINDS
-def test_a_second_callback_of_a_kind_is_refused_before_training(kind: Any, tmp_path: Path) -> None:
-    data, steps = half(), list[int]()
-    note = At(lambda state, _: steps.append(state.global_step))
-    with pytest.raises(SettingsError, match=f"the Trainer has two {kind.__name__}s"):
-        train(data, tmp_path, made(kind, data), note, made(kind, data))
-    assert not steps
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_before_the_first_step(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, key = REFUSED[case]
+    monkeypatch.setattr(tsq.QualitySubset, "begin_epoch", lambda *_: pytest.fail("an epoch began"))
+    with pytest.raises(SettingsError, match=key):
+        call(tmp_path)
 
 
 @KINDS
@@ -164,14 +187,14 @@ def test_evaluating_on_the_subset_that_is_trained_on_is_refused(kind: Any, tmp_p
     note = At(lambda state, _: steps.append(state.global_step))
     further = {"evaluate_on": {"train": data}, "eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
-        train(data, tmp_path, made(kind, data), note, **further)
+        train(data, tmp_path, kind(data), note, **further)
     assert steps == [1, 2]
-    train(data, tmp_path, made(kind, data)).evaluate(data)  # no callback draws any more
+    train(data, tmp_path, kind(data)).evaluate(data)  # no callback draws any more
 
 
-def test_another_epoch_is_refused_while_a_callback_draws() -> None:
+def test_another_epoch_is_refused_while_the_callback_draws() -> None:
     data = half()
-    data.begin_epoch(3, "QualityCallback")
+    data.begin_epoch(3)
     data.set_epoch(3)
     with pytest.raises(SettingsError, match=r"set_epoch\(0\): QualityCallback draws this QualitySubset and is in"):
         data.set_epoch(0)
@@ -179,25 +202,6 @@ def test_another_epoch_is_refused_while_a_callback_draws() -> None:
     data.drawn_by = None
     data.set_epoch(0)
     assert data.indices.tolist() == data.draw(0).tolist()
-
-
-@KINDS
-@pytest.mark.parametrize(
-    ("further", "text"),
-    [
-        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old draw"),
-        ({"train_sampling_strategy": "group_by_length"}, "reads the rows' lengths once"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "reads the rows' lengths once"),
-        ({"train_sampling_strategy": "random"}, "mixes them again"),
-    ],
-    ids=str,
-)
-def test_loaders_that_keep_an_old_draw_are_refused(kind: Any, further: Any, text: str, tmp_path: Path) -> None:
-    data = half(lengths=[len(row["input_ids"]) for row in DATA], batch_size=8)
-    trainer = make_trainer(slotted_bert(), data, tmp_path, [made(kind, data)], **further)
-    with pytest.raises(SettingsError, match=text):
-        trainer.train()
-    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
@@ -215,19 +219,3 @@ def test_a_sampler_that_fits_certain_rows_is_refused(processes: int, tmp_path: P
     loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
     with pytest.raises(SettingsError, match="WeightedRandomSampler"):
         require_fresh_draws(TrainingArguments(str(tmp_path), use_cpu=True), loader)
-
-
-def test_the_trainers_seed_decides_rows_and_order_unless_the_subset_has_its_own(tmp_path: Path) -> None:
-    def rows(name: str, of_trainer: int, **options: Any) -> list[list[int]]:
-        data = tsq.QualitySubset(DATA, 0.5, **options)
-        drawn = [list[int]()]
-        trainer = make_trainer(slotted_bert(), data, tmp_path / name, [made(tsq.GuardCallback, data)], seed=of_trainer)
-        with data.announcing(drawn[0].extend):
-            trainer.train()
-        return drawn
-
-    first, again, other = rows("first", 1), rows("again", 1), rows("other", 2)
-    assert first == again
-    assert set(first[0][: len(DATA)]) == set(other[0][: len(DATA)]), "two epochs of a half have all rows"
-    assert sorted(first[0][: len(DATA) // 2]) != sorted(other[0][: len(DATA) // 2])
-    assert rows("own", 1, seed=5) == rows("own too", 2, seed=5) != first
