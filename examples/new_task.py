@@ -1,6 +1,5 @@
 """A task of your own in one file: ordered grades, by a cumulative link; trained, measured, predicted as any other."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from tsqlora.data.write import write_rows
 from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.tasks import TASKS
 from tsqlora.tasks.reading import TEXTS
+from tsqlora.tasks.task import Logits, evaluate
 from tsqlora.training.record import RunRecord
 
 GRADES = 5
@@ -34,13 +34,9 @@ class Ordinal:
     headline: ClassVar[str] = "accuracy"
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "error", "loss")
     reading = replace(TEXTS, label=None, problem_type="regression")  # a text with a number; the head has one output
-    writer = None
-    link: ClassVar[Any] = "identity"
+    link: ClassVar[Any] = "identity"  # one output a row: its head is fitted, and compared with a constant
     class_weights = None
-
-    @property
-    def answers(self) -> "Ordinal":
-        return self  # one output a row: its head is fitted before training, and compared with a constant
+    evaluate = evaluate
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         upper, lower = labels + 0.5 - logits[:, 0], labels - 0.5 - logits[:, 0]
@@ -71,8 +67,8 @@ class Ordinal:
         error = np.abs(predicted - labels).mean()
         return {"accuracy": float((predicted == labels).mean()), "error": float(error), "loss": float(loss)}
 
-    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"prediction": int(grade)} for grade in self.predictions(logits)]
+    def predict(self, table: Table, *, logits: Logits, **_: Any) -> list[dict[str, Any]]:
+        return [{"prediction": int(grade)} for grade in self.predictions(logits(table)[0])]
 
 
 TASKS[Ordinal.name] = Ordinal

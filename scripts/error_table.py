@@ -15,7 +15,13 @@ ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "Ts
 PARTS = {
     "Rows and their files": ("data/",),
     "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/start.py", "run/finished.py"),
-    "Models and tokenizers": ("compat/hub.py", "training/load.py", "training/predict.py", "tasks/classification.py"),
+    "Models and tokenizers": (
+        "compat/hub.py",
+        "training/load.py",
+        "training/predict.py",
+        "tasks/classification.py",
+        "tasks/reading.py",
+    ),
     "Run directories and resuming": ("training/run_dir.py", "training/checkpoints.py"),
     "Audit and review": ("run/audit.py", "run/review.py"),
 }

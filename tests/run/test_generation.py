@@ -202,7 +202,7 @@ def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None
     model = generating(kind, like, torch.float32, use_cache=True)
     tokenizer = byte_tokenizer(opens=True, closes=False)
     prompts = [{"input_ids": [5, 9, 12, 7], "attention_mask": [1] * 4}]
-    collate = get_task("causal-lm").reading.collate(model, tokenizer, max_length=32, left=True)
+    collate = get_task("causal-lm").reading.collate(model, tokenizer, max_length=32, prompts=True)
 
     def written() -> list[list[int]]:
         batch = collate(prompts)

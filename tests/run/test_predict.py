@@ -132,7 +132,7 @@ def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path
 
 def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"text": "good", "about": {"id": 1}}])
-    with patch("tsqlora.run.predict._answers") as answers, pytest.raises(DataError, match=r"row 1, column 'about'"):
+    with patch("tsqlora.run.predict._logits") as answers, pytest.raises(DataError, match=r"row 1, column 'about'"):
         predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
     answers.assert_not_called()
     assert not (tmp_path / "out.csv").exists()
@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_are_refused_before_a_row_is_predicted(run: Path, t
     (tmp_path / "half.jsonl").write_text('{"text": "good", "note": "\\ud800"}\n')
     for data, out in ((mixed, "out.parquet"), (tmp_path / "half.jsonl", "out.csv")):
         with (
-            patch("tsqlora.run.predict._answers") as answers,
+            patch("tsqlora.run.predict._logits") as answers,
             pytest.raises(DataError, match=rf"{out} .*write \.jsonl"),
         ):
             predict_run(run, data, tmp_path / out)
@@ -188,7 +188,7 @@ def test_predictions_are_saved_where_the_output_cannot_be_written(there: bool, r
     out, elsewhere = tmp_path / "there" / "out.csv", tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def answers(*_: Any) -> list[dict[str, Any]]:
+    def answers(*_: Any, **how: Any) -> list[dict[str, Any]]:
         """Something takes the place of the output while rows are predicted."""
         if there:
             out.mkdir(parents=True)
@@ -197,7 +197,8 @@ def test_predictions_are_saved_where_the_output_cannot_be_written(there: bool, r
         return [{"prediction": "yes", "probability": 0.75}, {"prediction": "no", "probability": 0.5}]
 
     with (
-        patch("tsqlora.run.predict._answers", answers),
+        patch("tsqlora.run.predict._logits", lambda *_: None),
+        patch("tsqlora.tasks.classification.Classification.predict", answers),
         patch("tempfile.tempdir", str(elsewhere)),
         pytest.warns(UserWarning, match="are empty"),
         pytest.raises(TsqLoraError, match="predictions are in") as raised,

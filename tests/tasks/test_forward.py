@@ -10,7 +10,8 @@ from transformers import BertLMHeadModel, RobertaForCausalLM
 from models import GENERATORS, tiny_bert
 from tsqlora.errors import UnsupportedError
 from tsqlora.tasks import get_task, task_of
-from tsqlora.tasks.forward import model_logits, require_labels, split_labels
+from tsqlora.tasks.forward import model_logits, split_labels
+from tsqlora.tasks.task import require_labels
 
 IDS = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
 LABELS = torch.tensor([[5, 7, 1], [8, 1, -100]])

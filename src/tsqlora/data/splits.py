@@ -374,8 +374,10 @@ def prepare(
     return prepared
 
 
-def require_embedded(tables: Mapping[str, Table], tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+def require_embedded(tables: Mapping[str, Table], tokenizer: Any, model: Any) -> None:
     """Raises DataError naming the first row with a token that the model has no embedding for."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # but a processor of images or recordings
+        return
     embeddings = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) <= embeddings:
         return

@@ -19,7 +19,7 @@ from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.saved_look import SavedLook
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms
-from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks import Batch, Collate, Task, answers_of
 
 MISSING = "duplicates and leaks do not show in a single row: `tsqlora audit` finds them among all rows"
 
@@ -37,12 +37,13 @@ def columns_of_rows(
 ) -> dict[str, np.ndarray]:
     """Return the columns of `tsqlora.apply` for the rows of a data set with these labels, and the labels."""
     distributed.require_whole(model)
-    if task.answers is None or task.reading.has_reference:
+    answers = answers_of(task)
+    if answers is None:
         raise UnsupportedError(
             f"a look applies only to rows with one label each, and the task is {task.name}; score all rows together: "
             "tsqlora score CONFIG"
         )
-    judges, single = look.verdict is not None, task.reading.label is not None and task.reading.label.single
+    judges, single = look.verdict is not None, task.reading.judges()
     last = look.scores.predictions["logits"].shape[1] - 1 if single else 0
 
     def usable(some: list[Any]) -> Batch:
@@ -60,7 +61,7 @@ def columns_of_rows(
         parts = [part for part in (forward.features, forward.mean) if part is not None]
         logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), clamped)
         columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
-    columns |= predictions(logits.astype(np.float32), clamped, task.answers)
+    columns |= predictions(logits.astype(np.float32), clamped, answers)
     columns = _with_own(columns, look.scores, rows.hashes)
     for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
         columns[name][unseen] = np.nan
@@ -118,7 +119,7 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
     scores = from_terms(
         {"loss": np.nan_to_num(loss)},
         labels=columns["labels"],
-        stratified=task.reading.stratified,
+        stratified=task.reading.judges(),
         weights=look.rule.q,
         temperature=1.0,
         even=True,

@@ -14,7 +14,8 @@ from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradien
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.reference import backward, calibrated, sample_losses, total_over_sites
 from tsqlora.tasks import Batch, Task
-from tsqlora.tasks.forward import base_model, output_part, placed, require_usable, split_labels
+from tsqlora.tasks.forward import base_model, output_part, placed, split_labels
+from tsqlora.tasks.task import require_usable
 
 
 def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
@@ -31,12 +32,12 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     try:
         with torch.no_grad():
             logits = task.reading.logits(model, inputs)
-            require_usable(task.answers, logits, labels, range(len(labels)))
+            require_usable(task, logits, labels, range(len(labels)))
             ours = task.batch_loss(task.loss(logits, labels), labels)
             del logits  # of text they are large
             # AdaLoRA's own model adds a penalty to the loss, which is of no sample.
             called = inner if isinstance(getattr(model, "base_model", None), AdaLoraModel) else model
-            own = output_part(called(**placed(model, inputs, causal=task.reading.causal), labels=labels), "loss")
+            own = output_part(called(**placed(model, inputs), labels=labels), "loss")
     finally:
         # transformers stores the problem type that the first labels suggest.
         if config is not None and kind is None:

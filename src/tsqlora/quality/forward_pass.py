@@ -29,7 +29,8 @@ from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, LookRequest, RowNames
 from tsqlora.tasks import Batch, Collate, Task
-from tsqlora.tasks.forward import base_model, output_part, precision, require_usable, split_labels
+from tsqlora.tasks.forward import base_model, continues, generates, output_part, precision, split_labels
+from tsqlora.tasks.task import require_usable
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -96,17 +97,15 @@ def forward_pass(
     exact = precision(next(model.parameters()).device, compute.autocast, cache=False)
     # In evaluation mode the global generators are restored: rows may draw random numbers, as augmentation does.
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
-        head = first = None
-        if task.answers is not None:
-            # If one process cannot read its rows, all raise the error.
-            longest = sorted_batches(lengths, compute.batch_size)[0]
-            head, first = distributed.together(partial(read_head, model, dataset, longest, collate, task))
+        # If one process cannot read its rows, all raise the error.
+        longest = sorted_batches(lengths, compute.batch_size)[0]
+        head, first = distributed.together(partial(read_head, model, dataset, longest, collate, task, dimensions=2))
         parts = parts_of(model, compute, "forward", rows.hashes, list(lengths), task, mean)
 
         def measure(indices: np.ndarray, batch: Batch) -> Columns:
             inputs, labels = split_labels(batch, model)
             names = indices if rows.ids is None else np.asarray(rows.ids)[indices]
-            usable = partial(require_usable, task.answers, labels=labels, rows=names, kind=kind)
+            usable = partial(require_usable, task, labels=labels, rows=names, kind=kind)
             columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
@@ -126,13 +125,13 @@ def _columns(
 ) -> dict[str, Tensor]:
     """Measure a batch; `usable` checks its labels for the logits."""
     layers = [] if head is None else [layer for layer in (head.linear, head.dense) if layer is not None]
-    writes = task.writer is not None
+    writes = generates(base_model(model))
     with recorded(layers) as calls, hidden_states(model if mean else None, middle=writes) as states:
         logits = task.reading.logits(model, inputs)
     usable(logits)
     columns = {"labels": labels, "logits": logits}
     if logits.dim() == 3:  # of tokens, whose targets are counted
-        columns = {"labels": labels[:, int(task.reading.causal) :].ne(IGNORED).sum(1)}
+        columns = {"labels": labels[:, int(continues(base_model(model))) :].ne(IGNORED).sum(1)}
     columns["loss"] = sample_losses(task, logits, labels)
     state = mean_state(states, labels.ne(IGNORED) if writes else inputs.get("attention_mask"))
     if head is not None:
@@ -144,20 +143,22 @@ def _columns(
 
 
 def read_head(
-    model: nn.Module, dataset: Dataset, rows: np.ndarray, collate: Collate, task: Task
+    model: nn.Module, dataset: Dataset, rows: np.ndarray, collate: Collate, task: Task, *, dimensions: int
 ) -> tuple[Head | None, Batch | None]:
     """Find the head in a forward pass over some rows, fewer where memory is short; return the batch if it has all."""
 
     def find(size: int) -> tuple[Head | None, Batch | None]:
         batch = collate([dataset[int(j)] for j in rows[:size]])
         inputs, _ = split_labels(batch, model)
-        return find_head(model, inputs, task), batch if size == len(rows) else None
+        return find_head(model, inputs, task, dimensions), batch if size == len(rows) else None
 
     return retry_on_oom(find, halves(len(rows)))
 
 
-def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> Head | None:
+def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task, dimensions: int = 2) -> Head | None:
     """Return the trainable linear layer whose output is the logits of a batch; None where there is none.
+
+    Logits of 2 `dimensions` are those of rows, of 3 those of tokens.
 
     The model is in evaluation mode. In a decoder, whose head runs at every token, the logits are one row of its output.
     """
@@ -167,8 +168,12 @@ def find_head(model: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> Hea
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad and module not in lora
     }
+    if not linears:
+        return None
     with torch.no_grad(), recorded(linears.values()) as calls:
         logits = task.reading.logits(model, inputs)
+    if logits.dim() != dimensions:
+        return None
     for name, linear in linears.items():
         if linear not in calls or linear.out_features != logits.shape[-1]:
             continue

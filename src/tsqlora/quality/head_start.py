@@ -27,9 +27,9 @@ from tsqlora.quality.rule import Compute, LookRequest, needs_probe
 from tsqlora.quality.sampling import rows_to_fit
 from tsqlora.quality.units import Units, token_units
 from tsqlora.seeds import stream
-from tsqlora.tasks import Answers, Batch, Collate, Task
-from tsqlora.tasks.forward import require_labels, split_labels
-from tsqlora.tasks.task import Link
+from tsqlora.tasks import Answers, Batch, Collate, Task, answers_of
+from tsqlora.tasks.forward import split_labels
+from tsqlora.tasks.task import Link, require_labels
 
 MARGIN = 2.0
 """Standard errors by which the model's mean loss must beat a constant guess."""
@@ -116,7 +116,7 @@ def is_ready(
         logits = task.reading.logits(model, inputs)
         return {} if answers is None else {"logits": logits.numpy(force=True), "labels": labels.numpy(force=True)}
 
-    answers, rows = task.answers, list(rows)
+    answers, rows = answers_of(task), list(rows)
     some = rows[:batch_size] if answers is None else rows
     with torch.no_grad():
         columns = run_pass(model, measure, some, collate, Compute(batch_size, autocast))
@@ -188,7 +188,7 @@ class Started:
 
         Those of a fitted head are out of fold.
         """
-        pool, head, answers = self.pool, self.head, task.answers
+        pool, head, answers = self.pool, self.head, answers_of(task)
         if pool.logits is None or answers is None or len(pool.labels) < 2:
             return None
         labels, logits = torch.from_numpy(pool.labels), self.logits
@@ -200,7 +200,7 @@ class Started:
             test = learned(*(torch.from_numpy(head.fit.weights * losses) for losses in (head.fit.losses, chance)))
         else:
             test = against_chance(answers, torch.from_numpy(logits), labels)
-            if not test.passed and task.reading.stratified:
+            if not test.passed and answers.link == "softmax":
                 # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
                 logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
                 test = against_chance(answers, torch.from_numpy(logits), labels)
@@ -216,31 +216,43 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
     mean = mean or needs_probe(rule.measured())
     run = partial(forward_pass, model, collate=request.collate, task=task, mean=mean)
-    every, of_trusted = partial(run, request.dataset, compute=compute, rows=request.rows), None
+    every = partial(run, request.dataset, compute=compute, rows=request.rows)
     if isinstance(request.dataset, WithReference):
         return Started(None, None, request.dataset.forward(), None, np.zeros(len(request.dataset), np.bool_))
-    if rule.head_start and task.reading.by_token:
+
+    def of_tokens() -> Started:
         # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
         held = distributed.once(partial(held_out, request, None))
         layer, units, head = _of_tokens(model, replace(request, excluded=request.twins | held))
-        pool = None
-    else:
-        (pool, layer), units = every(), None
+        chosen, undo = _installed(layer, head)
+        try:
+            if units is None or units.count != len(request.dataset):
+                pool = every()[0]
+            else:
+                pool = units.forward(None if chosen is None else chosen.installed.logits(units.features))
+        except BaseException:
+            undo()
+            raise
+        return Started(head, layer, pool, None, held, undo)
+
+    def of_rows() -> Started:
+        (pool, layer), few, head = every(), None, None
         if trusted is not None:
-            of_trusted, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
-        held = distributed.once(partial(held_out, request, pool.labels if task.reading.stratified else None))
-        head, own = None, ~(request.twins | held)
-        if layer is not None and task.answers is not None and own.sum() >= FOLDS and rule.head_start:
-            head = distributed.once(partial(_fit, pool, task.answers, layer, rule.seed, own))
-    chosen = head if head is not None and head.replaces else None
-    undo = install(layer, chosen) if layer is not None and chosen is not None else lambda: None
-    try:
-        if pool is None and units is not None and units.count == len(request.dataset):
-            pool = units.forward(None if chosen is None else chosen.installed.logits(units.features))
-        return Started(head, layer, every()[0] if pool is None else pool, of_trusted, held, undo)
-    except BaseException:
-        undo()
-        raise
+            few, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
+        held = distributed.once(partial(held_out, request, task.reading.strata(pool.labels)))
+        answers, own = answers_of(task), ~(request.twins | held)
+        if layer is not None and answers is not None and own.sum() >= FOLDS and rule.head_start:
+            head = distributed.once(partial(_fit, pool, answers, layer, rule.seed, own))
+        return Started(head, layer, pool, few, held, _installed(layer, head)[1])
+
+    return task.reading.units(of_rows=of_rows, of_tokens=of_tokens if rule.head_start else of_rows)
+
+
+def _installed(layer: Head | None, head: HeadStart | None) -> tuple[HeadStart | None, Callable[[], None]]:
+    """The head if it replaces the model's own, in place, and what restores that."""
+    if layer is None or head is None or not head.replaces:
+        return None, lambda: None
+    return head, install(layer, head)
 
 
 def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Units | None, HeadStart | None]:

@@ -6,6 +6,7 @@ A forward pass over all rows fits the head, and judges the labels. Terms with gr
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ from tsqlora.quality.rule import (
 )
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.terms import Measured
-from tsqlora.tasks import Answers, Collate, Task
-from tsqlora.tasks.forward import each_its_row, precision, require_usable, split_labels
+from tsqlora.tasks import Answers, Collate, Task, answers_of
+from tsqlora.tasks.forward import each_its_row, precision, split_labels
+from tsqlora.tasks.task import require_usable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +69,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     begin = time.perf_counter()
     model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
     distributed.require_whole(model)
-    if request.task.reading.has_reference:
-        request = with_reference(model, request)
+    request = request.task.reading.referenced(request, partial(with_reference, model))
     task, trusted = request.task, request.trusted
     rule = request.rule.trusting(task, trusted is not None)
     rule.require_trusted(trusted is not None)
@@ -76,7 +77,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     if trusted is not None and isinstance(rule.reference, int):
         rule = replace(rule, reference=trusted)
     request = replace(request, rule=rule)
-    judges = request.first is None and rule.judge and rule.select and task.reading.stratified
+    judges = request.first is None and rule.judges(task)
     started = start_head(model, request, mean=judges)
     try:
         why_not = distributed.once(lambda: started.why_not(task))
@@ -165,7 +166,7 @@ def _scores(
     scores = from_terms(
         _terms(columns, pool, logits, rule, task),
         labels=pool.labels,
-        stratified=task.reading.stratified,
+        stratified=task.reading.judges(),
         weights=rule.q,
         even=rule.even,
         temperature=rule.temperature,
@@ -180,7 +181,7 @@ def _scores(
         },
         hashes=rows.hashes,
         ids=rows.ids,
-        predictions={} if predicting is None else predictions(predicting, pool.labels, task.answers),
+        predictions={} if predicting is None else predictions(predicting, pool.labels, answers_of(task)),
     )
     if request.first is not None:
         return scores.judged_as(request.first)
@@ -205,14 +206,10 @@ def _features(pool: Forward, rows: Bool[np.ndarray, " n"]) -> Float[np.ndarray, 
 
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:
     """Predict numbers, or logits of several labels a row, by a fit without the row; None for other tasks."""
-    pool, answers = started.pool, task.answers
-    if (
-        answers is None
-        or task.reading.stratified
-        or pool.features is None
-        or started.layer is None
-        or own.sum() < FOLDS
-    ):
+    pool, answers = started.pool, answers_of(task)
+    if answers is None or task.reading.judges() or pool.features is None:
+        return None
+    if started.layer is None or own.sum() < FOLDS:
         return None
     features = pool.features if started.head is None else features_with(started.head, pool, started.layer)
     return unseen_logits(features, pool.labels, own, answers.link)
@@ -295,7 +292,7 @@ def require_scorable(
             inputs, labels = split_labels(batch, model)
             with torch.no_grad():
                 logits = task.reading.logits(model, inputs)
-                require_usable(task.answers, logits, labels, range(size))
+                require_usable(task, logits, labels, range(size))
                 losses = sample_losses(task, logits, labels)
             answers = logits if logits.dim() == 2 else None
             columns_of(free, Measured(logits=answers, labels=labels, loss=losses))

@@ -21,7 +21,7 @@ from tsqlora.quality.rule import Compute, LookRequest
 from tsqlora.quality.sampling import draw
 from tsqlora.quality.subset import inputs_of
 from tsqlora.seeds import stream
-from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks import Batch, Collate, Task, answers_of
 from tsqlora.tasks.forward import split_labels
 
 HELD_OUT = 0.1
@@ -42,18 +42,15 @@ def why_unasked(
 
     Texts and pairs have none; and trusted rows that lack a class, alone, would make the model forget it.
     """
-    if task.writer is not None or task.reading.has_reference:
+    if not task.reading.head(None):  # that is new
         return f"the question is one for classes, numbers and tags, and the task is {task.name}"
     if (counted := int((~suspects).sum())) < ENOUGH_TRUSTED:
         besides = f" besides the {suspects.sum()} that were reviewed as suspects" * bool(suspects.any())
         return f"the question to the pool needs {ENOUGH_TRUSTED} trusted rows{besides}, and there are {counted}"
-    if task.reading.label is None:
-        return None
     with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
-        labels = [collate([trusted[j]])["labels"].numpy(force=True) for j in range(len(trusted))]
-    present = task.reading.label.present(labels)
-    lacking = getattr(getattr(model, "config", None), "num_labels", present) - present
-    return f"they lack {lacking} of the classes, which training on them alone would unlearn" if lacking > 0 else None
+        labels = (collate([trusted[j]])["labels"].numpy(force=True) for j in range(len(trusted)))
+        lacking = task.reading.lacking(labels, getattr(model, "config", None))
+    return f"they lack {lacking} of the classes, which training on them alone would unlearn" if lacking else None
 
 
 def held_out(request: LookRequest, labels: Int[np.ndarray, " n"] | None) -> Bool[np.ndarray, " n"]:
@@ -92,7 +89,7 @@ class Measured:
 
 def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, compute: Compute) -> Measured:
     """Measure rows without dropout; every process measures all of them, since a sharded model needs all processes."""
-    answers = task.answers
+    answers = answers_of(task)
 
     def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
@@ -106,7 +103,8 @@ def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, comp
         return Measured(columns["loss"].astype(np.float64), np.zeros(len(rows), np.int64), None)
     logits, labels = columns["logits"], columns["labels"]
     loss = row_losses(logits.astype(np.float64), labels, answers.link)
-    classes = labels if task.reading.stratified else np.zeros(len(rows), np.int64)
+    classes = task.reading.strata(labels)
+    classes = np.zeros(len(rows), np.int64) if classes is None else classes
     return Measured(loss, classes, task.metrics(logits, labels).get(task.headline))
 
 

@@ -22,7 +22,7 @@ from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradien
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks import Batch, Collate, Task
+from tsqlora.tasks import Batch, Collate, Task, answers_of
 from tsqlora.tasks.forward import split_labels
 
 SHORT = 128
@@ -50,7 +50,8 @@ def calibrate(
     model: nn.Module, rows: Sequence[Any], collate: Collate, task: Task, compute: Compute
 ) -> Float[Tensor, " k"] | None:
     """Return constants to add to the logits while scoring, from a pass without gradients; None for text and tags."""
-    if task.answers is None:
+    answers = answers_of(task)
+    if answers is None:
         return None
 
     def measure(_: np.ndarray, batch: Batch) -> Columns:
@@ -60,7 +61,7 @@ def calibrate(
     with torch.no_grad():
         columns = run_pass(model, measure, rows, collate, compute)
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
-    return task.answers.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
+    return answers.offsets(logits, labels).to(logits).to(next(model.parameters()).device)
 
 
 def measure_reference(

@@ -17,13 +17,11 @@ from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.terms import Term, TermSpec, get_terms
-from tsqlora.tasks import Batch, Collate, Task
-from tsqlora.tasks.forward import require_labels
+from tsqlora.tasks import Batch, Collate, Task, answers_of
+from tsqlora.tasks.task import require_labels
 
 EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
 """Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
-TEXT_WEIGHTS: Mapping[str, float] = {"density_ratio": 4.0}
-"""Q of texts with trusted rows, if no other weights are given: choosy, since few rows that miss the point do harm."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Always measured where available, since they cost nothing more."""
@@ -88,9 +86,9 @@ class ScoringRule:
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
         """Return the rule for a task: with trusted rows and without weights, the density ratio draws texts."""
-        if not (trusted and self.select) or task.writer is None:
+        if not (trusted and self.select and task.reading.hidden_terms):
             return self
-        return replace(self, weights=self.weights or TEXT_WEIGHTS)
+        return replace(self, weights=self.weights or task.reading.hidden_terms)
 
     def without_probe(self) -> "ScoringRule":
         """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
@@ -102,8 +100,20 @@ class ScoringRule:
 
     def decides(self, task: Task, trusted: bool) -> bool:
         """Whether a look changes the draw: text has no head to fit, and without Q all its rows are equal."""
-        idle = task.writer is not None and self.trusting(task, trusted).even and not self.terms
+        idle = bool(task.reading.hidden_terms) and self.trusting(task, trusted).even and not self.terms
         return self.select and not idle
+
+    def judges(self, task: Task) -> bool:
+        """Whether a look leaves out rows whose class is wrong."""
+        return self.judge and self.select and task.reading.judges()
+
+    def fits_head(self, task: Task) -> bool:
+        """Whether a head may be fitted before the first step: texts have none that is new."""
+        return self.head_start and bool(task.reading.head(None))
+
+    def measured_of(self, task: Task) -> dict[str, Term]:
+        """Return the terms to measure that the task has.  Raises SettingsError for a weight of another one."""
+        return _terms_of_task(self.measured(), task, self.q)
 
     def require_trusted(self, trusted: bool) -> None:
         """Raise SettingsError if the rule needs trusted rows and there are none."""
@@ -115,7 +125,7 @@ class ScoringRule:
 
     def require_texts(self, task: Task) -> None:
         """Raise UnsupportedError for a term of hidden states of texts where the task has no texts to write."""
-        if needs_probe(self.measured()) and task.writer is None:
+        if needs_probe(self.measured()) and not task.reading.hidden_terms:
             raise UnsupportedError(
                 f"quality term 'density_ratio' compares hidden states of texts, but the task is {task.name}; remove it"
             )
@@ -179,11 +189,11 @@ def terms_of_batch(rule: ScoringRule, task: Task, batch: Batch) -> dict[str, Ter
     labels = batch.get("labels")
     if isinstance(labels, Tensor):
         require_labels(task, labels)
-    return _terms_of_task(rule.measured(), task, rule.q)
+    return rule.measured_of(task)
 
 
 def _terms_of_task(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    if task.answers is not None:
+    if answers_of(task) is not None:
         return dict(terms)
     if weighted := [name for name, term in terms.items() if term.answers and weights.get(name)]:
         raise SettingsError(

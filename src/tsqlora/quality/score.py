@@ -100,8 +100,8 @@ def score(
     )
     result = look(model, request)
     result.undo()
-    if request.task.reading.has_reference and result.scores.even:
-        warnings.warn("the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly", stacklevel=3)
+    if (why_even := request.task.reading.why_even) is not None and result.scores.even:
+        warnings.warn(why_even, stacklevel=3)
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
     if result.scores.caution:

@@ -6,6 +6,7 @@ a row, each is judged without the others.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -22,7 +23,7 @@ from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
 from tsqlora.quality.units import Units, token_units, units_of
-from tsqlora.tasks import Collate, task_of
+from tsqlora.tasks import Collate, require_classes, task_of
 from tsqlora.tasks.forward import each_its_row
 
 CANDIDATES = 4
@@ -130,11 +131,10 @@ def audit(
     if len(dataset) < 3:
         raise DataError(f"{len(dataset)} rows are too few for an audit; give at least 3")
     task, ids = task_of(model), np.arange(len(dataset)) if rows.ids is None else rows.ids
-    if task.reading.label is None:
-        raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
-    by_token = task.reading.label.by_token
+    require_classes(task)
     how = {"task": task, "compute": compute}
-    forward = None if by_token else forward_pass(model, dataset, collate, rows=rows, mean=True, **how)[0]
+    of_rows = partial(forward_pass, model, dataset, collate, rows=rows, mean=True, **how)
+    forward, _ = task.reading.units(of_rows=of_rows, of_tokens=lambda: (None, None))
 
     def result() -> Audit:
         if forward is None:

@@ -90,7 +90,7 @@ def token_units(
         lengths, some = lengths_of(dataset), Subset(cast(Any, dataset), rows.tolist())
         lengths = [lengths[j] for j in rows]
         longest = sorted_batches(lengths, compute.batch_size)[0]
-        layer, first = read_head(model, some, longest, collate, task)
+        layer, first = read_head(model, some, longest, collate, task, dimensions=3)
         if layer is None:
             return None
 

@@ -16,7 +16,7 @@ from tsqlora.data.sources import absolute, folder_digest, kind_of
 from tsqlora.data.splits import prepare
 from tsqlora.data.table import Table
 from tsqlora.data.write import require_place, without_formulas, write_rows
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError
 from tsqlora.files import digest, write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.quality.duplicates import MOST_CONTRADICTIONS
@@ -28,7 +28,7 @@ from tsqlora.run.audit_listing import Listed, make_listing
 from tsqlora.run.config import ENCODER, Config, load_config
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
-from tsqlora.tasks import TASKS, Reading, get_task
+from tsqlora.tasks import Reading, get_task, require_classes
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE, FINDINGS_FILE = "suspects.csv", "audit.html", "audit.json", "findings.json"
@@ -55,10 +55,7 @@ def run_audit(
     """
     start = time.perf_counter()
     config = audit_config(source, model, overrides)
-    task = get_task(config.task.type)
-    if task.reading.label is None:
-        names = ", ".join(name for name in TASKS if get_task(name).reading.label is not None)
-        raise UnsupportedError(f"audit works for {names}, and task.type is {task.name}")
+    require_classes(get_task(config.task.type))
     folder = out or dated(f"audit-{Path(source).stem}")
     require_new(folder)
     table, result, notes = audited(config, progress)

@@ -68,7 +68,7 @@ def quality_callback(
     rule = scoring_rule(job.config)
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
-        if job.task.reading.stratified:
+        if job.task.reading.judges():
             stratum_sizes(np.unique(job.train.samples.labels, return_counts=True)[1], len(data))
     return QualityCallback(
         data,

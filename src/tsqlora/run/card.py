@@ -89,11 +89,8 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
 def _arguments(config: Config, record: RunRecord) -> str:
     """The arguments of `from_pretrained` for the base, as Python."""
     arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
-    task = get_task(record.task)
-    if not task.reading.whole:
-        arguments += f", num_labels={len(record.labels or [None])}"
-    if task.reading.label is not None and task.reading.label.joint:  # others follow from the number of labels
-        arguments += f', problem_type="{task.reading.problem_type}"'
+    for name, value in get_task(record.task).reading.base_arguments(record.labels).items():
+        arguments += f", {name}={json.dumps(value)}"
     if config.model.revision is not None:
         arguments += f", revision={json.dumps(config.model.revision)}"
     return arguments

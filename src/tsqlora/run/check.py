@@ -39,7 +39,7 @@ def check_run(
     Raises SettingsError before anything is sent to another machine, TsqLoraError if the server does not answer.
     """
     task = get_task(require_finished(run).task)
-    if task.writer is None or not task.reading.causal:
+    if task.reading.pipeline != "text-generation":
         raise UnsupportedError(f"{run} is of task {task.name}; check compares only what causal language models write")
     if url is None:
         if served_name is not None or yes:

@@ -14,8 +14,8 @@ from tsqlora.files import write_text
 from tsqlora.interop.check import Prompt
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job
-from tsqlora.tasks.task import Reading
-from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.tasks import Reading
+from tsqlora.text.vocabulary import vocabulary_of_answers
 
 PROMPTS, SEEN = 5, 200
 """Prompts of a contract, and training rows whose ends are looked at."""
@@ -41,15 +41,15 @@ def write_contract(job: Job, run: Path) -> None:
     """Write template.json: the template, prompts of held-out rows with their tokens, and which stops were trained."""
     tokenizer: Any = job.pretrained.tokenizer
     table = job.data["test" if "test" in job.data else "validation"]
-    if job.task.writer is None or not job.task.reading.causal or not tokenizer.chat_template or table.format is None:
+    model: Any = job.pretrained.model
+    vocabulary = vocabulary_of_answers(tokenizer, model)
+    if vocabulary is None or not tokenizer.chat_template or table.format is None:
         return
     rows = prompts_of(table, table.format, job.task.reading, tokenizer, max_length=job.max_length)
     chats = [one for one in islice(rows, PROMPTS) if one.chat is not None]
     if not chats:
         return
-    model: Any = job.pretrained.model
-    stops = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model).stops
-    samples = job.train.samples
+    stops, samples = vocabulary.stops, job.train.samples
     seen = [[k for k in samples[j]["labels"] if k >= 0] for j in range(min(SEEN, len(samples)))]
     ends = [not stops or any(k in stops for k in labels) for labels in seen]
     prompts = [{**one.chat, "text": one.text, "ids": one.ids} for one in chats if one.chat is not None]

@@ -59,7 +59,7 @@ def base_of_run(run: Path, config: Config) -> Base:
     common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     own, processor = load_settings(model.path, task, labels=labels, **common)
     processors = [processor]
-    if task.reading.whole:
+    if not task.reading.head(None):  # no head is new in a model that writes text
         try:
             processors.append(load(GenerationConfig, model.path, revision=model.revision or "main"))
         except OSError:  # as transformers does for a model without this file

@@ -153,8 +153,7 @@ def require_trust(run: Path, config: Config) -> None:
 
 def labels_of(record: RunRecord) -> LabelMap | None:
     """The classes of a run; None for numbers and texts."""
-    kind = get_task(record.task).reading.label
-    return None if record.labels is None or kind is None else LabelMap(tuple(record.labels), kind)
+    return get_task(record.task).reading.classes(record.labels)
 
 
 def require_finished(run: Path) -> RunRecord:

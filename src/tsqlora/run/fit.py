@@ -15,20 +15,20 @@ from tsqlora import distributed
 from tsqlora.data.batches import padded_labels
 from tsqlora.data.splits import MEASURED, held_out_rows
 from tsqlora.data.table import Samples, Table, data_hash, notes_of
-from tsqlora.data.tokens import least_prompt, left_out, references
+from tsqlora.data.tokens import left_out, references
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.run.start import start_notes
-from tsqlora.tasks import Collate, Task, get_task
+from tsqlora.tasks import Collate, Task, get_task, require_room
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.text.before import worst_findings
-from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.text.vocabulary import vocabulary_of_answers
 from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
 from tsqlora.training.load import positions_of
-from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
+from tsqlora.training.predict import predict_logits, summed_counts, write_texts
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CHECKPOINT_DIR
 
@@ -46,12 +46,9 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
     `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches.
     """
     settings, task = config.training, get_task(config.task.type)
-    # Validation during training drops the logits of texts: they have a vocabulary for every token.
     further: dict[str, Any] = {
         "per_device_eval_batch_size": EVAL_BATCH,
-        **({"prediction_loss_only": True} if task.writer is not None else {}),
-        # The model takes none of a file's columns; the collator decodes them.
-        **({"remove_unused_columns": False} if task.reading.media is not None else {}),
+        **task.reading.trainer,
         **settings.further_arguments(),
     }
     if further.get("save_strategy") == "best":
@@ -103,11 +100,9 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
-    written = job.task.writer is not None and job.task.reading.causal and job.pretrained.tokenizer.is_fast
-    if train.format is not None and written:
-        about = (job.pretrained.tokenizer, job.pretrained.model.config, job.pretrained.model.generation_config)
+    if train.format is not None and (vocabulary := vocabulary_of_answers(job.pretrained.tokenizer, model)) is not None:
         how = {"max_length": job.max_length, "most": config.data.max_bad_rows}
-        worst = worst_findings(train.samples, vocabulary_of_model(*about, size_of=model), table=train, **how)
+        worst = worst_findings(train.samples, vocabulary, table=train, **how)
         record.notes += worst
         for finding in worst if distributed.is_first() else ():
             warnings.warn(finding, stacklevel=2)
@@ -120,12 +115,12 @@ def begin(job: Job, args: TrainingArguments, method: Method, model: nn.Module) -
 
 def _require_measurable(job: Job) -> None:
     """Raises SettingsError if the texts that a model will write on test rows could not be measured."""
-    format, causal = job.train.format, job.task.reading.causal
-    if job.task.writer is None or "test" not in job.data or (format is not None and format.name == "text"):
+    format, pretrained, new = job.train.format, job.pretrained, job.config.task.max_new_tokens
+    if "test" not in job.data or format is None or format.name == "text":
         return
     require_text_metrics()
-    shortest = least_prompt(job.pretrained.tokenizer) if causal else 1
-    require_room(job.pretrained.positions, job.config.task.max_new_tokens, longest=shortest)
+    job.task.reading.prompt_limit(job.max_length, pretrained.tokenizer, pretrained.positions, new)
+    require_room(pretrained.positions, new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +139,8 @@ class Predictor:
     @property
     def prompt_length(self) -> int:
         """Most tokens of a prompt: the positions of a causal model must also hold the text that it writes."""
-        positions = positions_of(self.model)
-        if positions is None or not (self.task.writer is not None and self.task.reading.causal):
-            return self.max_length
-        require_room(positions, self.max_new_tokens, longest=least_prompt(self.tokenizer))
-        return min(self.max_length, positions - self.max_new_tokens)
+        positions, new = positions_of(self.model), self.max_new_tokens
+        return self.task.reading.prompt_limit(self.max_length, self.tokenizer, positions, new)
 
     def logits(self, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None) -> np.ndarray:
         """n × k logits of a task with one answer a sample."""
@@ -164,12 +156,16 @@ class Predictor:
 
     def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None) -> dict[str, float]:
         """The task's metrics on labelled samples; for generation those of the rows' targets."""
-        if self.task.writer is not None:
+
+        def logits(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+            z = self.logits(samples, phase=phase, progress=progress)
+            return z, padded_labels([sample["labels"] for sample in samples], z.shape[1] if z.ndim == 3 else None)
+
+        def summed(samples: Sequence[dict[str, Any]], count: Any) -> dict[str, float]:
             compute = Compute(**self._batching, progress=progress)
-            return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
-        logits = self.logits(samples, phase=phase, progress=progress)
-        labels = padded_labels([sample["labels"] for sample in samples], logits.shape[1] if logits.ndim == 3 else None)
-        return self.task.metrics(logits, labels)
+            return summed_counts(self.model, samples, self.collate(), self.task, count, phase=phase, compute=compute)
+
+        return self.task.evaluate(samples, logits=logits, summed=summed)
 
     def prompts(self, table: Table, *, measured: bool = False) -> Samples:
         """The prompt of each row; `measured` as in `tokenise_generation`."""
@@ -181,9 +177,8 @@ class Predictor:
         return write_texts(
             self.model,
             prompts,
-            self.collate(left=self.task.reading.causal),
+            self.collate(prompts=True),
             self.tokenizer,
-            continues=self.task.reading.causal,
             max_new_tokens=self.max_new_tokens,
             beams=self.beams,
             phase=phase,
@@ -202,7 +197,7 @@ class Predictor:
         return text_metrics(written, references(table, table.format))
 
     def collate(self, **how: Any) -> Collate:
-        """A collator; with `left` for prompts to continue."""
+        """A collator; with `prompts` for those to continue."""
         return self.task.reading.collate(self.model, self.tokenizer, max_length=self.max_length, **how)
 
     @property

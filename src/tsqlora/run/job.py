@@ -16,7 +16,7 @@ from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import prepare, read_data, require_embedded, unmeasured, without_measured
 from tsqlora.data.table import Table
-from tsqlora.errors import SettingsError, UnsupportedError, printable
+from tsqlora.errors import SettingsError, printable
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import PRESETS, Config
 from tsqlora.run.start import start_labels, start_of
@@ -84,11 +84,8 @@ def load(
     """
     require_of_task(config)
     task = trained_task(config)
-    if task.reading.has_reference and not scoring:
-        raise UnsupportedError(
-            f"task.type {task.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
-            "and `tsqlora select`), and train on them with TRL's DPOTrainer"
-        )
+    if not scoring:
+        task.reading.require_trained(task.name)
     tables = read(config, labels)
     say(described(tables, task))
     classes = tables["train"].classes
@@ -99,8 +96,7 @@ def load(
     data = prepare(tables, pretrained.tokenizer, max_length=length, **how)
     if note := unmeasured(data):
         warnings.warn(note, stacklevel=2)
-    if task.reading.media is None:
-        require_embedded(data, pretrained.tokenizer, pretrained.model)
+    require_embedded(data, pretrained.tokenizer, pretrained.model)
     return Job(config, task, pretrained, data, length)
 
 
@@ -116,13 +112,10 @@ def read(
         data.train,
         data.validation,
         data.test,
-        find=task.reading.find,
-        columns={name: getattr(data, name) for name in task.reading.settings},
-        label=task.reading.label,
+        **task.reading.rows(data, holds_out=holds_out),
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
         trusted=data.trusted,
-        holds_out=holds_out and not task.reading.has_reference,
         max_bad_rows=data.max_bad_rows,
         hints=hints_of(config),
         numbers=labels is not None and are_numbers(labels),

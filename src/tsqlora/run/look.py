@@ -4,7 +4,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from tsqlora.tasks import Collate, Task
 from tsqlora.text.apply import answer_columns, answers_of
 from tsqlora.text.before import even_scores, look_before, without_unfit
 from tsqlora.text.look import AnswerLook
-from tsqlora.text.vocabulary import vocabulary_of_model
+from tsqlora.text.vocabulary import vocabulary_of_answers
 from tsqlora.training.run_dir import CONFIG_FILE
 
 
@@ -96,9 +96,8 @@ def look(
         )
         request = replace(request, asks=why_unasked(*about) is None)
     answers, judges, result = AnswerLook([]), dict[str, np.ndarray](), None
-    if request.task.reading.causal and getattr(processing_class, "is_fast", False):
-        inner = cast(Any, distributed.unwrapped(model))
-        vocabulary = vocabulary_of_model(processing_class, inner.config, inner.generation_config, size_of=inner)
+    inner = distributed.unwrapped(model)
+    if (vocabulary := vocabulary_of_answers(processing_class, inner)) is not None:
         options = {"collate": collate, "seed": request.rule.seed}
         answers = look_before(inner, dataset, vocabulary, request.compute, **options)
         judges = answers_of(answers, vocabulary, len(dataset))
@@ -186,7 +185,8 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
 
 def _classes_of(saved: SavedLook, config: Config) -> LabelMap | None:
     """Return the classes of a look; None for answers.  Raises an error for a look that is not applied by row."""
-    record, kind = saved.scores.record, trained_task(config).reading.label
+    record = saved.scores.record
+    classes = None if record.columns is None else trained_task(config).reading.classes(record.classes)
     if saved.answers and saved.scores.even:
         return None
     if saved.answers:
@@ -194,12 +194,12 @@ def _classes_of(saved: SavedLook, config: Config) -> LabelMap | None:
             f"the look in {saved.path} draws by trusted texts, which compares all rows with each other; take one "
             "without data.trusted, or score all rows together: tsqlora score CONFIG"
         )
-    if record.columns is None or kind is None or record.classes is None:
+    if classes is None:
         raise UnsupportedError(
             f"a look is applied to rows with a class each, or to answers that it has judged, and the task is "
             f"{config.task.type}; score all rows together: tsqlora score CONFIG"
         )
-    return LabelMap(tuple(record.classes), kind)
+    return classes
 
 
 def gpus_of(config: Config) -> list[int]:

@@ -76,7 +76,7 @@ def _changed(section: Section, names: Iterable[str]) -> list[str]:
 
 def _classes(task: Task, model: Any, rows: Samples) -> dict[str, int] | None:
     """Rows of each class by name; None for other tasks."""
-    if not task.reading.stratified:
+    if not task.reading.judges():
         return None
     counts = Counter(rows.labels.tolist())
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
@@ -90,7 +90,7 @@ def _passes(task: Task, method: Method, *, epochs: float) -> dict[str, dict[str,
     if quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
         phases["look"] = _look(rule, task, rows=n, trusted=trusted)
-    elif quality.rule.head_start and not quality.rule.select and task.writer is None:
+    elif not quality.rule.select and quality.rule.fits_head(task):
         phases["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality.rule.select:
         phases["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
@@ -103,7 +103,7 @@ def _both(rows: int) -> dict[str, int]:
 
 def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str, int]:
     """Rows forward and backward in one look."""
-    terms = [term for term in rule.measured().values() if not term.answers or task.answers is not None]
+    terms = rule.measured_of(task).values()
     reference = trusted or min(REFERENCE_ROWS, rows)
     cost = look_cost(terms, rows=rows, reference=reference, trusted=trusted)
     return {"forward": cost.forward, "backward": cost.backward}

@@ -1,6 +1,5 @@
 """Select the rows of a pool to train on, as a `datasets.Dataset` for any trainer."""
 
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,6 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from tsqlora.data.labels import LabelMap
-from tsqlora.data.media import as_paths
 from tsqlora.data.rows import MissingError, quoted
 from tsqlora.data.sources import of_dataset
 from tsqlora.data.splits import complete, prepare, require_columns, require_embedded
@@ -22,6 +19,7 @@ from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config.settings import DataSettings
 from tsqlora.tasks import Task, task_of
+from tsqlora.tasks.forward import base_model, continues
 from tsqlora.text.before import look_before, without_unfit
 from tsqlora.text.vocabulary import vocabulary_of_model
 from tsqlora.training.load import positions_of
@@ -70,8 +68,8 @@ def select(
     with tempfile.TemporaryDirectory() as folder:
         scores = score_pool(
             model,
-            _with_paths(pool, task, f"{folder}/pool"),
-            None if few is None else _with_paths(few, task, f"{folder}/trusted"),
+            task.reading.by_path(pool, f"{folder}/pool"),
+            None if few is None else task.reading.by_path(few, f"{folder}/trusted"),
             processing_class,
             task=task,
             rule=rule or ScoringRule(seed=seed),
@@ -81,7 +79,7 @@ def select(
         )
     why = (scores.record.gate or {}).get("why_not", "")
     chosen = fraction < 1 or few is not None  # else nobody asked for a choice by scores
-    chosen = chosen and not task.reading.has_reference  # of pairs `score` warns
+    chosen = chosen and task.reading.why_even is None  # else `score` has warned
     if chosen and scores.even and (why or scores.kept.all()):
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
         warnings.warn(str(why or even), stacklevel=3)
@@ -114,8 +112,7 @@ def score_pool(
         for table in tables.values():
             require_columns(table, [error.what])
         raise
-    if task.reading.media is None:
-        require_embedded(data, tokenizer, model)
+    require_embedded(data, tokenizer, model)
     for note in notes_of(data):
         if note not in warned:
             warnings.warn(note, stacklevel=4)
@@ -133,7 +130,7 @@ def score_pool(
     )
     if not drop:
         return scores
-    if not task.reading.causal:
+    if not continues(base_model(model)):
         raise SettingsError(f"drop='evident' judges answers that a causal model writes; the task is {task.name}")
     about = (tokenizer, cast(Any, model).config, cast(Any, model).generation_config)
     look = look_before(model, samples, vocabulary_of_model(*about, size_of=model), compute, seed=rule.seed)
@@ -156,14 +153,6 @@ def _as_dataset(rows: Any, name: str) -> Any:
     )
 
 
-def _with_paths(rows: Any, task: Task, folder: str) -> Any:
-    """The rows with paths in place of images or recordings, if the model reads these."""
-    if task.reading.media is None:
-        return rows
-    os.mkdir(folder)
-    return as_paths(rows, task.reading.media, folder)
-
-
 def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, Table]:
     """The pool and the trusted rows as tables, with the format or the columns of the pool."""
     pool = rows["train"]
@@ -171,21 +160,16 @@ def _tables(rows: Mapping[str, Any], model: nn.Module, task: Task) -> dict[str, 
     tables = {
         split: of_dataset(part, "dataset" if split == "train" else split).numbered() for split, part in rows.items()
     }
-    names, classes = list(pool.column_names), None
-    usual = ("text", "label") if task.reading.label else ("prompt", "completion")
+    names = list(pool.column_names)
     try:
         columns, format = task.reading.find(names, source="dataset")
         if columns.label is None and format is None:
             raise DataError("dataset has no label column")
     except DataError as error:  # settings, which others name, this function has none of
-        renamed = ", ".join(f"{old!r}: {new!r}" for old, new in zip(names, usual, strict=False))
+        renamed = ", ".join(f"{old!r}: {new!r}" for old, new in zip(names, task.reading.usual, strict=False))
         raise DataError(
             f"{str(error).partition('; ')[0]}; rename its columns {quoted(names)}, such as "
             f"dataset.rename_columns({{{renamed}}})"
         ) from error
-    if task.reading.label is not None:
-        heads = cast(Any, model).config.id2label
-        first = task.reading.label.parts(next((cell for cell in pool[columns.label] if cell), 0))
-        texts = isinstance(first[0], str)
-        classes = LabelMap(tuple(str(heads[j]) if texts else j for j in range(len(heads))), task.reading.label)
+    classes = None if columns.label is None else task.reading.classes_of(cast(Any, model).config, pool[columns.label])
     return {split: table.using(columns, classes, format) for split, table in tables.items()}

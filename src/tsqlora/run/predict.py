@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tsqlora.data.labels import require_separable
 from tsqlora.data.readers import TABLES
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import lacks_of, listed
-from tsqlora.data.table import Table
+from tsqlora.data.table import Samples, Table
 from tsqlora.data.write import joined, require_writable, save_beside, try_rows, without_formulas, write_rows
 from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.files import reading, writing
@@ -20,7 +21,6 @@ from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.fit import warn_of_cuts
 from tsqlora.run.job import hints_of, read
-from tsqlora.tasks import get_task
 
 
 def evaluate_run(
@@ -31,8 +31,8 @@ def evaluate_run(
     Texts are generated to measure them.
     """
     record = require_finished(run)
-    generates = get_task(record.task).writer is not None
-    if data is None and not overrides and ("test" in record.metrics or not generates):
+    writes = "format" in record.data
+    if data is None and not overrides and ("test" in record.metrics or not writes):
         return record.metrics["test" if "test" in record.metrics else "validation"]
     finished = open_run(run, overrides)
     if data is None:
@@ -89,8 +89,8 @@ def predict_run(
     own = [dict[str, Any]()] * len(table) if parquet else [row.cells for row in table]
     try_rows(out, own, original=original)
     complete = _with_input(finished, table)
-    answers = _texts if finished.task.writer is not None else _answers
-    added = dict(zip(complete.ids.tolist(), answers(finished, complete, progress), strict=True))
+    how = {"logits": partial(_logits, finished, progress), "texts": partial(_texts, finished, progress)}
+    added = dict(zip(complete.ids.tolist(), finished.task.predict(complete, **how), strict=True))
     empty = dict.fromkeys(added[int(complete.ids[0])])
     predictions = [added.get(i, empty) for i in range(len(table))]
     shown = [_rounded(one) for one in predictions] if is_table else predictions
@@ -139,14 +139,13 @@ def _with_input(finished: FinishedRun, table: Table) -> Table:
     return replace(table, ids=np.array(complete))
 
 
-def _texts(finished: FinishedRun, table: Table, progress: Progress | None) -> list[dict[str, Any]]:
+def _texts(finished: FinishedRun, progress: Progress | None, table: Table) -> list[str]:
     predictor = finished.predictor
     prompts = predictor.prompts(table)
     warn_of_cuts(prompts, table.name, "prompts", predictor.prompt_length)
-    return [{"prediction": text} for text in predictor.texts(prompts, phase="prediction", progress=progress)]
+    return predictor.texts(prompts, phase="prediction", progress=progress)
 
 
-def _answers(finished: FinishedRun, table: Table, progress: Progress | None) -> list[dict[str, Any]]:
-    samples, predictor = finished.unlabelled(table), finished.predictor
-    logits = predictor.logits(samples, phase="prediction", progress=progress)
-    return predictor.task.shown(logits, table, samples)
+def _logits(finished: FinishedRun, progress: Progress | None, table: Table) -> tuple[np.ndarray, Samples]:
+    samples = finished.unlabelled(table)
+    return finished.predictor.logits(samples, phase="prediction", progress=progress), samples

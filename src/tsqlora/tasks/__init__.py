@@ -11,16 +11,29 @@ from transformers import GenerationMixin
 from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import base_model
+from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.preference import Preference
-from tsqlora.tasks.reading import files
+from tsqlora.tasks.reading import Reading, files, require_room
 from tsqlora.tasks.regression import Regression
-from tsqlora.tasks.task import Answers, Batch, Collate, Reading, Task, Writer
+from tsqlora.tasks.task import Answers, Task, answers_of
 from tsqlora.tasks.tokens import TokenClassification
 
-__all__ = ["TASKS", "Answers", "Batch", "Collate", "Reading", "Task", "Writer", "get_task", "has_own_loss", "task_of"]
+__all__ = [
+    "TASKS",
+    "Answers",
+    "Batch",
+    "Collate",
+    "Reading",
+    "Task",
+    "answers_of",
+    "get_task",
+    "has_own_loss",
+    "require_classes",
+    "require_room",
+    "task_of",
+]
 
 TASKS: dict[str, Callable[..., Any]] = {
     "sequence-classification": Classification,
@@ -83,6 +96,13 @@ def task_of(model: nn.Module, *, columns: Collection[str] = (), label_smoothing:
     regression = kind == "regression" or (kind is None and labels == 1)
     media = (name for name, mapping in MEDIA_CLASSES.items() if classes & {*_flat(mapping.values())})
     return get_task("regression" if regression else next(media, "sequence-classification"), **options)
+
+
+def require_classes(task: Task) -> None:
+    """Raise UnsupportedError for a task without classes, whose labels no audit judges."""
+    if task.reading.label is None:
+        names = ", ".join(name for name in TASKS if get_task(name).reading.label is not None)
+        raise UnsupportedError(f"an audit of labels works for {names}, and the task is {task.name}")
 
 
 def has_own_loss(task: Task, model: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """Classification of texts, images or recordings: one of k classes per sample, cross-entropy."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,8 +15,8 @@ from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import double
 from tsqlora.data.table import Table
 from tsqlora.errors import TsqLoraError
-from tsqlora.tasks.reading import TEXTS
-from tsqlora.tasks.task import Answers, Link, Reading
+from tsqlora.tasks.reading import TEXTS, Reading
+from tsqlora.tasks.task import Link, Logits, evaluate
 
 FLOOR = 1e-12
 """Added to frequencies before the logarithm, so that an absent class has a finite logit."""
@@ -37,17 +36,13 @@ class Classification:
 
     headline = "accuracy"
     measured = ("accuracy", "macro_f1", "matthews", "loss")
-    writer = None
     link: ClassVar[Link] = "softmax"
+    evaluate = evaluate
 
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
     name: str = "sequence-classification"
     reading: Reading = field(default=TEXTS, repr=False)
-
-    @property
-    def answers(self) -> Answers:
-        return self
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return w[y]·ce per sample; without weights its mean is torch's cross_entropy."""
@@ -99,11 +94,11 @@ class Classification:
         """Return the class with the largest logit."""
         return logits.argmax(axis=1)
 
-    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, table: Table, *, logits: Logits, **_: Any) -> list[dict[str, Any]]:
         """Return the likeliest class and its probability."""
         assert table.classes is not None
-        best, names = softmax(logits.astype(np.float64), axis=1).max(axis=1), table.classes.names
-        chosen = zip(self.predictions(logits), best, strict=True)
+        z, names = logits(table)[0], table.classes.names
+        chosen = zip(self.predictions(z), softmax(z.astype(np.float64), axis=1).max(axis=1), strict=True)
         return [{"prediction": names[int(value)], "probability": float(p)} for value, p in chosen]
 
     def unusable(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> tuple[Bool[Tensor, " n"], str]:

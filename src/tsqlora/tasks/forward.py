@@ -1,7 +1,7 @@
 """Batch to model: inputs, labels, logits."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from tsqlora.compat.torch import upcast
 from tsqlora.errors import DataError, UnsupportedError
-from tsqlora.tasks.task import Answers, Batch, Collate, Task
+
+Batch = Mapping[str, Any]
+Collate = Callable[[list[Any]], Batch]
 
 SELECT_BEFORE = (
     "select rows before you build the trainer: dataset = tsqlora.select(model, dataset, processing_class=tokenizer, "
@@ -42,7 +44,17 @@ def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Ten
 
 def is_encoder_decoder(inner: nn.Module) -> bool:
     """Whether the model generates with a decoder that reads an encoder's output, as T5 and BART do."""
-    return isinstance(inner, GenerationMixin) and bool(getattr(inner.config, "is_encoder_decoder", False))
+    return generates(inner) and bool(getattr(inner.config, "is_encoder_decoder", False))
+
+
+def generates(inner: nn.Module) -> bool:
+    """Whether the model writes text."""
+    return isinstance(inner, GenerationMixin)
+
+
+def continues(inner: nn.Module) -> bool:
+    """Whether the model generates by going on from its input: its logits at a token predict the next one."""
+    return generates(inner) and not is_encoder_decoder(inner)
 
 
 def each_its_row(collate: Collate) -> Collate:
@@ -79,11 +91,10 @@ def model_logits(
     inputs: Mapping[str, Tensor],
     *,
     dimensions: int = 2,
-    causal: bool = False,
     own_dtype: bool = False,
 ) -> Tensor:
     """Return the logits, at least in float32 unless in their `own_dtype`: n × k, or n × t × k with 3 `dimensions`."""
-    output = model(**placed(model, inputs, causal=causal))
+    output = model(**placed(model, inputs))
     logits = output_part(output, "logits")
     if logits is None:
         raise UnsupportedError(
@@ -103,37 +114,9 @@ def output_part(output: Any, name: str) -> Tensor | None:
     return part if isinstance(part, Tensor) else None
 
 
-def require_labels(task: Task, labels: Tensor) -> None:
-    """Raise UnsupportedError for labels of another task: one class per sample, or n × k of 0 and 1."""
-    kind = task.reading.label
-    if kind is None or kind.by_token or labels.dim() == (2 if kind.joint else 1):
-        return
-    cure = "give 0.0 or 1.0 for each label"
-    if kind.single:
-        cure = (
-            'for several labels per row set model.config.problem_type to "multi_label_classification", for tags use '
-            "AutoModelForTokenClassification"
-        )
-    raise UnsupportedError(f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; {cure}")
-
-
-def require_usable(
-    answers: Answers | None, logits: Tensor, labels: Tensor, rows: Iterable[Any], kind: str = "row"
-) -> None:
-    """Raise DataError naming the first of these rows whose label the loss cannot use: no class, or not finite."""
-    if answers is None:
-        return
-    wrong, expected = answers.unusable(logits, labels)
-    if not wrong.any():
-        return
-    first = int(wrong.int().argmax())
-    raise DataError(
-        f"{kind} {[*rows][first]} has the label {labels[first].tolist()}, and {expected}; correct it or remove the row"
-    )
-
-
-def placed(model: nn.Module, inputs: Mapping[str, Any], *, causal: bool) -> Mapping[str, Any]:
-    """Build no KV cache; with `causal` add position ids, so that left and right padding give the same result.
+def placed(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Build no KV cache; for a decoder that goes on from its input add position ids, so that padding on either side
+    gives the same result.
 
     A position embedding with a padding_idx, as RoBERTa's, numbers the tokens itself, from another number on.
     """
@@ -143,7 +126,7 @@ def placed(model: nn.Module, inputs: Mapping[str, Any], *, causal: bool) -> Mapp
     if "use_cache" in parameters or ("use_cache" in of_body and "kwargs" in parameters):
         inputs = {"use_cache": False, **inputs}
     mask = inputs.get("attention_mask")
-    if not causal or mask is None or mask.dim() != 2 or "position_ids" in inputs:
+    if not continues(inner) or mask is None or mask.dim() != 2 or "position_ids" in inputs:
         return inputs
     if "position_ids" not in parameters or any(
         isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name

@@ -1,7 +1,7 @@
 """Text generation: mean cross-entropy over the target tokens of each sample."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -16,8 +16,8 @@ from tsqlora.data.batches import IGNORED, MULTIPLE, GenerationCollator, generati
 from tsqlora.data.chat import Format, find_format
 from tsqlora.data.rows import Columns
 from tsqlora.data.tokens import tokenise_generation
-from tsqlora.tasks.forward import base_model, model_logits
-from tsqlora.tasks.task import Batch, Collate, Reading, Writer
+from tsqlora.tasks.forward import Batch, Collate, base_model, model_logits
+from tsqlora.tasks.reading import Reading, load_tokenizer
 
 CHUNK = 2**22
 """Logits that are in float32 at a time."""
@@ -30,15 +30,15 @@ def find_texts(names: Sequence[str], *, source: str, **settings: Any) -> tuple[C
 
 
 def pad_texts(
-    model: nn.Module, tokenizer: Any, *, max_length: int, seq2seq: bool = False, left: bool = False
+    model: nn.Module, tokenizer: Any, *, max_length: int, seq2seq: bool = False, prompts: bool = False
 ) -> Collate:
-    """Pad to a multiple of 8 tokens where the model has so many positions; on the `left` for prompts to continue.
+    """Pad to a multiple of 8 tokens where the model has so many positions; `prompts` to go on from on the left.
 
     What a decoder behind an encoder reads is the target, one token late.
     """
     longest, positions = -(-max_length // MULTIPLE) * MULTIPLE, getattr(model.config, "max_position_embeddings", None)
     multiple = MULTIPLE if positions is None or longest <= positions else 1
-    padded = generation_collator(tokenizer, seq2seq=seq2seq, multiple=multiple, left=left)
+    padded = generation_collator(tokenizer, seq2seq=seq2seq, multiple=multiple, left=prompts and not seq2seq)
     return WithDecoderInputs(padded, base_model(model)) if seq2seq else padded
 
 
@@ -65,9 +65,13 @@ CAUSAL_TEXTS = Reading(
     find=find_texts,
     encode=partial(tokenise_generation, seq2seq=False),
     collate=pad_texts,
-    logits=partial(model_logits, dimensions=3, causal=True, own_dtype=True),
+    logits=partial(model_logits, dimensions=3, own_dtype=True),
+    processor=partial(load_tokenizer, generates=True),
     settings=("format", "prompt", "target", "messages", "text"),
     foreign={"data.label": "data.target", "data.text_pair": "data.prompt"},
+    trainer={"prediction_loss_only": True},  # logits of texts have a vocabulary for every token
+    hidden_terms={"density_ratio": 4.0},  # choosy, since few rows that miss the point do harm
+    usual=("prompt", "completion"),
     whole=True,
     causal=True,
 )
@@ -97,15 +101,10 @@ class Generation:
     label_smoothing: float = 0.0
     headline = "token_accuracy"
     measured = ("loss", "perplexity", "token_accuracy")
-    answers = None
 
     @property
     def reading(self) -> Reading:
         return CAUSAL_TEXTS if self.causal else SEQ2SEQ
-
-    @property
-    def writer(self) -> Writer:
-        return self
 
     def loss(self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> Float[Tensor, " n"]:
         """Return the mean over target tokens per sample; 0 for a sample without targets.
@@ -138,8 +137,9 @@ class Generation:
         loss = double(losses.view_as(targets).sum(1))
         return {"loss": loss, "right": right.view_as(targets).sum(1), "tokens": (targets != IGNORED).sum(1)}
 
-    def of_counts(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def evaluate(self, samples: Any, *, summed: Callable[..., Mapping[str, float]], **_: Any) -> dict[str, float]:
         """Return loss (mean over all target tokens), perplexity (its exponential) and token_accuracy."""
+        sums = summed(samples, self.count)
         tokens = max(sums["tokens"], 1)
         loss = sums["loss"] / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": sums["right"] / tokens}
@@ -147,8 +147,9 @@ class Generation:
     def metrics(self, *_: Any) -> dict[str, float]:
         return {}  # `count` sees the logits of a batch
 
-    def shown(self, *_: Any) -> list[dict[str, Any]]:
-        return []
+    def predict(self, table: Any, *, texts: Callable[[Any], list[str]], **_: Any) -> list[dict[str, Any]]:
+        """Return the written text."""
+        return [{"prediction": text} for text in texts(table)]
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -1,6 +1,5 @@
 """Multi-label classification: any of k labels per sample, binary cross-entropy of each."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from tsqlora.data.labels import SET
 from tsqlora.data.table import Table
 from tsqlora.tasks.classification import FLOOR
 from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
-from tsqlora.tasks.task import Answers, Link
+from tsqlora.tasks.task import Link, Logits, evaluate
 
 BISECTIONS = 60
 """Halvings of the interval that holds an offset, which leave rounding alone."""
@@ -30,13 +29,9 @@ class MultiLabel:
     headline = "micro_f1"
     measured = ("micro_f1", "macro_f1", "accuracy", "loss")
     reading = replace(TEXTS, label=SET, problem_type="multi_label_classification", foreign=WITHOUT_SMOOTHING)
-    writer = None
     link: ClassVar[Link] = "sigmoid"
+    evaluate = evaluate
     class_weights = None
-
-    @property
-    def answers(self) -> Answers:
-        return self
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
         """Return each sample's mean over the labels; the mean over samples is transformers' loss."""
@@ -83,11 +78,11 @@ class MultiLabel:
         """Return the labels with a probability above a half."""
         return logits > 0
 
-    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, table: Table, *, logits: Logits, **_: Any) -> list[dict[str, Any]]:
         """Return the predicted labels and the probability of each."""
         assert table.classes is not None
-        names, p = table.classes.names, expit(logits.astype(np.float64))
-        sets = [np.flatnonzero(row) for row in self.predictions(logits)]
+        z, names = logits(table)[0], table.classes.names
+        p, sets = expit(z.astype(np.float64)), [np.flatnonzero(row) for row in self.predictions(z)]
         return [
             {"prediction": [names[k] for k in own], "probability": p[i, own].tolist()} for i, own in enumerate(sets)
         ]

@@ -12,9 +12,9 @@ from tsqlora.data.batches import GenerationCollator, PairCollator
 from tsqlora.data.chat import Format, pair_format
 from tsqlora.data.rows import Columns
 from tsqlora.data.tokens import tokenise_pairs
+from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation, pad_texts
 from tsqlora.tasks.reading import OF_TEXTS
-from tsqlora.tasks.task import Collate
 
 CAUSAL = Generation("causal-lm", causal=True)
 """The task of writing an answer."""
@@ -53,7 +53,8 @@ PAIRS = replace(
     logits=log_ratios,
     settings=(),
     foreign=dict.fromkeys((*OF_TEXTS, "data.label", "data.text_pair", "data.text")),
-    has_reference=True,
+    hidden_terms={},
+    why_even="the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly",
 )
 
 
@@ -68,8 +69,6 @@ class Preference:
     headline = "loss"
     measured = ("loss",)
     reading = PAIRS
-    answers = None
-    writer = None
 
     beta: float = 0.1
 
@@ -81,8 +80,10 @@ class Preference:
         """Return the mean over pairs."""
         return losses.mean()
 
-    def metrics(self, *_: Any) -> dict[str, float]:
+    def metrics(self, *_: Any, **how: Any) -> dict[str, float]:
         return {}  # pairs are only scored
 
-    def shown(self, *_: Any) -> list[dict[str, Any]]:
+    evaluate = metrics
+
+    def predict(self, *_: Any, **how: Any) -> list[dict[str, Any]]:
         return []

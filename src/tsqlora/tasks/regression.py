@@ -1,6 +1,6 @@
 """Regression: one number per sample, squared error."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import double
 from tsqlora.data.table import Table
 from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
-from tsqlora.tasks.task import Answers, Link
+from tsqlora.tasks.task import Link, Logits, evaluate
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,13 +23,9 @@ class Regression:
     headline = "spearman"
     measured = ("pearson", "spearman", "mse", "loss")
     reading = replace(TEXTS, label=None, problem_type="regression", foreign=WITHOUT_SMOOTHING)
-    writer = None
     link: ClassVar[Link] = "identity"
+    evaluate = evaluate
     class_weights = None
-
-    @property
-    def answers(self) -> Answers:
-        return self
 
     def loss(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return (logit - label)² per sample."""
@@ -70,9 +66,9 @@ class Regression:
         """Return the logits themselves."""
         return logits[:, 0]
 
-    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, table: Table, *, logits: Logits, **_: Any) -> list[dict[str, Any]]:
         """Return the predicted number."""
-        return [{"prediction": float(value)} for value in self.predictions(logits)]
+        return [{"prediction": float(value)} for value in self.predictions(logits(table)[0])]
 
     def unusable(self, logits: Float[Tensor, "n 1"], labels: Tensor) -> tuple[Bool[Tensor, " n"], str]:
         return ~labels.isfinite().view(len(labels), -1).all(1), "it must be a finite number"

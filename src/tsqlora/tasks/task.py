@@ -1,89 +1,68 @@
 """What a task is: how its rows reach a model, the loss, and what is made of the logits."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsqlora.compat.shapes import Bool, Float, Shaped
-from tsqlora.data.chat import Format
-from tsqlora.data.labels import LabelKind
-from tsqlora.data.splits import Find, resolve_max_length
 from tsqlora.data.table import Table
-from tsqlora.data.tokens import Encode
-
-Batch = Mapping[str, Any]
-Collate = Callable[[list[Any]], Batch]
+from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.tasks.reading import Reading
 
 Link = Literal["softmax", "sigmoid", "identity"]
 """What turns a row's logits into its answer: one of k classes, any of k labels, or a number."""
 
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Reading:
-    """How rows become batches, and which model takes them."""
-
-    auto: str
-    """The class of transformers that loads the model."""
-    pipeline: str | None
-    """The Hub's name for what such a model does."""
-    find: Find
-    encode: Encode
-    collate: Callable[..., Collate]
-    """Takes the model, its tokenizer or processor, and `max_length`."""
-    logits: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-    """Runs the model on inputs: n × k, or n × t × k where every token has logits."""
-    label: LabelKind | None = None
-    """What a cell holds of the classes; None for numbers and texts."""
-    problem_type: str | None = None
-    """By which a model of transformers chooses its own loss."""
-    settings: tuple[str, ...] = ("text", "text_pair", "label")
-    """The settings of `data` that `find` takes."""
-    foreign: Mapping[str, str | None] = field(default_factory=dict)
-    """Settings without effect, each with the one to set in its place."""
-    media: str | None = None
-    """ "image" or "audio" where a row is a file."""
-    whole: bool = False
-    """Whether the checkpoint must have every weight: no head is new."""
-    causal: bool = False
-    """Whether the logits at a token predict the next one."""
-    has_reference: bool = False
-    """Whether the loss compares the model with itself before training: rows are scored, and another trains."""
-
-    @property
-    def stratified(self) -> bool:
-        """Whether a row has one class, by which draws are stratified and which fits judge."""
-        return self.label is not None and self.label.single
-
-    @property
-    def by_token(self) -> bool:
-        """Whether a row has a label for each of its tokens."""
-        return self.label is not None and self.label.by_token
-
-    def noun(self, format: Format | None) -> str:
-        """What a note calls the part of a row that may be cut."""
-        return "recordings" if self.media else "texts" if format is None or format.name == "text" else "prompts"
-
-    def limit(self, setting: int | None, tokenizer: Any, positions: int | None, most: int = 10**12) -> int:
-        """Most tokens of a sample; of a recording its most steps, 0 for all, as for images."""
-        if self.media is not None:
-            return setting or 0
-        limit = min(tokenizer.model_max_length, most)
-        return resolve_max_length(setting, tokenizer_limit=limit, positions=positions)
+Logits = Callable[[Any], tuple[np.ndarray, Any]]
+"""The logits of rows, with their labels or samples."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
-class Answers(Protocol):
+class Task(Protocol):
+    """Everything that depends on what the model learns."""
+
+    @property
+    def name(self) -> str: ...
+
+    headline: ClassVar[str]
+    """The metric that compares runs by default; more is better."""
+
+    measured: ClassVar[tuple[str, ...]]
+    """Every metric of the task, except those of generated text (`text_metrics.TEXT_METRICS`)."""
+
+    @property
+    def reading(self) -> Reading: ...
+
+    def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
+        """Return the loss of each sample, not reduced."""
+        ...
+
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, ""]:
+        """Reduce sample losses as training does: the mean over samples, or over tokens."""
+        ...
+
+    def metrics(self, logits: Float[np.ndarray, "n *k"], labels: Shaped[np.ndarray, "n *t"], /) -> dict[str, float]:
+        """Return the metrics of `measured` by their plain names; nothing of text, whose logits are too large."""
+        ...
+
+    def evaluate(self, samples: Any, /, *, logits: Logits, summed: Callable[..., dict[str, float]]) -> dict[str, float]:
+        """Return the metrics of `measured` from the samples' logits and labels, or from counts summed over batches."""
+        ...
+
+    def predict(self, table: Table, /, *, logits: Logits, texts: Callable[[Table], list[str]]) -> list[dict[str, Any]]:
+        """Return the cells that a file of predictions gets for each row, from its logits, or from written texts."""
+        ...
+
+
+@runtime_checkable
+class Answers(Task, Protocol):
     """A task whose logits are one row a sample: a head is fitted on them, and they are compared with a constant."""
 
     link: ClassVar[Link]
 
     @property
     def class_weights(self) -> Tensor | None: ...
-
-    def loss(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> Float[Tensor, " n"]: ...
 
     def chance(self, labels: Shaped[Tensor, "n *k"], width: int) -> Float[Tensor, " k"]:
         """Return the logits of the constant predictor with the least mean loss on these labels."""
@@ -102,57 +81,38 @@ class Answers(Protocol):
         ...
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """A task whose answer is text that the model writes."""
-
-    def count(self, logits: Float[Tensor, "n t v"], labels: Shaped[Tensor, "n t"]) -> dict[str, Tensor]:
-        """Return what batches add up to metrics of tokens."""
-        ...
-
-    def of_counts(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of summed counts."""
-        ...
+def evaluate(task: Task, samples: Any, /, *, logits: Logits, **_: Any) -> dict[str, float]:
+    """The `evaluate` of a task with small logits."""
+    return task.metrics(*logits(samples))
 
 
-@runtime_checkable
-class Task(Protocol):
-    """Everything that depends on what the model learns."""
+def answers_of(task: Task) -> Answers | None:
+    """Return the task if its logits are one row a sample; None where tokens have logits, and for pairs."""
+    return task if isinstance(task, Answers) else None
 
-    @property
-    def name(self) -> str: ...
 
-    headline: ClassVar[str]
-    """The metric that compares runs by default; more is better."""
+def require_labels(task: Task, labels: Tensor) -> None:
+    """Raise UnsupportedError for labels of another task: one class per sample, or n × k of 0 and 1."""
+    kind = task.reading.label
+    if kind is None or kind.by_token or labels.dim() == (2 if kind.joint else 1):
+        return
+    cure = "give 0.0 or 1.0 for each label"
+    if kind.single:
+        cure = (
+            'for several labels per row set model.config.problem_type to "multi_label_classification", for tags use '
+            "AutoModelForTokenClassification"
+        )
+    raise UnsupportedError(f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; {cure}")
 
-    measured: ClassVar[tuple[str, ...]]
-    """Every metric of the task, except those of generated text (`text_metrics.TEXT_METRICS`)."""
 
-    @property
-    def reading(self) -> Reading: ...
-
-    @property
-    def answers(self) -> Answers | None:
-        """None where tokens have logits, and for pairs."""
-        ...
-
-    @property
-    def writer(self) -> Writer | None: ...
-
-    def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
-        """Return the loss of each sample, not reduced."""
-        ...
-
-    def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, ""]:
-        """Reduce sample losses as training does: the mean over samples, or over tokens."""
-        ...
-
-    def metrics(self, logits: Float[np.ndarray, "n *k"], labels: Shaped[np.ndarray, "n *t"], /) -> dict[str, float]:
-        """Return the metrics of `measured` by their plain names; nothing of text, whose logits are too large."""
-        ...
-
-    def shown(
-        self, logits: Float[np.ndarray, "n *k"], table: Table, samples: Iterable[Mapping[str, Any]], /
-    ) -> list[dict[str, Any]]:
-        """Return the cells that a file of predictions gets for each row; none of text, which is written."""
-        ...
+def require_usable(task: Task, logits: Tensor, labels: Tensor, rows: Iterable[Any], kind: str = "row") -> None:
+    """Raise DataError naming the first of these rows whose label the loss cannot use: no class, or not finite."""
+    if not isinstance(task, Answers):
+        return
+    wrong, expected = task.unusable(logits, labels)
+    if not wrong.any():
+        return
+    first = int(wrong.int().argmax())
+    raise DataError(
+        f"{kind} {[*rows][first]} has the label {labels[first].tolist()}, and {expected}; correct it or remove the row"
+    )

@@ -1,6 +1,6 @@
 """Token classification: a tag for each word, cross-entropy at the word's first piece; spans by their BIO tags."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from tsqlora.data.rows import tokens_at
 from tsqlora.data.table import Table
 from tsqlora.data.tokens import tokenise_words
 from tsqlora.tasks.forward import model_logits
-from tsqlora.tasks.reading import OF_TEXTS, TEXTS, find_labelled, pad
+from tsqlora.tasks.reading import OF_TEXTS, TEXTS, find_labelled, load_tokenizer, pad
+from tsqlora.tasks.task import Logits, evaluate
 
 WORDS = replace(
     TEXTS,
@@ -28,6 +29,8 @@ WORDS = replace(
     encode=tokenise_words,
     collate=partial(pad, tags=True),
     logits=partial(model_logits, dimensions=3),
+    # Byte-level tokenizers read words one by one only with a space before each.
+    processor=partial(load_tokenizer, add_prefix_space=True),
     label=TAGS,
     problem_type=None,
     foreign={**OF_TEXTS, "data.text_pair": None},
@@ -43,8 +46,7 @@ class TokenClassification:
     headline = "span_f1"
     measured = ("span_f1", "accuracy", "loss")
     reading = WORDS
-    answers = None
-    writer = None
+    evaluate = evaluate
 
     label_smoothing: float = 0.0
     tags: Sequence[Any] = ()
@@ -85,13 +87,14 @@ class TokenClassification:
         """Return the tag with the largest logit, also where a token has no tag."""
         return logits.argmax(axis=2)
 
-    def shown(self, logits: np.ndarray, table: Table, samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, table: Table, *, logits: Logits, **_: Any) -> list[dict[str, Any]]:
         """Return a tag and its probability for each token; "O" and none for a token that the model did not read.
 
         Without labels, the first piece of each token has the token's number.
         """
         assert table.classes is not None
-        names, p = table.classes.names, softmax(logits.astype(np.float64), axis=2)
+        z, samples = logits(table)
+        names, p = table.classes.names, softmax(z.astype(np.float64), axis=2)
         unread, result = OUTSIDE if OUTSIDE in names else None, list[dict[str, Any]]()
         for i, (row, sample) in enumerate(zip(table, samples, strict=True)):
             count = len(tokens_at(row, table.columns.text))

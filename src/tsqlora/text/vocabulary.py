@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.compat.shapes import Int
 from tsqlora.errors import UnsupportedError
+from tsqlora.tasks.forward import base_model, continues
 from tsqlora.text.embedding import untrained_tokens
 
 PROBE = "9f3aAnswerProbe"
@@ -138,6 +139,14 @@ def vocabulary_of_model(tokenizer: Any, config: Any, generation: Any, *, size_of
     vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
     size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
     return replace(vocabulary, embeddings=size, untrained=untrained_tokens(size_of, vocabulary.added))
+
+
+def vocabulary_of_answers(tokenizer: Any, model: Any) -> Vocabulary | None:
+    """The vocabulary of a model whose answers can be looked at; None where it does not go on from a prompt, or where a
+    slow tokenizer does not say what a token stands for."""
+    if not continues(base_model(model)) or not getattr(tokenizer, "is_fast", False):
+        return None
+    return vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
 
 
 def _forms(normalizer: dict[str, Any]) -> tuple[Any, ...]:

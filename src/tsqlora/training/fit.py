@@ -21,7 +21,7 @@ from tsqlora.interop.health import require_finite
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, Task, has_own_loss
-from tsqlora.tasks.forward import output_part
+from tsqlora.tasks.forward import base_model, generates, output_part
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import RunRecord
 from tsqlora.training.tell_progress import TellProgress
@@ -80,14 +80,13 @@ def fit(
         data_collator=cast(Any, inputs.collate),
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
-        compute_metrics=measure if task.writer is None else None,
+        compute_metrics=measure,
         callbacks=[*method.callbacks, *also, *live],
     )
     # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    divides = task.writer is not None and _divides_by_window(model, inputs.collate([data.dataset[0]]))
-    set_loss_scaling(trainer, divides_by_window=divides)
+    set_loss_scaling(trainer, divides_by_window=_divides_by_window(model, inputs.collate([data.dataset[0]])))
     if has_own_loss(task, model):
         set_loss(trainer, lambda outputs, labels: task.batch_loss(task.loss(_logits(outputs), labels), labels))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -116,8 +115,10 @@ def _logits(outputs: Any) -> torch.Tensor:
 def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether the model's own loss is the sum over tokens, divided by the Trainer's num_items_in_batch.
 
-    Llama's and GPT-2's is; T5's and BART's ignores the number and is the mean over the batch.
+    Llama's and GPT-2's is; T5's and BART's ignores the number and is the mean over the batch, as a classifier's.
     """
+    if not generates(base_model(model)):
+        return False
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
     many = torch.tensor(10**6, device=device)

@@ -10,12 +10,8 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
@@ -24,7 +20,6 @@ from tsqlora.compat.transformers import (
     load,
     require_no_adapter,
     set_zero3_state,
-    without_named_files,
     without_weights,
 )
 from tsqlora.data.labels import LabelMap
@@ -92,8 +87,6 @@ def load_pretrained(
     reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     config, tokenizer = load_settings(path, task, labels=labels, **common)
     with loading("model.path", path):
-        if reading.whole:
-            _require_kind(task, config, path)
         weights, kind = getattr(torch, dtype), getattr(transformers, reading.auto)
         require_supported_packing(config)
         how: dict[str, Any] = {}
@@ -109,13 +102,10 @@ def load_pretrained(
             config=config,
             **how,
             dtype=weights,
-            ignore_mismatched_sizes=not reading.whole,
+            ignore_mismatched_sizes=bool(reading.head(None)),
             output_loading_info=True,
         )
-    if reading.media is None:
-        _require_vocabulary(tokenizer, path)
-    if reading.whole:
-        _require_weights(info["missing_keys"], path)
+    reading.require_weights(info["missing_keys"], path)
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
     # Masks of speech models' pretraining: training draws them, and no prediction reads them.
     missing = {key for key in info["missing_keys"] if not key.endswith(".masked_spec_embed")}
@@ -133,38 +123,10 @@ def load_settings(
     reading, common = task.reading, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with loading("model.path", path):
         require_no_adapter(path, common["revision"])
-        config = load(AutoConfig, path, **common, **({} if reading.whole else _head(task, labels)))
-        if reading.media is not None:
-            return config, load(_PROCESSORS[reading.media], path, **common)
-        by_word = task.reading.by_token
-        return config, _tokenizer(path, config, by_word=by_word, generates=reading.whole, **common)
-
-
-def _require_weights(missing_keys: Iterable[str], path: str) -> None:
-    """Raises SettingsError for a model that would generate text with weights that nobody trained."""
-    if missing := sorted({*missing_keys}):
-        raise SettingsError(
-            f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
-            "that was trained to generate text"
-        )
-
-
-_PROCESSORS: dict[str, Any] = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}
-
-
-def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **common: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token that the config names too."""
-    # Byte-level tokenizers read words one by one only with a space before each.
-    spaced = {"add_prefix_space": True} if by_word else {}
-    tokenizer = load(AutoTokenizer, path, **common, **spaced, **without_named_files(path, **common))
-    # A causal model reads its class at the last token that is not padding.
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # By its config's number, whatever the tokenizer pads with.
-    text = config.get_text_config()
-    if not generates or text.pad_token_id is None:
-        text.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
+        config = load(AutoConfig, path, **common, **reading.head(None if labels is None else labels.names))
+        processor = reading.processor(path, config, **common)
+    reading.require_base(config, path, task.name)
+    return config, processor
 
 
 _BITS: dict[str | None, int] = {"4bit": 4, "8bit": 8}
@@ -207,22 +169,6 @@ def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: s
             )
 
 
-def _require_kind(task: Task, config: Any, path: str) -> None:
-    behind_encoder = bool(getattr(config, "is_encoder_decoder", False))
-    if behind_encoder == task.reading.causal:
-        other = "seq2seq" if behind_encoder else "causal-lm"
-        kind = "has an encoder and a decoder" if behind_encoder else "is a decoder alone"
-        raise SettingsError(f"model.path {path!r} {kind}, and task.type is {task.name}; set it to {other}")
-
-
-def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    # Without its files transformers makes a tokenizer to which every word is unknown.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise SettingsError(f"model.path {path!r} holds no tokenizer; save the model's own there")
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise SettingsError(f"the tokenizer in model.path {path!r} has neither a padding nor an end token; set one")
-
-
 def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     """The modules whose weights a checkpoint lacks: the outermost where one holds another.
 
@@ -230,12 +176,3 @@ def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     ('bert.pooler.dense', 'classifier')
     """
     return tuple(outermost(sorted({key.rpartition(".")[0] for key in missing_keys})))
-
-
-def _head(task: Task, labels: LabelMap | None) -> dict[str, Any]:
-    names = ["LABEL_0"] if labels is None else [str(name) for name in labels.names]
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": task.reading.problem_type,
-    }

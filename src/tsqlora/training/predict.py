@@ -1,21 +1,21 @@
 """What a model answers: logits for every sample, the loss on every target token, and texts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.data.table import length_of
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import TsqLoraError
 from tsqlora.progress import Progress
 from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.tasks import Batch, Collate, Task, Writer
-from tsqlora.tasks.forward import base_model, split_labels
+from tsqlora.tasks import Batch, Collate, Task, require_room
+from tsqlora.tasks.forward import base_model, continues, split_labels
 from tsqlora.training.load import positions_of
 
 
@@ -70,36 +70,35 @@ def _without_labels(model: nn.Module, collate: Collate) -> Collate:
 Samples = Sequence[Mapping[str, Any]]
 
 
-def token_metrics(
+def summed_counts(
     model: nn.Module,
     samples: Samples,
     collate: Collate,
     task: Task,
+    count: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
     *,
     phase: str,
     compute: Compute,
 ) -> dict[str, float]:
-    """The task's metrics of target tokens, with the targets shown.
+    """Count on each batch, with the targets shown, and return the sums.
 
-    Raises TsqLoraError where the loss is not finite.
+    Raises TsqLoraError where the summed `loss` is not finite.
     """
+    lengths = [len(sample["input_ids"]) for sample in samples]
 
-    writer, lengths = task.writer, [len(sample["input_ids"]) for sample in samples]
-    assert writer is not None
-
-    def measure(_: np.ndarray, batch: Batch, writer: Writer = writer) -> Columns:
+    def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
-        counts = writer.count(task.reading.logits(model, inputs), labels)
+        counts = count(task.reading.logits(model, inputs), labels)
         return {name: values.numpy(force=True) for name, values in counts.items()}
 
     with torch.inference_mode():
         columns = run_pass(model, measure, samples, collate, compute, lengths=lengths, phase=phase)
-    metrics = writer.of_counts({name: float(column.sum()) for name, column in columns.items()})
-    if not math.isfinite(metrics["loss"]):
+    sums = {name: float(column.sum()) for name, column in columns.items()}
+    if not math.isfinite(sums["loss"]):
         raise TsqLoraError(
-            f"the loss on {len(samples)} rows is {metrics['loss']}; lower training.learning_rate or use another dtype"
+            f"the loss on {len(samples)} rows is {sums['loss']}; lower training.learning_rate or use another dtype"
         )
-    return metrics
+    return sums
 
 
 def write_texts(
@@ -108,7 +107,6 @@ def write_texts(
     collate: Collate,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    continues: bool,
     max_new_tokens: int,
     beams: int,
     phase: str,
@@ -116,22 +114,21 @@ def write_texts(
 ) -> list[str]:
     """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
 
-    Where it `continues` them, its output begins with the prompt.
     Nothing of the base's generation_config counts but its special tokens: no least length, no penalty.
 
     `collate` must pad a causal model's prompts on the left: it goes on from their last token.
     Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
     """
     inner: Any = base_model(model)
-    lengths = [len(prompt["input_ids"]) for prompt in prompts]
-    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if continues else 0)
+    lengths, goes_on = [len(prompt["input_ids"]) for prompt in prompts], continues(inner)
+    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if goes_on else 0)
     how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, beams=beams)
     texts = [""] * len(prompts)
 
     def write(rows: np.ndarray, batch: Batch) -> Columns:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
-        new = written[:, inputs["input_ids"].shape[1] :] if continues else written
+        new = written[:, inputs["input_ids"].shape[1] :] if goes_on else written
         for j, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[int(j)] = text.strip()
         return {}
@@ -179,12 +176,3 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | N
 def _start(model: Any) -> int | None:
     own = model.generation_config.decoder_start_token_id
     return own if own is not None else getattr(model.config, "decoder_start_token_id", None)
-
-
-def require_room(positions: int | None, new: int, *, longest: int = 1) -> None:
-    """Raises SettingsError where a prompt and the new tokens are more than the model has positions for."""
-    if positions is not None and longest + new > positions:
-        raise SettingsError(
-            f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
-            "task.max_new_tokens or data.max_length"
-        )

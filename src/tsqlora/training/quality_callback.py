@@ -38,7 +38,7 @@ from tsqlora.quality.terms import TERMS
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
 from tsqlora.text.look import AnswerLook
-from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
+from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_answers
 from tsqlora.training.checkpoints import (
     ROWS_HASH,
     begin_saves,
@@ -368,9 +368,9 @@ class QualityCallback(TrainerCallback):
             self.last.plan(why_unasked(*about) or too_short)
         if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
             read_in_order(loader, data)
-        if task.reading.causal and getattr(tokenizer, "is_fast", False):
+        if (vocabulary := vocabulary_of_answers(tokenizer, distributed.unwrapped(model))) is not None:
             answers = saved is None and self.saved is None
-            self._look_at_texts(args, task, model, collate, tokenizer, answers=answers)
+            self._look_at_texts(args, model, collate, vocabulary, answers=answers)
         if saved is not None:
             self._resume(saved)
             self.last.close_validation(state)
@@ -380,7 +380,7 @@ class QualityCallback(TrainerCallback):
             self._look(args, state, model, collate)
         elif self.rule.select:
             self._draw_texts_evenly(collate)
-        elif self.rule.head_start and task.writer is None:  # the head only: for the control
+        elif self.rule.fits_head(task):  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
             head = None if started.head is None else started.head.summary()
@@ -553,13 +553,10 @@ class QualityCallback(TrainerCallback):
             self._digest = digest(self._path)
 
     def _look_at_texts(
-        self, args: TrainingArguments, task: Task, model: nn.Module, collate: Any, tokenizer: Any, *, answers: bool
+        self, args: TrainingArguments, model: nn.Module, collate: Any, vocabulary: Vocabulary, *, answers: bool
     ) -> None:
         """Say what tokens and labels show, and look at the answers."""
-        own: Any = model
-        about = (tokenizer, own.config, own.generation_config)
-        vocabulary = vocabulary_of_model(*about, size_of=distributed.unwrapped(model))
-        if self.into is None and task.writer is not None:  # `tsqlora train` has looked itself
+        if self.into is None:  # `tsqlora train` has looked itself
             for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
                 self._note(finding)
         if answers and self.rule.select:
