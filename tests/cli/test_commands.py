@@ -136,7 +136,7 @@ def test_an_unknown_option_that_is_a_setting_is_named_as_such(
     assert (code, f"did you mean {hint}?" in err) == (2, True), err
 
 
-@pytest.mark.parametrize(("words", "near"), [("train --modle m", "--model"), ("predict run --label x", "--label")])
+@pytest.mark.parametrize(("words", "near"), [("train --modle m", "--model"), ("export run --label x", "--label")])
 def test_another_unknown_option_keeps_its_own_message(
     words: str, near: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,13 +32,19 @@ class Outcome:
     notes: str = ""
 
 
+def _terminals(out: io.StringIO, err: io.StringIO) -> Any:
+    """The command line's stdout and stderr, into these."""
+    consoles = [Console(file=file, width=200, markup=False) for file in (out, err)]
+    return mock.patch.object(console, "terminal", lambda *, stderr=False: consoles[stderr])
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
     """Collect what is printed; warnings are ignored, as libraries' are on the command line."""
     printed = io.StringIO()
     with (
         warnings.catch_warnings(),
-        mock.patch.object(console, "stderr", Console(file=printed, width=200, markup=False)),
+        _terminals(printed, printed),
         contextlib.redirect_stderr(printed),
     ):
         warnings.simplefilter("ignore")
@@ -52,7 +58,7 @@ def _quiet() -> Iterator[io.StringIO]:
 def command(*arguments: object) -> Outcome:
     """Run `tsqlora ARGUMENTS --json`."""
     out = io.StringIO()
-    with _quiet() as printed, mock.patch.object(console, "stdout", Console(file=out, width=200, markup=False)):
+    with _quiet() as printed, _terminals(out, printed):
         try:
             code = commands.app([*map(str, arguments), "--json"], standalone_mode=False) or 0
         except UsageError as error:

@@ -108,7 +108,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "read_data"): tables,
         (callbacks, "QualitySubset"): [0] * 4,
         (callbacks, "QualityCallback"): None,
-        (callbacks, "ScoringRule"): SimpleNamespace(weights=None),
+        (callbacks, "ScoringRule"): SimpleNamespace(weights=None, select=True, head_start=True),
         (paper, "RankCallback"): None,
         (fit, "training_arguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
@@ -210,7 +210,3 @@ def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: st
 @pytest.mark.parametrize("boundary", ["read_data", "training_arguments", "ScoringRule", "RankCallback"])
 def test_the_seed_decides_every_random_draw(boundary: str) -> None:
     assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5
-
-
-def test_without_quality_and_head_start_there_is_no_callback_for_it() -> None:
-    assert what_arrives(settings(**{"quality.enabled": False, "quality.head_start": False}))["quality"] is None

@@ -124,7 +124,7 @@ def test_pieces_that_packing_cut_are_named_by_their_place(tmp_path: Path) -> Non
         }
         for j, chat in enumerate(CHATS)
     ]
-    result, trainer = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=128)
+    result, trainer = audited(long, tmp_path, packing=True, packing_strategy="bfd_split", max_length=200)
     assert {(line.fate, line.match) for line in result.lines} == {("trained", "exact"), ("unknown", "unmatched")}
     whole = sum(line.match == "exact" for line in result.lines)
     made = sum(len(row["seq_lengths"]) for row in trainer.train_dataset)
@@ -150,7 +150,7 @@ def test_what_the_length_limit_takes_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_rows_of_one_length_are_cut_and_not_packed(pairs: bool, mode: str, tmp_path: Path) -> None:
-    texts = [" ".join(f"{name} and number {k}" for k in range(20)) for name in ("Ann", "Bob", "Cy", "Dee", "Eve")]
+    texts = [" ".join(f"{name} and number {k}." for k in range(20)) for name in ("Ann", "Bob", "Cy", "Dee", "Eve")]
     rows: list[dict[str, Any]] = [{"text": text} for text in texts]
     if pairs:
         rows = [{"prompt": "Who is there?", "chosen": f" {text}", "rejected": f" Not {text}"} for text in texts]

@@ -11,6 +11,7 @@ from transformers.integrations import integration_utils
 
 from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
+from tsqlora.quality.subset import QualitySubset
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
 from tsqlora.training import live_record

@@ -219,8 +219,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     every = partial(run, request.dataset, compute=compute, rows=request.rows)
     if isinstance(request.dataset, WithReference):
         return Started(None, None, request.dataset.forward(), None, np.zeros(len(request.dataset), np.bool_))
-
-    def of_tokens() -> Started:
+    if rule.head_start and task.reading.units(of_rows=False, of_tokens=True):
         # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
         held = distributed.once(partial(held_out, request, None))
         layer, units, head = _of_tokens(model, replace(request, excluded=request.twins | held))
@@ -234,18 +233,14 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
             undo()
             raise
         return Started(head, layer, pool, None, held, undo)
-
-    def of_rows() -> Started:
-        (pool, layer), few, head = every(), None, None
-        if trusted is not None:
-            few, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
-        held = distributed.once(partial(held_out, request, task.reading.strata(pool.labels)))
-        answers, own = answers_of(task), ~(request.twins | held)
-        if layer is not None and answers is not None and own.sum() >= FOLDS and rule.head_start:
-            head = distributed.once(partial(_fit, pool, answers, layer, rule.seed, own))
-        return Started(head, layer, pool, few, held, _installed(layer, head)[1])
-
-    return task.reading.units(of_rows=of_rows, of_tokens=of_tokens if rule.head_start else of_rows)
+    (pool, layer), few, head = every(), None, None
+    if trusted is not None:
+        few, _ = run(trusted, compute=replace(compute, parts=None, progress=None), kind="trusted row")
+    held = distributed.once(partial(held_out, request, task.reading.strata(pool.labels)))
+    answers, own = answers_of(task), ~(request.twins | held)
+    if layer is not None and answers is not None and own.sum() >= FOLDS and rule.head_start:
+        head = distributed.once(partial(_fit, pool, answers, layer, rule.seed, own))
+    return Started(head, layer, pool, few, held, _installed(layer, head)[1])
 
 
 def _installed(layer: Head | None, head: HeadStart | None) -> tuple[HeadStart | None, Callable[[], None]]:

@@ -134,7 +134,7 @@ def audit(
     require_classes(task)
     how = {"task": task, "compute": compute}
     of_rows = partial(forward_pass, model, dataset, collate, rows=rows, mean=True, **how)
-    forward, _ = task.reading.units(of_rows=of_rows, of_tokens=lambda: (None, None))
+    forward, _ = task.reading.units(of_rows=of_rows, of_tokens=lambda: (None, None))()
 
     def result() -> Audit:
         if forward is None:

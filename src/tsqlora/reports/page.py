@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tsqlora.errors import SettingsError
+
+if TYPE_CHECKING:  # names of layers are printed without it
+    from jinja2 import Environment
 
 # The page may load nothing, whatever text it contains.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -33,6 +33,8 @@ def plotly_script() -> str:
 
 def render(template: str, *, script: str, figures: Iterable[Any] = (), **values: Any) -> str:
     """Render a template with figures (`figures.Drawn`) and other values; `script` is plotly.js."""
+    from markupsafe import Markup
+
     from tsqlora.reports.figures import DARK  # needs plotly; `plotly_script` has a better error message
 
     drawn = {figure.id: figure for figure in figures}
@@ -46,8 +48,10 @@ def render(template: str, *, script: str, figures: Iterable[Any] = (), **values:
 
 
 @cache
-def environment() -> Environment:
+def environment() -> "Environment":
     """Jinja that escapes every text and raises for undefined names."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     jinja = Environment(
         loader=PackageLoader("tsqlora.reports"),
         autoescape=True,

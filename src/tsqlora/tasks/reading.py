@@ -103,9 +103,9 @@ class Reading:
         """The request for a look, with the model's own losses on the rows where the loss compares with them."""
         return request if self.why_even is None else measure(request)
 
-    def units(self, *, of_rows: Callable[[], T], of_tokens: Callable[[], T]) -> T:
-        """What heads are fitted on and judges judge: the label of a row, or the tag of each of its tokens."""
-        return of_tokens() if self.label is not None and self.label.by_token else of_rows()
+    def units(self, *, of_rows: T, of_tokens: T) -> T:
+        """Choose by what heads are fitted on and judges judge: the label of a row, or the tag of each of its tokens."""
+        return of_tokens if self.label is not None and self.label.by_token else of_rows
 
     def classes(self, names: Sequence[Any] | None, **how: Any) -> LabelMap | None:
         """The classes of these names, where rows have some."""
