@@ -27,10 +27,9 @@ from tsqlora.paper.budget import default_max_rank
 from tsqlora.paper.moves import RankSchedule, default_interval
 from tsqlora.paper.slots import active_parameters, active_ranks
 from tsqlora.quality.sampling import draw_size
-from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, measure
-from tsqlora.run.job import Job, load, with_adapter
+from tsqlora.run.job import Job, load, method_of
 from tsqlora.seeds import stream
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.lora import inject, layers_of, new_config
@@ -218,7 +217,7 @@ class Allocator(TrainerCallback):
 
 def tsqlora(job: Job, steps: int) -> Built:
     """Our model, by the settings; its callbacks are those of the run."""
-    return Built(with_adapter(job.config, job.pretrained))
+    return Built(job.with_adapter().model)
 
 
 METHODS = {"lora": lora, "adalora": adalora, "elalora": elalora, "eva": eva, "tsqlora": tsqlora}
@@ -243,7 +242,7 @@ def train(
     record = RunRecord("running", seed, job.task.name, None, {"hash": data_hash(job.data)}, {})
     with tempfile.TemporaryDirectory() as folder:
         args, further = arguments(job.config, Path(folder)), [*also(job, steps)]
-        method = build_callbacks(job, Path(folder) / "scores.parquet")
+        method = method_of(job, Path(folder) / "scores.parquet")
         if entry.method != "tsqlora":
             method = replace(method, ranks=None)
         with record.timed("building"):
@@ -252,7 +251,7 @@ def train(
         failed = {}
         try:
             fit(built.model, args, method, job.inputs, record, also=(*built.callbacks, *further))
-            measure(job, built.model, record, args, None)
+            measure(job.with_model(built.model), record, args, None)
         except TsqLoraError as error:
             if type(error) is not TsqLoraError:  # of settings and data, which no other seed would cure
                 raise

@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
-from tsqlora.run.fit import predictor_of
 from tsqlora.run.job import Job
+from tsqlora.run.predict import predictor_of
 from tsqlora.tasks import get_task
 
 SHARED = ROOT / ".." / "shared" / "data"
@@ -92,7 +92,7 @@ class Curve(TrainerCallback):
     def measure(self, args: Any, step: int, model: Any) -> None:
         seconds, random = time.process_time() - self.started, torch.get_rng_state()
         was = model.training
-        actual = predictor_of(self.job, model, args).metrics(self.job.data["test"].samples, phase="test", progress=None)
+        actual = predictor_of(self.job.with_model(model), args).metrics(self.job.data["test"].samples, phase="test")
         model.train(was)
         torch.set_rng_state(random)
         headline = {"accuracy": actual[self.job.task.headline], "loss": actual["loss"]}

@@ -29,7 +29,7 @@ from tsqlora.quality.question import Measured, measured, standard_errors
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.suspects import audit_of
 from tsqlora.run.config import Config
-from tsqlora.run.finished import open_run
+from tsqlora.run.job import open_run
 from tsqlora.run.train import train
 from tsqlora.tasks import get_task
 from tsqlora.training.record import versions

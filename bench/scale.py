@@ -33,7 +33,7 @@ from tsqlora.data.table import stored_in
 from tsqlora.quality.select import select_rows
 from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
-from tsqlora.run.finished import open_run
+from tsqlora.run.job import open_run
 from tsqlora.run.look import look_at, score_by_look
 from tsqlora.run.text_audit import audit_text
 from tsqlora.run.train import train
@@ -91,7 +91,7 @@ def rows(count: int) -> dict[str, Any]:
     about = {"columns": asdict(tables["train"].columns), "data": str(file)}
     names = paper.RowNames(split.ids, split.hashes, split.lengths, about)
     rule, compute = paper.ScoringRule(weights={"loss": 1.0}), paper.Compute(batch_size=1024)
-    scores = paper.score(run.model, split, run.predictor.collate(), rule=rule, rows=names, compute=compute)
+    scores = paper.score(run.model, split, run.collate, rule=rule, rows=names, compute=compute)
     scores.save(table)
     scored, peak = time.process_time() - start, status("VmHWM")
     del scores

@@ -39,7 +39,7 @@ from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news
-from tsqlora.run.finished import open_run
+from tsqlora.run.job import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
 from tsqlora.tasks import get_task

@@ -18,6 +18,7 @@ from models import collate, lora, samples, tiny_bert
 from runs import set_up
 from scoring import score_by, teach
 from tsqlora.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
+from tsqlora.quality.rule import Compute
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import Config, load_config
 from tsqlora.tasks import get_task
@@ -139,10 +140,10 @@ def test_logits_of_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch)
         made = collate([row | {"labels": 0} for row in batch])
         return {name: value for name, value in made.items() if name != "labels"}
 
-    whole = predict_logits(model, rows, unlabelled, task=get_task("sequence-classification"), batch_size=8)
+    whole = predict_logits(model, rows, unlabelled, task=get_task("sequence-classification"), compute=Compute(8))
     Limit(monkeypatch, rows=2)
     np.testing.assert_allclose(
-        predict_logits(model, rows, unlabelled, task=get_task("sequence-classification"), batch_size=8),
+        predict_logits(model, rows, unlabelled, task=get_task("sequence-classification"), compute=Compute(8)),
         whole,
         rtol=1e-9,
     )

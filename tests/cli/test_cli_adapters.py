@@ -17,7 +17,7 @@ from loras import lora_config, save_base, save_lora, tiny_llama
 from runs import make_rows, set_up
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.run.config import load_config
-from tsqlora.run.finished import open_run
+from tsqlora.run.job import open_run
 from tsqlora.run.train import train
 
 Run = Callable[..., tuple[int, str, str]]

@@ -14,8 +14,7 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
 from tsqlora.run.export import export
-from tsqlora.run.finished import TRUST
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import TRUST, load
 from tsqlora.run.train import train
 from tsqlora.training.record import RunRecord
 
@@ -104,7 +103,7 @@ def test_the_revision_of_the_base_is_in_card_and_adapter(run: Path, tmp_path: Pa
     other = changed(run, tmp_path, {"model": {"revision": "v2"}})
     assert ', num_labels=2, revision="v2")' in model_card(other)
     job = load(load_config(other / "config.yaml"))
-    assert with_adapter(job.config, job.pretrained).peft_config["default"].revision == "v2"
+    assert job.with_adapter().model.peft_config["default"].revision == "v2"
 
 
 def test_a_hub_id_is_named_as_base_and_as_data_and_a_moved_file_is_not(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tsqlora.run import check
 from tsqlora.run import train as pipeline
 from tsqlora.run.check import Prompt, check_run, held_out, write
 from tsqlora.run.config import load_config
-from tsqlora.run.finished import FinishedRun, open_run
+from tsqlora.run.job import Job, open_run
 
 Run = Callable[..., tuple[int, str, str]]
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
@@ -49,13 +49,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(run: Path) -> FinishedRun:
+def finished(run: Path) -> Job:
     return open_run(run)
 
 
 @contextmanager
 def server(
-    finished: FinishedRun, *, base: bool = False, template: str = CHATML, names: tuple[str, ...] = ("adapter",)
+    finished: Job, *, base: bool = False, template: str = CHATML, names: tuple[str, ...] = ("adapter",)
 ) -> Iterator[tuple[str, list[str]]]:
     """Its URL, and the paths of its requests: a server of this run, by its own template."""
     paths, tokenizer = list[str](), finished.pretrained.tokenizer
@@ -86,7 +86,7 @@ def server(
         yield url, paths
 
 
-def test_a_server_that_answers_as_peft_is_right(run: Path, finished: FinishedRun) -> None:
+def test_a_server_that_answers_as_peft_is_right(run: Path, finished: Job) -> None:
     with server(finished) as (url, paths):
         report = check_run(run, url)
     assert (report["verdict"], report["prompts"], report["same"]) == ("right", 8, 1.0)
@@ -102,14 +102,14 @@ def test_without_a_server_it_says_how_often_answers_stop(run: Path, tsqlora: Run
     assert (code, out.split(" of ")[0]) == (0, f"{report['stopped_peft']:.0%}")
 
 
-def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: FinishedRun) -> None:
+def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: Job) -> None:
     with server(finished, base=True) as (url, _):
         report = check_run(run, url)
     assert (report["verdict"], report["base_answered"]) == ("wrong", True)
     assert report["by_weights"] == 8
 
 
-def test_another_template_is_told_from_other_weights(run: Path, finished: FinishedRun) -> None:
+def test_another_template_is_told_from_other_weights(run: Path, finished: Job) -> None:
     finished.model.eval()
     with server(finished, template=OTHER) as (url, paths):
         report = check_run(run, url)
@@ -121,7 +121,7 @@ def test_another_template_is_told_from_other_weights(run: Path, finished: Finish
     assert tokens["served"].startswith("b")
 
 
-def test_several_models_need_a_name(run: Path, finished: FinishedRun) -> None:
+def test_several_models_need_a_name(run: Path, finished: Job) -> None:
     with server(finished, names=("base", "adapter")) as (url, _):
         with pytest.raises(SettingsError, match=r"served-name is needed.*base, adapter"):
             check_run(run, url)
@@ -144,7 +144,7 @@ def test_a_server_with_other_answers_is_one_line(run: Path) -> None:
         check_run(run, url)
 
 
-def test_held_out_prompts_are_those_of_training(finished: FinishedRun) -> None:
+def test_held_out_prompts_are_those_of_training(finished: Job) -> None:
     (prompt, *_) = held_out(finished)
     assert prompt.text == "<|im_start|>user\npink<|im_end|>\n<|im_start|>assistant\n"
     assert finished.pretrained.tokenizer.decode(prompt.ids) == prompt.text
@@ -165,7 +165,7 @@ def test_a_run_holds_the_prompts_of_its_template(run: Path, tmp_path: Path, tsql
     assert "0 of 5 prompts are those of training" in out
 
 
-def test_a_script_gets_the_exit_code(run: Path, finished: FinishedRun, tsqlora: Run) -> None:
+def test_a_script_gets_the_exit_code(run: Path, finished: Job, tsqlora: Run) -> None:
     with server(finished) as (url, _):
         code, out, _ = tsqlora("check", run, "--server-url", url, "--json")
         assert (code, json.loads(out)["verdict"]) == (0, "right")

@@ -21,7 +21,7 @@ def test_rows_that_are_trained_on_are_not_measured(monkeypatch: pytest.MonkeyPat
     job: Any = SimpleNamespace(data=tables)
     args: Any = None
     record = RunRecord("running", 0, "sequence-classification", None, {}, {})
-    fit.measure(job, args, record, args, None)
+    fit.measure(job, record, args, None)
     assert record.metrics == {"validation": {"first": 2}, "test": {"first": 3}}
 
 

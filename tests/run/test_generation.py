@@ -22,10 +22,9 @@ from tsqlora.run import train as pipeline
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
 from tsqlora.run.export import export
-from tsqlora.run.finished import open_run
-from tsqlora.run.fit import arguments, predictor_of
-from tsqlora.run.job import load
-from tsqlora.run.predict import evaluate_run, predict_run
+from tsqlora.run.fit import arguments
+from tsqlora.run.job import load, open_run
+from tsqlora.run.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
 from tsqlora.tasks.text_metrics import TEXT_METRICS
@@ -188,12 +187,12 @@ def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams
     config = config_of(tmp_path, kind, rows(20), task={"max_new_tokens": 12, "beams": beams})
     job = load(load_config(config))
     model: Any = job.pretrained.model
-    predictor = predictor_of(job, model, arguments(job.config, tmp_path))
+    predictor = predictor_of(job, arguments(job.config, tmp_path))
     prompts = predictor.prompts(job.data["validation"])
-    plain = predictor.texts(prompts, phase="", progress=None)
+    plain = predictor.texts(prompts, phase="")
     wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
-    assert predictor.texts(prompts, phase="", progress=None) == plain
+    assert predictor.texts(prompts, phase="") == plain
 
 
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, LlamaForCausalLM])

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import nn
 
 from runs import make_rows, write_jsonl
 from tables import read_as
@@ -26,5 +25,5 @@ def test_metrics_of_held_out_rows_say_how_wrong_their_labels_are(
     record = RunRecord("training", 0, "sequence-classification", [0, 1], {}, {})
     record.quality = {"looks": [{"noise": {"evident": evident, "rate": 0.1 if evident else 0.0, "low": 0, "high": 1}}]}
     job: Any = SimpleNamespace(data=data)
-    fit.measure(job, nn.Identity(), record, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
+    fit.measure(job, record, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
     assert any("accuracy of 0.850" in note and "10% of their labels" in note for note in record.notes) == says

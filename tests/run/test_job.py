@@ -12,8 +12,9 @@ import pytest
 from tables import table_with
 from tsqlora import paper
 from tsqlora.errors import SettingsError
-from tsqlora.run import callbacks, fit, job
+from tsqlora.run import fit, job, predict
 from tsqlora.run.config import Config, RankSettings, Section
+from tsqlora.training.load import Pretrained
 
 REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl", "ranks.policy": "tsqlora"}
 
@@ -97,19 +98,20 @@ def what_arrives(config: Config) -> dict[str, Any]:
     arrived: dict[str, Any] = {}
     tables = {"train": table_with([{"input_ids": [1], "labels": 0}] * 8)}
     tokenizer = SimpleNamespace(model_max_length=32)
-    model = SimpleNamespace(peft_config={})
+    model: Any = SimpleNamespace(peft_config={}, config=SimpleNamespace(), named_modules=dict)
     answers = {
-        (job, "load_pretrained"): SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
+        (job, "load_pretrained"): Pretrained(model, tokenizer, ()),
         (job, "prepare"): tables,
         (job, "require_embedded"): None,
         (job, "wrap"): model,
         (paper, "wrap"): model,
         (job, "start_from"): model,
         (job, "read_data"): tables,
-        (callbacks, "QualitySubset"): [0] * 4,
-        (callbacks, "QualityCallback"): None,
-        (callbacks, "ScoringRule"): SimpleNamespace(weights=None, select=True, head_start=True),
+        (job, "QualitySubset"): [0] * 4,
+        (job, "QualityCallback"): None,
+        (job, "ScoringRule"): SimpleNamespace(weights=None, select=True, head_start=True),
         (paper, "RankCallback"): None,
+        (predict, "write_texts"): [],
         (fit, "training_arguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
 
@@ -126,18 +128,17 @@ def what_arrives(config: Config) -> dict[str, Any]:
         for (module, name), answer in answers.items():
             stack.enter_context(patch.object(module, name, boundary(name, answer)))
         stack.enter_context(patch.object(job.Job, "collate", "a collator"))
-        stack.enter_context(patch.object(callbacks, "has_own_loss", lambda *_: False))
+        stack.enter_context(patch.object(job, "has_own_loss", lambda *_: False))
         stack.enter_context(patch.object(fit, "hardware_has_bf16", lambda: False))
         stack.enter_context(patch.object(job, "start_of", lambda config: config.adapter.init_from))
         args = fit.arguments(config, Path("run"))
         loaded = job.load(config)
         arrived["task"] = loaded.task.name
-        job.with_adapter(config, loaded.pretrained)
-        method = callbacks.build_callbacks(loaded, Path("scores.parquet"))
+        loaded = loaded.with_adapter()
+        method = job.method_of(loaded, Path("scores.parquet"))
         arrived["quality"] = method.quality
-        with patch.object(fit, "positions_of", lambda _: None):
-            predicts = fit.predictor_of(loaded, None, args)
-        arrived["predictor"] = (predicts.max_new_tokens, predicts.beams)
+        if config.task.type == "causal-lm":
+            predict.predictor_of(loaded, args).texts([], phase="")
     return arrived
 
 

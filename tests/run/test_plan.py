@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,9 @@ import tsqlora as tsq
 from models import samples, tiny_bert
 from tables import table_with
 from tsqlora import paper
-from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import trained_task
+from tsqlora.run.job import scoring_rule, trained_task
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.training.fit import Method
 
@@ -39,7 +39,10 @@ def planned(
     scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality))
     ranks = paper.RankCallback(r.interval, samples=20) if r.moves else None
     args = arguments(config, Path("nowhere"))
-    return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))
+    job: Any = SimpleNamespace(
+        config=config, task=trained_task(config), model=model, data=splits, train=splits["train"]
+    )
+    return plan(job, args, Method(data, scored, ranks))
 
 
 @pytest.fixture(scope="module")

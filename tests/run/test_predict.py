@@ -21,8 +21,8 @@ from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.explain import explain_source
-from tsqlora.run.finished import device_of, open_run
-from tsqlora.run.predict import evaluate_run, predict_run
+from tsqlora.run.job import device_of, open_run
+from tsqlora.run.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.run.score import score_rows
 from tsqlora.run.train import train
 from tsqlora.training.record import RunRecord
@@ -55,9 +55,10 @@ def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
 
 def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
-    samples = trained.unlabelled(trained.using(open_table(data_of(run))))
-    whole = trained.predictor.logits(samples, phase="prediction", progress=None)
-    alone = [trained.predictor.logits([sample], phase="prediction", progress=None) for sample in samples]
+    samples = trained.with_files({"test": open_table(data_of(run))}).data["test"].samples
+    whole, *alone = (
+        predictor_of(trained).logits(rows, phase="prediction") for rows in (samples, *([sample] for sample in samples))
+    )
     np.testing.assert_allclose(whole, np.concatenate(alone), atol=1e-5)
 
 
@@ -132,7 +133,10 @@ def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path
 
 def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"text": "good", "about": {"id": 1}}])
-    with patch("tsqlora.run.predict._logits") as answers, pytest.raises(DataError, match=r"row 1, column 'about'"):
+    with (
+        patch("tsqlora.run.predict.predict_logits") as answers,
+        pytest.raises(DataError, match=r"row 1, column 'about'"),
+    ):
         predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
     answers.assert_not_called()
     assert not (tmp_path / "out.csv").exists()
@@ -145,7 +149,7 @@ def test_rows_that_do_not_fit_are_refused_before_a_row_is_predicted(run: Path, t
     (tmp_path / "half.jsonl").write_text('{"text": "good", "note": "\\ud800"}\n')
     for data, out in ((mixed, "out.parquet"), (tmp_path / "half.jsonl", "out.csv")):
         with (
-            patch("tsqlora.run.predict._logits") as answers,
+            patch("tsqlora.run.predict.predict_logits") as answers,
             pytest.raises(DataError, match=rf"{out} .*write \.jsonl"),
         ):
             predict_run(run, data, tmp_path / out)
@@ -197,7 +201,6 @@ def test_predictions_are_saved_where_the_output_cannot_be_written(there: bool, r
         return [{"prediction": "yes", "probability": 0.75}, {"prediction": "no", "probability": 0.5}]
 
     with (
-        patch("tsqlora.run.predict._logits", lambda *_: None),
         patch("tsqlora.tasks.classification.Classification.predict", answers),
         patch("tempfile.tempdir", str(elsewhere)),
         pytest.warns(UserWarning, match="are empty"),

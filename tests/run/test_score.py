@@ -15,7 +15,7 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import gradient_pass, passes
 from tsqlora.quality import look as looking
 from tsqlora.quality.scores import Scores
-from tsqlora.run import finished
+from tsqlora.run import job
 from tsqlora.run import score as scoring
 from tsqlora.run.config import load_config
 from tsqlora.run.score import score_rows
@@ -78,7 +78,7 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 
 
 MOMENTS = {
-    "reading": before(finished, "prepare"),
+    "reading": before(job, "prepare"),
     "loading": before(scoring, "open_run"),
     "reference": before(gradient_pass, "measure_reference"),
     "first batch": at("scoring", 8),

@@ -18,9 +18,7 @@ from tsqlora.interop.files import read_adapter, write_adapter
 from tsqlora.interop.verify import logits
 from tsqlora.paper.slots import active_ranks
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.finished import open_run
-from tsqlora.run.job import load, with_adapter
-from tsqlora.run.start import with_start
+from tsqlora.run.job import load, open_run, with_start
 from tsqlora.run.train import dry_run, train
 from tsqlora.training.lora import mean_rank, read_start
 from tsqlora.training.record import RunRecord
@@ -64,7 +62,7 @@ def test_a_run_begins_with_the_adapters_update_ranks_and_head(place: Path) -> No
     config = config_of(place)
     source = read_adapter(place / "adapter")
     job = load(config)
-    model = with_adapter(config, job.pretrained)
+    model = job.with_adapter().model
     assert active_ranks(model) == {name: target.rank for name, target in source.targets.items()}
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(place / "model", num_labels=2)
@@ -85,7 +83,7 @@ def test_a_run_goes_on_from_a_run(place: Path, tmp_path: Path) -> None:
     write_config(place / "first.yaml", place / "model", place / "train.jsonl")
     train(load_config(place / "first.yaml"), tmp_path / "first")
     config = config_of(place, tmp_path / "first")
-    begun = with_adapter(config, load(config).pretrained)
+    begun = load(config).with_adapter().model
     torch.testing.assert_close(logits(begun), logits(open_run(tmp_path / "first").model), rtol=1e-4, atol=1e-5)
     record = train(config, tmp_path / "second")
     assert record.notes[0].startswith(f"continues {tmp_path / 'first'}: ")

@@ -18,10 +18,9 @@ from tsqlora.interop.files import read_adapter
 from tsqlora.paper.budget import budget, used
 from tsqlora.paper.slots import active_ranks, has_slots
 from tsqlora.run import train as pipeline
-from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.fit import arguments, begin
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import load, method_of
 from tsqlora.training.fit import fit
 from tsqlora.training.stop import StopCallback
 
@@ -101,12 +100,12 @@ def test_a_fractional_mean_is_a_rank_pattern_within_the_budget(tmp_path: Path) -
 def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -> None:
     """The gradient is tested for finite numbers; everything else stays on the device."""
     job = load(load_config(fixed(tmp_path, save_strategy="no", logging_strategy="no") / "c.yaml"))
-    args, method = arguments(job.config, tmp_path / "run"), build_callbacks(job, tmp_path / "scores.parquet")
-    model = with_adapter(job.config, job.pretrained)
-    record = begin(job, args, method, model)
+    args, method = arguments(job.config, tmp_path / "run"), method_of(job, tmp_path / "scores.parquet")
+    job = job.with_adapter()
+    record = begin(job, args, method)
     counts = CountWaits()
     with waits_of_ours() as counts.seen:
-        fit(model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)
+        fit(job.model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)
     assert {len(step) for step in counts.steps[1:]} == {1}
     assert "training/optimizer.py" in counts.steps[1][0]
 

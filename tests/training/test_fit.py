@@ -15,10 +15,9 @@ from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.run import fit as run_fit
-from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import load, method_of
 from tsqlora.run.train import train
 from tsqlora.tasks import TASKS
 from tsqlora.tasks.classification import Classification
@@ -45,10 +44,10 @@ class Counted:
         self, config: Config, run: Path, *, resume_from: Path | None = None, also: TrainerCallback | None = None
     ) -> None:
         args, loaded = run_fit.arguments(config, run), load(config)
-        method = build_callbacks(loaded, run / "scores.parquet")
+        method = method_of(loaded, run / "scores.parquet")
         self.data, self.quality, self.ranks = method.data, method.quality, method.ranks
-        model = with_adapter(loaded.config, loaded.pretrained)
-        self.record = begin(loaded, args, method, model)
+        loaded = loaded.with_adapter()
+        model, self.record = loaded.model, begin(loaded, args, method)
         self.told: list[tuple[str, int, int]] = []
         self.rows = self.tokens = 0
         counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)

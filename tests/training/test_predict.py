@@ -11,6 +11,7 @@ from transformers import BertForSequenceClassification
 
 from models import collate, samples, tiny_bert
 from tsqlora.errors import TsqLoraError
+from tsqlora.quality.rule import Compute
 from tsqlora.tasks import get_task
 from tsqlora.training.predict import predict_logits
 
@@ -40,22 +41,21 @@ def test_each_row_has_its_own_logits_whatever_the_batches(
         ]
     expected = np.concatenate([output.logits.numpy() for output in alone])
     np.testing.assert_allclose(
-        predict_logits(model, ROWS, unlabelled, task=TASK, batch_size=batch_size), expected, atol=1e-12
+        predict_logits(model, ROWS, unlabelled, task=TASK, compute=Compute(batch_size)), expected, atol=1e-12
     )
 
 
 def test_dropout_is_off_and_the_mode_stays(model: BertForSequenceClassification) -> None:
     model.train()
-    first, second = (predict_logits(model, ROWS, unlabelled, task=TASK, batch_size=4) for _ in range(2))
+    first, second = (predict_logits(model, ROWS, unlabelled, task=TASK, compute=Compute(4)) for _ in range(2))
     assert (first == second).all()
     assert model.training
 
 
 def test_progress_ends_at_the_number_of_rows(model: BertForSequenceClassification) -> None:
     updates: list[tuple[str, int, int]] = []
-    predict_logits(
-        model, ROWS, unlabelled, task=TASK, batch_size=4, phase="test", progress=lambda *args: updates.append(args)
-    )
+    compute = Compute(4, progress=lambda *args: updates.append(args))
+    predict_logits(model, ROWS, unlabelled, task=TASK, phase="test", compute=compute)
     assert updates == [("test", 0, 11), ("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
 
 
@@ -64,4 +64,4 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     with torch.no_grad():
         broken.classifier.bias.fill_(torch.nan)
     with pytest.raises(TsqLoraError, match=r"not finite for 11 of 11 rows; lower training\.learning_rate"):
-        predict_logits(broken, ROWS, unlabelled, task=TASK, batch_size=4)
+        predict_logits(broken, ROWS, unlabelled, task=TASK, compute=Compute(4))

@@ -12,8 +12,8 @@ import torch
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.interop.check import FIRST, Answer, Prompt, Served, Server, compare_answers, name_on
 from tsqlora.run.contract import prompts_of
-from tsqlora.run.finished import FinishedRun, open_run, require_finished
-from tsqlora.run.job import read
+from tsqlora.run.job import Job, open_run, read, require_finished
+from tsqlora.run.predict import predictor_of
 from tsqlora.tasks import get_task
 from tsqlora.training.predict import writing
 
@@ -44,8 +44,8 @@ def check_run(
     if url is None:
         if served_name is not None or yes:
             raise SettingsError("--served-name and --yes are for a server; add --server-url, or leave them out")
-        finished = open_run(run)
-        written = [write(finished, prompt) for prompt in held_out(finished)]
+        job = open_run(run)
+        written = [write(job, prompt) for prompt in held_out(job)]
         stopped = sum(answer.stopped for answer in written) / len(written)
         return {"server": None, "verdict": None, "prompts": len(written), "stopped_peft": stopped}
     server = Server(url)
@@ -54,27 +54,27 @@ def check_run(
             raise SettingsError(f"{PROMPTS} held-out prompts of {run} would go to {server.host}; allow it with --yes")
         say(f"{PROMPTS} held-out prompts go to {server.host}")
     name = name_on(server, served_name)  # before the model is loaded
-    finished = open_run(run)
-    served = Served(server, name, finished.config.task.max_new_tokens)
-    return compare_answers(served, held_out(finished), partial(write, finished), finished.pretrained.tokenizer)
+    job = open_run(run)
+    served = Served(server, name, job.config.task.max_new_tokens)
+    return compare_answers(served, held_out(job), partial(write, job), job.tokenizer)
 
 
-def held_out(finished: FinishedRun) -> list[Prompt]:
+def held_out(job: Job) -> list[Prompt]:
     """The first prompts of the test rows, else of the validation rows, that are whole."""
-    tables, tokenizer = read(finished.config), finished.pretrained.tokenizer
-    table = finished.using(tables["test" if "test" in tables else "validation"])
-    assert finished.format is not None
-    rows, reading = islice(table, PROMPTS), finished.task.reading
-    prompts = [*prompts_of(rows, finished.format, reading, tokenizer, max_length=finished.predictor.prompt_length)]
+    tables = read(job.config)
+    table = job.using(tables["test" if "test" in tables else "validation"])
+    assert table.format is not None
+    longest = predictor_of(job).prompt_length
+    prompts = [*prompts_of(job, islice(table, PROMPTS), table.format, max_length=longest)]
     if not prompts:
-        raise TsqLoraError(f"no held-out prompt of {finished.config.data.train} fits into the model's context")
+        raise TsqLoraError(f"no held-out prompt of {job.config.data.train} fits into the model's context")
     return prompts
 
 
-def write(finished: FinishedRun, prompt: Prompt, *, base: bool = False) -> Answer:
+def write(job: Job, prompt: Prompt, *, base: bool = False) -> Answer:
     """What PEFT writes on a prompt; with `base` the first tokens of the base without the adapter."""
-    model, tokenizer = finished.model, finished.pretrained.tokenizer
-    most = finished.config.task.max_new_tokens
+    model, tokenizer = job.model, job.tokenizer
+    most = job.config.task.max_new_tokens
     how = writing(model.get_base_model(), tokenizer, max_new_tokens=min(most, FIRST + 4) if base else most)
     ids = torch.tensor([prompt.ids], device=next(model.parameters()).device)
     with torch.inference_mode(), model.disable_adapter() if base else nullcontext():

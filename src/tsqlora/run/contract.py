@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tsqlora.data.chat import Format, Manner
 from tsqlora.data.rows import Row
@@ -14,21 +13,19 @@ from tsqlora.files import write_text
 from tsqlora.interop.check import Prompt
 from tsqlora.interop.template import CONTRACT_FILE
 from tsqlora.run.job import Job
-from tsqlora.tasks import Reading
 from tsqlora.text.vocabulary import vocabulary_of_answers
 
 PROMPTS, SEEN = 5, 200
 """Prompts of a contract, and training rows whose ends are looked at."""
 
 
-def prompts_of(
-    rows: Iterable[Row], format: Format, reading: Reading, tokenizer: Any, *, max_length: int | None
-) -> Iterator[Prompt]:
+def prompts_of(job: Job, rows: Iterable[Row], format: Format, *, max_length: int) -> Iterator[Prompt]:
     """Yield the prompts of rows that fit whole."""
+    tokenizer = job.tokenizer
     manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template), targets=False, measured=True)
     how = {"max_length": max_length, "with_targets": False, "measured": True}
     for row in rows:
-        sample = reading.encode([row], format, tokenizer, **how)
+        sample = job.task.reading.encode([row], format, tokenizer, **how)
         if len(sample) == 1 and not sample.truncated:
             chat = format.read(row, manner)
             pieces = pieces_of(as_read(chat, tokenizer, row.place), tokenizer, row.place)
@@ -39,13 +36,11 @@ def prompts_of(
 
 def write_contract(job: Job, run: Path) -> None:
     """Write template.json: the template, prompts of held-out rows with their tokens, and which stops were trained."""
-    tokenizer: Any = job.pretrained.tokenizer
-    table = job.data["test" if "test" in job.data else "validation"]
-    model: Any = job.pretrained.model
-    vocabulary = vocabulary_of_answers(tokenizer, model)
+    tokenizer, table = job.tokenizer, job.data["test" if "test" in job.data else "validation"]
+    vocabulary = vocabulary_of_answers(tokenizer, job.model)
     if vocabulary is None or not tokenizer.chat_template or table.format is None:
         return
-    rows = prompts_of(table, table.format, job.task.reading, tokenizer, max_length=job.max_length)
+    rows = prompts_of(job, table, table.format, max_length=job.max_length)
     chats = [one for one in islice(rows, PROMPTS) if one.chat is not None]
     if not chats:
         return

@@ -21,9 +21,8 @@ from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.page import plotly_script
 from tsqlora.reports.write import write_report
-from tsqlora.run.callbacks import row_names, scoring_rule
 from tsqlora.run.config import ENCODER, Config, package_folder
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import load, scoring_rule
 from tsqlora.run.train import train
 from tsqlora.seeds import stream
 from tsqlora.training.record import RunRecord
@@ -87,14 +86,14 @@ def run_demo(
 
 def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, Any]:
     """The label errors that one look estimates, and the likeliest ones, beside the truth."""
-    job = load(config)
+    job = load(config).with_adapter()
     scores = score(
-        with_adapter(config, job.pretrained),
+        job.model,
         job.train.samples,
         job.collate,
         rule=scoring_rule(config),
         task=job.task,
-        rows=row_names(job),
+        rows=job.row_names(),
         compute=Compute(config.training.batch_size, progress=progress),
     )
     wrong = np.array([a != b for a, b in zip(news.labels, news.true, strict=True)])

@@ -1,30 +1,47 @@
-"""Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
+"""One job: settings, task, model and rows that fit together, made from settings or from a run's directory."""
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import Any
 
-from peft import PeftModel
+import numpy as np
+import torch
+from torch import nn
 from transformers import set_seed
 
 from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, quoted
-from tsqlora.data.splits import prepare, read_data, require_embedded, unmeasured, without_measured
-from tsqlora.data.table import Table
-from tsqlora.errors import SettingsError, printable
-from tsqlora.quality.rule import require_terms
-from tsqlora.run.config import PRESETS, Config
-from tsqlora.run.start import start_labels, start_of
-from tsqlora.tasks import Collate, Task, get_task
-from tsqlora.training.fit import Inputs
+from tsqlora.data.splits import complete, prepare, read_data, require_embedded, unmeasured, without_measured
+from tsqlora.data.table import Samples, Table
+from tsqlora.data.tokens import left_out
+from tsqlora.errors import DataError, SettingsError, printable
+from tsqlora.interop.base import attach
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.progress import Progress
+from tsqlora.quality.rows import REVIEWED_AS
+from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
+from tsqlora.quality.sampling import stratum_sizes
+from tsqlora.quality.saved_look import devices_of
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.run.config import PRESETS, Config, load_config
+from tsqlora.tasks import Collate, Task, get_task, has_own_loss
+from tsqlora.training.fit import Inputs, Method
 from tsqlora.training.load import Pretrained, load_pretrained
-from tsqlora.training.lora import start_from, wrap
+from tsqlora.training.lora import mean_rank, read_start, start_from, wrap
+from tsqlora.training.quality_callback import QualityCallback
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE, adapter_folder, is_run
 
+TRUST = "TSQLORA_TRUST_REMOTE_CODE"
+"""Environment variable that allows the code of a run's model to run, if its settings need it."""
 _SHOWN = 6
 """Classes in the line about the rows."""
 
@@ -36,8 +53,19 @@ class Job:
     config: Config
     task: Task
     pretrained: Pretrained
-    data: Mapping[str, Table]
     max_length: int
+    data: Mapping[str, Table] = field(default_factory=dict)
+    record: RunRecord | None = None
+    """Of the finished run that the model is of; its columns and classes are those of every file."""
+
+    # Any: PEFT's model and the model below it.
+    @property
+    def model(self) -> Any:
+        return self.pretrained.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.pretrained.tokenizer
 
     @property
     def train(self) -> Table:
@@ -45,27 +73,88 @@ class Job:
         return self.data["train"]
 
     @property
+    def trusted(self) -> Samples | None:
+        """The rows of data.trusted."""
+        return self.data["trusted"].samples if "trusted" in self.data else None
+
+    @property
     def collate(self) -> Collate:
-        pretrained = self.pretrained
-        return self.task.reading.collate(pretrained.model, pretrained.tokenizer, max_length=self.max_length)
+        return self.task.reading.collate(self.model, self.tokenizer, max_length=self.max_length)
 
     @property
     def inputs(self) -> Inputs:
         """What `fit` makes batches of."""
-        return Inputs(self.task, self.pretrained.tokenizer, self.collate, self.data["validation"].samples)
+        return Inputs(self.task, self.tokenizer, self.collate, self.data["validation"].samples)
 
-    @property
-    def scored_rows(self) -> dict[str, Any]:
-        """Describe the rows in the scores' record: their file and columns, and the names of class ids."""
-        table = self.train
+    def row_names(self, **about: Any) -> RowNames:
+        """The training rows' ids, hashes and lengths, and for the scores' record their file, columns and classes."""
+        table, samples = self.train, self.train.samples
         by_token = table.classes is not None and table.classes.kind.by_token
-        return {
+        source = {
             "data": self.config.data.train,
             "columns": asdict(table.columns),
             "classes": None if table.classes is None or by_token else list(table.classes.names),
             "format": "tokens" if by_token else None if table.format is None else table.format.name,
-            "hints": asdict(hints_of(self.config)),
+            "hints": asdict(self.config.data.hints),
         }
+        return RowNames(samples.ids, samples.hashes, samples.lengths, source | about)
+
+    def with_rows(self, tables: Mapping[str, Table]) -> "Job":
+        """The job with these rows, tokenised."""
+        how: dict[str, Any] = {"encode": self.task.reading.encode, "most": self.config.data.max_bad_rows}
+        return replace(self, data=prepare(tables, self.tokenizer, max_length=self.max_length, **how))
+
+    def with_adapter(self) -> "Job":
+        """The job with LoRA in its model, new or from adapter.init_from; with slots where ranks move."""
+        adapter, ranks = self.config.adapter, self.config.ranks
+        set_seed(self.config.training.seed)
+        common: dict[str, Any] = {"dropout": adapter.dropout, "modules_to_save": self.pretrained.new_modules}
+        with_slots = partial(published().wrap, max_rank=ranks.max) if ranks.moves else None
+        if (start := start_of(self.config)) is not None:
+            model = start_from(self.model, start, **common)
+            if with_slots is not None:
+                with_slots(model)
+        else:
+            how = {"mean_rank": ranks.mean, "alpha": adapter.alpha, "target_modules": adapter.target_modules}
+            model = (with_slots or wrap)(self.model, **how, **common)
+        for written in model.peft_config.values():
+            written.revision = self.config.model.revision  # of the base, by which PEFT loads it
+        return self.with_model(model)
+
+    def on_device(self) -> "Job":
+        """The job with its model on its device; one that is packed or spread over several is there."""
+        if self.config.model.quantization is None and devices_of(self.model) < 2:
+            self.model.to(device_of(self.config))
+        return self
+
+    def using(self, table: Table) -> Table:
+        """A table with the columns, classes and format of the run."""
+        assert self.record is not None
+        columns, labels = Columns(**self.record.data["columns"]), labels_of(self.record)
+        format = format_of(self.config, self.record.data.get("format"), columns)
+        numbered = format is None and are_numbers(self.record.labels)
+        return (table.numbered() if numbered else table).using(columns, labels, format)
+
+    def with_files(self, tables: Mapping[str, Table]) -> "Job":
+        """The job with labelled rows that are read as in training; warnings name rows that are left out."""
+        job = self.with_rows({name: self.using(table) for name, table in tables.items()})
+        for note in (note for table in job.data.values() for note in left_out(table.samples)):
+            warnings.warn(note, stacklevel=3)
+        return job
+
+    def complete(self, table: Table) -> Table:
+        """The complete rows of a file, as in training.  Raises DataError if it lacks a column of the run."""
+        table = self.using(table)
+        require_columns(table, labelled=True)
+        tags = table.classes is not None and table.classes.kind.by_token
+        return complete(table, self.config.data.max_bad_rows, tags=tags)
+
+    def with_model(self, model: nn.Module) -> "Job":
+        """The job with another model in the place of its own."""
+        return replace(self, pretrained=replace(self.pretrained, model=model))
+
+
+# ---------------------------------------------------------------------------------- of settings, or of a directory
 
 
 def load(
@@ -88,16 +177,94 @@ def load(
         task.reading.require_trained(task.name)
     tables = read(config, labels)
     say(described(tables, task))
-    classes = tables["train"].classes
-    task = trained_task(config, classes)
-    pretrained = load_model(config, task, classes, gpus=gpus)
-    length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-    how: dict[str, Any] = {"encode": task.reading.encode, "most": config.data.max_bad_rows}
-    data = prepare(tables, pretrained.tokenizer, max_length=length, **how)
-    if note := unmeasured(data):
+    job = without_rows(config, tables["train"].classes, gpus=gpus).with_rows(tables)
+    if note := unmeasured(job.data):
         warnings.warn(note, stacklevel=2)
-    require_embedded(data, pretrained.tokenizer, pretrained.model)
-    return Job(config, task, pretrained, data, length)
+    require_embedded(job.data, job.tokenizer, job.model)
+    return job
+
+
+def open_run(run: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job of a finished run, with its trained model.  Raises DataError for any other directory."""
+    record = require_finished(run)
+    config = load_config(run / CONFIG_FILE, overrides, trained=True)
+    require_of_task(config, [override.partition("=")[0] for override in overrides])
+    require_trust(run, config)
+    read_adapter(run / ADAPTER_DIR)  # before the model is loaded
+    job = replace(without_rows(config, labels_of(record)), record=record, max_length=int(record.data["max_length"]))
+    return job.with_model(attach(job.model, run / ADAPTER_DIR, trainable=True)).on_device()
+
+
+def without_rows(config: Config, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Job:
+    """The job with the pretrained model, whose head is for these classes; `gpus` as in `load_pretrained`."""
+    base, task = config.model, trained_task(config, labels)
+    set_seed(config.training.seed)
+    pretrained = load_pretrained(
+        base.path,
+        task,
+        labels=labels,
+        revision=base.revision,
+        dtype=base.dtype,
+        quantization=base.quantization,
+        trust_remote_code=base.trust_remote_code,
+        gpus=gpus,
+    )
+    length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
+    return Job(config, task, pretrained, length)
+
+
+def require_trust(run: Path, config: Config) -> None:
+    """Raise SettingsError if the run's model has code: a run may be a stranger's, and whoever opens it decides."""
+    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
+        raise SettingsError(
+            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code of {config.model.path}; if you "
+            f"trust it, set {TRUST}=1 in the environment"
+        )
+
+
+def labels_of(record: RunRecord) -> LabelMap | None:
+    """The classes of a run; None for numbers and texts."""
+    return get_task(record.task).reading.classes(record.labels)
+
+
+def require_finished(run: Path) -> RunRecord:
+    """The record of a finished run.  Raises DataError for any other directory."""
+    record = RunRecord.load(run)
+    if record.status != "finished":
+        raise DataError(f"the run in {run} is not finished; `tsqlora train {quote(str(run))} --resume` continues it")
+    return record
+
+
+def device_of(config: Config) -> torch.device:
+    """The accelerator, if there is one and the config allows it, as training chooses."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    by_default = accelerator is None or accelerator.type == "mps"
+    if accelerator is None or config.training.further_arguments().get("use_cpu", by_default):
+        return torch.device("cpu")
+    return accelerator
+
+
+# ---------------------------------------------------------------------------------- the task and its rows
+
+
+def trained_task(config: Config, labels: LabelMap | None = None) -> Task:
+    """The task, with training's loss, and for metrics the names of the classes."""
+    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
+    names = () if labels is None else labels.names
+    return get_task(config.task.type, classes=names, **({"label_smoothing": smoothing} if smoothing else {}))
+
+
+def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
+    """Raises SettingsError for a setting that the task does not read, unless at its default; of `keys` if given."""
+    task = get_task(config.task.type)
+    for key, own in task.reading.foreign.items():
+        section, name = key.split(".")
+        settings = getattr(config, section)
+        field, value = type(settings).model_fields.get(name), getattr(settings, name, None)
+        changed = value and (field is None or value != field.default)  # None: a field of TrainingArguments
+        if changed and (keys is None or key in keys):
+            cure = "remove it" if own is None else f"set {own}, or remove it"
+            raise SettingsError(f"{key} has no effect for {task.name}; {cure}")
 
 
 def read(
@@ -107,7 +274,9 @@ def read(
     holds_out: bool = True,
 ) -> dict[str, Table]:
     """Read the rows of every split; `labels` as in `load`, `holds_out` as in `read_data`."""
-    data, task, labels = config.data, get_task(config.task.type), labels or start_labels(config)
+    data, task, start = config.data, get_task(config.task.type), config.adapter.init_from
+    if not labels and start is not None and is_run(Path(start)):
+        labels = RunRecord.load(Path(start)).labels
     tables = read_data(
         data.train,
         data.validation,
@@ -117,7 +286,7 @@ def read(
         seed=config.training.seed,
         trusted=data.trusted,
         max_bad_rows=data.max_bad_rows,
-        hints=hints_of(config),
+        hints=data.hints,
         numbers=labels is not None and are_numbers(labels),
     )
     return without_measured(tables)
@@ -145,52 +314,79 @@ def format_of(config: Config, name: str | None, columns: Columns) -> Format | No
     return None if name is None else Format(name, columns, whole=not all_named)
 
 
-def hints_of(config: Config) -> Hints:
-    """The settings about text files."""
-    return config.data.hints
+def require_columns(table: Table, *, labelled: bool) -> None:
+    """Raises DataError if a file lacks a column of training."""
+    columns, names = table.columns, table.names
+    # The second part of a prompt is optional.
+    second = columns.text_pair if table.format is None else None
+    for column in (columns.text, second, columns.label if labelled else None):
+        if column is not None and column not in names:
+            raise DataError(
+                f"{table.name} has no column '{column}', which the run was trained on; rename the one that "
+                f"holds it to '{column}': {quoted(names)}"
+            )
 
 
-def trained_task(config: Config, labels: LabelMap | None = None) -> Task:
-    """The task, with training's loss, and for metrics the names of the classes."""
-    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
-    names = () if labels is None else labels.names
-    return get_task(config.task.type, classes=names, **({"label_smoothing": smoothing} if smoothing else {}))
+# ---------------------------------------------------------------------------------- an adapter that the run continues
 
 
-def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
-    """Raises SettingsError for a setting that the task does not read, unless at its default; of `keys` if given."""
-    task = get_task(config.task.type)
-    for key, own in task.reading.foreign.items():
-        section, name = key.split(".")
+def start_of(config: Config) -> LoraAdapter | None:
+    """The adapter that a run continues, if any."""
+    path = config.adapter.init_from
+    return None if path is None else read_start(adapter_folder(Path(path)))
+
+
+def with_start(config: Config) -> Config:
+    """The config with ranks.mean, ranks.max, adapter.alpha and target_modules of adapter.init_from; idempotent.
+
+    Raises SettingsError if one of them is set to another value. The default counts as unset, since the template of
+    `tsqlora init` writes it.
+    """
+    adapter = start_of(config)
+    if adapter is None:
+        return config
+    mean, largest = mean_rank(adapter), adapter.rank
+    scale = next(iter(adapter.targets.values())).scale  # of all the same
+    own = {"ranks": {"mean": mean}, "adapter": {"alpha": scale * mean, "target_modules": sorted(adapter.targets)}}
+    for section, values in own.items():
         settings = getattr(config, section)
-        field, value = type(settings).model_fields.get(name), getattr(settings, name, None)
-        changed = value and (field is None or value != field.default)  # None: a field of TrainingArguments
-        if changed and (keys is None or key in keys):
-            cure = "remove it" if own is None else f"set {own}, or remove it"
-            raise SettingsError(f"{key} has no effect for {task.name}; {cure}")
-
-
-def require_scoring(config: Config) -> None:
-    """Raises SettingsError, before anything is loaded, if the config has no scores."""
-    if not config.quality.enabled:
-        raise SettingsError("quality.enabled is false, so there is nothing to score; set it to true")
-    require_terms(PRESETS[config.quality.preset] or {}, trained_task(config))
-
-
-def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:
-    """Load the pretrained model, with a head for these classes."""
-    base = config.model
-    set_seed(config.training.seed)
-    return load_pretrained(
-        base.path,
-        task,
-        labels=labels,
-        revision=base.revision,
-        dtype=base.dtype,
-        quantization=base.quantization,
-        trust_remote_code=base.trust_remote_code,
-        gpus=gpus,
+        for key, value in values.items():
+            if (set_to := getattr(settings, key)) not in (value, type(settings).model_fields[key].default):
+                raise SettingsError(f"{section}.{key} is {set_to}, and adapter.init_from has {value}; remove it")
+    if config.ranks.max is not None and config.ranks.max < largest:
+        raise SettingsError(f"ranks.max is {config.ranks.max}, and adapter.init_from has a rank of {largest}; raise it")
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values) for section, values in own.items()}
     )
+
+
+def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
+    """Notes about the start, for a run's record.
+
+    Raises DataError if the run was trained on other classes, so that its head means something else.
+    """
+    adapter, path = start_of(config), config.adapter.init_from
+    if adapter is None or path is None:
+        return []
+
+    def listed(labels: Sequence[Any] | None) -> str:
+        return "numbers" if labels is None else ", ".join(map(str, labels))
+
+    notes = [f"continues {path}: {len(adapter.targets)} layers, mean rank {mean_rank(adapter):.3g}"]
+    if not adapter.heads():
+        notes.append("that adapter has no head: the head is new")
+    elif not is_run(Path(path)):
+        notes.append(f"its head must be for these classes, in this order: {listed(labels)}")
+    elif (before := RunRecord.load(Path(path)).labels) != (None if labels is None else list(labels)):
+        raise DataError(
+            f"{path} was trained on {listed(before)}, and the rows have {listed(labels)}; give rows of the same ones"
+        )
+    if adapter.base not in (None, config.model.path):
+        notes.append(f"that adapter names {adapter.base} as its base; its layers fit {config.model.path}")
+    return notes
+
+
+# ---------------------------------------------------------------------------------- the method
 
 
 def published() -> ModuleType:
@@ -200,24 +396,49 @@ def published() -> ModuleType:
     return paper
 
 
-def with_adapter(config: Config, pretrained: Pretrained) -> PeftModel:
-    """Add LoRA to the pretrained model in place, new or from adapter.init_from; with slots where ranks move."""
-    adapter, ranks = config.adapter, config.ranks
-    set_seed(config.training.seed)
-    common: dict[str, Any] = {"dropout": adapter.dropout, "modules_to_save": pretrained.new_modules}
-    with_slots = partial(published().wrap, max_rank=ranks.max) if ranks.moves else None
-    if (start := start_of(config)) is not None:
-        model = start_from(pretrained.model, start, **common)
-        if with_slots is not None:
-            with_slots(model)
-    else:
-        model = (with_slots or wrap)(
-            pretrained.model,
-            mean_rank=ranks.mean,
-            alpha=adapter.alpha,
-            target_modules=adapter.target_modules,
-            **common,
-        )
-    for written in model.peft_config.values():
-        written.revision = config.model.revision  # of the base, by which PEFT loads it
-    return model
+def scoring_rule(config: Config) -> ScoringRule:
+    """How rows are scored and drawn."""
+    q = config.quality
+    return ScoringRule(
+        weights=PRESETS[q.preset],
+        judge=q.preset != "paper",
+        seed=config.training.seed,
+        head_start=q.head_start,
+        select=q.enabled,
+    )
+
+
+def method_of(job: Job, scores_path: Path, progress: Progress | None = None, *, look: Path | None = None) -> Method:
+    """The rows that epochs are drawn from, and the callbacks that the config describes, with a look in a folder.
+
+    Raises SettingsError or UnsupportedError for terms that the task lacks, and for a draw that is too small.
+    """
+    config, samples, rule = job.config, job.train.samples, scoring_rule(job.config)
+    data = QualitySubset(
+        samples,
+        config.quality.fraction,
+        config.training.seed,
+        trusted=job.trusted,
+        lengths=samples.lengths,
+        batch_size=config.training.batch_size,
+    )
+    if job.trusted is not None:
+        marks = {row.id: row.cells.get(REVIEWED_AS) == "suspect" for row in job.data["trusted"]}
+        data.suspects = np.array([marks.get(int(id), False) for id in job.trusted.ids], dtype=np.bool_)
+    if rule.weights is not None and rule.select:
+        require_terms(rule.weights, job.task)
+        if job.task.reading.judges():
+            stratum_sizes(np.unique(samples.labels, return_counts=True)[1], len(data))
+    quality = QualityCallback(
+        data,
+        rule=rule,
+        rows=job.row_names(),
+        scores_path=scores_path,
+        progress=progress,
+        collate=job.collate,
+        look=look if rule.select or rule.head_start else None,
+        task=job.task if has_own_loss(job.task, job.model) else None,
+    )
+    r, how = config.ranks, {"seed": config.training.seed, "collate": job.collate}
+    ranks = published().RankCallback(r.interval, min_rank=r.min, **how) if r.moves else None
+    return Method(data, quality, ranks)

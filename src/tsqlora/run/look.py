@@ -14,7 +14,7 @@ from tsqlora import distributed
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.rows import Columns
 from tsqlora.data.sources import open_table
-from tsqlora.data.splits import complete, prepare
+from tsqlora.data.splits import complete
 from tsqlora.data.table import stored_in
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
@@ -25,16 +25,13 @@ from tsqlora.quality.look import look as take
 from tsqlora.quality.question import why_unasked
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-from tsqlora.quality.saved_look import SavedLook, devices_of, require_free, save_look
+from tsqlora.quality.saved_look import SavedLook, require_free, save_look
 from tsqlora.quality.score import scoring_request
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import suspects_of
-from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.finished import device_of
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import Job, format_of, hints_of, load, load_model, trained_task, with_adapter
-from tsqlora.run.start import with_start
+from tsqlora.run.job import device_of, format_of, load, scoring_rule, trained_task, with_start, without_rows
 from tsqlora.tasks import Collate, Task
 from tsqlora.text.apply import answer_columns, answers_of
 from tsqlora.text.before import even_scores, look_before, without_unfit
@@ -118,20 +115,18 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
     args, rule = arguments(config, out), replace(scoring_rule(config), select=True)
     lookahead = any(term.lookahead for term in rule.measured().values())
     half = None if lookahead else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    job = load(config, gpus=gpus_of(config))
-    model = with_adapter(config, job.pretrained)
-    _place(model, config)
+    job = load(config, gpus=gpus_of(config)).with_adapter().on_device()
     taken = look(
-        model,
+        job.model,
         job.train.samples,
         job.collate,
         out=out,
         rule=rule,
         task=job.task,
-        rows=row_names(job),
+        rows=job.row_names(),
         compute=Compute(args.per_device_eval_batch_size, half, progress=progress),
-        trusted=trusted_of(job),
-        processing_class=job.pretrained.tokenizer,
+        trusted=job.trusted,
+        processing_class=job.tokenizer,
     )
     if distributed.is_first():
         write_text(out / CONFIG_FILE, dump_config(config))
@@ -150,7 +145,7 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         raise SettingsError(f"the look in {path} was taken in Python and has no settings; use tsqlora.apply")
     config = load_config(path / CONFIG_FILE, [f"data.train={json.dumps(data, ensure_ascii=False)}"])
     labels = _classes_of(saved, config)
-    task, record = trained_task(config, labels), saved.scores.record
+    record = saved.scores.record
     assert record.columns is not None
     used = Columns(**record.columns)
     with (
@@ -158,26 +153,20 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder,
         stored_in(Path(folder)),
     ):
-        table = open_table(data, split="train", hints=hints_of(config))
+        table = open_table(data, split="train", hints=config.data.hints)
         lenient = None if labels is None else replace(labels, strict=not labels.kind.single)
         table = table.using(used, lenient, format_of(config, record.format, used))
         table = complete(table, config.data.max_bad_rows, tags=False)
-        pretrained = load_model(config, task, labels, gpus=gpus_of(config))
-        length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-        how = {"encode": task.reading.encode, "most": config.data.max_bad_rows}
-        job = Job(
-            config, task, pretrained, prepare({"train": table}, pretrained.tokenizer, max_length=length, **how), length
-        )
-        _place(pretrained.model, config)
-        rows = row_names(job)
+        job = without_rows(config, labels, gpus=gpus_of(config)).with_rows({"train": table}).on_device()
+        rows = job.row_names()
         compute = Compute(config.training.batch_size, progress=progress)
         samples = job.train.samples
-        made, names = (pretrained.model, saved, samples, job.collate), {"rows": rows, "compute": compute}
+        made, names = (job.model, saved, samples, job.collate), {"rows": rows, "compute": compute}
         if labels is None:
             columns = answer_columns(*made, **names)
         else:
-            columns = columns_of_rows(*made, samples.labels, task=task, **names)
-        scores = scores_of_rows(columns, saved, rows, task=task)
+            columns = columns_of_rows(*made, samples.labels, task=job.task, **names)
+        scores = scores_of_rows(columns, saved, rows, task=job.task)
         with parents_of(out):
             scores.save(out)
     return scores
@@ -206,9 +195,3 @@ def gpus_of(config: Config) -> list[int]:
     """Return the free bytes of each GPU, if this is the only process and may use them."""
     alone = distributed.launched() == 1 and device_of(config).type == "cuda"
     return [torch.cuda.mem_get_info(j)[0] for j in range(torch.cuda.device_count())] if alone else []
-
-
-def _place(model: nn.Module, config: Config) -> None:
-    """Move the model to its device; one that is packed or spread over several is there."""
-    if config.model.quantization is None and devices_of(model) < 2:
-        model.to(device_of(config))

@@ -1,26 +1,120 @@
-"""Use a finished run: metrics on a labelled file, predictions or generated texts on any file."""
+"""Use a trained model: metrics on labelled rows, predictions or generated texts on any file."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import TrainingArguments
 
+from tsqlora.data.batches import padded_labels
 from tsqlora.data.labels import require_separable
 from tsqlora.data.readers import TABLES
 from tsqlora.data.sources import open_table
 from tsqlora.data.splits import lacks_of, listed
 from tsqlora.data.table import Samples, Table
+from tsqlora.data.tokens import references
 from tsqlora.data.write import joined, require_writable, save_beside, try_rows, without_formulas, write_rows
 from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.files import reading, writing
 from tsqlora.progress import Progress
-from tsqlora.run.finished import FinishedRun, open_run, require_finished
-from tsqlora.run.fit import warn_of_cuts
-from tsqlora.run.job import hints_of, read
+from tsqlora.quality.rule import Compute
+from tsqlora.run.job import Job, open_run, read, require_columns, require_finished
+from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
+from tsqlora.training.load import positions_of
+from tsqlora.training.predict import predict_logits, summed_counts, write_texts
+
+EVAL_BATCH = 64
+"""Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """What the model of a job answers: logits, metrics and texts."""
+
+    job: Job
+    compute: Compute
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt: the positions of a causal model must also hold the text that it writes."""
+        job, positions = self.job, positions_of(self.job.model)
+        return job.task.reading.prompt_limit(job.max_length, job.tokenizer, positions, job.config.task.max_new_tokens)
+
+    def logits(self, samples: Sequence[dict[str, Any]], *, phase: str) -> np.ndarray:
+        """n × k logits of a task with one answer a sample."""
+        job = self.job
+        return predict_logits(job.model, samples, job.collate, task=job.task, phase=phase, compute=self.compute)
+
+    def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str) -> dict[str, float]:
+        """The task's metrics on labelled samples; for generation those of the rows' targets."""
+        job = self.job
+
+        def logits(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+            z = self.logits(samples, phase=phase)
+            return z, padded_labels([sample["labels"] for sample in samples], z.shape[1] if z.ndim == 3 else None)
+
+        def summed(samples: Sequence[dict[str, Any]], count: Any) -> dict[str, float]:
+            how = {"phase": phase, "compute": self.compute}
+            return summed_counts(job.model, samples, job.collate, job.task, count, **how)
+
+        return job.task.evaluate(samples, logits=logits, summed=summed)
+
+    def prompts(self, table: Table, *, measured: bool = False) -> Samples:
+        """The prompt of each row; `measured` as in `tokenise_generation`."""
+        rows, how = list(table), {"with_targets": False, "measured": measured}
+        encode, most = self.job.task.reading.encode, self.prompt_length
+        return encode(rows, table.format, self.job.tokenizer, max_length=most, **how)
+
+    def texts(self, prompts: Samples, *, phase: str) -> list[str]:
+        """Generate a text for each prompt."""
+        job, how = self.job, self.job.config.task
+        return write_texts(
+            job.model,
+            prompts,
+            job.task.reading.collate(job.model, job.tokenizer, max_length=job.max_length, prompts=True),
+            job.tokenizer,
+            max_new_tokens=how.max_new_tokens,
+            beams=how.beams,
+            phase=phase,
+            compute=self.compute,
+        )
+
+    def text_metrics(self, table: Table) -> dict[str, float]:
+        """Compare generated texts with the rows' targets; nothing for rows without them, such as plain text."""
+        if table.format is None or table.format.name == "text":
+            return {}
+        require_text_metrics()
+        prompts = self.prompts(table, measured=True)
+        if self.prompt_length < self.job.max_length:  # reading the rows warns about cuts by max_length
+            warn_of_cuts(prompts, table.name, "prompts", self.prompt_length)
+        return text_metrics(self.texts(prompts, phase="writing"), references(table, table.format))
+
+
+def predictor_of(job: Job, args: TrainingArguments | None = None, progress: Progress | None = None) -> Predictor:
+    """Inference in training's precision, by the Trainer's arguments or by the record of a run."""
+    if args is not None:
+        batch_size, bf16 = args.per_device_eval_batch_size, args.bf16
+    else:
+        assert job.record is not None
+        batch_size = job.config.training.further_arguments().get("per_device_eval_batch_size", EVAL_BATCH)
+        bf16 = job.record.plan["bf16"]
+    return Predictor(job, Compute(batch_size, torch.bfloat16 if bf16 else None, progress=progress))
+
+
+def warn_of_cuts(split: Samples, source: str, what: str, length: int) -> None:
+    """Warn if rows were cut."""
+    if split.truncated:
+        warnings.warn(cuts(split, f"{what} of {source}", length), stacklevel=3)
+
+
+def cuts(split: Samples, what: str, length: int) -> str:
+    """How many rows were cut, in words."""
+    words = f"; {split.cut_words} of their words are behind the cut, without a tag" if split.cut_words else ""
+    return f"{split.truncated} of {len(split)} {what} were cut to {length} tokens{words}"
 
 
 def evaluate_run(
@@ -34,17 +128,17 @@ def evaluate_run(
     writes = "format" in record.data
     if data is None and not overrides and ("test" in record.metrics or not writes):
         return record.metrics["test" if "test" in record.metrics else "validation"]
-    finished = open_run(run, overrides)
+    job = open_run(run, overrides)
     if data is None:
-        tables = read(finished.config, labels=record.labels)
+        tables = read(job.config, labels=record.labels)
         name = "test" if "test" in tables else "validation"
         table = tables[name]
     else:
-        name = "test"
-        table = finished.complete(open_table(data, split=name, hints=hints_of(finished.config)))
-    table = finished.labelled(name, table)
-    metrics = finished.predictor.metrics(table.samples, phase="evaluation", progress=progress)
-    return metrics | finished.predictor.text_metrics(table, progress=progress)
+        name, table = "test", job.complete(open_table(data, split="test", hints=job.config.data.hints))
+    table = job.with_files({name: table}).data[name]
+    warn_of_cuts(table.samples, table.name, job.task.reading.noun(table.format), job.max_length)
+    predictor = predictor_of(job, progress=progress)
+    return predictor.metrics(table.samples, phase="evaluation") | predictor.text_metrics(table)
 
 
 def own_rows(run: Path) -> str:
@@ -76,21 +170,32 @@ def predict_run(
     require_writable(out)
     with writing(out):
         reading(data)  # a model takes a while to load
-        finished = open_run(run, overrides)
-        table = finished.using(open_table(data, split="test", hints=hints_of(finished.config)))
+        job = open_run(run, overrides)
+        table = job.using(open_table(data, split="test", hints=job.config.data.hints))
     if data.is_dir():
         say(f"{data} is a folder, and {table.name} is predicted: {len(table):,} rows")
-    finished.require_columns(table, labelled=False)
+    require_columns(table, labelled=False)
     is_table = out.suffix.lower() in TABLES
-    if is_table and finished.labels is not None and not finished.labels.kind.single:
-        require_separable(finished.labels.names, cure="write .jsonl or .parquet")
+    if is_table and table.classes is not None and not table.classes.kind.single:
+        require_separable(table.classes.names, cure="write .jsonl or .parquet")
     parquet = table.path is not None and {table.path.suffix.lower(), out.suffix.lower()} == {".parquet"}
     original = table.path if parquet else None
     own = [dict[str, Any]()] * len(table) if parquet else [row.cells for row in table]
     try_rows(out, own, original=original)
-    complete = _with_input(finished, table)
-    how = {"logits": partial(_logits, finished, progress), "texts": partial(_texts, finished, progress)}
-    added = dict(zip(complete.ids.tolist(), finished.task.predict(complete, **how), strict=True))
+    complete = _with_input(table)
+    predictor, length, encode = predictor_of(job, progress=progress), job.max_length, job.task.reading.encode
+
+    def texts(table: Table) -> list[str]:
+        prompts = predictor.prompts(table)
+        warn_of_cuts(prompts, table.name, "prompts", predictor.prompt_length)
+        return predictor.texts(prompts, phase="prediction")
+
+    def logits(table: Table) -> tuple[np.ndarray, Samples]:
+        samples = encode(list(table), table.columns, job.tokenizer, max_length=length, labels=None)
+        warn_of_cuts(samples, table.name, job.task.reading.noun(table.format), length)
+        return predictor.logits(samples, phase="prediction"), samples
+
+    added = dict(zip(complete.ids.tolist(), job.task.predict(complete, logits=logits, texts=texts), strict=True))
     empty = dict.fromkeys(added[int(complete.ids[0])])
     predictions = [added.get(i, empty) for i in range(len(table))]
     shown = [_rounded(one) for one in predictions] if is_table else predictions
@@ -121,9 +226,9 @@ def _rounded(prediction: Mapping[str, Any]) -> dict[str, Any]:
     return {**prediction, "probability": short if isinstance(p, list) else short[0]}
 
 
-def _with_input(finished: FinishedRun, table: Table) -> Table:
+def _with_input(table: Table) -> Table:
     """The rows that have an input; a warning names the others."""
-    tags = finished.labels is not None and finished.labels.kind.by_token
+    tags = table.classes is not None and table.classes.kind.by_token
     lacks = lacks_of(table.columns, table.format, answers=False, tags=tags)
     bad, complete = dict[str, list[int | str]](), list[int]()
     for row in table:
@@ -137,15 +242,3 @@ def _with_input(finished: FinishedRun, table: Table) -> Table:
         count = f"{len(table) - len(complete):,} of {len(table):,}"
         warnings.warn(f"{table.name}: {count} predictions are empty: {listed(bad, table.name)}", stacklevel=3)
     return replace(table, ids=np.array(complete))
-
-
-def _texts(finished: FinishedRun, progress: Progress | None, table: Table) -> list[str]:
-    predictor = finished.predictor
-    prompts = predictor.prompts(table)
-    warn_of_cuts(prompts, table.name, "prompts", predictor.prompt_length)
-    return predictor.texts(prompts, phase="prediction", progress=progress)
-
-
-def _logits(finished: FinishedRun, progress: Progress | None, table: Table) -> tuple[np.ndarray, Samples]:
-    samples = finished.unlabelled(table)
-    return finished.predictor.logits(samples, phase="prediction", progress=progress), samples

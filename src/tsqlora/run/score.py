@@ -13,14 +13,11 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing
 from tsqlora.progress import Progress
-from tsqlora.quality.rule import Compute
+from tsqlora.quality.rule import Compute, require_terms
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
-from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
-from tsqlora.run.config import load_config
-from tsqlora.run.finished import FinishedRun, device_of, open_run
-from tsqlora.run.job import hints_of, load, read, require_scoring, with_adapter
-from tsqlora.run.start import with_start
+from tsqlora.run.config import PRESETS, load_config
+from tsqlora.run.job import Job, load, open_run, read, scoring_rule, trained_task, with_start
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 
@@ -47,22 +44,23 @@ def score_rows(
     require_place(out)
     with writing(out), _partial(out) as (partial, tokens), stored_in(tokens):
         if source.is_dir():
-            run = open_run(source, overrides)
-            job, model = run.job(_tables(source, run)), run.model
+            job = open_run(source, overrides)
+            job = job.with_files(_tables(source, job))
         else:
             config = with_start(load_config(source, overrides))
-            require_scoring(config)
-            job = load(config, scoring=True)
-            model = with_adapter(config, job.pretrained).to(device_of(config))
+            if not config.quality.enabled:
+                raise SettingsError("quality.enabled is false, so there is nothing to score; set it to true")
+            require_terms(PRESETS[config.quality.preset] or {}, trained_task(config))
+            job = load(config, scoring=True).with_adapter().on_device()
         scores = score(
-            model,
+            job.model,
             job.train.samples,
             job.collate,
             rule=scoring_rule(job.config),
             task=job.task,
-            rows=row_names(job, held_out=held_out_rows(job.data)),
+            rows=job.row_names(held_out=held_out_rows(job.data)),
             compute=Compute(job.config.training.batch_size, parts=partial / "scoring", progress=progress),
-            trusted=trusted_of(job),
+            trusted=job.trusted,
         )
         scores.save(out)
     return scores
@@ -83,9 +81,10 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(tokens, ignore_errors=True)
 
 
-def _tables(source: Path, run: FinishedRun) -> dict[str, Table]:
+def _tables(source: Path, job: Job) -> dict[str, Table]:
     """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
-    path = run.config.data.train
+    path = job.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
-        return read(run.config, run.record.labels)
-    return {"train": run.complete(open_table(path, split="train", hints=hints_of(run.config)))}
+        assert job.record is not None
+        return read(job.config, job.record.labels)
+    return {"train": job.complete(open_table(path, split="train", hints=job.config.data.hints))}

@@ -18,14 +18,12 @@ from tsqlora.files import write_text
 from tsqlora.interop.doctor import faults_in
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
-from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.contract import write_contract
 from tsqlora.run.fit import arguments, begin, measure
-from tsqlora.run.job import load, with_adapter
+from tsqlora.run.job import load, method_of, with_start
 from tsqlora.run.plan import shown_samples
-from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import newest_complete, note_in, require_resumable_saves
 from tsqlora.training.fit import fit, save_adapter
 from tsqlora.training.record import RECORD_FILE, RunRecord
@@ -57,8 +55,13 @@ def train(
     record = _started(run, config) if resume else None
     if look is None and record is not None and record.plan.get("look"):
         look = Path(record.plan["look"])
-    _require_look(config, look)  # before the Trainer's arguments, which set the engine up
-    args = arguments(config, run)
+    engine, q = distributed.sharding(config.training.further_arguments()), config.quality
+    if engine is not None and look is None and (q.enabled or q.head_start):
+        raise SettingsError(
+            f"{engine} shards the model, and a look needs a whole one; type `tsqlora look CONFIG --out LOOK`, then "
+            "this command with `--look LOOK` (or set quality.enabled and quality.head_start to false)"
+        )
+    args = arguments(config, run)  # sets the engine up
     if record is not None and record.status == "finished":
         say(f"the run in {run} is finished, so nothing is trained; another --out trains again")
         return record  # nothing is written, not even a lock
@@ -90,18 +93,6 @@ def train(
             return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
-def _require_look(config: Config, look: Path | None) -> None:
-    """Raises SettingsError if the launcher shards the model, and no look was taken before."""
-    engine = distributed.sharding(config.training.further_arguments())
-    q = config.quality
-    if engine is None or look is not None or not (q.enabled or q.head_start):
-        return
-    raise SettingsError(
-        f"{engine} shards the model, and a look needs a whole one; type `tsqlora look CONFIG --out LOOK`, then "
-        "this command with `--look LOOK` (or set quality.enabled and quality.head_start to false)"
-    )
-
-
 def _train(
     config: Config,
     run: Path,
@@ -119,24 +110,20 @@ def _train(
         raise DataError(
             f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
         )
-    method, model = build_callbacks(job, run / SCORES_FILE, progress, look=look), with_adapter(config, job.pretrained)
-    record = begin(job, args, method, model)
+    method, job = method_of(job, run / SCORES_FILE, progress, look=look), job.with_adapter()
+    record = begin(job, args, method)
     record.plan |= {} if look is None else {"look": str(look)}
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
-    if (
-        checkpoint is not None
-        and method.ranks is not None
-        and distributed.sharding(config.training.further_arguments())
-    ):
-        raise UnsupportedError(
-            f"ranks that move cannot resume from {checkpoint} under FSDP; start again, or set ranks.policy: fixed"
-        )
-    for why in passed_over:
-        warnings.warn(why, stacklevel=2)
     if checkpoint is not None:
+        if method.ranks is not None and distributed.sharding(config.training.further_arguments()):
+            raise UnsupportedError(
+                f"ranks that move cannot resume from {checkpoint} under FSDP; start again, or set ranks.policy: fixed"
+            )
         say(f"goes on from step {checkpoint.name.rpartition('-')[2]} of {record.plan['steps']:,}")
     elif before is not None:
         say("goes on from step 0: there is no checkpoint yet")
+    for why in passed_over:
+        warnings.warn(why, stacklevel=2)
     record.notes += passed_over
     if before is not None:
         record.notes += other_versions(before.versions, record.versions)
@@ -144,12 +131,12 @@ def _train(
         record.notes.append(_in_parts(config, rows))
     also = [WriteStart(run, config, record), stop]
     how = {"also": also, "resume_from": checkpoint, "progress": progress, "run": run}
-    save_adapter(fit(model, args, method, job.inputs, record, **how), run / ADAPTER_DIR)
+    save_adapter(fit(job.model, args, method, job.inputs, record, **how), run / ADAPTER_DIR)
     if distributed.is_first():
         for fault in faults_in(run / ADAPTER_DIR):
             warnings.warn(f"the saved adapter has a fault: {fault}", stacklevel=2)
             record.notes.append(fault)
-    measure(job, model, record, args, progress)
+    measure(job, record, args, progress)
     if distributed.is_first():
         record.save(run)
         write_card(run, run / ADAPTER_DIR)
@@ -170,14 +157,14 @@ def dry_run(config: Config, look: Path | None = None) -> dict[str, Any]:
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
     require_resumable_saves(args)
-    method = build_callbacks(job, Path("run") / SCORES_FILE, look=look)
-    record = begin(job, args, method, with_adapter(job.config, job.pretrained))
+    method, job = method_of(job, Path("run") / SCORES_FILE, look=look), job.with_adapter()
+    record = begin(job, args, method)
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
     plan = {**record.plan, "columns": asdict(job.train.columns), "max_length": job.max_length, "notes": notes}
     plan["files"] = {table.name: str(table.dialect) for table in job.data.values() if table.dialect != PLAIN}
     if job.train.format is None:
         return plan
-    shown = shown_samples(job.pretrained.tokenizer, job.train.samples[:SHOWN])
+    shown = shown_samples(job.tokenizer, job.train.samples[:SHOWN])
     return {**plan, "format": job.train.format.name, "samples": shown}
 
 

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.data.table import length_of
 from tsqlora.errors import TsqLoraError
-from tsqlora.progress import Progress
 from tsqlora.quality.passes import Columns, run_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Batch, Collate, Task, require_room
@@ -25,10 +24,8 @@ def predict_logits(
     collate: Collate,
     *,
     task: Task,
-    batch_size: int,
-    autocast: torch.dtype | None = None,
+    compute: Compute,
     phase: str = "evaluation",
-    progress: Progress | None = None,
 ) -> np.ndarray:
     """n × k logits, n × t × k for tags, in the samples' order; labels, if any, are not shown to the model.
 
@@ -44,7 +41,7 @@ def predict_logits(
         out[rows, : logits.shape[1]] = logits
         return {}
 
-    compute, lengths = Compute(batch_size, autocast, progress=progress), [length_of(sample) for sample in samples]
+    lengths = [length_of(sample) for sample in samples]
     with torch.inference_mode():
         run_pass(model, measure, samples, _without_labels(model, collate), compute, lengths=lengths, phase=phase)
     assert out is not None
