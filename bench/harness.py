@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -34,7 +35,6 @@ from tsqlora.seeds import stream
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.lora import inject, layers_of, new_config
 from tsqlora.training.record import RunRecord, versions
-from tsqlora.training.tell_progress import peak_memory
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "all": {"enabled": False, "head_start": False, "fraction": 1.0},
@@ -261,7 +261,7 @@ def train(
         **failed,
         "commit": commit(),
         "bf16": args.bf16,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss,
         "quality": {**record.quality, "random": _why_at_random(method)},
         "metrics": record.metrics,
         "cost": {name: asdict(cost) for name, cost in record.cost.items()},

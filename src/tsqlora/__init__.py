@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from tsqlora.run.look import look
     from tsqlora.run.pool import select
     from tsqlora.text.apply import apply
-    from tsqlora.training.attach import attach
     from tsqlora.training.checkpoints import last_checkpoint
+    from tsqlora.training.fit import attach
     from tsqlora.training.lora import wrap
     from tsqlora.training.quality_callback import QualityCallback
 
@@ -51,7 +51,7 @@ _HOMES = {
     "run.look": ("look",),
     "run.pool": ("select",),
     "text.apply": ("apply",),
-    "training.attach": ("attach",),
+    "training.fit": ("attach",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
     "training.lora": ("wrap",),

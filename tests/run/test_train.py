@@ -107,7 +107,7 @@ def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -
     with waits_of_ours() as counts.seen:
         fit(job.model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)
     assert {len(step) for step in counts.steps[1:]} == {1}
-    assert "training/optimizer.py" in counts.steps[1][0]
+    assert "training/nonfinite.py" in counts.steps[1][0]
 
 
 class CountWaits(TrainerCallback):

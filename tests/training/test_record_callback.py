@@ -14,8 +14,8 @@ from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.reports.gather import gather
 from tsqlora.reports.write import write_report
+from tsqlora.training.live_record import step_size
 from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.steps import step_size
 
 ROWS = moods()
 

@@ -27,8 +27,8 @@ from tsqlora.quality.head_start import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, task_of
 from tsqlora.training.checkpoints import checkpoint_folder, read_state, write_state
+from tsqlora.training.live_record import step_size
 from tsqlora.training.record import RankEvent
-from tsqlora.training.steps import step_size
 
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"

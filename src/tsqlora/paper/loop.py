@@ -34,7 +34,7 @@ from tsqlora.paper.slots import Slots, finalize, find_slots, has_slots, sync_con
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.tasks import Collate, Task
 from tsqlora.training.checkpoints import require_options
-from tsqlora.training.optimizer import gradient_norm
+from tsqlora.training.nonfinite import gradient_norm
 
 
 class RankLoop:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.errors import TsqLoraError
-from tsqlora.training.optimizer import call_around_steps
+from tsqlora.training.nonfinite import call_around_steps
 
 WHERE = {
     "before_forward": "before the step's first forward pass",

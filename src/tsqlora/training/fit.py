@@ -7,24 +7,25 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora import distributed
 from tsqlora.compat.torch import upcast
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss, set_loss_scaling
 from tsqlora.data.table import Samples
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.health import require_finite
 from tsqlora.progress import Progress
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Collate, Task, has_own_loss
 from tsqlora.tasks.forward import base_model, generates, output_part
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.record import RunRecord
-from tsqlora.training.tell_progress import TellProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,24 @@ def fit(
         set_loss(trainer, lambda outputs, labels: task.batch_loss(task.loss(_logits(outputs), labels), labels))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
+
+
+class TellProgress(TrainerCallback):
+    """Reports each step, with the last loss and the learning rate."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.loss = progress, ""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "loss" in (logs or {}):
+            self.loss = f"loss {logs['loss']:.4g}, "
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
+            self.progress("training", state.global_step, state.max_steps, f"{self.loss}lr {rate:.3g}")
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
@@ -195,3 +214,55 @@ def _require_reporters(named: str | list[str]) -> None:
     names = {named} if isinstance(named, str) else {*named}
     for name in sorted(names & _REPORTERS - installed_reporters()):
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
+
+
+def attach(
+    trainer: Trainer,
+    *,
+    fraction: float = 0.5,
+    trusted: Dataset | None = None,
+    seed: int | None = None,
+    rule: ScoringRule | None = None,
+    look: str | Path | None = None,
+) -> QualityCallback:
+    """Let an existing Trainer draw its rows by quality: call it before `trainer.train()`.
+
+    It puts a QualitySubset in place of `trainer.train_dataset`, and adds a QualityCallback; the head of a look is
+    written into the model at once, before an engine shards it. Returns the callback, whose `looks` describe each look.
+
+    Args:
+        trainer: transformers' Trainer, or TRL's SFTTrainer without packing; with unsloth after
+            `train_on_responses_only`.
+        fraction, seed: as in QualitySubset.
+        trusted: rows in the form of `trainer.train_dataset`, which the Trainer may have tokenised.
+        rule, look: as in QualityCallback.
+
+    Raises SettingsError and UnsupportedError with the line to write instead.
+    """
+    rows: Any = trainer.train_dataset
+    if isinstance(rows, QualitySubset) or any(
+        isinstance(callback, QualityCallback) for callback in trainer.callback_handler.callbacks
+    ):
+        raise SettingsError("the Trainer has a QualitySubset or a QualityCallback already; leave tsqlora.attach out")
+    if not isinstance(rows, Dataset):
+        raise SettingsError(
+            f"the Trainer's train_dataset is a {type(rows).__name__}, which has no length or no rows by number; give "
+            "it rows that fit: datasets.Dataset.from_list(list(stream.take(n)))"
+        )
+    if getattr(trainer.args, "packing", False):
+        raise UnsupportedError(
+            "packing has put several samples into a row, so a row has no quality; set packing=False, or "
+            "choose the rows before: dataset = tsqlora.select(model, dataset, processing_class=tokenizer)"
+        )
+    if trusted is not None and len(trusted) and {*rows[0]} != {*trusted[0]}:
+        raise SettingsError(
+            f"trusted rows have {', '.join(trusted[0])}, and those of the Trainer {', '.join(rows[0])}; prepare them "
+            "alike, or choose the rows before: tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows)"
+        )
+    data = QualitySubset(rows, fraction, seed, trusted=trusted)
+    callback = QualityCallback(data, rule=rule, look=look)
+    if look is not None:
+        callback.write_head(trainer.model)  # pyright: ignore[reportArgumentType]
+    trainer.train_dataset = data
+    trainer.add_callback(callback)
+    return callback

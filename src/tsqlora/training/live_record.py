@@ -1,12 +1,13 @@
-"""run.json of a training in a stock Trainer, up to date while it trains."""
+"""run.json of a training in a stock Trainer, up to date while it trains, by the Trainer's steps and epochs."""
 
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from tsqlora import distributed
 from tsqlora.compat.transformers import live_note
@@ -17,7 +18,6 @@ from tsqlora.tasks import Task, task_of
 from tsqlora.tasks.forward import base_model
 from tsqlora.training.lora import active_ranks, trainable_parameters
 from tsqlora.training.record import RunRecord, logged, metrics_of
-from tsqlora.training.steps import epoch_of, passed
 
 PHASES = ("look", "ranks", "training")
 """In the order in which they begin."""
@@ -25,6 +25,21 @@ EVERY = 3.0
 """Seconds between two writings of run.json."""
 SHARE = 0.02
 """Of a run's time that writing it may take."""
+
+EPOCH_ERROR = 1e-6
+"""The Trainer counts epochs as a float; a step is a larger part of one than this."""
+
+
+def epoch_of(state: TrainerState) -> int:
+    """The current epoch, or the next one between two."""
+    return int((state.epoch or 0) + EPOCH_ERROR)
+
+
+def step_size(args: TrainingArguments, state: TrainerState) -> int:
+    """Rows of an optimizer step, of every process."""
+    lowered = state.train_batch_size if args.auto_find_batch_size else None
+    processes = 1 if cast(AcceleratorConfig, args.accelerator_config).split_batches else args.world_size
+    return (lowered or args.train_batch_size) * args.gradient_accumulation_steps * processes
 
 
 class LiveRecord:
@@ -50,10 +65,16 @@ class LiveRecord:
     def end_step(self, args: TrainingArguments, state: TrainerState, data: QualitySubset) -> bool:
         """Add the step's cost; return whether it is time to write run.json."""
         now, elsewhere = time.perf_counter(), self._seconds(state)
-        rows, tokens = passed(data, args, state)
+        # The rows of the last step, of every process, and their tokens: 0 if lengths are unknown.
+        size = step_size(args, state)
+        batch = size // args.gradient_accumulation_steps
+        whole = len(data) - len(data) % batch if args.dataloader_drop_last else len(data)
+        begun = (state.global_step - 1) % max(1, -(-whole // size)) * size
+        places = data.indices[begun : min(begun + size, whole)]
+        tokens = 0 if data.lengths is None else sum(data.lengths[row] for row in places.tolist())
         since = now if self._since is None else self._since
         seconds = now - since - (elsewhere - self._elsewhere)
-        self.record.phase("training").add(seconds=seconds, forward=rows, backward=rows, tokens=tokens)
+        self.record.phase("training").add(seconds=seconds, forward=len(places), backward=len(places), tokens=tokens)
         self._since, self._elsewhere = now, elsewhere
         return state.is_world_process_zero and self.folder is not None and now >= self._due
 

@@ -1,8 +1,8 @@
 """Steps whose loss or gradient is not finite are skipped and counted, in a stock Trainer."""
 
 import weakref
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-from tsqlora.compat.accelerate import is_compiled, loss_scale
-from tsqlora.errors import TsqLoraError
+from tsqlora import distributed
+from tsqlora.compat.accelerate import inner_optimizer, is_compiled, loss_scale
+from tsqlora.errors import TsqLoraError, UnsupportedError
 from tsqlora.training.checkpoints import fault, newest_first
-from tsqlora.training.optimizer import call_around_steps, finite_gradients
 
 LIMIT = 5
 """Skipped steps among the last 2·LIMIT that end a training."""
@@ -61,7 +61,8 @@ class FiniteSteps:
         # The sum over processes is the same in all of them, and so is this.
         # A gradient scaler skips the step itself until its scale is low enough.
         scale = loss_scale(optimizer)
-        self._bad = not finite_gradients(self._parameters) and not (scale is not None and scale >= 1)
+        norm = gradient_norm(self._parameters)
+        self._bad = not (norm is None or bool(norm.isfinite())) and not (scale is not None and scale >= 1)
         if not self._bad:
             return
         self.skipped.append(state.global_step + 1)
@@ -118,3 +119,39 @@ def _spread(module: nn.Module, args: Any, output: Any) -> None:
     if module.training and isinstance(loss, Tensor) and loss.requires_grad:
         factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         loss.register_hook(lambda grad: grad * factor)
+
+
+def call_around_steps(
+    optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
+) -> AbstractContextManager[Any]:
+    """Context manager: call before() and after() around each optimizer.step(). Holds weak references.
+
+    An optimizer that wraps another calls them twice within a step.
+    """
+    inner, hooks = inner_optimizer(optimizer), ExitStack()
+
+    def weak(method: Callable[..., None]) -> Callable[..., None]:
+        """A hook that calls a method as long as its object lives: a failed training leaves nothing behind."""
+        reference = weakref.WeakMethod(method)
+
+        def hook(*arguments: Any) -> None:
+            if (there := reference()) is not None:
+                there(*arguments)
+
+        return hook
+
+    try:
+        hooks.enter_context(inner.register_step_pre_hook(weak(before)))
+        hooks.enter_context(inner.register_step_post_hook(weak(after)))
+    except AttributeError:
+        raise UnsupportedError(
+            f"the optimizer {type(inner).__name__} never called Optimizer.__init__, so its steps cannot be followed; "
+            "give the optimizer that it wraps"
+        ) from None
+    return hooks
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """The norm of all gradients, on the device: finite if every number is; None without gradients."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return distributed.full_tensor(torch.nn.utils.get_total_norm(grads)) if grads else None

@@ -49,11 +49,10 @@ from tsqlora.training.checkpoints import (
     set_aside,
     write_state,
 )
-from tsqlora.training.live_record import LiveRecord, own_record
+from tsqlora.training.live_record import EPOCH_ERROR, LiveRecord, epoch_of, own_record
 from tsqlora.training.nonfinite import FiniteSteps
 from tsqlora.training.record import RunRecord, question_in_words
 from tsqlora.training.run_dir import SCORES_FILE
-from tsqlora.training.steps import EPOCH_ERROR, epoch_of
 from tsqlora.training.trusted_last import Schedule, TrustedLast
 
 QUALITY_FILE = "tsqlora_quality.json"

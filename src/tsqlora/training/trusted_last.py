@@ -16,8 +16,8 @@ from tsqlora.quality.rule import LookRequest
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset, inputs_of
 from tsqlora.tasks import Task
+from tsqlora.training.live_record import EPOCH_ERROR, epoch_of, step_size
 from tsqlora.training.record import question_in_words
-from tsqlora.training.steps import EPOCH_ERROR, epoch_of, step_size
 
 PREFETCHED = 2
 """Batches that torch's DataLoader has each worker read ahead, by default."""
