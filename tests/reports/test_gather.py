@@ -14,8 +14,7 @@ from runs import make_rows, write_jsonl
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.reasons import suspicion
 from tsqlora.reports.figures import BINS, bins, histograms
-from tsqlora.reports.gather import gather
-from tsqlora.reports.run_page import run_page
+from tsqlora.reports.run_page import gather, run_page
 from tsqlora.reports.samples import LONGEST, OF_A_KIND, choose_samples
 
 ROWS = make_rows(60, labels=("no", "yes"))
@@ -114,7 +113,7 @@ def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
 
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     gathered = gather(make_run(tmp_path, events=0, history=[]))
-    assert gathered.scores is None
+    assert gathered.samples is None
     assert "quality.enabled is false" in gathered.missing["scores"]
     assert "logged no losses" in gathered.missing["history"]
     assert "ranks.policy is fixed" in gathered.missing["events"]

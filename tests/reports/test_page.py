@@ -20,9 +20,8 @@ from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
 from tsqlora.reports.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
-from tsqlora.reports.gather import gather
 from tsqlora.reports.page import environment
-from tsqlora.reports.run_page import run_page
+from tsqlora.reports.run_page import gather, run_page
 from tsqlora.reports.samples import DOUBTED, Sample, Samples
 from tsqlora.reports.write import write_report
 

@@ -12,7 +12,7 @@ import tsqlora as tsq
 from scoring import drawing
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
-from tsqlora.reports.gather import gather
+from tsqlora.reports.run_page import gather
 from tsqlora.reports.write import write_report
 from tsqlora.training.live_record import step_size
 from tsqlora.training.record import RECORD_FILE, RunRecord

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -47,12 +46,11 @@ def write_report(directory: Path, out: Path | None = None, *, texts: Sequence[st
     """
     script = plotly_script()
     # These import plotly; the line above has a better message than an ImportError.
-    from tsqlora.reports.gather import gather, read_scores
-    from tsqlora.reports.run_page import run_page
+    from tsqlora.reports.run_page import gather, run_page
 
     place = directory / REPORT_FILE if out is None else out
     with writing(place):
-        page = run_page(gather(directory, read=partial(read_scores, texts=texts)), script)
+        page = run_page(gather(directory, texts), script)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page, private=True)

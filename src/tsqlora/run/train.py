@@ -19,8 +19,8 @@ from tsqlora.interop.doctor import faults_in
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.run.card import write_card
+from tsqlora.run.check import write_contract
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.contract import write_contract
 from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load, method_of, with_start
 from tsqlora.run.plan import shown_samples
