@@ -30,6 +30,8 @@ EARLIER = ".earlier"
 STATE_VERSION = 7
 """Of the callbacks' files. 6: one callback; 5: the question to the pool; 4: labels are judged once; 3: a look
 before the first step, in place of a warm-up; 2: draws from named streams."""
+STATE_FILE = "trainer_state.json"
+"""The Trainer's own."""
 NOTE = "tsqlora"
 """Our key in a Trainer's state."""
 
@@ -62,22 +64,26 @@ def begin_saves(args: TrainingArguments, state: TrainerState) -> tuple[int | Non
     saves, note = require_resumable_saves(args), saved_note(state, NOTE)
     resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
     if resumed is not None:
-        require_resumable(args, resumed, note.get("run"))
+        _require_complete(resumed)
+        if note_in(resumed).get("run") != note.get("run"):
+            raise TsqLoraError(
+                f"cannot resume: {resumed} is of another run than the checkpoint that was loaded; resume with the "
+                "output_dir that it was written in"
+            )
+        # The Trainer forgets the best one where it is gone.
+        best = json.loads((resumed / STATE_FILE).read_text())["best_model_checkpoint"]
+        if args.load_best_model_at_end and best is not None:
+            _require_complete(Path(best))
     # Unique for each training, also where two resume from the same checkpoint.
     note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
     return state.global_step if saves and distributed.is_first() else None, resumed
 
 
-def complete(folder: Path, *, also: Iterable[str] = ()) -> None:
-    """Write the manifest of a checkpoint; without the files `also`, which may come later, it is not complete."""
-    distributed.wait()  # each process writes its own random state
-    if distributed.is_first():
-        write_manifest(folder, also=also)
-        _date(folder.parent)
-
-
 def write_manifest(folder: Path, *, also: Iterable[str] = ()) -> None:
-    """Sync all files of a checkpoint to the disk, and write their manifest; of the files `also` it has the names."""
+    """Sync all files of a checkpoint to the disk, and write their manifest, which makes it complete.
+
+    The files `also` may come later: without them it is not complete.
+    """
     sizes = dict.fromkeys(also, PENDING)
     for path in sorted(folder.rglob("*")):
         # What begins with a dot is left over from a write that was cut off.
@@ -143,24 +149,7 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
 
 def note_in(checkpoint: Path) -> dict[str, Any]:
     """What a training noted in its state: `run`, unique for it, and the `rows` of a micro batch."""
-    return _state_in(checkpoint)["stateful_callbacks"].get(NOTE, {})
-
-
-def _state_in(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "trainer_state.json").read_text())
-
-
-def require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
-    """Require that the checkpoint is complete, and the one that the Trainer has loaded."""
-    _require_complete(folder)
-    if note_in(folder).get("run") != loaded:
-        raise TsqLoraError(
-            f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
-            "output_dir that it was written in"
-        )
-    # The Trainer forgets the best one where it is gone.
-    if args.load_best_model_at_end and (best := _state_in(folder)["best_model_checkpoint"]) is not None:
-        _require_complete(Path(best))
+    return json.loads((checkpoint / STATE_FILE).read_text())["stateful_callbacks"].get(NOTE, {})
 
 
 def _require_complete(folder: Path) -> None:
@@ -187,10 +176,10 @@ def set_aside(folder: Path, *, after: int) -> None:
             f"renamed to checkpoint-N{EARLIER}, and save_total_limit deletes them first",
             stacklevel=4,
         )
-    _date(folder)
+    date_by_step(folder)
 
 
-def _date(folder: Path) -> None:
+def date_by_step(folder: Path) -> None:
     """Date the checkpoints by their steps, those of an earlier training first: the Trainer deletes in this order."""
     set_deletion_order(
         [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *(path for _, path in reversed(newest_first(folder)))]

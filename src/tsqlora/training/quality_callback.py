@@ -37,16 +37,16 @@ from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
-from tsqlora.text.look import AnswerLook
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_answers
 from tsqlora.training.checkpoints import (
     ROWS_HASH,
     begin_saves,
     checkpoint_folder,
-    complete,
+    date_by_step,
     read_state,
     require_options,
     set_aside,
+    write_manifest,
     write_state,
 )
 from tsqlora.training.live_record import EPOCH_ERROR, LiveRecord, epoch_of, own_record
@@ -233,7 +233,10 @@ class QualityCallback(TrainerCallback):
         folder = checkpoint_folder(args, state)
         write_state(folder / QUALITY_FILE, self._state())
         if not args.save_only_model:
-            complete(folder, also=live_note(state).get("files", ()))
+            distributed.wait()  # each process writes its own random state
+            if distributed.is_first():
+                write_manifest(folder, also=live_note(state).get("files", ()))
+                date_by_step(folder.parent)
         self.last.close_validation(state, control)
 
     def on_epoch_end(
@@ -359,7 +362,8 @@ class QualityCallback(TrainerCallback):
         self.looks, self.notes, self._digest, self._first, self._answers = [], [], None, None, None
         data.plan = data.plan.unscored(awaits_scores=looks and (saved is None or len(saved["looks"]) < 2))
         self.last = TrustedLast(data, Schedule.of(data, args, state, len(loader)))
-        self._open_record(args, state, model)
+        record, folder = self.into or (own_record(args, state, model, data, self.task), Path(str(args.output_dir)))
+        self.record = LiveRecord(record, folder, finishes=self.into is None)
         if self.rule.select and len(data.trusted):
             about = (data.trusted, data.suspects, task, model, self.collate or collate)
             behind = self.last.schedule.trusted_step < state.max_steps
@@ -368,8 +372,7 @@ class QualityCallback(TrainerCallback):
         if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
             read_in_order(loader, data)
         if (vocabulary := vocabulary_of_answers(tokenizer, distributed.unwrapped(model))) is not None:
-            answers = saved is None and self.saved is None
-            self._look_at_texts(args, model, collate, vocabulary, answers=answers)
+            self._look_at_texts(args, model, collate, vocabulary, answers=saved is None and self.saved is None)
         if saved is not None:
             self._resume(saved)
             self.last.close_validation(state)
@@ -382,14 +385,8 @@ class QualityCallback(TrainerCallback):
         elif self.rule.fits_head(task):  # the head only: for the control
             start = time.perf_counter()
             started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
-            head = None if started.head is None else started.head.summary()
-            self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
+            self.looks.append(_even_look(None if started.head is None else started.head.summary()))
             self._spend("look", time.perf_counter() - start, forward=len(data.dataset) + len(data.trusted))
-
-    def _open_record(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        """Begin the record, or that of `tsqlora train`."""
-        record, folder = self.into or (own_record(args, state, model, self.data, self.task), Path(str(args.output_dir)))
-        self.record = LiveRecord(record, folder, finishes=self.into is None)
 
     def _look_again(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Collate) -> None:
         """Look again before the epoch that begins a third of the run's steps in, if its draws would change."""
@@ -438,21 +435,6 @@ class QualityCallback(TrainerCallback):
         own = self.task is None and not args.label_smoothing_factor
         options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
         require_scorable(model, rows, request.collate, **options)
-
-    def _draw_texts_evenly(self, collate: Collate) -> None:
-        """Without trusted rows no text is preferred; answers that do not fit are left out."""
-        line = ""
-        if self._answers is not None and self._answers.lists:
-            self._draw_fitting(self._answers, collate)
-        elif self._answers is not None:
-            line = in_one_line(self._answers, {}, len(self.data.dataset))
-            self.notes.append(line)
-        self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-        if self.into is None:  # `tsqlora train` shows notes at its end
-            share = f"{self.data.plan.fraction:.0%} of the rows an epoch"
-            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
-            warnings.warn(what, stacklevel=5)
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
@@ -532,7 +514,7 @@ class QualityCallback(TrainerCallback):
         if self._left_out is not None:
             self._note(self._left_out)
         if not self.rule.select:
-            self.looks.append({"step": 0, "epoch": 0, "head_start": saved.summary["head_start"], "not_ready": None})
+            self.looks.append(_even_look(saved.summary["head_start"]))
             return
         self.looks.append(saved.summary)
         self._first = saved.scores
@@ -554,34 +536,44 @@ class QualityCallback(TrainerCallback):
     def _look_at_texts(
         self, args: TrainingArguments, model: nn.Module, collate: Any, vocabulary: Vocabulary, *, answers: bool
     ) -> None:
-        """Say what tokens and labels show, and look at the answers."""
-        if self.into is None:  # `tsqlora train` has looked itself
-            for finding in worst_findings(self.data.dataset, vocabulary, collate=collate):
-                self._note(finding)
-        if answers and self.rule.select:
-            self._answers = self._look_at_answers(args, model, collate, vocabulary)
-
-    def _look_at_answers(
-        self, args: TrainingArguments, model: nn.Module, collate: Collate, vocabulary: Vocabulary
-    ) -> AnswerLook:
-        """Find answers that do not fit, with the model as it is."""
-        start, data = time.perf_counter(), self.data
-        compute = self._request(args, model, collate, {}).compute
-        unwrapped, seed = distributed.unwrapped(model), data.plan.seed
-        look = look_before(unwrapped, data.dataset, vocabulary, compute, collate=self.collate or collate, seed=seed)
-        self._spend("look", time.perf_counter() - start, tokens=sum(look.tokens.values()))
-        self.notes += look.sentences(faults=False)
-        return look
-
-    def _draw_fitting(self, answers: AnswerLook, collate: Collate) -> None:
-        """Draw evenly from all rows whose answers fit."""
+        """Say what tokens and labels show, and find answers that do not fit, with the model as it is."""
         data = self.data
-        scores = even_scores(data.dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)  # pyright: ignore[reportArgumentType]
-        self._note(f"{in_one_line(answers, scores.dropped, len(scores))}; {self._path} names them")
-        summary = {"step": 0, "epoch": 0, "head_start": None, "not_ready": None, "noise": None, "gate": None}
-        self.looks.append({**summary, "rows": len(scores), "kept": int(scores.kept.sum())})
-        self._save(scores)
-        self.data.plan = data.plan.scored(scores, 0)
+        if self.into is None:  # `tsqlora train` has looked itself
+            for finding in worst_findings(data.dataset, vocabulary, collate=collate):
+                self._note(finding)
+        if not (answers and self.rule.select):
+            return
+        start, compute = time.perf_counter(), self._request(args, model, collate, {}).compute
+        how = {"collate": self.collate or collate, "seed": data.plan.seed}
+        self._answers = look_before(distributed.unwrapped(model), data.dataset, vocabulary, compute, **how)
+        self._spend("look", time.perf_counter() - start, tokens=sum(self._answers.tokens.values()))
+        self.notes += self._answers.sentences(faults=False)
+
+    def _draw_texts_evenly(self, collate: Collate) -> None:
+        """Without trusted rows no text is preferred; answers that do not fit are left out."""
+        data, answers, line = self.data, self._answers, ""
+        if answers is not None and answers.lists:
+            dataset: Any = data.dataset
+            scores = even_scores(dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)
+            self._note(f"{in_one_line(answers, scores.dropped, len(scores))}; {self._path} names them")
+            counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
+            self.looks.append({**_even_look(None), "noise": None, "gate": None, **counts})
+            self._save(scores)
+            data.plan = data.plan.scored(scores, 0)
+        elif answers is not None:
+            line = in_one_line(answers, {}, len(data.dataset))
+            self.notes.append(line)
+        self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
+        if self.into is None:  # `tsqlora train` shows notes at its end
+            share = f"{data.plan.fraction:.0%} of the rows an epoch"
+            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
+            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
+            warnings.warn(what, stacklevel=5)
+
+
+def _even_look(head: dict[str, Any] | None) -> dict[str, Any]:
+    """The summary of a look before the first step that ranks no rows."""
+    return {"step": 0, "epoch": 0, "head_start": head, "not_ready": None}
 
 
 def read_in_order(loader: Any, data: QualitySubset) -> None:
