@@ -97,7 +97,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
     """What each boundary of a job is given, with nothing loaded behind it."""
     arrived: dict[str, Any] = {}
     tables = {"train": table_with([{"input_ids": [1], "labels": 0}] * 8)}
-    tokenizer = SimpleNamespace(model_max_length=32)
+    tokenizer = SimpleNamespace(model_max_length=32, pad_token_id=0)
     model: Any = SimpleNamespace(peft_config={}, config=SimpleNamespace(), named_modules=dict)
     answers = {
         (job, "load_pretrained"): Pretrained(model, tokenizer, ()),

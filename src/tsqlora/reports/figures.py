@@ -223,34 +223,30 @@ def _heatmap(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, 
 
 def histograms(scores: Scores) -> list[Drawn]:
     """Histograms of each term, Q and p: kept rows as bars, left-out rows as a line."""
-    kept = scores.kept
+    kept, drawn = scores.kept, list[Drawn]()
     named = [(words(name), values, ~kept) for name, values in scores.terms.items()]
     named.append(("Q, the quality", scores.quality, ~kept))
     named.append(("p, the probability of a draw", scores.probability, np.zeros_like(kept)))  # left-out rows have none
-    return [
-        _histogram(f"histogram-{j}", name, np.asarray(values, dtype=np.float64), kept, left_out)
-        for j, (name, values, left_out) in enumerate(named)
-    ]
-
-
-def _histogram(id: str, name: str, values: np.ndarray, kept: np.ndarray, left_out: np.ndarray) -> Drawn:
-    shown = values[kept | left_out]
-    edges = bins(shown)
-    least, most = f"{shown.min() + 0.0:.4g}", f"{shown.max() + 0.0:.4g}"  # no -0
-    span = f"each {least}" if least == most else f"from {least} to {most}"
     line = {"color": ORANGE, "width": 2.5, "shape": "hvh"}
-    traces = [
-        kind(**_counted(values[rows], edges, label), **style)
-        for label, rows, kind, style in (
-            ("kept", kept, go.Bar, {"marker": {"color": BLUE, "line": {"width": 0}}}),
-            ("left out", left_out, go.Scatter, {"mode": "lines", "line": line}),
-        )
-        if rows.any()
-    ]
     axes: dict[str, Any] = {"xaxis": {"nticks": 6}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero", "nticks": 5}}
-    figure = framed(traces, height=240, bargap=0, showlegend=True, **axes)
-    text = f"{name} of {kept.sum():,} kept and {left_out.sum():,} left-out rows, {span}."
-    return Drawn(id, f"{name} ({span})", text, figure)
+    for j, (name, values, left_out) in enumerate(named):
+        values = np.asarray(values, dtype=np.float64)
+        shown = values[kept | left_out]
+        edges = bins(shown)
+        least, most = f"{shown.min() + 0.0:.4g}", f"{shown.max() + 0.0:.4g}"  # no -0
+        span = f"each {least}" if least == most else f"from {least} to {most}"
+        traces = [
+            kind(**_counted(values[rows], edges, label), **style)
+            for label, rows, kind, style in (
+                ("kept", kept, go.Bar, {"marker": {"color": BLUE, "line": {"width": 0}}}),
+                ("left out", left_out, go.Scatter, {"mode": "lines", "line": line}),
+            )
+            if rows.any()
+        ]
+        figure = framed(traces, height=240, bargap=0, showlegend=True, **axes)
+        text = f"{name} of {kept.sum():,} kept and {left_out.sum():,} left-out rows, {span}."
+        drawn.append(Drawn(f"histogram-{j}", f"{name} ({span})", text, figure))
+    return drawn
 
 
 def bins(values: np.ndarray) -> np.ndarray:

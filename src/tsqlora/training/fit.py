@@ -89,7 +89,13 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     set_loss_scaling(trainer, divides_by_window=_divides_by_window(model, inputs.collate([data.dataset[0]])))
     if has_own_loss(task, model):
-        set_loss(trainer, lambda outputs, labels: task.batch_loss(task.loss(_logits(outputs), labels), labels))
+
+        def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+            logits = output_part(outputs, "logits")
+            assert logits is not None
+            return task.batch_loss(task.loss(upcast(logits), labels), labels)
+
+        set_loss(trainer, loss)
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
@@ -122,12 +128,6 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
     if distributed.is_first():
         model.save_pretrained(str(folder), state_dict=state)
         require_finite(read_adapter(folder))
-
-
-def _logits(outputs: Any) -> torch.Tensor:
-    logits = output_part(outputs, "logits")
-    assert logits is not None
-    return upcast(logits)
 
 
 @torch.no_grad()
@@ -186,7 +186,14 @@ def training_arguments(
         # Not on Apple's MPS, where nothing was tried; `use_cpu: false` does.
         "use_cpu": not torch.cuda.is_available(),
     }
-    _require_reporters(further.get("report_to") or "none")
+    reporters = further.get("report_to") or "none"  # required to be there before anything is loaded
+    try:
+        reporter_kinds(reporters)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    for name in sorted({reporters} if isinstance(reporters, str) else {*reporters}):
+        if name in _REPORTERS and name not in installed_reporters():
+            raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
     try:
         return TrainingArguments(
             output_dir=str(output_dir),
@@ -203,17 +210,6 @@ def training_arguments(
         )
     except (ValueError, TypeError) as error:
         raise SettingsError(f"training: {error}") from error
-
-
-def _require_reporters(named: str | list[str]) -> None:
-    """Raises SettingsError for a reporter that is unknown or not installed, before anything is loaded."""
-    try:
-        reporter_kinds(named)
-    except ValueError as error:
-        raise SettingsError(f"training.report_to: {error}") from None
-    names = {named} if isinstance(named, str) else {*named}
-    for name in sorted(names & _REPORTERS - installed_reporters()):
-        raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
 
 
 def attach(

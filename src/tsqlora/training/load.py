@@ -110,7 +110,12 @@ def load_pretrained(
     # Masks of speech models' pretraining: training draws them, and no prediction reads them.
     missing = {key for key in info["missing_keys"] if not key.endswith(".masked_spec_embed")}
     new = new_modules(missing | other_sizes)
-    _require_whole(model, new, quantization)
+    for name in new:  # what trains whole
+        if any(linear_bits(module) for module in model.get_submodule(name).modules()):
+            raise SettingsError(
+                f"model.quantization {quantization} packs {name}, which the checkpoint lacks and must be trained; "
+                "leave model.quantization out"
+            )
     keep_as_trained(model)
     return Pretrained(model, tokenizer, new)
 
@@ -157,16 +162,6 @@ def _packing(quantization: str, dtype: torch.dtype, skeleton: PreTrainedModel) -
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     bits = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
     return {"quantization_config": BitsAndBytesConfig(**bits, llm_int8_skip_modules=whole)}
-
-
-def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
-    """Raises SettingsError if a layer that trains whole is packed."""
-    for name in new:
-        if any(linear_bits(module) for module in model.get_submodule(name).modules()):
-            raise SettingsError(
-                f"model.quantization {quantization} packs {name}, which the checkpoint lacks and must be trained; "
-                "leave model.quantization out"
-            )
 
 
 def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:

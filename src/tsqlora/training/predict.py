@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,40 +136,28 @@ def write_texts(
 
 
 def writing(model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, beams: int = 1) -> GenerationConfig:
-    """Greedy search, or beams, with the model's own special tokens and nothing else of its generation_config."""
+    """Greedy search, or beams, with the model's own special tokens and nothing else of its generation_config.
+
+    A text ends at the tokenizer's end token, with which targets were ended, and at the model's own ones.
+    """
+    own = model.generation_config
+    ends = {*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), tokenizer.eos_token_id}
+    start = own.decoder_start_token_id
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=_ends(model, tokenizer),
-        bos_token_id=model.generation_config.bos_token_id,
-        decoder_start_token_id=_start(model),
-        **_PLAIN,
+        eos_token_id=sorted(ends - {None}) or None,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None) if start is None else start,
+        min_length=0,
+        min_new_tokens=0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        early_stopping=False,
+        num_return_sequences=1,
     )
-
-
-_PLAIN: dict[str, Any] = {
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "num_return_sequences": 1,
-}
-"""Neutral values in place of the base model's generation_config."""
-
-
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
-    """The tokens that end a text: the tokenizer's, with which targets were ended, and the model's own."""
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
-    return sorted(ends) if ends else None
-
-
-def _start(model: Any) -> int | None:
-    own = model.generation_config.decoder_start_token_id
-    return own if own is not None else getattr(model.config, "decoder_start_token_id", None)
