@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, dated, locked, written
 
+LEFT = ("run.json", ".run.json.77", ".config.yaml.77")
+"""What a run leaves that was killed while its start was written."""
+
 
 def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
@@ -63,23 +66,42 @@ def test_a_run_without_out_has_a_directory_of_its_day_and_name(tmp_path: Path) -
     assert not dated("é/../..").is_absolute()
 
 
-def test_a_run_is_entered_only_to_resume_it(tmp_path: Path) -> None:
-    (tmp_path / CONFIG_FILE).write_text("")
-    with pytest.raises(SettingsError, match="holds another run; give --resume"), locked(tmp_path):
-        pass
-    with locked(tmp_path, resume=True):
-        pass
+REFUSED: dict[str, tuple[tuple[str, ...], str, tuple[bool, ...], str]] = {
+    "a run": ((CONFIG_FILE,), "", (False,), "holds another run; give --resume"),
+    "checkpoints without settings": (
+        (LOCK_FILE, "checkpoints/checkpoint-3/x"),
+        "",
+        (True,),
+        r"has no config\.yaml, and checkpoints of a run; put it back, or name another",
+    ),
+    "a stranger's": (("letter.txt",), "", (False, True), r"not empty \(letter\.txt\)"),
+    "a file": (("file",), "file", (False,), r"cannot be written .*; name another directory"),
+    # As Python hands on the bytes of `ä` where the locale's encoding is ASCII.
+    "no name": ((), "\udcc3\udca4", (False,), "is no name in this locale's encoding; set PYTHONUTF8=1"),
+    **{f"{left} without a lock": ((left,), "", (True,), "is not empty") for left in LEFT},
+}
+"""Files that are there, the directory that is asked for, whether to resume, and the error."""
 
 
-def test_a_run_without_its_settings_is_told_what_it_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("there", "name", "resumes", "why"), REFUSED.values(), ids=REFUSED)
+def test_a_directory_that_is_not_free_is_refused_and_left_as_it_is(
+    there: tuple[str, ...], name: str, resumes: tuple[bool, ...], why: str, tmp_path: Path
+) -> None:
+    for file in there:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    for resume in resumes:
+        with pytest.raises(SettingsError, match=why), locked(tmp_path / name, resume=resume):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).write_text("{")
     (tmp_path / LOCK_FILE).touch()
-    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    with (
-        pytest.raises(
-            SettingsError, match=r"has no config\.yaml, and checkpoints of a run; put it back, or name another"
-        ),
-        locked(tmp_path, resume=True),
-    ):
+    with locked(tmp_path):
         pass
 
 
@@ -97,41 +119,6 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with pytest.warns(UserWarning, match=r"a file system without locks \(No locks available\)"), locked(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_strange_directory_is_left_as_it_is(resume: bool, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("")
-    with pytest.raises(SettingsError, match=r"not empty \(letter\.txt\)"), locked(tmp_path, resume=resume):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"cannot be written .*; name another directory"), locked(tmp_path / "file"):
-        pass
-
-
-def test_a_name_that_the_locale_cannot_spell_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    """As Python hands on the bytes of `ä` where the locale's encoding is ASCII."""
-    with (
-        pytest.raises(SettingsError, match=r"is no name in this locale's encoding; set PYTHONUTF8=1"),
-        locked(tmp_path / "\udcc3\udca4"),
-    ):
-        pass
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("left", ["run.json", ".run.json.77", ".config.yaml.77"])
-def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_path: Path) -> None:
-    """Without a lock the same file is a stranger's."""
-    (tmp_path / left).write_text("{")
-    with pytest.raises(SettingsError, match="is not empty"), locked(tmp_path, resume=True):
-        pass
-    (tmp_path / LOCK_FILE).touch()
-    with locked(tmp_path):
         pass
 
 
