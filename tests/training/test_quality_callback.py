@@ -225,17 +225,6 @@ def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_on
     assert quality.summary()["notes"][-2:] == [note, first.caution]
 
 
-def test_a_resumed_run_draws_the_same_rows(by_q: Saved, tmp_path: Path) -> None:
-    """After the second look, within its epoch, where it comes next, before it, and within the first epoch."""
-    folder = Path(shutil.copytree(by_q.folder, tmp_path / "run"))
-    for step in (17, 10, 8, 7, 3):  # each renames the later ones
-        quality, again = make(folder, rest := Watch(), further=SAVES, **BY_Q)
-        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        assert rest.drawn == {epoch: rows for epoch, rows in by_q.watch.drawn.items() if epoch >= step // 4}
-        assert [look["step"] for look in quality.looks] == [0, 8]
-        assert_same(by_q.trainer.model.state_dict(), again.model.state_dict(), f"resumed at {step}")
-
-
 @UNLEARNED
 def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -243,15 +243,10 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, t
     by_class = [[row for row in few if row["labels"] == label] for label in range(classes)]
     trusted = [rows[j % len(rows)] for j in range(FEW) for rows in by_class][:FEW]
 
-    def trainer(*also: TrainerCallback) -> tuple[Trainer, tsq.QualityCallback]:
-        data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
-        base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
-        quality = quality_by(data)
-        options: dict[str, Any] = {"num_train_epochs": 4, "train_sampling_strategy": "random"}
-        return make_trainer(tsq.wrap(base, mean_rank=4), data, tmp_path, [quality, *also], **EVERY, **options), quality
-
-    whole, quality = trainer(handed := Handed())
-    whole.train()
+    data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
+    base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
+    callbacks, options = [quality := quality_by(data), handed := Handed()], {"train_sampling_strategy": "random"}
+    make_trainer(tsq.wrap(base, mean_rank=4), data, tmp_path, callbacks, num_train_epochs=4, **options).train()
     assert ("contradicted" in answer_of(quality)) == asks
     if asks:
         return
@@ -260,10 +255,6 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, t
     for epoch in range(4):
         rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
         assert {row for row in rows if row >= ROWS} == {NUMBERS[tuple(row["input_ids"])] for row in trusted}
-    again, _ = trainer(rest := Handed())
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
-    assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= 13}
-    assert_same(whole.model.state_dict(), again.model.state_dict(), "resumed at 13")
 
 
 @SAYS
@@ -286,28 +277,6 @@ def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
 )
 def test_trusted_rows_have_the_last_steps(total: int, trusted: int, a_step: int, steps: int) -> None:
     assert trusted_steps(total, trusted, a_step) == steps
-
-
-RENEWED: dict[str, Any] = {"weights": {"loss": -1.0}}
-"""Q, which the second look renews."""
-
-
-@SAYS
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
-def test_a_run_resumed_before_or_after_the_question_ends_the_same(trusted: Any, workers: int, tmp_path: Path) -> None:
-    options = {**EVERY, "rule": RENEWED, "dataloader_num_workers": workers, "trusted": trusted}
-    whole, quality = make(tmp_path, handed := Handed(), **options)
-    whole.train()
-    at = answer_of(quality)["step"]
-    assert at == (23 if workers else 27)
-    assert [look["step"] for look in quality.looks] == [0, 20]
-    for step in (35, 30, 29, at + 1, at, at - 1, 15):  # each renames the later ones
-        again, other = make(tmp_path, rest := Handed(), **options)
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert rest.steps == {there: rows for there, rows in handed.steps.items() if there >= step}
-        assert_same(whole.model.state_dict(), again.model.state_dict(), f"resumed at {step}")
-        assert answer_of(other)["standard_errors"] == answer_of(quality)["standard_errors"]
 
 
 @SAYS
