@@ -43,11 +43,12 @@ from tsqlora.paper.probe import Probe
 from tsqlora.paper.slots import Slots, active_ranks, find_slots
 from tsqlora.quality import passes
 from tsqlora.quality.rule import Compute
+from tsqlora.run.config import Config
+from tsqlora.run.fit import arguments
 from tsqlora.text.answers import turns_in
 from tsqlora.text.look import look_at_answers
 from tsqlora.text.prepared import sequences_of
 from tsqlora.text.vocabulary import vocabulary_of
-from tsqlora.training.fit import training_arguments
 from words import tokenizer
 
 ROWS = samples(8, 3)
@@ -120,8 +121,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
     ranks = paper.RankCallback(interval=2, finalize=False, schedule=paper.RankSchedule(warmup=0.0, freeze=0.2))
     quality = quality_by(data, reference=32, terms=["gradient_norm"])
-    numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
-    ours = training_arguments(folder, **numbers, bf16=False, further={})
+    ours = arguments(Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}}), folder)
     trainer = make_trainer(
         model,
         data,

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from torch import nn
 
 from tables import table_with
 from tsqlora import paper
@@ -98,7 +99,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
     arrived: dict[str, Any] = {}
     tables = {"train": table_with([{"input_ids": [1], "labels": 0}] * 8)}
     tokenizer = SimpleNamespace(model_max_length=32, pad_token_id=0)
-    model: Any = SimpleNamespace(peft_config={}, config=SimpleNamespace(), named_modules=dict)
+    model: Any = nn.Module()
+    model.peft_config, model.config = {}, SimpleNamespace()
     answers = {
         (job, "load_pretrained"): Pretrained(model, tokenizer, ()),
         (job, "prepare"): tables,
@@ -112,7 +114,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "ScoringRule"): SimpleNamespace(weights=None, select=True, head_start=True),
         (paper, "RankCallback"): None,
         (predict, "write_texts"): [],
-        (fit, "training_arguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
+        (fit, "TrainingArguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
 
     def boundary(name: str, answer: Any) -> Any:
@@ -198,9 +200,9 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
         ("ranks.max", "wrap", "max_rank"),
         ("ranks.mean", "wrap", "mean_rank"),
         ("adapter.alpha", "wrap", "alpha"),
-        ("training.per_device_eval_batch_size", "training_arguments", "eval_batch_size"),
-        ("training.epochs", "training_arguments", "epochs"),
-        ("training.max_steps", "training_arguments", "max_steps"),
+        ("training.per_device_eval_batch_size", "TrainingArguments", "per_device_eval_batch_size"),
+        ("training.epochs", "TrainingArguments", "num_train_epochs"),
+        ("training.max_steps", "TrainingArguments", "max_steps"),
     ],
 )
 def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: str) -> None:
@@ -208,6 +210,6 @@ def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: st
     assert what_arrives(settings(**BESIDE.get(key, {}) | {key: value}))[boundary][1][argument] == value
 
 
-@pytest.mark.parametrize("boundary", ["read_data", "training_arguments", "ScoringRule", "RankCallback"])
+@pytest.mark.parametrize("boundary", ["read_data", "TrainingArguments", "ScoringRule", "RankCallback"])
 def test_the_seed_decides_every_random_draw(boundary: str) -> None:
     assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5

@@ -16,13 +16,12 @@ from runs import make_rows, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.run import fit as run_fit
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.fit import begin
+from tsqlora.run.fit import begin, hardware_has_bf16
 from tsqlora.run.job import load, method_of
 from tsqlora.run.train import train
 from tsqlora.tasks import TASKS
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import fit, record
-from tsqlora.training.fit import hardware_has_bf16, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +161,10 @@ def test_accumulated_batches_have_the_gradient_of_one(smoothing: float, place: P
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
-def arguments(max_steps: int | None = None, **further: Any) -> Any:
-    return training_arguments(
-        Path("nowhere"),
-        epochs=2,
-        learning_rate=1e-3,
-        batch_size=4,
-        eval_batch_size=5,
-        bf16=False,
-        seed=3,
-        further=further,
-        max_steps=max_steps,
-    )
+def arguments(**further: Any) -> Any:
+    training = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "bf16": False, "seed": 3}
+    sections = {"model": {"path": "m"}, "data": {"train": "t"}, "training": training | further}
+    return run_fit.arguments(Config.model_validate(sections), Path("nowhere"))
 
 
 def test_the_trainer_gets_the_rows_in_the_order_of_the_draw() -> None:

@@ -5,12 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from tsqlora import distributed
+from tsqlora.compat.transformers import installed_reporters, reporter_kinds
 from tsqlora.data.splits import MEASURED, held_out_rows
 from tsqlora.data.table import data_hash, notes_of
 from tsqlora.data.tokens import left_out
+from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, start_notes
@@ -20,12 +23,14 @@ from tsqlora.tasks import get_task, require_room
 from tsqlora.tasks.text_metrics import require_text_metrics
 from tsqlora.text.before import worst_findings
 from tsqlora.text.vocabulary import vocabulary_of_answers
-from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
+from tsqlora.training.fit import Method
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CHECKPOINT_DIR
 
 MANY = 0.1
 """Share of rows left out, above which the note is a warning before training."""
+_REPORTERS = {"mlflow", "tensorboard", "wandb"}
+"""Reporters that are packages of the same name."""
 _BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
 """Evaluation that training.save_strategy best needs, unless it is set."""
 
@@ -33,33 +38,61 @@ _BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
 def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None) -> TrainingArguments:
     """The Trainer's arguments; bfloat16 by the config, or else if the hardware has it.
 
-    `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches.
+    `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches. Rows come in the order
+    of the draw, which holds batches of like length already.
     """
-    settings, task = config.training, get_task(config.task.type)
-    further: dict[str, Any] = {
+    settings = config.training
+    values: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
+        "average_tokens_across_devices": False,
+        # Not on Apple's MPS, where nothing was tried; `use_cpu: false` does.
+        "use_cpu": not torch.cuda.is_available(),
         "per_device_eval_batch_size": EVAL_BATCH,
-        **task.reading.trainer,
-        **settings.further_arguments(),
+        **get_task(config.task.type).reading.trainer,
     }
-    if further.get("save_strategy") == "best":
-        further = _BEST | further
-    further.setdefault("bf16", hardware_has_bf16() and not further.get("fp16"))
+    further = settings.further_arguments()
+    values |= (_BEST if further.get("save_strategy") == "best" else {}) | further
+    values.setdefault("bf16", hardware_has_bf16() and not further.get("fp16"))
     rows = micro_batch_size or settings.batch_size
     if rows < settings.batch_size:
         parts = settings.batch_size // rows
-        further["gradient_accumulation_steps"] = int(further.get("gradient_accumulation_steps", 1)) * parts
-        further["per_device_eval_batch_size"] = max(1, further["per_device_eval_batch_size"] // parts)
-    return training_arguments(
-        run / CHECKPOINT_DIR,
-        epochs=settings.epochs,
-        max_steps=further.pop("max_steps", None),
-        learning_rate=settings.learning_rate,
-        batch_size=rows,
-        eval_batch_size=further.pop("per_device_eval_batch_size"),
-        bf16=further.pop("bf16"),
-        seed=settings.seed,
-        further=further,
-    )
+        values["gradient_accumulation_steps"] = int(values.get("gradient_accumulation_steps", 1)) * parts
+        values["per_device_eval_batch_size"] = max(1, values["per_device_eval_batch_size"] // parts)
+    values |= {
+        "output_dir": str(run / CHECKPOINT_DIR),
+        "num_train_epochs": settings.epochs,
+        "max_steps": -1 if settings.steps is None else settings.steps,
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": rows,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "train_sampling_strategy": "sequential",
+    }
+    named = values["report_to"] or "none"
+    try:
+        reporter_kinds(named)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    for name in sorted({named} if isinstance(named, str) else {*named}):
+        if name in _REPORTERS and name not in installed_reporters():
+            raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"training: {error}") from error
+
+
+def hardware_has_bf16() -> bool:
+    """Whether bfloat16 is computed by the GPU or processor itself: elsewhere it is slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def begin(job: Job, args: TrainingArguments, method: Method) -> RunRecord:
