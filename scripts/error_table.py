@@ -14,7 +14,7 @@ START, END = "<!-- errors: made by scripts/error_table.py -->", "<!-- end -->"
 ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError", "TemplateError")
 PARTS = {
     "Rows and their files": ("data/",),
-    "Settings and commands": ("run/config/", "run/job.py", "run/train.py"),
+    "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/fit.py", "run/score.py"),
     "Models and tokenizers": (
         "compat/hub.py",
         "training/load.py",

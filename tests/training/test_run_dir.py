@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, tuple[bool, ...], str]] = {
     "no name": ((), "\udcc3\udca4", (False,), "is no name in this locale's encoding; set PYTHONUTF8=1"),
     **{f"{left} without a lock": ((left,), "", (True,), "is not empty") for left in LEFT},
 }
-"""Files that are there, the directory that is asked for, whether to resume, and the error."""
+"""Files that exist, the requested directory, whether to resume, and the error."""
 
 
 @pytest.mark.parametrize(("there", "name", "resumes", "why"), REFUSED.values(), ids=REFUSED)

@@ -150,7 +150,7 @@ class Job:
         return complete(table, self.config.data.max_bad_rows, tags=tags)
 
     def with_model(self, model: nn.Module) -> "Job":
-        """The job with another model in the place of its own."""
+        """The job with another model."""
         return replace(self, pretrained=replace(self.pretrained, model=model))
 
 
