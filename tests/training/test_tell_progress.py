@@ -135,11 +135,7 @@ def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, A
     for phase, cost in late["cost"].items():
         assert 0 < cost["seconds"] <= whole["cost"][phase]["seconds"]
     assert records[0]["quality"]["used"] is True
-
-
-def test_a_finished_record_says_nothing_of_now(watched: dict[str, Any]) -> None:
-    assert watched["record"].now == {}
-    assert RunRecord.load(watched["run"]).now == {}
+    assert final.now == RunRecord.load(watched["run"]).now == {}
 
 
 def test_writing_the_record_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
