@@ -140,7 +140,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         method = job.method_of(loaded, Path("scores.parquet"))
         arrived["quality"] = method.quality
         if config.task.type == "causal-lm":
-            predict.predictor_of(loaded, args).texts([], phase="")
+            none: Any = []
+            predict.predictor_of(loaded, args).texts(none, phase="")
     return arrived
 
 

@@ -5,9 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import class_finder, require_separable
@@ -25,7 +26,7 @@ from tsqlora.quality.suspects import Audit, audit
 from tsqlora.reports.review_page import audit_page
 from tsqlora.run.audit_listing import Listed, make_listing
 from tsqlora.run.config import ENCODER, Config, load_config
-from tsqlora.run.job import read, require_of_task, without_rows
+from tsqlora.run.job import device_of, load_model, read, require_of_task, trained_task
 from tsqlora.tasks import Reading, get_task, require_classes
 from tsqlora.training.run_dir import dated
 
@@ -103,24 +104,26 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
     classes = table.classes
     if classes is not None and classes.kind.joint:
         require_separable(classes.names, cure="rename the class")
-    job = without_rows(config, classes).on_device()
-    tokenizer, reading = job.tokenizer, job.task.reading
-    length = job.max_length if config.data.max_length is not None else min(job.max_length, TOKENS)
-    table = prepare({"train": table}, tokenizer, max_length=length, encode=reading.encode)["train"]
+    task = trained_task(config)
+    pretrained = load_model(config, task, classes)
+    tokenizer, net = pretrained.tokenizer, cast(nn.Module, pretrained.model).to(device_of(config))
+    length = task.reading.limit(config.data.max_length, tokenizer, pretrained.positions)
+    length = length if config.data.max_length is not None else min(length, TOKENS)
+    table = prepare({"train": table}, tokenizer, max_length=length, encode=task.reading.encode)["train"]
     samples, notes = table.samples, list(table.notes)
     if samples.truncated:
         notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
     assert classes is not None
     result = audit(
-        job.model,
+        net,
         samples,
-        reading.collate(job.model, tokenizer, max_length=length),
+        task.reading.collate(net, tokenizer, max_length=length),
         classes=classes.names,
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
     )
     if result.tokens is not None:
-        result = replace(result, tokens=_numbers(result, table, reading, tokenizer, length))
+        result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
     if result.unjudged:
         notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if result.copies:

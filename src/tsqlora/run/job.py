@@ -197,9 +197,17 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Job:
 
 def without_rows(config: Config, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Job:
     """The job with the pretrained model, whose head is for these classes; `gpus` as in `load_pretrained`."""
-    base, task = config.model, trained_task(config, labels)
+    task = trained_task(config, labels)
+    pretrained = load_model(config, task, labels, gpus=gpus)
+    length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
+    return Job(config, task, pretrained, length)
+
+
+def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:
+    """Load the pretrained model, with a head for these classes."""
+    base = config.model
     set_seed(config.training.seed)
-    pretrained = load_pretrained(
+    return load_pretrained(
         base.path,
         task,
         labels=labels,
@@ -209,8 +217,6 @@ def without_rows(config: Config, labels: LabelMap | None, *, gpus: Sequence[int]
         trust_remote_code=base.trust_remote_code,
         gpus=gpus,
     )
-    length = task.reading.limit(config.data.max_length, pretrained.tokenizer, pretrained.positions)
-    return Job(config, task, pretrained, length)
 
 
 def require_trust(run: Path, config: Config) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -140,8 +140,8 @@ def writing(model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: i
 
     A text ends at the tokenizer's end token, with which targets were ended, and at the model's own ones.
     """
-    own = model.generation_config
-    ends = {*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), tokenizer.eos_token_id}
+    own, last = model.generation_config, cast(Any, tokenizer.eos_token_id)
+    ends = {*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), last}
     start = own.decoder_start_token_id
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
