@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the pool:UserWarning", "ignore:S
 RUNS: dict[str, dict[str, Any]] = {
     "two looks, ranks that move": {"rule": {"weights": {"loss": -1.0}}, "ranks": 3, "pool": POOL[:64]},
     "batches of a step": {"rule": {"weights": {"loss": -1.0}}, "ranks": 3, "gradient_accumulation_steps": 3},
-    "a pool that contradicts, and two looks": {"trusted": CONTRARY, "rule": {"weights": {"loss": -1.0}}},
+    "a pool that contradicts, and two looks": {"trusted": CONTRARY, "rule": {"weights": {"loss": -1.0}}, "pool": POOL},
     "a pool that does not, and workers": {"trusted": TRUSTED, "dataloader_num_workers": 2},
     "trusted rows mixed in": {"trusted": TRUSTED[:20]},
     "the control, and steps that are not finite": {"rule": None, "poison": (2, 9, 16, 23)},
