@@ -205,7 +205,7 @@ class QualityCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.record.end_step(args, state, self.data):
             self.record.write_now(state, self.summary())
-        if self.last.is_due(state):
+        if self.last.waits and state.global_step >= self.last.schedule.asks_step:
             self._ask(args, state, **kwargs)
         self.last.close_validation(state, control)
         self.last.end_step(args, state, control)
@@ -384,7 +384,7 @@ class QualityCallback(TrainerCallback):
             self._draw_texts_evenly(collate)
         elif self.rule.fits_head(task):  # the head only: for the control
             start = time.perf_counter()
-            started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
+            started = start_head(distributed.unwrapped(model), self._request(args, model, collate))
             self.looks.append(_even_look(None if started.head is None else started.head.summary()))
             self._spend("look", time.perf_counter() - start, forward=len(data.dataset) + len(data.trusted))
 
@@ -413,7 +413,7 @@ class QualityCallback(TrainerCallback):
     ) -> None:
         """Ask the pool whether it contradicts the trusted rows; the answer decides the draws from then on."""
         start, model = time.perf_counter(), kwargs["model"]
-        request = self._request(args, model, kwargs["train_dataloader"].collate_fn, {})
+        request = self._request(args, model, kwargs["train_dataloader"].collate_fn)
         task = self.task or task_of(model)  # plain: training's own loss may be smoothed
         rows, words = self.last.ask(args, state, model, task, request, early=early)
         self._spend("question", time.perf_counter() - start, forward=rows)
@@ -428,7 +428,7 @@ class QualityCallback(TrainerCallback):
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Collate) -> None:
         """Check on two rows, before the look, what can be checked."""
-        request = self._request(args, model, collate, {})
+        request = self._request(args, model, collate)
         compute, dataset = request.compute, self.data.dataset
         with eval_mode(model):
             rows = [dataset[j] for j in range(min(2, compute.batch_size, len(dataset)))]
@@ -439,9 +439,7 @@ class QualityCallback(TrainerCallback):
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
 
-    def _request(
-        self, args: TrainingArguments, model: nn.Module, collate: Collate, about: Mapping[str, Any]
-    ) -> LookRequest:
+    def _request(self, args: TrainingArguments, model: nn.Module, collate: Collate, **about: Any) -> LookRequest:
         """A look at all rows; `about` is for the scores' record."""
         data, rows, progress = self.data, self.rows, self.progress
         if rows.lengths is None and data.lengths is not None:
@@ -470,7 +468,7 @@ class QualityCallback(TrainerCallback):
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
         about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
-        request = self._request(args, model, collate, about)
+        request = self._request(args, model, collate, **about)
         if self.looks:
             request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
         result = look(model, request)
@@ -543,7 +541,7 @@ class QualityCallback(TrainerCallback):
                 self._note(finding)
         if not (answers and self.rule.select):
             return
-        start, compute = time.perf_counter(), self._request(args, model, collate, {}).compute
+        start, compute = time.perf_counter(), self._request(args, model, collate).compute
         how = {"collate": self.collate or collate, "seed": data.plan.seed}
         self._answers = look_before(distributed.unwrapped(model), data.dataset, vocabulary, compute, **how)
         self._spend("look", time.perf_counter() - start, tokens=sum(self._answers.tokens.values()))

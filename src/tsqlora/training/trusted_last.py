@@ -81,7 +81,8 @@ class TrustedLast:
         """Plan the question, or mix trusted rows in and say why."""
         if why_not is not None:
             self.question = {"why_not": why_not}
-        self._from(None if why_not is not None else self._rows_before(self.schedule.trusted_step))
+        asks = None if why_not is not None else self._rows_before(self.schedule.trusted_step)
+        self.data.plan = replace(self.data.plan, asks=asks)
 
     def hold_out(self, scores: Scores, source: str = "the pool") -> None:
         """Plan the rows that a look holds out; without enough of them trusted rows are mixed in."""
@@ -108,10 +109,6 @@ class TrustedLast:
         """Note what the training intends before EarlyStoppingCallback has seen an evaluation."""
         self._stopped = control.should_training_stop
 
-    def is_due(self, state: TrainerState) -> bool:
-        """Whether the question comes behind this step."""
-        return self.waits and state.global_step >= self.schedule.asks_step
-
     def is_due_early(self, state: TrainerState, control: TrainerControl) -> bool:
         """Whether EarlyStoppingCallback has stopped the pool's steps; then the answer decides the next epoch."""
         at = state.global_step
@@ -120,7 +117,7 @@ class TrustedLast:
         if not (self.waits and stopped):
             return False
         between = abs((state.epoch or 0) - epoch_of(state)) < EPOCH_ERROR
-        self._from((epoch_of(state) + (not between)) * len(self.data))
+        self.data.plan = replace(self.data.plan, asks=(epoch_of(state) + (not between)) * len(self.data))
         return True
 
     def ask(
@@ -182,7 +179,7 @@ class TrustedLast:
             if stops_early(state):
                 none += ", or name EarlyStoppingCallback before QualityCallback: then the question comes when it stops"
             self.question = {**(self.question or {"from": self._place()}), "unasked": none}
-        self._from(None)
+        self.data.plan = replace(self.data.plan, asks=None)
         return none
 
     def summary(self) -> dict[str, Any] | None:
@@ -193,9 +190,6 @@ class TrustedLast:
             "unasked": f"the question to the pool comes after step {self.schedule.asks_step}",
             "from": self._place(),
         }
-
-    def _from(self, asks: int | None) -> None:
-        self.data.plan = replace(self.data.plan, asks=asks)
 
     def _rows_before(self, step: int) -> int:
         """Return the rows of the run up to this step, over its epochs."""
