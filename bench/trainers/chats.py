@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
-from tsqlora.run.text_audit import audit_prepared, prepared_set
+from tsqlora.run.text_audit import audit_text, prepared_set
 
 FAMILY, LIMIT = "qwen 2.5", 400
 WHERE = re.compile(r"row number (\d+)[,.]")
@@ -96,7 +96,7 @@ def compared(prepared: Path, place: Path, out: Path) -> dict[str, Any]:
             whole, target = ("".join(parts[k] for k in own) for parts in (text, targets))
             if number := WHERE.search(whole):
                 prepared_rows[int(number[1])] = whole, target
-    result = audit_prepared(prepared, model=str(place / "model"), data=str(place / "chats.jsonl"), out=out)
+    result = audit_text(str(place / "chats.jsonl"), prepared=prepared, model=str(place / "model"), out=out)
     wrong, fates = list[dict[str, Any]](), dict[str, int]()
     for line, row in zip(pq.read_table(out / "ledger.parquet").to_pylist(), chats(), strict=True):
         whole, target = prepared_rows.get(line["row"], (None, ""))

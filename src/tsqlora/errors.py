@@ -1,4 +1,4 @@
-"""The errors that tsqlora raises.
+"""The errors that tsqlora raises, and the findings that it lists.
 
     TsqLoraError            exit 1   failed while running
     ├── SettingsError       exit 2   wrong usage or settings
@@ -13,8 +13,9 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,6 +57,25 @@ class StoppedError(TsqLoraError):
 
     def __str__(self) -> str:
         return printable(str(self.args[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with some rows, with an adapter by itself, or with an adapter in a server; its cause and its cure.
+
+    Attributes:
+        severity: of rows error, warning or note; of an adapter fault; of a server what it does: it reads the adapter
+            wrongly, or has refused it.
+        where: numbers of rows; or the layers, with the numbers, and empty for all. A server leaves out what was trained
+            for them.
+        cure: of rows a line for each trainer, by its name.
+    """
+
+    name: str
+    severity: str
+    where: tuple[Any, ...] = ()
+    cause: str = ""
+    cure: Any = ""
 
 
 _LONGEST = 1500

@@ -15,7 +15,7 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.reasons import suspicion
 from tsqlora.reports.figures import BINS, bins, histograms
 from tsqlora.reports.run_page import gather, run_page
-from tsqlora.reports.samples import LONGEST, OF_A_KIND, choose_samples
+from tsqlora.reports.samples import LISTS, LONGEST, OF_A_KIND, choose_samples
 
 ROWS = make_rows(60, labels=("no", "yes"))
 
@@ -43,72 +43,55 @@ def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -
     many = make_rows(400, labels=("no", "yes"))
     scores = scores_of(write_jsonl(tmp_path / "train.jsonl", many), many)
     samples = choose_samples(scores)
-    by_list = {
-        name: [row.id for row in samples.rows if name in row.lists]
-        for name in ("most valuable", "least valuable", "most suspicious")
+    by_list = {name: {row["id"] for row in samples.rows if name in row["marks"]} for name in LISTS.values()}
+    for name, values in (("most valuable", -scores.quality), ("least valuable", scores.quality)):
+        assert by_list[name] == set(np.argsort(values, kind="stable")[:OF_A_KIND])
+    assert by_list["most suspicious"] == set(np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND])
+    assert {row["id"]: row["text"] for row in samples.rows} == {
+        row["id"]: many[row["id"]]["text"] for row in samples.rows
     }
-    assert all(len(ids) == OF_A_KIND for ids in by_list.values())
-    assert set(by_list["most valuable"]) == set(np.argsort(-scores.quality, kind="stable")[:OF_A_KIND])
-    assert set(by_list["least valuable"]) == set(np.argsort(scores.quality)[:OF_A_KIND])
-    assert set(by_list["most suspicious"]) == set(np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND])
-    assert {row.id: row.text for row in samples.rows} == {row.id: many[row.id]["text"] for row in samples.rows}
-    assert {row.reason for row in samples.rows if row.id < 3} <= {"duplicate"}
-    assert samples.reasons["duplicate"] == 3
-    assert samples.without_texts is None
-
-
-def test_no_row_is_both_the_most_and_the_least_valuable(tmp_path: Path) -> None:
-    scores = scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS)
-    assert not any({"most valuable", "least valuable"} <= set(row.lists) for row in choose_samples(scores).rows)
-    alike = choose_samples(replace(scores, quality=np.zeros(60)))
-    assert {name for row in alike.rows for name in row.lists} == {"most suspicious"}
+    assert all(row["why"].endswith("near-duplicate of another row") for row in samples.rows if row["id"] < 3)
+    assert (samples.reasons["duplicate"], samples.without_texts) == (3, None)
+    few = scores_of(write_jsonl(tmp_path / "few.jsonl", ROWS), ROWS)
+    assert not any({"most valuable", "least valuable"} <= {*row["marks"]} for row in choose_samples(few).rows)
+    assert choose_samples(replace(few, quality=np.zeros(60))).lists == ["most suspicious"]
 
 
 @pytest.mark.parametrize(
     ("there", "why"),
     [
         (None, "is not on this machine"),
+        ("{broken\n", "cannot be read"),
         (ROWS[:-5], "has changed and lacks"),
         ([{"other": "column"}], "has changed and lacks"),
     ],
 )
-def test_texts_that_are_not_found_are_left_out_and_said(there: list | None, why: str, tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    if there is not None:
+def test_texts_that_are_not_found_are_left_out_and_said(there: list | str | None, why: str, tmp_path: Path) -> None:
+    path, rows = tmp_path / "train.jsonl", there if isinstance(there, list) else []
+    if isinstance(there, str):
+        path.write_text(there)
+    elif there is not None:
         write_jsonl(path, there)
     samples = choose_samples(scores_of(path, ROWS))
     assert why in (samples.without_texts or "")
-    gathered = {row["text"] for row in there or [] if "text" in row}
-    texts = [ROWS[row.id]["text"] for row in samples.rows]
-    assert [row.text for row in samples.rows] == [text if text in gathered else None for text in texts]
-    if there is not None:
+    gathered = {row["text"] for row in rows if "text" in row}
+    texts = [ROWS[row["id"]]["text"] for row in samples.rows]
+    assert [row["text"] for row in samples.rows] == [text if text in gathered else None for text in texts]
+    if rows:
         assert f"lacks {sum(text not in gathered for text in texts)} of these rows" in (samples.without_texts or "")
 
 
-def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("{broken\n")
-    assert "cannot be read" in (choose_samples(scores_of(tmp_path / "train.jsonl", ROWS)).without_texts or "")
-    assert "somebody/data is not on this machine" in (
-        choose_samples(scores_of(Path("somebody/data"), ROWS)).without_texts or ""
-    )
-
-
-def test_texts_that_are_given_are_shown_and_must_be_of_the_rows(tmp_path: Path) -> None:
+def test_texts_that_are_given_are_shown_must_be_of_the_rows_and_lose_their_middle_if_long(tmp_path: Path) -> None:
     scores = replace(scores_of(tmp_path / "gone.jsonl", ROWS), hashes=None)
-    texts = [f"text {j}" for j in range(len(ROWS))]
+    texts = [f"text {j}" + " long" * 1000 * (j == 7) + " end" for j in range(len(ROWS))]
     samples = choose_samples(scores, texts)
     assert samples.without_texts is None
-    assert [row.text for row in samples.rows] == [texts[row.id] for row in samples.rows]
+    for row in samples.rows:
+        text = texts[row["id"]]
+        assert (row["text"] == text) == (len(text) <= LONGEST)
+        assert (row["text"][:6], row["text"][-4:], len(row["text"]) <= LONGEST) == (text[:6], " end", True)
     with pytest.raises(SettingsError, match="texts"):
         choose_samples(scores, texts[1:])
-
-
-def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
-    rows = [{"text": "begin" + "long " * 1000 + "end", "label": "no"}, *ROWS]
-    texts = [row.text or "" for row in choose_samples(scores_of(write_jsonl(tmp_path / "t.jsonl", rows), rows)).rows]
-    longest = max(texts, key=len)
-    assert len(longest) == LONGEST
-    assert (longest[:5], longest[-3:]) == ("begin", "end")
 
 
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.reports.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
 from tsqlora.reports.page import environment
 from tsqlora.reports.run_page import gather, run_page
-from tsqlora.reports.samples import DOUBTED, Sample, Samples
+from tsqlora.reports.samples import DOUBTED, Samples
 from tsqlora.reports.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
@@ -114,8 +114,9 @@ TEXTS = st.lists(SIGNS | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 
 @given(text=TEXTS)
 def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
-    sample = Sample(1, ("most valuable",), text, text, text, DOUBTED, "kept", [1.0, 0.1, 2.0])
-    samples = Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
+    row = {"id": 1, "text": text, "label": text, "prediction": text, "doubt": True, "numbers": [1.0, 0.1, 2.0]}
+    row |= {"marks": ["most valuable", DOUBTED], "why": text}
+    samples = Samples([row], ["most valuable"], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
     seen = Seen(environment().get_template("samples.html").render(samples=samples))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text

@@ -11,9 +11,8 @@ import pytest
 
 from families import FAMILIES, tokenizer_of
 from text.test_before import FOREIGN_ROWS, ROWS, Repeats
-from tsqlora.run import text_answers
-from tsqlora.run.text_answers import no_judge
-from tsqlora.run.text_audit import audit_text
+from tsqlora.run import text_audit
+from tsqlora.run.text_audit import audit_text, no_judge
 from words import llama
 
 
@@ -26,7 +25,7 @@ def test_a_model_without_weights_here_reads_no_answers(tmp_path: Path) -> None:
 def test_a_model_that_memory_cannot_hold_reads_no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     assert no_judge(str(tmp_path)) == ""
-    monkeypatch.setattr(text_answers, "MARGIN", shutil.disk_usage("/").total)
+    monkeypatch.setattr(text_audit, "MARGIN", shutil.disk_usage("/").total)
     assert "give --model a smaller one with the same tokenizer" in no_judge(str(tmp_path))
 
 
@@ -36,7 +35,7 @@ def test_an_audit_names_answers_of_other_prompts(tmp_path: Path, monkeypatch: py
     model = Repeats(config).eval()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(text_answers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(text_audit.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     rng = np.random.default_rng(0)
     words = [rng.permutation([*ascii_letters])[:8] for _ in range(ROWS)]
     with (tmp_path / "rows.jsonl").open("w") as file:

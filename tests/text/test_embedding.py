@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsqlora.text.embedding import looks_untrained, untrained_tokens
+from tsqlora.text.vocabulary import looks_untrained, untrained_tokens
 
 RNG = np.random.default_rng(0)
 TRAINED = RNG.normal(0.1, 1, (300, 32)) * RNG.uniform(0.5, 1.5, (300, 1))

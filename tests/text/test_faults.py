@@ -24,7 +24,6 @@ from tsqlora.text.faults import (
     detect,
     disordered,
     donors_of,
-    few_answers,
     folds_of,
     judged,
     p_of,
@@ -150,9 +149,10 @@ def test_disorder_keeps_the_sentences() -> None:
     assert disordered("", "One alone.", rng) == "One alone."
 
 
-def test_labels_are_no_answers() -> None:
-    assert few_answers(["yes", "no"] * 200)
-    assert not few_answers([f"answer {k}" for k in range(200)])
+def test_answers_that_are_labels_are_not_judged() -> None:
+    turns = [turn(k, f"Is {k} even?", "no" if k % 2 else "yes") for k in range(100)]
+    result = look_at_answers(nn.Identity(), turns, Any, Compute(1))  # type: ignore[arg-type]
+    assert (result.detections, "audit them as labels" in result.notes[0]) == ({}, True)
 
 
 class Copies(nn.Module):

@@ -14,8 +14,8 @@ from tsqlora.data.chat import Conversation
 from tsqlora.data.chat import Message as Turn
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.text.ledger import line_of
-from tsqlora.text.matching import match
 from tsqlora.text.prepared import Trained
+from tsqlora.text.reconcile import match
 from tsqlora.text.vocabulary import vocabulary_of
 
 TOKENIZER = tokenizer_of(FAMILIES["qwen 2.5"])

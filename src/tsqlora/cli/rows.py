@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,8 +11,8 @@ from tsqlora.cli.console import Json, Set, Source
 from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
 
-if TYPE_CHECKING:
-    from tsqlora.run.config import Config
+FORMAT = ("format", "prompt", "target", "messages", "text")
+"""The settings of `data` that name the columns of texts."""
 
 
 def score(
@@ -169,11 +169,11 @@ def audit(
     _require_one(source, apply, drop_findings, prepared, out)
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     of_raw = {"--chat-template": chat_template}
+    from tsqlora.run.config import NO_TOKENIZER, is_yaml, load_config, text_config
+
     if apply or drop_findings:
         others = {"--data": data, "--model": model, "--review": review}
         _refuse({**of_text, **of_raw, **others}, "to apply a review, which only needs --out")
-        from tsqlora.run.config import load_config
-
         if not all(override.startswith("data.encoding=") for override in set_ or []):
             raise SettingsError("--apply only applies a review; remove each --set but data.encoding")
         sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
@@ -182,7 +182,6 @@ def audit(
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.sources import require_source
-    from tsqlora.run.config import is_yaml, load_config, text_config
 
     if model is not None:
         require_model(model)
@@ -194,23 +193,35 @@ def audit(
     elif prepared is None:
         require_source(str(source))
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
-    both = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_}
-    if prepared is not None:
-        _refuse({**of_raw, "--review": review, "--set": set_}, "in an audit of a prepared set")
-        _audit_text(None, prepared, model, out, {"data": data, **both}, strict=strict, as_json=as_json)
-        return
-    if config is not None:
-        _refuse({"--data": data, "--review": review}, "in an audit of text")
-        options = {**both, "chat_template": chat_template}
-        _audit_text(config, None, model, out, options, strict=strict, as_json=as_json)
-        return
-    _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
-    from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
+    if config is None and prepared is None:
+        _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
+        from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
+        with console.progress() as display:
+            options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
+            result = run_audit(str(source), **options, progress=display.progress)
+        console.show(result, as_json, "show_audit")
+        return
+    options = {"evaluation": eval_, "baseline": baseline, "answers": not no_model, "every": all_, "prepared": prepared}
+    if config is None:
+        _refuse({**of_raw, "--review": review, "--set": set_}, "in an audit of a prepared set")
+    else:
+        _refuse({"--data": data, "--review": review}, "in an audit of text")
+        model, data = config.model.path, config.data.train
+        options["named"] = {name: getattr(config.data, name) for name in FORMAT}
+        options |= {"max_length": config.data.max_length, "hints": config.data.hints, "chat_template": chat_template}
+        options |= {"batch": config.training.batch_size, "trust_remote_code": config.model.trust_remote_code}
+    if model is None:
+        raise SettingsError(NO_TOKENIZER)
+    from tsqlora.run.text_audit import audit_text
+    from tsqlora.training.run_dir import dated
+
+    folder = out or dated(f"audit-{(prepared or Path(str(data))).stem}")
     with console.progress() as display:
-        options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
-        result = run_audit(str(source), **options, progress=display.progress)
-    console.show(result, as_json, "show_audit")
+        result = audit_text(data, model=model, out=folder, progress=display.progress, tell=display.say, **options)
+    console.show(result, as_json, "show_text_audit")
+    if strict and any(finding["severity"] == "error" for finding in result["findings"]):
+        raise typer.Exit(4)
 
 
 def _require_one(
@@ -263,39 +274,3 @@ def _refuse(options: dict[str, Any], what: str) -> None:
     """Raise SettingsError for options that are given and have no effect."""
     if idle := [name for name, value in options.items() if value]:
         raise SettingsError(f"{', '.join(idle)} cannot be used {what}; leave it out")
-
-
-def _audit_text(
-    config: "Config | None",
-    prepared: Path | None,
-    model: str | None,
-    out: Path | None,
-    options: dict[str, Any],
-    *,
-    strict: bool,
-    as_json: bool,
-) -> None:
-    from tsqlora.run.config import NO_TOKENIZER
-
-    model = model if config is None else config.model.path
-    if model is None:
-        raise SettingsError(NO_TOKENIZER)
-    from tsqlora.run.text_audit import audit_prepared, audit_text
-    from tsqlora.training.run_dir import dated
-
-    source = "" if config is None else config.data.train
-    folder = out or dated(f"audit-{(prepared or Path(source)).stem}")
-    with console.progress() as display:
-        options |= {"progress": display.progress, "tell": display.say}
-        if config is None:
-            assert prepared is not None
-            result = audit_prepared(prepared, model=model, out=folder, **options)
-        else:
-            named = {name: getattr(config.data, name) for name in ("format", "prompt", "target", "messages", "text")}
-            options |= {"max_length": config.data.max_length, "hints": config.data.hints}
-            options |= {"batch": config.training.batch_size}
-            options |= {"trust_remote_code": config.model.trust_remote_code}
-            result = audit_text(source, model=model, named=named, out=folder, **options)
-    console.show(result, as_json, "show_text_audit")
-    if strict and any(finding["severity"] == "error" for finding in result["findings"]):
-        raise typer.Exit(4)

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError, nearest
+from tsqlora.errors import DataError, Finding, SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop.checkpoint import BaseFacts, base_facts
 from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
-from tsqlora.interop.health import Finding, faults, layer_health, nonfinite, vllm_rank
+from tsqlora.interop.health import faults, layer_health, nonfinite, vllm_rank
 from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.interop.rewrite import universal
 from tsqlora.interop.servers import CONSUMERS, TOWER, Consumer, judge, serve_line, serve_lines

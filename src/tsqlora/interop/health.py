@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, Finding
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.rewrite import decompose
 from tsqlora.interop.tensors import Array, Stored
@@ -60,23 +59,6 @@ def nonfinite(adapter: LoraAdapter) -> dict[str, int]:
 
 def _nonfinite(numbers: Array) -> int:
     return int((~np.isfinite(numbers)).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What keeps an adapter from doing what was trained: by itself, or in one server.
-
-    Attributes:
-        name: of the fault, or of the server's check.
-        severity: a fault of the adapter itself; or what a server does: it reads the adapter wrongly, or refuses it.
-        where: the layers that have it, with the numbers; empty for all. A server leaves out what was trained for them.
-    """
-
-    name: str
-    severity: Literal["fault", "wrong", "refused"]
-    where: tuple[str, ...] = ()
-    cause: str = ""
-    cure: str = ""
 
 
 CURES = {

@@ -12,9 +12,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
+from tsqlora.errors import Finding
 from tsqlora.interop.checkpoint import BaseFacts
 from tsqlora.interop.gguf import FILE
-from tsqlora.interop.health import VLLM_RANKS, Finding, vllm_rank
+from tsqlora.interop.health import VLLM_RANKS, vllm_rank
 from tsqlora.interop.lora import LoraAdapter, Target, tied_targets
 from tsqlora.interop.rewrite import layer_kind, partners, served_rank
 

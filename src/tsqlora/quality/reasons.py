@@ -46,9 +46,17 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
     return loss
 
 
-def lowest(scores: Scores) -> Int[np.ndarray, " n"]:
-    """Return all rows, those of least quality first; where Q ends, at -3, many tie, and the most suspicious lead."""
-    return np.lexsort((-suspicion(scores) if "loss" in scores.terms else scores.row_ids, scores.quality))
+def lists_of(scores: Scores, n: int) -> dict[str, Int[np.ndarray, " n"]]:
+    """Return the first n rows of highest and lowest quality, and, where the loss is known, the most suspicious ones.
+
+    Where Q ends, at -3, many rows tie, and the most suspicious of these lead.
+    """
+    doubt = suspicion(scores) if "loss" in scores.terms else None
+    lists = {
+        "highest": np.argsort(-scores.quality, kind="stable")[:n],
+        "lowest": np.lexsort((scores.row_ids if doubt is None else -doubt, scores.quality))[:n],
+    }
+    return lists if doubt is None else {**lists, "suspicious": np.argsort(-doubt, kind="stable")[:n]}
 
 
 def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
@@ -85,14 +93,9 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     """
     if "loss" not in scores.terms or (scores.stratified and not scores.predictions):
         raise DataError("these scores have no predictions; score again")
-    order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
+    by_suspicion = np.argsort(-suspicion(scores), kind="stable")
     wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
-    lists = {
-        "highest": order[:n],
-        "lowest": lowest(scores)[:n],
-        "suspicious": by_suspicion[:n],
-        "likely_wrong": wrong[:n],
-    }
+    lists = {**lists_of(scores, n), "likely_wrong": wrong[:n]}
     rows = np.unique(np.concatenate(list(lists.values()))).tolist()
     texts, why = texts_or_why(scores, rows, data, remote=True)
     if why is not None:

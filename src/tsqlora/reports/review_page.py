@@ -14,7 +14,6 @@ from tsqlora.data.batches import IGNORED
 from tsqlora.data.chat import ANSWER, Conversation
 from tsqlora.data.media import thumbnail
 from tsqlora.reports.page import POLICY, Table, environment
-from tsqlora.text.findings import Finding
 from tsqlora.text.ledger import Line
 from tsqlora.text.look import Losses
 from tsqlora.text.prepared import Trained
@@ -29,7 +28,7 @@ UNEXPECTED_LOSS = 5.0
 """−log p in nats of a token that the model does not expect at all."""
 
 
-def _render(template: str, folder: Path, about: Mapping[str, Any], data: Mapping[str, Any], **values: Any) -> str:
+def _render(template: str, folder: Path, about: Mapping[str, Any], data: Any, **values: Any) -> str:
     """The page, whose script gets `data`; a browser stores the choices by its key."""
     name, command = Path(about["source"]).name, f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}"
     data = htmlsafe_json_dumps(data, dumps=json.dumps)
@@ -69,20 +68,20 @@ def text_page(
     about: Mapping[str, Any],
     rows: Sequence[Conversation],
     lines: Sequence[Line],
-    findings: Sequence[Finding],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
     losses: Losses,
 ) -> str:
-    """Render the page.  `tokens` has the sequences of the rows that it shows."""
-    shown = sorted({place for finding in findings for place in finding.places[:OF_A_FINDING]})
+    """Render the page.  `about` is what the audit returns; `tokens` has the sequences of the rows that it shows."""
+    listed = [{"name": one["name"], "places": one["places"][:OF_A_FINDING]} for one in about["findings"]]
+    shown = sorted({place for finding in listed for place in finding["places"]})
     data = {
-        "findings": [{"name": f.name, "places": list(f.places[:OF_A_FINDING])} for f in findings],
+        "findings": listed,
         "rows": {place: _row(rows[place], lines[place], tokens.get(place, ()), vocabulary, losses) for place in shown},
         "key": json.dumps([about["sha256"] or about["source"], about["rows"]]),
     }
-    values = {"findings": findings, "on_page": OF_A_FINDING, "unexpected": bool(losses)}
-    return _render("text.html", folder, about, data, reviewable=about["sha256"] is not None, **values)
+    values = {"reviewable": about["sha256"] is not None, "on_page": OF_A_FINDING, "unexpected": bool(losses)}
+    return _render("text.html", folder, about, data, **values)
 
 
 def _row(

@@ -12,7 +12,7 @@ from torch import nn
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.labels import class_finder, require_separable
-from tsqlora.data.sources import absolute, folder_digest, kind_of
+from tsqlora.data.sources import absolute, folder_digest, kind_of, open_table
 from tsqlora.data.splits import prepare
 from tsqlora.data.table import Table
 from tsqlora.data.write import require_place, without_formulas, write_rows
@@ -190,12 +190,14 @@ def _about(
     }
 
 
-def source_digest(table: Table) -> str:
-    """SHA-256 of a table's file, or of a folder's listing of media files; of all rows where there is neither."""
-    if os.path.isfile(table.name):
-        return digest(Path(table.name))
-    kind = kind_of(Path(table.name)) if os.path.isdir(table.name) else None
-    return table.digest() if kind is None else folder_digest(Path(table.name), kind)
+def source_digest(source: Table | str) -> str:
+    """SHA-256 of a source's file, or of a folder's listing of media files; of all rows where there is neither."""
+    name = source if isinstance(source, str) else source.name
+    if os.path.isfile(name):
+        return digest(Path(name))
+    if os.path.isdir(name) and (kind := kind_of(Path(name))) is not None:
+        return folder_digest(Path(name), kind)
+    return (open_table(source) if isinstance(source, str) else source).digest()
 
 
 def _summary(result: Audit) -> str:

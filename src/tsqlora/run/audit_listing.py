@@ -1,8 +1,6 @@
 """The rows of an audit that a reader looks at: suspects, others to check, near-duplicates, and spellings."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -49,30 +47,58 @@ def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple
     order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
     suspects = min(max(int((order < audit.likely_wrong).sum()), LEAST), len(order))
     checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
-    tokens = [None] * len(audit) if audit.tokens is None else audit.tokens.tolist()
-    place_of = {(row, tokens[j]): j for j, row in reversed([*enumerate(audit.ids.tolist())])}
+    tokens: list[int | None] = [None] * len(audit) if audit.tokens is None else audit.tokens.tolist()
+    keys = list(zip(audit.ids.tolist(), tokens, strict=True))
+    place_of = {key: j for j, key in reversed([*enumerate(keys)])}
     near, written = dict[int, int](), _written(table)
     for pair in audit.duplicates:
         near.setdefault(pair.first, pair.second)
         near.setdefault(pair.second, pair.first)
-    twins = [(row, None) for pair in audit.duplicates for row in (pair.first, pair.second)]
-    kinds = {(int(audit.ids[j]), tokens[j]): "suspect" for j in order[:suspects]}
-    kinds |= {(int(audit.ids[j]), tokens[j]): "check" for j in order[checks]}
-    kinds |= {key: "near-duplicate" for key in twins if key not in kinds}
+    kinds = {keys[j]: "suspect" for j in order[:suspects]} | {keys[j]: "check" for j in order[checks]}
+    for key in ((row, None) for pair in audit.duplicates for row in (pair.first, pair.second)):
+        kinds.setdefault(key, "near-duplicate")
     kinds |= {key: "spelling" for key in written if key not in kinds and key in place_of}
     shown = replace(table, ids=np.array(sorted({row for row, _ in kinds} | near.keys()), dtype=np.int64))
-    lister = _Lister(audit, table, {row.id: row.cells for row in shown})
+    rows, find, columns = {row.id: row.cells for row in shown}, class_finder(audit.classes), table.columns
+    several = table.classes is not None and table.classes.kind.joint
+
+    def labels(row: int) -> list[str]:
+        return [str(find(plain_label(one))) for one in split_labels(rows[row][columns.label or ""])]
+
+    def label(j: int, c: int) -> str | int:
+        """The label of place j, of several all, if its class were c."""
+        if not several:
+            return audit.classes[c]
+        own, other = str(audit.classes[audit.labels[j]]), str(audit.classes[c])
+        return join_labels(list(dict.fromkeys(other if one == own else one for one in labels(keys[j][0]))))
 
     def listed(key: tuple[int, int | None], kind: str) -> Listed:
-        if key not in place_of:  # an empty set of labels, which nothing judges
-            one = Listed(key[0], lister.text(key[0]), "", "", None, kind, ())
+        row, token = key
+        if (j := place_of.get(key)) is None:  # an empty set of labels, which nothing judges
+            one = Listed(row, row_text(rows[row], columns), "", "", None, kind, ())
         else:
-            one = lister.listed(place_of[key], kind)
+            own = int(audit.labels[j])
+            others = set(labels(row)) - {str(audit.classes[own])} if several else set[str]()
+            words = [] if token is None else list(map(str, rows[row][columns.text]))
+            one = Listed(
+                row=row,
+                text=row_text(rows[row], columns),
+                label=label(j, own),
+                suggested_label=label(j, int(audit.suggested[j])),
+                wrong_probability=float(audit.probability[j]) if audit.evident else None,
+                kind=kind,
+                candidates=tuple(
+                    label(j, c) for c in audit.candidates[j].tolist() if str(audit.classes[c]) not in others
+                ),
+                token=token,
+                word="" if token is None else words[token],
+                start=0 if not token else len(" ".join(words[:token])) + 1,
+            )
         if kind == "spelling":
             return replace(one, label=written[key], suggested_label=one.label, wrong_probability=None)
-        if kind == "near-duplicate" and (twin := place_of.get((near[key[0]], None))) is not None:
-            one = replace(one, suggested_label=lister.label(twin, int(audit.labels[twin])))
-        return replace(one, near=near.get(key[0]))
+        if kind == "near-duplicate" and (twin := place_of.get((near[row], None))) is not None:
+            one = replace(one, suggested_label=label(twin, int(audit.labels[twin])))
+        return replace(one, near=near.get(row))
 
     return tuple(listed(key, kind) for key, kind in kinds.items())
 
@@ -89,54 +115,6 @@ def _written(table: Table) -> dict[tuple[int, int | None], str | int]:
         elif any(label in classes.spellings for label in labels):
             written[row.id, None] = join_labels(labels) if classes.kind.joint else labels[0]
     return written
-
-
-@dataclass(frozen=True, slots=True)
-class _Lister:
-    """Shows places of an audit as a reader knows them: by the texts of `rows`, by number, and names of classes."""
-
-    audit: Audit
-    table: Table
-    rows: Mapping[int, Mapping[str, Any]]
-
-    def text(self, row: int) -> str:
-        return row_text(self.rows[row], self.table.columns)
-
-    def label(self, j: int, c: int) -> str | int:
-        """The label of place j if its class were c."""
-        names = self.audit.classes
-        if not self._several:
-            return names[c]
-        own = str(names[self.audit.labels[j]])
-        renamed = [str(names[c]) if name == own else name for name in self._labels(int(self.audit.ids[j]))]
-        return join_labels(list(dict.fromkeys(renamed)))
-
-    def listed(self, j: int, kind: str) -> Listed:
-        audit, row, own = self.audit, int(self.audit.ids[j]), int(self.audit.labels[j])
-        others = set(self._labels(row)) - {str(audit.classes[own])} if self._several else set[str]()
-        token = None if audit.tokens is None else int(audit.tokens[j])
-        words = [] if token is None else list(map(str, self.rows[row][self.table.columns.text]))
-        return Listed(
-            token=token,
-            word="" if token is None else words[token],
-            start=0 if not token else len(" ".join(words[:token])) + 1,
-            row=row,
-            text=self.text(row),
-            label=self.label(j, own),
-            suggested_label=self.label(j, int(audit.suggested[j])),
-            wrong_probability=float(audit.probability[j]) if audit.evident else None,
-            kind=kind,
-            candidates=tuple(self.label(j, int(c)) for c in audit.candidates[j] if str(audit.classes[c]) not in others),
-        )
-
-    @property
-    def _several(self) -> bool:
-        return self.table.classes is not None and self.table.classes.kind.joint
-
-    def _labels(self, row: int) -> list[str]:
-        find = class_finder(self.audit.classes)
-        labels = map(plain_label, split_labels(self.rows[row][self.table.columns.label or ""]))
-        return [str(find(label)) for label in labels]
 
 
 def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -71,11 +72,10 @@ def apply_review(
         raise DataError(f"no {AUDIT_FILE}, which names the audited file, in {folders}; give the audit's --out")
     try:
         about = json.loads(record.read_text(encoding="utf-8"))
-        whole = {"source", "sha256", *RECORDS[record.name]} <= about.keys()
+        if not {"source", "sha256", *RECORDS[record.name]} <= about.keys():
+            raise ValueError("it lacks keys")
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{record} cannot be read ({error}); audit again") from None
-    if not whole:
-        raise DataError(f"{record} is not the record of an audit; audit again")
+        raise DataError(f"{record} is not the record of an audit ({error}); audit again") from None
     folder = out or record.parent
     if record.name == FINDINGS_FILE:
         return _part(about, record, table, folder, drop, encoding)
@@ -152,10 +152,16 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
     kind = KINDS[about.get("answer", CLASS.name)]
     needed = ("row", *(["token"] if kind.by_token else []), "label", "reviewed_label")
     filled = _filled(table, needed, encoding or about["hints"].get("encoding"))
-    reviewed, unread = _read(filled, about["classes"], several=kind.joint, tags=kind.by_token)
+    # A label is in any spelling of its class, or as suspects.csv writes it.
+    found, written = class_finder(about["classes"]), {_as_cell(str(label)): label for label in about["classes"]}
+
+    def find(text: str) -> Label | None:
+        return written.get(text) if (label := found(text)) is None else label
+
+    reviewed, unread = _read(filled, about["classes"], find, several=kind.joint, tags=kind.by_token)
     trusted = folder / TRUSTED_FILE
     source = _source(about, folder / "corrected.jsonl", trusted)  # the copy of several files, which are read here
-    columns, find = Columns(**about["columns"]), _finder(about["classes"])
+    columns = Columns(**about["columns"])
     opened = source.numbered() if are_numbers(about["classes"]) else source
     source, column = opened.using(columns), str(columns.label)
     rows, new = _rows_of(source, reviewed, column, find), dict[int, dict[str, Any]]()
@@ -205,17 +211,13 @@ def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
     columns = {**about["columns"], **({"label": None} if about["columns"].get("one_hot") else {})}
     settings |= {f"data.{name}": columns.get(name) for name in ("text", "text_pair", "label")}
     settings |= {f"data.{name}": value for name, value in about["hints"].items()} | {"data.trusted": str(trusted)}
-    words = [word for name, value in settings.items() if value for word in ("--set", f"{name}={_as_yaml(value)}")]
-    return " ".join(map(quote, ("tsqlora", "train", "--model", "M", "--data", str(corrected), *words)))
-
-
-def _as_yaml(text: str) -> str:
-    """A text for --set, in quotes if YAML would read something else."""
-    try:
-        plain = load_yaml(text) == text
-    except YamlProblem:
+    words = list[str]()
+    for name, value in ((name, value) for name, value in settings.items() if value):
         plain = False
-    return text if plain else json.dumps(text, ensure_ascii=False)
+        with suppress(YamlProblem):
+            plain = load_yaml(value) == value
+        words += ["--set", f"{name}={value if plain else json.dumps(value, ensure_ascii=False)}"]
+    return " ".join(map(quote, ("tsqlora", "train", "--model", "M", "--data", str(corrected), *words)))
 
 
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
@@ -240,9 +242,11 @@ def _as_flag(one: bool, cell: Any) -> Any:
     return int(one) if cell is None else type(cell)(one)
 
 
-def _read(filled: Table, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
+def _read(
+    filled: Table, classes: Sequence[Label], find: Find, *, several: bool, tags: bool
+) -> tuple[list[Reviewed], set[int]]:
     """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
-    find, by_row, unread = _finder(classes), dict[tuple[int, int], Reviewed](), set[int]()
+    by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
     for line in filled:
         cells = line.cells
         if is_missing(cells.get("reviewed_label")):
@@ -276,12 +280,6 @@ def _number(row: Row, column: str) -> int:
 
 def _parts(cell: Any, *, several: bool) -> list[str]:
     return [cell if isinstance(part, list) else str(part) for part in split_labels(cell)] if several else [cell]
-
-
-def _finder(classes: Sequence[Label]) -> Find:
-    """As `class_finder`, also of a label as suspects.csv writes it."""
-    find, cells = class_finder(classes), {_as_cell(str(label)): label for label in classes}
-    return lambda text: cells.get(text) if find(text) is None else find(text)
 
 
 def _as_cell(text: str) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -14,43 +14,49 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Trainer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer
 
-from tsqlora.compat.hub import loading, require_model
+from tsqlora.compat.hub import cached_model, loading, require_model
 from tsqlora.compat.transformers import load, row_collator
 from tsqlora.data.chat import Conversation, format_of
 from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import absolute, open_table
 from tsqlora.data.splits import resolve_max_length
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.files import digest, reading, replacing
+from tsqlora.files import reading, replacing
 from tsqlora.interop.template import read_template
 from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.reports.review_page import OF_A_FINDING, text_page
 from tsqlora.run.audit import FINDINGS_FILE, PAGE_FILE, require_new, source_digest, write_audit
-from tsqlora.run.text_answers import Sequences, answers_of
 from tsqlora.text.among import among_rows
-from tsqlora.text.findings import FINDINGS, OF_ALL, OF_LABELS, OF_TOKENS, findings_of, impossible
+from tsqlora.text.answers import Turn, behind, read_answers, turns_in, turns_of
+from tsqlora.text.findings import OF_ALL, OF_LABELS, OF_TOKENS, findings_of, impossible, lengths_of
 from tsqlora.text.ledger import Line
-from tsqlora.text.lengths import lengths_of
-from tsqlora.text.look import AnswerLook
-from tsqlora.text.prepared import IDS, Trained
-from tsqlora.text.raw import Conversations, audited, prepared_rows
+from tsqlora.text.look import LEAST_TURNS, SAMPLE, AnswerLook, look_at_answers
+from tsqlora.text.prepared import IDS
+from tsqlora.text.raw import audit_table
 from tsqlora.text.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_model
 
 LEDGER_FILE = "ledger.parquet"
-BATCH = 8
-"""Rows of a batch, where nothing says how many there are."""
+BATCH, READ = 8, 16
+"""Rows of a training batch, where nothing says how many there are; and answers that the model reads together."""
+TIMED, PASSES = 8, 2.8
+"""Answers that are timed, and the passes over all answers that a look takes at most, besides the planted ones."""
+MARGIN = 1.3
+"""Memory that a model needs, for each byte of its weights."""
 MOST_PADDING = 0.3
 """Share of padding in random batches above which it is a finding."""
 
 
 def audit_text(
-    source: str,
+    source: str | None,
     *,
     model: str,
+    prepared: Path | None = None,
     named: Mapping[str, str | None] | None = None,
     hints: Hints = SNIFF,
     evaluation: str | None = None,
@@ -67,86 +73,42 @@ def audit_text(
 ) -> dict[str, Any]:
     """Reconcile every row of a file with what `tsqlora train` would make of it; write ledger, findings and page.
 
-    `named` are columns by the names of their settings: format, prompt, target, messages, text. `batch` is the rows of
-    a training batch, and `baseline` an earlier findings.json to compare with. With `answers` the model reads a sample
-    of the rows, or `every` row; else no weights are read but for embeddings of added tokens. Raises DataError for a
-    file without texts, SettingsError for a model without a tokenizer, and if `out` holds an audit already.
+    Or with a set that a trainer has `prepared`; without a source its rows are the set's own columns of texts, where it
+    has kept them, else what its labels say. `named` are columns by the names of their settings: format, prompt,
+    target, messages, text. `batch` is the rows of a training batch, and `baseline` an earlier findings.json to compare
+    with. With `answers` the model reads a sample of the rows, or `every` row; else no weights are read but for
+    embeddings of added tokens. Raises DataError for a file without texts and for a directory that holds no prepared
+    set, SettingsError for a model without a tokenizer, and if `out` holds an audit already.
     """
     start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
     require_new(out)
     vocabulary, positions = load_vocabulary(model, chat_template, trust_remote_code=trust_remote_code)
-    tokenizer = vocabulary.tokenizer
-    limit = resolve_max_length(max_length, tokenizer_limit=tokenizer.model_max_length, positions=positions)
-    table = open_table(source, split="train", hints=hints)
-    format = format_of(table.names, table.name, **(named or {}))
-    evaluated = conversations_of(evaluation, hints, format)
-    rows, lines = Conversations(table, format), list[Line]()
-    for chunk in table.chunks():
-        lines += audited(chunk, format, vocabulary, limit)
-        if progress is not None:
-            progress("ledger", len(lines), len(table))
-
-    def sequences(places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
-        chosen = list(replace(table, ids=np.array(sorted(places), np.int64)))
-        made = prepared_rows(chosen, format, tokenizer, max_length=limit)
-        return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
-
-    about = {
-        "source": absolute(source),
-        "sha256": source_digest(table),
-        "model": model,
-        "hints": asdict(hints),
-        "format": format.name,
-        "max_length": limit,
-        "mask": "those that tsqlora train would make; other trainers cut and mask in other ways",
-    }
-    about["lengths"] = lengths_of([line.tokens for line in lines], batch, limit)
+    about: dict[str, Any] = {"model": model}
+    if prepared is not None:
+        made, evaluated = prepared_set(prepared), conversations_of(evaluation)
+        result = audit_sequences(made, None, vocabulary, data=source, progress=progress)
+        if all("vocabulary" in line.findings for line in result.lines):
+            reason = "its tokens are those of another tokenizer; give --model the one that prepared it"
+            raise DataError(f"{prepared}: {reason}")
+        if source is not None and result.finds is OF_TOKENS:
+            tell(f"packing cut {prepared} anywhere: findings are by its own rows, not by those of {source}")
+            source = None
+        about |= {"source": absolute(source or str(prepared)), "mask": f"those in {prepared}"}
+        about["sha256"] = None if source is None else source_digest(source)
+    else:
+        assert source is not None
+        limit = resolve_max_length(
+            max_length, tokenizer_limit=vocabulary.tokenizer.model_max_length, positions=positions
+        )
+        table = open_table(source, split="train", hints=hints)
+        format = format_of(table.names, table.name, **(named or {}))
+        evaluated = conversations_of(evaluation, hints, format)
+        result = audit_table(table, format, vocabulary, limit, progress)
+        about |= {"source": absolute(source), "sha256": source_digest(table), "hints": asdict(hints)}
+        about["mask"] = "those that tsqlora train would make; other trainers cut and mask in other ways"
     how = {"every": every, "trust_remote_code": trust_remote_code, "progress": progress, "tell": tell}
-    read = partial(answers_of, model, rows, sequences, vocabulary, **how)
-    look = read if answers else None
-    result = finish(out, about, rows, lines, evaluated, sequences, vocabulary, look)
-    return {**result, **changes_of(before, result), "seconds": time.perf_counter() - start}
-
-
-def audit_prepared(
-    prepared: Path,
-    *,
-    model: str,
-    data: str | None = None,
-    evaluation: str | None = None,
-    baseline: Path | None = None,
-    answers: bool = True,
-    every: bool = False,
-    out: Path,
-    progress: Progress | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Reconcile a set that a trainer has prepared with the rows that it was made of.
-
-    The rows are those of `data`; without it the set's own columns of texts, where it has kept them, else what its
-    labels say. Raises DataError for a directory that holds no prepared set.
-    """
-    start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
-    require_new(out)
-    vocabulary, _ = load_vocabulary(model, None)
-    made, evaluated = prepared_set(prepared), conversations_of(evaluation)
-    reason = "its tokens are those of another tokenizer; give --model the one that prepared it"
-    result = audit_sequences(made, None, vocabulary, data=data, progress=progress)
-    if all("vocabulary" in line.findings for line in result.lines):
-        raise DataError(f"{prepared}: {reason}")
-    if data is not None and result.finds is OF_TOKENS:
-        tell(f"packing cut {prepared} anywhere: findings are by its own rows, not by those of {data}")
-        data = None
-    about = {
-        "source": absolute(data or str(prepared)),
-        "sha256": None if data is None else _digest_of(data),
-        "model": model,
-        "mask": f"those in {prepared}",
-        **_about_set(result, BATCH),
-    }
-    options: dict[str, Any] = {"every": every, "labels": result.finds is OF_LABELS, "progress": progress, "tell": tell}
-    look = partial(answers_of, model, result.rows, result.of, vocabulary, **options) if answers else None
-    written = finish(out, about, result.rows, result.lines, evaluated, result.of, vocabulary, look, result.finds)
+    look = partial(answers_of, model, result, vocabulary, **how) if answers else None
+    written = finish(out, about, result, evaluated, vocabulary, batch, look)
     return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
 
 
@@ -169,27 +131,15 @@ def audit_trainer(
         raise SettingsError("the Trainer has no tokenizer; give it as processing_class")
     vocabulary = vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
     result = audit_sequences(made, row_collator(trainer), vocabulary, data=data)
-    data = None if result.finds is OF_TOKENS else data
+    file = data if isinstance(data, str) and result.finds is not OF_TOKENS else None
     about = {
-        "source": absolute(data) if isinstance(data, str) else type(trainer).__name__,
-        "sha256": _digest_of(data) if isinstance(data, str) else None,
+        "source": type(trainer).__name__ if file is None else absolute(file),
+        "sha256": None if file is None else source_digest(file),
         "model": str(getattr(model.config, "_name_or_path", "")),
         "mask": f"those of the {type(trainer).__name__} and its collator",
-        **_about_set(result, trainer.args.train_batch_size),
     }
-    rows = conversations_of(evaluation)
-    audited = finish(out, about, result.rows, result.lines, rows, result.of, vocabulary, finds=result.finds)
+    audited = finish(out, about, result, conversations_of(evaluation), vocabulary, trainer.args.train_batch_size)
     return {**audited, "seconds": time.perf_counter() - start}
-
-
-def _about_set(result: Reconciled, batch: int) -> dict[str, Any]:
-    return {
-        "format": "prepared",
-        "max_length": result.longest,
-        "unmatched": len(result.unmatched),
-        "unmatched_places": result.unmatched,
-        "lengths": lengths_of(result.lengths, batch, result.longest),
-    }
 
 
 def findings_in(path: Path) -> dict[str, dict[str, Any]]:
@@ -234,33 +184,20 @@ def prepared_set(folder: Path) -> Any:
     return made
 
 
-def _cells(finding: str, row: Conversation, suspects: Mapping[int, float]) -> dict[str, Any]:
-    """A row of suspects.csv; the reader fills in `reviewed`."""
-    return {
-        "row": row.row,
-        "finding": finding,
-        "probability": round(suspects[row.row], 3) if suspects else "",
-        "prompt": "\n".join(message.content for message in row.question),
-        "answer": row.answer,
-        "reviewed": "",
-    }
-
-
 def finish(
     out: Path | None,
     about: Mapping[str, Any],
-    rows: Sequence[Conversation],
-    lines: Sequence[Line],
+    result: Reconciled,
     evaluation: Sequence[Conversation] | None,
-    sequences: Sequences,
     vocabulary: Vocabulary,
+    batch: int,
     look: Callable[[], AnswerLook] | None = None,
-    finds: Collection[str] = FINDINGS.keys(),
 ) -> dict[str, Any]:
     """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger.
 
-    The ledger is written before `look` reads the answers. `finds` are the findings that the rows can show.
+    The ledger is written before `look` reads the answers.
     """
+    rows, lines, lengths = result.rows, result.lines, lengths_of(result.lengths, batch, result.longest)
     further = among_rows(rows, lines, evaluation)
     names = [field.name for field in fields(Line) if field.name != "shows"]
     ledger = pa.table({name: pa.array([getattr(line, name) for line in lines]) for name in names})
@@ -274,37 +211,60 @@ def finish(
         line = lines[answers.turns[turn].row]
         line.detail = line.detail or f"its answer fits the prompt of row {owner} best"
     further |= {name: sorted(places) for name, places in suspects.items()}
-    if (about.get("lengths") or {}).get("padding", 0) > MOST_PADDING:
+    if lengths is not None and lengths["padding"] > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
-    findings = findings_of(lines, further, limit=about["max_length"])
-    why_not = impossible(finds, evaluation=evaluation is not None, answers=bool(answers.turns))
+    findings = findings_of(lines, further, limit=result.longest)
+    why_not = impossible(result.finds, evaluation=evaluation is not None, answers=bool(answers.turns))
     shown_names = {finding.name for finding in findings}.difference(OF_ALL)
     fates = Counter(line.fate.partition(" of ")[0] for line in lines)
+    left = result.unmatched
     about = {
         **about,
+        "format": result.format,
+        "max_length": result.longest,
+        **({} if left is None else {"unmatched": len(left), "unmatched_places": left}),
+        "lengths": lengths,
         "rows": len(lines),
         "tokens": sum(line.tokens for line in lines),
         "trained_tokens": sum(line.trained_tokens for line in lines),
         "fates": dict(sorted(fates.items(), key=lambda one: one[0] != "trained")),
         "answers": None if look is None else answers.summary(),
-        "findings": [finding.to_dict() for finding in findings],
+        "findings": [
+            {
+                "name": finding.name,
+                "severity": finding.severity,
+                "share": len(finding.where) / max(1, len(lines)),
+                "cause": finding.cause,
+                "rows": len(finding.where),
+                "places": list(finding.where),
+                "cure": dict(finding.cure),
+            }
+            for finding in findings
+        ],
         "cannot": {name: why for name, why in why_not.items() if name not in shown_names},
     }
     if out is None:
         return {**about, "ledger": ledger}
     names = ("rows", "hints", "source", "sha256", "model", "lengths", "answers", "findings", "cannot")
-    own = [finding for finding in findings if finding.name not in OF_ALL]
-    cells = [_cells(one.name, rows[place], suspects.get(one.name, {})) for one in own for place in one.places]
-    none = dict.fromkeys(_cells("", Conversation(0, ()), {}), "")
-    tokens = sequences({place for finding in findings for place in finding.places[:OF_A_FINDING]})
-    page = text_page(out, about, rows, lines, findings, tokens, vocabulary, answers.by_token())
+    cells = [
+        {
+            "row": (row := rows[place]).row,
+            "finding": one.name,
+            "probability": round(suspects[one.name][place], 3) if one.name in suspects else "",
+            "prompt": "\n".join(message.content for message in row.question),
+            "answer": row.answer,
+            "reviewed": "",  # for the reader to fill in
+        }
+        for one in findings
+        if one.name not in OF_ALL
+        for place in one.where
+    ]
+    none: dict[str, Any] = dict.fromkeys(("row", "finding", "probability", "prompt", "answer", "reviewed"), "")
+    tokens = result.of({place for finding in findings for place in finding.where[:OF_A_FINDING]})
+    page = text_page(out, about, rows, lines, tokens, vocabulary, answers.by_token())
     record = {name: about[name] for name in names if name in about}
     write_audit(out / FINDINGS_FILE, record, cells or [none], page)
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
-
-
-def _digest_of(source: str) -> str:
-    return digest(Path(source)) if os.path.isfile(source) else source_digest(open_table(source))
 
 
 def load_vocabulary(
@@ -322,3 +282,67 @@ def load_vocabulary(
         generation = load(GenerationConfig, model)
     vocabulary = vocabulary_of_model(tokenizer, config, generation, size_of=model)
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def answers_of(
+    model: str,
+    result: Reconciled,
+    vocabulary: Vocabulary,
+    *,
+    every: bool,
+    trust_remote_code: bool,
+    progress: Progress | None,
+    tell: Callable[[str], None],
+) -> AnswerLook:
+    """Look at a sample of the rows, or at all; a model that cannot be read here leaves only a note.
+
+    `tell` gets the estimate of the time before the first batch.
+    """
+    if why := no_judge(model):
+        return AnswerLook([], notes=[f"the model read no answers: {why}"])
+    net: Any = load(AutoModelForCausalLM, model, dtype="auto", trust_remote_code=trust_remote_code)
+    readable = np.array([row.row for row in result.rows if row.problem is None], np.int64)
+    chosen = np.sort(np.random.default_rng([0, 45]).permutation(readable)[: None if every else SAMPLE])
+    made = result.of({*chosen.tolist()})
+    if result.finds is OF_LABELS:  # these show where the answers are
+        turns = turns_in((one for row in chosen.tolist() for one in made.get(row, ())), vocabulary)
+    else:
+        own = ((result.rows[row], made.get(row, ())) for row in chosen.tolist())
+        turns = [turn for row, some in own for turn in turns_of(row, some, vocabulary)]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    net = net.to(device)
+    compute = Compute(READ, torch.bfloat16, progress=progress)
+    if len(turns) >= LEAST_TURNS:
+        tell(f"reads {len(turns):,} answers of {len(chosen):,} rows{about_time(net, turns, compute, vocabulary)}")
+    return look_at_answers(net, turns, vocabulary, compute)
+
+
+def no_judge(model: str) -> str:
+    """Say why a model cannot read answers here; "" if it can."""
+    folder = model if Path(model).is_dir() else cached_model(model, "main")
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("pytorch_model*.bin")] if folder else []
+    if not files:
+        return f"the weights of {model} are not on this machine"
+    size = MARGIN * sum(path.stat().st_size for path in files)
+    try:
+        machine = 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):  # not Linux: all that the machine has
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else machine
+    if size > free:
+        return (
+            f"{model} needs {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "
+            "give --model a smaller one with the same tokenizer"
+        )
+    return ""
+
+
+def about_time(model: Any, turns: Sequence[Turn], compute: Compute, vocabulary: Vocabulary) -> str:
+    """Estimate the time of a look from one small batch of its answers."""
+    few = [behind(turn.prompt, turn.answer) for turn in turns[:: max(1, len(turns) // TIMED)][:TIMED]]
+    start = time.perf_counter()
+    read_answers(model, few, vocabulary.stops, replace(compute, progress=None, parts=None), phase="timing")
+    tokens = sum(len(one.before) + len(one.answer) for one in few)
+    whole = PASSES * len(turns) * tokens / len(few)
+    minutes = whole / tokens * (time.perf_counter() - start) / 60
+    return f", for about {minutes:.0f} minutes; --no-model leaves this out" if minutes >= 1 else ""

@@ -147,6 +147,10 @@ class Sample:
     """Numbers of the answer's tokens that are read, after which the probability of a stop is measured."""
 
 
+Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
+"""Reads samples in a phase of this name."""
+
+
 def behind(
     prompt: Int[np.ndarray, " p"],
     answer: Int[np.ndarray, " a"],
@@ -169,6 +173,19 @@ def longest_prompt(model: nn.Module) -> int:
     """Return the most tokens of a suspect's own prompt: WHOLE, or fewer if the model has fewer positions."""
     positions = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
     return max(MOST_PROMPT, WHOLE if positions is None else min(WHOLE, positions - MOST_ANSWER))
+
+
+def views(
+    turns: Sequence[Turn],
+    read: Read,
+    places: Sequence[Sequence[int]] | None = None,
+    phases: tuple[str, str] = ("prompted", "alone"),
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Float[np.ndarray, "n 7"]]:
+    """Read answers behind their prompts, where stops are measured at `places`, and alone; return both and features."""
+    at = [()] * len(turns) if places is None else places
+    prompted = read(phases[0], [behind(one.prompt, one.answer, own) for one, own in zip(turns, at, strict=True)])
+    alone = read(phases[1], [behind(one.opening, one.answer) for one in turns])
+    return prompted, alone, features_of(prompted, alone)
 
 
 def fits_own(

@@ -1,5 +1,6 @@
 """Apply a look to rows that it was not taken at: labels or answers, each row by itself, for any engine."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -9,7 +10,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Bool, Float
 from tsqlora.quality.apply import columns_of_rows
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
@@ -23,12 +23,12 @@ from tsqlora.text.answers import (
     behind,
     common_end,
     empty_tokens,
-    features_of,
     fits_own,
     longest_prompt,
     opened,
     read_answers,
     stretches,
+    views,
 )
 from tsqlora.text.before import OTHER, UNFIT
 from tsqlora.text.faults import FaultJudge
@@ -113,7 +113,7 @@ def answer_columns(
     columns = {"loss": np.full(n, np.nan), "wrong_probability": np.full(n, np.nan)}
     columns["reason"] = np.full(n, "kept", dtype="U20")
     if turns:
-        _judge(distributed.unwrapped(model), turns, made, stops, compute, columns)
+        _judge(distributed.unwrapped(model), turns, made, compute, columns)
     places = {name: j for j, name in enumerate(look.scores.hashes or ())}
     for here, name in enumerate(rows.hashes or ()):
         there = places.get(name)
@@ -127,54 +127,34 @@ def _judge(
     model: nn.Module,
     turns: Sequence[Turn],
     made: Mapping[str, np.ndarray],
-    stops: set[int],
     compute: Compute,
     columns: dict[str, np.ndarray],
 ) -> None:
-    """Fill the columns of the turns' rows."""
-    samples = [behind(turn.prompt, turn.answer, (min(len(turn.answer), MOST_ANSWER),)) for turn in turns]
-    prompted = read_answers(model, samples, stops, compute, phase=PHASES["prompted"])
-    samples = [behind(turn.opening, turn.answer) for turn in turns]
-    features = features_of(prompted, read_answers(model, samples, stops, compute, phase=PHASES["alone"]))
+    """Fill the columns of the turns' rows; a suspect is foreign if it is likelier behind one of the look's prompts."""
+
+    def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        return read_answers(model, samples, made["stops"].tolist(), compute, phase=PHASES[phase])
+
+    prompted, _, features = views(turns, read, [(min(len(turn.answer), MOST_ANSWER),) for turn in turns])
     row = np.array([turn.row for turn in turns])
     sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
     columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
-    whole = np.array([turn.ends for turn in turns])
-    for fault, judge in judges_in(made).items():
+    whole, judges = np.array([turn.ends for turn in turns]), defaultdict[str, dict[str, np.ndarray]](dict)
+    for name in (name for name in made if "." in name):
+        fault, _, part = name.rpartition(".")
+        judges[fault][part] = made[name]
+    for fault, parts in judges.items():
         judged = np.flatnonzero(whole if fault == CUT else np.ones(len(turns), np.bool_))
-        p, wrong = judge.of((prompted["stop"] if fault == CUT else features)[judged])
+        p, wrong = FaultJudge(**parts).of((prompted["stop"] if fault == CUT else features)[judged])
         np.fmax.at(columns["wrong_probability"], row[judged], p)
         suspects = judged[wrong]
         if fault == FOREIGN and len(suspects):
-            suspects = suspects[~_fits(model, [turns[j] for j in suspects], prompted["loss"][suspects], made, compute)]
+            some = [turns[j] for j in suspects]
+            prompts = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
+            losses = read("decoys", [behind(prompt, turn.answer) for turn in some for prompt in prompts])["loss"]
+            same = np.array([np.array_equal(turn.prompt, prompt) for turn in some for prompt in prompts])
+            others = np.where(same, np.inf, losses).reshape(-1, len(prompts)).min(1)
+            own = prompted["loss"][suspects]
+            suspects = suspects[~fits_own(some, own, others, partial(read, "whole"), most=longest_prompt(model))]
         chosen = row[suspects]
         columns["reason"][chosen[columns["reason"][chosen] == "kept"]] = UNFIT.get(fault, OTHER)
-
-
-def _fits(
-    model: nn.Module,
-    turns: Sequence[Turn],
-    own: Float[np.ndarray, " n"],
-    made: Mapping[str, np.ndarray],
-    compute: Compute,
-) -> Bool[np.ndarray, " n"]:
-    """Return whether an answer is likelier behind its prompt than behind any of the look's."""
-
-    def read(phase: str, some: Sequence[Sample]) -> dict[str, np.ndarray]:
-        return read_answers(model, some, made["stops"].tolist(), compute, phase=PHASES[phase])
-
-    decoys = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
-    losses = read("decoys", [behind(prompt, turn.answer) for turn in turns for prompt in decoys])["loss"]
-    same = np.array([np.array_equal(turn.prompt, prompt) for turn in turns for prompt in decoys])
-    others = np.where(same, np.inf, losses).reshape(-1, len(decoys)).min(1)
-    return fits_own(turns, own, others, partial(read, "whole"), most=longest_prompt(model))
-
-
-def judges_in(made: Mapping[str, np.ndarray]) -> dict[str, FaultJudge]:
-    """Return the judges in the arrays of a look."""
-    parts = dict[str, dict[str, np.ndarray]]()
-    for name, values in made.items():
-        fault, dot, part = name.rpartition(".")
-        if dot:
-            parts.setdefault(fault, {})[part] = values
-    return {fault: FaultJudge(**values) for fault, values in parts.items()}

@@ -57,11 +57,12 @@ def worst_findings(
     if table is not None:
         see = f"`tsqlora audit {quote(table.name)} --model {quote(vocabulary.tokenizer.name_or_path)}`"
     for finding in worst:
-        few = ", ".join(map(str, finding.places[:3])) + (", …" if len(finding.places) > 3 else "")
+        few = ", ".join(map(str, finding.where[:3])) + (", …" if len(finding.where) > 3 else "")
         of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
         severity = "error " if finding.severity == ERROR else ""  # the rest are shown as warnings, which says it
-        shown.append(f"{severity}{finding.name}: {finding.cause} ({finding.share:.0%} of {of} rows: {few}); see {see}")
-        if table is not None and finding.severity == ERROR and len(finding.places) == len(lines) and most < 1:
+        where = f"{len(finding.where) / len(lines):.0%} of {of} rows: {few}"
+        shown.append(f"{severity}{finding.name}: {finding.cause} ({where}); see {see}")
+        if table is not None and finding.severity == ERROR and len(finding.where) == len(lines) and most < 1:
             cure = f"; with TRL {finding.cure['TRL']}" if finding.cure else ""
             raise DataError(
                 f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them, and "

@@ -5,8 +5,7 @@ A row is judged by a fit that saw neither it, nor a copy of its prompt, nor anot
 
 import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,14 +91,11 @@ def donors_of(
     donors = np.full(len(rows), -1)
     for k, row in enumerate(rows.tolist()):
         for other in rng.choice(within[folds[row]], TRIES).tolist():
-            if all(_near(a, b) <= ALIKE for a, b in zip(words[row], words[other], strict=True)):
+            both = zip(words[row], words[other], strict=True)
+            if all(len(a | b) and len(a & b) <= ALIKE * len(a | b) for a, b in both):
                 donors[k] = other
                 break
     return donors
-
-
-def _near(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def cut_place(texts: Sequence[bytes], rng: np.random.Generator) -> int:
@@ -342,8 +338,3 @@ def posterior(p: Float[np.ndarray, " n"], rate: float) -> Float[np.ndarray, " n"
     density = isotonic_regression(count / len(p) * bins, increasing=False).x
     place = np.clip(np.digitize(p, edges) - 1, 0, bins - 1)
     return np.minimum(1, rate / np.maximum(density[place], 1e-9))
-
-
-def few_answers(texts: Collection[str]) -> bool:
-    """Whether answers repeat so often that they are labels, which the judge of labels reads better."""
-    return len(Counter(texts)) < max(20, len(texts) // 20)

@@ -1,38 +1,19 @@
 """What is wrong with the rows of a text audit: names, severities, causes and cures."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tsqlora.errors import SettingsError, nearest
+import numpy as np
+
+from tsqlora.errors import Finding, SettingsError, nearest
 from tsqlora.text.ledger import Line
 
 ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 NEARLY_ALL = 0.99
 LEAKS = 0.01
 """Share of the training rows in the evaluation file above which a leak is an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What is wrong with some rows: its severity, its cause, and the cure as a line for each trainer."""
-
-    name: str
-    severity: str
-    """As an entry of FINDINGS that of single rows."""
-    cause: str
-    cure: Mapping[str, str] = field(default_factory=dict)
-    if_all: str | None = None
-    """Its severity where (nearly) all rows have it, if that is another."""
-    places: tuple[int, ...] = ()
-    """Its rows in the source."""
-    share: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of findings.json."""
-        about = {name: getattr(self, name) for name in ("name", "severity", "share", "cause")}
-        return {**about, "rows": len(self.places), "places": list(self.places), "cure": dict(self.cure)}
 
 
 def _cures(trl: str, axolotl: str, llamafactory: str) -> dict[str, str]:
@@ -46,7 +27,6 @@ _KINDS: dict[str, tuple[Any, ...]] = {
         WARNING,
         "no token of an answer has a loss",
         _cures("SFTConfig(max_length=None)", "train_on_inputs: false, sequence_len: {longer}", "cutoff_len: {longer}"),
-        ERROR,
     ),
     "answer_cut": (WARNING, "the length limit takes tokens of an answer", _LONGER),
     "cut_then_stop": (
@@ -54,7 +34,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
         "a cut answer is followed by a trained stop: the model learns to stop in the middle",
         _LONGER,
     ),
-    "dropped": (WARNING, "the preparation left these rows out", _LONGER, ERROR),
+    "dropped": (WARNING, "the preparation left these rows out", _LONGER),
     "stop_not_trained": (
         WARNING,
         "no stop is trained behind the last answer, so the model does not learn to end it",
@@ -63,7 +43,6 @@ _KINDS: dict[str, tuple[Any, ...]] = {
             "train_on_eos: turn",
             "template: the one that the base model was trained with",
         ),
-        ERROR,
     ),
     "stop_mismatch": (
         ERROR,
@@ -152,9 +131,11 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     ),
     "length_bias": (NOTE, "the chosen answer is the longer one far more often than not"),
 }
-"""Severity, cause, cure, and severity where nearly all rows have it."""
-FINDINGS = {name: Finding(name, *about) for name, about in _KINDS.items()}
+"""Severity of single rows, cause, and cure as a line for each trainer."""
+FINDINGS = {name: Finding(name, one, (), cause, *cure or ({},)) for name, (one, cause, *cure) in _KINDS.items()}
 """By name; the names are a contract."""
+IF_ALL = frozenset({"nothing_trained", "dropped", "stop_not_trained"})
+"""An error where (nearly) all rows have it."""
 OF_TOKENS = frozenset({"nothing_trained", "bos", "vocabulary", "untrained_tokens"})
 """What tokens show without the rows that they were made of."""
 OF_LABELS = OF_TOKENS | {
@@ -213,14 +194,14 @@ def findings_of(
     for name, places in rows.items():
         if not places:
             continue
-        kind, share = FINDINGS[name], len(places) / max(1, len(lines))
+        kind = FINDINGS[name]
         severity = kind.severity
         shown = next((f"row {line.row}: {line.shows[name]}" for line in lines if name in line.shows), None)
         # What a template leaves out by its own rule is no error of all rows.
         able = sum(line.fate != "dropped" or name in line.findings for line in lines)
-        if kind.if_all and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, able):
-            severity = kind.if_all
-        if name == "eval_leak" and share > LEAKS:
+        if name in IF_ALL and shown is None and len(places) >= NEARLY_ALL * final_answers.get(name, able):
+            severity = ERROR
+        if name == "eval_leak" and len(places) > LEAKS * len(lines):
             severity = ERROR
         cause, cures = kind.cause, {one: cure.replace("{longer}", longer) for one, cure in kind.cure.items()}
         if name == "nothing_trained" and (
@@ -235,5 +216,33 @@ def findings_of(
             cures = cures if not all(details) else {}  # a longer limit would not help
         if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
-        findings.append(replace(kind, severity=severity, cause=cause, cure=cures, places=tuple(places), share=share))
-    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.places)))
+        findings.append(Finding(name, severity, tuple(places), cause, cures))
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.where)))
+
+
+def lengths_of(lengths: Sequence[int], batch: int, limit: int) -> dict[str, Any] | None:
+    """Summarise the tokens of rows; rows without tokens do not count, and None is of no rows.
+
+    `padding` is the share of padding tokens in batches of random rows, and `packed` the least number of rows of
+    `limit` tokens that hold all.
+
+    >>> lengths_of([10, 30, 0], 2, 40)["padding"]
+    0.333
+    """
+    tokens = np.array([length for length in lengths if length])
+    if not len(tokens):
+        return None
+    order = np.random.default_rng(0).permutation(tokens)
+    parts = np.split(order, range(batch, len(order), batch))
+    padded = sum(len(part) * int(part.max()) for part in parts)
+    edges = [0, *(2**k for k in range(4, math.ceil(math.log2(tokens.max() + 1)) + 1))]
+    counts, _ = np.histogram(tokens, edges if len(edges) > 1 else [0, 16])
+    return {
+        "rows": len(tokens),
+        "median": int(np.median(tokens)),
+        "longest": int(tokens.max()),
+        "histogram": [{"below": below, "rows": int(count)} for below, count in zip(edges[1:], counts, strict=False)],
+        "batch": batch,
+        "padding": round(1 - int(tokens.sum()) / padded, 3),
+        "packed": math.ceil(int(tokens.sum()) / max(limit, int(tokens.max()))),
+    }

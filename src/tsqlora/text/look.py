@@ -19,6 +19,7 @@ from tsqlora.text.among import words_of
 from tsqlora.text.answers import (
     MOST_ANSWER,
     MOST_PROMPT,
+    Read,
     Sample,
     Turn,
     behind,
@@ -27,6 +28,7 @@ from tsqlora.text.answers import (
     fits_own,
     longest_prompt,
     read_answers,
+    views,
 )
 from tsqlora.text.faults import (
     FAULTS,
@@ -39,7 +41,6 @@ from tsqlora.text.faults import (
     cut_place,
     detect,
     donors_of,
-    few_answers,
     folds_of,
     judged,
     plantings,
@@ -69,7 +70,6 @@ PHASES = {
 """What a progress bar calls each pass."""
 Losses = Mapping[tuple[int, str], Mapping[int, float]]
 """By row and side of a pair: −log p of a token, by its place in the sequence."""
-Read = Callable[[str, Sequence[Sample]], dict[str, np.ndarray]]
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ def look_at_answers(
     if len(turns) < LEAST_TURNS:
         look.notes.append(f"{len(turns)} answers are too few to judge; {LEAST_TURNS} are needed")
         return look
-    if few_answers([turn.text for turn in turns]):
+    if len({turn.text for turn in turns}) < max(20, len(turns) // 20):
         look.notes.append(
             "the answers are few and repeat, as labels do; audit them as labels: "
             "tsqlora audit FILE --set data.text=PROMPT_COLUMN --set data.label=ANSWER_COLUMN"
@@ -192,9 +192,7 @@ def look_at_answers(
     shown = [one.answer[ends_of(len(one.answer))] for one in turns]
     cuts = np.array([cut_place([vocabulary.tokens[j] for j in some], rng) for some in shown])
     places = [(len(some), int(cut)) for some, cut in zip(shown, cuts, strict=True)]
-    prompted = read("prompted", [behind(one.prompt, one.answer, at) for one, at in zip(turns, places, strict=True)])
-    alone = read("alone", [behind(one.opening, one.answer) for one in turns])
-    own = features_of(prompted, alone)
+    prompted, alone, own = views(turns, read, places)
     _find_cut(look, prompted["stop"], cuts > 0, folds, rng)
     most = longest_prompt(model)
     _find_foreign(look, own, alone, folds, planted, rng, read, most=most)
@@ -223,9 +221,8 @@ def _find_swapped(look: AnswerLook, seed: int, read: Read) -> None:
         look.notes.append(f"{len(look.turns)} pairs are too few to judge; {LEAST_TURNS} are needed")
         return
     both = [last[turn.row, side] for side in SIDES for turn in look.turns]
-    prompted = read("prompted", [behind(one.prompt, one.answer, (min(len(one.answer), MOST_ANSWER),)) for one in both])
-    alone = read("alone", [behind(one.opening, one.answer) for one in both])
-    chosen, rejected = np.split(np.hstack([features_of(prompted, alone), prompted["stop"]]), 2)
+    prompted, _, features = views(both, read, [(min(len(one.answer), MOST_ANSWER),) for one in both])
+    chosen, rejected = np.split(np.hstack([features, prompted["stop"]]), 2)
     folds = folds_of(look.turns, seed)
     # A pair that is swapped has the difference of its sides with the other sign.
     scores, planted = cross_fitted(chosen - rejected, rejected - chosen, folds, folds)
@@ -319,11 +316,10 @@ def _find_planted(
         look.notes.append(f"{name}: too few answers can have it")
         return
     rows = np.array([j for j, _ in changed])
-    ids = vocabulary.tokenizer([text for _, text in changed], add_special_tokens=False)["input_ids"]
-    answers = [np.asarray(one, np.int64) for one in ids]  # pyright: ignore[reportGeneralTypeIssues]
-    prompted = read(name, [behind(turns[j].prompt, one) for j, one in zip(rows, answers, strict=True)])
-    alone = read(f"{name} alone", [behind(turns[j].opening, one) for j, one in zip(rows, answers, strict=True)])
-    taught = own, features_of(prompted, alone)
+    ids: Any = vocabulary.tokenizer([text for _, text in changed], add_special_tokens=False)["input_ids"]
+    copies = [replace(turns[j], answer=np.asarray(one, np.int64)) for j, one in zip(rows, ids, strict=True)]
+    *_, bad = views(copies, read, phases=(name, f"{name} alone"))
+    taught = own, bad
     scores, bad = cross_fitted(*taught, folds, folds[rows])
     _add(look, name, np.arange(len(turns)), detect(scores, bad), taught)
 

@@ -1,7 +1,7 @@
 """Rows of a file as `tsqlora train` prepares them, without leaving any out: each has its sequences or a reason."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
@@ -27,8 +27,10 @@ from tsqlora.data.rows import Row
 from tsqlora.data.table import Table
 from tsqlora.data.tokens import Piece, TemplateError, causal_rows, render
 from tsqlora.errors import DataError
+from tsqlora.progress import Progress
 from tsqlora.text.ledger import REASONING_ENDS, SHOWN, Line, line_of
 from tsqlora.text.prepared import Trained
+from tsqlora.text.reconcile import Reconciled
 from tsqlora.text.vocabulary import PROBE, Vocabulary
 
 
@@ -62,6 +64,25 @@ class Conversations(Sequence[Conversation]):
 
     def __iter__(self) -> Iterator[Conversation]:
         return (conversation(row.cells, self.format, j) for j, row in enumerate(self.table))
+
+
+def audit_table(
+    table: Table, format: Format, vocabulary: Vocabulary, limit: int, progress: Progress | None = None
+) -> Reconciled:
+    """Reconcile every row of a table with what training would make of it, at most `limit` tokens."""
+    lines = list[Line]()
+    for chunk in table.chunks():
+        lines += audited(chunk, format, vocabulary, limit)
+        if progress is not None:
+            progress("ledger", len(lines), len(table))
+
+    def of(places: Collection[int]) -> dict[int, tuple[Trained, ...]]:
+        chosen = list(replace(table, ids=np.array(sorted(places), np.int64)))
+        made = prepared_rows(chosen, format, vocabulary.tokenizer, max_length=limit)
+        return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
+
+    lengths = [line.tokens for line in lines]
+    return Reconciled(Conversations(table, format), lines, of, limit, lengths, format=format.name)
 
 
 def audited(chunk: Sequence[Row], format: Format, vocabulary: Vocabulary, limit: int) -> list[Line]:

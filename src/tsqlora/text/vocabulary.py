@@ -1,22 +1,33 @@
-"""What each token stands for in text, exactly and by byte, and at which tokens a text ends."""
+"""What each token stands for in text, by byte; at which tokens a text ends; and which the model has never trained."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.compat.shapes import Int
+from tsqlora.compat.deepspeed import is_partitioned
+from tsqlora.compat.hub import cached_model
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.errors import UnsupportedError
 from tsqlora.tasks.forward import base_model, continues
-from tsqlora.text.embedding import untrained_tokens
 
 PROBE = "9f3aAnswerProbe"
 """The content of a probe's answer, which no template writes itself."""
+ROWS = 512
+"""Rows of other tokens, evenly spaced, that show what is usual."""
+ALIKE = 0.1
+"""Distance of two rows, or of a row and the mean of the usual ones, relative to the usual norm, below which a row is
+one that `resize_token_embeddings` has made."""
+OUTLYING = 2.0
+"""How far a norm is below the 1st, or above the 99th, percentile of the usual ones to be outlying."""
+NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,7 @@ class Vocabulary:
     open_end: bool = False
     """Whether the template ends an answer by the next turn alone, as GLM's does, so that none ends the last."""
     forms: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ()
-    """Unicode forms that the tokenizer brings a text into."""
+    """Unicode forms that the tokenizer brings a text into, if it does nothing else."""
 
     def content(self, text: str) -> bytes:
         """Return what the tokens of a content spell, without the blanks around it, which templates trim."""
@@ -106,12 +117,16 @@ def vocabulary_of(
     tokens = tuple(
         added[j]["content"].encode() if j in added else read(names[j]) if j in names else b"" for j in range(size)
     )
-    special = {j for j, token in added.items() if token["special"] or _is_marker(token["content"])}
+    special = {j for j, token in added.items() if token["special"]}
+    # An added token that looks like a turn marker, as `<|im_end|>`, and not like `<think>`, is one.
+    special |= {j for j, one in added.items() if one["content"].startswith("<|") and one["content"].endswith("|>")}
     markers = [added[j]["content"] for j in sorted(special & added.keys())]
     end, bos = (cast(int | None, one) for one in (tokenizer.eos_token_id, tokenizer.bos_token_id))
     own = set[int]() if end is None else {end}
     generation = {*generation_ends} if generation_ends is not None else {*model_ends} or own
     special |= {*cast(list[int], tokenizer.all_special_ids)}
+    normalizer = made.get("normalizer") or {}
+    kinds = tuple(part["type"] for part in normalizer.get("normalizers", [normalizer]) if "type" in part)
     last, further = (_turn_ends(tokenizer, special, turns) for turns in (2, 3))
     return Vocabulary(
         tokens,
@@ -126,7 +141,7 @@ def vocabulary_of(
         frozenset(added),
         len(tokens),
         open_end=bool(further) and not last,
-        forms=_forms(made.get("normalizer") or {}),
+        forms=cast(Any, kinds if {*kinds} <= {"NFC", "NFD", "NFKC", "NFKD"} else ()),
     )
 
 
@@ -149,19 +164,8 @@ def vocabulary_of_answers(tokenizer: Any, model: Any) -> Vocabulary | None:
     return vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
 
 
-def _forms(normalizer: dict[str, Any]) -> tuple[Any, ...]:
-    """The Unicode forms of a normalizer that does nothing else."""
-    kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer]) if "type" in part]
-    return tuple(kinds) if {*kinds} <= {"NFC", "NFD", "NFKC", "NFKD"} else ()
-
-
 def _ends(value: Any) -> list[int]:
     return [] if value is None else [int(one) for one in value] if isinstance(value, list) else [int(value)]
-
-
-def _is_marker(content: str) -> bool:
-    """Whether an added token looks like a role or turn marker, as `<|im_end|>`, and not like `<think>`."""
-    return content.startswith("<|") and content.endswith("|>")
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerBase, special: set[int], turns: int) -> set[int]:
@@ -182,7 +186,10 @@ def _reader(spec: dict[str, Any]) -> Any:
     """A function from a token's name to its bytes, by the kind of decoder."""
     kinds = {part["type"] for part in spec.get("decoders", spec.get("pretokenizers", [spec])) if "type" in part}
     if "ByteLevel" in kinds:
-        table = _byte_level()
+        # GPT-2's table: printable bytes stand for themselves, the others for code points from 256 on.
+        own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in own]
+        table = {chr(b): b for b in own} | {chr(256 + k): b for k, b in enumerate(others)}
         return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
     if "WordPiece" in kinds:
         prefix = spec.get("prefix", "##")
@@ -197,8 +204,43 @@ def _metaspace(name: str) -> bytes:
     return name.replace("▁", " ").encode()
 
 
-def _byte_level() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for code points from 256 on."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in own]
-    return {chr(b): b for b in own} | {chr(256 + k): b for k, b in enumerate(others)}
+def untrained_tokens(model: Any, added: Collection[int]) -> frozenset[int]:
+    """Return those of the added tokens whose embedding row looks never trained, and that will not be trained.
+
+    `model` is a directory or hub id, of which single rows are read if its weights are on this machine; or a model,
+    whose adapter may train rows.
+    """
+    if not isinstance(model, str | Path):
+        embedding = model.get_input_embeddings()
+        if any(p.requires_grad or is_partitioned(p) for p in embedding.parameters()):
+            return frozenset()
+        weight = embedding.weight
+        return looks_untrained(lambda ids: weight[list(ids)].detach().float().cpu().numpy(), len(weight), added)
+    folder = model if Path(model).is_dir() else cached_model(str(model), "main")
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with safe_open(path, framework="pt") as tensors:
+            if name := next(filter(lambda name: name.endswith(NAMES), tensors.keys()), None):
+                part = tensors.get_slice(name)
+
+                def read(ids: Sequence[int], part: Any = part) -> Float[np.ndarray, "n d"]:
+                    return np.stack([part[j].float().numpy() for j in ids])
+
+                return looks_untrained(read, part.get_shape()[0], added)
+    return frozenset()
+
+
+def looks_untrained(read: Callable[[Sequence[int]], np.ndarray], size: int, added: Collection[int]) -> frozenset[int]:
+    """Return the added tokens below `size` whose row is a copy of another's, near the mean, or of outlying norm."""
+    own = np.array(sorted(j for j in added if 0 <= j < size), np.int64)
+    others = [j for j in np.unique(np.linspace(0, size - 1, ROWS).astype(int)).tolist() if j not in {*own.tolist()}]
+    if not len(own) or len(others) < 2:
+        return frozenset()
+    rows, usual = read(own.tolist()), read(others)
+    norms, mean = np.linalg.norm(usual, axis=1), usual.mean(axis=0)
+    near = ALIKE * np.median(norms)
+    alike = np.linalg.norm(rows - mean, axis=1) < near
+    for j, row in enumerate(rows):
+        alike[j] |= (np.linalg.norm(rows - row, axis=1) < near).sum() > 1
+    low, high = np.quantile(norms, [0.01, 0.99])
+    length = np.linalg.norm(rows, axis=1)
+    return frozenset(own[alike | (length * OUTLYING < low) | (length > high * OUTLYING)].tolist())
