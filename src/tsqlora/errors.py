@@ -61,14 +61,10 @@ class StoppedError(TsqLoraError):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with some rows, with an adapter by itself, or with an adapter in a server; its cause and its cure.
+    """What is wrong with some rows, or with an adapter.
 
-    Attributes:
-        severity: of rows error, warning or note; of an adapter fault; of a server what it does: it reads the adapter
-            wrongly, or has refused it.
-        where: numbers of rows; or the layers, with the numbers, and empty for all. A server leaves out what was trained
-            for them.
-        cure: of rows a line for each trainer, by its name.
+    `severity` is error, warning or note of rows; fault of an adapter by itself, wrong or refused of it in a server.
+    `where` has numbers of rows, or layers with their numbers, none for all. `cure` has a line for each trainer of rows.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """One row against the tokens and labels that were made of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from byte_tokenizers import byte_tokenizer
 from tsqlora.data.chat import Conversation, Message, conversation, format_of
 from tsqlora.errors import DataError
 from tsqlora.tasks.generation import IGNORED
-from tsqlora.text.ledger import Line, content_findings, line_of, locate
+from tsqlora.text.ledger import content_findings, line_of, locate
 from tsqlora.text.prepared import Trained, sequences_of
 from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
 
@@ -57,81 +58,103 @@ def trained(tokenizer: Any, conversation: Conversation, *, keep: slice = slice(N
     return Trained(np.array(ids)[keep], np.array(targets)[keep], conversation.row)
 
 
-def line(tokenizer: Any, vocabulary: Vocabulary, conversation: Conversation, **how: Any) -> Line:
-    return line_of(conversation, [trained(tokenizer, conversation, **how)], vocabulary)
+@pytest.mark.parametrize(
+    ("contents", "findings"),
+    [
+        ((QUESTION, ANSWER), []),
+        ((QUESTION, ANSWER, "And of Spain?", f"  {ANSWER} ü 漢\n"), []),
+        ((QUESTION, "Write `<b>` for bold, and <3 for a heart: a < b > c.\n```html\n<p>Paris</p>\n```"), []),
+        ((QUESTION, " "), ["empty_answer"]),
+        ((QUESTION, f"{QUESTION} {ANSWER}"), ["copies_prompt"]),
+        ((f"{QUESTION}\n\nTL;DR:", f"{QUESTION} {ANSWER}"), ["copies_prompt"]),
+        ((QUESTION, f"{ANSWER}<|im_end|>"), ["template_twice"]),
+        ((QUESTION, f"{ANSWER}\n### Instruction: more"), ["broken_characters"]),
+        ((QUESTION, "It is a cafÃ© in Paris"), ["broken_characters"]),
+        ((QUESTION, f"<p>{ANSWER}</p>"), ["html"]),
+        ((QUESTION,), ["roles", "nothing_trained"]),
+    ],
+)
+def test_contents_show_it(contents: Sequence[str], findings: list[str], tokenizer: Any, vocabulary: Vocabulary) -> None:
+    row = chat(*contents)
+    line = line_of(row, [trained(tokenizer, row)], vocabulary)
+    assert line.findings == findings
+    answers = [message.content.strip().encode() for message in row.messages if message.role == "assistant"]
+    if not findings:
+        assert (line.fate, line.stop_trained, line.lost_tokens) == ("trained", True, 0)
+        size = sum(map(len, answers))
+        assert (line.answer_tokens, line.trained_tokens) == (size, size + len(answers))
 
 
-def test_a_right_row_has_no_finding(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    for row in (chat(QUESTION, ANSWER), chat(QUESTION, ANSWER, "And of Spain?", f"  {ANSWER} ü 漢\n")):
-        result = line(tokenizer, vocabulary, row)
-        assert (result.findings, result.fate, result.stop_trained, result.lost_tokens) == ([], "trained", True, 0)
-        answers = sum(len(tokenizer(m.content.strip())["input_ids"]) for m in row.messages[1::2])
-        assert (result.answer_tokens, result.trained_tokens) == (answers, answers + len(row.messages) // 2)
+THOUGHT, CALL = "<think>\nFrance is in Europe.\n</think>\n\n", {"function": {"name": "capital", "arguments": {}}}
+SPAIN = ("And of Spain, which is in Europe?", f"{THOUGHT}Madrid.")
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "findings"),
+    [
+        ((QUESTION, ANSWER, *SPAIN), (QUESTION, ANSWER, "x", SPAIN[1]), ["content_lost"]),
+        ((QUESTION, f"{THOUGHT.strip()}{ANSWER}"), (QUESTION, f"{THOUGHT}{ANSWER}"), []),
+        ((QUESTION, f"<think>\n\n</think>\n{ANSWER}"), (QUESTION, ANSWER), []),
+        ((f"Do.\n\n{QUESTION}", ANSWER), (f"Do.\n\n### Input:\n{QUESTION}", ANSWER), []),
+        ((f"Do this.\n\n{QUESTION}", ANSWER), (f"### Input:\n{QUESTION}", ANSWER), ["content_lost"]),
+        ((QUESTION, THOUGHT + ANSWER, *SPAIN), (QUESTION, ANSWER, *SPAIN), ["reasoning_stripped"]),
+        ((QUESTION, THOUGHT + ANSWER, *SPAIN), (QUESTION, "no", *SPAIN), ["content_lost", "answer_cut"]),
+        ((QUESTION, ANSWER, *SPAIN), (QUESTION, ANSWER, SPAIN[0], "Madrid."), ["content_lost"]),
+    ],
+)
+def test_a_template_may_write_contents_in_another_way(
+    source: Sequence[str], written: Sequence[str], findings: list[str], tokenizer: Any, vocabulary: Vocabulary
+) -> None:
+    line = line_of(chat(*source), [trained(tokenizer, chat(*written))], vocabulary, limit=1000)
+    assert (line.findings, line.stop_trained) == (findings, True)
+
+
+@pytest.mark.parametrize("kind", ["chat", "reasoning", "call"])
+def test_what_the_limit_cuts_is_no_lost_content(kind: str, tokenizer: Any, vocabulary: Vocabulary) -> None:
+    ask, call = Message("user", f"Use capital. {QUESTION}"), Message("assistant", "", {"tool_calls": [CALL]})
+    tools = Conversation(0, (ask, call, Message("tool", "Paris"), Message("assistant", f"The capital: {ANSWER}")))
+    row = {"chat": chat(QUESTION, ANSWER), "reasoning": chat(QUESTION, ANSWER, *SPAIN), "call": tools}[kind]
+    keep = {"chat": slice(0, -12), "reasoning": slice(-30, None), "call": slice(0, 80)}[kind]
+    one = trained(tokenizer, row, keep=keep)
+    line = line_of(row, [one], vocabulary, limit=len(one.ids))
+    assert (line.findings, line.fate) == (["answer_cut"], "cut")
+    if kind == "call":
+        written = replace(row, messages=(ask, Message("assistant", "{'name': 'capital'}"), *row.messages[2:]))
+        for other, findings in ((row, ["content_lost"]), (written, [])):
+            assert line_of(row, [trained(tokenizer, other)], vocabulary).findings == findings
 
 
 def test_a_cut_answer_is_counted_and_a_stop_behind_it_is_an_error(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    row = chat(QUESTION, ANSWER)
-    whole = trained(tokenizer, row)
-    end = len(whole.ids) - 2  # before <|im_end|> and the line feed
-    result = line(tokenizer, vocabulary, row, keep=slice(0, end - 10))
-    assert (result.findings, result.fate, result.lost_tokens, result.stop_trained) == (["answer_cut"], "cut", 10, None)
-    stop = whole.ids[end]
-    ended = Trained(np.r_[whole.ids[: end - 10], stop], np.r_[whole.targets[: end - 10], stop], 0)
-    assert "cut_then_stop" in line_of(row, [ended], vocabulary).findings
-
-
-def test_a_stop_may_stand_on_the_first_token_of_the_next_turn(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    """As LLaMA-Factory's efficient_eos puts it: the label differs from the token."""
-    row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
-    one = trained(tokenizer, row, stop=False)
-    assert line_of(row, [one], vocabulary).findings == ["stop_not_trained"]
-    targets = one.targets.copy()
-    targets[len(one.ids) - 2] = next(iter(vocabulary.stops))
-    assert line_of(row, [Trained(one.ids, targets, 0)], vocabulary).findings == []
+    row, whole = chat(QUESTION, ANSWER), trained(tokenizer, chat(QUESTION, ANSWER))
+    cut = line_of(row, [trained(tokenizer, row, keep=slice(0, -12))], vocabulary)
+    assert (cut.lost_tokens, cut.stop_trained) == (10, None)
+    ids, targets = (np.r_[one[:-12], one[-2]] for one in (whole.ids, whole.targets))
+    assert "cut_then_stop" in line_of(row, [Trained(ids, targets, 0)], vocabulary).findings
 
 
 def test_what_the_mask_leaves_out_or_takes_in(tokenizer: Any, vocabulary: Vocabulary) -> None:
     row = chat(QUESTION, ANSWER, QUESTION, ANSWER)
-    one = trained(tokenizer, row)
-    nothing = line_of(row, [Trained(one.ids, np.full(len(one.ids), IGNORED), 0)], vocabulary)
-    assert (nothing.findings, nothing.fate) == (["nothing_trained"], "nothing to train")
-    assert line_of(row, [Trained(one.ids, one.ids, 0)], vocabulary).findings == ["prompt_trained"]
-    last = one.targets.copy()
+    one, unstopped = trained(tokenizer, row), trained(tokenizer, row, stop=False)
+    last, moved = one.targets.copy(), unstopped.targets.copy()
     last[: len(one.ids) // 2] = IGNORED
-    assert line_of(row, [Trained(one.ids, last, 0)], vocabulary).findings == ["only_last_answer"]
-
-
-def test_content_that_is_not_among_the_tokens_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    row = chat(QUESTION, ANSWER, "And of Spain, which is in Europe?", ANSWER)
-    without = trained(tokenizer, chat(QUESTION, ANSWER, "x", ANSWER))
-    assert "content_lost" in line_of(row, [without], vocabulary).findings
+    # LLaMA-Factory's efficient_eos puts the stop on the first token of the next turn.
+    moved[len(one.ids) - 2] = next(iter(vocabulary.stops))
+    for targets, findings, fate in (
+        (np.full(len(one.ids), IGNORED), ["nothing_trained"], "nothing to train"),
+        (one.ids, ["prompt_trained"], "trained"),
+        (last, ["only_last_answer"], "trained"),
+        (moved, [], "trained"),
+    ):
+        line = line_of(row, [Trained(one.ids, targets, 0)], vocabulary)
+        assert (line.findings, line.fate) == (findings, fate)
 
 
 def test_a_prompt_that_lacks_its_end_before_an_answer_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
     row, text = chat(QUESTION, ANSWER), QUESTION.encode()
     whole = trained(tokenizer, row)
-    end = vocabulary.text(whole.ids.tolist()).index(text) + len(text)
-    last = np.searchsorted(vocabulary.ends(whole.ids), end)
+    last = np.searchsorted(vocabulary.ends(whole.ids), vocabulary.text(whole.ids).index(text) + len(text))
     ids, targets = (np.delete(one, slice(last - 7, last + 1)) for one in (whole.ids, whole.targets))
-    part = Trained(ids, targets, row.row)
-    assert vocabulary.text(part.ids.tolist()).count(text[:-8]) == 1
-    assert "content_lost" in line_of(row, [part], vocabulary, limit=1000).findings
-
-
-@pytest.mark.parametrize(
-    ("contents", "name"),
-    [
-        ((QUESTION, " "), "empty_answer"),
-        ((QUESTION, f"{QUESTION} {ANSWER}"), "copies_prompt"),
-        ((QUESTION, f"{ANSWER}<|im_end|>"), "template_twice"),
-        ((QUESTION, f"{ANSWER}\n### Instruction: more"), "broken_characters"),
-        ((QUESTION, "It is a cafÃ© in Paris"), "broken_characters"),
-        ((QUESTION, f"<p>{ANSWER}</p>"), "html"),
-        ((QUESTION,), "roles"),
-    ],
-)
-def test_contents_show_it(tokenizer: Any, vocabulary: Vocabulary, contents: Sequence[str], name: str) -> None:
-    assert name in line(tokenizer, vocabulary, chat(*contents)).findings
+    assert "content_lost" in line_of(row, [Trained(ids, targets, 0)], vocabulary, limit=1000).findings
 
 
 def test_a_chat_without_a_user_is_named_and_plain_text_is_not(vocabulary: Vocabulary) -> None:
@@ -144,78 +167,10 @@ def test_a_chat_without_a_user_is_named_and_plain_text_is_not(vocabulary: Vocabu
     assert content_findings(text, vocabulary) == content_findings(unknown, vocabulary) == {}
 
 
-@pytest.mark.parametrize(
-    "answer", ["Write `<b>` for bold, and <3 for a heart.", "```html\n<p>Paris</p>\n```", "a < b > c"]
-)
-def test_html_in_code_is_no_finding(tokenizer: Any, vocabulary: Vocabulary, answer: str) -> None:
-    assert line(tokenizer, vocabulary, chat(QUESTION, answer)).findings == []
-
-
-@pytest.mark.parametrize(
-    ("source", "written"),
-    [
-        ("<think>\nIn Europe.\n</think>\nIt is Paris.", "<think>\nIn Europe.\n</think>\n\nIt is Paris."),
-        ("<think>\nIn Europe.\n</think>It is Paris.", "<think>\nIn Europe.\n</think>\n\nIt is Paris."),
-        ("<think>\n\n</think>\nIt is Paris.", "<think>\n\n</think>\n\nIt is Paris."),
-        ("<think>\n\n</think>\nIt is Paris.", "It is Paris."),
-    ],
-)
-def test_other_blanks_behind_reasoning_and_empty_reasoning_lose_nothing(
-    source: str, written: str, tokenizer: Any, vocabulary: Vocabulary
-) -> None:
-    line = line_of(chat(QUESTION, source), [trained(tokenizer, chat(QUESTION, written))], vocabulary)
-    assert (line.findings, line.fate, line.stop_trained) == ([], "trained", True)
-
-
-def test_a_template_may_write_between_the_paragraphs_of_a_prompt(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    source = chat(f"Translate this.\n\n{QUESTION}", ANSWER)
-    whole = trained(tokenizer, chat(f"Translate this.\n\n### Input:\n{QUESTION}", ANSWER))
-    lost = trained(tokenizer, chat(f"### Input:\n{QUESTION}", ANSWER))
-    assert line_of(source, [whole], vocabulary).findings == []
-    assert "content_lost" in line_of(source, [lost], vocabulary, limit=1000).findings
-
-
 def test_reasoning_alone_is_an_empty_answer_and_a_call_is_none(vocabulary: Vocabulary) -> None:
-    ask, call = Message("user", QUESTION), {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    alone = Conversation(0, (ask, Message("assistant", " ", {"thinking": "France."})))
-    assert "empty_answer" in content_findings(alone, vocabulary)
-    called = Conversation(0, (ask, Message("assistant", "", {"thinking": "France.", **call})))
-    assert "empty_answer" not in content_findings(called, vocabulary)
-
-
-def test_a_summary_that_begins_with_its_document_copies_the_prompt(vocabulary: Vocabulary) -> None:
-    source = chat(f"{QUESTION}\n\nTL;DR:", f"{QUESTION} {ANSWER}")
-    assert "copies_prompt" in content_findings(source, vocabulary)
-
-
-def test_reasoning_of_earlier_answers_may_be_left_out(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    reasoning = "<think>\nFrance is in Europe.\n</think>\n\n"
-    source = chat(QUESTION, reasoning + ANSWER, "And of Spain?", f"{reasoning}Madrid.")
-    rendered = trained(tokenizer, chat(QUESTION, ANSWER, "And of Spain?", f"{reasoning}Madrid."))
-    result = line_of(source, [rendered], vocabulary)
-    assert (result.findings, result.fate, result.lost_tokens) == (["reasoning_stripped"], "trained", 0)
-    rendered = trained(tokenizer, chat(QUESTION, "no", "And of Spain?", f"{reasoning}Madrid."))
-    assert "content_lost" in line_of(source, [rendered], vocabulary).findings
-
-
-def test_reasoning_that_the_last_answer_lacks_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    source = chat(QUESTION, ANSWER, "And of Spain?", "<think>\nSpain is in Europe, too.\n</think>\n\nIt is Madrid.")
-    stripped = trained(tokenizer, chat(QUESTION, ANSWER, "And of Spain?", "It is Madrid."))
-    assert line_of(source, [stripped], vocabulary).findings == ["content_lost"]
-    cut = trained(tokenizer, source, keep=slice(-45, None))
-    result = line_of(source, [cut], vocabulary, limit=45)
-    assert (result.findings, result.fate) == (["answer_cut"], "cut")
-
-
-def test_a_tool_call_that_the_template_leaves_out_is_lost(tokenizer: Any, vocabulary: Vocabulary) -> None:
-    call = {"type": "function", "function": {"name": "capital", "arguments": {"country": "France"}}}
-    first, last = Message("user", f"Use capital. {QUESTION}"), Message("assistant", f"The capital: {ANSWER}")
-    source = Conversation(0, (first, Message("assistant", "", {"tool_calls": [call]}), Message("tool", "Paris"), last))
-    written = Conversation(0, (first, Message("assistant", "{'name': 'capital'}"), Message("tool", "Paris"), last))
-    assert line_of(source, [trained(tokenizer, source)], vocabulary).findings == ["content_lost"]
-    assert line_of(source, [trained(tokenizer, written)], vocabulary).findings == []
-    cut = trained(tokenizer, source, keep=slice(0, 80))
-    assert "content_lost" not in line_of(source, [cut], vocabulary, limit=80).findings
+    for further, empty in (({"thinking": "France."}, True), ({"thinking": "France.", "tool_calls": [CALL]}, False)):
+        row = Conversation(0, (Message("user", QUESTION), Message("assistant", " ", further)))
+        assert ("empty_answer" in content_findings(row, vocabulary)) == empty
 
 
 def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:

@@ -259,12 +259,16 @@ def _reconcile(
     spans: Sequence[Span | None] | None,
 ) -> int:
     """Add what one sequence says; return how many tokens of answers are missing.  Only of one that is `cut` may be."""
-    if _bos_doubled(one.ids, vocabulary):
+    bos = None if vocabulary.bos in vocabulary.stops else vocabulary.bos  # where it is not the end token too
+    if bos is not None and one.ids[:2].tolist() == [bos, bos]:
         line.findings.append("bos")
     if (one.ids >= min(len(vocabulary.tokens), vocabulary.embeddings)).any() or (one.ids < 0).any():
         line.findings.append("vocabulary")
     own = vocabulary.untrained and vocabulary.untrained & {*one.ids.tolist()}
-    if own or _fall_apart(line, one, vocabulary):
+    plain = vocabulary.plain(one.ids)
+    # A model's marker of turns that is no token here, if the template writes it; in a text it is one of `roles`.
+    apart = (b"<|" in plain or b"_of_turn>" in plain) and MARKER.search(plain)
+    if own or (apart and "broken_characters" not in line.findings):
         line.find("untrained_tokens", ", ".join(vocabulary.tokens[j].decode() for j in sorted(own)))
     if not messages:
         return 0
@@ -353,19 +357,6 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
         line.findings.append("stop_mismatch")
 
 
-def _fall_apart(line: Line, one: Trained, vocabulary: Vocabulary) -> bool:
-    """Whether the template writes a model's marker of turns that is no token here; in a text it is one of `roles`."""
-    plain = vocabulary.plain(one.ids)
-    may = b"<|" in plain or b"_of_turn>" in plain
-    return may and "broken_characters" not in line.findings and MARKER.search(plain) is not None
-
-
-def _bos_doubled(ids: np.ndarray, vocabulary: Vocabulary) -> bool:
-    """Whether a sequence begins with its BOS twice, where BOS is not the end token too."""
-    bos = vocabulary.bos
-    return bos is not None and bos not in vocabulary.stops and len(ids) > 1 and ids[0] == bos and ids[1] == bos
-
-
 def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict[str, str]:
     """Return the findings of a row's own texts, before any preparation, each with the text that shows it."""
     findings, messages = dict[str, str](), conversation.messages
@@ -393,13 +384,17 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
     prompt = prompt.removesuffix(TLDR).strip()
     if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
         findings["copies_prompt"] = repr(prompt[:SHOWN])
-    if conversation.rejected is None and not conversation.plain and _roles_broken(messages):
-        findings["roles"] = ", ".join(message.role for message in messages)
+    roles = [message.role for message in messages if message.role != "system"]
+    twice = any(a == b == "user" for a, b in pairwise(roles))
+    called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
+    alone = {*roles} - {"developer"} == {ANSWER}  # unknown roles are named by the preparation
     if conversation.rejected is not None:
         if _contents(conversation.rejected) == _contents(messages[-1:]):
             findings["pair_equal"] = ""
         if conversation.prompt is not None:
             findings["pair_prompt"] = ""
+    elif not conversation.plain and (twice or called or alone or roles[-1:] == ["user"]):
+        findings["roles"] = ", ".join(message.role for message in messages)
     return findings
 
 
@@ -414,15 +409,6 @@ def around(text: str, match: re.Match[str]) -> str:
 
 def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
     return [(message.role, message.content.strip()) for message in messages]
-
-
-def _roles_broken(messages: Sequence[Message]) -> bool:
-    """No user, two in a row, a conversation that ends with the user, or a tool call without its result."""
-    roles = [message.role for message in messages if message.role != "system"]
-    twice = any(a == b == "user" for a, b in pairwise(roles))
-    called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
-    alone = {*roles} - {"developer"} == {ANSWER}  # unknown roles are named by the preparation
-    return twice or called or alone or (bool(roles) and roles[-1] == "user")
 
 
 def digest_of(conversation: Conversation) -> str:

@@ -94,7 +94,12 @@ def audit_sequences(
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and (format := _own_format(names)) is not None:
-        rows = [_without_end(conversation(made[j], format, j), vocabulary) for j in range(len(made))]
+        rows = [conversation(made[j], format, j) for j in range(len(made))]
+        end: Any = vocabulary.tokenizer.eos_token
+        for j, row in enumerate(rows) if isinstance(end, str) else ():
+            if row.answer.endswith(end):  # as TRL writes it behind its completion
+                answer = replace(row.messages[-1], content=row.answer.removesuffix(end))
+                rows[j] = replace(row, messages=(*row.messages[:-1], answer))
         by_row, sure = _by_row(sequences), {}
     else:
         by_row = _by_row(replace(one, row=j) for j, one in enumerate(sequences)) if packed else _by_row(sequences)
@@ -162,6 +167,11 @@ def _turns(
 ) -> list[tuple[Message, Span]]:
     """The prompts and answers of a sequence; a trained stop alone is an empty answer behind what opens answers."""
     turns, place = list[tuple[Message, Span]](), 0
+
+    def unmarked(text: str) -> str:
+        """The text without the names of roles that a template writes."""
+        return SPEAKERS.sub("", ROLE_MARKERS.sub("", text))
+
     answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, empty)]
     if one.side and not answers:  # an answer without tokens
         answers = [(len(one.ids), len(one.ids))]
@@ -169,19 +179,14 @@ def _turns(
         if start == end and header not in (None, int(one.ids[start - 1])):
             continue  # the stop of a prompt, as axolotl's `train_on_eos: all` trains it
         if start > 1:  # nothing predicts the first token
-            prompt = _unmarked(_text(one.ids[place:start], vocabulary))
+            prompt = unmarked(_text(one.ids[place:start], vocabulary))
             place += int((one.targets[place:start] == IGNORED).argmax())
             turns.append((Message("user", prompt), Span(place, start)))
         answer = EMPTY_REASONING.sub("", _text(one.ids[start:end], vocabulary))
         # A template's own "### Instruction:" is no fault, of a prompt or of a text that is trained whole.
-        turns.append((Message(ANSWER, answer if start > 1 else _unmarked(answer)), Span(start, end)))
+        turns.append((Message(ANSWER, answer if start > 1 else unmarked(answer)), Span(start, end)))
         place = end
     return turns
-
-
-def _unmarked(text: str) -> str:
-    """The text without the names of roles that a template writes."""
-    return SPEAKERS.sub("", ROLE_MARKERS.sub("", text))
 
 
 def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
@@ -207,15 +212,6 @@ def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
     for one in sequences:
         by_row.setdefault(one.row, []).append(one)
     return by_row
-
-
-def _without_end(row: Conversation, vocabulary: Vocabulary) -> Conversation:
-    """The row without the end token that TRL writes behind its completion."""
-    end = vocabulary.tokenizer.eos_token
-    if not isinstance(end, str) or not row.answer.endswith(end):
-        return row
-    answer = replace(row.messages[-1], content=row.answer.removesuffix(end))
-    return replace(row, messages=(*row.messages[:-1], answer))
 
 
 def _own_format(names: Sequence[str]) -> Format | None:

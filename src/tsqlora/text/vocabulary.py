@@ -150,7 +150,8 @@ def vocabulary_of_model(tokenizer: Any, config: Any, generation: Any, *, size_of
 
     `size_of` is the model, or its directory or hub id.
     """
-    generates, own = _ends(getattr(generation, "eos_token_id", None)), _ends(getattr(config, "eos_token_id", None))
+    ends = (getattr(one, "eos_token_id", None) for one in (generation, config))
+    generates, own = ([] if one is None else [*map(int, one)] if isinstance(one, list) else [int(one)] for one in ends)
     vocabulary = vocabulary_of(tokenizer, model_ends=[*own, *generates], generation_ends=generates or own or None)
     size = getattr(config.get_text_config(), "vocab_size", None) or len(vocabulary.tokens)
     return replace(vocabulary, embeddings=size, untrained=untrained_tokens(size_of, vocabulary.added))
@@ -162,10 +163,6 @@ def vocabulary_of_answers(tokenizer: Any, model: Any) -> Vocabulary | None:
     if not continues(base_model(model)) or not getattr(tokenizer, "is_fast", False):
         return None
     return vocabulary_of_model(tokenizer, model.config, model.generation_config, size_of=model)
-
-
-def _ends(value: Any) -> list[int]:
-    return [] if value is None else [int(one) for one in value] if isinstance(value, list) else [int(value)]
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerBase, special: set[int], turns: int) -> set[int]:
@@ -194,14 +191,14 @@ def _reader(spec: dict[str, Any]) -> Any:
     if "WordPiece" in kinds:
         prefix = spec.get("prefix", "##")
         return lambda name: name.removeprefix(prefix).encode() if name.startswith(prefix) else f" {name}".encode()
-    return _metaspace
 
+    def metaspace(name: str) -> bytes:
+        """SentencePiece: "▁" is a blank, "<0x0A>" a byte."""
+        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+            return bytes([int(name[3:5], 16)])
+        return name.replace("▁", " ").encode()
 
-def _metaspace(name: str) -> bytes:
-    """SentencePiece: "▁" is a blank, "<0x0A>" a byte."""
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
-    return name.replace("▁", " ").encode()
+    return metaspace
 
 
 def untrained_tokens(model: Any, added: Collection[int]) -> frozenset[int]:
