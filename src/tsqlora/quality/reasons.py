@@ -161,14 +161,9 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
     }
 
 
-def hints_of(scores: Scores) -> Hints:
-    """Return the delimiter and encoding that the settings gave for the scored file."""
-    return Hints(**scores.record.hints)
-
-
 def table_of(scores: Scores, source: str | Path) -> Table:
     """Read rows as those that were scored."""
-    table = open_table(source, split="train", hints=hints_of(scores))
+    table = open_table(source, split="train", hints=Hints(**scores.record.hints))
     return table.numbered() if scores.record.format is None and are_numbers(scores.record.classes) else table
 
 

@@ -88,7 +88,10 @@ def _row(
     row: Conversation, line: Line, sequences: Sequence[Trained], vocabulary: Vocabulary, losses: Losses
 ) -> dict[str, Any]:
     """A row for the page's script: its tokens, and the kind of each as a letter."""
-    parts = [_tokens(one, vocabulary, losses.get((row.row, one.side), {})) for one in sequences] or [_untrained(row)]
+    parts = [_tokens(one, vocabulary, losses.get((row.row, one.side), {})) for one in sequences]
+    if not parts:  # its texts, the answer as lost
+        texts = [f"{message.role}: {message.content[:1000]}\n" for message in row.messages]
+        parts = [("", texts, "".join(LOST if message.role == ANSWER else PROMPT for message in row.messages))]
     return {
         "fate": line.fate,
         "detail": line.detail,
@@ -116,10 +119,3 @@ def _tokens(one: Trained, vocabulary: Vocabulary, losses: Mapping[int, float]) -
         trained = UNEXPECTED if losses.get(place, 0) > UNEXPECTED_LOSS else TRAINED
         kinds.append(PROMPT if target == IGNORED else STOP if target in vocabulary.stops else trained)
     return one.side, texts, "".join(kinds)
-
-
-def _untrained(row: Conversation) -> tuple[str, list[str], str]:
-    """A row that has no tokens: its texts, the answer as lost."""
-    messages = row.messages or ()
-    kinds = [LOST if message.role == ANSWER else PROMPT for message in messages]
-    return "", [f"{message.role}: {message.content[:1000]}\n" for message in messages], "".join(kinds)

@@ -32,7 +32,7 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.reports.review_page import OF_A_FINDING, text_page
 from tsqlora.run.audit import FINDINGS_FILE, PAGE_FILE, require_new, source_digest, write_audit
 from tsqlora.text.among import among_rows
-from tsqlora.text.answers import Turn, behind, read_answers, turns_in, turns_of
+from tsqlora.text.answers import behind, read_answers, turns_in, turns_of
 from tsqlora.text.findings import OF_ALL, OF_LABELS, OF_TOKENS, findings_of, impossible, lengths_of
 from tsqlora.text.ledger import Line
 from tsqlora.text.look import LEAST_TURNS, SAMPLE, AnswerLook, look_at_answers
@@ -80,7 +80,7 @@ def audit_text(
     embeddings of added tokens. Raises DataError for a file without texts and for a directory that holds no prepared
     set, SettingsError for a model without a tokenizer, and if `out` holds an audit already.
     """
-    start, before = time.perf_counter(), None if baseline is None else findings_in(baseline)
+    start, before = time.perf_counter(), None if baseline is None else counts_in(baseline)
     require_new(out)
     vocabulary, positions = load_vocabulary(model, chat_template, trust_remote_code=trust_remote_code)
     about: dict[str, Any] = {"model": model}
@@ -109,7 +109,11 @@ def audit_text(
     how = {"every": every, "trust_remote_code": trust_remote_code, "progress": progress, "tell": tell}
     look = partial(answers_of, model, result, vocabulary, **how) if answers else None
     written = finish(out, about, result, evaluated, vocabulary, batch, look)
-    return {**written, **changes_of(before, written), "seconds": time.perf_counter() - start}
+    if before is not None:
+        now = {one["name"]: one["rows"] for one in written["findings"]}
+        both = [{"name": n, "before": before.get(n, 0), "now": now.get(n, 0)} for n in sorted({*now, *before})]
+        written["changes"] = [one for one in both if one["before"] != one["now"]]
+    return {**written, "seconds": time.perf_counter() - start}
 
 
 def audit_trainer(
@@ -142,26 +146,13 @@ def audit_trainer(
     return {**audited, "seconds": time.perf_counter() - start}
 
 
-def findings_in(path: Path) -> dict[str, dict[str, Any]]:
-    """The findings of an earlier audit by name.  Raises DataError for another file."""
+def counts_in(path: Path) -> dict[str, int]:
+    """How many rows have each finding of an earlier audit.  Raises DataError for another file."""
     reading(path)
     try:
-        return {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8"))["findings"]}
+        return {one["name"]: one["rows"] for one in json.loads(path.read_text(encoding="utf-8"))["findings"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--baseline {path} is not the findings.json of an audit of text ({error})") from None
-
-
-def changes_of(before: Mapping[str, Mapping[str, Any]] | None, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What changed since an earlier audit: rows of each finding then and now, where they differ."""
-    if before is None:
-        return {}
-    now = {one["name"]: one for one in result["findings"]}
-    both = [(before.get(name), now.get(name)) for name in sorted({*now, *before})]
-    counts = [
-        {"name": (new or old or {})["name"], "before": old["rows"] if old else 0, "now": new["rows"] if new else 0}
-        for old, new in both
-    ]
-    return {"changes": [one for one in counts if one["before"] != one["now"]]}
 
 
 def prepared_set(folder: Path) -> Any:
@@ -313,7 +304,12 @@ def answers_of(
     net = net.to(device)
     compute = Compute(READ, torch.bfloat16, progress=progress)
     if len(turns) >= LEAST_TURNS:
-        tell(f"reads {len(turns):,} answers of {len(chosen):,} rows{about_time(net, turns, compute, vocabulary)}")
+        few = [behind(turn.prompt, turn.answer) for turn in turns[:: max(1, len(turns) // TIMED)][:TIMED]]
+        start = time.perf_counter()
+        read_answers(net, few, vocabulary.stops, replace(compute, progress=None), phase="timing")
+        minutes = PASSES * len(turns) / len(few) * (time.perf_counter() - start) / 60
+        about = f", for about {minutes:.0f} minutes; --no-model leaves this out" if minutes >= 1 else ""
+        tell(f"reads {len(turns):,} answers of {len(chosen):,} rows{about}")
     return look_at_answers(net, turns, vocabulary, compute)
 
 
@@ -335,14 +331,3 @@ def no_judge(model: str) -> str:
             "give --model a smaller one with the same tokenizer"
         )
     return ""
-
-
-def about_time(model: Any, turns: Sequence[Turn], compute: Compute, vocabulary: Vocabulary) -> str:
-    """Estimate the time of a look from one small batch of its answers."""
-    few = [behind(turn.prompt, turn.answer) for turn in turns[:: max(1, len(turns) // TIMED)][:TIMED]]
-    start = time.perf_counter()
-    read_answers(model, few, vocabulary.stops, replace(compute, progress=None, parts=None), phase="timing")
-    tokens = sum(len(one.before) + len(one.answer) for one in few)
-    whole = PASSES * len(turns) * tokens / len(few)
-    minutes = whole / tokens * (time.perf_counter() - start) / 60
-    return f", for about {minutes:.0f} minutes; --no-model leaves this out" if minutes >= 1 else ""

@@ -84,7 +84,16 @@ def audit_sequences(
         if progress is not None and number % 1000 == 0:
             progress("ledger", one.row, len(made))
     names, unmatched = list(getattr(made, "column_names", None) or made[0]), list[dict[str, int]]()
-    packed, wrapped = is_packed(sequences), _may_be_wrapped(names, sequences)
+    packed, wrapped, lengths = is_packed(sequences), False, {len(one.ids) for one in sequences[:-1]}
+    try:
+        format = format_of([name for name in names if name not in PREPARED], "prepared")
+    except (DataError, SettingsError):
+        format = None
+    bounded = any(one.side for one in sequences) or {"seq_lengths", "position_ids"} & {*names}
+    if not bounded and len(lengths) == 1 and len(sequences) > 2:
+        # Rows that were cut to one length begin alike; parts of a stream, joined and cut, begin anywhere.
+        ((_, alike),) = Counter(tuple(one.ids[:2].tolist()) for one in sequences).most_common(1)
+        wrapped = alike < MOST_ALIKE * len(sequences)
     longest = max((len(one.ids) for one in sequences), default=0)
     finds, lines = FINDINGS.keys(), None
     source = conversations_of(data)
@@ -93,7 +102,7 @@ def audit_sequences(
         by_row, sure, left = match(rows, sequences, vocabulary, packed=packed)
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
-    elif not packed and (format := _own_format(names)) is not None:
+    elif not packed and format is not None:
         rows = [conversation(made[j], format, j) for j in range(len(made))]
         end: Any = vocabulary.tokenizer.eos_token
         for j, row in enumerate(rows) if isinstance(end, str) else ():
@@ -114,12 +123,12 @@ def audit_sequences(
         line.match = sure.get(line.row, line.match)
         if unsure and line.match == "unmatched":
             line.fate = "unknown"
-    lengths = [] if packed else [len(one.ids) for one in sequences]
+    sizes = [] if packed else [len(one.ids) for one in sequences]
 
     def of(places: Collection[int]) -> dict[int, Sequence[Trained]]:
         return {place: by_row.get(place, ()) for place in places}
 
-    return Reconciled(rows, lines, of, longest, lengths, finds, unmatched=unmatched)
+    return Reconciled(rows, lines, of, longest, sizes, finds, unmatched=unmatched)
 
 
 def _by_labels(
@@ -194,31 +203,11 @@ def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
     return vocabulary.plain(ids).replace(b"\0", b"").decode(errors="ignore")
 
 
-def _may_be_wrapped(names: Collection[str], sequences: Sequence[Trained]) -> bool:
-    """Whether rows may have been joined and cut into equal parts, with no word of where one ends.
-
-    Rows that were cut to one length begin alike; parts of a stream begin anywhere.
-    """
-    lengths = {len(one.ids) for one in sequences[:-1]}
-    paired = any(one.side for one in sequences)
-    if paired or len(lengths) != 1 or len(sequences) < 3 or {"seq_lengths", "position_ids"} & {*names}:
-        return False
-    ((_, alike),) = Counter(tuple(one.ids[:2].tolist()) for one in sequences).most_common(1)
-    return alike < MOST_ALIKE * len(sequences)
-
-
 def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
     by_row = dict[int, list[Trained]]()
     for one in sequences:
         by_row.setdefault(one.row, []).append(one)
     return by_row
-
-
-def _own_format(names: Sequence[str]) -> Format | None:
-    try:
-        return format_of([name for name in names if name not in PREPARED], "prepared")
-    except (DataError, SettingsError):
-        return None
 
 
 def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None) -> list[Conversation] | None:
