@@ -28,6 +28,7 @@ from words import llama, tokenizer
 ROWS, WORDS, END, USER, ASSISTANT = 240, range(5, 45), 1, 3, 4
 FOREIGN_ROWS = tuple(range(10, 34))
 """Each has the answer of the row after it."""
+COMMON: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 
 
 class Repeats(LlamaForCausalLM):
@@ -120,8 +121,7 @@ def test_a_training_leaves_them_out(flat: bool, packed: int, tmp_path: Path) -> 
     wrong = {j // packed for j in FOREIGN_ROWS}
     data = tsq.QualitySubset(rows, 0.5)
     callback = tsq.QualityCallback(data)
-    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    args = TrainingArguments(str(tmp_path), num_train_epochs=1, **common)
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, **COMMON)
     collate = DataCollatorWithFlattening() if flat else None  # as TRL's `padding_free`
     options: dict[str, Any] = {"data_collator": collate, "callbacks": [callback], "processing_class": tokenizer()}
     Trainer(model(), args, train_dataset=data, **options).train()
@@ -138,28 +138,6 @@ def test_a_training_leaves_them_out(flat: bool, packed: int, tmp_path: Path) -> 
 def test_what_to_drop_is_named_exactly() -> None:
     with pytest.raises(SettingsError, match="drop is 'evidnt'; give 'evident'"):
         tsq.select(model(), [{"text": "a"}], processing_class=tokenizer(), drop="evidnt")  # type: ignore[arg-type]
-
-
-def dropped(rows: list[dict[str, Any]], trusted: list[dict[str, Any]] | None = None) -> tuple[set[int], list[str]]:
-    """Numbers of the rows that `drop="evident"` leaves out, and the warnings."""
-    plain = tokenizer()
-    plain.chat_template = None
-    with warnings.catch_warnings(record=True) as texts:
-        warnings.simplefilter("always")
-        chosen = tsq.select(model(), rows, processing_class=plain, trusted=trusted, fraction=1.0, drop="evident")
-    return {*range(ROWS)} - {*chosen["number"]}, [str(one.message) for one in texts]
-
-
-def test_a_selection_for_another_trainer_leaves_them_out() -> None:
-    rng, rows = np.random.default_rng(0), []
-    words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
-    for j, own in enumerate(words):
-        answer = rng.permutation(words[(j + 1) % ROWS] if j in FOREIGN_ROWS else own)
-        rows.append({"prompt": " ".join(own), "completion": " " + " ".join(answer), "number": j})
-    left_out, texts = dropped(rows)
-    assert any("foreign_answer: " in text and "would list" in text for text in texts)
-    assert left_out <= {*FOREIGN_ROWS}
-    assert len(left_out) >= 0.5 * len(FOREIGN_ROWS)
 
 
 def pair_samples(swapped: Sequence[int]) -> list[dict[str, Any]]:
@@ -188,8 +166,7 @@ def test_a_training_leaves_swapped_pairs_out(copies: Sequence[int], tmp_path: Pa
     data = tsq.QualitySubset(pair_samples(FOREIGN_ROWS), 0.5, trusted=trusted)
     collate = PairCollator(GenerationCollator(0, False, 8, False))
     callback = tsq.QualityCallback(data, task=get_task("preference"))
-    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    args = TrainingArguments(str(tmp_path), max_steps=2, remove_unused_columns=False, **common)
+    args = TrainingArguments(str(tmp_path), max_steps=2, remove_unused_columns=False, **COMMON)
     options: dict[str, Any] = {"processing_class": tokenizer(), "data_collator": collate}
     Prefers(model(), args, train_dataset=data, callbacks=[callback], **options).train()
     scores = Scores.load(tmp_path / "scores.parquet")
@@ -206,16 +183,30 @@ def test_a_training_leaves_swapped_pairs_out(copies: Sequence[int], tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2")
-@pytest.mark.parametrize(("swapped", "trusted"), [((), False), (FOREIGN_ROWS, False), (FOREIGN_ROWS, True)])
-def test_a_selection_for_another_trainer_leaves_swapped_pairs_out(swapped: tuple[int, ...], trusted: bool) -> None:
+@pytest.mark.parametrize(
+    ("fault", "faulty", "trusted"),
+    [
+        ("foreign_answer", FOREIGN_ROWS, False),
+        ("swapped_pair", (), False),
+        ("swapped_pair", FOREIGN_ROWS, False),
+        ("swapped_pair", FOREIGN_ROWS, True),
+    ],
+)
+def test_a_selection_for_another_trainer_leaves_them_out(fault: str, faulty: tuple[int, ...], trusted: bool) -> None:
     rng, rows = np.random.default_rng(0), []
     words = [[f"w{j}" for j in rng.permutation(40)[:6]] for _ in range(ROWS)]
     for j, own in enumerate(words):
         sides = [" " + " ".join(rng.permutation(answer)) for answer in (own, words[(j + 1) % ROWS])]
-        chosen, rejected = sides[::-1] if j in swapped else sides
-        rows.append({"prompt": " ".join(own), "chosen": chosen, "rejected": rejected, "number": j})
-    few = [{**row, "prompt": f"w0 {row['prompt']}"} for row in rows[40:56]]
-    left_out, texts = dropped(rows, few if trusted else None)
-    assert any("swapped_pair: " in text and "would list" in text for text in texts)
-    assert left_out <= {*swapped}
-    assert len(left_out) >= 0.8 * len(swapped)
+        chosen, rejected = sides[::-1] if j in faulty else sides
+        answers = {"chosen": chosen, "rejected": rejected} if fault == "swapped_pair" else {"completion": chosen}
+        rows.append({"prompt": " ".join(own), **answers, "number": j})
+    few = [{**row, "prompt": f"w0 {row['prompt']}"} for row in rows[40:56]] if trusted else None
+    plain = tokenizer()
+    plain.chat_template = None
+    with warnings.catch_warnings(record=True) as texts:
+        warnings.simplefilter("always")
+        chosen = tsq.select(model(), rows, processing_class=plain, trusted=few, fraction=1.0, drop="evident")
+    left_out = {*range(ROWS)} - {*chosen["number"]}
+    assert any(f"{fault}: " in str(one.message) and "would list" in str(one.message) for one in texts)
+    assert left_out <= {*faulty}
+    assert len(left_out) >= (0.8 if fault == "swapped_pair" else 0.5) * len(faulty)
