@@ -11,7 +11,7 @@ import pytest
 from browser import Page, axe
 from seen import Seen
 from tsqlora.reports.review_page import audit_page
-from tsqlora.run.audit_listing import Listed
+from tsqlora.run.audit import Listed
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> " + "long" * 200
 CURRENT = "document.querySelector('#rows [aria-current] .words').textContent"

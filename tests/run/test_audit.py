@@ -23,8 +23,7 @@ from tsqlora.quality.duplicates import Contradiction
 from tsqlora.quality.judge import DOUBT, judge
 from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
-from tsqlora.run.audit import run_audit
-from tsqlora.run.audit_listing import LEAST, draw_checks, make_listing
+from tsqlora.run.audit import LEAST, draw_checks, make_listing, run_audit
 from tsqlora.run.config import file, load_config
 from tsqlora.run.job import read
 from tsqlora.run.review import apply_review

@@ -75,9 +75,9 @@ def turns_in(sequences: Iterable[Trained], vocabulary: Vocabulary) -> list[Turn]
 
     What all prompts end with, such as the template's header, opens an answer.
     """
-    turns, empty = list[Turn](), empty_tokens(vocabulary)
+    turns = list[Turn]()
     for one in sequences:
-        for before, start, end, ends in stretches(one, vocabulary.stops, empty):
+        for before, start, end, ends in stretches(one, vocabulary.stops, vocabulary.empty):
             if start == end:
                 continue
             texts = (vocabulary.plain(one.ids[part]) for part in (slice(before, start), slice(start, end)))
@@ -111,11 +111,6 @@ def opened(turns: Sequence[Turn], suffix: Int[np.ndarray, " s"], bos: int | None
         replace(turn, opening=np.concatenate([first, suffix]) if begins else suffix)
         for turn, begins in zip(turns, opens, strict=True)
     ]
-
-
-def empty_tokens(vocabulary: Vocabulary) -> frozenset[int]:
-    """Return the tokens that spell nothing but blanks."""
-    return frozenset(j for j, text in enumerate(vocabulary.tokens) if not text.strip())
 
 
 def common_end(prompts: Sequence[Int[np.ndarray, " p"]]) -> Int[np.ndarray, " s"]:

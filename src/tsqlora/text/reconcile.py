@@ -17,7 +17,7 @@ from tsqlora.data.readers import SNIFF, Hints
 from tsqlora.data.sources import open_table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
-from tsqlora.text.answers import empty_tokens, stretches
+from tsqlora.text.answers import stretches
 from tsqlora.text.findings import FINDINGS, NEARLY_ALL, OF_LABELS, OF_TOKENS
 from tsqlora.text.ledger import (
     LEAST_KNOWN,
@@ -139,10 +139,10 @@ def _by_labels(
     Where text follows the last trained token of nearly all rows, prompts are trained in place of answers. Rows of the
     greatest length are cut if they, unlike others, have no stop.
     """
-    empty, before = empty_tokens(vocabulary), Counter[int]()
-    behind = list[bool]()
+    before, behind = Counter[int](), list[bool]()
     for one in (one for parts in by_row.values() for one in parts):
-        answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, empty) if start < end]
+        found = stretches(one, vocabulary.stops, vocabulary.empty)
+        answers = [(start, end) for _, start, end, _ in found if start < end]
         before.update(int(one.ids[start - 1]) for start, _ in answers)
         behind += [bool(_text(one.ids[end:], vocabulary).strip()) for _, end in answers[-1:] if not one.side]
     inverted = sum(behind) > NEARLY_ALL * len(behind)
@@ -151,7 +151,7 @@ def _by_labels(
     made, lines = list[Conversation](), list[Line]()
     for row in rows:
         parts = by_row.get(row.row, ())
-        read = {one.side: [] if inverted else _turns(one, vocabulary, empty, header) for one in parts}
+        read = {one.side: [] if inverted else _turns(one, vocabulary, header) for one in parts}
         messages, *others = [tuple(message for message, _ in turns) for turns in read.values()] or [()]
         row = replace(row, messages=messages, plain=[one.role for one in messages[:1]] == [ANSWER])
         for other in others:
@@ -171,9 +171,7 @@ def _by_labels(
     return made, lines
 
 
-def _turns(
-    one: Trained, vocabulary: Vocabulary, empty: Collection[int], header: int | None
-) -> list[tuple[Message, Span]]:
+def _turns(one: Trained, vocabulary: Vocabulary, header: int | None) -> list[tuple[Message, Span]]:
     """The prompts and answers of a sequence; a trained stop alone is an empty answer behind what opens answers."""
     turns, place = list[tuple[Message, Span]](), 0
 
@@ -181,7 +179,7 @@ def _turns(
         """The text without the names of roles that a template writes."""
         return SPEAKERS.sub("", ROLE_MARKERS.sub("", text))
 
-    answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, empty)]
+    answers = [(start, end) for _, start, end, _ in stretches(one, vocabulary.stops, vocabulary.empty)]
     if one.side and not answers:  # an answer without tokens
         answers = [(len(one.ids), len(one.ids))]
     for start, end in answers:

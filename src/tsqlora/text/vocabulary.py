@@ -50,6 +50,8 @@ class Vocabulary:
     generation_stops: frozenset[int]
     """Tokens at which `generate` stops."""
     tokenizer: PreTrainedTokenizerBase
+    empty: frozenset[int]
+    """Tokens that spell nothing but blanks."""
     markers: re.Pattern[str]
     """Matches the text of special tokens, but for the shortest, such as `<s>`, which is HTML too."""
     added: frozenset[int]
@@ -137,6 +139,7 @@ def vocabulary_of(
         frozenset(own | {*model_ends} | (last or further)),
         frozenset(generation),
         tokenizer,
+        frozenset(j for j, text in enumerate(tokens) if not text.strip()),
         re.compile("|".join(re.escape(name) for name in markers if len(name) > 3) or "(?!)"),
         frozenset(added),
         len(tokens),
