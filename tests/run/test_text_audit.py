@@ -82,7 +82,7 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(
     place: Path, tmp_path: Path, audit: Audit, tsqlora: Run
 ) -> None:
     out, evaluation = tmp_path / "audit", write_jsonl(tmp_path / "eval.jsonl", [right(3)[1]])
-    code, result = audit(place / "chats.jsonl", "--eval", evaluation, "--strict", out=out)
+    code, result = audit(place / "chats.jsonl", "--eval", evaluation, out=out)
     assert code == 0
     written = json.loads((out / "findings.json").read_text())
     assert by_name(written) == {
@@ -161,6 +161,7 @@ def test_an_error_ends_a_strict_audit_with_4(place: Path, tmp_path: Path, audit:
     for name, words in (("stop_not_trained", unstopped), ("dropped", [bad]), ("dropped", [long])):
         code, result = audit(*words, "--no-model", "--strict")
         assert (code, by_name(result, "severity")[name]) == (4, "error")
+    assert audit(place / "chats.jsonl", "--no-model", "--strict")[0] == 0
 
 
 def test_a_row_that_the_template_cannot_hold_says_what_train_says(tmp_path: Path, audit: Audit) -> None:
