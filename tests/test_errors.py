@@ -37,7 +37,7 @@ def _errors() -> list[TsqLoraError]:
     made: list[TsqLoraError] = [
         StoppedError("stopped", 15),
         MissingError("a.csv:3", "no text"),
-        BrokenQuotesError("b", broken=True),
+        BrokenQuotesError("b"),
     ]
     return [*made, *(kind("why") for kind in (TsqLoraError, SettingsError, DataError, UnsupportedError))]
 

@@ -225,7 +225,7 @@ def test_what_is_set_wins_and_a_mark_over_it(tmp_path: Path) -> None:
         ("text\nschön\ngroß\n".encode() + b"caf\xe9\n", SNIFF, "t.csv:4: byte 0xe9 is not UTF-8"),
         (b"text\ncaf\xe9\n\x81\n", SNIFF, "t.csv:3: byte 0x81 is neither UTF-8 nor CP1252"),
         (b"text\n\xe9\n", Hints(encoding="ascii"), "t.csv:2: byte 0xe9 is not ASCII"),
-        ("text\n".encode("utf-16") + b"\x00", SNIFF, "t.csv is not UTF-16-LE"),
+        ("text\n".encode("utf-16") + b"\x00", SNIFF, "t.csv is not UTF-16"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*was read as cp1252")

@@ -95,7 +95,7 @@ def test_parquet_files_whose_types_differ_a_little_are_one_table(tmp_path: Path)
     pq.write_table(pa.table({"label": ["no"], "text": ["b"]}), tmp_path / "b.parquet")
     message = error(tmp_path / "*.parquet")
     assert "b.parquet" in message
-    assert "'label'" in message
+    assert "label" in message
     pq.write_table(pa.table({"label": [2**60 + 1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"label": [0.5]}), tmp_path / "b.parquet")
     assert "a.parquet" in error(tmp_path / "*.parquet")

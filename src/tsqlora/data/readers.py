@@ -1,16 +1,14 @@
-"""Text files and Parquet, read strictly: encoding and delimiter, then each row with its line."""
+"""Text files, spreadsheets and Parquet, read strictly: encoding and delimiter, then each row with its line."""
 
 import codecs
 import csv
 import io
 import json
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -34,11 +32,9 @@ TABLES = (".csv", ".tsv")
 """Formats without types: every cell is text."""
 SHEETS = ".xlsx"
 
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
-"""Encodings whose encoder begins every line with a mark, which would shift all offsets; and the same without it."""
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _CURE = "save the file as UTF-8 text, not compressed; train and audit also take --set data.encoding=…"
-_SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
+_SNIFFED_LINES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,6 @@ class Dialect:
     """How a text file is written.
 
     Args:
-        mark: length of its byte order mark in bytes.
         delimiter: None if the file has no columns.
         guessed: whether nothing proves the encoding.
         unused: the encoding of the hints, if the file is UTF-8 all the same.
@@ -70,7 +65,6 @@ class Dialect:
     """
 
     encoding: str = "utf-8"
-    mark: int = 0
     delimiter: str | None = None
     guessed: bool = False
     unused: str | None = None
@@ -80,7 +74,7 @@ class Dialect:
 
     def __str__(self) -> str:
         between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
-        return f"{between}{self.encoding}"
+        return f"{between}{self.encoding.removesuffix('-sig')}"
 
     def note(self, name: str) -> str | None:
         """A warning if the encoding is a guess, or not that of the hints."""
@@ -93,21 +87,24 @@ class Dialect:
             return None
         return f"{name} is not UTF-8 and was read as {self.encoding}; if its letters look wrong, {_CURE}"
 
-    def lines(self, path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
-        """Each line with its line end, and the offset in bytes of its end.
+    def lines(self, path: Path, *, newline: str) -> Iterator[str]:
+        """Each line with its line end, without those that are skipped.
 
         `newline` is "\\n" if lines end at line feeds alone, "" if they end at any of \\n, \\r and \\r\\n.
-        Skips a byte order mark. Raises DataError if the file cannot be read, naming the line that does not decode.
+        Raises DataError if the file cannot be read, naming the line that does not decode.
         """
         try:
-            with _opened(path) as binary:
-                at = binary.seek(self.mark)
-                with io.TextIOWrapper(binary, encoding=self.encoding, newline=newline) as file:
-                    for line in file:
-                        at += len(line.encode(self.encoding))
-                        yield line, at
+            with opened(path) as binary, io.TextIOWrapper(binary, encoding=self.encoding, newline=newline) as file:
+                yield from islice(file, self.skipped, None)
         except UnicodeError as error:
-            raise DataError(_undecoded(path, self, error)) from error
+            encoding = self.encoding.removesuffix("-sig").upper()
+            what = f"is neither UTF-8 nor {encoding}" if self.guessed else f"is not {encoding}"
+            if "UTF-16" not in encoding:  # its line feeds have two bytes
+                with opened(path) as file:
+                    for number, line in enumerate(file, start=1):
+                        if (at := _broken_at(line, self.encoding)) is not None:
+                            raise DataError(f"{path}:{number}: byte 0x{line[at]:02x} {what}; {_CURE}") from error
+            raise DataError(f"{path} {what} ({error}); {_CURE}") from error
 
 
 PLAIN = Dialect()
@@ -121,55 +118,50 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     as UTF-8 stays UTF-8: it is broken. With an encoding as hint a file that can only be UTF-8 stays UTF-8, since one
     hint counts for all files of a run. Raises DataError if the file cannot be read.
     """
-    if path.suffix.lower() == SHEETS:
+    suffix, hint = suffix_of(path), hints.encoding
+    if suffix == SHEETS:
         return Dialect(sheet=hints.sheet)
-    with _opened(path) as file:
-        start = file.read(_SNIFFED_BYTES)
-    mark, hint = next((mark for mark in _MARKS if start.startswith(mark)), b""), hints.encoding
-    # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
-    open_question = not mark and b"\0" not in start
-    decoding = list[bool]()
-    if open_question:
-        with _opened(path) as file:  # in UTF-8 no letter has the byte of a line feed
-            decoding = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
-    guessed = open_question and hint is None and not all(decoding) and sum(decoding) <= len(decoding) / 2
+    with opened(path) as file:
+        start = file.peek()
+        marked = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+        # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
+        is_open = not marked and b"\0" not in start
+        # In UTF-8 no letter has the byte of a line feed.
+        decode = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()] if is_open else []
+    guessed = hint is None and bool(decode) and sum(decode) <= len(decode) / 2
     unused = None
-    if open_question and hint is not None and codecs.lookup(hint).name not in ("utf-8", "utf-8-sig"):
+    if is_open and hint is not None and codecs.lookup(hint).name not in ("utf-8", "utf-8-sig"):
         # Text in ASCII is in most encodings; a whole file beyond it hardly decodes as UTF-8 by chance.
-        unused = hint if all(decoding) and (decoding or "\n".encode(hint) != b"\n") else None
-    encoding = _MARKS.get(mark) or ("utf-8" if unused else hint) or (FALLBACK if guessed else "utf-8")
-    encoding = _UNMARKED.get(codecs.lookup(encoding).name, encoding)
-    dialect = Dialect(encoding, len(mark), guessed=guessed, unused=unused)
-    if path.suffix.lower() not in TABLES:
+        unused = hint if all(decode) and (decode or "\n".encode(hint) != b"\n") else None
+    encoding = marked or ("utf-8" if unused else hint) or (FALLBACK if guessed else "utf-8")
+    if not marked and codecs.lookup(encoding).name == "utf-16":  # whose decoder wants a mark
+        encoding = "utf-16-le"
+    dialect = Dialect(encoding, guessed=guessed, unused=unused)
+    if suffix not in TABLES:
         return dialect
-    dialect = replace(dialect, quoting=hints.quoting)
-    first = next((line for line, _ in _lines_if_decoded(path, dialect)), "")
-    if named := SEPARATOR.fullmatch(first):
-        size = len(first.encode(encoding))
-        return replace(dialect, delimiter=named[1], mark=dialect.mark + size, skipped=1)
-    return replace(dialect, delimiter=_delimiter(path, dialect, hints))
-
-
-SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
-"""Excel's own first line."""
-
-
-def _lines_if_decoded(path: Path, dialect: Dialect) -> Iterator[tuple[str, int]]:
-    """The lines until one does not decode: reading the rows raises it, with its number."""
-    try:
-        yield from dialect.lines(path, newline="")
-    except DataError:
-        return
+    lines = list[str]()
+    with suppress(DataError):  # of a line that does not decode: reading the rows raises it, with its number
+        for line in islice(dialect.lines(path, newline=""), _SNIFFED_LINES):
+            lines.append(line)
+    if lines and (named := re.fullmatch(r'"?sep=(.)"?\r?\n', lines[0], re.IGNORECASE)):  # Excel's own first line
+        return replace(dialect, delimiter=named[1], skipped=1, quoting=hints.quoting)
+    delimiter = "\t" if suffix == ".tsv" else hints.delimiter or _delimiter(lines)
+    return replace(dialect, delimiter=delimiter, quoting=hints.quoting)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A file's content, unpacked.  Raises DataError, also while it is read."""
     reading(path)
+    packed = COMPRESSED.get(path.suffix.lower())
     try:
-        with open(path, "rb") as file:
+        stream: Any = None if packed is None else pa.input_stream(str(path), compression=packed)
+        with open(path, "rb") if stream is None else io.BufferedReader(stream) as file:
             yield file
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, pa.ArrowException) as error:
+        if packed is None:
+            raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+        raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
 
 
 def _broken_at(line: bytes, encoding: str) -> int | None:
@@ -181,39 +173,22 @@ def _broken_at(line: bytes, encoding: str) -> int | None:
     return None
 
 
-def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
-    """A tab in a TSV file; else the hint, or the candidate with which most records match the header.
+def _delimiter(lines: Sequence[str]) -> str:
+    """The candidate with which most records match the header.
 
     Not csv.Sniffer: an apostrophe in a text misleads it, and it ignores the header.
     """
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    if hints.delimiter is not None:
-        return hints.delimiter
-    start = [line for line, _ in islice(_lines_if_decoded(path, dialect), _SNIFFED_LINES)]
 
     def agreeing(delimiter: str) -> int:
         """How many records have as many fields as the first one."""
         try:
-            counts = [len(fields) for fields in csv.reader(start, delimiter=delimiter) if fields]
+            counts = [len(fields) for fields in csv.reader(lines, delimiter=delimiter) if fields]
         except csv.Error:
             return 0
         return sum(count == counts[0] for count in counts)
 
-    header = next((line for line in start if line.strip()), "")
-    candidates = [delimiter for delimiter in DELIMITERS if delimiter in header]
-    return max(candidates, key=agreeing, default=",")
-
-
-def _undecoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
-    encoding = dialect.encoding.upper()
-    what = f"is neither UTF-8 nor {encoding}" if dialect.guessed else f"is not {encoding}"
-    if "UTF-16" not in encoding:  # its line feeds have two bytes
-        with _opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                if (at := _broken_at(line, encoding)) is not None:
-                    return f"{path}:{number}: byte 0x{line[at]:02x} {what}; {_CURE}"
-    return f"{path} {what} ({error}); {_CURE}"
+    header = next((line for line in lines if line.strip()), "")
+    return max((delimiter for delimiter in DELIMITERS if delimiter in header), key=agreeing, default=",")
 
 
 Records = Iterator[tuple[int | str, dict[str, Any]]]
@@ -223,12 +198,25 @@ Records = Iterator[tuple[int | str, dict[str, Any]]]
 def read_json(path: Path, dialect: Dialect) -> Records:
     """Each line's number and object, without blank lines; or the elements of one array, which is read whole.
 
-    Raises DataError with file and line.
+    A .json file may hold one array, or one object in which one key holds it. Raises DataError with file and line.
     """
-    if is_array(path, dialect):
-        values = enumerate(rows_in(_document(path, dialect)), start=1)
-    else:
-        values = ((number, _parse(line.rstrip(), path, number)) for number, line, _, _ in json_lines(path, dialect))
+
+    def lines() -> Iterator[tuple[int, str]]:
+        # Not str.splitlines: it also splits at U+2028 and others that JSON allows inside a string.
+        return ((n, one) for n, one in enumerate(dialect.lines(path, newline="\n"), start=1) if one.strip())
+
+    def document() -> Any:
+        return _parse("".join(dialect.lines(path, newline="\n")), path, 1)
+
+    array = None
+    if suffix_of(path) == ".json":
+        first, *more = [line.strip() for _, line in islice(lines(), 2)] or [""]
+        if first.startswith("["):
+            array = document()
+        elif first.startswith("{") and not (more and first.endswith("}")):
+            with suppress(DataError):  # reading its lines names the broken one
+                array = rows_in(document()) or None
+    values = ((n, _parse(line.rstrip(), path, n)) for n, line in lines()) if array is None else enumerate(array, 1)
     for number, value in values:
         if not isinstance(value, dict):
             kind = type(value).__name__
@@ -238,42 +226,15 @@ def read_json(path: Path, dialect: Dialect) -> Records:
         yield number, value
 
 
-def is_array(path: Path, dialect: Dialect) -> bool:
-    """Whether a .json file holds one array instead of lines, or one object in which one key holds the array."""
-    if path.suffix.lower() != ".json":
-        return False
-    first, *more = [line.strip() for _, line, _, _ in islice(json_lines(path, dialect), 2)] or [""]
-    if not first.startswith("{") or (more and first.endswith("}")):
-        return first.startswith("[")
-    try:
-        return len(rows_in(_document(path, dialect))) > 0
-    except DataError:
-        return False  # reading its lines names the broken one
-
-
-def _document(path: Path, dialect: Dialect) -> Any:
-    return _parse("".join(line for line, _ in dialect.lines(path, newline="\n")), path, 1)
-
-
-def rows_in(document: Any) -> list[Any]:
-    """The rows of a JSON document: its elements, or those in its one list of objects that are no messages.
+def rows_in(document: Mapping[str, Any]) -> list[Any]:
+    """The rows of a JSON document: those in its one list of objects that are no messages.
 
     >>> rows_in({"version": 2, "data": [{"text": "a"}]}), rows_in({"messages": [{"role": "user", "content": "Hi"}]})
     ([{'text': 'a'}], [])
     """
-    if isinstance(document, list):
-        return document
     lists = [value for value in document.values() if isinstance(value, list) and value]
     are_rows = len(lists) == 1 and all(isinstance(row, dict) and not {"role", "from"} & {*row} for row in lists[0])
     return lists[0] if are_rows else []
-
-
-def json_lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, str, int, int]]:
-    """Each line that is not blank: its number, its text, and its start and end in bytes."""
-    # Not str.splitlines: it also splits at U+2028 and others that JSON allows inside a string.
-    for number, (line, end) in enumerate(dialect.lines(path, newline="\n"), start=1):
-        if line.strip():
-            yield number, line, end - len(line.encode(dialect.encoding)), end
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -297,9 +258,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.  Raises DataError for other files, also while it is read."""
     reading(path)
+    source: Any = path
+    if path.suffix.lower() in COMPRESSED:
+        with opened(path) as packed:
+            source = io.BytesIO(packed.read())
     try:
         # Not pq.read_table: a parent directory named like "label=1" would add a column.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(source) as file:
             _refuse_duplicates(file.schema_arrow.names, f"{path}")
             yield file
     except DataError:
@@ -316,81 +281,83 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
     In a file of one column a warning names a blank line between rows, which may be an empty cell.
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
-    rows = sheet_records(path, dialect) if path.suffix.lower() == SHEETS else records(path, dialect)
-    first, header, _, before = next(rows, (1, [], 0, 0))
-    _refuse_duplicates([name for name in header if name], f"{path}:{first}")
-    unnamed = [place for place, name in enumerate(header) if not name]
-    blank = 0
-    for number, fields, start, end in rows:
-        blank = blank or (number - 1 if start > before else 0)
-        before = end
-        if len(fields) != len(header):
-            raise BrokenQuotesError(
+    header, unnamed, gap, blank = list[str](), list[int](), 0, 0
+    for number, fields in (sheet_records if suffix_of(path) == SHEETS else records)(path, dialect):
+        if not fields:
+            gap = number if header else 0
+        elif not header:
+            header = fields
+            _refuse_duplicates([name for name in header if name], f"{path}:{number}")
+            unnamed = [place for place, name in enumerate(header) if not name]
+        elif len(fields) != len(header):
+            error = BrokenQuotesError if any('"' in field for field in fields) else DataError
+            raise error(
                 f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
-                'put a field that holds the separator in "..."',
-                broken=any('"' in field for field in fields),
+                'put a field that holds the separator in "..."'
             )
-        if len(unnamed) > 1 and any(fields[place] for place in unnamed):
+        elif len(unnamed) > 1 and any(fields[place] for place in unnamed):
             raise DataError(f"{path}:{number}: a value in one of {len(unnamed)} columns without a name; name them")
-        yield number, dict(zip(header, fields, strict=True))
+        else:
+            blank = blank or gap
+            yield number, dict(zip(header, fields, strict=True))
     if blank and len(header) == 1:
         warnings.warn(f'{path}:{blank}: a blank line is no row; write "" if it is an empty cell', stacklevel=2)
 
 
-def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
-    """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes.
+def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    """Each record, header first: the number of its first line and its fields, none of a blank line.
 
-    Raises BrokenQuotesError for quotes that enclose no field, and for those in a TSV file that join lines of which each
-    could be a row, unless the dialect says what quotes are; in a CSV file a warning names the first of these.
+    Raises BrokenQuotesError for quotes that enclose no field, and DataError for those in a TSV file that join lines of
+    which each could be a row, unless the dialect says what quotes are; in a CSV file a warning names the first.
     """
-    line, start, end, width, doubled, doubted = 1 + dialect.skipped, 0, 0, None, False, False
-    delimiter, separators = dialect.delimiter or ",", list[int]()
+    line, width, doubted, own = 1 + dialect.skipped, None, False, list[str]()
+    delimiter, quoting = dialect.delimiter or ",", dialect.quoting
     mark = re.escape(delimiter)
     enclosed = re.compile(rf'(?<![^{mark}])"((?:[^"]|"(?![{mark}\r\n]|$))*)"(?=[{mark}\r\n]|$)')
 
+    def doubt(what: str) -> None:
+        nonlocal doubted
+        if not doubted:
+            warnings.warn(f"{path}:{line}: {what}", stacklevel=3)
+        doubted = True
+
     def lines() -> Iterator[str]:
-        nonlocal end, doubled, doubted
-        for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
-            separators.append(text.count(delimiter))
-            # As only a writer that encloses fields in quotes has it.
-            doubled |= re.search(r'(?<!\\)""', text) is not None
-            if dialect.quoting == "escaped quotes":
+        for text in dialect.lines(path, newline=""):
+            own.append(text)
+            if quoting == "escaped quotes":
                 text = re.sub(r'\\(?!")', r"\\\\", text)
-            elif dialect.quoting in ("quoted", "loose") and len(separators) == 1 and _is_broken(text, delimiter):
+            elif quoting in ("quoted", "loose") and len(own) == 1 and _is_broken(text, delimiter):
                 text = enclosed.sub(lambda field: '"' + re.sub('""?', '""', field[1]) + '"', text)
-                if not doubted and not _is_broken(text, delimiter):
-                    about = "a quote inside a field in quotes was read as part of the text; double it if it is one"
-                    warnings.warn(f"{path}:{line}: {about}", stacklevel=2)
-                    doubted = True
+                if not _is_broken(text, delimiter):
+                    doubt("a quote inside a field in quotes was read as part of the text; double it if it is one")
             yield text
 
-    escape = "\\" if dialect.quoting in ESCAPED else None
-    quoting = csv.QUOTE_NONE if dialect.quoting == "literal" else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting, escapechar=escape)
+    how = csv.QUOTE_NONE if quoting == "literal" else csv.QUOTE_MINIMAL
+    escape = "\\" if quoting in ESCAPED else None
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=how, escapechar=escape)
+    # The csv module's limit of 131,072 characters is shorter than some documents.
+    limit = csv.field_size_limit(2**31 - 1)
     try:
-        with _fields_of_any_length():
-            for fields in reader:
-                if fields:
-                    width = len(fields) - 1 if width is None else width
-                    joined = len(separators) > 1 or len(fields) - 1 != width
-                    doubtful = joined and not doubled and dialect.quoting not in ("quoted", "literal")
-                    if doubtful and width and set(separators) == {width}:
-                        # The separators alone would give other fields.
-                        further = len(separators) - 1
-                        does = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
-                        doubt = f"{path}:{line}: a quote {does}; {_QUOTING}"
-                        if delimiter == "\t" or not further:  # texts have commas, and hardly tabs
-                            raise BrokenQuotesError(doubt)
-                        if not doubted:
-                            warnings.warn(doubt, stacklevel=2)
-                        doubted = True
-                    yield line, fields, start, end
-                line, start = reader.line_num + 1 + dialect.skipped, end
-                separators.clear()
-                doubled = False
+        for fields in reader:
+            width = len(fields) - 1 if width is None and fields else width
+            joined = fields and width and (len(own) > 1 or len(fields) - 1 != width)
+            # The separators alone would give other fields.
+            if joined and quoting not in ("quoted", "literal") and {text.count(delimiter) for text in own} == {width}:
+                does = f"joins {len(own)} lines that could each be a row" if len(own) > 1 else "hides a separator"
+                # Only a writer that encloses fields in quotes doubles one; texts have commas, and hardly tabs.
+                enclosing = any(re.search(r'(?<!\\)""', text) for text in own)
+                if not enclosing and (delimiter == "\t" or len(own) == 1):
+                    raise DataError(f"{path}:{line}: a quote {does}; {_QUOTING}")
+                if not enclosing:
+                    doubt(f"a quote {does}; {_QUOTING}")
+            yield line, fields
+            line += len(own)
+            own.clear()
     except csv.Error as exc:
         cure = f'put fields in "..." and double the quotes inside; or {_QUOTING}'
-        raise BrokenQuotesError(f"{path}:{line}: broken record ({exc}); {cure}", broken=True) from exc
+        raise BrokenQuotesError(f"{path}:{line}: broken record ({exc}); {cure}") from exc
+    finally:
+        csv.field_size_limit(limit)
 
 
 _QUOTING = "set data.quoting to literal if quotes belong to the text, or to quoted if they enclose it"
@@ -408,11 +375,7 @@ def _is_broken(line: str, delimiter: str) -> bool:
 
 
 class BrokenQuotesError(DataError):
-    """Quotes that do not enclose fields; `broken` if the file cannot be read with them, else they are in doubt."""
-
-    def __init__(self, message: str, *, broken: bool = False) -> None:
-        super().__init__(message)
-        self.broken = broken
+    """Quotes that do not enclose fields."""
 
 
 def quoting_of(path: Path, dialect: Dialect) -> str | None:
@@ -425,7 +388,7 @@ def quoting_of(path: Path, dialect: Dialect) -> str | None:
     delimiter, widths, escapes = dialect.delimiter or ",", set[int](), ESCAPED[0]
     lines = enclosed = inside = escaped = 0
     inner = re.compile(rf'(?<=[^"{re.escape(delimiter)}])"(?=[^"{re.escape(delimiter)}\r\n])')
-    for line in (line.rstrip("\r\n") for line, _ in dialect.lines(path, newline="") if line.strip()):
+    for line in (line.rstrip("\r\n") for line in dialect.lines(path, newline="") if line.strip()):
         fields = line.split(delimiter)
         widths.add(len(fields))
         lines += 1
@@ -442,33 +405,23 @@ def quoting_of(path: Path, dialect: Dialect) -> str | None:
     return "literal" if len(widths) == 1 and widths != {1} and enclosed * 20 <= lines else None
 
 
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    # The csv module's limit of 131,072 characters is shorter than some documents.
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
-
-
 def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise DataError(f"{place}: two columns are named '{twice[0]}'; rename one")
 
 
-def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
-    """As `records`, of a spreadsheet, without offsets: cells as it shows them, but dates as in ISO 8601.
+def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    """As `records`, of a spreadsheet: cells as it shows them, but dates as in ISO 8601.
 
     Raises DataError where several sheets have rows and none is named, and for a formula without a value.
     """
     from openpyxl import load_workbook
 
-    reading(path)
+    with opened(path) as file:
+        content = file.read()  # no file stays open where reading ends early
     try:
         with warnings.catch_warnings(action="ignore"):  # of styles and the like, which no row has
-            content = path.read_bytes()  # no file stays open where reading ends early
             books = (load_workbook(io.BytesIO(content), read_only=True, data_only=shown) for shown in (True, False))
             values, formulas = books
     except Exception as error:  # a damaged or hostile archive can make it raise anything
@@ -489,7 +442,7 @@ def sheet_records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]
             raise DataError(f"{path}:{number}: cell {bare.coordinate} has a formula without a value; {cure}")
         if last := max((place for place, text in enumerate(texts, start=1) if text), default=0):
             width = width or last
-            yield number, [*texts[:last], *[""] * (width - last)], 0, 0
+            yield number, [*texts[:last], *[""] * (width - last)]
 
 
 def _cell_text(cell: Any) -> str:
@@ -522,23 +475,3 @@ def suffix_of(path: Path) -> str:
     """The extension of a file of rows, in small letters; of a compressed one that of what it holds."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return inner.suffix.lower()
-
-
-@contextmanager
-def unpacked(path: Path, folder: Path | None) -> Iterator[Path]:
-    """A compressed file's content as a temporary file in `folder`.  Errors and warnings name the file itself."""
-    with tempfile.NamedTemporaryFile(suffix=suffix_of(path), dir=folder) as file:
-        reading(path)
-        try:
-            with pa.input_stream(path, compression=COMPRESSED[path.suffix.lower()]) as stream:
-                shutil.copyfileobj(stream, file)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
-        file.flush()
-        try:
-            with warnings.catch_warnings(record=True, action="always") as caught:
-                yield Path(file.name)
-        except DataError as error:
-            raise DataError(str(error).replace(file.name, str(path))) from error
-        for one in caught:
-            warnings.warn(str(one.message).replace(file.name, str(path)), one.category, stacklevel=3)

@@ -7,13 +7,14 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from glob import escape, glob, has_magic
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import pyarrow as pa
 
@@ -33,12 +34,10 @@ from tsqlora.data.readers import (
     quoting_of,
     sniff,
     suffix_of,
-    unpacked,
 )
 from tsqlora.data.rows import ENDINGS
-from tsqlora.data.table import CHUNK, FOLDER, Table, table_of, table_of_arrow
+from tsqlora.data.table import CHUNK, Table, table_of, table_of_arrow
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.files import reading
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -47,11 +46,8 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Splits of a directory or hub data set, and the names that each may have there."""
 
-T = TypeVar("T")
-
 ORDER = ("train", "trusted", "validation", "test")
 """All splits, in reading order; trusted rows are never taken from beside the training rows."""
-
 
 _SHOWN = 3
 """Files of a folder that a message names."""
@@ -112,23 +108,45 @@ def _refuse_without_train(source: str) -> NoReturn:
     )
 
 
-def _open(source: str | Path, *, requested: Collection[str], hints: Hints) -> dict[str, Table]:
-    """Read those of the requested splits that the source has; a file, or one hub split, is the first of them."""
-    path = Path(os.path.expanduser(source))
+def _open(source: str | Path, *, requested: Collection[str], hints: Hints, most: int | None = None) -> dict[str, Table]:
+    """Read those of the requested splits that the source has; a file, or one split, is the first of them.
+
+    With `most` only the first rows of files and of saved data sets are read.
+    """
+    path, first = Path(os.path.expanduser(source)), next(iter(requested))
     if is_saved(path):
-        return _of_splits(_saved(path), str(source), requested)
+        whole = {"": path} if (path / _ABOUT).is_file() else {}
+        folders = whole or {inner.name: inner for inner in _listed(path) if (inner / _ABOUT).is_file()}
+        return _of_splits({name: partial(_saved, inner, most) for name, inner in folders.items()}, source, requested)
     if files := _files_of_splits(source, requested):
-        return {split: _of_files(name, some, hints) for split, (name, some) in files.items()}
+        return {split: _of_files(name, some, hints, most) for split, (name, some) in files.items()}
     if os.path.isdir(path):
         folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
-        own = {name: name for name in folders}
-        names = _match_splits(own, requested, source)
-        if not names and not _match_splits(own, SPLIT_NAMES, source):
-            folders, names = {"": path}, {next(iter(requested)): ""}
-        tables = {split: _of_folder(folders[name], hints) for split, name in names.items()}
-        return {split: table for split, table in tables.items() if table is not None}
+        names = _match_splits({name: name for name in folders}, requested, source)
+        if not names and not _match_splits({name: name for name in folders}, SPLIT_NAMES, source):
+            folders, names = {"": path}, {first: ""}
+        tables = dict[str, Table]()
+        for split, folder in ((split, folders[name]) for split, name in names.items()):
+            about = next((one for suffix in SUFFIXES if (one := folder / f"metadata{suffix}").is_file()), None)
+            if about is not None:
+                tables[split] = _of_files(str(about), [about], hints)
+            elif (kind := kind_of(folder)) is not None:
+                tables[split] = table_of(str(folder), folder_rows(folder, kind), typed=False, kind=kind)
+        return tables
     require_source(source)
-    return _of_splits(_load_hub(DatasetName.of(str(source))), str(source), requested)
+    data = _load_hub(DatasetName.of(str(source)))
+    splits = data if isinstance(data, dict) else {"": data}
+    return _of_splits({name: partial(of_dataset, rows) for name, rows in splits.items()}, source, requested)
+
+
+def _of_splits(
+    splits: Mapping[str, Callable[[str], Table]], source: str | Path, requested: Collection[str]
+) -> dict[str, Table]:
+    """Read those of the requested splits that a data set has; one without splits, "", is the first of them."""
+    if "" in splits:
+        return {next(iter(requested)): splits[""](str(source))}
+    names = _match_splits({name: name for name in splits}, requested, source)
+    return {split: splits[name](f"{source}[{name}]") for split, name in names.items()}
 
 
 _ABOUT = "dataset_info.json"
@@ -192,30 +210,26 @@ def absolute(source: str) -> str:
     return os.path.join(escape(os.getcwd()), name) if _matching(source) else source
 
 
-def _saved(path: Path) -> Any:
-    """A data set that `save_to_disk` wrote.  Raises DataError for one with token ids."""
-    from datasets import load_from_disk  # seconds to import
+def _saved(folder: Path, most: int | None, name: str) -> Table:
+    """A split that `save_to_disk` wrote, without an import of datasets.  Raises DataError for one with token ids."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in state["_data_files"]:
+            with pa.memory_map(str(folder / file["filename"])) as stored, pa.ipc.open_stream(stored) as stream:
+                for batch in stream:
+                    yield from (batch.slice(start, CHUNK) for start in range(0, len(batch), CHUNK))
 
     try:
-        data: Any = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as a saved data set ({next(iter(str(error).splitlines()), '')})"
-        ) from error
-    for part in data.values() if isinstance(data, dict) else [data]:
-        if "input_ids" in part.column_names:
-            raise DataError(
-                f"{path} holds token ids, not texts: a trainer prepared it; tsqlora audit --prepared {path}"
-            )
-    return data
-
-
-def _of_splits(data: Any, source: str, requested: Collection[str]) -> dict[str, Table]:
-    """Those of the requested splits that a data set has; one without splits is the first of them."""
-    if not isinstance(data, dict):
-        return {next(iter(requested)): of_dataset(data, source)}
-    names = _match_splits({name: name for name in data}, requested, source)
-    return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
+        about, state = (json.loads((folder / one).read_text(encoding="utf-8")) for one in (_ABOUT, "state.json"))
+        features, most = about["features"] or {}, None if most is None else 1
+        if "input_ids" not in features:
+            return table_of_arrow(name, islice(batches(), most), class_names=class_names(features))
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        raise DataError(f"{folder} cannot be read as a saved data set ({why})") from error
+    raise DataError(f"{folder} holds token ids, not texts: a trainer prepared it; tsqlora audit --prepared {folder}")
 
 
 def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
@@ -228,26 +242,11 @@ def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]
 
     None of media, and of the hub. Raises DataError for files that cannot be read.
     """
-    path = Path(os.path.expanduser(source))
-    if is_saved(path):
-        splits = {inner.name: inner.name for inner in _listed(path) if (inner / _ABOUT).is_file()}
-        return _first_saved(path / (_match_splits(splits, ["train"], source).get("train") or ""))
-    files = _files_of_splits(source, SPLIT_NAMES)
-    if "train" not in files:
+    if not is_saved(Path(os.path.expanduser(source))) and not _files_of_splits(source, ["train"]):
         return []
     with warnings.catch_warnings(action="ignore"):  # reading all rows gives them again
-        table = _of_file(files["train"][1][0], hints, most=FIRST)
-    return [row.cells for row in replace(table, class_names={})]
-
-
-def _first_saved(path: Path) -> list[dict[str, Any]]:
-    """The first rows of a split that `save_to_disk` wrote, without an import of datasets."""
-    try:
-        files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        with pa.memory_map(str(path / files[0]["filename"])) as file, pa.ipc.open_stream(file) as stream:
-            return next((batch.slice(0, FIRST).to_pylist() for batch in stream), [dict.fromkeys(stream.schema.names)])
-    except (OSError, ValueError, LookupError):
-        return []  # reading all rows says what is wrong
+        table = _open(source, requested=["train"], hints=hints, most=FIRST).get("train")
+    return [] if table is None else [row.cells for row in islice(table.numbered(), FIRST)]
 
 
 def require_source(source: str | Path) -> None:
@@ -275,16 +274,6 @@ def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: st
     return matches
 
 
-def _of_folder(path: Path, hints: Hints) -> Table | None:
-    """A folder of images or recordings, by its metadata table if it has one; None for other folders."""
-    tables = (path / f"metadata{suffix}" for suffix in SUFFIXES)
-    if (table := next((one for one in tables if one.is_file()), None)) is not None:
-        return _of_file(table, hints)
-    if (kind := kind_of(path)) is None:
-        return None
-    return table_of(str(path), folder_rows(path, kind), typed=False, kind=kind)
-
-
 def _require_reader(path: Path) -> str:
     """The suffix of a file of rows.  Raises DataError for another file, SettingsError where its reader is missing."""
     suffix = suffix_of(path)
@@ -297,58 +286,42 @@ def _require_reader(path: Path) -> str:
     return suffix
 
 
-def _of_file(path: Path, hints: Hints, most: int | None = None) -> Table:
-    """Read a file of rows, or at most so many of them."""
-    suffix = _require_reader(path)
-    if path.suffix.lower() in COMPRESSED:
-        with unpacked(path, FOLDER.get()) as plain:
-            table = _of_file(plain, hints, most)
-        notes = tuple(note.replace(str(plain), str(path)) for note in table.notes)
-        return replace(table, name=str(path), path=None, notes=notes)
-    reading(path)
-    if suffix == ".parquet":
-        with parquet_file(path) as file:
-            batches = file.iter_batches(CHUNK) if most is None else islice(file.iter_batches(most), 1)
-            names = class_names_of_parquet(file.schema_arrow.metadata)
-            return table_of_arrow(str(path), batches, path=path, class_names=names)
-    dialect = sniff(path, hints)
-    notes = ()
-    if note := dialect.note(str(path)):
+def _of_files(name: str, paths: Sequence[Path], hints: Hints, most: int | None = None) -> Table:
+    """Read files of rows of one kind, such as the hub's shards, as one table; or at most so many rows of the first.
+
+    Raises DataError for several kinds.
+    """
+    kinds, path = {_require_reader(path) for path in paths}, paths[0]
+    if len(kinds) > 1:
+        raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
+    own = path if len(paths) == 1 and kinds != {SHEETS} and path.suffix.lower() not in COMPRESSED else None
+    if kinds == {".parquet"}:
+        schema, named = _common(paths)
+        batches = islice((batch for path in paths for batch in _batches(path, schema)), None if most is None else 1)
+        return table_of_arrow(name, batches, path=own, class_names=named)
+    if len(paths) > 1 and most is None:
+        tables = [_of_files(str(path), [path], hints) for path in paths]
+        rows = (
+            (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
+        )
+        return table_of(name, rows, typed=tables[0].typed, notes=tuple(note for one in tables for note in one.notes))
+    suffix, dialect = suffix_of(path), sniff(path, hints)
+    typed, notes = suffix != SHEETS and suffix not in TABLES, tuple(filter(None, [dialect.note(str(path))]))
+    for note in notes:
         warnings.warn(note, stacklevel=4)
-        notes = (note,)
-    is_sheet = suffix == SHEETS  # whose corrected copy is JSON lines
-    about = {"typed": not is_sheet and suffix not in TABLES, "path": None if is_sheet else path, "notes": notes}
 
     def read(dialect: Dialect) -> Table:
-        return table_of(str(path), islice(READERS[suffix](path, dialect), most), dialect=dialect, **about)
+        records = islice(READERS[suffix](path, dialect), most)
+        return table_of(str(path), records, dialect=dialect, typed=typed, path=own, notes=notes)
 
     try:
         return read(dialect)
-    except BrokenQuotesError as error:
+    except BrokenQuotesError:
         # Where quotes cannot enclose fields: as `quoting_of` sees them.
-        quoting = quoting_of(path, dialect) if error.broken and dialect.quoting is None else None
+        quoting = quoting_of(path, dialect) if dialect.quoting is None else None
         if quoting is None:
             raise
     return read(replace(dialect, quoting=quoting))
-
-
-def _of_files(name: str, paths: Sequence[Path], hints: Hints) -> Table:
-    """Files of one kind, such as the hub's shards, as one table.  Raises DataError for several kinds."""
-    if len(paths) == 1:
-        return _of_file(paths[0], hints)
-    kinds = {suffix_of(path) for path in paths}
-    if len(kinds) > 1:
-        raise DataError(f"{name} are files of several kinds ({', '.join(sorted(kinds))}); name files of one kind")
-    if kinds == {".parquet"}:
-        schema, class_names = _common(paths)
-        batches = (batch for path in paths for batch in _batches(path, schema))
-        return table_of_arrow(name, batches, class_names=class_names)
-    tables = [_of_file(path, hints) for path in paths]
-    rows = (
-        (f"{path.name}:{row.number}", row.cells) for path, table in zip(paths, tables, strict=True) for row in table
-    )
-    notes = tuple(note for table in tables for note in table.notes)
-    return table_of(name, rows, typed=tables[0].typed, notes=notes)
 
 
 def _common(paths: Sequence[Path]) -> tuple[pa.Schema, dict[str, Sequence[str]]]:
@@ -360,19 +333,18 @@ def _common(paths: Sequence[Path]) -> tuple[pa.Schema, dict[str, Sequence[str]]]
     for path in paths:
         with parquet_file(path) as file:
             schema = file.schema_arrow
-        class_names = class_names_of_parquet(schema.metadata)
-        for field in schema:
-            try:
-                common = pa.unify_schemas([common, pa.schema([field])], promote_options="permissive")
-            except pa.ArrowException as error:
+        named = class_names_of_parquet(schema.metadata)
+        try:
+            common = pa.unify_schemas([common, schema.remove_metadata()], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{path}: a column has another type than in the files before it ({error}); write it with the same type"
+            ) from error
+        for column in schema.names:
+            owner, names = first.setdefault(column, (path, named.get(column, ())))
+            if names != named.get(column, ()):
                 raise DataError(
-                    f"{path}: column '{field.name}' is {field.type}, and {common.field(field.name).type} in files "
-                    "before it; write it with the same type"
-                ) from error
-            owner, names = first.setdefault(field.name, (path, class_names.get(field.name, ())))
-            if names != class_names.get(field.name, ()):
-                raise DataError(
-                    f"{owner} and {path} have different names for the class numbers of column '{field.name}'; "
+                    f"{owner} and {path} have different names for the class numbers of column '{column}'; "
                     "write the names in place of the numbers"
                 )
     return common, {column: names for column, (_, names) in first.items() if names}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +32,11 @@ class ArrowSamples(Sequence[dict[str, Any]]):
     """Rows of an Arrow table, each decoded into plain lists and numbers on access."""
 
     def __init__(self, table: pa.Table) -> None:
-        from datasets import Dataset  # seconds to import
-
-        # With a fingerprint, since `datasets` would read the whole table to compute one.
-        self.dataset = Dataset(table, fingerprint=uuid4().hex)
+        self.table, self.batches = table, table.to_batches()
+        self.starts = np.cumsum([0, *map(len, self.batches)])
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.table)
 
     @overload
     def __getitem__(self, i: int) -> dict[str, Any]: ...
@@ -47,19 +44,20 @@ class ArrowSamples(Sequence[dict[str, Any]]):
     def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(i, slice):
-            return [self.dataset[j] for j in range(*i.indices(len(self)))]
-        return self.dataset[int(i)]  # datasets 4.0 takes no numpy integer
+            return [self[j] for j in range(*i.indices(len(self)))]
+        place = range(len(self))[i]
+        k = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.batches[k].slice(place - int(self.starts[k]), 1).to_pylist()[0]
 
     @property
     def lengths(self) -> list[int]:
-        table = self.dataset.data
-        if "length" in table.column_names:
-            return table["length"].to_pylist()
-        return pc.list_value_length(table["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        if "length" in self.table.column_names:
+            return self.table["length"].to_pylist()
+        return pc.list_value_length(self.table["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def labels(self) -> np.ndarray:
-        column = self.dataset.data["labels"]
+        column = self.table["labels"]
         return np.array(column.to_pylist()) if pa.types.is_list(column.type) else column.to_numpy()
 
 
@@ -348,22 +346,23 @@ def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
 
 def store(parts: Iterable[Samples]) -> Samples:
     """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
-    hashes, ids, left_out, truncated, cut = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0, 0
+    whole = list[Samples]()
 
     def batches() -> Iterator[pa.RecordBatch]:
-        nonlocal hashes, left_out, truncated, cut
         for part in parts:
-            hashes += part.hashes
-            ids.append(part.ids)
-            left_out += part.left_out
-            truncated += part.truncated
-            cut += part.cut_words
+            whole.append(replace(part, stored=()))
             if len(part):
                 yield pa.RecordBatch.from_pylist(list(part), schema=_schema(part[0]))
 
     stored = on_disk(batches())
-    samples = () if stored is None else ArrowSamples(stored)
-    return Samples(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out), cut)
+    return Samples(
+        () if stored is None else ArrowSamples(stored),
+        tuple(name for part in whole for name in part.hashes),
+        sum(part.truncated for part in whole),
+        np.concatenate([part.ids for part in whole]),
+        tuple(one for part in whole for one in part.left_out),
+        sum(part.cut_words for part in whole),
+    )
 
 
 def _schema(sample: dict[str, Any]) -> pa.Schema:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.data.labels import join_labels
-from tsqlora.data.readers import PLAIN, TABLES, Dialect, is_array, parquet_file
+from tsqlora.data.readers import PLAIN, TABLES, Dialect, parquet_file
 from tsqlora.data.table import Table
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
@@ -143,14 +143,16 @@ def _folder_of(path: Path) -> Path:
 
 def _write_jsonl(path: Path, rows: Iterable[Row], names: Sequence[str], dialect: Dialect = PLAIN) -> None:
     # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
-    with open(path, "a", encoding=dialect.encoding, errors="backslashreplace") as file:
+    with open(path, "w", encoding=dialect.encoding, errors="backslashreplace") as file:
         # Dates and decimals, which a Parquet file may hold, become text.
         file.writelines(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _write_csv(path: Path, rows: Iterable[Row], names: Sequence[str], dialect: Dialect = PLAIN) -> None:
     delimiter = dialect.delimiter or ","
-    with open(path, "a", encoding=dialect.encoding, newline="") as file:
+    with open(path, "w", encoding=dialect.encoding, newline="") as file:
+        if dialect.skipped:
+            file.write(f"sep={delimiter}\n")
         # Python before 3.13 leaves a "\r" unquoted, and readers end the line there.
         plain, quoted = (
             csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=quoting)
@@ -216,45 +218,40 @@ def copy_rows(source: Table, out: Path, places: np.ndarray | None = None, cells:
     path, new = source.path, cells or {}
     chosen = source if places is None else replace(source, ids=places)
     rows = ({**row.cells, **new.get(row.id, {})} for row in chosen)
-    if path is None or path.suffix.lower() != out.suffix.lower():
+    suffix = out.suffix.lower()
+    if path is None or path.suffix.lower() != suffix:
         write_rows(out, list(rows))
         return
     with _fitting(out), parents_of(out), replacing(out, private=True) as unfinished:
-        if path.suffix.lower() == ".parquet":
-            _copy_parquet(path, unfinished, chosen.ids, new, source.class_names)
-            return
-        with open(path, "rb") as file:
-            unfinished.write_bytes(file.read(source.dialect.mark))
-        if is_array(path, source.dialect):
+        if suffix == ".parquet":
+            _copy_parquet(chosen, unfinished, new)
+        elif suffix == ".json":
             text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
-            with open(unfinished, "a", encoding=source.dialect.encoding, errors="backslashreplace") as copy:
-                copy.write(text)
+            unfinished.write_text(text, encoding=source.dialect.encoding, errors="backslashreplace")
         else:
-            write = _write_csv if path.suffix.lower() in TABLES else _write_jsonl
+            write = _write_csv if suffix in TABLES else _write_jsonl
             write(unfinished, rows, source.names, source.dialect)
 
 
-def _copy_parquet(
-    path: Path, out: Path, places: np.ndarray, cells: Cells, class_names: Mapping[str, Sequence[str]]
-) -> None:
+def _copy_parquet(source: Table, out: Path, cells: Cells) -> None:
     """One row group in memory at a time."""
-    before, columns = 0, {name: None for new in cells.values() for name in new}
-    with parquet_file(path) as file, pq.ParquetWriter(out, file.schema_arrow) as copy:
+    assert source.path is not None
+    start, columns = 0, {name for new in cells.values() for name in new}
+    with parquet_file(source.path) as file, pq.ParquetWriter(out, file.schema_arrow) as copy:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
-            for column in columns:
-                numbers = {name: number for number, name in enumerate(class_names.get(column, ()))}
-                at = table.schema.get_field_index(column)
-                values = table.column(at).to_pylist()
-                for place in range(len(values)):
-                    if column in cells.get(before + place, {}):
-                        value = cells[before + place][column]
+            ids = source.ids[slice(*np.searchsorted(source.ids, [start, start + len(table)]))]
+            table, start = table.take(ids - start), start + len(table)
+            for field in (table.schema.field(name) for name in columns):
+                numbers = {name: number for number, name in enumerate(source.class_names.get(field.name, ()))}
+                values = table.column(field.name).to_pylist()
+                for place, id in enumerate(ids.tolist()):
+                    if field.name in (new := cells.get(id, {})):
+                        value = new[field.name]
                         many = isinstance(value, list)
                         values[place] = [numbers.get(one, one) for one in value] if many else numbers.get(value, value)
-                kind = table.schema.field(at).type
-                plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-                table = table.set_column(at, table.schema.field(at), pa.array(values, type=plain).cast(kind))
-            here = places[(places >= before) & (places < before + len(table))] - before
-            if len(here):
-                copy.write_table(table.take(here))
-            before += len(table)
+                plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+                made = pa.array(values, type=plain).cast(field.type)
+                table = table.set_column(table.schema.get_field_index(field.name), field, made)
+            if len(table):
+                copy.write_table(table)
