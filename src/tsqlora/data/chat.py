@@ -19,8 +19,6 @@ from tsqlora.data.rows import (
     lacking,
     named_columns,
     quoted,
-    text_at,
-    text_or_empty,
 )
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
 
@@ -107,7 +105,40 @@ CALLS = ("tool_calls", "function_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of the reasoning before an answer, in rows and in templates."""
 Problems = list[DataError]
-"""Collects why a row cannot be trained on, while the rest of it is read."""
+"""Why a row cannot be trained on, while the rest of it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A row that is being read: its columns, for which model, and the problems so far."""
+
+    row: Row
+    columns: Columns
+    manner: Manner
+    problems: Problems = field(default_factory=list)
+
+    def fail(self, what: str) -> None:
+        self.problems.append(DataError(f"{self.row.place}: {what}"))
+
+    def lack(self, what: str) -> None:
+        self.problems.append(MissingError(self.row.place, what))
+
+    def text(self, column: str | None, *, optional: bool = False) -> str:
+        """The text in a column; "" where there is none, which is a problem unless it is optional."""
+        value = None if column is None else self.row.cells.get(column)
+        if not is_missing(value):
+            return self.valid(value, f"column '{column}'")
+        if not optional:
+            self.lack(f"no text in column '{column}'")
+        return ""
+
+    def valid(self, value: Any, where: str) -> str:
+        """The value itself; "" with a problem if it is no text."""
+        try:
+            return as_text(value, where, self.row.place)
+        except DataError as error:
+            self.problems.append(error)
+            return ""
 
 
 ROLES = {name: name for name in ("system", "developer", "user", ANSWER, "tool")}
@@ -117,7 +148,7 @@ SHAREGPT = {"system": "system", "human": "user", "user": "user", "tool": "tool"}
 """Each role's name in chat templates, by that of the row."""
 
 
-def read_chat(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_chat(its: Reading) -> Chat:
     """The messages of a row up to the last answer, after its system prompt; without targets, all but a final answer.
 
     A chat is a list of {"role": …, "content": …}, or of {"from": …, "value": …}, where gpt is assistant.
@@ -125,107 +156,91 @@ def read_chat(row: Row, columns: Columns, manner: Manner, problems: Problems) ->
     Problems, with file, row and message, are a cell that is not a list of messages, unknown roles, empty contents,
     parts that are no text, weights, two system prompts, and a chat without a message to write or to answer.
     """
-    column, tools = columns.text, _tools(row, problems)
-    messages = _messages(row, columns, manner, problems)
+    column, tools, messages = its.columns.text, _tools(its), _messages(its)
     answered = max((number for number, one in enumerate(messages, start=1) if one.role == ANSWER), default=0)
-    if manner.targets:
+    if its.manner.targets:
         if messages and not answered:
-            problems.append(MissingError(row.place, f"no assistant's turn in column '{column}'"))
+            its.lack(f"no assistant's turn in column '{column}'")
         return Chat(messages[:answered], tools, unanswered=messages[answered:])
-    before = messages[: answered - 1] if answered == len(messages) or (answered and manner.measured) else messages
+    ends = answered == len(messages) or (answered and its.manner.measured)
+    before = messages[: answered - 1] if ends else messages
     if not before:
-        problems.append(
-            DataError(f"{row.place}: column '{column}' has nothing to answer; start it with a user's message")
-        )
+        its.fail(f"column '{column}' has nothing to answer; start it with a user's message")
     return Chat(before, tools)
 
 
-def _messages(row: Row, columns: Columns, manner: Manner, problems: Problems) -> tuple[Message, ...]:
+def _messages(its: Reading) -> tuple[Message, ...]:
     """The messages in the column of texts, after the row's system prompt; none if one of them cannot be read."""
-    column, place, cell = columns.text, row.place, row.cells.get(columns.text)
-    if manner.seq2seq:
+    column, cell = its.columns.text, its.row.cells.get(its.columns.text)
+    if its.manner.seq2seq:
         raise UnsupportedError(
-            f"{row.source}: chats in column '{column}' need task.type causal-lm; "
+            f"{its.row.source}: chats in column '{column}' need task.type causal-lm; "
             "for seq2seq give columns of text: data.prompt and data.target"
         )
-    if is_missing(cell) or not isinstance(cell, list) or not cell:
-        cure = f'holds {_shown(cell)}, not a list of messages; write a list of {{"role": …, "content": …}}'
-        lacks = MissingError(place, f"no messages in column '{column}'")
-        problems.append(lacks if is_missing(cell) or cell == [] else DataError(f"{place}: column '{column}' {cure}"))
+    if is_missing(cell) or cell == []:
+        its.lack(f"no messages in column '{column}'")
         return ()
-    read = [_message(one, f"message {k} in column '{column}'", row, column, problems) for k, one in enumerate(cell, 1)]
+    if not isinstance(cell, list):
+        cure = 'write a list of {"role": …, "content": …}'
+        its.fail(f"column '{column}' holds {_shown(cell)}, not a list of messages; {cure}")
+        return ()
+    read = [_message(its, one, f"message {number} in column '{column}'") for number, one in enumerate(cell, 1)]
     messages = tuple(one for one in read if one is not None)
     if len(messages) < len(read):
         return ()
-    system = Message("system", tried(problems, text_or_empty, row, columns.system))
+    system = Message("system", its.text(its.columns.system, optional=True))
     if not system.content or (messages[0].role, messages[0].content) == ("system", system.content):
         return messages
     if messages[0].role != "system":
         return (system, *messages)
-    problems.append(
-        DataError(f"{place}: column '{columns.system}' and column '{column}' have two system prompts; remove one")
-    )
+    its.fail(f"column '{its.columns.system}' and column '{column}' have two system prompts; remove one")
     return messages
 
 
-def tried(problems: Problems, read: Callable[..., str], *args: Any) -> str:
-    """What `read` returns; "" where it raises a problem."""
-    try:
-        return read(*args)
-    except DataError as error:
-        problems.append(error)
-        return ""
-
-
-def _tools(row: Row, problems: Problems) -> Sequence[Any]:
+def _tools(its: Reading) -> Sequence[Any]:
     """The definitions in column `tools`, which may be JSON text."""
-    tools = row.cells.get("tools")
+    tools = its.row.cells.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
-            problems.append(DataError(f"{row.place}: column 'tools' holds {_shown(tools)}, not a list in JSON"))
+            its.fail(f"column 'tools' holds {_shown(tools)}, not a list in JSON")
     return tools if isinstance(tools, list) else ()
 
 
-def _message(message: Any, where: str, row: Row, column: str, problems: Problems) -> Message | None:
+def _message(its: Reading, message: Any, where: str) -> Message | None:
     """A message with all its keys; None for one without a role."""
-    at = f"{row.place}: {where}"
     if not isinstance(message, dict):
-        problems.append(DataError(f"{at} is {_shown(message)}; write an object with role and content"))
+        its.fail(f"{where} is {_shown(message)}; write an object with role and content")
         return None
     # Arrow gives all messages in a column the keys of all.
     sharegpt = is_missing(message.get("role")) and not is_missing(message.get("from"))
     by, holds, roles = ("from", "value", SHAREGPT) if sharegpt else ("role", "content", ROLES)
+    role, content, weight = message.get(by), message.get(holds), message.get("weight")
     # A key of null is as good as none, but some templates ask whether a content is null.
     further = {key: value for key, value in message.items() if value is not None and key not in (by, holds)}
-    further |= {"content": None} if message.get(holds) is None else {}
+    further |= {"content": None} if content is None else {}
     calls = any(further.get(key) for key in CALLS)
     for key in (by, holds):
         if key not in message and not (calls and key == holds):
-            problems.append(DataError(f"{at} has no '{key}'; write role and content, or from and value"))
-    role, content, weight = message.get(by), message.get(holds), message.get("weight")
+            its.fail(f"{where} has no '{key}'; write role and content, or from and value")
     if not isinstance(role, str) or role not in roles:
-        problems.append(DataError(f"{at} has an unknown {by}, {role!r}; {nearest(str(role), roles)}"))
+        its.fail(f"{where} has an unknown {by}, {role!r}; {nearest(str(role), roles)}")
     if roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
-        problems.append(
-            DataError(
-                f"{at} has the weight {weight!r}, and every answer is trained on alike; "
-                "remove the message, or its weight"
-            )
-        )
+        cure = "every answer is trained on alike; remove the message, or its weight"
+        its.fail(f"{where} has the weight {weight!r}, and {cure}")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
-            problems.append(DataError(f"{at} has a part of type {other.get('type')!r}, and only texts are read"))
+            its.fail(f"{where} has a part of type {other.get('type')!r}, and only texts are read")
         content = "".join(str(part.get("text") or "") for part in content)
     if is_missing(content):
         content = ""
         if not calls:
-            problems.append(MissingError(row.place, f"a message without text in column '{column}'"))
-    text = tried(problems, as_text, content, f"'{holds}' of {where}", row.place)
+            its.lack(f"a message without text in column '{its.columns.text}'")
+    text = its.valid(content, f"'{holds}' of {where}")
     if not isinstance(role, str):
         return None
-    return Message(roles.get(role) or tried(problems, as_text, role, f"'{by}' of {where}", row.place), text, further)
+    return Message(roles.get(role) or its.valid(role, f"'{by}' of {where}"), text, further)
 
 
 def _shown(value: Any) -> str:
@@ -244,121 +259,107 @@ WITHOUT_INPUT = (
 )
 
 
-def _target(row: Row, columns: Columns, manner: Manner, problems: Problems) -> str | None:
-    if not manner.targets or columns.label is None:
+def _target(its: Reading) -> str | None:
+    column = its.columns.label
+    if not its.manner.targets or column is None:
         return None
-    cell = row.cells.get(columns.label)
-    if not isinstance(cell, dict) or not isinstance(cell.get("text"), list):
-        return tried(problems, text_at, row, columns.label)
-    # SQuAD (Rajpurkar et al., 2016): all answers and their places; none has an unanswerable question of version 2.
-    first = replace(row, cells={columns.label: next(iter(cell["text"]), None)})
-    return tried(problems, text_at, first, columns.label)
+    cell = its.row.cells.get(column)
+    if isinstance(cell, dict) and isinstance(cell.get("text"), list):
+        # SQuAD (Rajpurkar et al., 2016): all answers and their places; none has an unanswerable question of version 2.
+        its = replace(its, row=replace(its.row, cells={column: next(iter(cell["text"]), None)}))
+    return its.text(column)
 
 
-def exchange(row: Row, columns: Columns, prompt: str, target: str | None, problems: Problems, *, chat: bool) -> Chat:
+def exchange(its: Reading, prompt: str, target: str | None, *, chat: bool) -> Chat:
     """The row's system prompt, the prompt and its target: as a chat, or as text with a blank line after the first."""
-    system = tried(problems, text_or_empty, row, columns.system)
+    system = its.text(its.columns.system, optional=True)
     if system and not chat:
         system, prompt = "", f"{system}\n\n{prompt}"
     before = [Message(role, text) for role, text in (("system", system), ("user", prompt)) if text]
     return Chat((*before, *([] if target is None else [Message(ANSWER, target)])), plain=not chat)
 
 
-def is_chat(columns: Columns, manner: Manner) -> bool:
+def is_chat(its: Reading) -> bool:
     # By the column of system prompts, not by its cell: one file is read in one way.
-    return columns.system is not None and manner.chat and not manner.seq2seq
+    return its.columns.system is not None and its.manner.chat and not its.manner.seq2seq
 
 
-def read_alpaca(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_alpaca(its: Reading) -> Chat:
     """A chat of one exchange if the tokenizer has a template, else Alpaca's own prompt.
 
     A sequence-to-sequence model reads instruction and input with a blank line between them.
     """
-    instruction = tried(problems, text_at, row, columns.text)
-    further = tried(problems, text_or_empty, row, columns.text_pair)
-    output = _target(row, columns, manner, problems)
+    instruction, further = its.text(its.columns.text), its.text(its.columns.text_pair, optional=True)
     plain = f"{instruction}\n\n{further}" if further else instruction
-    if not manner.chat and not manner.seq2seq:
+    if not its.manner.chat and not its.manner.seq2seq:
         plain = (WITH_INPUT if further else WITHOUT_INPUT).format(instruction=instruction, input=further)
-    return exchange(row, columns, plain, output, problems, chat=manner.chat and not manner.seq2seq)
+    return exchange(its, plain, _target(its), chat=its.manner.chat and not its.manner.seq2seq)
 
 
-def read_prompt(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_prompt(its: Reading) -> Chat:
     """A prompt and its completion with nothing between them: a space must be part of one of the texts.
 
     A context stands before the prompt, with a blank line between them, unless the prompt has it. A prompt of messages
     has a completion of messages, or of text; as in TRL only the completion is a target.
     """
-    if isinstance(row.cells.get(columns.text), list):
-        prompt, label = _messages(row, columns, manner, problems), columns.label or ""
-        if not manner.targets:
-            return Chat(prompt, _tools(row, problems))
-        if not isinstance(row.cells.get(label), list):
-            answer = Message(ANSWER, tried(problems, text_at, row, label))
-            return Chat((*prompt, answer), _tools(row, problems), len(prompt))
-        answers = read_chat(row, Columns(label, None, None), manner, problems)
-        return replace(answers, messages=(*prompt, *answers.messages), context=len(prompt))
-    target = _target(row, columns, manner, problems)
-    prompt = tried(problems, text_at, row, columns.text)
-    context = tried(problems, text_or_empty, row, columns.text_pair)
-    plain = prompt if context in prompt else f"{context}\n\n{prompt}"
-    return exchange(row, columns, plain, target, problems, chat=is_chat(columns, manner))
+    if isinstance(its.row.cells.get(its.columns.text), list):
+        messages, label = _messages(its), its.columns.label or ""
+        if its.manner.targets and isinstance(its.row.cells.get(label), list):
+            answers = read_chat(replace(its, columns=Columns(label, None, None)))
+            return replace(answers, messages=(*messages, *answers.messages), context=len(messages))
+        if not its.manner.targets:
+            return Chat(messages, _tools(its))
+        return Chat((*messages, Message(ANSWER, its.text(label))), _tools(its), len(messages))
+    target, prompt = _target(its), its.text(its.columns.text)
+    context = its.text(its.columns.text_pair, optional=True)
+    return exchange(its, prompt if context in prompt else f"{context}\n\n{prompt}", target, chat=is_chat(its))
 
 
 # Radford et al. (2019), GPT-2: the prompt for a summary.
 TLDR = "\n\nTL;DR:"
 
 
-def read_document(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_document(its: Reading) -> Chat:
     """The document and "TL;DR:", then the summary; a sequence-to-sequence model reads the document alone.
 
     The space between them belongs to the summary: most tokenizers have words with the space before them.
     """
-    document = tried(problems, text_at, row, columns.text)
-    summary = _target(row, columns, manner, problems)
-    if not manner.seq2seq:
+    document, summary = its.text(its.columns.text), _target(its)
+    if not its.manner.seq2seq:
         document, summary = document + TLDR, None if summary is None else f" {summary}"
-    return exchange(row, columns, document, summary, problems, chat=False)
+    return exchange(its, document, summary, chat=False)
 
 
-def read_text(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_text(its: Reading) -> Chat:
     """Plain text: all target, or all prompt if targets are not read."""
-    if manner.seq2seq:
+    if its.manner.seq2seq:
         raise UnsupportedError(
-            f"{row.source}: plain text in column '{columns.text}' has no target for a sequence-to-sequence model; "
-            "set data.prompt and data.target"
+            f"{its.row.source}: plain text in column '{its.columns.text}' has no target for a sequence-to-sequence "
+            "model; set data.prompt and data.target"
         )
-    text = tried(problems, text_at, row, columns.text)
-    return Chat((Message(ANSWER if manner.targets else "user", text),), plain=True)
+    return Chat((Message(ANSWER if its.manner.targets else "user", its.text(its.columns.text)),), plain=True)
 
 
-PAIRS = Columns("prompt", "rejected", "chosen")
-
-
-def read_pair(row: Row, columns: Columns, manner: Manner, problems: Problems) -> Chat:
+def read_pair(its: Reading) -> Chat:
     """The prompt, if any, with the answer in `columns.label`; `columns.text_pair` must have the other answer.
 
     What both answers begin with, such as the messages of a whole chat, cancels out of the loss.
     """
-    cells, label = row.cells, columns.label or ""
-    for name in (label, columns.text_pair or ""):
+    cells, column, label = its.row.cells, its.columns.text, its.columns.label or ""
+    for name in (label, its.columns.text_pair or ""):
         if is_missing(cells.get(name)) or cells[name] == []:
-            problems.append(MissingError(row.place, f"no answer in column '{name}'"))
-    prompt, answer = cells.get(columns.text), cells.get(label)
+            its.lack(f"no answer in column '{name}'")
+    prompt, answer = cells.get(column), cells.get(label)
     if not isinstance(prompt, list) and not isinstance(answer, list):
-        prompt, answer = (
-            "" if is_missing(cell) else tried(problems, as_text, cell, f"column '{name}'", row.place)
-            for name, cell in ((columns.text, prompt), (label, answer))
-        )
-        return exchange(row, columns, prompt, answer, problems, chat=is_chat(columns, manner))
+        return exchange(its, *(its.text(name, optional=True) for name in (column, label)), chat=is_chat(its))
     before = prompt if isinstance(prompt, list) else []
     answers = answer if isinstance(answer, list) else [{"role": ANSWER, "content": answer}]
     # Beside a whole chat, its first message may be written once more as a text.
     if isinstance(prompt, str) and [one.get("role") for one in answers[:1] if isinstance(one, dict)] == [ANSWER]:
         before = [{"role": "user", "content": prompt}]
     again = next((k for k in range(len(before), 0, -1) if before[-k:] == answers[:k]), 0)
-    joined = replace(row, cells={**cells, label: [*before[: len(before) - again], *answers]})
-    return read_chat(joined, replace(columns, text=label), manner, problems)
+    joined = replace(its.row, cells={**cells, label: [*before[: len(before) - again], *answers]})
+    return read_chat(replace(its, row=joined, columns=replace(its.columns, text=label)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,14 +367,14 @@ class Kind:
     """A row format: a reader, and the usual names of its columns.
 
     Args:
-        read: read a row, with these columns, for a model of this manner.
+        read: what a row says.
         usual: pairs of prompt and target; the target is None if one column holds both.
         further: names for a second part of the prompt, which is optional.
         setting: the settings that name its columns.
         system: whether a system prompt may stand in another column.
     """
 
-    read: Callable[[Row, Columns, Manner, Problems], Chat]
+    read: Callable[[Reading], Chat]
     usual: tuple[tuple[str, str | None], ...]
     further: tuple[str, ...] = ()
     setting: str = "data.prompt and data.target"
@@ -420,6 +421,7 @@ FORMATS: dict[str, Kind] = {
 
 PREFERENCE = "preference"
 """The name of the format of preference rows, which is their task's alone."""
+OF_PAIRS = Kind(read_pair, (), setting="")
 
 SYSTEM = ("system", "system_prompt")
 ABOUT = ("id", "idx", "index", "uuid", "", "unnamed: 0", *SYSTEM)
@@ -448,19 +450,18 @@ class Format:
 
     def read(self, row: Row, manner: Manner) -> Chat:
         """A row as prompt and target.  Raises DataError if it is not whole, or the model would not read all of it."""
-        example, problems = self.parse(row, manner)
+        chat, problems = self.parse(row, manner)
         if problems:
             raise problems[0]
-        return example
+        return chat
 
     def parse(self, row: Row, manner: Manner) -> tuple[Chat, Problems]:
         """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
-        read, problems = read_pair if self.name == PREFERENCE else FORMATS[self.name].read, Problems()
-        example = read(row, self.columns, manner, problems)
+        kind = OF_PAIRS if self.name == PREFERENCE else FORMATS[self.name]
+        chat = kind.read(its := Reading(row, self.columns, manner))
         parts = PARTS if manner.targets else PARTS - ANSWERS
-        cure = None if self.name == PREFERENCE else FORMATS[self.name].setting
-        problems += leftovers(row, self.columns, parts if self.whole else (), cure, tools=bool(example.tools))
-        return example, problems
+        its.problems.extend(leftovers(row, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
+        return chat, its.problems
 
     def lacks(self, row: Row, *, answers: bool = True) -> tuple[str | None, bool]:
         """What a row lacks, in words, with `answers` also a target; and whether a chat goes on behind its last answer.
@@ -492,8 +493,8 @@ def pair_format(names: Sequence[str], *, source: str) -> Format:
             f"{source} has no column '{missing[0]}'; preference rows have prompt, chosen and rejected, and its columns "
             f"are {', '.join(names)}"
         )
-    prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in names), PAIRS.text)
-    return Format(PREFERENCE, replace(PAIRS, text=prompt, system=_usual(SYSTEM, names)))
+    prompt = _usual(("prompt", "question", "instruction", "input"), names) or "prompt"
+    return Format(PREFERENCE, Columns(prompt, "rejected", "chosen", system=_usual(SYSTEM, names)))
 
 
 def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
@@ -554,15 +555,19 @@ def find_format(
         usual = (name for name in fitting if (whole, None) in FORMATS[name].usual)
         name = format or next(usual, fitting[0])
         return Format(name, _columns_of(FORMATS[name], whole, None, names), whole=False)
-    all_named = prompt is not None and target is not None
-    kinds = FORMATS if format is None else {format: FORMATS[format]}
+    kinds, found = FORMATS if format is None else {format: FORMATS[format]}, {*names}
+    pairs = [(name, *pair) for name, kind in kinds.items() for pair in kind.usual]
     # Two usual columns win over a named column beside a usual one.
-    for both in (True, False):
-        for name, kind in kinds.items():
-            for pair in kind.usual:
-                if _fits(pair, prompt, target, names, both=both):
-                    columns = _columns_of(kind, prompt or pair[0], target or pair[1], names)
-                    return Format(name, columns, whole=not all_named)
+    usual = [
+        one
+        for one in pairs
+        if (prompt or one[1], target or one[2]) == one[1:] and {*one[1:]} - {None} <= found and (one[2] or not prompt)
+    ]
+    one_named = (prompt is None) != (target is None)
+    beside_named = [one for one in pairs if one_named and one[2] and one[1 if prompt is None else 2] in found]
+    for name, first, second in [*usual, *beside_named]:
+        columns = _columns_of(FORMATS[name], prompt or first, target or second, names)
+        return Format(name, columns, whole=prompt is None or target is None)
     if prompt is None or target is None:
         beside = f" beside '{prompt or target}'" if prompt or target else ""
         what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
@@ -576,18 +581,6 @@ def find_format(
         columns = _columns_of(FORMATS["prompt"], prompt, target, names)
         return Format("prompt", replace(columns, text_pair=None), whole=False)
     return Format(format, _columns_of(FORMATS[format], prompt, target, names), whole=False)
-
-
-def _fits(
-    usual: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str], *, both: bool
-) -> bool:
-    """Whether both columns have usual names, or with `both` false one of them while a setting names the other."""
-    first, second = usual
-    if second is None:
-        return both and not (prompt or target) and first in names
-    if both:
-        return (prompt or first) == first and (target or second) == second and {first, second} <= {*names}
-    return (prompt is None) != (target is None) and (first if prompt is None else second) in names
 
 
 def _columns_of(kind: Kind, prompt: str, target: str | None, names: Collection[str]) -> Columns:
@@ -618,41 +611,27 @@ OF_CHATS = ("tools", "functions", "documents", "history")
 """What other trainers put into a chat's prompt, in their own ways."""
 
 
-def leftovers(
-    row: Row, columns: Columns, parts: Collection[str], setting: str | None, *, tools: bool
-) -> Iterator[DataError]:
+def leftovers(row: Row, columns: Columns, parts: Collection[str], setting: str, tools: bool) -> Iterator[DataError]:
     """Yield a problem for each unread column among `parts` or OF_CHATS; `setting` names columns in its place.
 
-    `tools` are read or not.
-
-    A column is read, too, if the columns in use have its texts, as a prompt beside the chat that it begins; or if it
-    has theirs, as a text of the whole row.
+    `tools` are read or not. A column is read, too, if the columns in use have its texts, as a prompt beside the chat
+    that it begins; or if it has theirs, as a text of the whole row.
     """
     used = (columns.text, columns.text_pair, columns.label, columns.system)
-    read = [row.cells.get(column) for column in used if column is not None]
     for name, value in row.cells.items():
         usual = name.strip().lower()
         if name in used or is_missing(value) or value in ([], {}) or (tools and name == "tools"):
             continue
-        if usual in OF_CHATS:
-            # A single text is a mark of its document, as in other tables.
-            if usual in ("functions", "documents") and not isinstance(value, list):
-                continue
-            cure = ""
-        elif usual in parts and not _is_repeated(value, read):
-            cure = "" if setting is None else f"set {setting}, "
-        else:
-            continue
-        yield DataError(
-            f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
-            f"{cure}move it into the text, or remove it"
-        )
-
-
-def _is_repeated(value: Any, cells: Collection[Any]) -> bool:
-    own, read = [*_texts(value)], [text for cell in cells for text in _texts(cell)]
-    within = all(any(text in other for other in read) for text in own)
-    return within or all(any(text in other for other in own) for text in read)
+        # A single text is a mark of its document, as in other tables.
+        of_chats = usual in OF_CHATS and (isinstance(value, list) or usual not in ("functions", "documents"))
+        own, read = [*_texts(value)], [text for column in used if column for text in _texts(row.cells.get(column))]
+        repeated = all(any(a in b for b in read) for a in own) or all(any(b in a for a in own) for b in read)
+        if of_chats or (usual in parts and usual not in OF_CHATS and not repeated):
+            cure = f"set {setting}, " if setting and not of_chats else ""
+            yield DataError(
+                f"{row.place}: column '{name}' is not read beside '{columns.text}', so a model would not learn it; "
+                f"{cure}move it into the text, or remove it"
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -263,20 +263,16 @@ def encode_targets(rows: Iterable[Row], column: str) -> list[float]:
         except (TypeError, ValueError, OverflowError):
             target = math.nan
         if not math.isfinite(target):
+            cure = "correct it, or set task.type to sequence-classification"
+            if isinstance(value, str) and looks_missing(value):
+                cure = "empty the cells of rows without a number"
+            elif isinstance(value, str) and _number(value) is not None:
+                cure = f"decimals need a dot, so write {value.replace(',', '.')}"
             raise DataError(
-                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; {_cure(value)}"
+                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; {cure}"
             )
         targets.append(target)
     return targets
-
-
-def _cure(value: Any) -> str:
-    """What to do about a value that is no target."""
-    if isinstance(value, str) and looks_missing(value):
-        return "empty the cells of rows without a number"
-    if isinstance(value, str) and _number(value) is not None:
-        return f"decimals need a dot, so write {value.replace(',', '.')}"
-    return "correct it, or set task.type to sequence-classification"
 
 
 def are_measures(names: Sequence[str | int]) -> bool:

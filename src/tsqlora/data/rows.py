@@ -253,12 +253,6 @@ def tokens_at(row: Row, column: str) -> list[str]:
     return [as_text(token, f"column '{column}'", row.place) for token in value]
 
 
-def text_or_empty(row: Row, column: str | None) -> str:
-    """The text in a column; "" if the cell is empty or the column is missing."""
-    value = None if column is None else row.cells.get(column)
-    return "" if is_missing(value) else as_text(value, f"column '{column}'", row.place)
-
-
 def as_text(value: Any, where: str, place: str) -> str:
     """The value itself.  Raises DataError with its place if it is not text, or text that UTF-8 cannot encode."""
     if not isinstance(value, str):

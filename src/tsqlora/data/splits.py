@@ -93,7 +93,7 @@ def read_data(
         if flags and (names := one_hot_columns((row.cells for row in first), used, first.names)):
             used = replace(used, label="label", one_hot=names)
             note = f"{first.name}: each of the columns {quoted(names)}, which hold zeros and ones, is a label"
-            tables["train"] = replace(first, notes=(*first.notes, note))
+            tables["train"] = first.noted(note, warn=False)
         if used.label is None and format is None:
             raise NoColumnError(f"{first.name} has no label column")
     except DataError as error:
@@ -181,12 +181,10 @@ def complete(table: Table, most: float, *, tags: bool) -> Table:
             bad.setdefault(reason, []).append(row.number)
             retained[j] = False
     if unanswered:
-        note = (
+        table = table.noted(
             f"{table.name}: {unanswered:,} of {len(table):,} chats end with turns that have no answer; "
             "these turns are left out"
         )
-        warnings.warn(note, stacklevel=3)
-        table = replace(table, notes=(*table.notes, note))
     if (left_out := int((~retained).sum())) == 0:
         return table
     if left_out > most * len(table) or left_out == len(table):
@@ -195,9 +193,8 @@ def complete(table: Table, most: float, *, tags: bool) -> Table:
             f"{table.name}: {left_out:,} of {len(table):,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
             f"allows: {listed(bad, table.name)}; fill them in, or raise it"
         )
-    note = f"{table.name}: {left_out:,} of {len(table):,} rows are left out: {listed(bad, table.name)}"
-    warnings.warn(note, stacklevel=3)
-    return replace(table, ids=table.ids[retained], notes=(*table.notes, note))
+    table = table.noted(f"{table.name}: {left_out:,} of {len(table):,} rows are left out: {listed(bad, table.name)}")
+    return replace(table, ids=table.ids[retained])
 
 
 def require_columns(table: Table, bad: Iterable[str]) -> None:
@@ -271,10 +268,7 @@ def _with_classes(table: Table, label: LabelKind | None) -> tuple[Table, np.ndar
         )
     classes = replace(classes_of(values, name, column, label), spellings=spellings)
     rows = dict(zip(values, np.bincount(groups).tolist(), strict=True)) if label.single else {}
-    notes = [f"{name}: {note}" for note in _doubts(classes, column, rows)]
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
-    return replace(table, classes=classes, notes=(*table.notes, *notes)), groups
+    return replace(table, classes=classes).noted(*(f"{name}: {one}" for one in _doubts(classes, column, rows))), groups
 
 
 def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> Iterator[str]:
@@ -356,22 +350,46 @@ def prepare(
     Samples are stored on disk, as in `store`. A row whose target does not fit whole is left out with a note. So are
     those that cannot be read or rendered, up to the share `most`. Raises DataError with the first if there are more.
     """
-    prepared, inputs = dict[str, Table](), dict[str, np.ndarray]()
+    prepared, trained = dict[str, Table](), np.empty(0, dtype=np.uint64)
     for name, table in tables.items():
-        numbers, refused = list[int](), dict[int, DataError]()
-        samples = store(_tokenised(table, tokenizer, max_length, encode, numbers, refused))
-        inputs[name] = np.array(numbers, dtype=np.uint64)
-        notes = [*table.notes, *left_out(samples), *_refusals(table, refused, most)]
+        samples, inputs, refused = _encoded(table, tokenizer, max_length, encode)
+        table = table.noted(*left_out(samples), warn=False)
+        if refused:
+            why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
+            if len(refused) > most * len(table) or len(refused) == len(table):
+                raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
+            table = table.noted(f"{of} are left out: {why}")
         if table.format is not None:
             require_some(samples, table.name, max_length)
-        trained = np.isin(inputs[name], inputs.get("train", []), kind="sort")  # whatever the label
-        if name in MEASURED and trained.any():
-            notes.append(
-                f"{trained.sum()} of {len(trained)} {name} rows are training rows too: their metrics say little about "
-                "new rows"
-            )
-        prepared[name] = replace(table, samples=samples, ids=samples.ids, notes=tuple(notes))
+        trained = inputs if name == "train" else trained
+        seen = np.isin(inputs, trained, kind="sort")  # whatever the label
+        if name in MEASURED and seen.any():
+            says = "are training rows too: their metrics say little about new rows"
+            table = table.noted(f"{seen.sum()} of {len(seen)} {name} rows {says}", warn=False)
+        prepared[name] = replace(table, samples=samples, ids=samples.ids)
     return prepared
+
+
+def _encoded(
+    table: Table, tokenizer: Any, max_length: int, encode: Encode
+) -> tuple[Samples, np.ndarray, dict[int, DataError]]:
+    """A table's samples, chunk by chunk, a number for the input of each, and the errors of rows that have none."""
+    column, classes = table.columns.label, table.classes
+    inputs, refused = list[int](), dict[int, DataError]()
+
+    def parts() -> Iterator[Samples]:
+        for rows in table.chunks():
+            if table.format is not None:
+                part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
+                inputs.extend(int(name, 16) for name in part.hashes)
+            else:
+                assert column is not None
+                labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
+                part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
+                inputs.extend(_input_number(row, table) for row in rows)
+            yield part
+
+    return store(parts()), np.array(inputs, dtype=np.uint64), refused
 
 
 def require_embedded(tables: Mapping[str, Table], tokenizer: Any, model: Any) -> None:
@@ -389,40 +407,6 @@ def require_embedded(tables: Mapping[str, Table], tokenizer: Any, model: Any) ->
                     f"model has {embeddings} embeddings; resize them to the tokenizer's {len(tokenizer)} tokens "
                     "(model.resize_token_embeddings) and train them, or give the model's own tokenizer"
                 )
-
-
-def _refusals(table: Table, refused: Mapping[int, DataError], most: float) -> list[str]:
-    """A note of the rows that cannot be prepared, if there are any.  Raises DataError if they are too many."""
-    if not refused:
-        return []
-    why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
-    if len(refused) > most * len(table) or len(refused) == len(table):
-        raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
-    note = f"{of} are left out: {why}"
-    warnings.warn(note, stacklevel=4)
-    return [note]
-
-
-def _tokenised(
-    table: Table,
-    tokenizer: Any,
-    max_length: int,
-    encode: Encode,
-    inputs: list[int],
-    refused: dict[int, DataError],
-) -> Iterator[Samples]:
-    """Encode a table chunk by chunk; append a number for the input of each sample to `inputs`."""
-    column, classes = table.columns.label, table.classes
-    for rows in table.chunks():
-        if table.format is not None:
-            part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
-            inputs += (int(name, 16) for name in part.hashes)
-        else:
-            assert column is not None
-            labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
-            part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
-            inputs += (_input_number(row, table) for row in rows)
-        yield part
 
 
 def without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
@@ -448,7 +432,7 @@ def without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
             "name other rows in data.trusted, or others in data.validation and data.test"
         )
     note = f"{seen.sum()} of {len(seen)} trusted rows are left out: validation or test rows have the same input"
-    return {**tables, "trusted": replace(trusted, ids=trusted.ids[~seen], notes=(*trusted.notes, note))}
+    return {**tables, "trusted": replace(trusted, ids=trusted.ids[~seen]).noted(note, warn=False)}
 
 
 def _input_number(row: Row, table: Table) -> int:

@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -199,6 +200,12 @@ class Table:
         for row in replace(self, ids=np.arange(len(self.stored)), class_names={}, view=lambda row: row):
             digest.update(f"{row.cells!r}\n".encode())
         return digest.hexdigest()
+
+    def noted(self, *notes: str, warn: bool = True) -> "Table":
+        """The table with further notes, of which it warns."""
+        for note in notes if warn else ():
+            warnings.warn(note, stacklevel=4)
+        return replace(self, notes=(*self.notes, *notes))
 
     def numbered(self) -> "Table":
         """The table with class numbers in place of their names."""

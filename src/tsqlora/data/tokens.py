@@ -223,40 +223,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return (ids[: text[0]], ids[text[-1] + 1 :]) if text else (ids, [])
 
 
-def target_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Labels of a sequence-to-sequence model: the tokenizer's target tokens, with an end token."""
-    if not texts:
-        return []
-    end = end_token(tokenizer)
-    encoded: list[list[int]] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
-
-
 def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Each text alone, without special tokens; long texts are cut and counted later."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False)
     return encoded["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    end = tokenizer.eos_token_id
-    assert end is None or isinstance(end, int)
-    return end
-
-
-def require_end(tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool) -> None:
-    """Raises SettingsError for a tokenizer without an end token.
-
-    Targets of a sequence-to-sequence model may end with the token that closes its texts.
-    """
-    closes = seq2seq and bool(special_tokens(tokenizer)[1])
-    if end_token(tokenizer) is None and not closes:
-        raise SettingsError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token, so answers would not end; "
-            "set its eos_token"
-        )
 
 
 _SHOWN = 3
@@ -308,7 +280,12 @@ def tokenise_generation(
     missing values and empty targets, and for what a template refuses; or adds the errors of a causal model's rows to
     `refused`, by the places of the rows in their file.
     """
-    require_end(tokenizer, seq2seq=seq2seq)
+    # Targets of a sequence-to-sequence model may end with the token that closes its texts.
+    if tokenizer.eos_token_id is None and not (seq2seq and special_tokens(tokenizer)[1]):
+        raise SettingsError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token, so answers would not end; "
+            "set its eos_token"
+        )
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     if seq2seq:
@@ -371,15 +348,10 @@ def require_room(max_length: int, special: int, texts: int) -> None:
         )
 
 
-def no_tokens(place: str) -> DataError:
-    """The error of a text without any token."""
-    return DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
-
-
 def require_tokens(ids: Sequence[int], place: str) -> None:
     """Raises DataError with the place for a text without any token."""
     if not ids:
-        raise no_tokens(place)
+        raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
 
 
 def require_some(split: Samples, source: str, max_length: int) -> None:
@@ -439,11 +411,14 @@ def causal_rows(
     for row, one in zip(rows, read, strict=True):
         if isinstance(one, DataError):
             made.append(one)
-        elif (pieces := next(tokens))[-1].ids:
+            continue
+        pieces = next(tokens)
+        try:
+            require_tokens(pieces[-1].ids, row.place)
             sample = causal_sample(one[0], pieces, tokenizer, max_length, row.place)
             made.append(replace(sample, chat=one[0], pieces=pieces))
-        else:
-            made.append(no_tokens(row.place))
+        except DataError as error:
+            made.append(error)
     return made
 
 
@@ -480,7 +455,7 @@ def _causal_sample(
         if isinstance(start, int) and first.ids[:1] == [start] and sum(piece.ids.count(start) for piece in pieces) == 1:
             opening, pieces = [start], [replace(first, ids=first.ids[1:]), *pieces[1:]]
     else:
-        (opening, _), last, end = special_tokens(tokenizer), pieces[-1], end_token(tokenizer)
+        (opening, _), last, end = special_tokens(tokenizer), pieces[-1], tokenizer.eos_token_id
         if last.trained and end is not None and last.ids[-1:] != [end]:
             pieces = [*pieces[:-1], replace(last, ids=[*last.ids, end])]
     # The opening is never cut, and the pieces are, to the rest.
@@ -506,13 +481,15 @@ def _causal_sample(
 def _seq2seq(
     chats: Sequence[Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised]:
-    front, back = special_tokens(tokenizer)
-    room = max_length - len(front) - len(back)
     assert all(chat.plain for chat in chats), "formats refuse chats for sequence-to-sequence models"
-    sources = plain_tokens([chat.prompt for chat in chats], tokenizer)
-    targets = target_tokens([chat.answer for chat in chats if chat.answer is not None], tokenizer)
-    special, tokenised = set(tokenizer.all_special_ids), []
-    for i, ids in enumerate(sources):
+    front, back = special_tokens(tokenizer)
+    room, end = max_length - len(front) - len(back), tokenizer.eos_token_id
+    answers, targets = [chat.answer for chat in chats if chat.answer is not None], list[list[int]]()
+    if answers:
+        encoded: Any = tokenizer(text_target=answers, verbose=False)["input_ids"]
+        targets = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
+    special, tokenised = set(tokenizer.all_special_ids), list[Tokenised]()
+    for i, ids in enumerate(plain_tokens([chat.prompt for chat in chats], tokenizer)):
         require_tokens(ids, rows[i].place)
         input_ids = [*front, *ids[-room:], *back]
         sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
