@@ -99,8 +99,12 @@ class GenerationCollator:
         fill = {"input_ids": self.pad, "attention_mask": 0, "labels": IGNORED}
         batch = {}
         for key in (key for key in fill if key in samples[0]):
-            left = self.left and not (self.seq2seq and key == "labels")
-            batch[key] = _padded([sample[key] for sample in samples], fill[key], self.multiple, left=left)
+            rows, left = [sample[key] for sample in samples], self.left and not (self.seq2seq and key == "labels")
+            width = -(-max(map(len, rows)) // self.multiple) * self.multiple
+            batch[key] = torch.full((len(rows), width), fill[key], dtype=torch.int64)
+            for j, row in enumerate(rows):
+                span = slice(width - len(row), width) if left else slice(0, len(row))
+                batch[key][j, span] = torch.tensor(row, dtype=torch.int64)
         return batch
 
 
@@ -139,12 +143,3 @@ def generation_collator(
     if not isinstance(pad, int):
         raise SettingsError("the tokenizer has neither a padding nor an end token; set its pad_token")
     return GenerationCollator(pad, seq2seq, multiple, left)
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bool) -> Tensor:
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    padded = torch.full((len(rows), width), fill, dtype=torch.int64)
-    for j, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        padded[j, span] = torch.tensor(row, dtype=torch.int64)
-    return padded

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -215,7 +215,10 @@ def read_json(path: Path, dialect: Dialect) -> Records:
             array = document()
         elif first.startswith("{") and not (more and first.endswith("}")):
             with suppress(DataError):  # reading its lines names the broken one
-                array = rows_in(document()) or None
+                lists = [value for value in document().values() if isinstance(value, list) and value]
+                objects = len(lists) == 1 and all(isinstance(one, dict) for one in lists[0])
+                if objects and not any({"role", "from"} & {*one} for one in lists[0]):  # which are messages
+                    array = lists[0]
     values = ((n, _parse(line.rstrip(), path, n)) for n, line in lines()) if array is None else enumerate(array, 1)
     for number, value in values:
         if not isinstance(value, dict):
@@ -226,32 +229,19 @@ def read_json(path: Path, dialect: Dialect) -> Records:
         yield number, value
 
 
-def rows_in(document: Mapping[str, Any]) -> list[Any]:
-    """The rows of a JSON document: those in its one list of objects that are no messages.
-
-    >>> rows_in({"version": 2, "data": [{"text": "a"}]}), rows_in({"messages": [{"role": "user", "content": "Hi"}]})
-    ([{'text': 'a'}], [])
-    """
-    lists = [value for value in document.values() if isinstance(value, list) and value]
-    are_rows = len(lists) == 1 and all(isinstance(row, dict) and not {"role", "from"} & {*row} for row in lists[0])
-    return lists[0] if are_rows else []
-
-
 def _parse(text: str, path: Path, line: int) -> Any:
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"an object has the key {twice!r} twice")
+        return row
+
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return json.loads(text, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as exc:
-        if isinstance(exc, json.JSONDecodeError):
-            line += exc.lineno - 1
+        line += exc.lineno - 1 if isinstance(exc, json.JSONDecodeError) else 0
         raise DataError(f"{path}:{line}: not JSON ({exc}); write one object a line, or an array of them") from exc
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return row
 
 
 @contextmanager

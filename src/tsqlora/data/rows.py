@@ -106,7 +106,9 @@ def find_columns(
         what = f"column of {media} files" if media else "column of tokens" if tokens else "text column"
         other = next((kind for kind in ENDINGS if kind in names and kind != media), None)
         cure = f", or task.type to {other}-classification" if other else ""
-        doubt = "is the line with the names of the columns missing? else " if _are_cells(names) else ""
+        # A number, or longer than names are: the cells of a first row.
+        cells = any(len(name) > _LONGEST_NAME or re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", name) for name in names)
+        doubt = "is the line with the names of the columns missing? else " if cells else ""
         raise NoColumnError(
             f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}"
         )
@@ -166,11 +168,6 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
 def quoted(names: Iterable[str]) -> str:
     """Names of columns for a message, in quotes: a name may have blanks around it, or be empty."""
     return ", ".join(f"'{printable(name, _LONGEST_NAME)}'" for name in names if name.strip())
-
-
-def _are_cells(names: Collection[str]) -> bool:
-    """Whether names of columns look like cells of a first row: one is a number, or longer than names are."""
-    return any(len(name) > _LONGEST_NAME or re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", name) for name in names)
 
 
 def _first(usual: Sequence[str], names: Collection[str]) -> str | None:
@@ -274,25 +271,20 @@ def row_text(cells: Mapping[str, Any], columns: Columns) -> str:
     >>> row_text({"chat": [{"role": "user", "content": parts}]}, Columns("chat", None, None))
     'user: Hi.'
     """
-    names = (columns.system, columns.text, columns.text_pair)
-    used = (cells.get(name) for name in names if name is not None)
-    return "\n".join(_cell_text(cell) for cell in used if cell is not None)
 
+    def part(value: Any) -> str:
+        parts = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        return "".join(str(one.get("text", one)) for one in value) if parts else str(value)
 
-def _cell_text(cell: Any) -> str:
-    if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
-        return " ".join(cell)
-    if isinstance(cell, list):
-        return "\n".join(
-            ": ".join(map(_part_text, item.values())) if isinstance(item, dict) else str(item) for item in cell
-        )
-    return str(cell)
+    def text(cell: Any) -> str:
+        if not isinstance(cell, list):
+            return str(cell)
+        if all(isinstance(item, str) for item in cell):
+            return " ".join(cell)
+        return "\n".join(": ".join(map(part, one.values())) if isinstance(one, dict) else str(one) for one in cell)
 
-
-def _part_text(value: Any) -> str:
-    """The texts of a message's parts; other values as they are."""
-    parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
-    return "".join(str(part.get("text", part)) for part in value) if parts else str(value)
+    used = (cells.get(name) for name in (columns.system, columns.text, columns.text_pair) if name is not None)
+    return "\n".join(text(cell) for cell in used if cell is not None)
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:

@@ -14,7 +14,7 @@ from glob import escape, glob, has_magic
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 
@@ -86,26 +86,23 @@ def open_tables(
     requested = [name for name in SPLIT_NAMES if name not in explicit]
     tables = _open(train, requested=requested, hints=hints)
     if "train" not in tables:
-        _refuse_without_train(train)
+        if not os.path.isdir(folder := os.path.expanduser(train)):
+            raise DataError(f"{train} has no split train; set data.train to the training file")
+        # Any JSON may be there, such as that of a model.
+        rows = [
+            one.name for one in _listed(Path(folder)) if one.is_file() and suffix_of(one) in {*SUFFIXES} - {".json"}
+        ]
+        such = f", such as {', '.join(os.path.join(train, name) for name in rows[:_SHOWN])}" if rows else ""
+        raise DataError(
+            f"{train} is a folder without a file train ({', '.join(SUFFIXES)}) and without folders of images or "
+            f"recordings; set data.train to a file of rows{such}"
+        )
     for name, path in explicit.items():
         tables[name] = open_table(path, split=name, hints=hints)
     if trusted is not None:
         named = _open(trusted, requested=("trusted",), hints=hints)
         tables["trusted"] = named.get("trusted") or open_table(trusted, hints=hints)
     return {name: tables[name] for name in ORDER if name in tables}
-
-
-def _refuse_without_train(source: str) -> NoReturn:
-    """Raise DataError that says what was looked for in a folder or data set, and what to name."""
-    if not os.path.isdir(folder := os.path.expanduser(source)):
-        raise DataError(f"{source} has no split train; set data.train to the training file")
-    # Any JSON may be there, such as that of a model.
-    files = [one.name for one in _listed(Path(folder)) if one.is_file() and suffix_of(one) in {*SUFFIXES} - {".json"}]
-    such = f", such as {', '.join(os.path.join(source, name) for name in files[:_SHOWN])}" if files else ""
-    raise DataError(
-        f"{source} is a folder without a file train ({', '.join(SUFFIXES)}) and without folders of images or "
-        f"recordings; set data.train to a file of rows{such}"
-    )
 
 
 def _open(source: str | Path, *, requested: Collection[str], hints: Hints, most: int | None = None) -> dict[str, Table]:

@@ -353,13 +353,19 @@ def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
 
 def store(parts: Iterable[Samples]) -> Samples:
     """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
-    whole = list[Samples]()
+    whole, kinds = list[Samples](), {int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+    def kind(value: Any) -> pa.DataType:
+        if not isinstance(value, list):
+            return kinds[type(value)]
+        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in parts:
             whole.append(replace(part, stored=()))
             if len(part):
-                yield pa.RecordBatch.from_pylist(list(part), schema=_schema(part[0]))
+                schema = pa.schema([(key, kind(value)) for key, value in part[0].items()])
+                yield pa.RecordBatch.from_pylist(list(part), schema=schema)
 
     stored = on_disk(batches())
     return Samples(
@@ -370,17 +376,6 @@ def store(parts: Iterable[Samples]) -> Samples:
         tuple(one for part in whole for one in part.left_out),
         sum(part.cut_words for part in whole),
     )
-
-
-def _schema(sample: dict[str, Any]) -> pa.Schema:
-    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
-
-    def kind(value: Any) -> pa.DataType:
-        if not isinstance(value, list):
-            return kinds[type(value)]
-        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
-
-    return pa.schema([(key, kind(value)) for key, value in sample.items()])
 
 
 def data_hash(tables: Mapping[str, Table]) -> str:

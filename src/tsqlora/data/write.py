@@ -8,7 +8,7 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -97,8 +97,11 @@ def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
 
     def harmless(value: Any) -> Any:
         nonlocal changed
-        if not isinstance(value, str) or not _FORMULA.match(value) or _is_number(value):
+        if not isinstance(value, str) or not _FORMULA.match(value):
             return value
+        with suppress(ValueError):
+            if math.isfinite(float(value)):
+                return value
         changed += 1
         return f"'{value}"
 
@@ -108,13 +111,6 @@ def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
 
 _FORMULA = re.compile(r"\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]")
 """First signs of a formula, also in full width (OWASP, CSV injection)."""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def require_writable(path: Path) -> None:
@@ -183,10 +179,6 @@ def joined(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         yield flat
 
 
-def _write_parquet(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
-
-
 def _names(rows: Sequence[Row]) -> list[str]:
     """Every column that some row has, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
@@ -196,7 +188,9 @@ WRITERS: dict[str, Callable[..., None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,
     ".tsv": partial(_write_csv, dialect=Dialect(delimiter="\t")),
-    ".parquet": _write_parquet,
+    ".parquet": lambda path, rows, names: pq.write_table(
+        pa.table({name: [row.get(name) for row in rows] for name in names}), path
+    ),
 }
 """By extension: a function of a new file's path, rows and names of columns."""
 
