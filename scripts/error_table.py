@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "src" / "tsqlora", ROOT / "docs" / "errors.md"
 START, END = "<!-- errors: made by scripts/error_table.py -->", "<!-- end -->"
-ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError", "TemplateError")
+ERRORS = ("DataError", "NoColumnError", "SettingsError", "UnsupportedError", "TsqLoraError", "TemplateError", "fail")
 PARTS = {
     "Rows and their files": ("data/",),
     "Settings and commands": ("run/config/", "run/job.py", "run/train.py", "run/fit.py", "run/score.py"),
@@ -32,9 +32,14 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
     """Message and cure of each error that a module raises, where its text says both."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
-            case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(text)), *_]) if name in ERRORS:
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[said, *_]) if name in ERRORS:
                 pass
-            case ast.Call(func=ast.Name(id=name), args=[ast.JoinedStr(values=parts), *_]) if name in ERRORS:
+            case _:
+                continue
+        match said:
+            case ast.Constant(value=str(text)):
+                pass
+            case ast.JoinedStr(values=parts):
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
             case _:
                 continue

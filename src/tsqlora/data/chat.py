@@ -227,8 +227,10 @@ def _message(its: Reading, message: Any, where: str) -> Message | None:
     if not isinstance(role, str) or role not in roles:
         its.fail(f"{where} has an unknown {by}, {role!r}; {nearest(str(role), roles)}")
     if roles.get(str(role)) == ANSWER and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
-        cure = "every answer is trained on alike; remove the message, or its weight"
-        its.fail(f"{where} has the weight {weight!r}, and {cure}")
+        its.fail(
+            f"{where} has the weight {weight!r}, and every answer is trained on alike; "
+            "remove the message, or its weight"
+        )
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
             its.fail(f"{where} has a part of type {other.get('type')!r}, and only texts are read")
@@ -555,16 +557,18 @@ def find_format(
         usual = (name for name in fitting if (whole, None) in FORMATS[name].usual)
         name = format or next(usual, fitting[0])
         return Format(name, _columns_of(FORMATS[name], whole, None, names), whole=False)
-    kinds, found = FORMATS if format is None else {format: FORMATS[format]}, {*names}
+    kinds, names_there = FORMATS if format is None else {format: FORMATS[format]}, {*names}
     pairs = [(name, *pair) for name, kind in kinds.items() for pair in kind.usual]
     # Two usual columns win over a named column beside a usual one.
     usual = [
         one
         for one in pairs
-        if (prompt or one[1], target or one[2]) == one[1:] and {*one[1:]} - {None} <= found and (one[2] or not prompt)
+        if (prompt or one[1], target or one[2]) == one[1:]
+        and {*one[1:]} - {None} <= names_there
+        and (one[2] or not prompt)
     ]
     one_named = (prompt is None) != (target is None)
-    beside_named = [one for one in pairs if one_named and one[2] and one[1 if prompt is None else 2] in found]
+    beside_named = [one for one in pairs if one_named and one[2] and one[1 if prompt is None else 2] in names_there]
     for name, first, second in [*usual, *beside_named]:
         columns = _columns_of(FORMATS[name], prompt or first, target or second, names)
         return Format(name, columns, whole=prompt is None or target is None)
