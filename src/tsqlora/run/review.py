@@ -153,10 +153,10 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
     needed = ("row", *(["token"] if kind.by_token else []), "label", "reviewed_label")
     filled = _filled(table, needed, encoding or about["hints"].get("encoding"))
     # A label is in any spelling of its class, or as suspects.csv writes it.
-    found, written = class_finder(about["classes"]), {_as_cell(str(label)): label for label in about["classes"]}
+    class_of, written = class_finder(about["classes"]), {_as_cell(str(label)): label for label in about["classes"]}
 
     def find(text: str) -> Label | None:
-        return written.get(text) if (label := found(text)) is None else label
+        return written.get(text) if (label := class_of(text)) is None else label
 
     reviewed, unread = _read(filled, about["classes"], find, several=kind.joint, tags=kind.by_token)
     trusted = folder / TRUSTED_FILE

@@ -141,8 +141,8 @@ def _by_labels(
     """
     before, behind = Counter[int](), list[bool]()
     for one in (one for parts in by_row.values() for one in parts):
-        found = stretches(one, vocabulary.stops, vocabulary.empty)
-        answers = [(start, end) for _, start, end, _ in found if start < end]
+        parts = stretches(one, vocabulary.stops, vocabulary.empty)
+        answers = [(start, end) for _, start, end, _ in parts if start < end]
         before.update(int(one.ids[start - 1]) for start, _ in answers)
         behind += [bool(_text(one.ids[end:], vocabulary).strip()) for _, end in answers[-1:] if not one.side]
     inverted = sum(behind) > NEARLY_ALL * len(behind)
