@@ -169,8 +169,8 @@ def labels(case: Case) -> None:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows({**row, "reviewed_label": row["label"]} for row in table[:30])
-    case.run("apply", "audit", "--apply", "reviewed.csv", "--out", "applied")
-    for path in sorted((case.folder / "applied").glob("*.jsonl")):
+    case.run("apply", "audit", "--apply", "reviewed.csv", "--out", "audit")
+    for path in sorted((case.folder / "audit").glob("*.jsonl")):
         case.keep_lines(f"apply: {path.name}", path)
     case.run("score", "score", write_config(case, data), "--out", "scores.parquet")
     case.keep_scores("score", Path("scores.parquet"))
