@@ -62,7 +62,7 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
     # A class that no cell can hold is refused before the pass, not after it.
     other = shutil.copytree(run, place / "other")
     (other / "run.json").write_text((run / "run.json").read_text().replace('"house"', '"a|b"'))
-    with patch("tsqlora.run.predict._logits") as answers:
+    with patch("tsqlora.run.predict.predict_logits") as answers:
         code, _, err = tsqlora("predict", other, "--data", test, "--out", place / "q.csv")
     assert (code, "'a|b'" in err, answers.called) == (3, True, False)
 
