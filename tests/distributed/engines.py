@@ -163,7 +163,7 @@ def trained(
         "losses": watch.losses,
         "parts": watch.parts,
         "notes": [note for callback in callbacks for note in getattr(callback, "notes", ())],
-        "skipped": [one.step for callback in callbacks for one in getattr(callback, "skipped", ())],
+        "skipped": quality.finite.skipped,
         "drawn": data.indices.tolist(),
         "engine": str(trainer.accelerator.distributed_type),
         "weights": load_file(folder / f"{name}-adapter" / "adapter_model.safetensors"),
