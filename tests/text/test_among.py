@@ -1,6 +1,5 @@
 """Findings of rows among each other."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import pytest
 
+from linear import assert_linear, seconds
 from tsqlora.data.chat import Conversation, Message
 from tsqlora.text.among import among_rows
 from tsqlora.text.ledger import Line
@@ -250,14 +250,4 @@ def test_a_prompt_that_was_answered_many_times_is_one_leak_and_an_instruction_al
 def test_twice_the_rows_take_twice_the_time(constant: str) -> None:
     rows = [row(j, ONE, OTHER) for j in range(2000)] if constant == "equal" else table(2000, constant)
     findings(rows[:500], rows[:125])
-
-    def ratio() -> float:
-        spent = []
-        for n in (1000, 2000):
-            start = time.process_time()
-            findings(rows[:n], rows[: n // 4])
-            spent.append(time.process_time() - start)
-        return spent[1] / spent[0]
-
-    # Times on a busy machine differ by a third; of a quadratic loop none of three is below 2.5.
-    assert any(ratio() <= 2.5 for _ in range(3))
+    assert_linear(lambda n: seconds(lambda: findings(rows[:n], rows[: n // 4])), 1000)

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
+from linear import assert_linear, seconds
 from tsqlora.data.chat import Conversation
 from tsqlora.data.chat import Message as Turn
 from tsqlora.tasks.generation import IGNORED
@@ -68,6 +69,13 @@ def test_each_sequence_comes_back_to_its_row(name: str, keep: slice, constant: s
     assert ({*sure.values()}, left) == ({"exact"}, [])
     wrong = [j for j, one in enumerate(made) if taken[j] != [one]]
     assert len(wrong) <= (keep.stop is not None) * 0.03 * len(rows), "more than what several rows begin with"
+
+
+def test_rows_with_one_instruction_are_matched_in_linear_time() -> None:
+    rules = Turn("system", " ".join(f"Rule {k} is for all." for k in range(40)))
+    rows = [replace(row, messages=(rules, *row.messages)) for row in drawn("none", "latin", 1600)]
+    made = [sequence(row) for row in rows]
+    assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 800)
 
 
 def test_a_piece_that_packing_cut_has_no_row() -> None:

@@ -280,12 +280,18 @@ def _sentences(text: str) -> Iterable[str]:
 
 
 def _votes(sentences: Iterable[str], having: Mapping[str, Sequence[str]], ordered: Sequence[str]) -> dict[str, float]:
-    """Count the rows that have the sentences, each by how few rows have it; a limit may cut a sentence's end."""
+    """Count the rows that have the sentences, each by how few rows have it; a limit may cut a sentence's end.
+
+    Of a sentence of many rows some are counted, so that the time is linear.
+    """
     shared, votes = list[Sequence[str]](), defaultdict[str, float](float)
     for one in sentences:
+        if one in having:
+            shared.append(having[one])  # no copy: all rows may have a sentence
+            continue
         first, end = bisect_left(ordered, one), bisect_left(ordered, f"{one}\U0010ffff")
-        whole = [one] if one in having else ordered[first : min(end, first + COMMON)]
-        shared.append(list(dict.fromkeys(chain.from_iterable(having[sentence] for sentence in whole))))
+        begin = chain.from_iterable(having[sentence] for sentence in ordered[first : min(end, first + COMMON)])
+        shared.append(list(dict.fromkeys(islice(begin, CANDIDATES * COMMON))))
     for digests in sorted(shared, key=len):
         if votes and len(votes) + len(digests) > COMMON:
             break
