@@ -15,7 +15,7 @@ from tsqlora.compat.yaml import YamlProblem, load_yaml
 from tsqlora.data.labels import CLASS, KINDS, are_numbers, class_finder, join_labels, split_labels
 from tsqlora.data.readers import Hints
 from tsqlora.data.rows import Columns, Row, is_missing, is_one
-from tsqlora.data.sources import open_table
+from tsqlora.data.sources import open_table, require_source
 from tsqlora.data.table import Table
 from tsqlora.data.write import copy_rows, corrected_name, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError, nearest
@@ -57,11 +57,12 @@ def apply_review(
 ) -> dict[str, Any]:
     """Write the rows of an audited file as reviewed, into `out`, by default the audit's folder.
 
-    `review` is a reviewed table, of whose audit the record lies in `out` or beside it, or the folder of an audit of
-    text. `drop` are findings of an audit of text, all of whose rows go to quarantine. `encoding` is that of the table,
-    if it is not UTF-8; None is the audit's. Raises DataError, with row and value, for what the table or the file lacks,
+    `review` is a reviewed table, or the folder of an audit of text; `out` or the table's folder holds the audit's
+    record. `drop` are findings of an audit of text, all of whose rows go to quarantine. `encoding` is the table's; None
+    is the audit's. Raises DataError, with row and value, for what the table or the file lacks,
     and if the file has changed since the audit; SettingsError for a finding that no row can have.
     """
+    require_source(review)
     places, table = [review if review.is_dir() else review.parent], None if review.is_dir() else review
     places = places if out is None else [out, *places]
     record = next((place / name for place in places for name in RECORDS if (place / name).is_file()), None)

@@ -286,12 +286,12 @@ def _votes(sentences: Iterable[str], having: Mapping[str, Sequence[str]], ordere
     """
     shared, votes = list[Sequence[str]](), defaultdict[str, float](float)
     for one in sentences:
-        if one in having:
-            shared.append(having[one])  # no copy: all rows may have a sentence
-            continue
-        first, end = bisect_left(ordered, one), bisect_left(ordered, f"{one}\U0010ffff")
-        begin = chain.from_iterable(having[sentence] for sentence in ordered[first : min(end, first + COMMON)])
-        shared.append(list(dict.fromkeys(islice(begin, CANDIDATES * COMMON))))
+        whole = having.get(one)  # no copy: all rows may have a sentence
+        if whole is None:
+            first, end = bisect_left(ordered, one), bisect_left(ordered, f"{one}\U0010ffff")
+            begin = chain.from_iterable(having[sentence] for sentence in ordered[first : min(end, first + COMMON)])
+            whole = list(dict.fromkeys(islice(begin, CANDIDATES * COMMON)))
+        shared.append(whole)
     for digests in sorted(shared, key=len):
         if votes and len(votes) + len(digests) > COMMON:
             break
