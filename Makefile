@@ -39,7 +39,6 @@ check: .venv/.installed-dev
 	$(BIN)/python bench/tables.py --check
 	$(BIN)/python bench/results_page.py --check
 	$(BIN)/python scripts/reference_pages.py --check
-	$(BIN)/python scripts/error_table.py --check
 	$(BIN)/python scripts/plain_english.py
 	$(BIN)/python .ci/audit.py
 	$(BIN)/python bench/stale.py

@@ -36,17 +36,6 @@ def _verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def servers(results: Results) -> pd.DataFrame:
-    """What each server's own code made of each kind of adapter, with the factors at which it applies updates."""
-
-    def verdict(seen: Mapping[str, Any]) -> str:
-        factors = sorted({f"{factor:.3g}" for factor in seen.get("factors", {}).values()})
-        return seen["verdict"] + (f": × {', '.join(factors)}" if factors else "")
-
-    table = pd.DataFrame({name: pd.Series(kinds) for name, kinds in results["servers"].items()}).map(verdict)
-    return table.rename_axis("adapter").reset_index()
-
-
 def llamacpp(results: Results) -> Rows:
     """How far llama.cpp's log-probabilities are from PEFT's, by file of weights and adapter."""
     adapters = {"none": "none", "gguf": "`--format gguf`", "converted": "one alpha for all layers"}
@@ -610,7 +599,6 @@ def rules(_: Results) -> Rows:
             "server": rule.name + (f" ({rule.file})" if rule.file else ""),
             "read in": f"{rule.version} ({rule.date})",
             "rule": rule.rule,
-            "source": rule.source,
             "evidence": rule.evidence,
         }
         for rule in CONSUMERS
@@ -642,7 +630,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "headstart": headstart,
     "headstart-controls": headstart_controls,
     "headstart-short": headstart_short,
-    "servers": servers,
     "worlds-cost": worlds_cost,
     "worlds-rates": worlds_rates,
     **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
