@@ -25,7 +25,7 @@ from tsqlora.quality.suspects import audit_of
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import LEAST, draw_checks, make_listing, run_audit
 from tsqlora.run.config import file, load_config
-from tsqlora.run.job import read
+from tsqlora.run.named import read
 from tsqlora.run.review import apply_review
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> =1+1"

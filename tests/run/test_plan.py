@@ -20,7 +20,8 @@ from tsqlora.data.chat import find_format
 from tsqlora.data.tokens import tokenise_generation
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import scoring_rule, trained_task
+from tsqlora.run.job import scoring_rule
+from tsqlora.run.named import trained_task
 from tsqlora.run.plan import plan, shown_samples, without_effect
 from tsqlora.training.fit import Method
 

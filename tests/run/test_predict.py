@@ -21,7 +21,8 @@ from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.explain import explain_source
-from tsqlora.run.job import device_of, open_run
+from tsqlora.run.job import open_run
+from tsqlora.run.named import device_of
 from tsqlora.run.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.run.score import score_rows
 from tsqlora.run.train import train

@@ -26,7 +26,7 @@ from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.suspects import Audit, audit
 from tsqlora.reports.review_page import audit_page
 from tsqlora.run.config import ENCODER, Config, load_config
-from tsqlora.run.job import device_of, load_model, read, require_of_task, trained_task
+from tsqlora.run.named import device_of, load_model, read, require_of_task, trained_task
 from tsqlora.seeds import stream
 from tsqlora.tasks import Reading, get_task, require_classes
 from tsqlora.training.run_dir import dated

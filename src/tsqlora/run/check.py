@@ -18,7 +18,8 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text
 from tsqlora.interop.check import FIRST, Answer, Prompt, Served, Server, compare_answers, name_on
 from tsqlora.interop.template import CONTRACT_FILE
-from tsqlora.run.job import Job, open_run, read, require_finished
+from tsqlora.run.job import Job, open_run, require_finished
+from tsqlora.run.named import read
 from tsqlora.run.predict import predictor_of
 from tsqlora.tasks import get_task
 from tsqlora.text.vocabulary import vocabulary_of_answers

@@ -13,7 +13,8 @@ from tsqlora.interop.export import export_adapter
 from tsqlora.run.card import FILE as CARD
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.job import labels_of, require_finished, require_trust, trained_task
+from tsqlora.run.job import labels_of, require_finished, require_trust
+from tsqlora.run.named import trained_task
 from tsqlora.training.load import load_settings
 from tsqlora.training.run_dir import CONFIG_FILE, adapter_folder, is_run
 

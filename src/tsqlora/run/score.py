@@ -17,7 +17,8 @@ from tsqlora.quality.rule import Compute, require_terms
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import PRESETS, load_config
-from tsqlora.run.job import Job, load, open_run, read, scoring_rule, trained_task, with_start
+from tsqlora.run.job import Job, load, open_run, scoring_rule, with_start
+from tsqlora.run.named import read, trained_task
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 
