@@ -29,7 +29,8 @@ from tsqlora.interop.template import compare_template
 from tsqlora.run.config import Config, Section, dump_config, load_config, template
 from tsqlora.run.text_audit import prepared_set
 from tsqlora.text.prepared import sequences_of
-from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import RECORD_FILE
 
 
 @dataclass(frozen=True)

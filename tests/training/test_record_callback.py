@@ -15,7 +15,8 @@ from tsqlora import paper
 from tsqlora.reports.run_page import gather
 from tsqlora.reports.write import write_report
 from tsqlora.training.live_record import step_size
-from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import RECORD_FILE
 
 ROWS = moods()
 

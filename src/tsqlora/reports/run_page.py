@@ -15,8 +15,8 @@ from tsqlora.quality.scores import Scores
 from tsqlora.reports import figures
 from tsqlora.reports.page import Table, render
 from tsqlora.reports.samples import Samples, choose_samples
-from tsqlora.training.record import MOST_EVENTS, RECORD_FILE, RunRecord, look_sentences
-from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
+from tsqlora.training.record import MOST_EVENTS, RunRecord, look_sentences
+from tsqlora.training.run_dir import CONFIG_FILE, RECORD_FILE, SCORES_FILE
 
 LOGGED = 60
 """Rows of the table of the log."""

@@ -26,8 +26,8 @@ from tsqlora.run.job import load, method_of, with_start
 from tsqlora.run.plan import shown_samples
 from tsqlora.training.checkpoints import newest_complete, note_in, require_resumable_saves
 from tsqlora.training.fit import fit, save_adapter
-from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, RECORD_FILE, SCORES_FILE, locked, written
 from tsqlora.training.stop import StopCallback
 
 SHOWN = 2

@@ -1,6 +1,7 @@
 """A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +19,19 @@ from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import loading, require_model
 from tsqlora.compat.transformers import (
     load,
+    packing_method,
     require_no_adapter,
     set_zero3_state,
     without_weights,
 )
 from tsqlora.data.labels import LabelMap
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.tasks import Task
-from tsqlora.training.lora import heads, outermost, require_supported_packing
 
 ROOM = 0.7
 """Share of a GPU's free memory that weights may take; a look needs the rest."""
+_HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
+"""Words of classes whose head is new for the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +174,32 @@ def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     ('bert.pooler.dense', 'classifier')
     """
     return tuple(outermost(sorted({key.rpartition(".")[0] for key in missing_keys})))
+
+
+def require_supported_packing(config: Any) -> None:
+    """Refuse a model whose config says that GPTQ packed its weights."""
+    if packing_method(config) == "gptq":
+        raise UnsupportedError(
+            "the base model is packed by GPTQ, which supports neither ranks nor scores; take the model that it was "
+            "made from, with model.quantization 4bit (bitsandbytes)"
+        )
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """The modules that are not inside another one of these, each once.
+
+    >>> outermost(["classifier.dense", "classifier", "bert.pooler.dense"])
+    ['classifier', 'bert.pooler.dense']
+    """
+    once = list(dict.fromkeys(names))
+    return [name for name in once if not any(name.startswith(f"{other}.") for other in once)]
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The modules of a classifier beside its body: what a pretrained checkpoint lacks."""
+    if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
+        return []
+    parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    if model.base_model_prefix in parts:
+        return [name for name in parts if name != model.base_model_prefix]
+    return parts[-1:]  # the body has another name than its family's, or several; the head comes last

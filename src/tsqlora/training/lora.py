@@ -2,8 +2,7 @@
 
 import copy
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.peft import forget_adapter, places_of
-from tsqlora.compat.transformers import packing_method, transformer_blocks, was_loaded
+from tsqlora.compat.transformers import transformer_blocks, was_loaded
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.sites import inner_name, is_linear
 from tsqlora.interop.base import module_shapes
@@ -29,6 +28,7 @@ from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.patterns import alpha_for, lora_config
 from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
 from tsqlora.interop.tensors import to_bytes
+from tsqlora.training.load import heads, outermost, require_supported_packing
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
@@ -238,10 +238,6 @@ def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]
     return top
 
 
-_HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
-"""Words of classes whose head is new for the task."""
-
-
 def new_config(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -287,35 +283,6 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
         raise SettingsError(f"adapter.target_modules {names}: {error}") from error
     assert isinstance(peft_model, PeftModel)
     return peft_model
-
-
-def require_supported_packing(config: Any) -> None:
-    """Refuse a model whose config says that GPTQ packed its weights."""
-    if packing_method(config) == "gptq":
-        raise UnsupportedError(
-            "the base model is packed by GPTQ, which supports neither ranks nor scores; take the model that it was "
-            "made from, with model.quantization 4bit (bitsandbytes)"
-        )
-
-
-def outermost(names: Iterable[str]) -> list[str]:
-    """The modules that are not inside another one of these, each once.
-
-    >>> outermost(["classifier.dense", "classifier", "bert.pooler.dense"])
-    ['classifier', 'bert.pooler.dense']
-    """
-    once = list(dict.fromkeys(names))
-    return [name for name in once if not any(name.startswith(f"{other}.") for other in once)]
-
-
-def heads(model: nn.Module) -> list[str]:
-    """The modules of a classifier beside its body: what a pretrained checkpoint lacks."""
-    if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
-        return []
-    parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    if model.base_model_prefix in parts:
-        return [name for name in parts if name != model.base_model_prefix]
-    return parts[-1:]  # the body has another name than its family's, or several; the head comes last
 
 
 def read_start(folder: Path) -> LoraAdapter:

@@ -14,8 +14,8 @@ from typing import Any
 from tsqlora.errors import DataError
 from tsqlora.files import reading, write_json
 from tsqlora.quality.cost import PhaseCost
+from tsqlora.training.run_dir import RECORD_FILE
 
-RECORD_FILE = "run.json"
 MOST_ENTRIES = 5000
 """Of the log, in the record."""
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")

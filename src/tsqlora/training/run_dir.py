@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 
 from tsqlora.compat.hub import DatasetName
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
-from tsqlora.training.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
+RECORD_FILE = "run.json"
 SCORES_FILE = "scores.parquet"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
