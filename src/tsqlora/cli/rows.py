@@ -88,10 +88,11 @@ def explain(
 
     Example: tsqlora explain scores.parquet --samples 10
     """
-    from tsqlora.run.explain import explain_samples, explain_source
+    from tsqlora.quality.reasons import explain
+    from tsqlora.run.explain import explain_source, scores_of
 
     if row is None:
-        console.show(explain_samples(source, samples, data=data), as_json, "show_explained")
+        console.show(explain(scores_of(source), samples, data=data), as_json, "show_explained")
     else:
         console.show(explain_source(source, row, data=data), as_json, "show_row")
 

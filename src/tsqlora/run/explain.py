@@ -9,7 +9,7 @@ import numpy as np
 
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import EpochPlan
-from tsqlora.quality.reasons import explain, explain_row, place_of
+from tsqlora.quality.reasons import explain_row, place_of
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.training.quality_callback import SCORES_FILE, first_scores
@@ -22,7 +22,7 @@ def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[
 
     Raises DataError if there are no scores, or none of this row.
     """
-    scores = _load(source)
+    scores = scores_of(source)
     explained = explain_row(scores, row, data=data)
     if not (source.is_dir() and is_run(source)):
         return explained
@@ -34,12 +34,8 @@ def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[
     return {**explained, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
 
 
-def explain_samples(source: Path, n: int, *, data: Path | None = None) -> dict[str, Any]:
-    """The first n rows of each kind: `quality.reasons.explain` of the scores of a run or a file."""
-    return explain(_load(source), n, data=data)
-
-
-def _load(source: Path) -> Scores:
+def scores_of(source: Path) -> Scores:
+    """The scores of a run or of a file."""
     path = source / SCORES_FILE if source.is_dir() else source
     if not path.exists() and source.is_dir():
         folder = quote(str(source))

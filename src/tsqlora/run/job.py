@@ -14,12 +14,13 @@ import numpy as np
 from torch import nn
 from transformers import set_seed
 
+from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.rows import Columns
+from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import complete, prepare, require_embedded, unmeasured
 from tsqlora.data.table import Samples, Table
 from tsqlora.data.tokens import left_out
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, printable
 from tsqlora.interop.base import attach
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.lora import LoraAdapter
@@ -30,16 +31,7 @@ from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.saved_look import devices_of
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import PRESETS, Config, load_config
-from tsqlora.run.named import (
-    described,
-    device_of,
-    format_of,
-    load_model,
-    read,
-    require_columns,
-    require_of_task,
-    trained_task,
-)
+from tsqlora.run.named import device_of, load_model, read, require_of_task, trained_task
 from tsqlora.tasks import Collate, Task, get_task, has_own_loss
 from tsqlora.training.fit import Inputs, Method
 from tsqlora.training.load import Pretrained
@@ -50,6 +42,8 @@ from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE, adapter_folder, i
 
 TRUST = "TSQLORA_TRUST_REMOTE_CODE"
 """Environment variable that allows the code of a run's model to run, if its settings need it."""
+_SHOWN = 6
+"""Classes in the line about the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +226,44 @@ def require_finished(run: Path) -> RunRecord:
     if record.status != "finished":
         raise DataError(f"the run in {run} is not finished; `tsqlora train {quote(str(run))} --resume` continues it")
     return record
+
+
+# ---------------------------------------------------------------------------------- the rows
+
+
+def described(tables: Mapping[str, Table], task: Task) -> str:
+    """The rows of every split, their columns, classes and task, in one line."""
+    train = tables["train"]
+    rows = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
+    used = train.columns if train.format is None else train.format.columns
+    names = dict.fromkeys(name for name in (used.system, used.text, used.text_pair, used.label) if name in train.names)
+    parts = [f"{train.name}: {rows} rows", f"columns {quoted(names)}"]
+    if train.classes is not None:
+        classes = train.classes.names
+        shown = ", ".join(printable(str(name), 30) for name in classes[:_SHOWN])
+        parts.append(f"{len(classes)} classes ({shown}{', …' if len(classes) > _SHOWN else ''})")
+    kind = "" if train.format is None else f" of {train.format.name} rows"
+    return "; ".join([*parts, f"task {task.name}{kind}"])
+
+
+def format_of(config: Config, name: str | None, columns: Columns) -> Format | None:
+    """The format of this name; None for a task with one answer a sample."""
+    data = config.data
+    all_named = data.messages or data.text or (data.prompt and data.target)
+    return None if name is None else Format(name, columns, whole=not all_named)
+
+
+def require_columns(table: Table, *, labelled: bool) -> None:
+    """Raises DataError if a file lacks a column of training."""
+    columns, names = table.columns, table.names
+    # The second part of a prompt is optional.
+    second = columns.text_pair if table.format is None else None
+    for column in (columns.text, second, columns.label if labelled else None):
+        if column is not None and column not in names:
+            raise DataError(
+                f"{table.name} has no column '{column}', which the run was trained on; rename the one that "
+                f"holds it to '{column}': {quoted(names)}"
+            )
 
 
 # ---------------------------------------------------------------------------------- an adapter that the run continues

@@ -31,8 +31,8 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import suspects_of
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.fit import arguments
-from tsqlora.run.job import load, scoring_rule, with_start, without_rows
-from tsqlora.run.named import device_of, format_of, trained_task
+from tsqlora.run.job import format_of, load, scoring_rule, with_start, without_rows
+from tsqlora.run.named import device_of, trained_task
 from tsqlora.tasks import Collate, Task
 from tsqlora.text.apply import answer_columns, answers_of
 from tsqlora.text.before import even_scores, look_before, without_unfit

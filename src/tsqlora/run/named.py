@@ -1,22 +1,17 @@
 """What settings name: the task, the rows, the pretrained model and its device."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import set_seed
 
-from tsqlora.data.chat import Format
 from tsqlora.data.labels import LabelMap, are_numbers
-from tsqlora.data.rows import Columns, quoted
 from tsqlora.data.splits import read_data, without_measured
 from tsqlora.data.table import Table
-from tsqlora.errors import DataError, SettingsError, printable
+from tsqlora.errors import SettingsError
 from tsqlora.run.config import Config
 from tsqlora.tasks import Task, get_task
 from tsqlora.training.load import Pretrained, load_pretrained
-
-_SHOWN = 6
-"""Classes in the line about the rows."""
 
 
 def trained_task(config: Config, labels: LabelMap | None = None) -> Task:
@@ -60,41 +55,6 @@ def read(
         numbers=labels is not None and are_numbers(labels),
     )
     return without_measured(tables)
-
-
-def described(tables: Mapping[str, Table], task: Task) -> str:
-    """The rows of every split, their columns, classes and task, in one line."""
-    train = tables["train"]
-    rows = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
-    used = train.columns if train.format is None else train.format.columns
-    names = dict.fromkeys(name for name in (used.system, used.text, used.text_pair, used.label) if name in train.names)
-    parts = [f"{train.name}: {rows} rows", f"columns {quoted(names)}"]
-    if train.classes is not None:
-        classes = train.classes.names
-        shown = ", ".join(printable(str(name), 30) for name in classes[:_SHOWN])
-        parts.append(f"{len(classes)} classes ({shown}{', …' if len(classes) > _SHOWN else ''})")
-    kind = "" if train.format is None else f" of {train.format.name} rows"
-    return "; ".join([*parts, f"task {task.name}{kind}"])
-
-
-def format_of(config: Config, name: str | None, columns: Columns) -> Format | None:
-    """The format of this name; None for a task with one answer a sample."""
-    data = config.data
-    all_named = data.messages or data.text or (data.prompt and data.target)
-    return None if name is None else Format(name, columns, whole=not all_named)
-
-
-def require_columns(table: Table, *, labelled: bool) -> None:
-    """Raises DataError if a file lacks a column of training."""
-    columns, names = table.columns, table.names
-    # The second part of a prompt is optional.
-    second = columns.text_pair if table.format is None else None
-    for column in (columns.text, second, columns.label if labelled else None):
-        if column is not None and column not in names:
-            raise DataError(
-                f"{table.name} has no column '{column}', which the run was trained on; rename the one that "
-                f"holds it to '{column}': {quoted(names)}"
-            )
 
 
 def load_model(config: Config, task: Task, labels: LabelMap | None, *, gpus: Sequence[int] = ()) -> Pretrained:

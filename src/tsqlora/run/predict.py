@@ -22,8 +22,8 @@ from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.files import reading, writing
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
-from tsqlora.run.job import Job, open_run, require_finished
-from tsqlora.run.named import read, require_columns
+from tsqlora.run.job import Job, open_run, require_columns, require_finished
+from tsqlora.run.named import read
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.training.load import positions_of
 from tsqlora.training.predict import predict_logits, summed_counts, write_texts
