@@ -68,34 +68,16 @@ FAULTS = {
     "memory": "allocations that fail from a random pass on, and a real limit of the address space",
 }
 """What each group of bench/faults.py does to a training."""
-MODELS = {
-    "tiny": "tiny",
-    "minilm": "minilm",
-    "epochs": "tiny, a checkpoint an epoch",
-    "accumulating": "tiny, steps of 2 batches",
-    "best": "tiny, the best checkpoint at the end",
-}
-"""Its models, and when they save."""
 
 
 def faults(results: Results) -> Rows:
     """How often each group was tried, and how many runs survived."""
     rows = []
     for group, what in FAULTS.items():
-        for model, name in MODELS.items():
-            cells = [cell for key, cell in results["cells"].items() if key.startswith(f"{group}/{model}/")]
-            if cells:
-                survived = str(sum(cell["survived"] for cell in cells))
-                counts = {"cases": str(len(cells)), "survived": survived}
-                rows.append({"what happens to a training": what, "model": name, **counts})
+        cells = [cell for key, cell in results["cells"].items() if key.startswith(f"{group}/")]
+        survived = str(sum(cell["survived"] for cell in cells))
+        rows.append({"what happens to a training": what, "cases": str(len(cells)), "survived": survived})
     return rows
-
-
-def faults_kills(results: Results) -> Rows:
-    """The phases in which SIGKILL came."""
-    cells = (cell for key, cell in results["cells"].items() if key.startswith("kill/"))
-    counts = Counter(kill["phase"] for cell in cells for kill in cell["kills"])
-    return [{"phase in which SIGKILL came": phase, "kills": str(count)} for phase, count in sorted(counts.items())]
 
 
 def faults_mended(results: Results) -> Rows:
@@ -106,31 +88,17 @@ def faults_mended(results: Results) -> Rows:
 # --------------------------------------------------------------------------------------- fuzz
 
 
-def _fuzzed(results: Results) -> pd.DataFrame:
-    """Cases and outcomes by reader."""
-    readers = pd.DataFrame(results["targets"]).T[["cases", "outcomes", "slowest_seconds"]]
-    for outcome in ("read", "refused"):
-        readers[outcome] = [outcomes.get(outcome, 0) for outcomes in readers["outcomes"]]
-    readers["failures"] = readers["cases"] - readers["read"] - readers["refused"]
-    return readers
-
-
 def fuzz(results: Results) -> Rows:
-    """A row a reader: cases and what came of them."""
-    readers, result, counts = _fuzzed(results), results["found"], ["cases", "read", "refused", "failures"]
-
-    def row(name: str, cases: Mapping[str, Any], slowest: str, mended: int) -> dict[str, str]:
-        outcomes = {column: f"{cases[column]:,}" if column in cases else "" for column in counts}
-        last = {"slowest case, s": slowest, "failures found before and mended": str(mended)}
-        return {"reader": name, **outcomes, **last}
-
-    rows = [
-        row(n, r, f"{r['slowest_seconds']:.2f}", len(result.get(n, ()))) for n, r in readers.to_dict("index").items()
+    """A row a reader: cases, those that it neither read nor refused, and the slowest."""
+    return [
+        {
+            "reader": name,
+            "cases": f"{reader['cases']:,}",
+            "failures": str(reader["cases"] - reader["outcomes"]["read"] - reader["outcomes"]["refused"]),
+            "slowest case, s": f"{reader['slowest_seconds']:.2f}",
+        }
+        for name, reader in results["targets"].items()
     ]
-    rows += [
-        row(name, {}, "", len(of)) | {"cases": "by reading"} for name, of in result.items() if name not in readers.index
-    ]
-    return [*rows, row("**all**", readers[counts].sum().to_dict(), "", sum(map(len, result.values())))]
 
 
 def fuzz_found(results: Results) -> Rows:
@@ -611,7 +579,6 @@ def _claim(rows: str, result: str) -> dict[str, str]:
 
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "faults": faults,
-    "faults-kills": faults_kills,
     "faults-mended": faults_mended,
     "fuzz": fuzz,
     "fuzz-found": fuzz_found,
