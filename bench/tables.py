@@ -442,8 +442,8 @@ def claim_labels() -> str:
     right = 100 * judged.precision.to_numpy(float)
     low, high = differences.interval(right)
     return (
-        "If 10 % of the labels of 6,000 of its rows are set wrong, the audit calls "
-        f"{100 * judged.left_out.mean():.1f} % of the rows wrong, and {right.mean():.1f} % of these calls are right "
+        "If 10 % of the labels of 6,000 rows of CLINC150 are set wrong, the audit lists "
+        f"{100 * judged.left_out.mean():.1f} % of the rows to look at, and {right.mean():.1f} % of these are wrong "
         f"({low:.1f} to {high:.1f}; {len(right)} draws, t interval)."
     )
 
@@ -459,24 +459,19 @@ def claim_answers() -> str:
     )
 
 
-def claims_train(_: Results) -> Rows:
-    """What a training gains, for README: MiniLM, rank 8."""
-    lora, third, head, ours = headstart_controls(_)
-    steps, seeds = ours["steps"], min(int(row["seeds"]) for row in (lora, third, head, ours))
-    cells = differences.cells()
-    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
-    worlds = {name: _world_claim(cells, gains, name) for name in ("shortcut", "weak", "clean")}
-    return [
-        _claim(
-            "many classes (CLINC150)",
-            f"{ours['before the first step']} % accuracy before the first step, {ours['at its end']} % after {steps} "
-            f"steps. In as many steps LoRA from the same head has {head['at its end']} %, plain LoRA "
-            f"{third['at its end']} % (in three times the steps {lora['at its end']} %); {seeds} seeds",
-        ),
-        _claim("a shortcut in the rows (SST-2), and 128 that you have checked", worlds["shortcut"]),
-        _claim("labels by a lexicon (SST-2), and 128 that you have checked", worlds["weak"]),
-        _claim("a clean table (SST-2), and 128 that you have checked", worlds["clean"]),
-    ]
+def claim_train() -> str:
+    """What trusted rows gain over the same rows mixed in, for README: in a pool with a shortcut, and in a clean one."""
+    gains = differences.against_even(differences.cells()).set_index(["world", "trusted", "method"])
+    shortcut, clean = (gains.loc[name, 128, "default"] for name in ("shortcut", "clean"))
+    return (
+        f"{_points(shortcut)} of accuracy on SST-2 with a shortcut in the rows, by 128 checked rows that come last, "
+        f"compared with the same rows mixed in; on the clean table {_points(clean)} "
+        f"({clean.seeds:.0f} seeds, t intervals)"
+    )
+
+
+def _points(gain: pd.Series) -> str:
+    return f"{gain.accuracy:+.1f} points ({gain.accuracy_low:+.1f} to {gain.accuracy_high:+.1f})"
 
 
 def claim_servers() -> str:
@@ -489,17 +484,6 @@ def claim_servers() -> str:
         f"{name} misreads {kinds - count['right'] - count['refused']} and refuses {count['refused']}"
         for name, count in verdicts.items()
     )
-
-
-def _world_claim(cells: pd.DataFrame, gains: pd.DataFrame, world: str) -> str:
-    """The gain of trusted rows over the same rows mixed in, and what they alone reach."""
-    of, gain = cells[(cells.world == world) & (cells.trusted == 128)], gains.loc[world, 128, "default"]
-    accuracy, alone = (100 * of[of.method == name].accuracy.mean() for name in ("default", "alone"))
-    more = f"{gain.accuracy:+.1f} points ({gain.accuracy_low:.1f} to {gain.accuracy_high:.1f}, {gain.seeds:.0f} seeds)"
-    if gain.accuracy_low <= 0 <= gain.accuracy_high:
-        more = f"no difference detected: {more}"
-    ours = f"{accuracy:.1f} % accuracy. Compared with the same rows mixed in: {more}"
-    return f"{ours}. The 128 rows alone: {alone:.1f} %"
 
 
 FAULTS_IN_TEXT = {
@@ -573,10 +557,6 @@ def rules(_: Results) -> Rows:
     ]
 
 
-def _claim(rows: str, result: str) -> dict[str, str]:
-    return {"your rows": rows, "measured": result}
-
-
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "faults": faults,
     "faults-mended": faults_mended,
@@ -586,7 +566,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "llamacpp": llamacpp,
     "judge": judge,
     "judge-coverage": judge_coverage,
-    "claims-train": claims_train,
     "answers": answers,
     "answers_pairs": answers,
     "memory": memory,
@@ -603,7 +582,12 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
 }
 
 
-CLAIMS: dict[str, Callable[[], str]] = {"labels": claim_labels, "answers": claim_answers, "servers": claim_servers}
+CLAIMS: dict[str, Callable[[], str]] = {
+    "labels": claim_labels,
+    "answers": claim_answers,
+    "train": claim_train,
+    "servers": claim_servers,
+}
 
 
 def rendered(text: str) -> str:
