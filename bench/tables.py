@@ -545,7 +545,7 @@ def memory(_: Results) -> Rows:
 
 
 def rules(_: Results) -> Rows:
-    """The rules by which the doctor judges."""
+    """The newest rule of each server by which the doctor judges."""
     return [
         {
             "server": rule.name + (f" ({rule.file})" if rule.file else ""),
@@ -554,6 +554,7 @@ def rules(_: Results) -> Rows:
             "evidence": rule.evidence,
         }
         for rule in CONSUMERS
+        if not rule.until
     ]
 
 
