@@ -328,7 +328,7 @@ def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     scored = {"scores": "my s.parquet", "rows": 9, "held_out": 1, "draw": "even", "dropped": {}, "noise": None}
     for show, result, commands in (
         (show_record, record, ["tsqlora report 'my run'"]),
-        (show_audit, audit, ["tsqlora audit --apply reviewed.csv --out 'my out'"]),
+        (show_audit, audit, ["tsqlora apply reviewed.csv --out 'my out'"]),
         (show_scores, scored, ["tsqlora explain 'my s.parquet'", "tsqlora select 'my s.parquet' --fraction"]),
     ):
         text = shown(show, result)

@@ -253,14 +253,14 @@ def test_an_audit_without_source_rows_offers_no_review_and_says_why(
     code, shown, err = tsqlora("audit", *command, "--model", place / "model", "--out", out)
     assert code == 0, err
     assert "duplicate" in shown
-    assert "--apply" not in shown + (out / "audit.html").read_text(encoding="utf-8")
+    assert "tsqlora apply" not in shown + (out / "audit.html").read_text(encoding="utf-8")
     names = {"roles": "--data", "eval_leak": "--eval", "cut_answer": "model", "lengths": "all rows"}
     for name, why in {**names, "duplicate": "--data"}.items():
         code, _, err = tsqlora("audit", "--drop-findings", name, "--out", out)
         assert (code, why in err) == (2, True)
     source, of = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows]), tmp_path / "of rows"
     audit(*command, "--data", source, out=of)
-    assert "--apply" in (of / "audit.html").read_text(encoding="utf-8")
+    assert "tsqlora apply" in (of / "audit.html").read_text(encoding="utf-8")
     assert tsqlora("audit", "--drop-findings", "duplicate", "--out", of)[0] == 0
     assert cells_of(of / "clean.jsonl") == cells_of(source)[:-1]
 

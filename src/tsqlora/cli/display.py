@@ -285,7 +285,7 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
         say(console, [f"rows by finding, since the baseline: {', '.join(changes) or 'no change'}"])
     if result["answers"] is not None:
         say(console, result["answers"]["says"])
-    command = f", export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}"
+    command = f", export, then: tsqlora apply reviewed.csv --out {quote(result['out'])}"
     review = f"review {result['page']}{command if result['sha256'] else ''}"
     say(console, [f"{result['out']} has ledger.parquet and findings.json, with every row", review])
 
@@ -311,7 +311,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     checks = f", {result['checks']:,} of them not suspects, as a check" if result["checks"] else ""
     lines += [
         f"{result['suspects']} lists {result['listed']:,} rows{checks}",
-        f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}",
+        f"review {result['page']}, export, then: tsqlora apply reviewed.csv --out {quote(result['out'])}",
     ]
     say(console, lines)
 

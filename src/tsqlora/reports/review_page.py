@@ -30,7 +30,7 @@ UNEXPECTED_LOSS = 5.0
 
 def _render(template: str, folder: Path, about: Mapping[str, Any], data: Any, **values: Any) -> str:
     """The page, whose script gets `data`; a browser stores the choices by its key."""
-    name, command = Path(about["source"]).name, f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}"
+    name, command = Path(about["source"]).name, f"tsqlora apply reviewed.csv --out {quote(str(folder))}"
     data = htmlsafe_json_dumps(data, dumps=json.dumps)
     page = environment().get_template(template)
     return page.render(policy=POLICY, about=about, name=name, command=command, data=data, **values)
