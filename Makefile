@@ -37,7 +37,6 @@ check: .venv/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/tables.py --check
-	$(BIN)/python bench/results_page.py --check
 	$(BIN)/python scripts/reference_pages.py --check
 	$(BIN)/python scripts/plain_english.py
 	$(BIN)/python .ci/audit.py

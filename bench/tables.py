@@ -80,11 +80,6 @@ def faults(results: Results) -> Rows:
     return rows
 
 
-def faults_mended(results: Results) -> Rows:
-    """Failures that were found, what mends them, and the test that holds it."""
-    return [{"found": m["found"], "now": m["now"], "test": f"`{m['test']}`"} for m in results["mended"]]
-
-
 # --------------------------------------------------------------------------------------- fuzz
 
 
@@ -98,13 +93,6 @@ def fuzz(results: Results) -> Rows:
             "slowest case, s": f"{reader['slowest_seconds']:.2f}",
         }
         for name, reader in results["targets"].items()
-    ]
-
-
-def fuzz_found(results: Results) -> Rows:
-    """What was found and mended, a row each."""
-    return [
-        {"reader": name, "what a file could do": what} for name, result in results["found"].items() for what in result
     ]
 
 
@@ -142,21 +130,6 @@ def scale_chats(results: Results) -> Rows:
             "processor's seconds": f"{r['processor_seconds']:,.0f}",
         }
         for r in measured
-    ]
-
-
-def scale_parts(results: Results) -> Rows:
-    """Memory and seconds of rows in parts, scored by the look of a sample and drawn."""
-    return [
-        {name: f"{r[name]:,}" for name in ("rows", "parts", "sample", "drawn")}
-        | {f"{name}, processor's seconds": f"{value:,.0f}" for name, value in r["processor_seconds"].items()}
-        | {
-            "memory before, and more, MB": f"{r['bytes_before'] / 1e6:,.0f}, "
-            f"{(r['peak_bytes'] - r['bytes_before']) / 1e6:,.0f}"
-        }
-        for r in sorted(
-            (entry["found"] for key, entry in results.items() if key.startswith("parts-")), key=lambda r: r["rows"]
-        )
     ]
 
 
@@ -274,8 +247,6 @@ WORLD_TABLES = {
     "both": (("both",), (128,)),
     "weak": (("weak",), (128,)),
     "clean": (("clean",), (128,)),
-    "few": (("shortcut", "weak", "clean", "shortcut-bbc"), (32,)),
-    "other": (("shortcut-all-mpnet-base-v2", "overlap", "intents-wrong40", "intents-one10"), (128,)),
 }
 """Worlds and numbers of trusted rows of each table."""
 
@@ -303,44 +274,6 @@ def worlds(name: str, _: Results) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows)
     return table if len({row["world"] for row in rows}) > 1 else table.drop(columns="world", errors="ignore")
-
-
-def worlds_rates(_: Results) -> Rows:
-    """Accuracy on held-out training rows at each rate, the chosen one in bold."""
-    rows, rates = list[dict[str, str]](), differences.rates()
-    for world, method in itertools.product(differences.WORLDS, differences.WAYS):
-        if (world, method) in rates.index:
-            each = rates.loc[(world, method)]
-            values = {
-                f"{rate:g}": f"**{100 * value:.1f}**" if rate == each.idxmax() else f"{100 * value:.1f}"
-                for rate, value in each.items()
-            }
-            rows.append(
-                {"world": differences.WORLDS[world], "": differences.WAYS[method][0].format(trusted=128)} | values
-            )
-    return rows
-
-
-def worlds_cost(_: Results) -> Rows:
-    """Processor seconds of tsqlora and of even draws, by those of plain LoRA with the same seeds."""
-    cells = differences.cells()
-    rows = []
-    for world in differences.WORLDS:
-        of = cells[(cells.world == world) & (cells.trusted == (32 if world == "shortcut-bbc" else 128))]
-        seconds = of.pivot_table(index="seed", columns="method", values="processor_seconds").dropna(
-            subset=[name for name in ("default", "even", "lora") if name in set(of.method)]
-        )
-        if {"default", "even", "lora"} <= {*seconds.columns} and len(seconds):
-            ratios = {name: f"{(seconds[name] / seconds['lora']).mean():.2f}" for name in ("default", "even")}
-            rows.append(
-                {
-                    "world": differences.WORLDS[world],
-                    "seeds": str(len(seconds)),
-                    "tsqlora": ratios["default"],
-                    "even draws from the fitted head": ratios["even"],
-                }
-            )
-    return rows
 
 
 def _difference(gain: pd.Series, name: str) -> str:
@@ -396,32 +329,6 @@ def judge(results: Results) -> Rows:
                 }
             )
     return rows
-
-
-def judge_coverage(results: Results) -> Rows:
-    """How often wrong labels are evident, and their share lies within each bound and both, where there are bounds."""
-    rows = []
-    for (part, table, noise), cells in _judged(results):
-        if part == "coverage":
-            evident = cells[cells.evident]
-            bounded = evident[evident.high < 1]
-            above, below = bounded.wrong >= bounded.low, bounded.wrong <= bounded.high
-            low, high = 100 * bounded.low.mean(), 100 * bounded.high.mean()
-            counts = {"above the lower": above, "below the upper": below, "between both": above & below}
-            rows.append(
-                {
-                    "wrong labels": WRONG[noise],
-                    "table": table,
-                    "evident": f"{len(evident)} of {len(cells)}",
-                    "share of wrong labels": f"{100 * cells.wrong.mean():.1f} %",
-                    "estimate": f"{100 * evident.rate.mean():.1f} %" if len(evident) else None,
-                    "with bounds": str(len(bounded)),
-                    "bounds": f"{low:.1f} to {high:.1f} %" if len(bounded) else None,
-                    **{name: str(hits.sum()) if len(bounded) else None for name, hits in counts.items()},
-                }
-            )
-    order = list(WRONG.values())
-    return sorted(rows, key=lambda row: order.index(str(row["wrong labels"])))
 
 
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -486,39 +393,6 @@ def claim_servers() -> str:
     )
 
 
-FAULTS_IN_TEXT = {
-    "foreign, next": "the answer of the next row",
-    "foreign, near": "the answer of the row with the nearest prompt",
-    "cut": "the first half of the answer",
-    "swapped, next": "swapped; the rejected answer is the next row's",
-    "swapped, near": "swapped; the rejected answer is that of the nearest prompt",
-    "swapped, cut": "swapped; the rejected answer is the first half of the chosen one",
-}
-
-
-def answers(results: Results) -> Rows:
-    """What the look at answers says, by the fault and how many rows have it; means over draws."""
-    rows = list[dict[str, str]]()
-    for key, cell in results["results"].items():
-        table, fault = key.rpartition(", ")[0].split(", ", 1)
-        average = cell["average_precision"]
-        rows.append(
-            {
-                "table": table,
-                "fault": FAULTS_IN_TEXT[fault],
-                "rows, %": f"{100 * cell['share']:.0f}",
-                "average precision": "" if average != average else f"{average:.3f}",
-                "estimate, %": f"{100 * cell['rate']:.1f}",
-                "upper bound, %": f"{100 * cell['high']:.0f}",
-                "bound holds": f"{100 * cell['under_high']:.0f} %",
-                "draws with evidence": f"{100 * cell['evident']:.0f} %",
-                "rows listed": f"{cell['listed']:.1f}",
-                "of them right": "" if not cell["listed"] else f"{100 * cell['right'] / cell['listed']:.0f} %",
-            }
-        )
-    return rows
-
-
 SHAPES = {
     "SmolLM2-135M": (30, 576, 192, 1536, 49152, 1),
     "Qwen2.5-0.5B": (24, 896, 128, 4864, 151936, 1),
@@ -560,25 +434,16 @@ def rules(_: Results) -> Rows:
 
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "faults": faults,
-    "faults-mended": faults_mended,
     "fuzz": fuzz,
-    "fuzz-found": fuzz_found,
     "glue-low": glue_low,
     "llamacpp": llamacpp,
     "judge": judge,
-    "judge-coverage": judge_coverage,
-    "answers": answers,
-    "answers_pairs": answers,
     "memory": memory,
     "rules": rules,
     "scale-chats": scale_chats,
-    "scale-parts": scale_parts,
     "scale-rows": scale_rows,
-    "headstart": headstart,
     "headstart-controls": headstart_controls,
     "headstart-short": headstart_short,
-    "worlds-cost": worlds_cost,
-    "worlds-rates": worlds_rates,
     **{f"worlds-{name}": partial(worlds, name) for name in WORLD_TABLES},
 }
 

@@ -37,7 +37,7 @@ WHY = {
 def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
     """Return the calibrated loss above the median of the class, which orders labels by how likely they are wrong.
 
-    A hard class is not suspected as a whole. docs/research/log.md compares this with other measures.
+    A hard class is not suspected as a whole. docs/research.md compares this with other measures.
     """
     loss = scores.terms["loss"].astype(np.float64)
     groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata
