@@ -63,7 +63,6 @@ bench: .venv/.installed-dev
 # Compiles llama.cpp first: a quarter of an hour on two cores. Then `make test-all` runs its tests, too.
 bench-llamacpp: .venv/.installed-llamacpp
 	$(BIN)/python bench/llamacpp.py
-	$(BIN)/python bench/tables.py
 
 # Pins what is installed now. Not torch: its build is the machine's choice (CPU, CUDA).
 constraints: .venv/.installed-dev

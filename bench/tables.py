@@ -36,23 +36,6 @@ def _verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def llamacpp(results: Results) -> Rows:
-    """How far llama.cpp's log-probabilities are from PEFT's, by file of weights and adapter."""
-    adapters = {"none": "none", "gguf": "`--format gguf`", "converted": "one alpha for all layers"}
-    return [
-        {
-            "weights": weights,
-            "adapter": adapters[adapter],
-            "largest difference": f"{result['largest']:.2g}",
-            "mean difference": f"{result['mean']:.2g}",
-            "KL, nats": f"{result['kl']:.2g}",
-            "same best token": f"{result['same_best']:.0%}",
-        }
-        for key, result in results["results"].items()
-        for weights, _, adapter in [key.partition(", ")]
-    ]
-
-
 # ------------------------------------------------------------------------------------- faults
 
 FAULTS = {
@@ -436,7 +419,6 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "faults": faults,
     "fuzz": fuzz,
     "glue-low": glue_low,
-    "llamacpp": llamacpp,
     "judge": judge,
     "memory": memory,
     "rules": rules,
