@@ -27,13 +27,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM
 
-from tsqlora.data.chat import conversation, format_of
-from tsqlora.data.rows import Row as FileRow
-from tsqlora.quality.rule import Compute
-from tsqlora.run.text_audit import load_vocabulary
-from tsqlora.text import answers
-from tsqlora.text.answers import Turn, behind, features_of, read_answers, turns_of
-from tsqlora.text.faults import (
+from tsqlora.auditing.texts import answers
+from tsqlora.auditing.texts.answers import Turn, behind, features_of, read_answers, turns_of
+from tsqlora.auditing.texts.command import load_vocabulary
+from tsqlora.auditing.texts.faults import (
     Detection,
     cross_fitted,
     cut_place,
@@ -42,8 +39,11 @@ from tsqlora.text.faults import (
     folds_of,
     plantings,
 )
-from tsqlora.text.look import DECOYS
-from tsqlora.text.raw import prepared_rows
+from tsqlora.auditing.texts.look import DECOYS
+from tsqlora.auditing.texts.raw import prepared_rows
+from tsqlora.model.request import Compute
+from tsqlora.rows.chat import conversation, format_of
+from tsqlora.rows.rows import Row as FileRow
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
 CACHE = ROOT / "bench" / ".cache" / "answers"

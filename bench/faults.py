@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SAVES, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    import tsqlora.run.train  # noqa: F401  (what is forked has it then)
+    import tsqlora.training.command  # noqa: F401  (what is forked has it then)
 
     previous = read(args.out)
     cells, lost = previous.setdefault("cells", {}), list[str]()

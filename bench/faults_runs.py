@@ -202,7 +202,7 @@ SAVES: dict[str, dict[str, Any]] = {
 def written(place: Path, name: str) -> Path:
     """The settings of a training; labels and words of the tiny model are beyond ASCII."""
     if name == "minilm":
-        from tsqlora.run.demo import bbc_news, package_folder
+        from tsqlora.training.demo import bbc_news, package_folder
 
         articles = random.Random(0).sample(bbc_news(), 128)
         rows = [{"text": " ".join(text.split()[:25]), "label": topic} for text, topic in articles]

@@ -24,8 +24,8 @@ from harness import Entry, cell, changed, entry
 
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
-from tsqlora.run.config import Config, load_config
-from tsqlora.run.demo import package_folder
+from tsqlora.settings import Config, load_config
+from tsqlora.training.demo import package_folder
 
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"

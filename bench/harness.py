@@ -22,19 +22,19 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from tsqlora.data.table import data_hash
 from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.paper.budget import default_max_rank
 from tsqlora.paper.moves import RankSchedule, default_interval
 from tsqlora.paper.slots import active_parameters, active_ranks
-from tsqlora.quality.sampling import draw_size
-from tsqlora.run.config import Config
-from tsqlora.run.fit import arguments, measure
-from tsqlora.run.job import Job, load, method_of
+from tsqlora.record import RunRecord, versions
+from tsqlora.rows.table import data_hash
+from tsqlora.sampling import draw_size
 from tsqlora.seeds import stream
+from tsqlora.settings import Config
 from tsqlora.training.fit import Method, fit
+from tsqlora.training.job import Job, load, method_of
 from tsqlora.training.lora import inject, layers_of, new_config
-from tsqlora.training.record import RunRecord, versions
+from tsqlora.training.run import arguments, measure
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "all": {"enabled": False, "head_start": False, "fraction": 1.0},

@@ -26,11 +26,11 @@ from harness import entry, train
 from origin import ROOT, encoder, machine, parser_of, stored
 from transformers import TrainerCallback
 
-from tsqlora.run.config import Config
-from tsqlora.run.demo import bbc_news
-from tsqlora.run.job import Job
-from tsqlora.run.predict import predictor_of
+from tsqlora.settings import Config
 from tsqlora.tasks import get_task
+from tsqlora.training.demo import bbc_news
+from tsqlora.training.job import Job
+from tsqlora.training.predict import predictor_of
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "headstart"))

@@ -38,12 +38,12 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.judge import judge
-from tsqlora.quality.rule import Compute
-from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS
-from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.auditing.command import BATCH_SIZE, ENCODER, TOKENS
+from tsqlora.auditing.labels.judge import judge
+from tsqlora.model.forward import forward_pass
+from tsqlora.model.request import Compute
 from tsqlora.tasks import get_task
+from tsqlora.training.demo import bbc_news, package_folder
 
 SHARED = ROOT / ".." / "shared" / "data"
 FEATURES = Path.home() / ".cache" / "tsqlora-bench"

@@ -20,14 +20,14 @@ from origin import ROOT, commit, machine, parser_of, write
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
-from tsqlora.data.batches import IGNORED
-from tsqlora.data.chat import Conversation, Format, conversation, format_of
-from tsqlora.data.rows import Row
-from tsqlora.text.among import among_rows
-from tsqlora.text.ledger import Line, line_of
-from tsqlora.text.prepared import Trained
-from tsqlora.text.raw import audited, prepared_rows
-from tsqlora.text.vocabulary import Vocabulary, vocabulary_of
+from tsqlora.auditing.texts.among import among_rows
+from tsqlora.auditing.texts.ledger import Line, line_of
+from tsqlora.auditing.texts.prepared import Trained
+from tsqlora.auditing.texts.raw import audited, prepared_rows
+from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
+from tsqlora.rows.batches import IGNORED
+from tsqlora.rows.chat import Conversation, Format, conversation, format_of
+from tsqlora.rows.rows import Row
 
 SHARE, LIMIT = 0.03, 8_192
 Cells = dict[str, Any]

@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tsqlora import paper
+from tsqlora.adapter.files import read_adapter
+from tsqlora.adapter.gguf import FILE
 from tsqlora.files import write_json
-from tsqlora.interop.files import read_adapter
-from tsqlora.interop.gguf import FILE
-from tsqlora.run.demo import package_folder
-from tsqlora.run.export import export
-from tsqlora.training.record import versions
+from tsqlora.record import versions
+from tsqlora.training.demo import package_folder
+from tsqlora.training.export import export
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "llamacpp.json"

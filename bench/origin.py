@@ -14,8 +14,8 @@ import torch
 
 import tsqlora
 from tsqlora.files import write_json
-from tsqlora.run.demo import package_folder
-from tsqlora.training.record import versions
+from tsqlora.record import versions
+from tsqlora.training.demo import package_folder
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,14 +25,14 @@ from origin import ROOT, commit, machine, parser_of, stored
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from worlds import RATE, STEPS, World, by_label, draw, features_of, table, tokens_of, write_rows
 
-from tsqlora.quality.question import Measured, measured, standard_errors
-from tsqlora.quality.rule import Compute
-from tsqlora.quality.suspects import audit_of
-from tsqlora.run.config import Config
-from tsqlora.run.job import open_run
-from tsqlora.run.train import train
+from tsqlora.auditing.labels.question import Measured, measured, standard_errors
+from tsqlora.auditing.labels.suspects import audit_of
+from tsqlora.model.request import Compute
+from tsqlora.record import versions
+from tsqlora.settings import Config
 from tsqlora.tasks import get_task
-from tsqlora.training.record import versions
+from tsqlora.training.command import train
+from tsqlora.training.job import open_run
 
 RESULTS = ROOT / "bench" / "results" / "question"
 TRUSTED, FEW, HELD_OUT, BEFORE = 128, 32, 400, 308

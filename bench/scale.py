@@ -28,15 +28,15 @@ from made import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, wri
 from origin import ROOT, commit, parser_of, read, write
 
 from tsqlora import paper
-from tsqlora.data.splits import prepare
-from tsqlora.data.table import stored_in
-from tsqlora.quality.select import select_rows
-from tsqlora.run import job as reading
-from tsqlora.run.config import load_config
-from tsqlora.run.job import open_run
-from tsqlora.run.look import look_at, score_by_look
-from tsqlora.run.text_audit import audit_text
-from tsqlora.run.train import train
+from tsqlora.auditing.draw.select import select_rows
+from tsqlora.auditing.texts.command import audit_text
+from tsqlora.rows.splits import prepare
+from tsqlora.rows.table import stored_in
+from tsqlora.settings import load_config
+from tsqlora.training import job as reading
+from tsqlora.training.command import train
+from tsqlora.training.job import open_run
+from tsqlora.training.look import look_at, score_by_look
 
 CACHE = ROOT / "bench" / ".cache" / "scale"
 

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.adapter.servers import TOWER
 from tsqlora.errors import DataError
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
-from tsqlora.interop.servers import TOWER
 
 CLASSIFIER = "ForSequenceClassification"
 Applied = dict[str, Tensor]

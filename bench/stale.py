@@ -12,17 +12,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SRC = "src/tsqlora/"
 DECIDES = {
-    "answers.json": ["text/answers.py", "text/faults.py"],
-    "answers_pairs.json": ["text/answers.py", "text/faults.py"],
-    "faults.json": ["training", "files.py", "run/train.py", "run/fit.py"],
-    "fuzz.json": ["data/readers.py", "interop", "compat/yaml.py", "text/prepared.py"],
-    "headstart_controls": ["quality/head_start.py", "quality/linear_head.py"],
-    "judge.json": ["quality/judge.py", "quality/label_noise.py", "quality/linear_head.py"],
-    "ledger.json": ["text/ledger.py", "text/among.py", "text/raw.py", "text/reconcile.py"],
-    "scale.json": ["data", "quality/passes.py", "quality/look.py"],
-    "servers.json": ["interop/servers.toml", "interop/servers.py", "interop/files.py"],
-    "worlds": ["quality/judge.py", "quality/head_start.py", "quality/epochs.py", "training/trusted_last.py"],
+    "answers.json": ["auditing/texts/answers.py", "auditing/texts/faults.py"],
+    "answers_pairs.json": ["auditing/texts/answers.py", "auditing/texts/faults.py"],
+    "faults.json": ["training", "files.py"],
+    "fuzz.json": ["rows/readers.py", "adapter", "libs/yaml.py", "auditing/texts/prepared.py"],
+    "headstart_controls": ["auditing/head_start.py", "model/linear.py"],
+    "judge.json": ["auditing/labels/judge.py", "auditing/labels/label_noise.py", "model/linear.py"],
+    "ledger.json": [f"auditing/texts/{name}.py" for name in ("ledger", "among", "raw", "reconcile")],
+    "question": ["auditing/labels/question.py", "auditing/labels/judge.py", "model/linear.py"],
+    "scale.json": ["rows", "model/passes.py", "auditing/look.py"],
+    "servers.json": ["adapter/servers.toml", "adapter/servers.py", "adapter/files.py"],
+    "worlds": ["auditing/labels", "auditing/head_start.py", "auditing/draw", "training/trusted_last.py"],
 }
+BEFORE = {
+    "adapter": "interop",
+    "auditing/labels": "quality",
+    "auditing/draw": "quality",
+    "auditing/texts": "text",
+    "auditing": "quality",
+    "libs": "compat",
+    "model/linear.py": "quality/linear_head.py",
+    "model": "quality",
+    "rows": "data",
+}
+"""Where these files were before the commit whose packages are doors."""
+EQUAL = "^Golden: equal"
+"""A line of the message of a commit whose golden runs equal those before it: it makes nothing old."""
 
 
 def git(*words: str) -> str:
@@ -37,6 +52,12 @@ def oldest(result: Path) -> str:
     return dated[-1] if dated else git("log", "-1", "--format=%H", "--", str(result)).strip()
 
 
+def _both(path: str) -> tuple[str, str]:
+    """Where a file is, and where it was."""
+    new = next((new for new in BEFORE if path.startswith(new)), "")
+    return path, path.replace(new, BEFORE.get(new, ""), 1)
+
+
 def main() -> None:
     if not (ROOT / ".git").exists():
         print("no history is at hand that tells how old results are")
@@ -44,9 +65,8 @@ def main() -> None:
     old = False
     for name, paths in DECIDES.items():
         made = oldest(ROOT / "bench" / "results" / name)
-        later = (
-            git("log", "--format=%h", f"{made}..HEAD", "--", *(SRC + path for path in paths)).split() if made else []
-        )
+        since = ("log", "--format=%h", "--invert-grep", f"--grep={EQUAL}", f"{made}..HEAD", "--")
+        later = git(*since, *(SRC + path for one in paths for path in _both(one))).split() if made else []
         if later:
             old = True
             print(

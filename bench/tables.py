@@ -19,7 +19,7 @@ from curves import EPOCHS
 from glue import CHOOSING, entry_of
 from markdown_table import NONE, markdown
 
-from tsqlora.interop.servers import CONSUMERS
+from tsqlora.adapter.servers import CONSUMERS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

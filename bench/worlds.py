@@ -34,16 +34,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from tsqlora.quality import question
-from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.rule import Compute
-from tsqlora.run.config import Config
-from tsqlora.run.demo import bbc_news
-from tsqlora.run.job import open_run
-from tsqlora.run.predict import predict_run
-from tsqlora.run.train import train
+from tsqlora.auditing.labels import question
+from tsqlora.model.forward import forward_pass
+from tsqlora.model.request import Compute
+from tsqlora.record import versions
+from tsqlora.settings import Config
 from tsqlora.tasks import get_task
-from tsqlora.training.record import versions
+from tsqlora.training.command import train
+from tsqlora.training.demo import bbc_news
+from tsqlora.training.job import open_run
+from tsqlora.training.predict import predict_run
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))

@@ -90,7 +90,7 @@ def main() -> None:
         parser.error(f"--out {request.out} is not empty; name another directory")
     from datasets import DatasetDict, load_from_disk
 
-    from tsqlora.compat.yaml import load_yaml
+    from tsqlora.libs.yaml import load_yaml
 
     settings = load_yaml(request.config.read_bytes())
     if not isinstance(settings, dict) or settings.get("stage") != "sft":

@@ -14,13 +14,13 @@ from torch.nn.functional import logsigmoid
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import tsqlora as tsq
-from tsqlora.data.table import Table
-from tsqlora.data.write import write_rows
-from tsqlora.run.predict import evaluate_run, predict_run
+from tsqlora.record import RunRecord
+from tsqlora.rows.table import Table
+from tsqlora.rows.write import write_rows
 from tsqlora.tasks import TASKS
 from tsqlora.tasks.reading import TEXTS
 from tsqlora.tasks.task import Logits, evaluate
-from tsqlora.training.record import RunRecord
+from tsqlora.training.predict import evaluate_run, predict_run
 
 GRADES = 5
 WORDS = ["[PAD]", "awful", "poor", "plain", "good", "superb", *(f"w{number}" for number in range(20))]

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tsqlora as tsq
-from tsqlora.data.rows import Columns, row_hash
-from tsqlora.quality.saved_look import SavedLook
+from tsqlora.auditing.saved_look import SavedLook
+from tsqlora.rows.rows import Columns, row_hash
 
 Table = dict[str, np.ndarray]
 

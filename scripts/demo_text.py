@@ -15,9 +15,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
+from tsqlora.auditing.texts.command import audit_text
 from tsqlora.cli.display import show_text_audit
-from tsqlora.run.demo import package_folder
-from tsqlora.run.text_audit import audit_text
+from tsqlora.training.demo import package_folder
 
 SHIFTED, CUT = range(60, 72), range(4, 40, 5)
 

@@ -34,7 +34,7 @@ from families import FAMILIES, trained_tokenizer  # noqa: E402
 from tsqlora.cli import console  # noqa: E402
 from tsqlora.cli.commands import app  # noqa: E402
 from tsqlora.cli.progress_bars import Display  # noqa: E402
-from tsqlora.run.demo import bbc_news, run_demo  # noqa: E402
+from tsqlora.training.demo import bbc_news, run_demo  # noqa: E402
 
 
 def recorder(width: int = 100) -> Console:

@@ -72,7 +72,7 @@ def findings(path: Path, text: str) -> Iterator[Finding]:
 
 
 def package(path: str) -> str:
-    """The package of a count: `run` of `src/tsqlora/run/train.py`, else the top folder."""
+    """The package of a count: `run` of `src/tsqlora/training/command.py`, else the top folder."""
     folder, *rest = Path(path).parts
     return rest[1] if folder == "src" and len(rest) > 2 else folder if rest and folder != "src" else "."
 

@@ -1,4 +1,4 @@
-"""Writes docs/{cli,settings,moved}.md and run/config/settings.yaml: python scripts/reference_pages.py [--check]"""
+"""Writes docs/{cli,settings,moved}.md and settings/settings.yaml: python scripts/reference_pages.py [--check]"""
 
 import sys
 import types
@@ -11,10 +11,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from tsqlora.cli.commands import app
-from tsqlora.compat.yaml import dump_yaml
-from tsqlora.data.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
+from tsqlora.libs.yaml import dump_yaml
 from tsqlora.moved import MOVED, what_of
-from tsqlora.run.config import REFUSED_ARGUMENTS, Config
+from tsqlora.rows.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
+from tsqlora.settings import REFUSED_ARGUMENTS, Config
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEMPLATE = Path(__file__).parents[1] / "src" / "tsqlora" / "run" / "config" / "settings.yaml"
@@ -32,7 +32,7 @@ one or two lines: the thing, the value, and what to do. `--debug` after any comm
 
 SETTINGS = """# Settings
 
-<!-- Made by scripts/reference_pages.py from src/tsqlora/run/config/settings.py. -->
+<!-- Made by scripts/reference_pages.py from src/tsqlora/settings/settings.py. -->
 
 `tsqlora init` writes all of these with their defaults. Two are required, `model.path` and `data.train`; leave out what
 you do not change. A misspelled name is an error that suggests the nearest one. `--dry-run`, run.json and

@@ -24,9 +24,11 @@ for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     os.environ[offline] = "1"
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
-CHECKED = ("gradients", "quality", "paper", "tasks")
+LOOK = ("apply", "draw", "head_start", "labels", "look", "reasons", "saved_look", "score", "scores")
+CHECKED = (*(f"auditing.{name}" for name in LOOK), "model", "paper", "sampling", "tasks")
 SOURCE = Path(__file__).parents[1] / "src" / "tsqlora"
-assert all((SOURCE / name).is_dir() or (SOURCE / f"{name}.py").is_file() for name in CHECKED), "a module was renamed"
+FILES = [SOURCE / name.replace(".", "/") for name in CHECKED]
+assert all(file.is_dir() or file.with_suffix(".py").is_file() for file in FILES), "a module was renamed"
 # The tower: an int is a float, as type checkers have it.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 

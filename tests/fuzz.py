@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
 from tsqlora.files import write_json
-from tsqlora.training.record import versions
+from tsqlora.record import versions
 from watch import attempt
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))

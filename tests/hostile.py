@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tables import cells_of, read_as
+from tsqlora.adapter.doctor import examine
+from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.adapter.template import compare_template
+from tsqlora.auditing.texts.command import prepared_set
+from tsqlora.auditing.texts.prepared import sequences_of
 from tsqlora.cli.display import show_doctor
-from tsqlora.data.splits import read_data
-from tsqlora.data.write import WRITERS, write_rows
-from tsqlora.interop.doctor import examine
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
-from tsqlora.interop.template import compare_template
-from tsqlora.run.config import Config, Section, dump_config, load_config, template
-from tsqlora.run.text_audit import prepared_set
-from tsqlora.text.prepared import sequences_of
-from tsqlora.training.record import RunRecord
-from tsqlora.training.run_dir import RECORD_FILE
+from tsqlora.record import RunRecord
+from tsqlora.rows.splits import read_data
+from tsqlora.rows.write import WRITERS, write_rows
+from tsqlora.run_dir import RECORD_FILE
+from tsqlora.settings import Config, Section, dump_config, load_config, template
 
 
 @dataclass(frozen=True)

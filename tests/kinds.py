@@ -17,8 +17,8 @@ from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralF
 
 from loras import lora_config, save_base, save_lora, tiny_llama
 from models import SIZES, tiny_bert
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, write_adapter
-from tsqlora.interop.lora import Target
+from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter, write_adapter
+from tsqlora.adapter.lora import Target
 
 Q0, Q1 = (f"model.layers.{j}.self_attn.q_proj" for j in (0, 1))
 Build = Callable[[Path], Path]

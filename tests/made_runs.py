@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from runs import Row, write_jsonl
-from tsqlora.data.rows import sample_hash
-from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.training.record import RankEvent, RunRecord
+from tsqlora.auditing.scores import Scores, from_terms
+from tsqlora.record import RankEvent, RunRecord
+from tsqlora.rows.rows import sample_hash
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
 CLASSES = ("no", "yes")

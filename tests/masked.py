@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.text.vocabulary import vocabulary_of
+from tsqlora.auditing.texts.vocabulary import vocabulary_of
 
 WORDS = (
     *("river", "stone", "market", "evening", "letter", "window", "garden", "number", "engine", "paper", "winter"),

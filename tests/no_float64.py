@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from tsqlora.compat import torch as ours
+from tsqlora.libs import torch as ours
 
 _OF_PROCESSOR = "aten.randn.generator"
 """Draws of a generator of the processor."""

@@ -14,8 +14,9 @@ import tsqlora as tsq
 from models import collate
 from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_sensitivity
 from tsqlora import paper
-from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
-from tsqlora.quality.scores import Scores
+from tsqlora.auditing.scores import Scores
+from tsqlora.model.request import Compute, RowNames, ScoringRule
+from tsqlora.paper.terms import PAPER_TERMS
 
 Rows = Sequence[dict[str, Any]]
 

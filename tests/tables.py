@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.readers import SNIFF, Hints
-from tsqlora.data.rows import Row
-from tsqlora.data.sources import open_table
-from tsqlora.data.table import Samples, Table, table_of
+from tsqlora.rows.readers import SNIFF, Hints
+from tsqlora.rows.rows import Row
+from tsqlora.rows.sources import open_table
+from tsqlora.rows.table import Samples, Table, table_of
 from tsqlora.tasks import Task, get_task
 
 TASK_OF = {

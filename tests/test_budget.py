@@ -23,7 +23,7 @@ WINGS: dict[str, int] = BUDGET.pop("wings")
 def figures() -> dict[str, float]:
     """Measure what the budget bounds."""
     import tsqlora
-    from tsqlora.run.config.settings import Config
+    from tsqlora.settings.settings import Config
 
     commands = [*_commands()]
     options = [one.name for command in commands for one in command.params if one.param_type_name == "option"]

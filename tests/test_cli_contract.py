@@ -133,7 +133,7 @@ def test_what_was_not_foreseen_exits_1_and_an_interrupt_130(
     def broken(*_: Any) -> None:
         raise RuntimeError(fails) if isinstance(fails, str) else fails
 
-    monkeypatch.setattr("tsqlora.run.config.load_config", broken)
+    monkeypatch.setattr("tsqlora.settings.load_config", broken)
     result, out, err = tsqlora("train", "c.yaml")
     assert (result, out, len(err.splitlines())) == (code, "", 1)
     assert "Traceback" not in err
@@ -154,9 +154,9 @@ def test_what_an_error_quotes_is_no_markup_and_says_nothing_to_the_terminal(tsql
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a checkpoint, rows, settings, a run, scores and an adapter that is not ours are."""
-    from tsqlora.run.config import load_config
-    from tsqlora.run.score import score_rows
-    from tsqlora.run.train import train
+    from tsqlora.settings import load_config
+    from tsqlora.training.command import train
+    from tsqlora.training.score import score_rows
 
     folder = tmp_path_factory.mktemp("contract")
     plain = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}

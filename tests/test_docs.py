@@ -95,7 +95,7 @@ SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In place of SmolLM2, which tests cannot download."""
     from families import FAMILIES, trained_tokenizer
-    from tsqlora.run.demo import bbc_news
+    from tsqlora.training.demo import bbc_news
     from words import llama
 
     folder = tmp_path_factory.mktemp("chat") / "model"
@@ -123,7 +123,7 @@ def test_block_is_not_run(block: Block) -> None:
 
 @pytest.mark.parametrize("block", SETTINGS, ids=lambda block: block.place)
 def test_settings_load(block: Block, tmp_path: Path) -> None:
-    from tsqlora.run.config import load_config
+    from tsqlora.settings import load_config
 
     if block.skipped:
         pytest.skip(block.skipped)

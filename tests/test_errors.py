@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora.data.readers import BrokenQuotesError
-from tsqlora.data.rows import MissingError
 from tsqlora.errors import DataError, SettingsError, StoppedError, TsqLoraError, UnsupportedError, printable
+from tsqlora.rows.readers import BrokenQuotesError
+from tsqlora.rows.rows import MissingError
 
 
 @given(st.text(), st.integers(10, 100))

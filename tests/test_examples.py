@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import tsqlora as tsq
-from tsqlora.training.record import RunRecord
+from tsqlora.record import RunRecord
 
 FOLDER = Path(__file__).parents[1] / "examples"
 OF_OTHERS = {"axolotl_plugin", "llama_factory", "ray_data"}
-"""Examples that need another program: tests/test_other_trainers.py, tests/run/test_ray_data.py."""
+"""Examples that need another program: tests/test_other_trainers.py, tests/training/test_ray_data.py."""
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in OF_OTHERS)
 RESULTS = {
     "audio": "accuracy of the adapter in plain PEFT",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tsqlora.data.sources import open_table
-from tsqlora.data.write import copy_rows, require_place, write_rows
 from tsqlora.errors import SettingsError
 from tsqlora.files import replacing, write_text
+from tsqlora.rows.sources import open_table
+from tsqlora.rows.write import copy_rows, require_place, write_rows
 
 
 @pytest.mark.parametrize("exists", [True, False])

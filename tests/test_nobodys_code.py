@@ -138,13 +138,13 @@ def test_the_code_runs_where_the_user_trusts_it(
     assert (base / "ran").exists()
 
 
-def test_only_compat_loads_models() -> None:
+def test_only_libs_loads_models() -> None:
     loaders = {"from_pretrained", "from_config"}
     calls = [
         f"{path.relative_to(SOURCE)}:{node.lineno}"
         for path in SOURCE.rglob("*.py")
-        if path.parent.name != "compat"
+        if path.parent.name != "libs"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in loaders
     ]
-    assert not calls, "load with tsqlora.compat.transformers.load, which runs no code of the model"
+    assert not calls, "load with tsqlora.libs.transformers.load, which runs no code of the model"

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import run_cli
+from tsqlora.auditing.scores import Scores
 from tsqlora.cli import main
-from tsqlora.quality.scores import Scores
-from tsqlora.run.predict import predict_run
+from tsqlora.training.predict import predict_run
 
 WRITTEN = Path(__file__).parent / "fixtures"
 CURES = {"v0.1": "quality.reference was removed", "v0.2": "resume with that version, or start again"}

@@ -17,12 +17,12 @@ import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
 from runs import set_up
 from scoring import score_by, teach
-from tsqlora.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
-from tsqlora.quality.rule import Compute
-from tsqlora.run import train as pipeline
-from tsqlora.run.config import Config, load_config
+from tsqlora.model.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
+from tsqlora.model.request import Compute
+from tsqlora.settings import Config, load_config
 from tsqlora.tasks import get_task
-from tsqlora.training.predict import predict_logits
+from tsqlora.training import command as pipeline
+from tsqlora.training.predictions import predict_logits
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
 
@@ -193,7 +193,7 @@ def test_a_resumed_run_begins_with_what_sufficed(
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr("tsqlora.run.train.measure", stopped)
+        patch.setattr("tsqlora.training.command.measure", stopped)
         Limit(patch, rows=4)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(config, tmp_path / "run")

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 import tsqlora as tsq
 from families import FAMILIES, tokenizer_of
 from masked import chats, masked
-from tsqlora.text.findings import OF_LABELS
+from tsqlora.auditing.texts.findings import OF_LABELS
 
 ROWS, EMPTY, COPY = 24, (2, 3), 5
 LEFT = [j for j in range(ROWS) if j not in (*EMPTY, COPY)]

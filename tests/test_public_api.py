@@ -106,7 +106,7 @@ def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    code = "import tsqlora.reports, tsqlora as t"
+    code = "import tsqlora.training.report, tsqlora as t"
     subprocess.run([sys.executable, "-c", f"{code}; assert callable(t.report)"], check=True)
 
 

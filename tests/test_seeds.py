@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tsqlora.quality.rows import reference_rows
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.auditing.draw.subset import QualitySubset
+from tsqlora.rows.datasets import reference_rows
 from tsqlora.seeds import STREAMS, stream
 
 PLACES: list[tuple[int, ...]] = [(), (0,), (1,), (0, 0)]

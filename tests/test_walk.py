@@ -34,7 +34,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
         stack = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
         ours = [(path, name) for path, name in stack if path.is_relative_to(SOURCE)]
         walks.append([(path.relative_to(SOURCE).as_posix(), name) for path, name in ours])
-        if ("quality/look.py", "look") in walks[-1]:
+        if ("auditing/look.py", "look") in walks[-1]:
             raise Arrived
         return forward(self, *args, **kwargs)
 

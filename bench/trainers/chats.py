@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.append(str(ROOT / "tests"))
 
 from families import FAMILIES, tokenizer_of
-from tsqlora.run.text_audit import audit_text, prepared_set
+from tsqlora.auditing.texts.command import audit_text, prepared_set
 
 FAMILY, LIMIT = "qwen 2.5", 400
 WHERE = re.compile(r"row number (\d+)[,.]")

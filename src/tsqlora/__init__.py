@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tsqlora import paper
+    from tsqlora.auditing.draw.subset import QualitySubset
+    from tsqlora.auditing.labels.suspects import Audit
+    from tsqlora.auditing.texts.apply import apply
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-    from tsqlora.quality.subset import QualitySubset
-    from tsqlora.quality.suspects import Audit
-    from tsqlora.reports.write import Report, report
-    from tsqlora.run.look import look
-    from tsqlora.run.pool import select
-    from tsqlora.text.apply import apply
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.fit import attach
+    from tsqlora.training.look import look
     from tsqlora.training.lora import wrap
+    from tsqlora.training.pool import select
     from tsqlora.training.quality_callback import QualityCallback
+    from tsqlora.training.report.write import Report, report
 
 __all__ = [
     "Audit",
@@ -45,12 +45,12 @@ __all__ = [
 _HOMES = {
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
-    "quality.subset": ("QualitySubset",),
-    "quality.suspects": ("Audit",),
-    "reports.write": ("Report", "report"),
-    "run.look": ("look",),
-    "run.pool": ("select",),
-    "text.apply": ("apply",),
+    "auditing.draw.subset": ("QualitySubset",),
+    "auditing.labels.suspects": ("Audit",),
+    "training.report.write": ("Report", "report"),
+    "training.look": ("look",),
+    "training.pool": ("select",),
+    "auditing.texts.apply": ("apply",),
     "training.fit": ("attach",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

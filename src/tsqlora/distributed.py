@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tsqlora.compat.accelerate import is_compiled
-from tsqlora.compat.deepspeed import is_partitioned
-from tsqlora.compat.torch import inside_compiled
 from tsqlora.errors import TsqLoraError, UnsupportedError
+from tsqlora.libs.accelerate import is_compiled
+from tsqlora.libs.deepspeed import is_partitioned
+from tsqlora.libs.torch import inside_compiled
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tsqlora.errors import SettingsError
-from tsqlora.run.config import Config
+from tsqlora.settings import Config
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")

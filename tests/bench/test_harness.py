@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from runs import make_rows, set_up, write_jsonl
 from tsqlora.errors import SettingsError
-from tsqlora.run.config import Config, load_config
+from tsqlora.settings import Config, load_config
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 harness: Any = importlib.import_module("harness")

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from loras import lora_config, save_lora, tiny_llama
+from tsqlora.adapter.doctor import examine
+from tsqlora.adapter.rewrite import layer_kind
 from tsqlora.cli.display import show_doctor, show_export
-from tsqlora.interop.doctor import examine
-from tsqlora.interop.rewrite import layer_kind
 
 
 def shown(show: Any, value: Any, width: int = 80) -> str:

@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, set_up, write_config, write_jsonl
 from tables import cells_of
-from tsqlora.data.rows import Columns, row_hash, sample_hash
+from tsqlora.auditing.scores import Scores
 from tsqlora.paper.callback import RankCallback
-from tsqlora.quality.scores import Scores
-from tsqlora.run.config import load_config
-from tsqlora.run.train import train
+from tsqlora.rows.rows import Columns, row_hash, sample_hash
+from tsqlora.settings import load_config
+from tsqlora.training.command import train
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -351,7 +351,7 @@ def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
 
 def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from tsqlora.training.run_dir import locked\n"
+        "import sys, time; from pathlib import Path; from tsqlora.run_dir import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE) as holder:
@@ -371,7 +371,7 @@ def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: P
 @pytest.fixture(scope="session")
 def scored(trained: Path) -> Path:
     """Scores by the weights of the shared run."""
-    from tsqlora.run.score import score_rows
+    from tsqlora.training.score import score_rows
 
     score_rows(trained, trained.parent / "scores-of-run.parquet")
     return trained.parent / "scores-of-run.parquet"

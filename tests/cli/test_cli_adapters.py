@@ -15,10 +15,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kinds import bert_classifier
 from loras import lora_config, save_base, save_lora, tiny_llama
 from runs import make_rows, set_up
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
-from tsqlora.run.config import load_config
-from tsqlora.run.job import open_run
-from tsqlora.run.train import train
+from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.settings import load_config
+from tsqlora.training.command import train
+from tsqlora.training.job import open_run
 
 Run = Callable[..., tuple[int, str, str]]
 CUT = ("export", "--format", "peft")

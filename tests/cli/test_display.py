@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from tsqlora.auditing.page import layer_places
+from tsqlora.auditing.reasons import WHY
+from tsqlora.auditing.texts.look import PHASES
 from tsqlora.cli import console
 from tsqlora.cli.display import (
     show_audit,
@@ -23,9 +26,6 @@ from tsqlora.cli.display import (
     show_scores,
 )
 from tsqlora.cli.progress_bars import Display
-from tsqlora.quality.reasons import WHY
-from tsqlora.reports.page import layer_places
-from tsqlora.text.look import PHASES
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 

@@ -7,7 +7,7 @@ import pytest
 
 import tsqlora as tsq
 from runs import set_up
-from tsqlora.run.config import Config
+from tsqlora.settings import Config
 
 
 def test_settings_come_as_a_file_a_mapping_or_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_settings_come_as_a_file_a_mapping_or_sections(tmp_path: Path, monkeypat
 
 def test_a_section_beside_a_mapping_changes_only_its_own_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read = list[Config]()
-    monkeypatch.setattr("tsqlora.run.train.train", lambda settings, *_, **__: read.append(settings))
+    monkeypatch.setattr("tsqlora.training.command.train", lambda settings, *_, **__: read.append(settings))
     settings = {"model": {"path": "m"}, "data": {"train": "rows.csv"}, "training": {"epochs": 7}}
     tsq.train(settings, training={"seed": 3}, out=tmp_path / "run")
     assert (read[0].training.epochs, read[0].training.seed) == (7, 3)

@@ -16,9 +16,9 @@ import transformers
 from rich.console import Console
 
 from tsqlora.cli import commands, console
-from tsqlora.compat.quieten import quieten
-from tsqlora.compat.typer import UsageError
 from tsqlora.errors import TsqLoraError
+from tsqlora.libs.quieten import quieten
+from tsqlora.libs.typer import UsageError
 
 
 @dataclass(slots=True)

@@ -33,22 +33,22 @@ from models import GENERATORS, collate, lora, samples, text_collator, texts, tin
 from scoring import quality_by, score_by, teach
 from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
-from text.test_before import model as repeats
-from text.test_before import samples as foreign_samples
+from texts.test_before import model as repeats
+from texts.test_before import samples as foreign_samples
 from training.test_question import Handed, answer_of, make
 from tsqlora import distributed, paper
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.auditing.texts.answers import turns_in
+from tsqlora.auditing.texts.look import look_at_answers
+from tsqlora.auditing.texts.prepared import sequences_of
+from tsqlora.auditing.texts.vocabulary import vocabulary_of
+from tsqlora.model import passes
+from tsqlora.model.request import Compute
 from tsqlora.paper.change import Importance, change_ranks, drop_slots, grow_slot, moments
 from tsqlora.paper.probe import Probe
+from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import Slots, active_ranks, find_slots
-from tsqlora.quality import passes
-from tsqlora.quality.rule import Compute
-from tsqlora.run.config import Config
-from tsqlora.run.fit import arguments
-from tsqlora.text.answers import turns_in
-from tsqlora.text.look import look_at_answers
-from tsqlora.text.prepared import sequences_of
-from tsqlora.text.vocabulary import vocabulary_of
+from tsqlora.settings import Config
+from tsqlora.training.run import arguments
 from words import tokenizer
 
 ROWS = samples(8, 3)

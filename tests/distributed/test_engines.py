@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from runs import set_up
 from stock import base_bert
 from training.test_question import ROWS
-from tsqlora.interop.files import read_adapter
-from tsqlora.interop.health import nonfinite
+from tsqlora.adapter.files import read_adapter
+from tsqlora.adapter.health import nonfinite
 from tsqlora.paper.slots import has_slots
-from tsqlora.run.config import load_config
-from tsqlora.run.look import look_at
-from tsqlora.training.record import RunRecord
+from tsqlora.record import RunRecord
+from tsqlora.settings import load_config
+from tsqlora.training.look import look_at
 
 SCRIPT = Path(__file__).with_name("engines.py")
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -26,10 +26,10 @@ from slotted import (
 )
 from stock import base_bert, make_trainer, moods
 from tsqlora import paper
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.paper import probe
 from tsqlora.paper.change import grow_slot, new_row
 from tsqlora.paper.probe import SKETCH_ROWS, probe_pass
+from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import find_slots
 
 ROWS = samples(7, 3)

@@ -13,7 +13,7 @@ import tsqlora as tsq
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.paper.slots import has_slots
-from tsqlora.training.record import RunRecord
+from tsqlora.record import RunRecord
 
 ROWS = moods()
 

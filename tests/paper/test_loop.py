@@ -301,7 +301,7 @@ def test_an_optimizer_made_before_the_slots_is_refused() -> None:
 def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = begin(schedule=paper.RankSchedule(moves=6, warmup=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
+        patch.setattr("tsqlora.paper.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
         with pytest.raises(UnsupportedError, match="no"):
             one_step(ranks, 0)
     ranks.close()

@@ -17,10 +17,10 @@ from oracles import slow_multi_label_loss, slow_sensitivity, slow_token_loss
 from scoring import assert_unchanged, effective_weight, fingerprint, slow_layers, squared_error
 from slotted import QUERY, WIDE, wrapped
 from tsqlora import paper
-from tsqlora.data.batches import padded_labels
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.paper import probe as probe
 from tsqlora.paper.probe import SKETCH_ROWS, Probe, probe_pass
+from tsqlora.paper.sites import lora_layers
+from tsqlora.rows.batches import padded_labels
 
 ROWS = samples(9, 3, lengths=(3, 11))
 

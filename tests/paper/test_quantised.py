@@ -15,9 +15,9 @@ from models import collate, samples, tiny_llama_classifier
 from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
 from slotted import assert_hidden_are_zero, resize, take_steps, trained, update, updates
 from tsqlora import paper
-from tsqlora.compat.bitsandbytes import linear_bits
-from tsqlora.gradients.sites import effective_weight, lora_layers
+from tsqlora.libs.bitsandbytes import linear_bits
 from tsqlora.paper import probe
+from tsqlora.paper.sites import effective_weight, lora_layers
 from tsqlora.paper.slots import find_slots
 
 pytestmark = [

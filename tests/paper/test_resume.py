@@ -13,7 +13,7 @@ import tsqlora as tsq
 from scoring import quality_by
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
-from tsqlora.quality.scores import Scores
+from tsqlora.auditing.scores import Scores
 from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
 
 DATA = moods()

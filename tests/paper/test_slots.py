@@ -34,8 +34,8 @@ from slotted import (
     wrapped,
 )
 from tsqlora import paper
-from tsqlora.gradients.sites import lora_layers
-from tsqlora.interop.patterns import lora_config
+from tsqlora.adapter.patterns import lora_config
+from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import ActivePrefix, find_slots, sync_config
 
 ROWS = samples(5, 3)

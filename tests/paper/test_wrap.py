@@ -16,8 +16,8 @@ from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of
 from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, fill, resize, take_steps, trained, wrapped
 from tsqlora import paper
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.paper.budget import budget, used
+from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import find_slots
 
 ROWS = samples(5, 3)

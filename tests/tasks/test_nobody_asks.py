@@ -17,7 +17,7 @@ FLAGS = {field.name for field in fields(Reading) if field.type in ("bool", bool)
 FLAGS |= {"label", "media", "problem_type", "answers", "writer", "stratified", "by_token", "has_reference"}
 """What holds of a task, its rows and their labels: methods of `Reading` and functions of tasks/ depend on it alone."""
 OWNERS = ("task", "reading")
-SETTINGS_ONLY = {"run/config/file.py": "config.task.causal"}
+SETTINGS_ONLY = {"settings/file.py": "config.task.causal"}
 """Read before torch is loaded, so that the command line stays quick."""
 
 

@@ -15,8 +15,8 @@ import tsqlora as tsq
 from models import GENERATORS, lora
 from oracles import SlowPair, slow_dpo_loss, slow_scores
 from scoring import assert_agree, assert_unchanged, fingerprint, score_by, trainable
-from tsqlora.data.batches import GenerationCollator, PairCollator
 from tsqlora.errors import DataError
+from tsqlora.rows.batches import GenerationCollator, PairCollator
 from tsqlora.tasks import get_task
 from tsqlora.tasks.forward import split_labels
 from words import llama, tokenizer

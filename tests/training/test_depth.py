@@ -15,7 +15,7 @@ from scoring import logits_of
 from slotted import fill
 from stock import make_trainer, moods
 from tsqlora import paper
-from tsqlora.compat.transformers import transformer_blocks
+from tsqlora.libs.transformers import transformer_blocks
 from tsqlora.training.lora import budget, layer_shapes, used
 
 TOP = "bert.encoder.layer.1."

@@ -13,15 +13,16 @@ from transformers import (
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
+from tsqlora import record
 from tsqlora.errors import SettingsError
-from tsqlora.run import fit as run_fit
-from tsqlora.run.config import Config, load_config
-from tsqlora.run.fit import begin, hardware_has_bf16
-from tsqlora.run.job import load, method_of
-from tsqlora.run.train import train
+from tsqlora.settings import Config, load_config
 from tsqlora.tasks import TASKS
 from tsqlora.tasks.classification import Classification
-from tsqlora.training import fit, record
+from tsqlora.training import fit
+from tsqlora.training import run as run_fit
+from tsqlora.training.command import train
+from tsqlora.training.job import load, method_of
+from tsqlora.training.run import begin, hardware_has_bf16
 
 
 @pytest.fixture(scope="module")

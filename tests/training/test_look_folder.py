@@ -11,9 +11,9 @@ import tsqlora as tsq
 from models import collate
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
+from tsqlora.auditing.saved_look import SavedLook
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.saved_look import SavedLook
+from tsqlora.model.request import ScoringRule
 
 ROWS = moods(96)
 RULE = ScoringRule(look_again=False)

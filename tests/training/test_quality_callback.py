@@ -24,10 +24,10 @@ from models import tiny_bert
 from scoring import assert_same, fingerprint, quality_by
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
+from tsqlora.auditing.draw.epochs import EpochPlan
+from tsqlora.auditing.labels.judge import Judgement
+from tsqlora.auditing.scores import Scores
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.quality.epochs import EpochPlan
-from tsqlora.quality.judge import Judgement
-from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
 from tsqlora.training.checkpoints import write_manifest
@@ -192,7 +192,7 @@ def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(even: Save
 
 
 def test_no_label_is_judged_where_the_rule_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tsqlora.quality.look.judge", lambda *_: pytest.fail("judged"))
+    monkeypatch.setattr("tsqlora.auditing.look.judge", lambda *_: pytest.fail("judged"))
     scores = scores_of(run(tmp_path, judge=False)[0])
     assert scores.kept.all()
     assert scores.record.noise is None
@@ -209,7 +209,7 @@ def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_on
         judgements.append(Judgement(logits, p_true, p, wrong, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
         return judgements[-1]
 
-    monkeypatch.setattr("tsqlora.quality.look.judge", judge)
+    monkeypatch.setattr("tsqlora.auditing.look.judge", judge)
     quality, _ = run(tmp_path, watch := Watch(), **BY_Q)
     assert (len(judgements), len(quality.looks)) == (1, 2)
     first, second = (Scores.load(tmp_path / name) for name in ("scores-1.parquet", "scores.parquet"))

@@ -16,8 +16,8 @@ from models import tiny_bert
 from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
 from stock import VOCAB, base_bert, make_trainer, slotted_bert
-from tsqlora.quality import question
-from tsqlora.quality.epochs import trusted_steps
+from tsqlora.auditing.draw.epochs import trusted_steps
+from tsqlora.auditing.labels import question
 
 EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 

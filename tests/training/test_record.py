@@ -8,8 +8,8 @@ import pytest
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
-from tsqlora.training.record import RankEvent, RunRecord
-from tsqlora.training.run_dir import RECORD_FILE
+from tsqlora.record import RankEvent, RunRecord
+from tsqlora.run_dir import RECORD_FILE
 
 
 def record() -> RunRecord:

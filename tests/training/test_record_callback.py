@@ -12,11 +12,11 @@ import tsqlora as tsq
 from scoring import drawing
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import paper
-from tsqlora.reports.run_page import gather
-from tsqlora.reports.write import write_report
+from tsqlora.record import RunRecord
+from tsqlora.run_dir import RECORD_FILE
 from tsqlora.training.live_record import step_size
-from tsqlora.training.record import RunRecord
-from tsqlora.training.run_dir import RECORD_FILE
+from tsqlora.training.report.run_page import gather
+from tsqlora.training.report.write import write_report
 
 ROWS = moods()
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, dated, locked, written
+from tsqlora.run_dir import CONFIG_FILE, LOCK_FILE, dated, locked, written
 
 LEFT = ("run.json", ".run.json.77", ".config.yaml.77")
 """What a run leaves that was killed while its start was written."""
@@ -37,7 +37,7 @@ def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> No
 
 
 def test_a_held_lock_of_another_process_is_refused_and_dies_with_it(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from tsqlora.training.run_dir import locked\n"
+    code = "import sys, time; from pathlib import Path; from tsqlora.run_dir import locked\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -10,13 +10,13 @@ from transformers import TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
+from tsqlora.auditing.draw.subset import QualitySubset
 from tsqlora.errors import SettingsError
-from tsqlora.quality.subset import QualitySubset
-from tsqlora.run import train as pipeline
-from tsqlora.run.config import load_config
+from tsqlora.record import RunRecord
+from tsqlora.settings import load_config
+from tsqlora.training import command as pipeline
 from tsqlora.training import live_record
 from tsqlora.training.live_record import LiveRecord
-from tsqlora.training.record import RunRecord
 
 Logged = list[tuple[str, Any, int]]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from tsqlora.cli import console, results, rows, runs
-from tsqlora.compat.typer import UsageError
 from tsqlora.errors import TsqLoraError, printable
+from tsqlora.libs.typer import UsageError
 from tsqlora.moved import MOVED, refuse_commands
 
 app = typer.Typer(
@@ -85,7 +85,7 @@ def _as_setting(error: Any, arguments: list[str]) -> str | None:
     option, own = getattr(error, "option_name", None), error.ctx.command.params if error.ctx else ()
     if option is None or not any("--set" in one.opts for one in own):
         return None
-    from tsqlora.run.config.settings import Config, section_of
+    from tsqlora.settings.settings import Config, section_of
 
     sections = {name: section_of(field) for name, field in Config.model_fields.items()}
     keys = {name: f"{part}.{name}" for part, section in sections.items() if section for name in section.model_fields}

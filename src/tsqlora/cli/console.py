@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tsqlora.compat.quieten import quieten
 from tsqlora.errors import printable
+from tsqlora.libs.quieten import quieten
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, and `tsqlora --help` needs none of it
     from rich.console import Console

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from tsqlora.reports.page import layer_places
+from tsqlora.auditing.page import layer_places
 
 _BLOCKS_ABREAST = 12
 _CLASSES = 20
@@ -126,7 +126,7 @@ def show_review(console: Console, result: Mapping[str, Any]) -> None:
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
-    from tsqlora.quality.reasons import WHY
+    from tsqlora.auditing.reasons import WHY
 
     file, noise, dropped = result["scores"], result["noise"], result["dropped"]
     draw = "evenly"
@@ -446,7 +446,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:
-    from tsqlora.interop.rewrite import layer_kind  # imports numpy, for which `doctor` sets a variable before
+    from tsqlora.adapter.rewrite import layer_kind  # imports numpy, for which `doctor` sets a variable before
 
     kinds = defaultdict[str, list[Mapping[str, Any]]](list)
     for name, layer in health["layers"].items():

@@ -22,9 +22,9 @@ def audit(
 ) -> Any:
     """Find what is wrong with rows: the labels of a classifier's rows, or what a Trainer will train on.
 
-    For a model with its dataset and collator it returns an `Audit` of the labels, as `tsqlora.quality.suspects.audit`
-    does. For a Trainer (SFTTrainer, DPOTrainer, a Trainer of a causal model) it returns the ledger and the findings,
-    as `tsqlora audit` does:
+    For a model with its dataset and collator it returns an `Audit` of the labels, as `audit` of
+    `tsqlora.auditing.labels.suspects` does. For a Trainer (SFTTrainer, DPOTrainer, a Trainer of a causal model) it
+    returns the ledger and the findings, as `tsqlora audit` does:
 
         result = tsqlora.audit(trainer, data=rows)
         [(finding["name"], finding["places"]) for finding in result["findings"]]
@@ -43,10 +43,10 @@ def audit(
     from transformers import Trainer
 
     if isinstance(subject, Trainer):
-        from tsqlora.run.text_audit import audit_trainer
+        from tsqlora.auditing.texts.command import audit_trainer
 
         return audit_trainer(subject, data=data, evaluation=evaluation, out=None if out is None else Path(out))
-    from tsqlora.quality.suspects import audit as audit_labels
+    from tsqlora.auditing.labels.suspects import audit as audit_labels
 
     return audit_labels(subject, dataset, collate, classes=classes, rows=rows, compute=compute)
 
@@ -74,10 +74,10 @@ def train(
 
     Raises SettingsError and DataError as the command line does.
     """
-    from tsqlora.run import train as pipeline
-    from tsqlora.run.config import load_config
-    from tsqlora.run.config.file import merged
-    from tsqlora.training.run_dir import dated
+    from tsqlora.run_dir import dated
+    from tsqlora.settings import load_config
+    from tsqlora.settings.file import merged
+    from tsqlora.training import command as pipeline
 
     mapping, path = (config, None) if isinstance(config, Mapping) else ({}, config)
     settings = load_config(path, sections=merged(mapping, sections))

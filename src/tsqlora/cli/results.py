@@ -21,7 +21,7 @@ def report(
 
     Example: tsqlora report run
     """
-    from tsqlora.reports.write import write_report
+    from tsqlora.training.report.write import write_report
 
     written = write_report(run, out)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, "show_numbers")
@@ -63,9 +63,9 @@ def export(
     """
     if (format is None) == (server is None):
         raise SettingsError("an export needs either --format or --server; set one of them")
-    from tsqlora.interop.doctor import format_for, served
-    from tsqlora.interop.export import require_format
-    from tsqlora.training.run_dir import adapter_folder
+    from tsqlora.adapter.doctor import format_for, served
+    from tsqlora.adapter.export import require_format
+    from tsqlora.run_dir import adapter_folder
 
     if format is not None:
         require_format(format)
@@ -77,7 +77,7 @@ def export(
     if server is not None:
         format = format_for(adapter_folder(source), server)
     assert format is not None
-    from tsqlora.run.export import export as write
+    from tsqlora.training.export import export as write
 
     result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, keep=keep)
     console.show(result, as_json, "show_export")
@@ -114,13 +114,13 @@ def doctor(
     """
     # The matrices are small: more threads of OpenBLAS only wait for each other. numpy is not imported yet.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from tsqlora.interop.doctor import examine
-    from tsqlora.training.run_dir import adapter_folder
+    from tsqlora.adapter.doctor import examine
+    from tsqlora.run_dir import adapter_folder
 
     source = _local(source)
     result = examine(adapter_folder(source), server=server)
     if template is not None:
-        from tsqlora.interop.template import compare_template
+        from tsqlora.adapter.template import compare_template
 
         result["template"] = compare_template(source, template)
     console.show(result, as_json, "show_doctor")
@@ -157,7 +157,7 @@ def check(
 
     Example: tsqlora check run --server-url http://127.0.0.1:8000 --served-name adapter
     """
-    from tsqlora.run.check import check_run
+    from tsqlora.training.check import check_run
 
     report = check_run(run, server_url, served_name=served_name, yes=yes, say=console.note)
     console.show(report, as_json, "show_check")
@@ -167,7 +167,7 @@ def check(
 
 def _local(source: Path) -> Path:
     """A directory as it is; for OWNER/NAME the downloaded adapter's, unless a directory has this name."""
-    from tsqlora.compat.hub import download_adapter, is_hub_id
+    from tsqlora.libs.hub import download_adapter, is_hub_id
 
     name = source.as_posix()
     return download_adapter(name) if "/" in name and not source.exists() and is_hub_id(name) else source

@@ -42,15 +42,15 @@ def score(
 
     Example: tsqlora score part-007.jsonl --look LOOK --out parts/007.parquet
     """
-    from tsqlora.run.config import load_config
+    from tsqlora.settings import load_config
 
     if look is not None:
-        from tsqlora.data.sources import require_source
+        from tsqlora.rows.sources import require_source
 
         require_source(str(source))
         if set_:
             raise SettingsError("--set cannot be used with --look, which has the settings of the look; leave it out")
-        from tsqlora.run.look import score_by_look
+        from tsqlora.training.look import score_by_look
 
         with console.progress() as display:
             scores = score_by_look(str(source), look, out, progress=display.progress)
@@ -62,7 +62,7 @@ def score(
         raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {quote(str(source))}` shows scores")
     if not source.is_dir():
         require_inputs(load_config(source, set_ or []))
-    from tsqlora.run.score import score_rows  # after these checks, since torch takes seconds to import
+    from tsqlora.training.score import score_rows  # after these checks, since torch takes seconds to import
 
     with console.progress() as display:
         scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
@@ -88,8 +88,8 @@ def explain(
 
     Example: tsqlora explain scores.parquet --samples 10
     """
-    from tsqlora.quality.reasons import explain
-    from tsqlora.run.explain import explain_source, scores_of
+    from tsqlora.auditing.reasons import explain
+    from tsqlora.training.explain import explain_source, scores_of
 
     if row is None:
         console.show(explain(scores_of(source), samples, data=data), as_json, "show_explained")
@@ -113,7 +113,7 @@ def select(
 
     Example: tsqlora select scores.parquet --fraction 0.3 --data train.jsonl --out subset.jsonl
     """
-    from tsqlora.quality.select import select_rows
+    from tsqlora.auditing.draw.select import select_rows
 
     rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
     console.show({"out": str(out), "rows": rows}, as_json, "show_numbers")
@@ -170,7 +170,7 @@ def audit(
     _require_one(source, apply, drop_findings, prepared, out)
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     of_raw = {"--chat-template": chat_template}
-    from tsqlora.run.config import NO_TOKENIZER, is_yaml, load_config, text_config
+    from tsqlora.settings import NO_TOKENIZER, is_yaml, load_config, text_config
 
     if apply or drop_findings:
         others = {"--data": data, "--model": model, "--review": review}
@@ -181,8 +181,8 @@ def audit(
         encoding = load_config(None, set_ or [], sections=sections).data.encoding
         _apply(apply or out or Path(), drop_findings, out, as_json, encoding)
         return
-    from tsqlora.compat.hub import require_model
-    from tsqlora.data.sources import require_source
+    from tsqlora.libs.hub import require_model
+    from tsqlora.rows.sources import require_source
 
     if model is not None:
         require_model(model)
@@ -196,7 +196,7 @@ def audit(
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
     if config is None and prepared is None:
         _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
-        from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
+        from tsqlora.auditing.command import run_audit  # after these checks, since torch takes seconds to import
 
         with console.progress() as display:
             options = {"model": model, "review": review, "out": out, "overrides": set_ or []}
@@ -214,8 +214,8 @@ def audit(
         options |= {"batch": config.training.batch_size, "trust_remote_code": config.model.trust_remote_code}
     if model is None:
         raise SettingsError(NO_TOKENIZER)
-    from tsqlora.run.text_audit import audit_text
-    from tsqlora.training.run_dir import dated
+    from tsqlora.auditing.texts.command import audit_text
+    from tsqlora.run_dir import dated
 
     folder = out or dated(f"audit-{(prepared or Path(str(data))).stem}")
     with console.progress() as display:
@@ -265,7 +265,7 @@ def apply(
 
 
 def _apply(review: Path, drop: str | None, out: Path | None, as_json: bool, encoding: str | None = None) -> None:
-    from tsqlora.run.review import apply_review
+    from tsqlora.auditing.review import apply_review
 
     names = [name.strip() for name in (drop or "").split(",") if name.strip()]
     console.show(apply_review(review, out, drop=names, encoding=encoding), as_json, "show_review")

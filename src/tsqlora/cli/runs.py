@@ -12,7 +12,7 @@ from tsqlora.cli.console import Json, Run, Set
 from tsqlora.errors import SettingsError
 
 if TYPE_CHECKING:
-    from tsqlora.run.config import Config
+    from tsqlora.settings import Config
 
 
 def demo(
@@ -24,7 +24,7 @@ def demo(
 
     Example: tsqlora demo --out demo-runs
     """
-    from tsqlora.run.demo import run_demo
+    from tsqlora.training.demo import run_demo
 
     with console.progress() as display:
         first = {} if as_json else {"show": lambda look: console.show(look, False, "show_suspects")}
@@ -41,8 +41,8 @@ def init(
 
     Example: tsqlora init -o tsq.yaml --task regression
     """
-    from tsqlora.data.write import require_place
-    from tsqlora.run.config import template
+    from tsqlora.rows.write import require_place
+    from tsqlora.settings import template
     from tsqlora.tasks import get_task
 
     if task is not None:
@@ -88,10 +88,10 @@ def train(
 
     Example: tsqlora train run --resume
     """
-    from tsqlora.data.readers import SUFFIXES, suffix_of
-    from tsqlora.data.sources import first_rows
-    from tsqlora.run.config import load_config
-    from tsqlora.training.run_dir import CONFIG_FILE, dated, is_run, require_free
+    from tsqlora.rows.readers import SUFFIXES, suffix_of
+    from tsqlora.rows.sources import first_rows
+    from tsqlora.run_dir import CONFIG_FILE, dated, is_run, require_free
+    from tsqlora.settings import load_config
 
     has_rows = config is not None and suffix_of(config) in {*SUFFIXES} - {".json"}
     if config is not None and config.is_dir():
@@ -110,7 +110,7 @@ def train(
     settings = load_config(config, overrides)
     if not resume:  # a finished run needs neither
         require_inputs(settings)
-    from tsqlora.run import train as pipeline  # after this check, since torch takes seconds to import
+    from tsqlora.training import command as pipeline  # after this check, since torch takes seconds to import
 
     look = None if look is None else look.absolute()
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
@@ -146,13 +146,13 @@ def look(
 
     Example: tsqlora look rows.csv --model sentence-transformers/all-MiniLM-L6-v2 --out LOOK
     """
-    from tsqlora.run.config import is_yaml, load_config
+    from tsqlora.settings import is_yaml, load_config
 
     named = {"model.path": model} if is_yaml(source) else {"model.path": model, "data.train": source}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     settings = load_config(source if is_yaml(source) else None, overrides + (set_ or []))
     require_inputs(settings)
-    from tsqlora.run.look import look_at  # after this check, since torch takes seconds to import
+    from tsqlora.training.look import look_at  # after this check, since torch takes seconds to import
 
     with console.progress() as display:
         saved = look_at(settings, out, progress=display.progress)
@@ -165,8 +165,8 @@ def look(
 
 def require_inputs(settings: "Config") -> None:
     """Raise an error that names a model or data file that does not exist, before torch is imported."""
-    from tsqlora.compat.hub import require_model
-    from tsqlora.data.sources import require_source
+    from tsqlora.libs.hub import require_model
+    from tsqlora.rows.sources import require_source
 
     require_model(settings.model.path)
     for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
@@ -184,7 +184,7 @@ def evaluate(
 
     Example: tsqlora evaluate run --data test.jsonl --json
     """
-    from tsqlora.run.predict import evaluate_run, own_rows
+    from tsqlora.training.predict import evaluate_run, own_rows
 
     with console.progress() as display:
         metrics = evaluate_run(run, data, overrides=set_ or [], progress=display.progress)
@@ -208,7 +208,7 @@ def predict(
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """
-    from tsqlora.run.predict import predict_run
+    from tsqlora.training.predict import predict_run
 
     with console.progress() as display:
         options = {"overrides": set_ or [], "progress": display.progress, "say": display.say}

@@ -22,23 +22,29 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "auditing.score": ("score",),
     "paper.budget": ("Sensitivity", "allocate"),
     "paper.callback": ("RankCallback",),
     "paper.loop": ("RankLoop",),
     "paper.moves": ("RankSchedule",),
     "paper.probe": ("sensitivity",),
     "paper.slots": ("active_parameters", "active_ranks", "finalize", "wrap"),
-    "quality.epochs": ("sample",),
-    "quality.rule": ("Compute", "RowNames", "ScoringRule"),
-    "quality.score": ("score",),
-    "quality.scores": ("Scores",),
-    "training.record": ("RankEvent",),
+    "auditing.draw.epochs": ("sample",),
+    "model.request": ("Compute", "RowNames", "ScoringRule"),
+    "auditing.scores": ("Scores",),
+    "record": ("RankEvent",),
 }
+_INSIDE = {
+    "paper.exact": ("require_exact",),
+    "paper.second_pass": ("gradient_pass",),
+    "paper.terms": ("PAPER_TERMS", "TERMS"),
+}
+"""For `published` of `model/terms.py`, where a rule has terms with gradients."""
 __all__ = sorted(name for names in _HOMES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for home, names in (_HOMES | _INSIDE).items():
         if name in names:
             value = getattr(importlib.import_module(f"tsqlora.{home}"), name)
             globals()[name] = value

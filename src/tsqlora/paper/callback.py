@@ -15,20 +15,20 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import live_note
+from tsqlora.auditing.draw.subset import QualitySubset
+from tsqlora.auditing.head_start import is_ready
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import write_tensors
+from tsqlora.libs.transformers import live_note
 from tsqlora.paper.change import require_moments
 from tsqlora.paper.loop import RankLoop
 from tsqlora.paper.moves import RankSchedule, default_interval
 from tsqlora.paper.probe import sensitivity_rows
 from tsqlora.paper.slots import find_slots, has_slots, wrap
-from tsqlora.quality.head_start import is_ready
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.record import RankEvent
 from tsqlora.tasks import Collate, task_of
 from tsqlora.training.checkpoints import checkpoint_folder, read_state, write_state
 from tsqlora.training.live_record import step_size
-from tsqlora.training.record import RankEvent
 
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.accelerate import inner_optimizer
-from tsqlora.compat.bitsandbytes import is_eight_bit, optimizer_name
-from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.compat.torch import double
 from tsqlora.errors import UnsupportedError
+from tsqlora.libs.accelerate import inner_optimizer
+from tsqlora.libs.bitsandbytes import is_eight_bit, optimizer_name
+from tsqlora.libs.shapes import Bool, Float, Int
+from tsqlora.libs.torch import double
 from tsqlora.paper.moves import rank_changes
 from tsqlora.paper.slots import Slots
 

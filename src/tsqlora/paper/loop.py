@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.compat.torch import compile_limits
+from tsqlora.cost import PhaseCost
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.libs.torch import compile_limits
 from tsqlora.paper.budget import Sensitivity, allocate, caps, costs, used
 from tsqlora.paper.change import Importance, change_ranks, cut_moments, moments
 from tsqlora.paper.moves import (
@@ -30,8 +30,8 @@ from tsqlora.paper.moves import (
 )
 from tsqlora.paper.order import StepOrder, take_over
 from tsqlora.paper.probe import Probe, probe_pass
+from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import Slots, finalize, find_slots, has_slots, sync_config
-from tsqlora.quality.cost import PhaseCost
 from tsqlora.tasks import Collate, Task
 from tsqlora.training.checkpoints import require_options
 from tsqlora.training.nonfinite import gradient_norm

@@ -11,8 +11,8 @@ from numbers import Integral
 
 from tsqlora.errors import SettingsError
 from tsqlora.paper.budget import fill
+from tsqlora.record import MOST_EVENTS, RankEvent
 from tsqlora.training.lora import Shapes, costs, used
-from tsqlora.training.record import MOST_EVENTS, RankEvent
 
 STEP_DIGITS = 9
 """Shares of a run are rounded to this many decimals first, else 0.07 of 100 steps would be 8."""

@@ -15,14 +15,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Float, Int, Shaped
-from tsqlora.compat.torch import double, upcast
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
-from tsqlora.gradients.capture import Capture, capture
-from tsqlora.gradients.sites import effective_weight, lora_layers, target_site
+from tsqlora.libs.shapes import Float, Int, Shaped
+from tsqlora.libs.torch import double, upcast
+from tsqlora.model.passes import Columns, run_pass
+from tsqlora.model.request import Compute
 from tsqlora.paper.budget import Sensitivity
-from tsqlora.quality.passes import Columns, run_pass
-from tsqlora.quality.rule import Compute
+from tsqlora.paper.capture import Capture, capture
+from tsqlora.paper.sites import effective_weight, lora_layers, target_site
 from tsqlora.seeds import stream
 from tsqlora.tasks import Batch, Collate, Task, task_of
 from tsqlora.tasks.forward import split_labels

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, type_before_parametrizations
 
 from tsqlora import distributed
-from tsqlora.compat.bitsandbytes import keep_as_trained
-from tsqlora.compat.peft import VARIANTS, lora_matrices, places_of
-from tsqlora.compat.torch import remove_state_dict_hooks, show_directly
+from tsqlora.adapter.patterns import alpha_for, lora_config
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers
-from tsqlora.interop.patterns import alpha_for, lora_config
+from tsqlora.libs.bitsandbytes import keep_as_trained
+from tsqlora.libs.peft import VARIANTS, lora_matrices, places_of
+from tsqlora.libs.torch import remove_state_dict_hooks, show_directly
 from tsqlora.paper.budget import default_max_rank
+from tsqlora.paper.sites import lora_layers
 from tsqlora.training.lora import ALPHA, MEAN_RANK, costs, cut, layer_shapes, used, with_room
 from tsqlora.training.lora import active_ranks as active_ranks
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import GenerationMixin
 
-from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.libs.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation

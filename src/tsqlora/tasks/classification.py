@@ -11,10 +11,10 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.compat.torch import double
-from tsqlora.data.table import Table
 from tsqlora.errors import TsqLoraError
+from tsqlora.libs.shapes import Bool, Float, Int
+from tsqlora.libs.torch import double
+from tsqlora.rows.table import Table
 from tsqlora.tasks.reading import TEXTS, Reading
 from tsqlora.tasks.task import Link, Logits, evaluate
 

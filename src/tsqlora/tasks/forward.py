@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from tsqlora.compat.torch import upcast
 from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.libs.torch import upcast
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsqlora.compat.shapes import Bool, Float, Int
-from tsqlora.compat.torch import double, upcast
-from tsqlora.data.batches import IGNORED, MULTIPLE, GenerationCollator, generation_collator
-from tsqlora.data.chat import Format, find_format
-from tsqlora.data.rows import Columns
-from tsqlora.data.tokens import tokenise_generation
+from tsqlora.libs.shapes import Bool, Float, Int
+from tsqlora.libs.torch import double, upcast
+from tsqlora.rows.batches import IGNORED, MULTIPLE, GenerationCollator, generation_collator
+from tsqlora.rows.chat import Format, find_format
+from tsqlora.rows.rows import Columns
+from tsqlora.rows.tokens import tokenise_generation
 from tsqlora.tasks.forward import Batch, Collate, base_model, model_logits
 from tsqlora.tasks.reading import Reading, load_tokenizer
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from scipy.special import expit
 from torch import Tensor
 
-from tsqlora.compat.shapes import Bool, Float
-from tsqlora.compat.torch import double
-from tsqlora.data.labels import SET
-from tsqlora.data.table import Table
+from tsqlora.libs.shapes import Bool, Float
+from tsqlora.libs.torch import double
+from tsqlora.rows.labels import SET
+from tsqlora.rows.table import Table
 from tsqlora.tasks.classification import FLOOR
 from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
 from tsqlora.tasks.task import Link, Logits, evaluate

@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsqlora.compat.shapes import Float, Int
-from tsqlora.data.batches import GenerationCollator, PairCollator
-from tsqlora.data.chat import Format, pair_format
-from tsqlora.data.rows import Columns
-from tsqlora.data.tokens import tokenise_pairs
+from tsqlora.libs.shapes import Float, Int
+from tsqlora.rows.batches import GenerationCollator, PairCollator
+from tsqlora.rows.chat import Format, pair_format
+from tsqlora.rows.rows import Columns
+from tsqlora.rows.tokens import tokenise_pairs
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation, pad_texts
 from tsqlora.tasks.reading import OF_TEXTS

@@ -10,15 +10,15 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from tsqlora.compat.transformers import load, without_named_files
-from tsqlora.data.batches import collator
-from tsqlora.data.chat import Format
-from tsqlora.data.labels import CLASS, LabelKind, LabelMap
-from tsqlora.data.media import MediaCollator, as_paths, encode_files
-from tsqlora.data.rows import Columns, find_columns
-from tsqlora.data.splits import Find, resolve_max_length
-from tsqlora.data.tokens import Encode, least_prompt, tokenise
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.libs.transformers import load, without_named_files
+from tsqlora.rows.batches import collator
+from tsqlora.rows.chat import Format
+from tsqlora.rows.labels import CLASS, LabelKind, LabelMap
+from tsqlora.rows.media import MediaCollator, as_paths, encode_files
+from tsqlora.rows.rows import Columns, find_columns
+from tsqlora.rows.splits import Find, resolve_max_length
+from tsqlora.rows.tokens import Encode, least_prompt, tokenise
 from tsqlora.tasks.forward import Collate, model_logits
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from tsqlora.compat.shapes import Bool, Float
-from tsqlora.compat.torch import double
-from tsqlora.data.table import Table
+from tsqlora.libs.shapes import Bool, Float
+from tsqlora.libs.torch import double
+from tsqlora.rows.table import Table
 from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
 from tsqlora.tasks.task import Link, Logits, evaluate
 

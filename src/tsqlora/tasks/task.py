@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from tsqlora.compat.shapes import Bool, Float, Shaped
-from tsqlora.data.table import Table
 from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.libs.shapes import Bool, Float, Shaped
+from tsqlora.rows.table import Table
 from tsqlora.tasks.reading import Reading
 
 Link = Literal["softmax", "sigmoid", "identity"]

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor
 
-from tsqlora.compat.shapes import Float, Int
-from tsqlora.data.batches import IGNORED
-from tsqlora.data.labels import OUTSIDE, TAGS
-from tsqlora.data.rows import tokens_at
-from tsqlora.data.table import Table
-from tsqlora.data.tokens import tokenise_words
+from tsqlora.libs.shapes import Float, Int
+from tsqlora.rows.batches import IGNORED
+from tsqlora.rows.labels import OUTSIDE, TAGS
+from tsqlora.rows.rows import tokens_at
+from tsqlora.rows.table import Table
+from tsqlora.rows.tokens import tokenise_words
 from tsqlora.tasks.forward import model_logits
 from tsqlora.tasks.reading import OF_TEXTS, TEXTS, find_labelled, load_tokenizer, pad
 from tsqlora.tasks.task import Logits, evaluate

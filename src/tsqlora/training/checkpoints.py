@@ -17,9 +17,9 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import saved_note, set_deletion_order
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json
+from tsqlora.libs.transformers import saved_note, set_deletion_order
 
 MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 2

@@ -11,21 +11,21 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora import distributed
-from tsqlora.compat.torch import upcast
-from tsqlora.compat.transformers import set_loss, set_loss_scaling
-from tsqlora.data.table import Samples
+from tsqlora.adapter.files import read_adapter
+from tsqlora.adapter.health import require_finite
+from tsqlora.auditing.draw.subset import QualitySubset
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.interop.files import read_adapter
-from tsqlora.interop.health import require_finite
+from tsqlora.libs.torch import upcast
+from tsqlora.libs.transformers import set_loss, set_loss_scaling
+from tsqlora.model.eval_mode import eval_mode
+from tsqlora.model.request import ScoringRule
 from tsqlora.progress import Progress
-from tsqlora.quality.rows import Dataset
-from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.record import RunRecord
+from tsqlora.rows.datasets import Dataset
+from tsqlora.rows.table import Samples
 from tsqlora.tasks import Collate, Task, has_own_loss
 from tsqlora.tasks.forward import base_model, generates, output_part
 from tsqlora.training.quality_callback import QualityCallback
-from tsqlora.training.record import RunRecord
 
 
 @dataclass(frozen=True, slots=True)

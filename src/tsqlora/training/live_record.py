@@ -10,14 +10,14 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from tsqlora import distributed
-from tsqlora.compat.transformers import live_note
+from tsqlora.auditing.draw.subset import QualitySubset
+from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError, UnsupportedError
-from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.libs.transformers import live_note
+from tsqlora.record import RunRecord, logged, metrics_of
 from tsqlora.tasks import Task, task_of
 from tsqlora.tasks.forward import base_model
 from tsqlora.training.lora import active_ranks, trainable_parameters
-from tsqlora.training.record import RunRecord, logged, metrics_of
 
 PHASES = ("look", "ranks", "training")
 """In the order in which they begin."""

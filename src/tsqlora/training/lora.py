@@ -17,18 +17,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tsqlora.compat.peft import forget_adapter, places_of
-from tsqlora.compat.transformers import transformer_blocks, was_loaded
+from tsqlora.adapter.base import module_shapes
+from tsqlora.adapter.files import PREFIX, config_for, read_adapter, tensors_of
+from tsqlora.adapter.health import require_finite
+from tsqlora.adapter.lora import LoraAdapter
+from tsqlora.adapter.patterns import alpha_for, lora_config
+from tsqlora.adapter.rewrite import commonest_scale, folded, require_fits, require_plain
+from tsqlora.adapter.tensors import to_bytes
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.gradients.sites import inner_name, is_linear
-from tsqlora.interop.base import module_shapes
-from tsqlora.interop.files import PREFIX, config_for, read_adapter, tensors_of
-from tsqlora.interop.health import require_finite
-from tsqlora.interop.lora import LoraAdapter
-from tsqlora.interop.patterns import alpha_for, lora_config
-from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
-from tsqlora.interop.tensors import to_bytes
-from tsqlora.training.load import heads, outermost, require_supported_packing
+from tsqlora.libs.peft import forget_adapter, places_of
+from tsqlora.libs.transformers import transformer_blocks, was_loaded
+from tsqlora.model.load import heads, outermost, require_supported_packing
+from tsqlora.model.modules import inner_name, is_linear
 
 MEAN_RANK = 8.0
 ALPHA = 16.0

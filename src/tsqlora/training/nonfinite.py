@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.compat.accelerate import inner_optimizer, is_compiled, loss_scale
 from tsqlora.errors import TsqLoraError, UnsupportedError
+from tsqlora.libs.accelerate import inner_optimizer, is_compiled, loss_scale
 from tsqlora.training.checkpoints import fault, newest_first
 
 LIMIT = 5

@@ -20,24 +20,26 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.compat.accelerate import inner_batch_sampler
-from tsqlora.compat.transformers import knows_lengths, live_note
+from tsqlora.auditing.draw.subset import QualitySubset, hash_of_some
+from tsqlora.auditing.head_start import start_head
+from tsqlora.auditing.labels.question import why_unasked
+from tsqlora.auditing.look import look, require_scorable
+from tsqlora.auditing.saved_look import SavedLook
+from tsqlora.auditing.scores import Scores
+from tsqlora.auditing.texts.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
+from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of_answers
+from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import digest
-from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.libs.accelerate import inner_batch_sampler
+from tsqlora.libs.transformers import knows_lengths, live_note
+from tsqlora.model.eval_mode import eval_mode
+from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
+from tsqlora.model.terms import TERMS
 from tsqlora.progress import Progress, bars
-from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.head_start import start_head
-from tsqlora.quality.look import look, require_scorable
-from tsqlora.quality.question import why_unasked
-from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.saved_look import SavedLook
-from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset, hash_of_some
-from tsqlora.quality.terms import TERMS
+from tsqlora.record import RunRecord, question_in_words
+from tsqlora.run_dir import SCORES_FILE
 from tsqlora.tasks import Collate, Task, task_of
-from tsqlora.text.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
-from tsqlora.text.vocabulary import Vocabulary, vocabulary_of_answers
 from tsqlora.training.checkpoints import (
     ROWS_HASH,
     begin_saves,
@@ -51,8 +53,6 @@ from tsqlora.training.checkpoints import (
 )
 from tsqlora.training.live_record import EPOCH_ERROR, LiveRecord, epoch_of, own_record
 from tsqlora.training.nonfinite import FiniteSteps
-from tsqlora.training.record import RunRecord, question_in_words
-from tsqlora.training.run_dir import SCORES_FILE
 from tsqlora.training.trusted_last import Schedule, TrustedLast
 
 QUALITY_FILE = "tsqlora_quality.json"

@@ -10,14 +10,14 @@ from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from tsqlora.quality.epochs import trusted_steps
-from tsqlora.quality.question import LEAST_HELD_OUT, ask
-from tsqlora.quality.rule import LookRequest
-from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset, inputs_of
+from tsqlora.auditing.draw.epochs import trusted_steps
+from tsqlora.auditing.draw.subset import QualitySubset, inputs_of
+from tsqlora.auditing.labels.question import LEAST_HELD_OUT, ask
+from tsqlora.auditing.scores import Scores
+from tsqlora.model.request import LookRequest
+from tsqlora.record import question_in_words
 from tsqlora.tasks import Task
 from tsqlora.training.live_record import EPOCH_ERROR, epoch_of, step_size
-from tsqlora.training.record import question_in_words
 
 PREFETCHED = 2
 """Batches that torch's DataLoader has each worker read ahead, by default."""

@@ -1,0 +1,223 @@
+"""Audit: list wrong labels before training, with rate, probabilities and suggestions.  Ours.
+
+`judge` judges the labels by frozen features, as it does for training, so both list the same rows. Of several labels of
+a row, each is judged without the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.auditing.labels.duplicates import Contradiction, contradictions
+from tsqlora.auditing.labels.judge import Judgement, judge
+from tsqlora.auditing.labels.label_noise import Labels, Logits
+from tsqlora.auditing.scores import require_row_names
+from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
+from tsqlora.libs.shapes import Bool, Float, Int, Shaped
+from tsqlora.model.forward import forward_pass
+from tsqlora.model.request import Compute, RowNames
+from tsqlora.model.units import Units, token_units, units_of
+from tsqlora.rows.datasets import Dataset
+from tsqlora.rows.labels import OUTSIDE
+from tsqlora.tasks import Collate, require_classes, task_of
+from tsqlora.tasks.forward import each_its_row
+
+CANDIDATES = 4
+"""Classes to list for each row, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPair:
+    """Rows of one label that look like another class."""
+
+    label: int
+    suggested: int
+    rows: int
+    """Rows that are likelier of the suggested class."""
+    wrong: float
+    """Expected wrong labels among them, where wrong labels are evident."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audit:
+    """All labels, as indices into `classes`: those that training leaves out, then the others, each the likeliest wrong
+    one first; a row with several labels has several.
+
+    Unless wrong labels are `evident`, only the order is informative.
+    """
+
+    ids: Int[np.ndarray, " n"]
+    """The row of each label."""
+    labels: Labels
+    suggested: Labels
+    """The likeliest class other than the label."""
+    probability: Float[np.ndarray, " n"]
+    """Probability that the label is wrong."""
+    candidates: Int[np.ndarray, "n c"]
+    """The likeliest classes, which may include the label."""
+    classes: tuple[str | int, ...]
+    rate: float
+    """Share of wrong labels; 0 without evidence."""
+    low: float
+    high: float
+    """Each bound holds for 95 of 100 tables; 0 and 1 where there are none."""
+    evident: bool
+    why_not: str | None
+    """Why there is no evidence of wrong labels; None if there is."""
+    unjudged: int
+    """Labels of classes with too few rows to be judged."""
+    likely_wrong: int
+    """Number of likely wrong labels, those that training leaves out. They come first; 0 without evidence."""
+    copies: int
+    """Rows that repeat an earlier one with its label; it is judged for them."""
+    pairs: tuple[ClassPair, ...]
+    """The most frequent first."""
+    duplicates: tuple[Contradiction, ...] = ()
+    """Near-duplicates with different labels, the nearest first."""
+    uncompared: int = 0
+    """Rows that were not compared with others for near-duplicates, of very many."""
+    tokens: Int[np.ndarray, " n"] | None = None
+    """The number of each tag's token among the tagged tokens of its row; None for rows with other labels."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def expected_wrong(self) -> float:
+        """How many of the likely wrong labels are wrong, by their probabilities."""
+        return float(self.probability[: self.likely_wrong].sum())
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return columns for `pandas.DataFrame`: row, token (of tags), label, suggested_label, wrong_probability."""
+        names = np.array(self.classes)
+        return {
+            "row": self.ids,
+            **({} if self.tokens is None else {"token": self.tokens}),
+            "label": names[self.labels],
+            "suggested_label": names[self.suggested],
+            "wrong_probability": self.probability,
+        }
+
+
+@of_loaded_model
+def audit(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    classes: Sequence[str | int] | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
+) -> Audit:
+    """Find labels that are likely wrong, by one forward pass of a model that was not trained on these rows.
+
+    Args:
+        model: a classifier; its head may be new. It is left unchanged.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`: a class each, or n × k of 0
+            and 1 for a model with the problem_type multi_label_classification, or a tag for each token.
+        classes: class names by number; by default the numbers.
+        rows: ids of the rows; by default their positions.
+
+    Raises UnsupportedError for another task and for a model without a last linear layer, DataError for fewer than 3
+    rows.
+    """
+    rows, compute = rows or RowNames(), compute or Compute()
+    model, collate = distributed.unwrapped(model), each_its_row(collate)
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    if len(dataset) < 3:
+        raise DataError(f"{len(dataset)} rows are too few for an audit; give at least 3")
+    task, ids = task_of(model), np.arange(len(dataset)) if rows.ids is None else rows.ids
+    require_classes(task)
+    how = {"task": task, "compute": compute}
+    of_rows = partial(forward_pass, model, dataset, collate, rows=rows, mean=True, **how)
+    forward, _ = task.reading.units(of_rows=of_rows, of_tokens=lambda: (None, None))()
+
+    def result() -> Audit:
+        if forward is None:
+            # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
+            outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
+            every = np.arange(len(dataset))
+            tokens = token_units(model, dataset, every, collate, early=True, without=outside, **how)
+            if tokens is not None:
+                return audit_of_units(tokens[1], classes=classes, ids=ids)
+        elif parts := [part for part in (forward.features, forward.mean) if part is not None]:
+            features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
+            return audit_of(features, forward.labels, classes=classes, ids=ids)
+        raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
+
+    return distributed.once(result)
+
+
+def audit_of(
+    features: Float[np.ndarray, "n d"],
+    labels: Shaped[np.ndarray, "n *k"],
+    *,
+    classes: Sequence[str | int] | None = None,
+    ids: Int[np.ndarray, " n"] | None = None,
+) -> Audit:
+    """Audit labels, classes or n × k of 0 and 1, by frozen features; compare the rows for near-duplicates, too."""
+    ids = np.arange(len(labels)) if ids is None else ids
+    units = units_of(features, labels, None if classes is None else len(classes))
+    sets = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1]
+    duplicates, uncompared = contradictions(features, sets, ids)
+    return replace(audit_of_units(units, classes=classes, ids=ids), duplicates=duplicates, uncompared=uncompared)
+
+
+def audit_of_units(units: Units, *, classes: Sequence[str | int] | None = None, ids: Int[np.ndarray, " m"]) -> Audit:
+    """Audit units by their features; `ids` are those of the rows.
+
+    Fits on other rows judge them, since the other units of its row give one away.
+    """
+    judgement = judge(units.features, units.labels, units.width, groups=units.groups, excluded=units.excluded)
+    result = audit_of_judgement(judgement, units.labels, classes=classes, excluded=units.excluded)
+    order = result.ids
+    numbers = None if units.numbers is None else units.numbers[order]
+    return replace(result, ids=ids[units.rows[order]], tokens=numbers)
+
+
+def audit_of_judgement(
+    judgement: Judgement,
+    labels: Labels,
+    *,
+    classes: Sequence[str | int] | None = None,
+    excluded: Bool[np.ndarray, "n k"] | None = None,
+) -> Audit:
+    """Present a judgement of these labels; `excluded` classes of a row are not suggested."""
+    rows, wrong, others = np.arange(len(labels)), judgement.p_wrong, judgement.p_true.copy()
+    if excluded is not None:
+        others[excluded] = -1
+    others[rows, labels] = -2  # least, also where every class is excluded: a row with all labels loses this one
+    suggested = others.argmax(axis=1)
+    # The logits order rows that are all but certain.
+    order = np.lexsort((judgement.logits[rows, labels], -wrong, ~judgement.left_out))
+    return Audit(
+        ids=order,
+        labels=labels[order],
+        suggested=suggested[order],
+        probability=wrong[order],
+        candidates=np.argsort(-judgement.p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
+        classes=tuple(range(others.shape[1])) if classes is None else tuple(classes),
+        rate=judgement.rate,
+        low=judgement.low,
+        high=judgement.high,
+        evident=judgement.evident,
+        why_not=judgement.why_not,
+        unjudged=int((~judgement.judged).sum()),
+        likely_wrong=int(judgement.left_out.sum()),
+        copies=judgement.copies,
+        pairs=_pairs(labels, suggested, wrong, judgement.logits),
+    )
+
+
+def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:
+    k, unlike = logits.shape[1], logits.argmax(axis=1) != labels
+    keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
+    rows, expected = np.bincount(places), np.bincount(places, wrong[unlike])
+    return tuple(
+        ClassPair(int(keys[j] // k), int(keys[j] % k), int(rows[j]), float(expected[j]))
+        for j in np.lexsort((-expected, -rows))
+    )

@@ -1,0 +1,231 @@
+"""A look in a folder, for a model that will be sharded: scores, head, judge, and what they were made of."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.auditing.draw.subset import hash_of, hash_of_some
+from tsqlora.auditing.labels.judge import DOUBT, Verdict
+from tsqlora.auditing.look import Look
+from tsqlora.auditing.scores import Scores
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.files import parents_of, replacing, write_json, write_tensors
+from tsqlora.libs.bitsandbytes import linear_bits
+from tsqlora.libs.deepspeed import gathered, whole_shape
+from tsqlora.model.modules import plain_name
+from tsqlora.model.request import LookRequest, RowNames, ScoringRule
+from tsqlora.rows.datasets import Dataset
+
+SCORES, HEAD, JUDGE, ABOUT = "scores.parquet", "head.safetensors", "judge.safetensors", "look.json"
+ANSWERS = "answers.safetensors"
+DECIDES = ("weights", "temperature", "judge")
+"""Fields of a rule that decide a look's scores."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedLook:
+    """The result of a look: what a training under any engine needs of it."""
+
+    path: Path
+    scores: Scores
+    head: Mapping[str, Tensor]
+    """The fitted head, by the names that its parameters have in the base model; empty if the model's own stays."""
+    about: Mapping[str, Any]
+    """What the look was made of, and its summary."""
+    verdict: Verdict | None = None
+    """The judge of labels, for `tsqlora.apply`."""
+    answers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The judges of answers (`auditing/texts/apply.py`); empty where none were judged."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SavedLook":
+        """Read a folder.  Raises DataError naming the file that is missing or damaged."""
+        path = Path(path)
+        if not (path / ABOUT).is_file():
+            raise DataError(f"{path} holds no look ({ABOUT} is missing); `tsqlora look` writes one")
+        try:
+            about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+            head = load_file(path / HEAD)
+            verdict = _verdict(path / JUDGE) if (path / JUDGE).is_file() else None
+            answers = _arrays(path / ANSWERS) if (path / ANSWERS).is_file() else {}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DataError(f"{path} is damaged ({error}); take the look again") from None
+        return cls(path, Scores.load(path / SCORES), head, about, verdict, answers)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The look in a run's record."""
+        return dict(self.about["look"])
+
+    @property
+    def rule(self) -> ScoringRule:
+        """The rule that the look was taken with; no look follows it."""
+        return ScoringRule(**self.about["rule"], look_again=False)
+
+    @property
+    def taken_by(self) -> str:
+        """The model that took the look, with its bits and devices."""
+        bits, devices = self.about["bits"], self.about.get("spread", 1)
+        also = [f" in {bits} bits"] * bool(bits) + [f" on {devices} devices"] * (devices > 1)
+        return f"{self.about['model'] or 'the model'}{''.join(also)}"
+
+    def require_rule(self, rule: ScoringRule) -> None:
+        """Raise SettingsError for a rule that would have other scores."""
+        for name, value in asdict_of(rule).items():
+            if (was := self.about["rule"][name]) != value:
+                raise SettingsError(
+                    f"the look in {self.path} has {name} {was}, and the run has {value}; take the look with the run's "
+                    "settings, or leave them out"
+                )
+
+    def require_rows(self, dataset: Dataset, trusted: Dataset | None, names: RowNames | None) -> None:
+        """Raise DataError for other rows, or the same ones in another order, and for other trusted rows."""
+        about, cure = self.about, "take the look at the rows that you train on"
+        if len(dataset) != about["rows"]:
+            raise DataError(f"the look in {self.path} has {about['rows']} rows, and there are {len(dataset)}; {cure}")
+        few = 0 if trusted is None else len(trusted)
+        if few != about["trusted_rows"]:
+            raise DataError(f"the look in {self.path} has {about['trusted_rows']} trusted rows, not {few}; {cure}")
+        hashes = None if names is None else names.hashes
+        if hashes is not None and self.scores.hashes is not None:  # whatever the tokenizer
+            same = tuple(hashes) == self.scores.hashes
+        else:
+            same = about["rows_hash"] in (None, hash_of_some(dataset))
+            same &= not few or trusted is None or hash_of(trusted) == about["trusted_hash"]
+        if not same:
+            raise DataError(f"the rows differ from those of the look in {self.path}, or are in another order; {cure}")
+
+    def write_head(self, model: nn.Module) -> str | None:
+        """Write the head into a model that is not sharded yet, in every process; explain why if it is left out.
+
+        Under deepspeed.zero.Init the first process writes into the gathered parameters. Raises UnsupportedError naming
+        a parameter where the head would be lost.
+        """
+        distributed.refuse_sharded_loading(model)
+        return distributed.together(lambda: self._write(distributed.unwrapped(model)))
+
+    @torch.no_grad()
+    def _write(self, model: nn.Module) -> str | None:
+        if not self.head:
+            return None
+        named = {plain_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+        own, judge = _name(model), self.about["model"]
+        if own and judge and Path(own).name != Path(judge).name:
+            return f"the head of the look is left out: {judge} took the look, and {own} is trained"
+        shapes = {name: tuple(whole_shape(named[name][1])) for name in self.head if name in named}
+        fitted = {name: tuple(value.shape) for name, value in self.head.items()}
+        if shapes != fitted:
+            return f"the head of the look is left out: it has {fitted}, and the model has {shapes or 'none'}"
+        targets = {name: named[name][1] for name in self.head}
+        for name, parameter in targets.items():
+            if not parameter.requires_grad:
+                raise SettingsError(
+                    f"the look has a head for {name}, which the model does not train; give the LoraConfig "
+                    f"modules_to_save=[{name.rpartition('.')[0]!r}]"
+                )
+            if distributed.is_sharded(parameter) or parameter.is_meta:
+                raise UnsupportedError(
+                    f"{named[name][0]} is {distributed.parts_of(parameter)}, so a head that is written now is lost; "
+                    "give QualityCallback(data, look=...) to Trainer(callbacks=[...]), or before training call "
+                    "callback.write_head(trainer.model)"
+                )
+        with gathered(targets.values()) as writes:
+            for name, parameter in targets.items() if writes else ():
+                parameter.copy_(self.head[name])
+        return None
+
+
+def asdict_of(rule: ScoringRule) -> dict[str, Any]:
+    """Return the fields of a rule that decide a look's scores."""
+    values = {name: getattr(rule, name) for name in DECIDES}
+    return {**values, "weights": None if rule.weights is None else dict(rule.weights)}
+
+
+def save_look(
+    path: Path,
+    model: nn.Module,
+    request: LookRequest,
+    scores: Scores,
+    look: Look | None,
+    answers: Mapping[str, np.ndarray],
+) -> SavedLook:
+    """Write the folder in the first process; the others wait for it."""
+    names = ("epoch", "step", "head_start", "noise", "gate")
+    trusted, rule = request.trusted, request.rule
+    bits = {bits for module in model.modules() if (bits := linear_bits(module))}
+    summary = {name: getattr(scores.record, name) for name in names} | {"epoch": 0, "step": 0}
+    about = {
+        "tsqlora": version("tsqlora"),
+        "model": _name(model),
+        "bits": min(bits) if bits else None,
+        "spread": devices_of(model),
+        "task": request.task.name,
+        "rows": len(request.dataset),
+        "rows_hash": hash_of_some(request.dataset),
+        "trusted_rows": request.trusted_rows,
+        "trusted_hash": None if trusted is None else hash_of(trusted),
+        "rule": asdict_of(rule),
+        "look": {
+            **summary,
+            "not_ready": None if look is None else look.why_not,
+            "rows": len(scores),
+            "kept": int(scores.kept.sum()),
+        }
+        | scores.counted("held out"),
+        "cost": {} if look is None else {"look": asdict(look.cost)},
+    }
+    verdict = None if look is None else look.verdict
+    saved = SavedLook(path, scores, {} if look is None else look.head, about, verdict, answers)
+
+    def write() -> None:
+        with parents_of(path), replacing(path) as folder:
+            folder.mkdir()
+            scores.save(folder / SCORES)
+            write_tensors(folder / HEAD, saved.head)
+            made = {} if verdict is None else {name: np.asarray(value) for name, value in asdict(verdict).items()}
+            for name, arrays in ((JUDGE, made), (ANSWERS, answers)):
+                if arrays:
+                    write_tensors(folder / name, {key: torch.from_numpy(np.atleast_1d(x)) for key, x in arrays.items()})
+            write_json(folder / ABOUT, about)
+
+    distributed.once(write)
+    return saved
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+
+
+def _verdict(path: Path) -> Verdict:
+    arrays = _arrays(path)
+    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "evident")}
+    k = arrays["judged"].shape
+    arrays |= {"otherwise": np.broadcast_to(arrays["otherwise"], k), "doubt": arrays.get("doubt", np.full(k, DOUBT))}
+    values: dict[str, Any] = {**arrays, **single}
+    return Verdict(**values)
+
+
+def require_free(path: Path) -> None:
+    """Raise SettingsError if the folder of a look would replace something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SettingsError(f"--out {path} is not empty; name another directory")
+
+
+def devices_of(model: nn.Module) -> int:
+    """Return the number of devices that a `device_map` has spread the model over; 1 without one."""
+    maps = (getattr(module, "hf_device_map", None) for module in model.modules())
+    return max((len({*where.values()}) for where in maps if where), default=1)
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")

@@ -1,0 +1,159 @@
+"""Apply a look to rows that it was not taken at: labels or answers, each row by itself, for any engine."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.auditing.apply import columns_of_rows
+from tsqlora.auditing.saved_look import SavedLook
+from tsqlora.auditing.scores import REASONS
+from tsqlora.auditing.texts.answers import (
+    MOST_ANSWER,
+    Sample,
+    Turn,
+    behind,
+    common_end,
+    fits_own,
+    longest_prompt,
+    opened,
+    read_answers,
+    stretches,
+    views,
+)
+from tsqlora.auditing.texts.before import OTHER, UNFIT
+from tsqlora.auditing.texts.faults import FaultJudge
+from tsqlora.auditing.texts.look import CUT, DECOYS, FOREIGN, PHASES, AnswerLook
+from tsqlora.auditing.texts.prepared import sequences_of
+from tsqlora.auditing.texts.vocabulary import Vocabulary
+from tsqlora.model.request import Compute, RowNames
+from tsqlora.rows.datasets import Dataset
+from tsqlora.tasks import Batch, Collate, task_of
+
+
+def apply(
+    model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return columns of scores for the rows of a collated batch, each row scored by itself.
+
+    For classes these are `loss` (with the fitted head), `predicted`, `predicted_probability`, `label_probability`,
+    `reason`, and `wrong_probability` if the look has a judge. The model is the one that took the look, with its own
+    head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
+    without it. If a row's label is not a class of the look, the columns that need it are nan.
+
+    For texts they are `loss` (a token of the answers), `reason`, and `wrong_probability`, the highest over the faults
+    that the look can find; nan for a row without an answer that is judged.
+
+    Raises UnsupportedError for another task without a row of logits for each sample, and for a model that is sharded.
+    """
+    look = look if isinstance(look, SavedLook) else SavedLook.load(look)
+    n = len(batch["labels"])
+    names, compute = RowNames(hashes=hashes, lengths=[0] * n), Compute(max(n, 1))
+    if look.answers:
+        read = ("input_ids", "labels", "attention_mask", "position_ids")
+        columns = {name: batch[name].numpy(force=True) for name in read if name in batch}
+        rows = [{name: values[j] for name, values in columns.items()} for j in range(n)]
+        return answer_columns(model, look, rows, None, rows=names, compute=compute)
+
+    def some(rows: Sequence[int]) -> dict[str, Tensor]:
+        return {name: values[list(rows)] for name, values in batch.items()}
+
+    labels = batch["labels"].numpy(force=True)
+    return columns_of_rows(model, look, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
+
+
+def answers_of(look: AnswerLook, vocabulary: Vocabulary, rows: int) -> dict[str, np.ndarray]:
+    """Return what judges answers by themselves as arrays, for the folder of a look; nothing if it judged none."""
+    if not look.turns or any(turn.side for turn in look.turns):
+        return {}
+    prompts = [turn.prompt for turn in look.turns]
+    decoys = [prompts[j] for j in np.linspace(0, len(prompts) - 1, DECOYS).astype(int)]
+    own = np.full(rows, np.nan)
+    for name in look.judges:
+        for turn, p in zip(look.turns, look.detections[name].probability.tolist(), strict=True):
+            own[turn.row] = np.fmax(own[turn.row], p)
+    judges = {f"{fault}.{name}": x for fault, judge in look.judges.items() for name, x in asdict(judge).items()}
+    return judges | {
+        "own": own,
+        "opening": common_end(prompts).astype(np.int64),
+        "bos": np.array([-1 if vocabulary.bos is None else vocabulary.bos]),
+        "stops": np.array(sorted(vocabulary.stops), np.int64),
+        "empty": np.array(sorted(vocabulary.empty), np.int64),
+        "decoys": np.concatenate(decoys),
+        "decoy_lengths": np.array([len(prompt) for prompt in decoys]),
+    }
+
+
+def answer_columns(
+    model: nn.Module,
+    look: SavedLook,
+    dataset: Dataset,
+    collate: Collate | None,
+    *,
+    rows: RowNames,
+    compute: Compute,
+) -> dict[str, np.ndarray]:
+    """Return the columns of `apply` for rows with answers, and their numbers of trained tokens as `labels`."""
+    distributed.require_whole(model)
+    made, n = look.answers, len(dataset)
+    stops, empty = ({*made[name].tolist()} for name in ("stops", "empty"))
+    turns, trained = list[Turn](), np.zeros(n, np.int64)
+    for one in sequences_of(dataset, collate):
+        trained[one.row] += len(one.trained)
+        for _, start, end, ends in stretches(one, stops, empty):
+            if start < end:
+                turns.append(Turn(one.row, "", one.ids[:start], one.ids[:0], one.ids[start:end], ends, "", ""))
+    turns = opened(turns, made["opening"], int(made["bos"][0]))
+    columns = {"loss": np.full(n, np.nan), "wrong_probability": np.full(n, np.nan)}
+    columns["reason"] = np.full(n, "kept", dtype="U20")
+    if turns:
+        _judge(distributed.unwrapped(model), turns, made, compute, columns)
+    places = {name: j for j, name in enumerate(look.scores.hashes or ())}
+    for here, name in enumerate(rows.hashes or ()):
+        there = places.get(name)
+        if there is not None and not np.isnan(made["own"][there]):  # nan: the look has not read it
+            columns["wrong_probability"][here] = made["own"][there]
+            columns["reason"][here] = REASONS[look.scores.reason_codes[there]]
+    return {"labels": trained, **columns}
+
+
+def _judge(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    made: Mapping[str, np.ndarray],
+    compute: Compute,
+    columns: dict[str, np.ndarray],
+) -> None:
+    """Fill the columns of the turns' rows; a suspect is foreign if it is likelier behind one of the look's prompts."""
+
+    def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        return read_answers(model, samples, made["stops"].tolist(), compute, phase=PHASES[phase])
+
+    prompted, _, features = views(turns, read, [(min(len(turn.answer), MOST_ANSWER),) for turn in turns])
+    row = np.array([turn.row for turn in turns])
+    sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
+    columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
+    whole, judges = np.array([turn.ends for turn in turns]), defaultdict[str, dict[str, np.ndarray]](dict)
+    for name in (name for name in made if "." in name):
+        fault, _, part = name.rpartition(".")
+        judges[fault][part] = made[name]
+    for fault, parts in judges.items():
+        judged = np.flatnonzero(whole if fault == CUT else np.ones(len(turns), np.bool_))
+        p, wrong = FaultJudge(**parts).of((prompted["stop"] if fault == CUT else features)[judged])
+        np.fmax.at(columns["wrong_probability"], row[judged], p)
+        suspects = judged[wrong]
+        if fault == FOREIGN and len(suspects):
+            some = [turns[j] for j in suspects]
+            prompts = np.split(made["decoys"], np.cumsum(made["decoy_lengths"])[:-1])
+            losses = read("decoys", [behind(prompt, turn.answer) for turn in some for prompt in prompts])["loss"]
+            same = np.array([np.array_equal(turn.prompt, prompt) for turn in some for prompt in prompts])
+            others = np.where(same, np.inf, losses).reshape(-1, len(prompts)).min(1)
+            own = prompted["loss"][suspects]
+            suspects = suspects[~fits_own(some, own, others, partial(read, "whole"), most=longest_prompt(model))]
+        chosen = row[suspects]
+        columns["reason"][chosen[columns["reason"][chosen] == "kept"]] = UNFIT.get(fault, OTHER)

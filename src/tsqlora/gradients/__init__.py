@@ -1,1 +1,0 @@
-"""What one backward pass yields for each sample."""

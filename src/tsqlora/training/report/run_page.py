@@ -1,0 +1,192 @@
+"""Read a run's directory, in bounded size, and render its page; the same run gives the same bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from tsqlora.auditing.page import Table, render
+from tsqlora.auditing.reasons import WHY
+from tsqlora.auditing.scores import Scores
+from tsqlora.errors import DataError
+from tsqlora.files import reading
+from tsqlora.libs.yaml import dump_yaml, load_yaml
+from tsqlora.record import MOST_EVENTS, RunRecord, look_sentences
+from tsqlora.run_dir import CONFIG_FILE, RECORD_FILE, SCORES_FILE
+from tsqlora.training.report import figures
+from tsqlora.training.report.samples import Samples, choose_samples
+
+LOGGED = 60
+"""Rows of the table of the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A run's files. `missing` has the reasons for missing scores, history and events."""
+
+    name: str
+    record: RunRecord
+    settings: str
+    config: dict[str, Any]
+    histograms: list[figures.Drawn]
+    samples: Samples | None
+    missing: dict[str, str]
+
+
+def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
+    """Read run.json, config.yaml, scores.parquet and, if it still exists, the file of the training rows.
+
+    `texts` are the scored rows' texts, if the scores do not name their source.
+    For a training in the user's own Trainer, run.json has the settings.  Raises DataError if the directory is no run or
+    cannot be read.
+    """
+    record = RunRecord.load(run)
+    if record.settings:
+        settings, config = dump_yaml(record.settings), record.settings
+    else:
+        settings, config = read_config(run / CONFIG_FILE)
+    # A Trainer's output_dir may hold the scores of an earlier training.
+    scored = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
+    scores = Scores.load(run / SCORES_FILE) if scored else None
+    return Gathered(
+        name=run.resolve().name,
+        record=record,
+        settings=settings,
+        config=config,
+        histograms=[] if scores is None else figures.histograms(scores),
+        samples=None if scores is None else choose_samples(scores, texts),
+        missing=_missing(record, config, scored=scores is not None),
+    )
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text and the settings of a run's config.yaml.  Raises DataError for any other file."""
+    reading(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = dict(load_yaml(text))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; copy the run's settings beside {RECORD_FILE}") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: no settings of a run ({str(error).splitlines()[0]})") from None
+    data = config.get("data")
+    for name, path in data.items() if isinstance(data, dict) else ():
+        if name in ("train", "trusted", "validation", "test") and path is not None:
+            reading(str(path))
+    return text, config
+
+
+def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
+    """Why the page lacks scores, a log or moves of ranks."""
+    running, missing = record.status != "finished", dict[str, str]()
+    if not scored and not record.quality.get("enabled"):
+        why = "there was no QualityCallback" if record.settings else "quality.enabled is false"
+        missing["scores"] = f"Rows were not scored: {why}, so every draw was random."
+    elif not scored and running:
+        missing["scores"] = "Rows are not scored yet; this happens before the first step."
+    elif not scored:
+        missing["scores"] = f"The directory has no {SCORES_FILE}, so the page has no rows."
+    if not record.history:
+        no_log = "logging_strategy is no, or logging_steps is above the number of steps"
+        missing["history"] = "Nothing is logged yet." if running else f"The run logged no losses: {no_log}."
+    if not record.rank_events and config.get("ranks") is None:
+        missing["events"] = "Ranks did not change: there was no RankCallback."
+    elif not record.rank_events and config["ranks"].get("policy") == "fixed":
+        missing["events"] = "Ranks never moved: ranks.policy is fixed."
+    elif not record.rank_events:
+        why = "Ranks never moved; the notes on this page say why."
+        missing["events"] = "Ranks have not moved yet." if running else why
+    return missing
+
+
+def run_page(run: Gathered, script: str) -> str:
+    """Render the page; `script` as in `render`."""
+    record, events = run.record, run.record.rank_events
+    measured = [event for event in events if event.sensitivity]
+    scored, epochs = scored_at(record), record.plan.get("epochs", 0)
+    paths = {f"{s}.{k}": str(run.config.get(s, {}).get(k)) for s, k in (("model", "path"), ("data", "train"))}
+    names = {key: path.rstrip("/").split("/")[-1] for key, path in paths.items()}
+    evaluated = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
+    drawn = {
+        "curves": figures.curves(record.history, looks=scored, events=events) if record.history else [],
+        "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
+        "sensitivity": figures.sensitivity_maps(measured) if measured else [],
+        "distributions": run.histograms,
+    }
+    return render(
+        "run.html",
+        script=script,
+        figures=[figure for part in drawn.values() for figure in part],
+        dark=figures.DARK,
+        frames=figures.rank_frames(record.plan["ranks"], events),
+        drawn=drawn,
+        title=f"{run.name}: report of a run",
+        name=run.name,
+        about=f"{record.task} · {names['model.path']} on {names['data.train']} · seed {record.seed}",
+        run=run,
+        record=record,
+        plan=record.plan,
+        samples=run.samples,
+        scored=scored,
+        epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
+        looks_text=look_sentences(record.quality),
+        why=WHY,
+        command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
+        tables=_tables(record),
+        evaluated={n.removeprefix("eval_"): value for n, value in evaluated.items() if n.startswith("eval_")},
+        written=f"{datetime.fromtimestamp(record.now['time'], UTC):%H:%M:%S} UTC" if record.now else None,
+        **_ranks(record),
+    )
+
+
+def scored_at(record: RunRecord) -> list[int]:
+    """Steps after which rows were scored."""
+    if "looks" in record.quality:
+        return [look["step"] for look in record.quality["looks"] if "kept" in look]
+    scores = record.quality.get("scores", {})
+    if "step" in scores:
+        return [int(scores["step"])]
+    return [round(scores["epoch"] * record.plan["steps"] / record.plan["epochs"])] if "epoch" in scores else []
+
+
+def _ranks(record: RunRecord) -> dict[str, Any]:
+    """How often ranks were adjusted, and the layers that gained and lost most, if any."""
+    first, last, events = record.plan["ranks"], record.ranks, record.rank_events
+    change = {layer: rank - first.get(layer, 0) for layer, rank in last.items()}
+    layers = (
+        [max(change, key=lambda n: change[n]), min(change, key=lambda n: change[n])] if any(change.values()) else []
+    )
+    return {
+        # Beyond MOST_EVENTS, only every second event is recorded.
+        "looks": f"{'at least ' if len(events) > MOST_EVENTS // 2 else ''}{len(events):,} times",
+        "most_frames": figures.FRAMES,
+        "extremes": [{"layer": layer, "first": first.get(layer, 0), "last": last[layer]} for layer in layers],
+    }
+
+
+def _tables(record: RunRecord) -> dict[str, Table]:
+    grid, events = figures.Grid(list(record.plan["ranks"])), [e for e in record.rank_events if e.sensitivity]
+    ranks = [
+        [kind, *("" if rank is None else rank for rank in ranks)]
+        for kind, ranks in zip(grid.kinds, grid.rows(record.ranks), strict=True)
+    ]
+    first, last = (figures.shares(events[j]) if events else {} for j in (0, -1))
+    shares = [[layer, f"{first.get(layer, 0):.2f}", f"{share:.2f}"] for layer, share in last.items()]
+    cost = [
+        [name, f"{phase.seconds:,.1f}", f"{phase.forward:,}", f"{phase.backward:,}", f"{phase.tokens:,}"]
+        for name, phase in record.cost.items()
+    ]
+    metrics = [[split, n, f"{value:.4f}"] for split, values in record.metrics.items() for n, value in values.items()]
+    history = figures.thinned(record.history, LOGGED)
+    names = list(dict.fromkeys(n for entry in history for n in entry if n not in ("step", "epoch")))
+    log = [[f"{entry['step']:,}", *(f"{entry[n]:.4g}" if n in entry else "" for n in names)] for entry in history]
+    return {
+        "history": Table("Log", ["step", *names], log),
+        "ranks": Table("Rank by block", ["kind", *grid.blocks], ranks),
+        "sensitivity": Table("Share in percent", ["layer", "first", "last"], shares),
+        "cost": Table("Cost by phase", ["phase", "seconds", "rows forward", "rows backward", "tokens"], cost),
+        "metrics": Table("Metrics", ["rows", "metric", "value"], metrics, texts=[1]),
+        "versions": Table("Versions", ["library", "version"], list(record.versions.items()), texts=[1]),
+    }

@@ -1,0 +1,161 @@
+"""Train and measure a job: the Trainer's arguments, the record, and metrics."""
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from tsqlora import distributed
+from tsqlora.auditing.texts.before import worst_findings
+from tsqlora.auditing.texts.vocabulary import vocabulary_of_answers
+from tsqlora.errors import SettingsError
+from tsqlora.libs.transformers import installed_reporters, reporter_kinds
+from tsqlora.progress import Progress
+from tsqlora.record import RunRecord
+from tsqlora.rows.splits import MEASURED, held_out_rows
+from tsqlora.rows.table import data_hash, notes_of
+from tsqlora.rows.tokens import left_out
+from tsqlora.run_dir import CHECKPOINT_DIR
+from tsqlora.settings import Config
+from tsqlora.tasks import get_task, require_room
+from tsqlora.tasks.text_metrics import require_text_metrics
+from tsqlora.training.fit import Method
+from tsqlora.training.job import Job, start_notes
+from tsqlora.training.plan import plan, without_effect
+from tsqlora.training.predict import EVAL_BATCH, cuts, predictor_of
+
+MANY = 0.1
+"""Share of rows left out, above which the note is a warning before training."""
+_REPORTERS = {"mlflow", "tensorboard", "wandb"}
+"""Reporters that are packages of the same name."""
+_BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
+"""Evaluation that training.save_strategy best needs, unless it is set."""
+
+
+def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None) -> TrainingArguments:
+    """The Trainer's arguments; bfloat16 by the config, or else if the hardware has it.
+
+    `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches. Rows come in the order
+    of the draw, which holds batches of like length already.
+    """
+    settings = config.training
+    values: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
+        "average_tokens_across_devices": False,
+        # Not on Apple's MPS, where nothing was tried; `use_cpu: false` does.
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_eval_batch_size": EVAL_BATCH,
+        **get_task(config.task.type).reading.trainer,
+    }
+    further = settings.further_arguments()
+    values |= (_BEST if further.get("save_strategy") == "best" else {}) | further
+    values.setdefault("bf16", hardware_has_bf16() and not further.get("fp16"))
+    rows = micro_batch_size or settings.batch_size
+    if rows < settings.batch_size:
+        parts = settings.batch_size // rows
+        values["gradient_accumulation_steps"] = int(values.get("gradient_accumulation_steps", 1)) * parts
+        values["per_device_eval_batch_size"] = max(1, values["per_device_eval_batch_size"] // parts)
+    values |= {
+        "output_dir": str(run / CHECKPOINT_DIR),
+        "num_train_epochs": settings.epochs,
+        "max_steps": -1 if settings.steps is None else settings.steps,
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": rows,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "train_sampling_strategy": "sequential",
+    }
+    named = values["report_to"] or "none"
+    try:
+        reporter_kinds(named)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    for name in sorted({named} if isinstance(named, str) else {*named}):
+        if name in _REPORTERS and name not in installed_reporters():
+            raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"training: {error}") from error
+
+
+def hardware_has_bf16() -> bool:
+    """Whether bfloat16 is computed by the GPU or processor itself: elsewhere it is slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def begin(job: Job, args: TrainingArguments, method: Method) -> RunRecord:
+    """The record of a run that starts with the model of the job.
+
+    Raises SettingsError for texts that could not be measured.
+    """
+    config, train, reading, new = job.config, job.train, job.task.reading, job.config.task.max_new_tokens
+    if "test" in job.data and train.format is not None and train.format.name != "text":  # texts will be written
+        require_text_metrics()
+        reading.prompt_limit(job.max_length, job.tokenizer, job.pretrained.positions, new)
+        require_room(job.pretrained.positions, new)
+    first = plan(job, args, method)
+    texts = {} if train.format is None else {"format": train.format.name}
+    record = RunRecord(
+        status="running",
+        seed=config.training.seed,
+        task=job.task.name,
+        labels=None if train.classes is None else list(train.classes.names),
+        data={"hash": data_hash(job.data), "max_length": job.max_length, "columns": asdict(train.columns), **texts},
+        plan=first,
+        parameters={"trainable": first["trainable"]},
+        ranks=first["ranks"],
+    )
+    record.notes += notes_of(job.data)
+    for samples in (table.samples for table in job.data.values()) if distributed.is_first() else ():
+        if len(samples.left_out) > MANY * (len(samples) + len(samples.left_out)):
+            warnings.warn(left_out(samples)[0], stacklevel=2)
+    record.notes += start_notes(config, record.labels)
+    for name, table in job.data.items():
+        if table.samples.truncated:
+            record.notes.append(cuts(table.samples, f"{name} {reading.noun(train.format)}", job.max_length))
+    if config.model.trust_remote_code:
+        record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
+    record.notes += without_effect(config)
+    if train.format is not None and (vocabulary := vocabulary_of_answers(job.tokenizer, job.model)) is not None:
+        how = {"max_length": job.max_length, "most": config.data.max_bad_rows}
+        worst = worst_findings(train.samples, vocabulary, table=train, **how)
+        record.notes += worst
+        for finding in worst if distributed.is_first() else ():
+            warnings.warn(finding, stacklevel=2)
+    further = config.training.further_arguments()
+    if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
+        used = ", ".join(f"training.{name} {_BEST[name]}" for name in sorted(unset))
+        record.notes.append(f"training.save_strategy best uses {used}; set them to change that")
+    return record
+
+
+def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
+    """Add the metrics of validation and test rows, for texts also those of written ones, and finish the record."""
+    predictor = predictor_of(job, args, progress)
+    for split in (name for name in MEASURED if name in job.data):
+        samples = job.data[split].samples
+        with record.timed("evaluation") as cost:
+            record.metrics[split] = predictor.metrics(samples, phase=split)
+            if split == "test":
+                record.metrics[split] |= predictor.text_metrics(job.data[split])
+        cost.add(forward=len(samples), tokens=sum(samples.lengths))
+    noise = next((look["noise"] for look in record.quality.get("looks", ()) if look.get("noise")), {})
+    if noise.get("evident") and held_out_rows(job.data):
+        name, value = next(iter(record.metrics["validation"].items()))
+        record.notes.append(
+            f"validation has a {name} of {value:.3f} on rows that were held out of the training file: about "
+            f"{noise['rate']:.0%} of their labels seem wrong, too, so this says less than correct labels would"
+        )
+    record.status = "finished"
