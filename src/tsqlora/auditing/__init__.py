@@ -1,1 +1,1 @@
-"""Score rows, judge labels, fit the head, and draw the rows of each epoch."""
+"""Look at rows, judge them, say why, leave out: labels, answers, texts, and the rows that each epoch draws."""

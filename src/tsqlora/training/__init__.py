@@ -1,1 +1,1 @@
-"""The method inside a stock Trainer."""
+"""A run: plain LoRA in a stock Trainer, one callback, checkpoints, and every command about runs."""
