@@ -42,7 +42,7 @@ from tsqlora.auditing.texts.faults import (
 from tsqlora.auditing.texts.look import DECOYS
 from tsqlora.auditing.texts.raw import prepared_rows
 from tsqlora.model.request import Compute
-from tsqlora.rows.chat import conversation, format_of
+from tsqlora.rows.chat import format_of
 from tsqlora.rows.rows import Row as FileRow
 
 DATA, RESULTS = ROOT / ".." / "shared" / "data", ROOT / "bench" / "results"
@@ -99,7 +99,7 @@ def turns_of_rows(chosen: Sequence[Row], name: str, vocabulary: Any) -> list[Tur
     read = [FileRow(row, name, j + 1, j) for j, row in enumerate(chosen)]
     made = prepared_rows(read, format, vocabulary.tokenizer, max_length=4096)
     for row, one in zip(read, made, strict=True):
-        turns += turns_of(conversation(row.cells, format, row.id), one.sequences, vocabulary)
+        turns += turns_of(format.show(row), one.sequences, vocabulary)
     return turns
 
 

@@ -26,7 +26,7 @@ from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.raw import audited, prepared_rows
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import Conversation, Format, conversation, format_of
+from tsqlora.rows.chat import Chat, Format, format_of
 from tsqlora.rows.rows import Row
 
 SHARE, LIMIT = 0.03, 8_192
@@ -120,10 +120,10 @@ PREPARED_FAULTS: Mapping[str, Callable[[Trained, Vocabulary], Trained]] = {
 }
 
 
-def lines_of(rows: Rows, vocabulary: Vocabulary) -> tuple[list[Line], list[Conversation], list[Row], Format]:
+def lines_of(rows: Rows, vocabulary: Vocabulary) -> tuple[list[Line], list[Chat], list[Row], Format]:
     format = format_of(list(rows[0]), "rows")
     made = [Row(cells, "rows", j, j) for j, cells in enumerate(rows)]
-    talks = [conversation(row.cells, format, row.id) for row in made]
+    talks = [format.show(row) for row in made]
     return audited(made, format, vocabulary, LIMIT), talks, made, format
 
 
@@ -132,7 +132,7 @@ def found_in(rows: Rows, vocabulary: Vocabulary, evaluation: Rows | None = None)
     unseen = None
     if evaluation is not None:
         own = format_of(list(evaluation[0]), "evaluation")
-        unseen = [conversation(cells, own, j) for j, cells in enumerate(evaluation)]
+        unseen = [own.show(Row(cells, "evaluation", j, j)) for j, cells in enumerate(evaluation)]
     findings = {name: set(places) for name, places in among_rows(talks, lines, unseen).items()}
     for line in lines:
         for name in line.findings:

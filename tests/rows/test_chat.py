@@ -8,19 +8,8 @@ import pytest
 
 from tables import names_of, rows_of
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.rows.chat import (
-    ANSWERS,
-    FORMATS,
-    Chat,
-    Format,
-    Manner,
-    Message,
-    conversation,
-    find_format,
-    format_of,
-    pair_format,
-)
-from tsqlora.rows.rows import USUAL_PAIR, USUAL_TEXT, Columns
+from tsqlora.rows.chat import ANSWERS, FORMATS, Chat, Format, Manner, Message, find_format, format_of, pair_format
+from tsqlora.rows.rows import USUAL_PAIR, USUAL_TEXT, Columns, Row
 
 PLAIN, CHAT, SEQ2SEQ = (Manner(seq2seq=s, chat=c) for s, c in ((False, False), (False, True), (True, False)))
 PROMPT = Manner(seq2seq=False, chat=True, targets=False)
@@ -145,7 +134,7 @@ def test_what_a_row_says(row: dict[str, Any], manner: Manner, says: Chat) -> Non
     assert read(row, manner) == says
     names, every = [*row], [message for message in says.messages if message.role != "system"]
     if manner is CHAT and "chosen" not in row and not says.plain:
-        shown = conversation(row, format_of(names, "train.jsonl"), 0).messages
+        shown = format_of(names, "train.jsonl").show(Row(row, "train.jsonl", 1, 0)).messages
         assert [one for one in shown if one.role != "system"][: len(every)] == every
 
 
@@ -161,7 +150,7 @@ def test_every_key_of_a_message_is_there_for_a_template(weight: Any) -> None:
 def test_targets_may_be_missing_where_they_are_not_read(row: dict[str, Any]) -> None:
     (made,), names = rows_of(row), (*row, "completion", "output", "summary")
     result = find_format(names, source="train.jsonl").read(made, Manner(seq2seq=False, chat=False, targets=False))
-    assert (result.plain, result.answer) == (True, None)
+    assert (result.plain, result.ends_answered) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +192,7 @@ def test_a_row_that_is_not_whole_is_named_by_training_and_by_the_audit(row: dict
         of([made]).read(made, PLAIN)
     assert str(caught.value).startswith("train.jsonl:7: ")
     assert all(name in str(caught.value) for name in names), caught.value
-    one = conversation(row, of([made]), 0)
+    one = of([made]).show(made)
     assert one.messages or str(caught.value) == f"train.jsonl:7: {one.problem}"
 
 

@@ -11,14 +11,15 @@ import pytest
 from linear import assert_linear, seconds
 from tsqlora.auditing.texts.among import among_rows
 from tsqlora.auditing.texts.ledger import Line
-from tsqlora.rows.chat import Conversation, Message
+from tsqlora.rows.chat import Chat, Message
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrstp"]
 
 
-def row(number: int, question: str, answer: str, rejected: str | None = None) -> Conversation:
-    other = None if rejected is None else (Message("assistant", rejected),)
-    return Conversation(number, (Message("user", question), Message("assistant", answer)), rejected=other)
+def row(number: int, question: str, answer: str, rejected: str | None = None) -> Chat:
+    ask = Message("user", question)
+    other = None if rejected is None else Chat((ask, Message("assistant", rejected)))
+    return Chat((ask, Message("assistant", answer)), rejected=other, row=number)
 
 
 def texts(n: int, length: int = 30, seed: int = 0) -> list[str]:
@@ -26,7 +27,7 @@ def texts(n: int, length: int = 30, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(WORDS, length)) for _ in range(n)]
 
 
-def findings(rows: list[Conversation], evaluation: list[Conversation] | None = None) -> dict[str, list[int]]:
+def findings(rows: list[Chat], evaluation: list[Chat] | None = None) -> dict[str, list[int]]:
     lines = [Line(one.row, "") for one in rows]
     return {name: places for name, places in among_rows(rows, lines, evaluation).items() if places}
 
@@ -41,7 +42,7 @@ def test_a_row_that_answers_with_its_question_is_no_copy_of_itself() -> None:
     assert "duplicate" not in findings([row(j, q, q) for j, q in enumerate(questions)])
 
 
-class Read(Sequence[Conversation]):
+class Read(Sequence[Chat]):
     """Rows that are read on access; counts those that somebody holds."""
 
     def __init__(self, questions: list[str]) -> None:
@@ -58,13 +59,13 @@ class Read(Sequence[Conversation]):
         return one
 
 
-class Held(Conversation):
+class Held(Chat):
     """A conversation that a weak reference may name."""
 
     __slots__ = ("__weakref__",)
 
-    def __init__(self, one: Conversation) -> None:
-        Conversation.__init__(self, one.row, one.messages)
+    def __init__(self, one: Chat) -> None:
+        Chat.__init__(self, one.messages, row=one.row)
 
 
 def test_rows_are_read_one_after_another_and_none_is_held() -> None:
@@ -88,7 +89,7 @@ def test_rows_of_the_evaluation_file_are_leaks_whatever_their_case_and_system_pr
     questions, answers = texts(20), texts(20, seed=1)
     rows = [row(j, q, a) for j, (q, a) in enumerate(zip(questions, answers, strict=True))]
     same = row(0, questions[7].upper(), f"  {answers[7]}\n")
-    leak = Conversation(0, (Message("system", "Be brief."), *same.messages))
+    leak = Chat((Message("system", "Be brief."), *same.messages))
     assert findings(rows, [leak, row(1, "another question", "another answer")]) == {"eval_leak": [7]}
 
 
@@ -114,9 +115,7 @@ def test_a_pair_and_its_reverse_conflict_and_longer_chosen_answers_are_noted() -
     pairs = [row(j, q, one, two) for j, (q, one, two) in enumerate(zip(questions, b, a, strict=True))]
     assert findings(pairs) == {"length_bias": [*range(60)]}
     even = [row(j, q, *((x, y) if j % 2 else (y, x))) for j, (q, x, y) in enumerate(zip(questions, a, b, strict=True))]
-    assert findings([*even, row(60, questions[0], even[0].rejected[0].content, even[0].answer)]).get(
-        "pair_conflict"
-    ) == [
+    assert findings([*even, row(60, questions[0], even[0].rejected.answer, even[0].answer)]).get("pair_conflict") == [
         0,
         60,
     ]  # type: ignore[index]
@@ -151,7 +150,7 @@ CONSTANTS = {
 }
 
 
-def table(n: int, constant: str) -> list[Conversation]:
+def table(n: int, constant: str) -> list[Chat]:
     return [row(j, *CONSTANTS[constant](j, q, a)) for j, (q, a) in enumerate(lives(n))]
 
 

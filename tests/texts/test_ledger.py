@@ -12,7 +12,8 @@ from tsqlora.auditing.texts.ledger import content_findings, line_of, locate
 from tsqlora.auditing.texts.prepared import Trained, sequences_of
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
 from tsqlora.errors import DataError
-from tsqlora.rows.chat import Conversation, Message, conversation, format_of
+from tsqlora.rows.chat import Chat, Message, format_of
+from tsqlora.rows.rows import Row
 from tsqlora.tasks.generation import IGNORED
 
 TEMPLATE = (
@@ -36,12 +37,12 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     return vocabulary_of(tokenizer)
 
 
-def chat(*contents: str, row: int = 0) -> Conversation:
+def chat(*contents: str, row: int = 0) -> Chat:
     roles = ("user", "assistant") * len(contents)
-    return Conversation(row, tuple(map(Message, roles, contents)))
+    return Chat(tuple(map(Message, roles, contents)), row=row)
 
 
-def trained(tokenizer: Any, conversation: Conversation, *, keep: slice = slice(None), stop: bool = True) -> Trained:
+def trained(tokenizer: Any, conversation: Chat, *, keep: slice = slice(None), stop: bool = True) -> Trained:
     """The conversation as a chat, with loss on answers, and on the end token behind them if `stop`."""
     ids, targets = [], []
     for message in conversation.messages:
@@ -112,7 +113,7 @@ def test_a_template_may_write_contents_in_another_way(
 @pytest.mark.parametrize("kind", ["chat", "reasoning", "call"])
 def test_what_the_limit_cuts_is_no_lost_content(kind: str, tokenizer: Any, vocabulary: Vocabulary) -> None:
     ask, call = Message("user", f"Use capital. {QUESTION}"), Message("assistant", "", {"tool_calls": [CALL]})
-    tools = Conversation(0, (ask, call, Message("tool", "Paris"), Message("assistant", f"The capital: {ANSWER}")))
+    tools = Chat((ask, call, Message("tool", "Paris"), Message("assistant", f"The capital: {ANSWER}")))
     row = {"chat": chat(QUESTION, ANSWER), "reasoning": chat(QUESTION, ANSWER, *SPAIN), "call": tools}[kind]
     keep = {"chat": slice(0, -12), "reasoning": slice(-30, None), "call": slice(0, 80)}[kind]
     one = trained(tokenizer, row, keep=keep)
@@ -160,16 +161,16 @@ def test_a_prompt_that_lacks_its_end_before_an_answer_is_lost(tokenizer: Any, vo
 def test_a_chat_without_a_user_is_named_and_plain_text_is_not(vocabulary: Vocabulary) -> None:
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": ANSWER}]}
     lone, text = (
-        conversation(cells, format_of([*cells], "rows"), 0) for cells in (row, {"text": f"{QUESTION} {ANSWER}"})
+        format_of([*cells], "rows").show(Row(cells, "rows", 1, 0)) for cells in (row, {"text": f"{QUESTION} {ANSWER}"})
     )
     assert [*content_findings(lone, vocabulary)] == ["roles"]
-    unknown = Conversation(0, (Message("human", QUESTION), Message("gpt", ANSWER)))  # the preparation says that
+    unknown = Chat((Message("human", QUESTION), Message("gpt", ANSWER)))  # the preparation says that
     assert content_findings(text, vocabulary) == content_findings(unknown, vocabulary) == {}
 
 
 def test_reasoning_alone_is_an_empty_answer_and_a_call_is_none(vocabulary: Vocabulary) -> None:
     for further, empty in (({"thinking": "France."}, True), ({"thinking": "France.", "tool_calls": [CALL]}, False)):
-        row = Conversation(0, (Message("user", QUESTION), Message("assistant", " ", further)))
+        row = Chat((Message("user", QUESTION), Message("assistant", " ", further)))
         assert ("empty_answer" in content_findings(row, vocabulary)) == empty
 
 

@@ -15,7 +15,7 @@ from tsqlora.auditing.texts.ledger import line_of
 from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.reconcile import match
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
-from tsqlora.rows.chat import Conversation
+from tsqlora.rows.chat import Chat
 from tsqlora.rows.chat import Message as Turn
 from tsqlora.tasks.generation import IGNORED
 
@@ -32,9 +32,9 @@ CONSTANTS = {
 }
 
 
-def drawn(constant: str, script: str, count: int = 150) -> list[Conversation]:
+def drawn(constant: str, script: str, count: int = 150) -> list[Chat]:
     """Rows of one, two or three exchanges, of lengths with a heavy tail; some answers are those of many rows."""
-    rng, rows = np.random.default_rng(len(constant) + len(script)), list[Conversation]()
+    rng, rows = np.random.default_rng(len(constant) + len(script)), list[Chat]()
     words = ["".join(rng.choice([*LETTERS[script]], int(rng.integers(2, 7)))) for _ in range(500)]
 
     def text(most: int) -> str:
@@ -47,11 +47,11 @@ def drawn(constant: str, script: str, count: int = 150) -> list[Conversation]:
             question = f"{text(12)} {j}-{k} {text(40)}"
             answer = "Yes." if rng.random() < 0.3 else f" {text(300)} {j}"
             contents += [CONSTANTS[constant].format(question=question), answer]
-        rows.append(Conversation(j, tuple(map(Turn, ROLES * 3, contents))))
+        rows.append(Chat(tuple(map(Turn, ROLES * 3, contents)), row=j))
     return rows
 
 
-def sequence(one: Conversation, keep: slice = slice(None), tokenizer: Any = TOKENIZER) -> Trained:
+def sequence(one: Chat, keep: slice = slice(None), tokenizer: Any = TOKENIZER) -> Trained:
     chat = [{"role": message.role, "content": message.content} for message in one.messages]
     ids = np.array(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])[keep]
     return Trained(ids, np.full(len(ids), IGNORED), one.row)
@@ -97,15 +97,15 @@ def test_what_is_of_no_row_is_left(constant: str) -> None:
 
 def test_equal_rows_share_their_sequences_by_count() -> None:
     sky = [(0, ("What is the colour of the sky?", "It is blue, mostly.")), (1, ("short", "yes"))]
-    rows = [Conversation(j, tuple(map(Turn, ROLES, own))) for j, own in [*sky, (2, sky[0][1])]]
+    rows = [Chat(tuple(map(Turn, ROLES, own)), row=j) for j, own in [*sky, (2, sky[0][1])]]
     taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
     assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])
 
 
-def talk(exchanges: int) -> Conversation:
+def talk(exchanges: int) -> Chat:
     contents = [(f"Question {k} of our long talk, please?", f"Answer {k} in our long talk.") for k in range(exchanges)]
-    return Conversation(exchanges, tuple(map(Turn, ROLES * exchanges, sum(contents, ()))))
+    return Chat(tuple(map(Turn, ROLES * exchanges, sum(contents, ()))), row=exchanges)
 
 
 def test_rows_that_begin_alike_have_a_sequence_each() -> None:
@@ -125,7 +125,11 @@ def test_both_sides_of_a_pair_find_the_row_that_has_both() -> None:
     question, chosen, rejected = "How far is it to the sea?", ("It is near.", "One hour."), ("No idea.", "Ask others.")
     answers: Sequence[tuple[str, str]] = [(a, b) for a in chosen for b in rejected]
     pairs = [
-        Conversation(k, (Turn("user", question), Turn("assistant", a)), rejected=(Turn("assistant", b),))
+        Chat(
+            (Turn("user", question), Turn("assistant", a)),
+            rejected=Chat((Turn("user", question), Turn("assistant", b))),
+            row=k,
+        )
         for k, (a, b) in enumerate(answers)
     ]
     made = list[Trained]()
@@ -144,7 +148,7 @@ def test_contents_are_compared_in_the_form_that_the_tokenizer_gives_them() -> No
     texts = [(f"Wie heißt Stadt {k} in Österreich?", f"Stadt {k} heißt Mödling, südlich von Wien.") for k in range(3)]
     rows, composed = (
         [
-            Conversation(k, tuple(Turn(r, normalize(form, t)) for r, t in zip(ROLES, own, strict=True)))
+            Chat(tuple(Turn(r, normalize(form, t)) for r, t in zip(ROLES, own, strict=True)), row=k)
             for k, own in enumerate(texts)
         ]
         for form in ("NFD", "NFC")
@@ -163,7 +167,7 @@ def test_a_tool_result_that_the_template_writes_as_json_is_there() -> None:
     )
     roles = ("user", "assistant", "tool", "assistant")
     turns = [(f"How warm is town {k}?", "", f'{{"temp": "{k} °C"}}', f"It is {k} degrees.") for k in range(4)]
-    rows = [Conversation(k, tuple(map(Turn, roles, own))) for k, own in enumerate(turns)]
+    rows = [Chat(tuple(map(Turn, roles, own)), row=k) for k, own in enumerate(turns)]
     whole = [sequence(one, tokenizer=tokenizer) for one in rows]
     taken, *_ = match(rows, whole, VOCABULARY)
     assert taken == {k: [one] for k, one in enumerate(whole)}

@@ -19,7 +19,7 @@ from tsqlora.auditing.texts.ledger import Line, spans_of
 from tsqlora.auditing.texts.raw import audited, prepared_rows
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
 from tsqlora.errors import DataError
-from tsqlora.rows.chat import Manner, conversation, format_of
+from tsqlora.rows.chat import Manner, format_of
 from tsqlora.rows.rows import Row
 from tsqlora.rows.sources import open_table
 
@@ -266,7 +266,7 @@ def test_the_answer_behind_alpacas_prompt_is_in_its_place() -> None:
         [Row(ALPACA, "r", 1, 0)], format := format_of([*ALPACA], "r"), family.tokenizer, max_length=999
     )
     (one,) = made.sequences
-    question, answered = spans_of(conversation(ALPACA, format, 0).messages, one, family)
+    question, answered = spans_of(format.show(Row(ALPACA, "r", 1, 0)).messages, one, family)
     assert question is not None
     assert answered is not None
     assert family.text(one.ids[question.end : answered.start]) == b"\n\n### Response:\n"

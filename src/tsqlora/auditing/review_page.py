@@ -16,7 +16,7 @@ from tsqlora.auditing.texts.look import Losses
 from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import ANSWER, Conversation
+from tsqlora.rows.chat import ANSWER, Chat
 from tsqlora.rows.media import thumbnail
 
 LABELS_ON_PAGE, OF_A_FINDING = 2_000, 200
@@ -66,7 +66,7 @@ def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> s
 def text_page(
     folder: Path,
     about: Mapping[str, Any],
-    rows: Sequence[Conversation],
+    rows: Sequence[Chat],
     lines: Sequence[Line],
     tokens: Mapping[int, Sequence[Trained]],
     vocabulary: Vocabulary,
@@ -84,14 +84,12 @@ def text_page(
     return _render("text.html", folder, about, data, **values)
 
 
-def _row(
-    row: Conversation, line: Line, sequences: Sequence[Trained], vocabulary: Vocabulary, losses: Losses
-) -> dict[str, Any]:
+def _row(row: Chat, line: Line, sequences: Sequence[Trained], vocabulary: Vocabulary, losses: Losses) -> dict[str, Any]:
     """A row for the page's script: its tokens, and the kind of each as a letter."""
     parts = [_tokens(one, vocabulary, losses.get((row.row, one.side), {})) for one in sequences]
     if not parts:  # its texts, the answer as lost
-        texts = [f"{message.role}: {message.content[:1000]}\n" for message in row.messages]
-        parts = [("", texts, "".join(LOST if message.role == ANSWER else PROMPT for message in row.messages))]
+        texts = [f"{message.role}: {message.content[:1000]}\n" for message in row.whole]
+        parts = [("", texts, "".join(LOST if message.role == ANSWER else PROMPT for message in row.whole))]
     return {
         "fate": line.fate,
         "detail": line.detail,

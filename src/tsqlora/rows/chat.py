@@ -54,9 +54,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages of which every assistant's is a target, but for those of the `context`.
+    """A row as messages, or why it has none: what training, the ledger and the judges read.
 
-    If targets are not read, the messages before the one to generate.
+    Of `messages` every assistant's is a target, but for those of the `context`. If targets are not read, they are those
+    before the one to generate.
     """
 
     messages: tuple[Message, ...]
@@ -68,16 +69,47 @@ class Chat:
     """Messages of the row behind its last answer."""
     plain: bool = False
     """Whether prompt and target follow each other as they are, in place of turns that a chat template renders."""
+    document: bool = field(default=False, compare=False)
+    """Whether the row is one text without a prompt, all of it a target."""
+    rejected: "Chat | None" = None
+    """Of a pair, whose chosen side this is, the other one."""
+    row: int = field(default=0, compare=False)
+    place: str = field(default="", compare=False)
+    """File and line, for errors."""
+    problems: Sequence[DataError] = field(default=(), compare=False)
+    """Why the row cannot be trained on."""
 
     @property
-    def prompt(self) -> str:
-        """Of plain texts the one before the target; "" for none."""
-        return "".join(message.content for message in self.messages if message.role != ANSWER)
+    def whole(self) -> tuple[Message, ...]:
+        """All messages of the row."""
+        return (*self.messages, *self.unanswered)
 
     @property
-    def answer(self) -> str | None:
-        """The last answer; None where targets are not read."""
-        return next((message.content for message in reversed(self.messages) if message.role == ANSWER), None)
+    def problem(self) -> str | None:
+        """Why the row has no messages at all."""
+        return None if self.whole or not self.problems else self.said(self.problems[0])
+
+    def said(self, error: DataError) -> str:
+        """What an error says of the row, without its place."""
+        return str(error).removeprefix(f"{self.place}: ")
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the last answer."""
+        return self.whole[:-1] if self.ends_answered else self.whole
+
+    @property
+    def answer(self) -> str:
+        """The answer that the row ends with; "" without one."""
+        return self.whole[-1].content if self.ends_answered else ""
+
+    @property
+    def ends_answered(self) -> bool:
+        return not self.unanswered and [one.role for one in self.messages[-1:]] == [ANSWER]
+
+    def side(self, side: str) -> tuple[Message, ...]:
+        """The messages of one side of a pair, or of a row that is none."""
+        return self.rejected.whole if side == "rejected" and self.rejected is not None else self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +136,6 @@ ANSWER = "assistant"
 CALLS = ("tool_calls", "function_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of the reasoning before an answer, in rows and in templates."""
-Problems = list[DataError]
-"""Why a row cannot be trained on, while the rest of it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +145,7 @@ class Reading:
     row: Row
     columns: Columns
     manner: Manner
-    problems: Problems = field(default_factory=list)
+    problems: list[DataError] = field(default_factory=list)
 
     def fail(self, what: str) -> None:
         self.problems.append(DataError(f"{self.row.place}: {what}"))
@@ -339,7 +369,8 @@ def read_text(its: Reading) -> Chat:
             f"{its.row.source}: plain text in column '{its.columns.text}' has no target for a sequence-to-sequence "
             "model; set data.prompt and data.target"
         )
-    return Chat((Message(ANSWER if its.manner.targets else "user", its.text(its.columns.text)),), plain=True)
+    role = ANSWER if its.manner.targets else "user"
+    return Chat((Message(role, its.text(its.columns.text)),), plain=True, document=its.manner.targets)
 
 
 def read_pair(its: Reading) -> Chat:
@@ -452,29 +483,33 @@ class Format:
 
     def read(self, row: Row, manner: Manner) -> Chat:
         """A row as prompt and target.  Raises DataError if it is not whole, or the model would not read all of it."""
-        chat, problems = self.parse(row, manner)
-        if problems:
-            raise problems[0]
+        chat = self.parse(row, manner)
+        if chat.problems:
+            raise chat.problems[0]
         return chat
 
-    def parse(self, row: Row, manner: Manner) -> tuple[Chat, Problems]:
+    def parse(self, row: Row, manner: Manner) -> Chat:
         """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
         kind = OF_PAIRS if self.name == PREFERENCE else FORMATS[self.name]
         chat = kind.read(its := Reading(row, self.columns, manner))
         parts = PARTS if manner.targets else PARTS - ANSWERS
         its.problems.extend(leftovers(row, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
-        return chat, its.problems
+        return replace(chat, row=row.id, place=row.place, problems=its.problems)
+
+    def show(self, row: Row, sides: Sequence[Chat] = ()) -> Chat:
+        """A row as its messages, which need not be whole; a pair of its `sides`, where they are parsed already."""
+        chosen, *others = sides or [side.parse(row, WHOLE) for side in self.sides]
+        return replace(chosen, rejected=others[0] if others[0].whole else chosen) if others and chosen.whole else chosen
 
     def lacks(self, row: Row, *, answers: bool = True) -> tuple[str | None, bool]:
         """What a row lacks, in words, with `answers` also a target; and whether a chat goes on behind its last answer.
 
         Any other problem is raised where the row is tokenised.
         """
-        both = [(side, *side.parse(row, replace(PLAINLY, targets=answers))) for side in self.sides]
-        chat = both[0][1]
-        goes_on = isinstance(row.cells.get(self.columns.text), list) and bool(chat.messages and chat.unanswered)
-        for side, _, problems in both:
-            if problems and isinstance(first := problems[0], MissingError):
+        both = [(side, side.parse(row, replace(PLAINLY, targets=answers))) for side in self.sides]
+        goes_on = bool(both[0][1].messages and both[0][1].unanswered)
+        for side, chat in both:
+            if chat.problems and isinstance(first := chat.problems[0], MissingError):
                 target = side.columns.label if answers else None
                 return lacking(row.cells, {} if target is None else {target: "target"}) or first.what, goes_on
         return None, goes_on
@@ -647,52 +682,3 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
     elif not is_missing(value):
         yield " ".join(str(value).split())
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """One row. Of a pair, `messages` end with the chosen answer, and `rejected` is the other one's."""
-
-    row: int
-    messages: tuple[Message, ...]
-    problem: str | None = None
-    """Why the row has no messages."""
-    rejected: tuple[Message, ...] | None = None
-    prompt: tuple[Message, ...] | None = None
-    """Of a pair whose answers are whole chats with different prompts: the rejected one's prompt."""
-    plain: bool = False
-    """Whether the row is plain text, without turns; its one message has the text."""
-
-    @property
-    def question(self) -> tuple[Message, ...]:
-        """The messages before the last answer."""
-        return self.messages[:-1] if self.messages and self.messages[-1].role == ANSWER else self.messages
-
-    @property
-    def answer(self) -> str:
-        """The last answer; "" without one."""
-        return self.messages[-1].content if self.messages and self.messages[-1].role == ANSWER else ""
-
-    def side(self, side: str) -> tuple[Message, ...]:
-        """The messages of one side of a pair, or of a row that is none."""
-        if side != "rejected" or self.rejected is None:
-            return self.messages
-        return (*(self.question if self.prompt is None else self.prompt), *self.rejected)
-
-
-def conversation(cells: Mapping[str, Any], format: Format, row: int) -> Conversation:
-    """Show one row as its messages, which need not be whole."""
-    source = Row({**cells}, "", row, row)
-    return shown(source, format, [side.parse(source, WHOLE) for side in format.sides])
-
-
-def shown(row: Row, format: Format, parsed: Sequence[tuple[Chat, Problems]]) -> Conversation:
-    """Show a row that was parsed, a pair by its two sides."""
-    (messages, plain), *others = (((*chat.messages, *chat.unanswered), chat.plain) for chat, _ in parsed)
-    if not messages and (problems := parsed[0][1]):
-        return Conversation(row.id, (), str(problems[0]).removeprefix(f"{row.place}: "))
-    if not others:
-        return Conversation(row.id, messages, plain=plain and format.columns.label is None)
-    *before, last = others[0][0] or messages
-    prompt = None if before == [*messages[:-1]] else tuple(before)
-    return Conversation(row.id, messages, rejected=(last,), prompt=prompt)

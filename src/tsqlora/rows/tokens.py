@@ -47,14 +47,14 @@ class TemplateError(DataError):
         self.finding = finding
 
 
-def pieces_of(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+def pieces_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """The text of a chat that went through `as_read`, in order.  Raises DataError with the row's place."""
     if not chat.plain:
-        return chat_pieces(chat, tokenizer, place)
+        return chat_pieces(chat, tokenizer)
     return [Piece(one.content, one.role == ANSWER, k) for k, one in enumerate(chat.messages, -len(chat.messages))]
 
 
-def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
+def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """The chat as the tokenizer's template renders it; an assistant's message is a target.
 
     A target is the difference between the template's prompt for a message and the template with it: exactly what a
@@ -67,7 +67,7 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
     messages, end = chat.messages, str(tokenizer.eos_token)
 
     def rendered(count: int, *, prompt: bool) -> str:
-        return render(replace(chat, messages=messages[:count]), tokenizer, place, prompt=prompt)
+        return render(replace(chat, messages=messages[:count]), tokenizer, prompt=prompt)
 
     def turn(i: int) -> tuple[str, str]:
         """The text before an answer, and the text to its end."""
@@ -75,9 +75,9 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
         if i and whole.startswith(prompt := rendered(i, prompt=True)):
             return prompt, whole
         probe = Message(ANSWER, "0" if messages[i].content.strip()[:1] != "0" else "1")
-        other = render(replace(chat, messages=(*messages[:i], probe)), tokenizer, place, prompt=False)
+        other = render(replace(chat, messages=(*messages[:i], probe)), tokenizer, prompt=False)
         if other == whole:
-            raise TemplateError(f"{place}: the chat template does not write the last answer", "prompt_not_prefix")
+            raise TemplateError(f"{chat.place}: the chat template does not write the last answer", "prompt_not_prefix")
         return commonprefix([whole, other]), whole  # noqa: RUF071  (texts, no paths)
 
     preceding = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
@@ -109,7 +109,7 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> l
     return [piece for piece in pieces if piece.text]
 
 
-def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
+def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Chat:
     """The chat with what its messages carry beside their contents where the template reads it.
 
     What it reads shows in what it renders: reasoning may stand under another key. Raises TemplateError for what is not
@@ -118,14 +118,14 @@ def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
 
     def text(*messages: Message, tools: Sequence[Any] = chat.tools) -> str | None:
         try:
-            return render(Chat(messages, tools), tokenizer, place, prompt=False)
+            return render(replace(chat, messages=messages, tools=tools), tokenizer, prompt=False)
         except TemplateError:
             return None
 
     def require(read: Any, what: str) -> None:
         if not read:
             raise TemplateError(
-                f"{place}: the row has {what}, which the chat template does not read, so a model would not learn "
+                f"{chat.place}: the row has {what}, which the chat template does not read, so a model would not learn "
                 "it; give a template that does, move it into the text, or remove it",
                 "content_lost",
             )
@@ -151,7 +151,7 @@ def _target(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.rstrip() if isinstance(end, str) and text.rstrip().endswith(end) else text
 
 
-def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
+def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> str:
     """The chat as its template writes it, with the `prompt` for an answer or without.  Raises TemplateError."""
     messages: list[Any] = [message.whole for message in chat.messages]
     tools: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
@@ -161,15 +161,15 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, *, prompt
     except Exception as error:  # a template is a program of whoever made the model
         if not tokenizer.chat_template:
             raise TemplateError(
-                f"{place}: rows are chats, and the model's tokenizer has no chat template; give a model for chats, or "
-                "put a chat_template.jinja into its folder",
+                f"{chat.place}: rows are chats, and the model's tokenizer has no chat template; give a model for "
+                "chats, or put a chat_template.jinja into its folder",
                 "no_template",
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TemplateError(
-            f"{place}: the chat template refuses these turns ({reason}); correct one of the two"
+            f"{chat.place}: the chat template refuses these turns ({reason}); correct one of the two"
         ) from error
-    return as_text(text, "the chat", place)
+    return as_text(text, "the chat", chat.place)
 
 
 @contextmanager
@@ -289,9 +289,9 @@ def tokenise_generation(
     require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     if seq2seq:
-        made = _seq2seq([format.read(row, manner) for row in rows], rows, tokenizer, max_length)
+        made = _seq2seq([format.read(row, manner) for row in rows], tokenizer, max_length)
     else:
-        made = causal_rows(rows, [format.parse(row, manner) for row in rows], tokenizer, max_length)
+        made = causal_rows([format.parse(row, manner) for row in rows], tokenizer, max_length)
     errors = {row.id: one for row, one in zip(rows, made, strict=True) if isinstance(one, DataError)}
     if errors and refused is None:
         raise next(iter(errors.values()))
@@ -375,7 +375,7 @@ def left_out(split: Samples) -> list[str]:
 
 def references(rows: Iterable[Row], format: Format) -> list[str]:
     """Each row's target, of a chat the last assistant turn, without white space around it."""
-    return [str(format.read(row, PLAINLY).answer).strip() for row in rows]
+    return [format.read(row, PLAINLY).messages[-1].content.strip() for row in rows]
 
 
 def input_of(row: Row, format: Format) -> str:
@@ -385,7 +385,7 @@ def input_of(row: Row, format: Format) -> str:
     """
     chat = format.read(row, PLAINLY)
     if chat.plain:
-        return chat.prompt or str(chat.answer)
+        return "".join(message.content for message in chat.question) or chat.answer
     before = chat.messages[:-1]
     # Answers to one system prompt alone would all have the same input.
     lone = all(message.role == "system" for message in before)
@@ -393,37 +393,31 @@ def input_of(row: Row, format: Format) -> str:
 
 
 def causal_rows(
-    rows: Sequence[Row],
-    parsed: Sequence[tuple[Chat, Sequence[DataError]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokenised | DataError]:
-    """What a causal model reads of each row that was parsed, or why nothing."""
-    read = list[tuple[Chat, list[Piece]] | DataError]()
-    for row, (chat, problems) in zip(rows, parsed, strict=True):
-        try:
-            chat = chat if problems else as_read(chat, tokenizer, row.place)
-            read.append(problems[0] if problems else (chat, pieces_of(chat, tokenizer, row.place)))
-        except DataError as error:
-            read.append(error)
-    tokens = iter(tokens_of([one[1] for one in read if not isinstance(one, DataError)], tokenizer))
-    made = list[Tokenised | DataError]()
-    for row, one in zip(rows, read, strict=True):
-        if isinstance(one, DataError):
-            made.append(one)
+    """What a causal model reads of each row, or why nothing."""
+    made, read = dict[int, Tokenised | DataError](), dict[int, tuple[Chat, list[Piece]]]()
+    for j, chat in enumerate(chats):
+        if chat.problems:
+            made[j] = chat.problems[0]
             continue
-        pieces = next(tokens)
         try:
-            require_tokens(pieces[-1].ids, row.place)
-            sample = causal_sample(one[0], pieces, tokenizer, max_length, row.place)
-            made.append(replace(sample, chat=one[0], pieces=pieces))
+            chat = as_read(chat, tokenizer)
+            read[j] = chat, pieces_of(chat, tokenizer)
         except DataError as error:
-            made.append(error)
-    return made
+            made[j] = error
+    tokens = tokens_of([pieces for _, pieces in read.values()], tokenizer)
+    for (j, (chat, _)), pieces in zip(read.items(), tokens, strict=True):
+        try:
+            require_tokens(pieces[-1].ids, chat.place)
+            made[j] = replace(causal_sample(chat, pieces, tokenizer, max_length), chat=chat, pieces=pieces)
+        except DataError as error:
+            made[j] = error
+    return [made[j] for j in range(len(chats))]
 
 
 def causal_sample(
-    chat: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+    chat: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Tokenised:
     """Make one sample of a causal model.  A chat that is too long loses whole exchanges, the oldest first."""
     made = _causal_sample(pieces, tokenizer, max_length, plain=chat.plain)
@@ -437,7 +431,7 @@ def causal_sample(
     def from_message(k: int) -> Tokenised:
         context = max(chat.context - k + system, min(chat.context, system))
         rest = replace(chat, messages=(*messages[:system], *messages[k:]), context=context)
-        pieces = tokens_of([pieces_of(rest, tokenizer, place)], tokenizer)[0]
+        pieces = tokens_of([pieces_of(rest, tokenizer)], tokenizer)[0]
         made = _causal_sample(pieces, tokenizer, max_length, plain=False)
         places = ((j if j < system else j + k - system, *span) for j, *span in made.places)
         return replace(made, places=tuple(places))
@@ -478,23 +472,22 @@ def _causal_sample(
     return Tokenised({**sample, "labels": labels}, total > room, needs, places)
 
 
-def _seq2seq(
-    chats: Sequence[Chat], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Tokenised]:
+def _seq2seq(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokenised]:
     assert all(chat.plain for chat in chats), "formats refuse chats for sequence-to-sequence models"
     front, back = special_tokens(tokenizer)
     room, end = max_length - len(front) - len(back), tokenizer.eos_token_id
-    answers, targets = [chat.answer for chat in chats if chat.answer is not None], list[list[int]]()
+    answers, targets = [chat.answer for chat in chats if chat.ends_answered], list[list[int]]()
     if answers:
         encoded: Any = tokenizer(text_target=answers, verbose=False)["input_ids"]
         targets = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
     special, tokenised = set(tokenizer.all_special_ids), list[Tokenised]()
-    for i, ids in enumerate(plain_tokens([chat.prompt for chat in chats], tokenizer)):
-        require_tokens(ids, rows[i].place)
+    prompts = ["".join(message.content for message in chat.question) for chat in chats]
+    for i, ids in enumerate(plain_tokens(prompts, tokenizer)):
+        require_tokens(ids, chats[i].place)
         input_ids = [*front, *ids[-room:], *back]
         sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
         if targets:
-            require_tokens([token for token in targets[i] if token not in special], rows[i].place)
+            require_tokens([token for token in targets[i] if token not in special], chats[i].place)
             sample["labels"] = targets[i]
         tokenised.append(Tokenised(sample, len(ids) > room, len(targets[i]) if targets else 0))
     return tokenised

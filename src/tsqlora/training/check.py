@@ -103,7 +103,7 @@ def prompts_of(job: Job, rows: Iterable[Row], format: Format, *, max_length: int
         sample = job.task.reading.encode([row], format, tokenizer, **how)
         if len(sample) == 1 and not sample.truncated:
             chat = format.read(row, manner)
-            pieces = pieces_of(as_read(chat, tokenizer, row.place), tokenizer, row.place)
+            pieces = pieces_of(as_read(chat, tokenizer), tokenizer)
             tools = {"tools": list(chat.tools)} if chat.tools else {}
             served = None if chat.plain else {"messages": [message.whole for message in chat.messages], **tools}
             yield Prompt("".join(piece.text for piece in pieces), list(sample[0]["input_ids"]), served)

@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation
 
 from tsqlora.auditing.texts.ledger import Line
 from tsqlora.libs.shapes import Int, UInt64
-from tsqlora.rows.chat import Conversation, Message
+from tsqlora.rows.chat import Chat, Message
 
 WIDTH = 5
 """Words of a stretch, by which texts are compared."""
@@ -41,21 +41,21 @@ Hashes = UInt64[np.ndarray, " h"]
 
 
 def among_rows(
-    rows: Sequence[Conversation], lines: Sequence[Line], evaluation: Sequence[Conversation] | None = None
+    rows: Sequence[Chat], lines: Sequence[Line], evaluation: Sequence[Chat] | None = None
 ) -> dict[str, list[int]]:
     """Return row numbers by finding; the fate of a copy names the row that it copies, the detail of a leak its text.
 
     Rows are at the places of their numbers. They are read one after another, several times, and never held.
     """
     findings = defaultdict(list[int])
-    readable = (row for row in rows if row.problem is None and row.messages)
+    readable = (row for row in rows if row.whole)
     digests = np.fromiter(map(_digest, readable), _DIGEST)
     originals = _copies(rows, digests)
     for copy, original in originals.items():
         lines[copy].fate = f"duplicate of {original}" if lines[copy].fate == "trained" else lines[copy].fate
     findings["duplicate"] = sorted(originals)
     if evaluation is not None:
-        leaks = _leaks(rows, digests, [row for row in evaluation if row.messages])
+        leaks = _leaks(rows, digests, [row for row in evaluation if row.whole])
         for row, span in leaks.items():
             lines[row].detail = lines[row].detail or f"the evaluation file has: {span[:SHOWN]}"
         findings["eval_leak"] = sorted(leaks)
@@ -72,14 +72,14 @@ _DIGEST = np.dtype(
 without case; and whether it has both and is no pair, or is one, whose chosen answer may be the longer."""
 
 
-def _digest(row: Conversation) -> tuple[int | bool, ...]:
+def _digest(row: Chat) -> tuple[int | bool, ...]:
     prompt, answer, rejected = _parts(row)
     answered, paired = bool(row.rejected is None and row.answer.strip() and row.question), bool(row.rejected)
     texts = ((prompt, answer, rejected), (prompt, rejected, answer), prompt.casefold(), answer.casefold())
     return (row.row, *map(hash, texts), answered, paired, paired and len(answer) > len(rejected))
 
 
-def _some(rows: Iterable[Conversation], numbers: np.ndarray) -> Iterator[Conversation]:
+def _some(rows: Iterable[Chat], numbers: np.ndarray) -> Iterator[Chat]:
     """Those of the rows that have these numbers, in order."""
     chosen = {*numbers.tolist()}
     return (row for row in rows if row.row in chosen)
@@ -94,9 +94,10 @@ def words_of(text: str) -> list[str]:
     return [word.casefold() for word in _WORD.findall(text)]
 
 
-def _parts(row: Conversation) -> tuple[str, str, str]:
+def _parts(row: Chat) -> tuple[str, str, str]:
     """Prompt, answer and rejected answer."""
-    return _text(row.question), _text(row.messages[len(row.question) :]), _text(row.rejected or ())
+    rejected = () if row.rejected is None else row.rejected.whole[-1:]
+    return _text(row.question), _text(row.whole[len(row.question) :]), _text(rejected)
 
 
 def _text(messages: Iterable[Message]) -> str:
@@ -104,7 +105,7 @@ def _text(messages: Iterable[Message]) -> str:
     return " ".join(" ".join(f"{m.content} {[m.further[key] for key in m.carried] or ''}" for m in messages).split())
 
 
-def _copies(rows: Sequence[Conversation], digests: np.ndarray) -> dict[int, int]:
+def _copies(rows: Sequence[Chat], digests: np.ndarray) -> dict[int, int]:
     """The earlier row that each later copy has: equal, or near in prompt and answer, each by itself.
 
     Parts that share NEAR of their stretches share one of the first 1 − NEAR, in any order of all stretches (prefix
@@ -138,14 +139,14 @@ def _copies(rows: Sequence[Conversation], digests: np.ndarray) -> dict[int, int]
     return copies
 
 
-def _leaks(rows: Sequence[Conversation], digests: np.ndarray, evaluation: Sequence[Conversation]) -> dict[int, str]:
+def _leaks(rows: Sequence[Chat], digests: np.ndarray, evaluation: Sequence[Chat]) -> dict[int, str]:
     """What each training row has of the evaluation file: a prompt, whatever the answer; or a whole row.
 
     A prompt is in a row if its stretches are, with or without those that many evaluation prompts share. Some must be
     its own: an instruction alone is no leak.
     """
     equal = {hash(_parts(row)) for row in evaluation}
-    times_of = Counter(_text(m for m in row.question or row.messages if m.role != "system") for row in evaluation)
+    times_of = Counter(_text(m for m in row.question or row.whole if m.role != "system") for row in evaluation)
     prompts = [prompt for prompt, times in times_of.items() if times <= max(2, len(evaluation) / 2)]
     seen = set[int]()  # each text counts once, or a prompt with many answers would be the table's
     parts = (part for row in _some(rows, digests["row"]) for part in _parts(row))
@@ -222,7 +223,7 @@ def _alike(one: tuple[Hashes, Hashes], other: tuple[Hashes, Hashes]) -> bool:
     return not apart and 0 < NEAR * (len(one[0]) + len(other[0]) - both) <= both
 
 
-def _answers(rows: Sequence[Conversation], digests: np.ndarray, copies: Mapping[int, int]) -> dict[str, list[int]]:
+def _answers(rows: Sequence[Chat], digests: np.ndarray, copies: Mapping[int, int]) -> dict[str, list[int]]:
     """Prompts with far answers, unless most prompts repeat; and answers that many prompts share."""
     chosen = digests["answered"] & ~np.isin(digests["row"], [*copies])
     groups, conflicts = _groups(digests["row"][chosen], digests["prompt"][chosen], 2), list[int]()

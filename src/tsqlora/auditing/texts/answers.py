@@ -18,7 +18,7 @@ from tsqlora.libs.torch import upcast
 from tsqlora.model.passes import parts_of, run_pass
 from tsqlora.model.request import Compute
 from tsqlora.rows.batches import MULTIPLE
-from tsqlora.rows.chat import ANSWER, Conversation
+from tsqlora.rows.chat import ANSWER, Chat
 from tsqlora.tasks import Batch
 from tsqlora.tasks.forward import base_model
 
@@ -47,7 +47,7 @@ class Turn:
     text: str
 
 
-def turns_of(row: Conversation, sequences: Iterable[Trained], vocabulary: Vocabulary) -> Iterator[Turn]:
+def turns_of(row: Chat, sequences: Iterable[Trained], vocabulary: Vocabulary) -> Iterator[Turn]:
     """Yield the trained answers of a row; of a pair those of both sides."""
     for one in sequences:
         messages = row.side(one.side)

@@ -19,7 +19,7 @@ from tsqlora.auditing.texts.raw import audited
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.errors import DataError
 from tsqlora.model.request import Compute, RowNames
-from tsqlora.rows.chat import Conversation
+from tsqlora.rows.chat import Chat
 from tsqlora.rows.table import Table
 
 ROWS = 500
@@ -50,7 +50,7 @@ def worst_findings(
         lines = audited(rows, table.format, vocabulary, max_length)
     else:
         sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
-        lines = [line_of(Conversation(one.row, ()), [one], vocabulary) for one in sequences]
+        lines = [line_of(Chat((), row=one.row), [one], vocabulary) for one in sequences]
     worst = findings_of(lines)
     worst = [finding for finding in worst if finding.severity != NOTE][:SHOWN]
     see, shown = "tsqlora.audit(trainer)", list[str]()

@@ -36,7 +36,7 @@ from tsqlora.libs.hub import cached_model, loading, require_model
 from tsqlora.libs.transformers import load, row_collator
 from tsqlora.model.request import Compute
 from tsqlora.progress import Progress
-from tsqlora.rows.chat import Conversation, format_of
+from tsqlora.rows.chat import Chat, format_of
 from tsqlora.rows.readers import SNIFF, Hints
 from tsqlora.rows.sources import absolute, open_table
 from tsqlora.rows.splits import resolve_max_length
@@ -179,7 +179,7 @@ def finish(
     out: Path | None,
     about: Mapping[str, Any],
     result: Reconciled,
-    evaluation: Sequence[Conversation] | None,
+    evaluation: Sequence[Chat] | None,
     vocabulary: Vocabulary,
     batch: int,
     look: Callable[[], AnswerLook] | None = None,

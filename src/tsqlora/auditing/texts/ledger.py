@@ -14,7 +14,7 @@ from ftfy.badness import BADNESS_RE
 from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import ANSWER, CALLS, TLDR, Conversation, Message
+from tsqlora.rows.chat import ANSWER, CALLS, TLDR, Chat, Message
 
 LEAST_KNOWN = 16
 """Bytes of a content that must be there for what is left of it to count as cut, and not as missing."""
@@ -198,7 +198,7 @@ def _beginning(content: bytes, text: bytes, place: int = 0) -> tuple[int, int] |
 
 
 def line_of(
-    conversation: Conversation,
+    row: Chat,
     sequences: Sequence[Trained],
     vocabulary: Vocabulary,
     *,
@@ -213,14 +213,11 @@ def line_of(
     was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so. `spans` are
     those of each side's messages, where the labels have shown them.
     """
-    line = Line(conversation.row, digest_of(conversation), match="exact" if sequences else "unmatched")
-    for name, shown in content_findings(conversation, vocabulary).items():
+    line = Line(row.row, digest_of(row), match="exact" if sequences else "unmatched")
+    for name, shown in content_findings(row, vocabulary).items():
         line.find(name, shown)
-    if conversation.problem is not None:
-        line.fate, line.detail = "dropped", conversation.problem
-        return line
-    if not sequences:
-        line.fate = "dropped"
+    if row.problem is not None or not sequences:
+        line.fate, line.detail = "dropped", row.problem or line.detail
         return line
     line.tokens = sum(len(one.ids) for one in sequences)
     line.trained_tokens = sum(len(one.trained) for one in sequences)
@@ -233,10 +230,8 @@ def line_of(
         ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
         whole = Trained(ids, targets, parts[0].row, side, parts[0].places)
         full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
-        taken += _reconcile(
-            line, conversation.side(side), whole, vocabulary, full, None if spans is None else spans[side]
-        )
-    if conversation.messages:
+        taken += _reconcile(line, row.side(side), whole, vocabulary, full, None if spans is None else spans[side])
+    if row.whole:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:
         line.findings.append("nothing_trained")
@@ -357,16 +352,15 @@ def _stop(line: Line, span: Span, one: Trained, vocabulary: Vocabulary) -> None:
         line.findings.append("stop_mismatch")
 
 
-def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict[str, str]:
+def content_findings(row: Chat, vocabulary: Vocabulary) -> dict[str, str]:
     """Return the findings of a row's own texts, before any preparation, each with the text that shows it."""
-    findings, messages = dict[str, str](), conversation.messages
-    answers = [message for message in messages if message.role == ANSWER]
+    findings, messages = dict[str, str](), row.whole
+    rejected = None if row.rejected is None else row.rejected.whole
+    answers = [message for message in messages if message.role == ANSWER] + [*(rejected or ())[-1:]]
     # Reasoning alone, as a limit of generation leaves it, answers nothing.
-    if any(
-        not one.content.strip() and not {*CALLS} & {*one.carried} for one in (*answers, *(conversation.rejected or ()))
-    ):
+    if any(not one.content.strip() and not {*CALLS} & {*one.carried} for one in answers):
         findings["empty_answer"] = ""
-    transcript = conversation.plain or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
+    transcript = row.document or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
     for message in messages:
         content = message.content
         if match := vocabulary.markers.search(content):
@@ -380,20 +374,20 @@ def content_findings(conversation: Conversation, vocabulary: Vocabulary) -> dict
             findings.setdefault("broken_characters", around(content, match))
         if HTML.search(content) and (match := HTML.search(code_free := CODE.sub("", content))):
             findings.setdefault("html", around(code_free, match))
-    prompt = next((one.content for one in reversed(conversation.question) if one.role == "user"), "")
+    prompt = next((one.content for one in reversed(row.question) if one.role == "user"), "")
     prompt = prompt.removesuffix(TLDR).strip()
-    if len(prompt) >= LEAST_KNOWN and conversation.answer.strip().startswith(prompt):
+    if len(prompt) >= LEAST_KNOWN and row.answer.strip().startswith(prompt):
         findings["copies_prompt"] = repr(prompt[:SHOWN])
     roles = [message.role for message in messages if message.role != "system"]
     twice = any(a == b == "user" for a, b in pairwise(roles))
     called = any(message.further.get("tool_calls") and after.role != "tool" for message, after in pairwise(messages))
     alone = {*roles} - {"developer"} == {ANSWER}  # unknown roles are named by the preparation
-    if conversation.rejected is not None:
-        if _contents(conversation.rejected) == _contents(messages[-1:]):
+    if rejected is not None:
+        if _contents(rejected[-1:]) == _contents(messages[-1:]):
             findings["pair_equal"] = ""
-        if conversation.prompt is not None:
+        if rejected[:-1] != messages[:-1]:
             findings["pair_prompt"] = ""
-    elif not conversation.plain and (twice or called or alone or roles[-1:] == ["user"]):
+    elif not row.document and (twice or called or alone or roles[-1:] == ["user"]):
         findings["roles"] = ", ".join(message.role for message in messages)
     return findings
 
@@ -411,7 +405,7 @@ def _contents(messages: Iterable[Message]) -> list[tuple[str, str]]:
     return [(message.role, message.content.strip()) for message in messages]
 
 
-def digest_of(conversation: Conversation) -> str:
+def digest_of(row: Chat) -> str:
     """Return a hash of roles and contents; equal for equal conversations."""
-    contents = [*_contents(conversation.messages), *_contents(conversation.rejected or ())]
+    contents = [*_contents(row.whole), *_contents(row.side("rejected")[-1:] if row.rejected is not None else ())]
     return hashlib.blake2b("\0".join(part for pair in contents for part in pair).encode(), digest_size=12).hexdigest()

@@ -10,36 +10,25 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.auditing.texts.ledger import REASONING_ENDS, SHOWN, Line, line_of
-from tsqlora.auditing.texts.prepared import Trained
+from tsqlora.auditing.texts.prepared import SIDES, Trained
 from tsqlora.auditing.texts.reconcile import Reconciled
 from tsqlora.auditing.texts.vocabulary import PROBE, Vocabulary
 from tsqlora.errors import DataError
 from tsqlora.progress import Progress
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import (
-    ANSWER,
-    PREFERENCE,
-    REASONING,
-    WHOLE,
-    Chat,
-    Conversation,
-    Format,
-    Message,
-    Problems,
-    conversation,
-    shown,
-)
+from tsqlora.rows.chat import ANSWER, REASONING, WHOLE, Chat, Format, Message
 from tsqlora.rows.rows import Row
 from tsqlora.rows.table import Table
-from tsqlora.rows.tokens import Piece, TemplateError, causal_rows, render
+from tsqlora.rows.tokens import TemplateError, Tokenised, causal_rows, render
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
-    """A row's sequences (two of a pair), the tokens of its answers that do not fit, and why it has none."""
+    """What training makes of a row: its sequences (two of a pair), or why it has none."""
 
-    sequences: tuple[Trained, ...]
-    lost: int
+    sequences: tuple[Trained, ...] = ()
+    lost: int = 0
+    """Tokens of its answers that do not fit."""
     cut: bool = False
     """Whether the length limit took something, of a prompt or of an answer."""
     finding: str = ""
@@ -50,8 +39,8 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Conversations(Sequence[Conversation]):
-    """The rows of a table as conversations, each read on access."""
+class Chats(Sequence[Chat]):
+    """The rows of a table, each read on access: a million of them do not fit into memory."""
 
     table: Table
     format: Format
@@ -60,10 +49,10 @@ class Conversations(Sequence[Conversation]):
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
-        return conversation(self.table.at(i).cells, self.format, i)
+        return self.format.show(self.table.at(i))
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return (conversation(row.cells, self.format, j) for j, row in enumerate(self.table))
+    def __iter__(self) -> Iterator[Chat]:
+        return map(self.format.show, self.table)
 
 
 def audit_table(
@@ -82,23 +71,26 @@ def audit_table(
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 
     lengths = [line.tokens for line in lines]
-    return Reconciled(Conversations(table, format), lines, of, limit, lengths, format=format.name)
+    return Reconciled(Chats(table, format), lines, of, limit, lengths, format=format.name)
 
 
 def audited(chunk: Sequence[Row], format: Format, vocabulary: Vocabulary, limit: int) -> list[Line]:
     """Return the lines of some rows."""
     tokenizer, lines = vocabulary.tokenizer, list[Line]()
-    if format.name in ("messages", "sharegpt") and not tokenizer.chat_template:
-        return [failed(conversation(row.cells, format, row.id), vocabulary, "no_template") for row in chunk]
     sides = [[side.parse(row, WHOLE) for row in chunk] for side in format.sides]
-    made = prepared_rows(chunk, format, tokenizer, max_length=limit, parsed=sides if tokenizer.chat_template else None)
-    for row, parsed, prepared in zip(chunk, zip(*sides, strict=True), made, strict=True):
-        one = shown(row, format, parsed)
+    if format.name in ("messages", "sharegpt") and not tokenizer.chat_template:
+        made = [Prepared(finding="no_template") for _ in chunk]
+    else:
+        made = prepared_rows(chunk, format, tokenizer, max_length=limit, sides=sides)
+    for row, both, prepared in zip(chunk, zip(*sides, strict=True), made, strict=True):
+        line = line_of(format.show(row, both), prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
         if prepared.finding:
-            line = failed(one, vocabulary, prepared.finding)
-            line.detail, line.lost_tokens = prepared.reason, prepared.lost
-        else:
-            line = line_of(one, prepared.sequences, vocabulary, lost=prepared.lost, cut=prepared.cut)
+            line.match = "exact"  # the source is known
+            # What its own texts show says more than "dropped".
+            if prepared.finding != "dropped" or not {"empty_answer", "roles"} & {*line.findings}:
+                line.findings.append(prepared.finding)
+            if prepared.reason:
+                line.detail, line.lost_tokens = prepared.reason, prepared.lost
         for name, text in prepared.shows.items():
             line.find(name, text)
         if "prompt_not_prefix" in line.findings:
@@ -107,87 +99,61 @@ def audited(chunk: Sequence[Row], format: Format, vocabulary: Vocabulary, limit:
     return lines
 
 
-def failed(one: Conversation, vocabulary: Vocabulary, finding: str) -> Line:
-    """Return the line of a row that has no tokens; what its own texts show says more than "dropped"."""
-    line = line_of(one, (), vocabulary)
-    line.match = "exact"  # the source is known
-    if finding != "dropped" or not {"empty_answer", "roles"} & {*line.findings}:
-        line.findings.append(finding)
-    return line
-
-
 def prepared_rows(
     rows: Sequence[Row],
     format: Format,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    parsed: Sequence[Sequence[tuple[Chat, Problems]]] | None = None,
+    sides: Sequence[Sequence[Chat]] | None = None,
 ) -> list[Prepared]:
-    """Return what training makes of each row, in order; `parsed` are the rows of each side as this tokenizer's."""
-    if parsed is None:
+    """Return what training makes of each row, in order; `sides` are the rows as a chat template reads them."""
+    if sides is None or not tokenizer.chat_template:
         manner = replace(WHOLE, chat=bool(tokenizer.chat_template))
-        parsed = [[side.parse(row, manner) for row in rows] for side in format.sides]
-    names = ("chosen", "rejected") if format.name == PREFERENCE else ("",)
-    parts = [_side(rows, one, side, tokenizer, max_length) for side, one in zip(names, parsed, strict=True)]
-    whole = list[Prepared]()
-    for both in zip(*parts, strict=True):
-        failed = next((one for one in both if one.finding), None)
-        lost = sum(one.lost for one in both)
-        whole.append(
-            replace(
-                both[0],
-                sequences=tuple(s for one in both for s in one.sequences),
-                lost=lost,
-                cut=any(one.cut for one in both),
-                shows={name: shown for one in reversed(both) for name, shown in one.shows.items()},
-            )
-            if failed is None
-            else replace(failed, lost=lost)
-        )
-    return whole
+        sides = [[side.parse(row, manner) for row in rows] for side in format.sides]
+    made = [causal_rows(side, tokenizer, max_length) for side in sides]
+    pairs = zip(rows, zip(*made, strict=True), strict=True)
+    return [_prepared(both, row, tokenizer, max_length) for row, both in pairs]
 
 
-def _side(
-    rows: Sequence[Row],
-    parsed: Sequence[tuple[Chat, Problems]],
-    side: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[Prepared]:
-    made = list[Prepared]()
-    for row, one in zip(rows, causal_rows(rows, parsed, tokenizer, max_length), strict=True):
+def _prepared(
+    sides: Sequence[Tokenised | DataError], row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Prepared:
+    whole = Prepared()
+    for side, one in zip(SIDES if len(sides) > 1 else ("",), sides, strict=True):
         if isinstance(one, DataError):
             finding = one.finding if isinstance(one, TemplateError) else "dropped"
-            made.append(Prepared((), 0, finding=finding, reason=str(one).removeprefix(f"{row.place}: ")))
-            continue
-        if one.needs > max_length:
+            why = finding, str(one).removeprefix(f"{row.place}: ")
+        elif one.needs > max_length:
             what = "the answer" if one.chat.plain else "the last exchange"
-            why = f"{what} needs {one.needs} tokens, and {max_length} are read"
-            made.append(Prepared((), one.targets, True, "answer_cut", why))
-            continue
-        ids = np.asarray(one.sample["input_ids"], np.int32)
-        labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
-        lost = max(0, one.targets - int((labels != IGNORED).sum())) if one.cut else 0
-        shows = {} if one.chat.plain else dict(rewritten(one.chat, one.pieces, tokenizer, row.place))
-        made.append(Prepared((Trained(ids, labels, row.id, side, one.places),), lost, one.cut, shows=shows))
-    return made
+            why = "answer_cut", f"{what} needs {one.needs} tokens, and {max_length} are read"
+            whole.lost, whole.cut = whole.lost + one.targets, True
+        else:
+            why = "", ""
+            ids = np.asarray(one.sample["input_ids"], np.int32)
+            labels = np.asarray(one.sample.get("labels", [IGNORED] * len(ids)), np.int32)
+            whole.sequences += (Trained(ids, labels, row.id, side, one.places),)
+            whole.lost += max(0, one.targets - int((labels != IGNORED).sum())) if one.cut else 0
+            whole.cut |= one.cut
+            shows = {} if one.chat.plain else dict(rewritten(one, tokenizer))
+            whole.shows = shows | whole.shows
+        if not whole.finding:
+            whole.finding, whole.reason = why
+    return replace(whole, sequences=(), shows={}) if whole.finding else whole
 
 
-def rewritten(
-    chat: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, place: str
-) -> Iterator[tuple[str, str]]:
+def rewritten(one: Tokenised, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
     """Yield findings of what a template leaves out of a chat, or writes in another way, with the text that shows it.
 
     Blanks do not count, nor reasoning of an earlier answer, which is a note. What is not there as it is written, and
     changes nothing where it is another text, is left out.
     """
-    messages, last = chat.messages, len(chat.messages) - 1
+    chat, pieces, messages, last = one.chat, one.pieces, one.chat.messages, len(one.chat.messages) - 1
     trained = [k for k, piece in enumerate(pieces) if piece.trained]
     before = "".join(piece.text for piece in pieces[: max(trained, default=0)])
 
     def rendered(messages: tuple[Message, ...], *, prompt: bool = False) -> str:
-        return render(replace(chat, messages=messages), tokenizer, place, prompt=prompt)
+        return render(replace(chat, messages=messages), tokenizer, prompt=prompt)
 
     served = rendered(messages[:last], prompt=True) if last else before
     answers = [message for message in messages[chat.context :] if message.role == ANSWER]

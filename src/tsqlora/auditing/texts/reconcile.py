@@ -29,8 +29,9 @@ from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import ANSWER, Conversation, Format, Message, conversation, format_of
+from tsqlora.rows.chat import ANSWER, Chat, Format, Message, format_of
 from tsqlora.rows.readers import SNIFF, Hints
+from tsqlora.rows.rows import Row
 from tsqlora.rows.sources import open_table
 
 PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
@@ -51,7 +52,7 @@ COMMON = 256
 class Reconciled:
     """Rows, their lines of the ledger, and `of`, which gives the sequences of some of them."""
 
-    rows: Sequence[Conversation]
+    rows: Sequence[Chat]
     lines: list[Line]
     of: Callable[[Collection[int]], Mapping[int, Sequence[Trained]]]
     longest: int
@@ -103,7 +104,7 @@ def audit_sequences(
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and format is not None:
-        rows = [conversation(made[j], format, j) for j in range(len(made))]
+        rows = _shown((made[j] for j in range(len(made))), format)
         end: Any = vocabulary.tokenizer.eos_token
         for j, row in enumerate(rows) if isinstance(end, str) else ():
             if row.answer.endswith(end):  # as TRL writes it behind its completion
@@ -112,7 +113,7 @@ def audit_sequences(
         by_row, sure = _by_row(sequences), {}
     else:
         by_row = _by_row(replace(one, row=j) for j, one in enumerate(sequences)) if packed else _by_row(sequences)
-        rows, sure = [Conversation(j, ()) for j in range(len(by_row) if packed else len(made))], {}
+        rows, sure = [Chat((), row=j) for j in range(len(by_row) if packed else len(made))], {}
         finds = OF_TOKENS
         if not wrapped:  # a part of a stream begins and ends anywhere
             rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
@@ -132,8 +133,8 @@ def audit_sequences(
 
 
 def _by_labels(
-    rows: Iterable[Conversation], by_row: Mapping[int, Sequence[Trained]], vocabulary: Vocabulary, longest: int
-) -> tuple[list[Conversation], list[Line]]:
+    rows: Iterable[Chat], by_row: Mapping[int, Sequence[Trained]], vocabulary: Vocabulary, longest: int
+) -> tuple[list[Chat], list[Line]]:
     """Read rows by their labels: trained stretches are answers, and what precedes them is their prompt.
 
     Where text follows the last trained token of nearly all rows, prompts are trained in place of answers. Rows of the
@@ -148,15 +149,13 @@ def _by_labels(
     inverted = sum(behind) > NEARLY_ALL * len(behind)
     ((header, count),) = before.most_common(1) or [(-1, 0)]
     header = header if count > MOST_ALIKE * before.total() else None
-    made, lines = list[Conversation](), list[Line]()
+    made, lines = list[Chat](), list[Line]()
     for row in rows:
         parts = by_row.get(row.row, ())
         read = {one.side: [] if inverted else _turns(one, vocabulary, header) for one in parts}
         messages, *others = [tuple(message for message, _ in turns) for turns in read.values()] or [()]
-        row = replace(row, messages=messages, plain=[one.role for one in messages[:1]] == [ANSWER])
-        for other in others:
-            prompt = None if other[:-1] == messages[:-1] else other[:-1]
-            row = replace(row, rejected=other[-1:], prompt=prompt)
+        rejected = Chat(others[0]) if others else None
+        row = replace(row, messages=messages, document=[m.role for m in messages[:1]] == [ANSWER], rejected=rejected)
         spans = {side: [span for _, span in turns] for side, turns in read.items()}
         line = line_of(row, parts, vocabulary, spans=spans)
         if inverted and line.trained_tokens:
@@ -208,7 +207,7 @@ def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
     return by_row
 
 
-def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None) -> list[Conversation] | None:
+def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None) -> list[Chat] | None:
     """Read a file, or a list of dicts or `datasets.Dataset`, as conversations; None for None.
 
     Rows with the columns of the format `like` have this format, others their own.
@@ -222,11 +221,15 @@ def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None
         names, name, cells = list(rows[0]), "data", (rows[j] for j in range(len(rows)))
     own = like and replace(like, columns=like.columns.spelled(names))
     format = own if own and {own.columns.text, own.columns.label} <= {*names, None} else format_of(names, name)
-    return [conversation(row, format, j) for j, row in enumerate(cells)]
+    return _shown(cells, format)
+
+
+def _shown(rows: Iterable[Any], format: Format) -> list[Chat]:
+    return [format.show(Row({**cells}, "", j, j)) for j, cells in enumerate(rows)]
 
 
 def match(
-    rows: Sequence[Conversation], sequences: Iterable[Trained], vocabulary: Vocabulary, *, packed: bool = False
+    rows: Sequence[Chat], sequences: Iterable[Trained], vocabulary: Vocabulary, *, packed: bool = False
 ) -> tuple[dict[int, list[Trained]], dict[int, str], list[Trained]]:
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
@@ -237,7 +240,7 @@ def match(
     """
     equal, spelled = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
-        messages = (*row.messages, *(row.rejected or ()), *(row.prompt or ()))
+        messages = [*row.whole, *(one for one in row.side("rejected") if one not in row.whole)]
         spelled[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
         equal[digest].append(j)
     having = defaultdict(list[str])
@@ -300,7 +303,7 @@ def _votes(sentences: Iterable[str], having: Mapping[str, Sequence[str]], ordere
     return votes
 
 
-def _fit(row: Conversation, one: Trained, vocabulary: Vocabulary) -> tuple[int, int]:
+def _fit(row: Chat, one: Trained, vocabulary: Vocabulary) -> tuple[int, int]:
     """How many bytes of a row's contents a sequence has and lacks.
 
     It has none where a content is missing between others, but for tool calls and their results, whose form is the
