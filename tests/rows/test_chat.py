@@ -193,7 +193,7 @@ def test_a_row_that_is_not_whole_is_named_by_training_and_by_the_audit(row: dict
     assert str(caught.value).startswith("train.jsonl:7: ")
     assert all(name in str(caught.value) for name in names), caught.value
     one = of([made]).show(made)
-    assert one.messages or str(caught.value) == f"train.jsonl:7: {one.problem}"
+    assert one.whole or str(caught.value) == f"train.jsonl:7: {one.problem}"
 
 
 @pytest.mark.parametrize(

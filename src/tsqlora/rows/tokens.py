@@ -35,6 +35,8 @@ class Piece:
     trained: bool
     message: int | None
     """The number of its message in the row, of a prompt that of the last one; counted from the end if negative."""
+    served: bool = False
+    """Whether the text before it is, as it stands, the prompt that a server renders for it."""
     ids: list[int] = field(default_factory=list)
     """Its tokens, once it has any."""
 
@@ -48,14 +50,7 @@ class TemplateError(DataError):
 
 
 def pieces_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The text of a chat that went through `as_read`, in order.  Raises DataError with the row's place."""
-    if not chat.plain:
-        return chat_pieces(chat, tokenizer)
-    return [Piece(one.content, one.role == ANSWER, k) for k, one in enumerate(chat.messages, -len(chat.messages))]
-
-
-def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The chat as the tokenizer's template renders it; an assistant's message is a target.
+    """A plain text as it is, or a chat as the tokenizer's template renders it; an assistant's message is a target.
 
     A target is the difference between the template's prompt for a message and the template with it: exactly what a
     model has to write after the prompt that it will get. White space after the end token belongs to the next prompt.
@@ -65,20 +60,26 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     messages, or leaves out the last answer, its reasoning, tool calls, or tools.
     """
     messages, end = chat.messages, str(tokenizer.eos_token)
+    if chat.plain:
+        return [Piece(one.content, one.role == ANSWER, k) for k, one in enumerate(messages, -len(messages))]
 
     def rendered(count: int, *, prompt: bool) -> str:
         return render(replace(chat, messages=messages[:count]), tokenizer, prompt=prompt)
 
-    def turn(i: int) -> tuple[str, str]:
-        """The text before an answer, and the text to its end."""
+    def turn(i: int) -> tuple[str, Piece]:
+        """The text before an answer, and the answer."""
         whole = rendered(i + 1, prompt=False)
         if i and whole.startswith(prompt := rendered(i, prompt=True)):
-            return prompt, whole
+            return prompt, Piece(ended(whole[len(prompt) :]), i >= chat.context, i, served=True)
         probe = Message(ANSWER, "0" if messages[i].content.strip()[:1] != "0" else "1")
         other = render(replace(chat, messages=(*messages[:i], probe)), tokenizer, prompt=False)
         if other == whole:
             raise TemplateError(f"{chat.place}: the chat template does not write the last answer", "prompt_not_prefix")
-        return commonprefix([whole, other]), whole  # noqa: RUF071  (texts, no paths)
+        prompt = commonprefix([whole, other])  # noqa: RUF071  (texts, no paths)
+        return prompt, Piece(ended(whole[len(prompt) :]), i >= chat.context, i)
+
+    def ended(text: str) -> str:
+        return text.rstrip() if tokenizer.eos_token and text.rstrip().endswith(end) else text
 
     preceding = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
 
@@ -87,20 +88,19 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
         last = len(messages) - 1
         if messages[last].role != ANSWER:
             return [Piece(rendered(last + 1, prompt=True), False, last)]
-        prompt, whole = turn(last)
-        return [Piece(prompt, False, preceding[last]), Piece(_target(whole[len(prompt) :], tokenizer), True, last)]
+        prompt, answer = turn(last)
+        return [Piece(prompt, False, preceding[last]), answer]
 
     pieces, seen = list[Piece](), ""
     for i in (i for i, message in enumerate(messages) if message.role == ANSWER):
-        prompt, whole = turn(i)
+        prompt, answer = turn(i)
         if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
             pieces.append(replace(closed := pieces.pop(), text=closed.text.removesuffix(end)))
             seen = seen.removesuffix(end)
         if not prompt.startswith(seen):
             return alone()
-        target = _target(whole[len(prompt) :], tokenizer)
-        pieces += [Piece(prompt[len(seen) :], False, preceding[i]), Piece(target, i >= chat.context, i)]
-        seen = prompt + target
+        pieces += [Piece(prompt[len(seen) :], False, preceding[i]), answer]
+        seen = prompt + answer.text
     if messages[-1].role != ANSWER:
         final = rendered(len(messages), prompt=True)
         if not final.startswith(seen):
@@ -144,11 +144,6 @@ def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Chat:
     if chat.tools and (whole := text(*messages)) is not None:
         require(whole != text(*messages, tools=()), "'tools'")
     return replace(chat, messages=tuple(messages))
-
-
-def _target(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    end = tokenizer.eos_token
-    return text.rstrip() if isinstance(end, str) and text.rstrip().endswith(end) else text
 
 
 def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> str:

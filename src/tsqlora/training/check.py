@@ -14,12 +14,12 @@ import torch
 from tsqlora.adapter.check import FIRST, Answer, Prompt, Served, Server, compare_answers, name_on
 from tsqlora.adapter.template import CONTRACT_FILE
 from tsqlora.auditing.texts.vocabulary import vocabulary_of_answers
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.files import write_text
 from tsqlora.model.named import read
 from tsqlora.rows.chat import Format, Manner
 from tsqlora.rows.rows import Row
-from tsqlora.rows.tokens import as_read, pieces_of
+from tsqlora.rows.tokens import causal_rows
 from tsqlora.tasks import get_task
 from tsqlora.training.job import Job, open_run, require_finished
 from tsqlora.training.predict import predictor_of
@@ -98,15 +98,15 @@ def prompts_of(job: Job, rows: Iterable[Row], format: Format, *, max_length: int
     """Yield the prompts of rows that fit whole."""
     tokenizer = job.tokenizer
     manner = Manner(seq2seq=False, chat=bool(tokenizer.chat_template), targets=False, measured=True)
-    how = {"max_length": max_length, "with_targets": False, "measured": True}
     for row in rows:
-        sample = job.task.reading.encode([row], format, tokenizer, **how)
-        if len(sample) == 1 and not sample.truncated:
-            chat = format.read(row, manner)
-            pieces = pieces_of(as_read(chat, tokenizer), tokenizer)
+        (one,) = causal_rows([format.parse(row, manner)], tokenizer, max_length)
+        if isinstance(one, DataError):
+            raise one
+        if not one.cut:
+            chat = one.chat
             tools = {"tools": list(chat.tools)} if chat.tools else {}
             served = None if chat.plain else {"messages": [message.whole for message in chat.messages], **tools}
-            yield Prompt("".join(piece.text for piece in pieces), list(sample[0]["input_ids"]), served)
+            yield Prompt("".join(piece.text for piece in one.pieces), list(one.sample["input_ids"]), served)
 
 
 def write_contract(job: Job, run: Path) -> None:

@@ -84,11 +84,13 @@ class Line:
             self.detail = self.detail or shown
 
 
-def spans_of(messages: Sequence[Message], one: Trained, vocabulary: Vocabulary) -> list[Span | None]:
+def spans_of(
+    messages: Sequence[Message], one: Trained, vocabulary: Vocabulary, *, prompts: bool = True
+) -> list[Span | None]:
     """Return where messages are: as we prepared them, else where `locate` finds their contents.
 
     Our answers are what is to be written: content, reasoning and tool calls, without the stop. Contents of a prompt are
-    looked for in its own piece.
+    looked for in its own piece, if `prompts` matter.
     """
     if one.places is None:
         return locate(messages, one.ids, vocabulary)
@@ -99,7 +101,7 @@ def spans_of(messages: Sequence[Message], one: Trained, vocabulary: Vocabulary) 
             while end > start and (ids[end - 1] in vocabulary.stops or not vocabulary.text(ids[end - 1 : end]).strip()):
                 end -= 1
             spans[number] = Span(start, end, behind=max(0, whole - len(ids))) if end > start else None
-        else:
+        elif prompts:
             own = locate(messages[first : number + 1], one.ids[start:end], vocabulary)
             for k, span in enumerate(own, start=first):
                 spans[k] = span and span._replace(start=start + span.start, end=start + span.end)
@@ -267,7 +269,7 @@ def _reconcile(
         line.find("untrained_tokens", ", ".join(vocabulary.tokens[j].decode() for j in sorted(own)))
     if not messages:
         return 0
-    spans = spans_of(messages, one, vocabulary) if spans is None else spans
+    spans = spans_of(messages, one, vocabulary, prompts=False) if spans is None else spans
     has_loss = one.targets != IGNORED
     pairs = list(zip(messages, spans, strict=True))
     answers = [span for message, span in pairs if message.role == ANSWER and span is not None]

@@ -151,11 +151,12 @@ def rewritten(one: Tokenised, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
     chat, pieces, messages, last = one.chat, one.pieces, one.chat.messages, len(one.chat.messages) - 1
     trained = [k for k, piece in enumerate(pieces) if piece.trained]
     before = "".join(piece.text for piece in pieces[: max(trained, default=0)])
+    as_served = bool(trained) and pieces[trained[-1]].served and pieces[trained[-1]].message == last
 
     def rendered(messages: tuple[Message, ...], *, prompt: bool = False) -> str:
         return render(replace(chat, messages=messages), tokenizer, prompt=prompt)
 
-    served = rendered(messages[:last], prompt=True) if last else before
+    served = before if as_served or not last else rendered(messages[:last], prompt=True)
     answers = [message for message in messages[chat.context :] if message.role == ANSWER]
     if served != before:
         at = max(0, len(commonprefix([served, before])) - SHOWN // 3)  # noqa: RUF071  (texts, no paths)
