@@ -22,7 +22,7 @@ from tsqlora.rows.readers import Hints
 from tsqlora.rows.rows import Columns, Row, is_missing, is_one
 from tsqlora.rows.sources import open_table, require_source
 from tsqlora.rows.table import Table
-from tsqlora.rows.write import copy_rows, corrected_name, without_formulas, write_rows
+from tsqlora.rows.write import copy_rows, without_formulas, write_rows
 from tsqlora.settings.settings import TaskSettings
 
 TRUSTED_FILE, CLEAN_FILE, QUARANTINE_FILE = "trusted.jsonl", "clean.jsonl", "quarantine.jsonl"
@@ -182,7 +182,7 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
         for cells in (*rows.values(), *new.values()):
             del cells[column]
     changed = {row: own for row, own in new.items() if rows[row] | own != rows[row]}
-    corrected = folder / corrected_name(source)
+    corrected = folder / f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
     with writing(corrected, trusted):
         for path in (table, about["source"]):
             reading(path)

@@ -3,6 +3,7 @@
 import json
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import Any
@@ -87,11 +88,7 @@ class Chat:
     @property
     def problem(self) -> str | None:
         """Why the row has no messages at all."""
-        return None if self.whole or not self.problems else self.said(self.problems[0])
-
-    def said(self, error: DataError) -> str:
-        """What an error says of the row, without its place."""
-        return str(error).removeprefix(f"{self.place}: ")
+        return None if self.whole or not self.problems else str(self.problems[0]).removeprefix(f"{self.place}: ")
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -506,12 +503,11 @@ class Format:
 
         Any other problem is raised where the row is tokenised.
         """
-        both = [(side, side.parse(row, replace(PLAINLY, targets=answers))) for side in self.sides]
+        both = [(side.columns.label, side.parse(row, replace(PLAINLY, targets=answers))) for side in self.sides]
         goes_on = bool(both[0][1].messages and both[0][1].unanswered)
-        for side, chat in both:
+        for target, chat in both:
             if chat.problems and isinstance(first := chat.problems[0], MissingError):
-                target = side.columns.label if answers else None
-                return lacking(row.cells, {} if target is None else {target: "target"}) or first.what, goes_on
+                return lacking(row.cells, {target: "target"} if target and answers else {}) or first.what, goes_on
         return None, goes_on
 
     @property
@@ -543,15 +539,12 @@ def format_of(names: Sequence[str], source: str, **named: str | None) -> Format:
 
 def unlabelled_format(names: Sequence[str], source: str) -> Format | None:
     """The format of texts without labels by their columns; None for labelled rows, and for others."""
-    try:
+    with suppress(DataError):  # no column of a text to classify
         if find_columns(names, source=source).label is not None:
             return None
-    except DataError:
-        pass  # no column of a text to classify
-    try:
+    with suppress(DataError):
         return format_of(names, source)
-    except DataError:
-        return None
+    return None
 
 
 def are_answers(names: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 """Decide which rows each split has, with columns and labels; leave out incomplete rows, and encode the others."""
 
+import json
 import math
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.libs.deepspeed import whole_shape
-from tsqlora.rows.chat import Format, are_answers
+from tsqlora.rows.chat import PLAINLY, Format, are_answers
 from tsqlora.rows.labels import (
     LabelKind,
     LabelMap,
@@ -43,7 +44,7 @@ from tsqlora.rows.rows import (
 )
 from tsqlora.rows.sources import ORDER, open_tables
 from tsqlora.rows.table import Samples, Table, store
-from tsqlora.rows.tokens import Encode, input_of, left_out, require_some
+from tsqlora.rows.tokens import Encode, left_out
 
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
@@ -338,12 +339,7 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
 
 
 def prepare(
-    tables: Mapping[str, Table],
-    tokenizer: Any,
-    *,
-    max_length: int,
-    encode: Encode,
-    most: float = 0.0,
+    tables: Mapping[str, Table], tokenizer: Any, *, max_length: int, encode: Encode, most: float = 0.0
 ) -> dict[str, Table]:
     """Encode every split, with its labels; `tokenizer` is what `encode` makes samples with.
 
@@ -352,17 +348,22 @@ def prepare(
     """
     prepared, trained = dict[str, Table](), np.empty(0, dtype=np.uint64)
     for name, table in tables.items():
-        samples, inputs, refused = _encoded(table, tokenizer, max_length, encode)
+        inputs, refused = list[int](), dict[int, DataError]()
+        samples = store(_encoded(table, tokenizer, max_length, encode, inputs, refused))
         table = table.noted(*left_out(samples), warn=False)
         if refused:
             why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
             if len(refused) > most * len(table) or len(refused) == len(table):
                 raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
             table = table.noted(f"{of} are left out: {why}")
-        if table.format is not None:
-            require_some(samples, table.name, max_length)
-        trained = inputs if name == "train" else trained
-        seen = np.isin(inputs, trained, kind="sort")  # whatever the label
+        if table.format is not None and not len(samples):
+            raise DataError(
+                f"{table.name}: none of {len(samples.left_out)} targets fits whole into {max_length} tokens; "
+                f"raise data.max_length to {min(needs for _, needs in samples.left_out)} or more"
+            )
+        numbers = np.array(inputs, dtype=np.uint64)
+        trained = numbers if name == "train" else trained
+        seen = np.isin(numbers, trained, kind="sort")  # whatever the label
         if name in MEASURED and seen.any():
             says = "are training rows too: their metrics say little about new rows"
             table = table.noted(f"{seen.sum()} of {len(seen)} {name} rows {says}", warn=False)
@@ -371,25 +372,20 @@ def prepare(
 
 
 def _encoded(
-    table: Table, tokenizer: Any, max_length: int, encode: Encode
-) -> tuple[Samples, np.ndarray, dict[int, DataError]]:
-    """A table's samples, chunk by chunk, a number for the input of each, and the errors of rows that have none."""
+    table: Table, tokenizer: Any, max_length: int, encode: Encode, inputs: list[int], refused: dict[int, DataError]
+) -> Iterator[Samples]:
+    """Yield a table's samples, chunk by chunk; adds a number for the input of each, and the errors of other rows."""
     column, classes = table.columns.label, table.classes
-    inputs, refused = list[int](), dict[int, DataError]()
-
-    def parts() -> Iterator[Samples]:
-        for rows in table.chunks():
-            if table.format is not None:
-                part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
-                inputs.extend(int(name, 16) for name in part.hashes)
-            else:
-                assert column is not None
-                labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
-                part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
-                inputs.extend(_input_number(row, table) for row in rows)
-            yield part
-
-    return store(parts()), np.array(inputs, dtype=np.uint64), refused
+    for rows in table.chunks():
+        if table.format is not None:
+            part = encode(rows, table.format, tokenizer, max_length=max_length, refused=refused)
+            inputs.extend(int(name, 16) for name in part.hashes)
+        else:
+            assert column is not None
+            labels = encode_targets(rows, column) if classes is None else encode_labels(rows, column, classes)
+            part = encode(rows, table.columns, tokenizer, max_length=max_length, labels=labels)
+            inputs.extend(_input_number(row, table) for row in rows)
+        yield part
 
 
 def require_embedded(tables: Mapping[str, Table], tokenizer: Any, model: Any) -> None:
@@ -436,10 +432,16 @@ def without_measured(tables: Mapping[str, Table]) -> dict[str, Table]:
 
 
 def _input_number(row: Row, table: Table) -> int:
-    """A number for a row's input, without its label: the text with its pair, or the prompt."""
-    if table.format is not None:
-        return int(sample_hash(input_of(row, table.format), "", ""), 16)
-    return int(row_hash(row.cells, replace(table.columns, label=None)), 16)
+    """A number for a row's input, without its label: the text with its pair, the prompt, or a text without one."""
+    if table.format is None:
+        return int(row_hash(row.cells, replace(table.columns, label=None)), 16)
+    chat = table.format.read(row, PLAINLY)
+    before = chat.messages[:-1]
+    # Answers to one system prompt alone would all have the same input.
+    read = chat.messages if all(message.role == "system" for message in before) else before
+    texts = "".join(message.content for message in read)
+    written = texts if chat.plain else json.dumps([(message.role, message.content) for message in read])
+    return int(sample_hash(written, "", ""), 16)
 
 
 def resolve_max_length(setting: int | None, *, tokenizer_limit: int, positions: int | None) -> int:

@@ -1,6 +1,5 @@
 """Tokenise rows: texts with loss on their targets alone, texts with a label, and words with tags."""
 
-import json
 import reprlib
 import signal
 import threading
@@ -83,30 +82,28 @@ def pieces_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
 
     preceding = [i - 1 if i and messages[i - 1].role != ANSWER else None for i in range(len(messages))]
 
-    def alone() -> list[Piece]:
-        """The last answer as the one target; without one, the prompt for it."""
-        last = len(messages) - 1
-        if messages[last].role != ANSWER:
-            return [Piece(rendered(last + 1, prompt=True), False, last)]
-        prompt, answer = turn(last)
-        return [Piece(prompt, False, preceding[last]), answer]
+    def made(answers: Sequence[int]) -> list[Piece]:
+        """The text with these answers as targets; nothing where the template rewrites one once others follow."""
+        pieces, seen = list[Piece](), ""
+        for i in answers:
+            prompt, answer = turn(i)
+            # Some templates, as Phi 3's, close a whole text with an end token.
+            if pieces and not prompt.startswith(seen):
+                pieces.append(replace(closed := pieces.pop(), text=closed.text.removesuffix(end)))
+                seen = seen.removesuffix(end)
+            if not prompt.startswith(seen):
+                return []
+            pieces += [Piece(prompt[len(seen) :], False, preceding[i]), answer]
+            seen = prompt + answer.text
+        if messages[-1].role != ANSWER:
+            final = rendered(len(messages), prompt=True)
+            if not final.startswith(seen):
+                return []
+            pieces.append(Piece(final[len(seen) :], False, len(messages) - 1))
+        return [piece for piece in pieces if piece.text]
 
-    pieces, seen = list[Piece](), ""
-    for i in (i for i, message in enumerate(messages) if message.role == ANSWER):
-        prompt, answer = turn(i)
-        if pieces and not prompt.startswith(seen):  # some templates, as Phi 3's, close a whole text with an end token
-            pieces.append(replace(closed := pieces.pop(), text=closed.text.removesuffix(end)))
-            seen = seen.removesuffix(end)
-        if not prompt.startswith(seen):
-            return alone()
-        pieces += [Piece(prompt[len(seen) :], False, preceding[i]), answer]
-        seen = prompt + answer.text
-    if messages[-1].role != ANSWER:
-        final = rendered(len(messages), prompt=True)
-        if not final.startswith(seen):
-            return alone()
-        pieces.append(Piece(final[len(seen) :], False, len(messages) - 1))
-    return [piece for piece in pieces if piece.text]
+    answers = [i for i, message in enumerate(messages) if message.role == ANSWER]
+    return made(answers) or made(answers[-1:] if messages[-1].role == ANSWER else ())
 
 
 def as_read(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Chat:
@@ -320,10 +317,8 @@ def tokenise_pairs(
     )
     first, second = ({row: j for j, row in enumerate(split.ids.tolist())} for split in (chosen, rejected))
     both = [row for row in first if row in second]
-    samples = list[dict[str, Any]]()
-    for row in both:
-        one, other = chosen[first[row]], rejected[second[row]]
-        samples.append({key: [*one[key], *other[key]] for key in one} | {"second": len(one["input_ids"])})
+    sides = ((chosen[first[row]], rejected[second[row]]) for row in both)
+    samples = [{key: [*a[key], *b[key]] for key in a} | {"second": len(a["input_ids"])} for a, b in sides]
     left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
     return Samples(
         samples,
@@ -349,15 +344,6 @@ def require_tokens(ids: Sequence[int], place: str) -> None:
         raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
 
 
-def require_some(split: Samples, source: str, max_length: int) -> None:
-    """Raises DataError if no target fits whole, so that no token would have a loss."""
-    if not len(split):
-        raise DataError(
-            f"{source}: none of {len(split.left_out)} targets fits whole into {max_length} tokens; "
-            f"raise data.max_length to {min(needs for _, needs in split.left_out)} or more"
-        )
-
-
 def left_out(split: Samples) -> list[str]:
     """A note that counts the rows left out and lists the first, if there are any."""
     if not split.left_out:
@@ -371,20 +357,6 @@ def left_out(split: Samples) -> list[str]:
 def references(rows: Iterable[Row], format: Format) -> list[str]:
     """Each row's target, of a chat the last assistant turn, without white space around it."""
     return [format.read(row, PLAINLY).messages[-1].content.strip() for row in rows]
-
-
-def input_of(row: Row, format: Format) -> str:
-    """A row's input as text: the prompt, or a chat's turns before the last answer.
-
-    Of a row without a prompt, such as plain text, the whole text.
-    """
-    chat = format.read(row, PLAINLY)
-    if chat.plain:
-        return "".join(message.content for message in chat.question) or chat.answer
-    before = chat.messages[:-1]
-    # Answers to one system prompt alone would all have the same input.
-    lone = all(message.role == "system" for message in before)
-    return json.dumps([(message.role, message.content) for message in (chat.messages if lone else before)])
 
 
 def causal_rows(
@@ -419,9 +391,8 @@ def causal_sample(
     if chat.plain or not made.cut:
         return made
     messages = chat.messages
-    roles = [message.role for message in messages]
-    system = next((k for k, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
-    starts = [k for k, role in enumerate(roles) if role == "user" and k > system]
+    system = next((k for k, one in enumerate(messages) if one.role not in ("system", "developer")), len(messages))
+    starts = [k for k, one in enumerate(messages) if one.role == "user" and k > system]
 
     def from_message(k: int) -> Tokenised:
         context = max(chat.context - k + system, min(chat.context, system))

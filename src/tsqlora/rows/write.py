@@ -198,11 +198,6 @@ Cells = Mapping[int, Mapping[str, Any]]
 """New cells by column, by the places of their rows, from 0."""
 
 
-def corrected_name(source: Table) -> str:
-    """File name of a corrected copy: in the source's format; JSON lines for a hub data set."""
-    return f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
-
-
 def copy_rows(source: Table, out: Path, places: np.ndarray | None = None, cells: Cells | None = None) -> None:
     """Write the rows of a file at these places (ascending, from 0), or all, atomically and with new cells.
 
