@@ -69,8 +69,11 @@ def test_a_function_without_a_usable_name_is_refused() -> None:
     def loss(m: Measured) -> torch.Tensor:
         return m.loss
 
-    for own in (lambda m: m.loss, loss):
-        with pytest.raises(SettingsError, match=r"'(<lambda>|loss)'"):
+    def convergence(m: Measured) -> torch.Tensor:
+        return m.loss
+
+    for own in (lambda m: m.loss, loss, convergence):
+        with pytest.raises(SettingsError, match=r"'(<lambda>|loss|convergence)'"):
             get_terms([own])
 
 

@@ -106,7 +106,7 @@ def get_terms(specs: Iterable[TermSpec]) -> dict[str, Term]:
             terms.setdefault(spec, every[spec])
             continue
         name = str(getattr(spec.of if isinstance(spec, Term) else spec, "__name__", type(spec).__name__))
-        if not name.isidentifier() or name in TERMS:
+        if not name.isidentifier() or name in TERMS | published().TERMS:
             raise SettingsError(f"a custom term is named after its function, and '{name}' is not usable; rename it")
         terms[name] = spec if isinstance(spec, Term) else Term(spec)
     return terms
