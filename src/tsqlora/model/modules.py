@@ -1,8 +1,7 @@
 """Modules of a model: their names, which are linear, and which couple the samples of a batch."""
 
 import re
-from collections.abc import Iterator
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +26,7 @@ def plain_name(name: str) -> str:
 
 def batch_coupled(model: nn.Module) -> list[str]:
     """Name the parts of the model that make a sample's loss depend on the rest of its batch."""
-    names = [f"{name} ({type(m).__name__})" for name, m in modules_of(model) if isinstance(m, BATCH_NORMS)]
+    names = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)]
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         names.append("the auxiliary loss of a mixture of experts (config.output_router_logits)")
     return names
@@ -39,8 +38,3 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
         return True
     kinds: tuple[Any, ...] = (nn.Linear, Conv1D)
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-
-
-def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield named_modules(), with a type."""
-    yield from cast("Iterator[tuple[str, nn.Module]]", model.named_modules())

@@ -98,9 +98,7 @@ def get_terms(specs: Iterable[TermSpec]) -> dict[str, Term]:
     terms: dict[str, Term] = {}
     for spec in specs:
         if isinstance(spec, str):
-            every = terms | TERMS
-            if spec not in every:
-                every |= published().TERMS
+            every = TERMS if spec in TERMS else TERMS | published().TERMS | terms
             if spec not in every:
                 raise SettingsError(f"unknown quality term '{spec}'; {nearest(spec, every)}")
             terms.setdefault(spec, every[spec])

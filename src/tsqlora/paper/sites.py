@@ -10,7 +10,7 @@ Three kinds of layers. Linear (nn.Linear, and transformers' Conv1D, whose weight
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeGuard, cast
 
@@ -25,7 +25,7 @@ from tsqlora.libs.bitsandbytes import dequantised, is_packed_for_inference, line
 from tsqlora.libs.peft import dequantize_module_weight, has_variant, lora_matrices
 from tsqlora.libs.shapes import Float
 from tsqlora.libs.torch import with_weight
-from tsqlora.model.modules import BATCH_NORMS, inner_name, is_linear, modules_of
+from tsqlora.model.modules import BATCH_NORMS, inner_name, is_linear
 from tsqlora.paper.ghost import LINEAR, Gain, Kind, LayerGradient, Linear, Lookup
 
 
@@ -88,7 +88,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     sites: dict[int, Site] = {}
     biases: dict[int, str] = {}
     seen: set[tuple[int, int]] = set()
-    modules = list(modules_of(model))
+    modules = _modules(model)
     for name, module in modules:
         weight, bias = _trained(module, "weight"), _trained(module, "bias")
         kind = None if weight is None and bias is None else kind_of(module)
@@ -132,7 +132,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     Raises UnsupportedError for LoRA over any other layer, and for variants whose update is not s·BA.
     """
     layers: dict[str, LoraLayer] = {}
-    for name, module in modules_of(model):
+    for name, module in _modules(model):
         if not isinstance(module, LoraLayer):
             continue
         name, base = inner_name(name), module.get_base_layer()
@@ -191,6 +191,11 @@ def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | N
         module, key = module.get_submodule(f"parametrizations.{name}"), "original"
     parameter = dict(module.named_parameters(recurse=False)).get(key)
     return (module, parameter) if parameter is not None and parameter.requires_grad else None
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """named_modules(), with a type."""
+    return [*cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
