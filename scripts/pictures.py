@@ -1,7 +1,7 @@
 """Makes docs/pictures from real runs: python scripts/pictures.py [NAME ...]
 
-The demo's run gives the report, the rank map and the training screen; its rows give the audit. Pages need a headless
-Chromium; without one, only the SVGs are made. Two runs differ in their seconds.
+The demo's run gives the report and the rank map. Pages need a headless Chromium; without one, only the SVGs are made.
+Two runs differ in their seconds.
 """
 
 import base64
@@ -33,7 +33,6 @@ from browser import Page, browser  # noqa: E402
 from families import FAMILIES, trained_tokenizer  # noqa: E402
 from tsqlora.cli import console  # noqa: E402
 from tsqlora.cli.commands import app  # noqa: E402
-from tsqlora.cli.progress_bars import Display  # noqa: E402
 from tsqlora.training.demo import bbc_news, run_demo  # noqa: E402
 
 
@@ -54,22 +53,6 @@ def write(name: str, content: bytes) -> None:
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / name).write_bytes(content)
     print(f"{name}: {len(content):,} bytes")
-
-
-def demo(folder: Path) -> None:
-    """Run the demo, and keep its training screen as it is in the middle of TsqLoRA's training."""
-    screen, frames = recorder(), list[int]()
-    display = Display(Console(file=StringIO()))
-    # Bars compute speeds from the clock of their own console: only the last picture is printed.
-
-    def progress(phase: str, done: int, total: int, note: str = "", /) -> None:
-        display.progress(phase, done, total, note)
-        if phase == "training" and done > 0.6 * total and not frames:
-            frames.append(done)
-            screen.print(display.bars)
-
-    run_demo(folder, seed=0, progress=progress, say=display.say)
-    save_svg("training", screen, "tsqlora train tsq.yaml --out run")
 
 
 def doctor(folder: Path) -> None:
@@ -105,22 +88,13 @@ def screenshot(page: Page, name: str, *, of: str = "", height: int = 900) -> Non
     write(f"{name}.png", base64.b64decode(shot["data"]))
 
 
-def pages(folder: Path) -> None:
-    """The report in both colours, its rank map, and the review page of an audit of the same rows, cut short."""
-    lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    cut = [{"text": row["text"][:280], "label": row["label"]} for row in rows]
-    (folder / "news.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cut), encoding="utf-8")
-    with contextlib.chdir(folder):
-        typer.main.get_command(app)(["audit", "news.jsonl", "--review", "20", "--out", "audit"], standalone_mode=False)
+def report(folder: Path) -> None:
+    """The report of the demo's run, and its rank map."""
+    run_demo(folder, seed=0, progress=None, say=print)
     with browser() as page:
-        for name, dark in (("report-light", False), ("report-dark", True)):
-            page.open(folder / "tsqlora" / "report.html", width=1200, dark=dark)
-            screenshot(page, name)
         page.open(folder / "tsqlora" / "report.html", width=1200)
+        screenshot(page, "report")
         screenshot(page, "ranks", of="#ranks")
-        page.open(folder / "audit" / "audit.html", width=1200)
-        screenshot(page, "audit")
 
 
 def labels(folder: Path) -> None:
@@ -134,7 +108,7 @@ def labels(folder: Path) -> None:
 
 
 def chats(folder: Path) -> None:
-    """The page of an audit of chats about news, of which some are too long, copies, or without an answer."""
+    """The page of an audit of chats about news, of which some are test rows, too long, copies, or without an answer."""
     news = [text for text, _ in bbc_news()][:60]
     tokenizer = trained_tokenizer(FAMILIES["qwen 2.5"], news, 6_000)
     tokenizer.save_pretrained(folder / "model")
@@ -147,10 +121,11 @@ def chats(folder: Path) -> None:
         rows.append((f"Sum this up in a few sentences: {text[:400]}", " ".join([first, *others[: 12 * (j % 9 == 4)]])))
     rows += [*rows[3:5], (rows[7][0], "")]
     turns = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in rows]
-    (folder / "chats.jsonl").write_text(
-        "".join(json.dumps({"messages": one}) + "\n" for one in turns), encoding="utf-8"
-    )
-    call = ["audit", "chats.jsonl", "--model", "model", "--set", "data.max_length=300", "--out", "chats"]
+    for name, part in (("chats", turns), ("test", turns[10:13])):
+        lines = "".join(json.dumps({"messages": one}) + "\n" for one in part)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    call = ["audit", "chats.jsonl", "--eval", "test.jsonl", "--model", "model", "--out", "chats"]
+    call += ["--set", "data.max_length=300"]
     with contextlib.chdir(folder):
         typer.main.get_command(app)(call, standalone_mode=False)
     with browser() as page:
@@ -168,7 +143,7 @@ def forest(_: Path) -> None:
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "forest": forest,
     "doctor": doctor,
-    "pages": pages,
+    "report": report,
     "labels": labels,
     "chats": chats,
 }
@@ -178,8 +153,6 @@ def main() -> None:
     names = sys.argv[1:] or list(MAKERS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "pages" in names:
-            demo(folder)
         for name in names:
             try:
                 MAKERS[name](folder)

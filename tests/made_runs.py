@@ -40,6 +40,7 @@ def make_run(folder: Path, *, rows: list[Row] | None = None, events: int = 3, **
         "rank_events": rank_events(events),
         "parameters": {"trainable": 12345},
         "metrics": {"test": {"accuracy": 0.875, "macro_f1": 0.8}},
+        "confusions": [(0, 0, 9), (0, 1, 2), (1, 1, 9)],
         "notes": ["about 20% of the labels seem wrong"],
         "history": [{"step": j, "epoch": j / 10, "loss": 1 / j} for j in range(10, 41, 10)]
         + [{"step": 40, "epoch": 4.0, "eval_loss": 0.5, "eval_accuracy": 0.8}],

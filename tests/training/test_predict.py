@@ -51,6 +51,9 @@ def data_of(run: Path) -> Path:
 def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
     recorded = RunRecord.load(run).metrics["test"]
     assert evaluate_run(run) == recorded
+    confusions = RunRecord.load(run).confusions
+    right, rows = (sum(n for a, b, n in confusions if a == b or every) for every in (False, True))
+    assert right / rows == recorded["accuracy"]
     assert evaluate_run(run, data_of(run)) == pytest.approx(recorded)
 
 

@@ -11,6 +11,7 @@ from tables import read_as, table_with
 from tsqlora.record import RunRecord
 from tsqlora.rows.splits import read_data
 from tsqlora.settings import Config
+from tsqlora.tasks import get_task
 from tsqlora.training import run as fit
 
 
@@ -20,7 +21,7 @@ def test_rows_that_are_trained_on_are_not_measured(monkeypatch: pytest.MonkeyPat
     first = lambda rows, **_: {"first": rows[0]["input_ids"][0]}  # noqa: E731
     predictor = SimpleNamespace(metrics=first, text_metrics=lambda *_, **__: {})
     monkeypatch.setattr(fit, "predictor_of", lambda *_: predictor)
-    job: Any = SimpleNamespace(data=tables)
+    job: Any = SimpleNamespace(data=tables, task=get_task("regression"))
     args: Any = None
     record = RunRecord("running", 0, "sequence-classification", None, {}, {})
     fit.measure(job, record, args, None)
@@ -49,6 +50,6 @@ def test_metrics_of_held_out_rows_say_how_wrong_their_labels_are(
     monkeypatch.setattr(fit, "predictor_of", lambda *_: predictor)
     record = RunRecord("training", 0, "sequence-classification", [0, 1], {}, {})
     record.quality = {"looks": [{"noise": {"evident": evident, "rate": 0.1 if evident else 0.0, "low": 0, "high": 1}}]}
-    job: Any = SimpleNamespace(data=data)
+    job: Any = SimpleNamespace(data=data, task=get_task("regression"))
     fit.measure(job, record, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
     assert any("accuracy of 0.850" in note and "10% of their labels" in note for note in record.notes) == says

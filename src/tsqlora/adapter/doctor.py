@@ -85,15 +85,21 @@ def serving(source: Path, out: Path, format: str) -> dict[str, str]:
 
 def served(folder: Path) -> str | None:
     """Which servers serve a classifier, as the adapter or merged, in a line; None for an adapter of another kind."""
-    adapter, base, padded = _read(folder)
+    ways, base = ways_to_serve(folder)
     if not base.is_classifier:
         return None
+    return "this classifier is served " + "; ".join(f"{way} by {', '.join(servers)}" for way, servers in ways.items())
+
+
+def ways_to_serve(folder: Path) -> tuple[dict[str, list[str]], BaseFacts]:
+    """The servers by the form that they read right: "as it is", "with --format NAME", "not"; and facts of the base."""
+    adapter, base, padded = _read(folder)
     rules = [rule for rule in CONSUMERS if not rule.only or base.is_one_of(rule.only)]
-    how: dict[str, list[str]] = {"as it is by": [], "with --format merged by": [], "not by": []}
+    ways: dict[str, list[str]] = {"as it is": []}
     for server, consumer in _newest(_judged(rules, folder, adapter, base, padded)).items():
-        merged = "with --format merged by" if consumer["mend"] else "not by"
-        how["as it is by" if consumer["verdict"] == "right" else merged].append(server)
-    return "this classifier is served " + "; ".join(f"{what} {', '.join(of)}" for what, of in how.items() if of)
+        form = f"with --format {consumer['mend']}" if consumer["mend"] else "not"
+        ways.setdefault("as it is" if consumer["verdict"] == "right" else form, []).append(server)
+    return {way: ways[way] for way in sorted(ways, key=lambda way: way == "not") if ways[way]}, base
 
 
 def faults_in(folder: Path) -> list[str]:

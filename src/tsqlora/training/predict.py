@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,20 @@ class Predictor:
         job = self.job
         return predict_logits(job.model, samples, job.collate, task=job.task, phase=phase, compute=self.compute)
 
+    def answers(self, samples: Sequence[dict[str, Any]], *, phase: str) -> tuple[np.ndarray, np.ndarray]:
+        """The logits and labels of labelled samples."""
+        z = self.logits(samples, phase=phase)
+        return z, padded_labels([sample["labels"] for sample in samples], z.shape[1] if z.ndim == 3 else None)
+
     def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str) -> dict[str, float]:
         """The task's metrics on labelled samples; for generation those of the rows' targets."""
         job = self.job
-
-        def logits(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-            z = self.logits(samples, phase=phase)
-            return z, padded_labels([sample["labels"] for sample in samples], z.shape[1] if z.ndim == 3 else None)
 
         def summed(samples: Sequence[dict[str, Any]], count: Any) -> dict[str, float]:
             how = {"phase": phase, "compute": self.compute}
             return summed_counts(job.model, samples, job.collate, job.task, count, **how)
 
-        return job.task.evaluate(samples, logits=logits, summed=summed)
+        return job.task.evaluate(samples, logits=partial(self.answers, phase=phase), summed=summed)
 
     def prompts(self, table: Table, *, measured: bool = False) -> Samples:
         """The prompt of each row; `measured` as in `tokenise_generation`."""

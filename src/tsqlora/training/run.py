@@ -1,10 +1,12 @@
 """Train and measure a job: the Trainer's arguments, the record, and metrics."""
 
 import warnings
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -20,7 +22,7 @@ from tsqlora.rows.table import data_hash, notes_of
 from tsqlora.rows.tokens import left_out
 from tsqlora.run_dir import CHECKPOINT_DIR
 from tsqlora.settings import Config
-from tsqlora.tasks import get_task, require_room
+from tsqlora.tasks import answers_of, get_task, require_room
 from tsqlora.tasks.text_metrics import require_text_metrics
 from tsqlora.training.fit import Method
 from tsqlora.training.job import Job, start_notes
@@ -147,7 +149,12 @@ def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Prog
     for split in (name for name in MEASURED if name in job.data):
         samples = job.data[split].samples
         with record.timed("evaluation") as cost:
-            record.metrics[split] = predictor.metrics(samples, phase=split)
+            if job.task.reading.judges() and (task := answers_of(job.task)) is not None:
+                logits, labels = predictor.answers(samples, phase=split)
+                record.metrics[split] = task.metrics(logits, labels)
+                record.confusions = confusions(labels, task.predictions(logits))
+            else:
+                record.metrics[split] = predictor.metrics(samples, phase=split)
             if split == "test":
                 record.metrics[split] |= predictor.text_metrics(job.data[split])
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
@@ -159,3 +166,15 @@ def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Prog
             f"{noise['rate']:.0%} of their labels seem wrong, too, so this says less than correct labels would"
         )
     record.status = "finished"
+
+
+def confusions(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
+    """Count the rows by class and predicted class.
+
+    >>> confusions(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1]))
+    [(0, 0, 1), (1, 0, 1), (1, 1, 2)]
+    """
+    return [
+        (a, b, count)
+        for (a, b), count in sorted(Counter(zip(labels.tolist(), predicted.tolist(), strict=True)).items())
+    ]

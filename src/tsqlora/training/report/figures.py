@@ -5,7 +5,7 @@ apart (after Okabe and Ito; maps by lightness), and colour is never the only sig
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle, pairwise
@@ -166,9 +166,25 @@ def rank_map(first: Mapping[str, int], events: Sequence[RankEvent]) -> Drawn:
     """A map of the last ranks, on a scale that fits every state."""
     most = max(rank for ranks in (first, *(event.ranks for event in events)) for rank in ranks.values())
     last = events[-1].ranks if events else first
-    figure = _heatmap(Grid(list(first)), last, most=most, title="rank", text="%{z}", hover="rank %{z}")
+    figure = _layer_map(Grid(list(first)), last, most=most, title="rank", text="%{z}", hover="rank %{z}")
     text = f"Ranks of {len(last)} layers by block and kind of module; see the table below."
     return Drawn("ranks-map", "Rank map", text, figure)
+
+
+def confusion_map(classes: Sequence[Any], confusions: Iterable[tuple[int, int, int]]) -> Drawn:
+    """The measured rows by class and predicted class."""
+    names, counts = [plain(str(name)) for name in classes], {(a, b): n for a, b, n in confusions}
+    places = range(len(names))
+    figure = _heatmap(
+        [[counts.get((a, b), 0) for b in places] for a in places],
+        (names, names),
+        most=max(counts.values()),
+        titles=("predicted", "rows"),
+        text="%{z}",
+        hover="%{z} rows of %{y}, predicted as %{x}<extra></extra>",
+    )
+    text = "Measured rows by class and predicted class; see the table below."
+    return Drawn("confusion-map", "Rows by class (down) and predicted class (across)", text, figure)
 
 
 def sensitivity_maps(events: Sequence[RankEvent]) -> list[Drawn]:
@@ -179,7 +195,7 @@ def sensitivity_maps(events: Sequence[RankEvent]) -> list[Drawn]:
     drawn = []
     for when, event, values, more in (("first", events[0], first, ""), ("last", events[-1], last, largest)):
         grid = Grid(list(values))
-        figure = _heatmap(grid, values, most=most, title="%", text="%{z:.1f}", hover="%{z:.2f} % of the sum")
+        figure = _layer_map(grid, values, most=most, title="%", text="%{z:.1f}", hover="%{z:.2f} % of the sum")
         title, text = f"{when}, at step {event.step:,}".capitalize(), f"Sensitivity by layer at {when}.{more}"
         drawn.append(Drawn(f"sensitivity-{when}", title, text, figure))
     return drawn
@@ -191,29 +207,45 @@ def shares(event: RankEvent) -> dict[str, float]:
     return {layer: 100 * value / total if total else 0.0 for layer, value in event.sensitivity.items()}
 
 
-def _heatmap(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, text: str, hover: str) -> go.Figure:
+def _layer_map(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, text: str, hover: str) -> go.Figure:
+    kinds, hover = [plain(kind) for kind in grid.kinds], f"block %{{x}}, %{{y}}<br>{hover}<extra></extra>"
+    how = {"most": most, "titles": ("block", title), "text": text, "hover": hover}
+    return _heatmap(grid.rows(values), (grid.blocks, kinds), **how)
+
+
+def _heatmap(
+    z: list[list[Any]],
+    names: tuple[Sequence[str], Sequence[str]],
+    *,
+    most: float,
+    titles: tuple[str, str],
+    text: str,
+    hover: str,
+) -> go.Figure:
+    """Cells with their numbers; `names` are those of the columns and rows, `titles` of the columns and the scale."""
+    (columns, rows), (across, scale) = names, titles
     trace = go.Heatmap(
-        z=grid.rows(values),
-        x=grid.blocks,
-        y=[plain(kind) for kind in grid.kinds],
+        z=z,
+        x=columns,
+        y=rows,
         zmin=0,
         zmax=most or 1,
         colorscale=[[j / (len(SCALE) - 1), colour] for j, colour in enumerate(SCALE)],
         textfont={"color": INK, "size": 13},
         texttemplate=text,
-        hovertemplate=f"block %{{x}}, %{{y}}<br>{hover}<extra></extra>",
+        hovertemplate=hover,
         hoverongaps=False,
         xgap=2,
         ygap=2,
-        colorbar={"title": {"text": title}, "thickness": 10, "len": 1},
+        colorbar={"title": {"text": scale}, "thickness": 10, "len": 1},
     )
     cells = {"type": "category", "showgrid": False, "fixedrange": True}
     return framed(
         [trace],
-        height=90 + 34 * len(grid.kinds),
+        height=90 + 34 * len(rows),
         # The smallest width in which numbers and names are readable.
-        width=34 * len(grid.blocks) + 7 * max(map(len, grid.kinds)) + 70,
-        xaxis={**cells, "title": {"text": "block"}},
+        width=34 * len(columns) + 7 * max(map(len, rows)) + 70,
+        xaxis={**cells, "title": {"text": across}},
         yaxis={**cells, "autorange": "reversed"},
     )
 

@@ -1,5 +1,6 @@
 """Read a run's directory, in bounded size, and render its page; the same run gives the same bytes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -7,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from tsqlora.adapter.doctor import ways_to_serve
 from tsqlora.auditing.page import Table, render
 from tsqlora.auditing.reasons import WHY
 from tsqlora.auditing.scores import Scores
@@ -14,10 +16,12 @@ from tsqlora.errors import DataError
 from tsqlora.files import reading
 from tsqlora.libs.yaml import dump_yaml, load_yaml
 from tsqlora.record import MOST_EVENTS, RunRecord, look_sentences
-from tsqlora.run_dir import CONFIG_FILE, RECORD_FILE, SCORES_FILE
+from tsqlora.run_dir import ADAPTER_DIR, CONFIG_FILE, RECORD_FILE, SCORES_FILE
 from tsqlora.training.report import figures
 from tsqlora.training.report.samples import Samples, choose_samples
 
+MOST_CLASSES, CONFUSED = 20, 20
+"""Classes of a map of confusions, and lines of its table."""
 LOGGED = 60
 """Rows of the table of the log."""
 
@@ -33,6 +37,8 @@ class Gathered:
     histograms: list[figures.Drawn]
     samples: Samples | None
     missing: dict[str, str]
+    servers: dict[str, list[str]]
+    """Of the run's adapter, by how they read it; empty if there is none."""
 
 
 def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
@@ -58,6 +64,7 @@ def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
         histograms=[] if scores is None else figures.histograms(scores),
         samples=None if scores is None else choose_samples(scores, texts),
         missing=_missing(record, config, scored=scores is not None),
+        servers=ways_to_serve(run / ADAPTER_DIR)[0] if (run / ADAPTER_DIR).is_dir() else {},
     )
 
 
@@ -109,7 +116,9 @@ def run_page(run: Gathered, script: str) -> str:
     paths = {f"{s}.{k}": str(run.config.get(s, {}).get(k)) for s, k in (("model", "path"), ("data", "train"))}
     names = {key: path.rstrip("/").split("/")[-1] for key, path in paths.items()}
     evaluated = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
+    few = len(record.labels or ()) <= MOST_CLASSES
     drawn = {
+        "confusions": [figures.confusion_map(record.labels, record.confusions)] if few and record.confusions else [],
         "curves": figures.curves(record.history, looks=scored, events=events) if record.history else [],
         "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
         "sensitivity": figures.sensitivity_maps(measured) if measured else [],
@@ -135,6 +144,7 @@ def run_page(run: Gathered, script: str) -> str:
         why=WHY,
         command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
         tables=_tables(record),
+        losses=[entry for entry in record.history if "eval_loss" in entry],
         evaluated={n.removeprefix("eval_"): value for n, value in evaluated.items() if n.startswith("eval_")},
         written=f"{datetime.fromtimestamp(record.now['time'], UTC):%H:%M:%S} UTC" if record.now else None,
         **_ranks(record),
@@ -180,9 +190,15 @@ def _tables(record: RunRecord) -> dict[str, Table]:
     ]
     metrics = [[split, n, f"{value:.4f}"] for split, values in record.metrics.items() for n, value in values.items()]
     history = figures.thinned(record.history, LOGGED)
+    labels, rows = record.labels or [], Counter[int]()
+    for label, _, count in record.confusions:
+        rows[label] += count
+    mixed = sorted((one for one in record.confusions if one[0] != one[1]), key=lambda one: -one[2])
+    confused = [[labels[a], labels[b], f"{n:,}", f"{n / rows[a]:.0%}"] for a, b, n in mixed[:CONFUSED]]
     names = list(dict.fromkeys(n for entry in history for n in entry if n not in ("step", "epoch")))
     log = [[f"{entry['step']:,}", *(f"{entry[n]:.4g}" if n in entry else "" for n in names)] for entry in history]
     return {
+        "confusions": Table("Most confused", ["class", "predicted", "rows", "of the class"], confused, texts=[1]),
         "history": Table("Log", ["step", *names], log),
         "ranks": Table("Rank by block", ["kind", *grid.blocks], ranks),
         "sensitivity": Table("Share in percent", ["layer", "first", "last"], shares),
