@@ -1,6 +1,7 @@
 """Planted wrong labels come first, at their rate; probabilities hold; features without information give no evidence."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
+from transformers import Trainer, TrainingArguments
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
@@ -16,6 +18,7 @@ from tsqlora import paper
 from tsqlora.auditing.labels import duplicates
 from tsqlora.auditing.labels.judge import judge, judge_logits
 from tsqlora.auditing.labels.suspects import Audit, audit_of, audit_of_judgement, audit_of_units
+from tsqlora.errors import SettingsError
 from tsqlora.model.units import Units
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
@@ -188,6 +191,15 @@ def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:
     assert {len(column) for column in columns.values()} == {40}
     assert set(columns["label"]) == {"no", "yes"}
     assert np.all(columns["label"] != columns["suggested_label"])
+
+
+def test_the_trainer_of_a_classifier_is_audited_by_its_labels(tmp_path: Path) -> None:
+    model, rows = tiny_bert(2), samples(40, 2)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=rows, data_collator=collate)
+    ours, theirs = tsq.audit(trainer), tsq.audit(model, rows, collate)
+    assert ours.ids.tolist() == theirs.ids.tolist()
+    with pytest.raises(SettingsError, match="evaluation"):
+        tsq.audit(trainer, evaluation=rows)
 
 
 def test_mean_hidden_states_ignore_padding() -> None:

@@ -286,7 +286,11 @@ def test_what_does_not_go_together_or_has_no_effect_is_refused_and_writes_nothin
         (2, (), ()),
         (2, (rows, "--no-model"), ("give --model M",)),
         (3, ("--prepared", place / "model", *model), ()),
-        (2, (rows, *drop), (together.format(drop[0]), f"tsqlora audit {' '.join(drop)} --out {out}")),
+        (
+            2,
+            (rows, *drop),
+            (together.format(drop[0]), f"tsqlora audit '{rows}' --out", f"{' '.join(drop)} --out {out}"),
+        ),
         (2, (rows, "--apply", review), (together.format("--apply"), f"tsqlora audit --apply '{review}' --out {out}")),
         (2, (rows, "--prepared", place), (together.format("--prepared"), f"--prepared '{place}' --data '{rows}'")),
         (2, ("--apply", rows, "--baseline", "x.jsonl"), ("--baseline",)),
@@ -294,7 +298,7 @@ def test_what_does_not_go_together_or_has_no_effect_is_refused_and_writes_nothin
         (2, (*drop, "--strict"), ("--strict",)),
         (2, (rows, *model, "--data", "x.jsonl"), ("--data",)),
         (2, ("--prepared", place, *model, "--chat-template", "9"), ("--chat-template",)),
-        (2, (labels, *model, "--strict"), ("--strict",)),
+        (2, (labels, *model, "--strict"), ("--strict", "--set task.type=causal-lm")),
     ]
     for expected, words, named in cases:
         code, _, err = tsqlora("audit", *words, "--out", out)

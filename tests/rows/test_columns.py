@@ -31,6 +31,12 @@ def test_a_pair_without_its_partner_is_left_alone() -> None:
     assert find(["text", "sentence2", "hypothesis", "answer", "label"]).text_pair is None
 
 
+def test_a_column_without_a_name_is_no_pair_and_blanks_around_names_hide_none() -> None:
+    for text in USUAL_TEXT:
+        assert find(["", text, "label"]).text_pair is None
+    assert find(["sentence1 ", " sentence2", "label"]) == Columns("sentence1 ", " sentence2", "label")
+
+
 def test_named_columns_win_over_usual_ones() -> None:
     names = ["text", "label", "body", "title", "verdict"]
     assert find(names, "body", "title", "verdict") == Columns("body", "title", "verdict")

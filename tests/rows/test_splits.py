@@ -80,7 +80,7 @@ def test_a_column_with_nearly_a_value_a_row_holds_no_classes(tmp_path: Path) -> 
     assert (
         "column 'label' has 30 different values in 50 rows, so it holds no classes (numbers: set task.type" in message
     )
-    assert "set data.label to another column" in message
+    assert "there is no other column" in message
 
 
 def test_the_largest_remainder_gets_the_rest() -> None:

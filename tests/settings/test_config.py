@@ -205,6 +205,7 @@ def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -
         ("model: {path: m}", "data.train must be set"),
         ("- 1", "list"),
         ("model: {pth: m}", "unknown key 'model.pth'"),
+        ("learning_rate: 1", "'training.learning_rate'"),
     ],
 )
 def test_missing_settings_are_named(text: str, key: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from byte_tokenizers import byte_tokenizer
 from tsqlora.auditing.texts.ledger import content_findings, line_of, locate
 from tsqlora.auditing.texts.prepared import Trained, sequences_of
+from tsqlora.auditing.texts.raw import audited
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
 from tsqlora.errors import DataError
 from tsqlora.rows.chat import Chat, Message, format_of
@@ -172,6 +173,13 @@ def test_reasoning_alone_is_an_empty_answer_and_a_call_is_none(vocabulary: Vocab
     for further, empty in (({"thinking": "France."}, True), ({"thinking": "France.", "tool_calls": [CALL]}, False)):
         row = Chat((Message("user", QUESTION), Message("assistant", " ", further)))
         assert ("empty_answer" in content_findings(row, vocabulary)) == empty
+
+
+def test_a_number_is_no_empty_answer(vocabulary: Vocabulary) -> None:
+    columns = {"instruction": QUESTION, "input": ""}
+    for output, name in ((14, "dropped"), ("", "empty_answer")):
+        row = Row({**columns, "output": output}, "rows.jsonl", 1, 0)
+        assert audited([row], format_of([*columns, "output"], "rows.jsonl"), vocabulary, 64)[0].findings == [name]
 
 
 def test_places_are_those_of_the_bytes(tokenizer: Any, vocabulary: Vocabulary) -> None:

@@ -425,6 +425,13 @@ def test_a_template_that_refuses_a_role_names_the_rows() -> None:
     assert second.findings == []
 
 
+def test_a_cause_of_one_row_is_not_that_of_the_rows_that_the_limit_cuts() -> None:
+    cut = [Line(row, "", fate="dropped", findings=["answer_cut"]) for row in range(9)]
+    found = {one.name: one for one in findings_of([*cut, Line(9, "", fate="dropped", detail="no text")])}
+    assert found["dropped"].cause.endswith(": 9 by the length limit; 1 for this reason: no text")
+    assert found["dropped"].cure
+
+
 def test_half_a_character_drops_its_row_alone() -> None:
     called = turns(QUESTION, ANSWER)
     called["messages"][1]["tool_calls"] = [{"function": {"name": "capital", "arguments": {"country": "\ud83d"}}}]

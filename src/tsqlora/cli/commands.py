@@ -85,11 +85,9 @@ def _as_setting(error: Any, arguments: list[str]) -> str | None:
     option, own = getattr(error, "option_name", None), error.ctx.command.params if error.ctx else ()
     if option is None or not any("--set" in one.opts for one in own):
         return None
-    from tsqlora.settings.settings import Config, section_of
+    from tsqlora.settings.file import keys as settings
 
-    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
-    keys = {name: f"{part}.{name}" for part, section in sections.items() if section for name in section.model_fields}
-    keys |= {key: key for key in keys.values()} | MOVED["elsewhere"]
+    keys = settings() | {key: key for key in settings().values()} | MOVED["elsewhere"]
     name = option.strip("-").replace("-", "_")
     options = [word.strip("-") for one in own for word in one.opts]
     if name not in keys:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tsqlora.cli import console
 
@@ -22,9 +22,9 @@ def audit(
 ) -> Any:
     """Find what is wrong with rows: the labels of a classifier's rows, or what a Trainer will train on.
 
-    For a model with its dataset and collator it returns an `Audit` of the labels, as `audit` of
-    `tsqlora.auditing.labels.suspects` does. For a Trainer (SFTTrainer, DPOTrainer, a Trainer of a causal model) it
-    returns the ledger and the findings, as `tsqlora audit` does:
+    For a model with its dataset and collator, and for the Trainer of a classifier, it returns an `Audit` of the labels,
+    as `audit` of `tsqlora.auditing.labels.suspects` does. For a Trainer of a model that writes (SFTTrainer, DPOTrainer)
+    it returns the ledger and the findings, as `tsqlora audit` does:
 
         result = tsqlora.audit(trainer, data=rows)
         [(finding["name"], finding["places"]) for finding in result["findings"]]
@@ -42,6 +42,17 @@ def audit(
     """
     from transformers import Trainer
 
+    from tsqlora.tasks.forward import base_model, generates
+
+    if isinstance(subject, Trainer) and not generates(base_model(cast(Any, subject.model))):
+        from tsqlora.errors import SettingsError
+        from tsqlora.libs.transformers import row_collator
+
+        if idle := [
+            name for name, value in (("data", data), ("evaluation", evaluation), ("out", out)) if value is not None
+        ]:
+            raise SettingsError(f"an audit of labels takes no {' or '.join(idle)}; leave it out")
+        subject, dataset, collate = subject.model, subject.train_dataset, row_collator(subject)
     if isinstance(subject, Trainer):
         from tsqlora.auditing.texts.command import audit_trainer
 

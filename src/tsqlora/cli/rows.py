@@ -195,7 +195,8 @@ def audit(
         require_source(str(source))
     config = None if prepared is not None else text_config(str(source), model, set_ or [])
     if config is None and prepared is None:
-        _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels")
+        cure = "leave it out, or add --set task.type=causal-lm for an audit of answers"
+        _refuse({**of_text, **of_raw, "--data": data}, "in an audit of labels", cure)
         from tsqlora.auditing.command import run_audit  # after these checks, since torch takes seconds to import
 
         with console.progress() as display:
@@ -235,8 +236,11 @@ def _require_one(
     if len(sources) == 1:
         return
     later = f"--apply {quote(str(apply))}" if apply else f"--drop-findings {quote(drop_findings or '')}"
-    line = f"tsqlora audit {later} --out {quote(str(out or 'AUDIT'))}"
-    why = f"{later.split()[0]} needs an earlier audit; type `{line}`"
+    folder = quote(str(out or "AUDIT"))
+    line = (
+        f"tsqlora audit {quote(str(source or prepared))} --out {folder}, and then: tsqlora audit {later} --out {folder}"
+    )
+    why = f"{later.split()[0]} needs an earlier audit; type {line}"
     if not (apply or drop_findings):
         later, why = "--prepared", f"type `tsqlora audit --prepared {quote(str(prepared))} --data {quote(str(source))}`"
     raise SettingsError(f"{'DATA' if source else '--prepared'} and {later.split()[0]} do not go together; {why}")
@@ -271,7 +275,7 @@ def _apply(review: Path, drop: str | None, out: Path | None, as_json: bool, enco
     console.show(apply_review(review, out, drop=names, encoding=encoding), as_json, "show_review")
 
 
-def _refuse(options: dict[str, Any], what: str) -> None:
+def _refuse(options: dict[str, Any], what: str, cure: str = "leave it out") -> None:
     """Raise SettingsError for options that are given and have no effect."""
     if idle := [name for name, value in options.items() if value]:
-        raise SettingsError(f"{', '.join(idle)} cannot be used {what}; leave it out")
+        raise SettingsError(f"{', '.join(idle)} cannot be used {what}; {cure}")

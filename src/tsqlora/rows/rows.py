@@ -113,7 +113,8 @@ def find_columns(
             f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}"
         )
     if text is None and text_pair is None and not tokens and not media:
-        text_pair = _first((USUAL_PAIR.get(first_text.lower(), ""),), _without(names, label))
+        seconds = [USUAL_PAIR[name] for name in (first_text.strip().lower(),) if name in USUAL_PAIR]
+        text_pair = _first(seconds, _without(names, label))
     label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
     return Columns(first_text, text_pair, label, media)
 
@@ -208,6 +209,10 @@ def is_missing(value: Any) -> bool:
     return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
+class NotTextError(DataError):
+    """A value of another type where a text must be."""
+
+
 class MissingError(DataError):
     """A row without a required value; `what` names the value without the row's place."""
 
@@ -254,7 +259,7 @@ def as_text(value: Any, where: str, place: str) -> str:
     """The value itself.  Raises DataError with its place if it is not text, or text that UTF-8 cannot encode."""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise DataError(f"{place}: {where} holds {kind} {reprlib.repr(value)}, not text; write a string")
+        raise NotTextError(f"{place}: {where} holds {kind} {reprlib.repr(value)}, not text; write a string")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -99,7 +99,7 @@ def read_data(
             raise NoColumnError(f"{first.name} has no label column")
     except DataError as error:
         if holds_out and {"chosen", "rejected"} <= {*first.names}:
-            cure = "of rows with chosen and rejected answers, set task.type to preference"
+            cure = "to score chosen and rejected answers, set task.type to preference; DPOTrainer of TRL trains on them"
         elif not any((columns or {}).values()) and are_answers(first.names):
             cure = "of chats, or of prompts with answers, set task.type to causal-lm"
         elif isinstance(error, NoColumnError):
@@ -219,7 +219,8 @@ def listed(bad: Mapping[str, list[int | str]], source: str) -> str:
     for reason, numbers in bad.items():
         unit = "file" if isinstance(numbers[0], str) else line
         shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
-        parts.append(f"{len(numbers):,} with {reason} ({unit}{'s' if len(numbers) > 1 else ''} {shown})")
+        units = f"{unit}s" if len(numbers) > 1 else unit
+        parts.append(f"{len(numbers):,} with {reason} ({units} {shown}{', from 1' * (unit == 'row')})")
     return ", ".join(parts)
 
 
@@ -265,7 +266,8 @@ def _with_classes(table: Table, label: LabelKind | None) -> tuple[Table, np.ndar
         others = quoted(name for name in table.names if name not in (column, table.columns.text))
         raise DataError(
             f"{name}: column '{column}' has {len(values):,} different values in {len(table):,} rows, so it holds no "
-            f"classes{numbers}; set data.label to another column: {others}"
+            f"classes{numbers}"
+            + (f"; set data.label to another column: {others}" if others else ", and there is no other column")
         )
     classes = replace(classes_of(values, name, column, label), spellings=spellings)
     rows = dict(zip(values, np.bincount(groups).tolist(), strict=True)) if label.single else {}

@@ -154,12 +154,18 @@ def _key(problem: ErrorDetails) -> str:
     return ".".join(str(part) for part in problem["loc"] if part not in _UNION_MEMBERS)
 
 
+def keys() -> dict[str, str]:
+    """Every setting with its section, by its own name."""
+    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
+    return {name: f"{part}.{name}" for part, section in sections.items() if section for name in section.model_fields}
+
+
 def _unknown_key(loc: Sequence[int | str]) -> str:
     *sections, name = map(str, loc)
     section: type[Section] = Config
     for part in sections:
         section = section_of(section.model_fields[part]) or section
-    setting = MOVED["elsewhere"].get(name)
+    setting = MOVED["elsewhere"].get(name) or (None if sections else keys().get(name))
     hint = f"did you mean {setting!r}?" if setting else nearest(name, section.model_fields)
     return f"unknown key {'.'.join(map(str, loc))!r}; {hint}"
 

@@ -544,7 +544,8 @@ class QualityCallback(TrainerCallback):
         start, compute = time.perf_counter(), self._request(args, model, collate).compute
         how = {"collate": self.collate or collate, "seed": data.plan.seed}
         self._answers = look_before(distributed.unwrapped(model), data.dataset, vocabulary, compute, **how)
-        self._spend("look", time.perf_counter() - start, tokens=sum(self._answers.tokens.values()))
+        read = {"forward": self._answers.read, "tokens": sum(self._answers.tokens.values())}
+        self._spend("look", time.perf_counter() - start, **read)
         self.notes += self._answers.sentences(faults=False)
 
     def _draw_texts_evenly(self, collate: Collate) -> None:

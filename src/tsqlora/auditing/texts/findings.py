@@ -212,8 +212,10 @@ def findings_of(
             cause += f"; {left_out[name]} of these rows are left out whole"
         cause += f" ({shown})" if shown else ""
         if name == "dropped" and any(details):
-            cause += f": {next(filter(None, details))}"
-            cures = cures if not all(details) else {}  # a longer limit would not help
+            # A longer limit helps those alone that it cuts.
+            cut, ((first, count),) = len(without_cause) - len(details), Counter(filter(None, details)).most_common(1)
+            cause += f": {cut:,} by the length limit; {count:,} for this reason: {first}" if cut else f": {first}"
+            cures = cures if cut or not all(details) else {}
         if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
         findings.append(Finding(name, severity, tuple(places), cause, cures))

@@ -15,6 +15,7 @@ from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.rows.batches import IGNORED
 from tsqlora.rows.chat import ANSWER, CALLS, TLDR, Chat, Message
+from tsqlora.rows.rows import NotTextError
 
 LEAST_KNOWN = 16
 """Bytes of a content that must be there for what is left of it to count as cut, and not as missing."""
@@ -360,7 +361,8 @@ def content_findings(row: Chat, vocabulary: Vocabulary) -> dict[str, str]:
     rejected = None if row.rejected is None else row.rejected.whole
     answers = [message for message in messages if message.role == ANSWER] + [*(rejected or ())[-1:]]
     # Reasoning alone, as a limit of generation leaves it, answers nothing.
-    if any(not one.content.strip() and not {*CALLS} & {*one.carried} for one in answers):
+    filled = any(isinstance(problem, NotTextError) for problem in row.problems)
+    if not filled and any(not one.content.strip() and not {*CALLS} & {*one.carried} for one in answers):
         findings["empty_answer"] = ""
     transcript = row.document or any(SPEAKERS.search(one.content) for one in messages if one.role != ANSWER)
     for message in messages:

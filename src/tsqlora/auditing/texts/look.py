@@ -86,6 +86,8 @@ class AnswerLook:
     """By turn that is called wrong: −log p of each of its answer's tokens that were read."""
     shifts: list[tuple[int, int, int]] = field(default_factory=list)
     """First row, last row, and by how many rows their answers are shifted."""
+    read: int = 0
+    """Answers that the model read, over all passes."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that the model read, by pass."""
     notes: list[str] = field(default_factory=list)
@@ -180,6 +182,7 @@ def look_at_answers(
         return look
 
     def read(phase: str, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        look.read += len(samples)
         look.tokens[phase] = sum(len(one.before) + len(one.answer) for one in samples)
         return read_answers(model, samples, vocabulary.stops, compute, phase=PHASES.get(phase, phase))
 
