@@ -270,7 +270,8 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
     for finding in result["findings"]:
         places = ", ".join(map(str, finding["places"][:3])) + (", …" if finding["rows"] > 3 else "")
         where = f"row{'s' if finding['rows'] > 1 else ''} {places}"
-        rows.append((finding["severity"], finding["name"], f"{finding['rows']:,}", f"{finding['cause']} ({where})"))
+        cause = finding["cause"] if f"({where}: " in finding["cause"] else f"{finding['cause']} ({where})"
+        rows.append((finding["severity"], finding["name"], f"{finding['rows']:,}", cause))
     if rows:
         print_table(console, head, rows, "findings", expand=True)
         errors = [finding for finding in result["findings"] if finding["severity"] == "error"]
