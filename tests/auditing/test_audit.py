@@ -19,7 +19,6 @@ from seen import Seen
 from tables import cells_of
 from tsqlora.auditing import command as pipeline
 from tsqlora.auditing.command import LEAST, draw_checks, make_listing, run_audit
-from tsqlora.auditing.labels.duplicates import Contradiction
 from tsqlora.auditing.labels.judge import DOUBT, judge
 from tsqlora.auditing.labels.suspects import audit_of
 from tsqlora.auditing.review import apply_review
@@ -121,9 +120,7 @@ def test_all_near_duplicates_with_different_labels_are_in_table_page_and_record(
     def judged(*args: Any, **options: Any) -> Any:
         # The model of the test sees only some words; these are the pairs that a real one would see.
         result = real(*args, **options)
-        return replace(
-            result, evident=evident, rate=0.2, duplicates=tuple(Contradiction(a, b) for a, b in sorted(pairs))
-        )
+        return replace(result, evident=evident, rate=0.2, duplicates=tuple(sorted(pairs)))
 
     monkeypatch.setattr(pipeline, "audit", judged)
     about = run_audit(str(write_jsonl(tmp_path / "rows.jsonl", rows)), model=str(place / "model"), out=tmp_path / "a")

@@ -155,7 +155,7 @@ def test_near_duplicates_with_different_labels_are_the_nearest_pairs_of_a_slow_t
     slow = [(2 * a, 2 * b) for _, a, b in slow_contradictions(features, labels, duplicates.NEAR)]
     result, uncompared = duplicates.contradictions(features, labels, ids)
     assert len(slow) > 100
-    assert [(pair.first, pair.second) for pair in result] == slow[:most]
+    assert [*result] == slow[:most]
     assert uncompared == 0
 
 
@@ -165,8 +165,8 @@ def test_near_duplicates_of_collapsed_rows_take_seconds_and_are_as_many_as_are_s
     features, labels, begun = features.astype(np.float32), rng.integers(5, size=rows), time.process_time()
     result, _ = duplicates.contradictions(features, labels, np.arange(rows))
     assert time.process_time() - begun < 8
-    assert len({(pair.first, pair.second) for pair in result}) == duplicates.MOST_CONTRADICTIONS
-    assert all(pair.first < pair.second and labels[pair.first] != labels[pair.second] for pair in result)
+    assert len({*result}) == duplicates.MOST_CONTRADICTIONS
+    assert all(a < b and labels[a] != labels[b] for a, b in result)
 
 
 def test_rows_too_many_to_be_compared_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_rows_too_many_to_be_compared_are_counted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(duplicates, "MOST_PRODUCTS", 50**2 * 4 / 2)
     result, uncompared = duplicates.contradictions(features, labels, np.arange(100))
     assert uncompared == 50
-    rows = {row for pair in result for row in (pair.first, pair.second)}
+    rows = {row for pair in result for row in pair}
     assert len(rows) == 50
     assert {0, 99} <= rows, "the others are evenly spaced"
 

@@ -179,12 +179,19 @@ def test_a_row_that_the_template_cannot_hold_says_what_train_says(tmp_path: Path
 def test_the_terminal_shows_trained_rows_first_and_the_cure_of_errors(
     place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
-    rows = write_jsonl(tmp_path / "first is empty.jsonl", [turns("How far is Paris?", " "), *right(300)])
+    html = turns("How far is Rome?", "It is <b>far</b> away.")
+    rows = write_jsonl(tmp_path / "first is empty.jsonl", [turns("How far is Paris?", " "), *right(300), html])
     command = ("audit", rows, "--model", place / "model", "--chat-template", place / "no_stop.jinja", "--no-model")
     code, shown, err = tsqlora(*command, "--out", tmp_path / "shown")
     assert code == 0, err
-    for words in ("300 trained, 1 dropped", "(row 0)", "stop_not_trained, with axolotl: train_on_eos: turn"):
+    for words in (
+        "301 trained, 1 dropped",
+        "(row 0)",
+        "(row 301: ",
+        "stop_not_trained, with axolotl: train_on_eos: turn",
+    ):
         assert words in shown
+    assert "(row 301)" not in shown  # the cause names it
 
 
 def test_a_review_parts_the_rows(place: Path, tmp_path: Path, audit: Audit, tsqlora: Run) -> None:

@@ -201,7 +201,7 @@ def look(
         for k in range(size)
     ]
     turns = [one for row in rows for one in turns_of(row, [trained(tokenizer, row)], vocabulary)]
-    return look_at_answers(Copies(len(tokenizer)), turns, vocabulary, Compute(batch_size=32), faults={})
+    return look_at_answers(Copies(len(tokenizer)), turns, vocabulary, Compute(batch_size=32))
 
 
 def test_answers_of_the_next_rows_are_found_and_their_shift_is_named(tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from tsqlora import distributed
+from tsqlora.auditing.labels.judge import judged_features
 from tsqlora.auditing.look import predictions
 from tsqlora.auditing.saved_look import SavedLook
 from tsqlora.auditing.scores import PREDICTIONS, Scores, from_terms
@@ -58,8 +59,7 @@ def columns_of_rows(
     columns = {"labels": np.where(unseen, UNSEEN, clamped) if single else clamped}
     columns["loss"] = task.loss(torch.from_numpy(logits), torch.from_numpy(clamped)).numpy()
     if look.verdict is not None:
-        parts = [part for part in (forward.features, forward.mean) if part is not None]
-        logits, wrong = look.verdict.of(np.concatenate(parts, axis=1, dtype=np.float32), clamped)
+        logits, wrong = look.verdict.of(judged_features(forward), clamped)
         columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
     columns |= predictions(logits.astype(np.float32), clamped, answers)
     columns = _with_own(columns, look.scores, rows.hashes)

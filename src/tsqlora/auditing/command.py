@@ -220,7 +220,7 @@ def _about(
         "checks": sum(row.kind == "check" for row in listing),
         "pairs": pairs,
         "duplicates": len(result.duplicates),
-        "near_duplicates": [[pair.first, pair.second] for pair in result.duplicates],
+        "near_duplicates": [[*pair] for pair in result.duplicates],
         "spellings": [{"written": one, "label": find(one), "rows": rows} for one, rows in spellings.items()],
         "notes": list(notes),
     }
@@ -262,11 +262,11 @@ def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple
     keys = list(zip(audit.ids.tolist(), tokens, strict=True))
     place_of = {key: j for j, key in reversed([*enumerate(keys)])}
     near, written = dict[int, int](), _written(table)
-    for pair in audit.duplicates:
-        near.setdefault(pair.first, pair.second)
-        near.setdefault(pair.second, pair.first)
+    for first, second in audit.duplicates:
+        near.setdefault(first, second)
+        near.setdefault(second, first)
     kinds = {keys[j]: "suspect" for j in order[:suspects]} | {keys[j]: "check" for j in order[checks]}
-    for key in ((row, None) for pair in audit.duplicates for row in (pair.first, pair.second)):
+    for key in ((row, None) for pair in audit.duplicates for row in pair):
         kinds.setdefault(key, "near-duplicate")
     kinds |= {key: "spelling" for key in written if key not in kinds and key in place_of}
     shown = replace(table, ids=np.array(sorted({row for row, _ in kinds} | near.keys()), dtype=np.int64))

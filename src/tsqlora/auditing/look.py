@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.auditing.head_start import Started, features_with, fitted_parameters, start_head
 from tsqlora.auditing.labels.density_ratio import log_density_ratio
-from tsqlora.auditing.labels.judge import FEWEST, Judgement, Verdict, judge
+from tsqlora.auditing.labels.judge import FEWEST, Judgement, Verdict, judge, judged_features
 from tsqlora.auditing.scores import Scores, from_terms
 from tsqlora.cost import PhaseCost, look_cost
 from tsqlora.errors import UnsupportedError
@@ -132,12 +132,11 @@ def _judged(request: LookRequest, started: Started) -> Judgement | None:
     pool, own = started.pool, ~(request.twins | started.held)
     labels = pool.labels[own]
     counts = np.bincount(labels)
-    if (pool.features is None and pool.mean is None) or len(labels) < FOLDS:
-        return None
-    if (counts > 0).sum() < 2 or counts.max() < FEWEST:
+    few = len(labels) < FOLDS or (counts > 0).sum() < 2 or counts.max() < FEWEST
+    if few or not (features := judged_features(pool, slice(None) if own.all() else own)).shape[1]:
         return None
     assert pool.logits is not None
-    return judge(_features(pool, own), labels, pool.logits.shape[1])
+    return judge(features, labels, pool.logits.shape[1])
 
 
 def _scores(
@@ -160,7 +159,7 @@ def _scores(
         predicting[own], wrong[own], p_wrong[own] = judgement.logits, judgement.left_out, judgement.p_wrong
         if held.any():
             assert judgement.verdict is not None
-            predicting[held], p_wrong[held] = judgement.verdict.of(_features(pool, held), pool.labels[held])
+            predicting[held], p_wrong[held] = judgement.verdict.of(judged_features(pool, held), pool.labels[held])
             wrong[held] = judgement.evident & (p_wrong[held] > judgement.verdict.doubt[pool.labels[held]])
     scores = from_terms(
         _terms(columns, pool, logits, rule, task),
@@ -195,12 +194,6 @@ def _scores(
             scores = replace(scores, predictions={**scores.predictions, "wrong_probability": p_wrong})
         scores = scores.drop(wrong, "confident negative") if wrong.any() else scores
     return scores.drop(held, "held out") if held.any() else scores
-
-
-def _features(pool: Forward, rows: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "m d"]:
-    """Return what the judge reads of these rows."""
-    parts = [part if rows.all() else part[rows] for part in (pool.features, pool.mean) if part is not None]
-    return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def _unseen(started: Started, task: Task, own: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n k"] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.auditing.scores import REASONS, Scores
+from tsqlora.auditing.scores import REASONS, WHY, Scores
 from tsqlora.errors import DataError
 from tsqlora.libs.shapes import Bool, Float, Int
 from tsqlora.rows.chat import PREFERENCE, Format
@@ -17,21 +17,6 @@ from tsqlora.rows.rows import Columns, row_hash, row_text
 from tsqlora.rows.sources import is_local, open_table
 from tsqlora.rows.splits import lacks_of
 from tsqlora.rows.table import Table
-
-WHY = {
-    "kept": "kept, may be drawn",
-    "duplicate": "near-duplicate of another row",
-    "outlier": "gradient far larger than is usual in its class",
-    "confident negative": "likely wrong label",
-    "trusted row": "same input as a trusted row, which is trained on instead",
-    "swapped pair": "the rejected answer is the better one, by how most pairs differ",
-    "foreign answer": "the answer belongs to another prompt",
-    "cut answer": "the answer stops in the middle",
-    "unfit answer": "the answer looks like those with a planted fault",
-    "unseen class": "its label is no class of the look",
-    "held out": "held out until the question whether the pool contradicts the trusted rows",
-}
-"""Each of REASONS in plain words; all but the first explain why a row is dropped."""
 
 
 def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:

@@ -20,11 +20,22 @@ _ROW_GROUP = 1 << 15
 _NOT_TERMS = ("id", "hash", "label", "quality", "probability", "reason")
 JSON = Mapping[str, Any]
 
-REASONS = (
-    *("kept", "duplicate", "outlier", "confident negative", "trusted row", "swapped pair"),
-    *("foreign answer", "cut answer", "unfit answer", "unseen class", "held out"),
-)
-"""Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
+WHY = {
+    "kept": "kept, may be drawn",
+    "duplicate": "near-duplicate of another row",
+    "outlier": "gradient far larger than is usual in its class",
+    "confident negative": "likely wrong label",
+    "trusted row": "same input as a trusted row, which is trained on instead",
+    "swapped pair": "the rejected answer is the better one, by how most pairs differ",
+    "foreign answer": "the answer belongs to another prompt",
+    "cut answer": "the answer stops in the middle",
+    "unfit answer": "the answer looks like those with a planted fault",
+    "unseen class": "its label is no class of the look",
+    "held out": "held out until the question whether the pool contradicts the trusted rows",
+}
+"""Why a row is kept (the first) or dropped, each in plain words."""
+REASONS = tuple(WHY)
+"""`Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits", "wrong_probability")
 """Predicted class, labels (k of 0 and 1) or number; for classes its probability and the label's; for classes and labels
 k logits; where wrong classes are evident, the probability that the label is wrong. They come from a fit without the row

@@ -57,6 +57,8 @@ LABELS = ("label", "labels", "label_ids")
 BESIDE_TOKENS = (*LABELS, "input_ids", "attention_mask", "token_type_ids")
 REVIEWED_AS = "reviewed_as"
 """The field of a trusted row that says why it was reviewed: as a "suspect", or drawn at random as a "check"."""
+WIDE = {"i": np.int64, "u": np.int64, "f": np.float64}
+"""The type in which numbers are compared, by their kind."""
 NUMBERS = ("idx", "id", "index")
 """Columns that number the rows of public data sets: two rows of one input have different numbers."""
 
@@ -114,17 +116,13 @@ def content_of(row: Any) -> tuple[Any, ...] | None:
     if not isinstance(row, Mapping):
         return None
     try:
-        values = [(str(name), _canonical(np.asarray(value))) for name, value in sorted(row.items())]
+        values = [(str(name), np.asarray(value)) for name, value in sorted(row.items())]
     except (TypeError, ValueError, RuntimeError):  # ragged, or on another device
         return None
     if any(value.dtype == object for _, value in values):
         return None
-    return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
-
-
-def _canonical(value: np.ndarray) -> np.ndarray:
-    wide = {"i": np.int64, "u": np.int64, "f": np.float64}.get(value.dtype.kind)
-    return value if wide is None else value.astype(wide)
+    wide = ((name, value.astype(WIDE.get(value.dtype.kind, value.dtype), copy=False)) for name, value in values)
+    return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in wide)
 
 
 def lengths_of(dataset: Dataset) -> Sequence[int]:

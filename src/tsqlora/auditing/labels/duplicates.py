@@ -1,6 +1,5 @@
 """Near-duplicates with different labels, and the label of the nearest row, by cosine of centred features."""
 
-from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -18,18 +17,10 @@ MOST_CONTRADICTIONS = 100_000
 ROWS_AT_ONCE = 1_024
 
 
-@dataclass(frozen=True, slots=True)
-class Contradiction:
-    """Two near-duplicate rows, by their ids, with different labels."""
-
-    first: int
-    second: int
-
-
 def contradictions(
     features: Float[np.ndarray, "n d"], labels: Labels, ids: Int[np.ndarray, " n"]
-) -> tuple[tuple[Contradiction, ...], int]:
-    """Return the nearest pairs with different labels, and how many rows were not compared.  [ours]
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Return the nearest pairs with different labels, by their ids, and how many rows were not compared.  [ours]
 
     Of more rows than MOST_PRODUCTS allows, evenly spaced ones are compared. Cost: n²·d/2 multiplications.
     """
@@ -48,7 +39,7 @@ def contradictions(
             similarity, pairs = similarity[nearest], pairs[:, nearest]
             least = np.nextafter(similarity.min(), np.float32(2))  # nearer ones alone can replace these
     first, second = ids[some[pairs[:, np.lexsort((*pairs[::-1], -similarity))]]].tolist()
-    return tuple(map(Contradiction, first, second)), len(ids) - len(some)
+    return tuple(zip(first, second, strict=True)), len(ids) - len(some)
 
 
 def _unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

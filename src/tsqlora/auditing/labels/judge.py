@@ -10,7 +10,6 @@ labels better than labels drawn blindly do.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -30,6 +29,7 @@ from tsqlora.auditing.labels.label_noise import (
 from tsqlora.errors import DataError
 from tsqlora.libs.shapes import Bool, Float, Int
 from tsqlora.model.copies import distinct
+from tsqlora.model.forward import Forward
 from tsqlora.model.linear import FOLDS, LinearHead, out_of_fold_logits
 from tsqlora.model.ridge import ROWS_AT_ONCE, fit_temperature
 from tsqlora.sampling import rows_to_fit
@@ -127,6 +127,15 @@ class Judgement:
         return summary | ({"rate": self.rate, "low": self.low, "high": self.high} if self.evident else {})
 
 
+def judged_features(forward: Forward, rows: Bool[np.ndarray, " n"] | slice = slice(None)) -> Float[np.ndarray, "m d"]:
+    """Return what the judge reads of rows: inputs of the last layer and mean hidden states, where there are any."""
+    parts = [part[rows] for part in (forward.features, forward.mean) if part is not None]
+    if len(parts) == 1:  # no copy of a large table
+        return parts[0].astype(np.float32, copy=False)
+    none = np.empty((len(forward.labels[rows]), 0))
+    return np.concatenate(parts or [none], axis=1, dtype=np.float32)
+
+
 def judge(
     features: Float[np.ndarray, "n d"],
     labels: Labels,
@@ -210,7 +219,7 @@ def judge_logits(
         why_not = "the rows that disagree with their label look like ordinary hard rows"
     elif features is not None:
         groups = np.arange(len(labels)) if groups is None else groups
-        if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
+        if _shared(p_wrong, judged, features, labels, groups) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
     # Few wrong labels of any class alike are many of a class of few rows.
@@ -231,14 +240,18 @@ def judge_logits(
 
 
 def _shared(
-    p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial
+    p_wrong: Float[np.ndarray, " n"],
+    judged: Bool[np.ndarray, " n"],
+    features: Float[np.ndarray, "n d"],
+    labels: Labels,
+    groups: Int[np.ndarray, " n"],
 ) -> float:
     """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
     likely = np.flatnonzero((p_wrong > 0.5) & judged)
     if not len(likely):
         return 0.0
     some = likely[np.linspace(0, len(likely) - 1, min(len(likely), ROWS_TO_ASK)).astype(int)]
-    return float((nearest(some) == labels[some]).mean())
+    return float((labels_of_nearest(features, labels, groups, some) == labels[some]).mean())
 
 
 def blind_transitions(noise: LabelNoise, least: float = 0.0) -> Transitions:

@@ -12,8 +12,8 @@ import numpy as np
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.auditing.labels.duplicates import Contradiction, contradictions
-from tsqlora.auditing.labels.judge import Judgement, judge
+from tsqlora.auditing.labels.duplicates import contradictions
+from tsqlora.auditing.labels.judge import Judgement, judge, judged_features
 from tsqlora.auditing.labels.label_noise import Labels, Logits
 from tsqlora.auditing.scores import require_row_names
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
@@ -76,8 +76,8 @@ class Audit:
     """Rows that repeat an earlier one with its label; it is judged for them."""
     pairs: tuple[ClassPair, ...]
     """The most frequent first."""
-    duplicates: tuple[Contradiction, ...] = ()
-    """Near-duplicates with different labels, the nearest first."""
+    duplicates: tuple[tuple[int, int], ...] = ()
+    """Pairs of near-duplicate rows with different labels, by their ids, the nearest first."""
     uncompared: int = 0
     """Rows that were not compared with others for near-duplicates, of very many."""
     tokens: Int[np.ndarray, " n"] | None = None
@@ -144,8 +144,7 @@ def audit(
             tokens = token_units(model, dataset, every, collate, early=True, without=outside, **how)
             if tokens is not None:
                 return audit_of_units(tokens[1], classes=classes, ids=ids)
-        elif parts := [part for part in (forward.features, forward.mean) if part is not None]:
-            features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
+        elif (features := judged_features(forward)).shape[1]:
             return audit_of(features, forward.labels, classes=classes, ids=ids)
         raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
 

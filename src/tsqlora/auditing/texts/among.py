@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation
 
 from tsqlora.auditing.texts.ledger import Line
-from tsqlora.libs.shapes import Int, UInt64
+from tsqlora.libs.shapes import Shaped, UInt64
 from tsqlora.rows.chat import Chat, Message
 
 WIDTH = 5
@@ -37,7 +37,7 @@ SHOWN = 200
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:'[^\W_{_UNSPACED}]+)*")
 
-Hashes = UInt64[np.ndarray, " h"]
+Hashes = UInt64[np.ndarray, " _"]
 
 
 def among_rows(
@@ -195,7 +195,7 @@ def _stretches(text: str) -> Hashes:
     return np.fromiter(map(hash, zip(*(words[k:] for k in range(WIDTH)), strict=False)), np.int64).view(np.uint64)
 
 
-def _counts(texts: Iterable[str]) -> Callable[[Hashes], Int[np.ndarray, " h"]]:
+def _counts(texts: Iterable[str]) -> Callable[[Hashes], Shaped[np.ndarray, " _"]]:
     """The number of texts that have each of some stretches, or that are the text with this hash."""
     counts, shift = np.zeros(1 << CELLS, np.uint16), np.uint64(64 - CELLS)
     for text in texts:

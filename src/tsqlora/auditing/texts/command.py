@@ -107,7 +107,7 @@ def audit_text(
         about |= {"source": absolute(source), "sha256": source_digest(table), "hints": asdict(hints)}
         about["mask"] = "those that tsqlora train would make; other trainers cut and mask in other ways"
     how = {"every": every, "trust_remote_code": trust_remote_code, "progress": progress, "tell": tell}
-    look = partial(answers_of, model, result, vocabulary, **how) if answers else None
+    look = partial(look_by_model, model, result, vocabulary, **how) if answers else None
     written = finish(out, about, result, evaluated, vocabulary, batch, look)
     if before is not None:
         now = {one["name"]: one["rows"] for one in written["findings"]}
@@ -275,7 +275,7 @@ def load_vocabulary(
     return vocabulary, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def answers_of(
+def look_by_model(
     model: str,
     result: Reconciled,
     vocabulary: Vocabulary,

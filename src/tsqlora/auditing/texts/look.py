@@ -161,14 +161,12 @@ def look_at_answers(
     vocabulary: Vocabulary,
     compute: Compute,
     *,
-    faults: Mapping[str, Callable[[str, str, np.random.Generator], str]] | None = None,
     seed: int = 0,
 ) -> AnswerLook:
     """Read the answers with a causal model, and judge them by faults planted in their copies.
 
     The model reads each answer behind its prompt and alone, at most PLANTED copies with each fault, and the suspects
-    behind DECOYS other prompts. `faults` are functions (prompt, answer, rng) → answer by name, by default FAULTS. Pairs
-    are judged for swapped sides alone: a rejected answer may have any fault.
+    behind DECOYS other prompts. Pairs are judged for swapped sides alone: a rejected answer may have any fault.
     """
     look, rng = AnswerLook(list(turns)), np.random.default_rng([seed, 46])
     if len(turns) < LEAST_TURNS:
@@ -209,7 +207,7 @@ def look_at_answers(
             f"{long:,} of {len(turns):,} answers have more than {MOST_ANSWER} tokens: the model reads the first "
             f"{MOST_ANSWER // 2} and the last {MOST_ANSWER // 2}, and not what is between them"
         )
-    for name, fault in (FAULTS if faults is None else faults).items():
+    for name, fault in FAULTS.items():
         _find_planted(look, name, fault, own, folds, planted, vocabulary, rng, read)
     for turn in {int(j) for one in look.detections.values() for j in one.listed}:
         look.losses[turn] = prompted["each"][turn, : len(shown[turn])]
