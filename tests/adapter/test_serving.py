@@ -23,8 +23,9 @@ from families import FAMILIES, tokenizer_of
 from kinds import bert_classifier, classifier, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora
 from models import SIZES, tiny_bert
-from tsqlora.adapter.doctor import examine, rule_for
+from tsqlora.adapter.doctor import examine
 from tsqlora.adapter.export import save_merged
+from tsqlora.adapter.servers import rule_for
 from tsqlora.training.export import export
 
 FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
@@ -148,7 +149,7 @@ def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
     model: Any, sizes: Mapping[str, Any], read: set[str], tmp_path: Path
 ) -> None:
     """The fields without a default of its structs at 0d124dc; transformers 5 leaves some of ModernBERT's out."""
-    (rule,), _ = rule_for("text-embeddings-inference")
+    rule, _ = rule_for("text-embeddings-inference")
     assert model.__name__ in rule.serves
     save_merged(model(model.config_class(**sizes)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tsqlora.adapter.files import is_own
-from tsqlora.adapter.health import resized
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape, layer_kind, partners
 from tsqlora.errors import SettingsError
@@ -86,7 +85,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         if (kind := layer_kind(name)) in layers:
             layers[kind].append(name)
     size = config.get("vocab_size")
-    other = resized(adapter, size) if isinstance(size, int) else []
+    other = _resized(adapter, size) if isinstance(size, int) else []
     ids = read_json(added) if is_own(added := source / "added_tokens.json", source) else {}
     beyond = size if isinstance(size, int) else 0
     labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
@@ -202,6 +201,15 @@ def as_adapted(sizes: Sizes, targets: Collection[str]) -> Sizes | None:
         if sizes and all(name in renamed for name in targets):
             return renamed
     return None
+
+
+def _resized(adapter: LoraAdapter, size: int) -> list[tuple[str, int]]:
+    """Embeddings and heads of the adapter with another number of tokens than `size`, and that number."""
+    rows = {name: t.shape[0] for name, t in adapter.weights().items() if name.endswith(("embed_tokens", "lm_head"))}
+    rows |= {n: t.shape[0] for n, t in adapter.base_layers.items() if "embed_tokens" in n or "lm_head" in n}
+    rows |= {name: target.inputs for name, target in adapter.targets.items() if target.kind == "embedding"}
+    rows |= {name: target.outputs for name, target in adapter.targets.items() if name.endswith("lm_head")}
+    return [(name, count) for name, count in rows.items() if count != size]
 
 
 def _shapes(adapter: LoraAdapter, sizes: Sizes) -> dict[str, Shape]:

@@ -107,6 +107,10 @@ class LoraAdapter:
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})
 
+    def weights(self) -> dict[str, Stored]:
+        """The weights of modules that were saved in full, by the modules' names."""
+        return {name.removesuffix(".weight"): t for name, t in self.saved.items() if name.endswith(".weight")}
+
     def experts(self) -> list[str]:
         """The modules of experts whose parameters have A and B (target_parameters)."""
         return sorted(name.removesuffix(".lora_A.weight") for name in self.further if name.endswith(".lora_A.weight"))
