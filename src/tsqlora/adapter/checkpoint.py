@@ -1,9 +1,9 @@
 """An adapter's base by its files: config.json and the headers of its weights.  No torch, no weights in memory."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from tsqlora.adapter.config import read_object
 from tsqlora.adapter.files import is_own
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape, layer_kind, partners
 from tsqlora.errors import SettingsError
 from tsqlora.libs.hub import cached_model, is_hub_id, is_revision
 
-_MOST_CONFIG_BYTES = 1 << 24
 _MOST_BLOCKS = 1000
 """A larger number in a name is no number of a block."""
 _MOST_IMPLIED = 100_000
@@ -76,7 +76,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         folder = path if os.path.isdir(path) else cached_model(path, revision_of(path, adapter))
     except SettingsError:
         folder = None
-    config = {} if folder is None else read_json(Path(folder, "config.json"))
+    config = {} if folder is None else _read(Path(folder, "config.json"))
     weights, biases = ({}, {}) if folder is None else weight_sizes(folder)
     own = as_adapted(weights, adapter.targets)
     shapes = _implied(adapter) if own is None else _shapes(adapter, own)
@@ -86,7 +86,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
             layers[kind].append(name)
     size = config.get("vocab_size")
     other = _resized(adapter, size) if isinstance(size, int) else []
-    ids = read_json(added) if is_own(added := source / "added_tokens.json", source) else {}
+    ids = _read(added) if is_own(added := source / "added_tokens.json", source) else {}
     beyond = size if isinstance(size, int) else 0
     labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
     return BaseFacts(
@@ -131,13 +131,11 @@ def revision_of(path: str, adapter: LoraAdapter) -> str:
     return named or "main"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file; empty if it cannot be read."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MOST_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return read if isinstance(read, dict) else {}
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    with suppress(OSError, ValueError):
+        return read_object(path)
+    return {}
 
 
 SUFFIXES = {

@@ -248,16 +248,13 @@ def faults(adapter: LoraAdapter, base: BaseFacts) -> list[Finding]:
 
 def _not_in_file(adapter: LoraAdapter) -> list[str]:
     """What the config says was trained beside the layers, but has no tensor."""
-    whole = adapter.config.get("modules_to_save") or []
-    names = {name for name in whole if any(f".{name}." in f".{key}" for key in adapter.saved)}
+    present = adapter.whole()
+    named = [name for name in adapter.config.get("modules_to_save") or () if name not in present]
     # PEFT always names two heads of a classifier, of which a model has at most one.
-    absent = [name for name in whole if name not in names and not (name in _HEADS and names)]
+    absent = [name for name in named if not (present and name in ("classifier", "score"))]
     if adapter.config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in adapter.further):
         absent.append("trainable_token_indices")
     return absent
-
-
-_HEADS = ("classifier", "score")
 
 
 def _in_block(name: str) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tsqlora.adapter.config import literal_config, read_config
+from tsqlora.adapter.config import plain_config, read_config
 from tsqlora.adapter.lora import Kind, LoraAdapter, Target
-from tsqlora.adapter.patterns import PATTERNS, require_quick, scale_of
+from tsqlora.adapter.patterns import PATTERNS, lora_config, require_quick, scale_of
 from tsqlora.adapter.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, reading, replacing
@@ -231,4 +231,5 @@ def config_for(adapter: LoraAdapter) -> dict[str, Any]:
             "with PEFT's merge_and_unload, and serve the merged model"
         )
     ranks, scales = ({name: getattr(t, key) for name, t in adapter.targets.items()} for key in ("rank", "scale"))
-    return literal_config(adapter.config, ranks, scales, adapter.saved)
+    literal = lora_config(ranks, scales)  # names in place of patterns
+    return plain_config(adapter.config, **literal, modules_to_save=adapter.whole() or None, target_parameters=None)

@@ -107,6 +107,11 @@ class LoraAdapter:
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})
 
+    def whole(self) -> list[str]:
+        """The modules of modules_to_save that have tensors."""
+        names = self.config.get("modules_to_save") or ()
+        return [name for name in names if any(f".{name}." in f".{key}" for key in self.saved)]
+
     def weights(self) -> dict[str, Stored]:
         """The weights of modules that were saved in full, by the modules' names."""
         return {name.removesuffix(".weight"): t for name, t in self.saved.items() if name.endswith(".weight")}
