@@ -28,7 +28,7 @@ from tsqlora.adapter.checkpoint import SUFFIXES, base_path, revision_of
 from tsqlora.adapter.files import config_for, read_adapter, require_inside
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.libs.hub import loading
 from tsqlora.libs.transformers import class_for, load, require_no_adapter, without_named_files, without_weights
 
@@ -131,7 +131,7 @@ class Base:
         if self.auto is not None:
             return getattr(transformers, self.auto)
         task = CLASSES.get(adapter.config.get("task_type") or "")
-        kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
+        kind = getattr(transformers, str((not task and adapter.made_on) or (config.architectures or [""])[0]), None)
         # The name may be hostile: transformers has functions and modules too.
         own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
         if task is None:
@@ -195,15 +195,10 @@ def _skeleton(kind: Any, config: Any, *, trusted: bool = False) -> PreTrainedMod
         return without_weights(kind, part, trust_remote_code=trusted)
 
 
-def _made_on(adapter: LoraAdapter) -> str | None:
-    mapping = adapter.config.get("auto_mapping")
-    return mapping.get("base_model_class") if isinstance(mapping, dict) else None
-
-
 def _labels(adapter: LoraAdapter) -> Mapping[str, Any]:
     """The number of outputs of the head that came with the adapter."""
     task = adapter.config.get("task_type")
-    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
+    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in adapter.made_on):
         return {}
     ends = tuple(f".{head}.weight" for head in _HEADS)
     heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and len(tensor.shape) == 2]
@@ -220,7 +215,7 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
     PEFT imports modules that a config names, and matches its patterns without a limit of time. So it gets the settings
     that `read_adapter` lets through, with the names of modules in place of patterns.
 
-    Raises as `read_adapter`, and UnsupportedError for a variant that the installed PEFT does not have.
+    Raises as `read_adapter`, DataError for what PEFT refuses, and UnsupportedError for a variant that the installed PEFT does not have.
     """
     adapter = read_adapter(folder)
     if lacking := [option for option in adapter.variants() if option.partition("=")[0] not in OPTIONS]:
@@ -228,4 +223,7 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
             f"{folder} has {lacking[0]}, which PEFT {peft.__version__} does not know; install a later one"
         )
     config = {name: value for name, value in config_for(adapter).items() if name in OPTIONS - {*_NOT_NEEDED}}
-    return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)
+    try:
+        return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)
+    except (KeyError, ValueError) as error:  # for tensors or a part of the settings that are lacking
+        raise DataError(f"PEFT cannot load {folder} ({error}); save the adapter again with save_pretrained") from None

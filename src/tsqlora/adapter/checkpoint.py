@@ -157,8 +157,8 @@ def base_class(adapter: LoraAdapter, config: Mapping[str, Any]) -> str:
     Args:
         config: the base's config.json, or empty.
     """
-    if mapping := adapter.config.get("auto_mapping"):
-        return str(mapping.get("base_model_class") or "")
+    if adapter.config.get("auto_mapping"):
+        return adapter.made_on
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else ""
     own = named if isinstance(named, str) else ""

@@ -4,7 +4,7 @@ Only numpy and safetensors read the files: no torch, no base model in memory.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tsqlora.adapter.gguf import ARCHITECTURES
 from tsqlora.adapter.health import layer_health, nonfinite, vllm_rank
 from tsqlora.adapter.lora import UNMERGEABLE, LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.adapter.rewrite import universal
-from tsqlora.adapter.servers import CONSUMERS, TOWER, Consumer, judge, rule_for, serve_line
+from tsqlora.adapter.servers import CONSUMERS, TOWER, Consumer, judge, rule_for, rules_on, serve_line
 from tsqlora.errors import DataError, Finding, TsqLoraError, UnsupportedError
 
 
@@ -31,7 +31,10 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     """
     rule, noted = (None, []) if server is None else rule_for(server)
     adapter, base, padded = _read(folder)
-    consumers = _judged([rule] if rule else _rules_for(base), folder, adapter, base, padded)
+    consumers = [_judged(one, folder, adapter, base, padded) for one in ([rule] if rule else rules_on(base))]
+    newest = dict[str, str]()
+    for consumer in consumers:
+        newest.setdefault(consumer["server"], consumer["verdict"])
     layers = {name: layer_health(target) for name, target in adapter.targets.items()}
     return {
         "adapter": str(folder),
@@ -47,7 +50,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "universal_parameters": None if padded is None else padded.parameters,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "max_lora_rank": vllm_rank(adapter.named_rank),
-        "servers": {server: consumer["verdict"] for server, consumer in _newest(consumers).items()},
+        "servers": newest,
         "consumers": consumers,
         "faults": [{"name": f.name, "cure": f.cure, "layers": f.where} for f in faults(adapter, base)],
         "health": {
@@ -95,9 +98,11 @@ def served(folder: Path) -> str | None:
     if not base.is_classifier:
         return None
     how: dict[str, list[str]] = {"as it is by": [], "with --format merged by": [], "not by": []}
-    for server, consumer in _newest(_judged(_rules_for(base), folder, adapter, base, padded)).items():
-        merged = "with --format merged by" if consumer["mend"] else "not by"
-        how["as it is by" if consumer["verdict"] == "right" else merged].append(server)
+    for rule in (rule for rule in rules_on(base) if not rule.until):
+        if judge(rule, adapter, base).verdict == "right":
+            how["as it is by"].append(rule.server)
+        else:
+            how["with --format merged by" if mend(rule, adapter, padded, base) else "not by"].append(rule.server)
     return "this classifier is served " + "; ".join(f"{what} {', '.join(of)}" for what, of in how.items() if of)
 
 
@@ -120,42 +125,26 @@ def _read(folder: Path) -> tuple[LoraAdapter, BaseFacts, LoraAdapter | None]:
         return adapter, base, None
 
 
-def _rules_for(base: BaseFacts) -> list[Consumer]:
-    return [rule for rule in CONSUMERS if not rule.only or base.is_one_of(rule.only)]
-
-
 def _judged(
-    rules: Iterable[Consumer], folder: Path, adapter: LoraAdapter, base: BaseFacts, padded: LoraAdapter | None
-) -> list[dict[str, Any]]:
-    consumers = []
-    for rule in rules:
-        judgement = judge(rule, adapter, base)
-        right = judgement.verdict == "right"
-        consumers.append(
-            {
-                "name": rule.name,
-                "server": rule.server,
-                "version": rule.version,
-                "date": str(rule.date),
-                "source": rule.source,
-                "evidence": rule.evidence,
-                "reads": rule.file or "the directory",
-                "verdict": judgement.verdict,
-                "reasons": list(judgement.reasons),
-                "factors": dict(judgement.factors),
-                "mend": None if right else mend(rule, adapter, padded, base),
-                "serve": serve_line(rule, adapter, base, folder, kind="adapter") if right else None,
-            }
-        )
-    return consumers
-
-
-def _newest(consumers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What the newest rule of each server says."""
-    newest: dict[str, Mapping[str, Any]] = {}
-    for consumer in consumers:
-        newest.setdefault(consumer["server"], consumer)
-    return newest
+    rule: Consumer, folder: Path, adapter: LoraAdapter, base: BaseFacts, padded: LoraAdapter | None
+) -> dict[str, Any]:
+    """What a server does with the adapter, ready for JSON."""
+    judgement = judge(rule, adapter, base)
+    right = judgement.verdict == "right"
+    return {
+        "name": rule.name,
+        "server": rule.server,
+        "version": rule.version,
+        "date": str(rule.date),
+        "source": rule.source,
+        "evidence": rule.evidence,
+        "reads": rule.file or "the directory",
+        "verdict": judgement.verdict,
+        "reasons": list(judgement.reasons),
+        "factors": dict(judgement.factors),
+        "mend": None if right else mend(rule, adapter, padded, base),
+        "serve": serve_line(rule, adapter, base, folder, kind="adapter") if right else None,
+    }
 
 
 def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, base: BaseFacts) -> str | None:

@@ -84,6 +84,11 @@ class LoraAdapter:
         return self.config.get("base_model_name_or_path") or None
 
     @property
+    def made_on(self) -> str:
+        """The class of the model that it was trained on, where PEFT recorded it; or empty."""
+        return (self.config.get("auto_mapping") or {}).get("base_model_class", "")
+
+    @property
     def rank(self) -> int:
         """The largest rank of any target."""
         return max((target.rank for target in self.targets.values()), default=0)

@@ -228,6 +228,11 @@ _RULES = resources.files("tsqlora.adapter").joinpath("servers.toml").read_text(e
 CONSUMERS = tuple(Consumer(**rule) for rule in tomllib.loads(_RULES)["rules"])
 
 
+def rules_on(base: BaseFacts) -> list[Consumer]:
+    """The rules that are listed for a base; of a server's the newest comes first."""
+    return [rule for rule in CONSUMERS if not rule.only or base.is_one_of(rule.only)]
+
+
 def rule_for(server: str) -> tuple[Consumer, list[str]]:
     """The rule for NAME or NAME==VERSION (the newest by default), and a note if nobody has read that version."""
 

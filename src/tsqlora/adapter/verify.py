@@ -44,9 +44,9 @@ class Difference:
         layer: the layer with that difference.
     """
 
-    update: float
-    relative: float
-    used: float
+    update: float = 0.0
+    relative: float = 0.0
+    used: float = 0.0
     layer: str = ""
 
     def report(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Dif
     The bound is that of rounding the factors once to `dtype`, one of PRECISIONS: 2.1 ε·|s|·|B||A|. Raises
     TsqLoraError beyond it.
     """
-    worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
+    worst, precision = Difference(), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
         worst = worst.with_layer(name, _updates(source.targets.get(name), export.targets.get(name), precision))
     if other := source.saved.keys() ^ export.saved.keys():
@@ -211,7 +211,7 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
     The bound is two ε of the model's dtype for both terms, plus ΔW's own sums in float32. Raises TsqLoraError beyond
     it.
     """
-    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
+    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference()
     for name, parameter in merged.named_parameters():
         module, _, leaf = name.rpartition(".")
         target, saved = adapter.targets.get(module) if leaf == "weight" else None, adapter.saved.get(name)
