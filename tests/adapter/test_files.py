@@ -110,6 +110,13 @@ def with_tensors(**changed: torch.Tensor | None) -> Callable[[Path], Any]:
     return change
 
 
+def renamed(old: str, new: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        save_file({key.replace(old, new): t for key, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+    return change
+
+
 def with_settings(**settings: Any) -> Callable[[Path], Any]:
     return lambda folder: edit(folder, **settings)
 
@@ -165,7 +172,8 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (with_tensors(first=torch.zeros(8, 0)), "lora_A is 8 × 0 F32"),
     (with_tensors(first=torch.zeros(8, 16, dtype=torch.int8)), "8 × 16 I8"),
     (with_tensors(first=torch.zeros(8, 16).to(torch.float8_e4m3fn)), "8 × 16 F8_E4M3"),
-    (with_tensors(**{"base_model.model.../../etc/passwd": ONE}), "etc/passwd"),
+    (with_tensors(**{FIRST.replace("A", "B"): torch.empty(0)}), "empty tensors.*ZeRO-3.*stage3_gather"),
+    (renamed(".weight", ".policy.weight"), "no key matches.*save_pretrained"),
     (with_tensors(**{"base_model.model.a..b.weight": ONE}), r"a\.\.b"),
     (with_tensors(**{"base_model.model.h.\u00b2.weight": ONE}), r"h\."),
     (with_tensors(**{f"base_model.model.{'1' * 5000}.weight": ONE}), "1111"),

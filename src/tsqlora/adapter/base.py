@@ -215,7 +215,8 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
     PEFT imports modules that a config names, and matches its patterns without a limit of time. So it gets the settings
     that `read_adapter` lets through, with the names of modules in place of patterns.
 
-    Raises as `read_adapter`, DataError for what PEFT refuses, and UnsupportedError for a variant that the installed PEFT does not have.
+    Raises as `read_adapter`, DataError for what PEFT refuses, and UnsupportedError for a variant that the installed
+    PEFT does not have.
     """
     adapter = read_adapter(folder)
     if lacking := [option for option in adapter.variants() if option.partition("=")[0] not in OPTIONS]:
