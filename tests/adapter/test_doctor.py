@@ -1,5 +1,6 @@
 """Kinds of adapter, each with what every server makes of it, and the faults of adapters that load and do nothing."""
 
+import inspect
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from tsqlora.adapter.doctor import examine, faults, faults_in, format_for, serve
 from tsqlora.adapter.files import WEIGHTS, read_adapter
 from tsqlora.adapter.health import layer_health
 from tsqlora.adapter.lora import Target
-from tsqlora.adapter.servers import CONSUMERS, rule_for
+from tsqlora.adapter.servers import CONSUMERS, Consumer, rule_for
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.training.export import export
 
@@ -140,6 +141,11 @@ def test_the_bases_of_vllm_and_the_layers_of_sglang_are_those_of_their_code() ->
             rule, _ = rule_for(server.replace(" ", "=="))
             assert list(getattr(rule, field)) == names, server
     assert rule_for("sglang")[0].layers == rule_for("sglang==0.5.23")[0].layers
+
+
+def test_every_check_of_a_rule_is_a_case() -> None:
+    cases = re.findall(r'case "([^"]+)"', Path(inspect.getfile(Consumer)).read_text())
+    assert {check for rule in CONSUMERS for check in rule.checks} <= set(cases)
 
 
 def beside(build: Build, **config: Any) -> Build:

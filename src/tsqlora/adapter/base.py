@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,12 @@ class Base:
         with suppress(SettingsError):  # an adapter can be rewritten without its base
             path = base_path(adapter, self.path)
             places.append((path, revision_of(path, adapter)))
-
-        def loaded(kind: Any, path: str, revision: str) -> Any:
-            with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
-                return load(kind, path, revision=revision)
-            return None
-
-        kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
-        loaders = (load_tokenizer, *(partial(loaded, kind) for kind in kinds))
-        firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
-        return [one for one in firsts if one is not None]
+        kinds = (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
+        firsts = dict[Any, Any]()
+        for kind, place in product(kinds, places):
+            if kind not in firsts and (one := _processor(kind, *place)) is not None:
+                firsts[kind] = one
+        return [*firsts.values()]
 
     def _config(self, path: str, adapter: LoraAdapter) -> Any:
         if self.config is not None:
@@ -161,23 +157,23 @@ def _set_padding(config: Any, path: str, revision: str) -> None:
     """Set a missing pad token, at which a decoder reads its class: the tokenizer's, else the end token."""
     text = config.get_text_config()
     if text.pad_token_id is None:
-        tokenizer: Any = load_tokenizer(path, revision)
+        tokenizer = _processor(AutoTokenizer, path, revision)
         theirs = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
         ends = text.eos_token_id
         own = ends[0] if isinstance(ends, list) else ends
         text.pad_token_id = next((token for token in (*theirs, own) if token is not None), None)
 
 
-def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a directory or on the hub, or None."""
+def _processor(kind: Any, path: str, revision: str) -> Any:
+    """The tokenizer, or another processor by its class, in a directory or on the hub; None without one."""
     try:
-        named = without_named_files(path, revision=revision)
-        tokenizer = load(AutoTokenizer, path, revision=revision, **named)
-    # The last two where a class finds no vocabulary, or looks for one in a format that needs a further library.
+        named = without_named_files(path, revision=revision) if kind is AutoTokenizer else {}
+        one = load(kind, path, revision=revision, **named)
+    # The last two without Pillow, and where a tokenizer's class finds no vocabulary, or one that needs a library.
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+    return None if kind is AutoTokenizer and len(one) <= len(one.all_special_tokens) else one
 
 
 def tokenizer_among(processors: Sequence[Any]) -> PreTrainedTokenizerBase | None:

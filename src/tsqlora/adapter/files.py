@@ -48,19 +48,14 @@ def read_adapter(folder: Path) -> LoraAdapter:
     config, ignored = read_config(path)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, Stored]] = {}
-    saved: dict[str, Stored] = {}
-    further: dict[str, Stored] = {}
-    base_layers: dict[str, Stored] = {}
+    others: dict[str, dict[str, Stored]] = {"saved": {}, "further": {}, "base_layers": {}}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _MATRIX.fullmatch(name):
             pairs.setdefault(match["name"], {})[match["matrix"]] = tensor
-        elif _FURTHER.search(name):
-            further[name] = tensor
-        elif name.endswith(".base_layer.weight"):
-            base_layers[name] = tensor
         else:
-            saved[name] = tensor
+            copied = "base_layers" if name.endswith(".base_layer.weight") else "saved"
+            others["further" if _FURTHER.search(name) else copied][name] = tensor
     if not pairs and (named := next((key for key in tensors if _NAMED.search(key)), None)):
         raise DataError(
             f"{folder / WEIGHTS}: no key matches the base in PEFT: {named} has an adapter's name in it, as in a "
@@ -71,9 +66,9 @@ def read_adapter(folder: Path) -> LoraAdapter:
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     for name in [name for name, pair in pairs.items() if _of_experts(pair, config)]:
-        further |= {f"{name}.{matrix}": tensor for matrix, tensor in pairs.pop(name).items()}
+        others["further"] |= {f"{name}.{matrix}": tensor for matrix, tensor in pairs.pop(name).items()}
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
-    return LoraAdapter(config, targets, saved, further, base_layers, ignored)
+    return LoraAdapter(config, targets, **others, ignored=ignored)
 
 
 def pickles(folder: Path) -> list[str]:

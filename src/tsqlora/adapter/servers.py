@@ -206,7 +206,7 @@ def _misreadings(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> I
                 if missing := [name for names in lacks.values() for name in names]:
                     dropped = [name for name in targets if lacks.get(layer_kind(name))]
                     yield f"{missing[0]} has no adapter, so no layer of its kind gets one", dropped
-            case "padded rank" if r != served_rank(r) and len({layer_kind(name) for name in targets}) > 1:
+            case "padded rank" if r != served_rank(r) and len({layer_kind(name) for name in targets}) != 1:
                 to = served_rank(r)
                 yield f"pads rank {r} to {to}, and scales all kinds of layers but the first by alpha over that", ()
             case "other names" if names := [name for name in targets if not LLAMA.fullmatch(name)]:
