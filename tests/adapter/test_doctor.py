@@ -22,7 +22,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from kinds import KINDS, Q0, Q1, UNREADABLE, Build, bert_classifier, damaged, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
-from models import tiny_bert
+from models import SIZES, tiny_bert
 from tsqlora.adapter.checkpoint import BaseFacts, as_adapted, weight_sizes
 from tsqlora.adapter.doctor import examine, faults, faults_in, format_for, served
 from tsqlora.adapter.files import WEIGHTS, read_adapter
@@ -182,8 +182,7 @@ def gpt2(**options: Any) -> Build:
 
 
 def roberta(folder: Path) -> Path:
-    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=64))
+    base = RobertaForSequenceClassification(RobertaConfig(**SIZES))
     return save_lora(folder, base, lora_config(task_type="SEQ_CLS", target_modules=["query", "value"]))
 
 
@@ -473,10 +472,6 @@ def with_part(part: str, new: Callable[[Tensor], Tensor]) -> Change:
     return lambda key, tensor: (key, new(tensor) if part in key else tensor)
 
 
-def key_with(old: str, new: str) -> Change:
-    return lambda key, tensor: (key.replace(old, new), tensor)
-
-
 def without(part: str) -> Change:
     return lambda key, tensor: None if part in key else (key, tensor)
 
@@ -495,7 +490,7 @@ FAULTS: Mapping[str, tuple[Build, str | None]] = {
     "B is zero, a head": (adapter(ZERO_B, **HEADED), None),
     "NaN": (adapter(NAN), "not finite: training diverged"),
     "another family": (adapter(base=tiny_gpt2_lm), "no key matches the base: .*another model"),
-    "another prefix": (adapter(key_with("model.layers", "model.language_model.layers")), None),
+    "another prefix": (adapter(lambda key, tensor: (key.replace("l.layers", "l.text.layers"), tensor)), None),
     "another size": (adapter(WIDE), "shapes differ from the base.* 16 × 24, the base's 16 × 16"),
     "resized": (adapter(with_part("lm_head", grown), **HEADED), "shapes differ.*resize_token_emb.* lm_head is 64 × 16"),
     "a head is lacking": (adapter(without("lm_head"), **HEADED), "a trained module is not in the file.*lm_head"),

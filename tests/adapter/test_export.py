@@ -333,8 +333,7 @@ def distilbert(labels: int) -> PreTrainedModel:
 
 
 def bert(kind: Any, labels: int = 2) -> PreTrainedModel:
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return kind(BertConfig(**sizes, intermediate_size=16, num_labels=labels))
+    return kind(BertConfig(**SIZES, num_labels=labels))
 
 
 HEADED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any, dict[str, Any]]] = {
