@@ -76,7 +76,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         folder = path if os.path.isdir(path) else cached_model(path, revision_of(path, adapter))
     except SettingsError:
         folder = None
-    config = {} if folder is None else _read(Path(folder, "config.json"))
+    config = {} if folder is None else _object_in(Path(folder, "config.json"))
     weights, biases = ({}, {}) if folder is None else weight_sizes(folder)
     own = as_adapted(weights, adapter.targets)
     shapes = _implied(adapter) if own is None else _shapes(adapter, own)
@@ -86,7 +86,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
             layers[kind].append(name)
     size = config.get("vocab_size")
     other = _resized(adapter, size) if isinstance(size, int) else []
-    ids = _read(added) if is_own(added := source / "added_tokens.json", source) else {}
+    ids = _object_in(added) if is_own(added := source / "added_tokens.json", source) else {}
     beyond = size if isinstance(size, int) else 0
     labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
     return BaseFacts(
@@ -131,7 +131,7 @@ def revision_of(path: str, adapter: LoraAdapter) -> str:
     return named or "main"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none."""
     with suppress(OSError, ValueError):
         return read_object(path)
