@@ -6,31 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     BertModel,
-    CLIPVisionConfig,
     EncoderDecoderModel,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PixtralVisionConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
 )
 
 from loras import lora_config, save_base, save_lora
@@ -49,62 +32,26 @@ VISION = {
 }
 IMAGE = 55
 """The token that stands for an image."""
-ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
 
 
-def gemma3() -> PreTrainedModel:
-    config = Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=1, image_token_index=IMAGE)
-    return Gemma3ForConditionalGeneration(config)
+def of_images(
+    name: str, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION, token: str = "image_token_index"
+) -> Callable[[], PreTrainedModel]:
+    """A tiny model that reads images and texts, by its family's name in transformers."""
+
+    def build() -> PreTrainedModel:
+        if not hasattr(transformers, f"{name}Config"):
+            pytest.skip(f"this transformers has no {name}")
+        config, model = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForConditionalGeneration"))
+        return model(config(text_config=dict(text), vision_config=dict(vision), **{token: IMAGE}))
+
+    return build
 
 
-def gemma4() -> PreTrainedModel:
-    transformers: Any = pytest.importorskip("transformers.models.gemma4", reason="this transformers has no Gemma 4")
-    text = TEXT | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 60, "global_head_dim": 8}
-    config = transformers.Gemma4Config(
-        text_config=text | {"num_kv_shared_layers": 0}, vision_config=VISION | {"head_dim": 8}, image_token_id=IMAGE
-    )
-    return transformers.Gemma4ForConditionalGeneration(config)
-
-
-def qwen2_vl() -> PreTrainedModel:
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
-    return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config=TEXT | ROPE, vision_config=vision, image_token_id=IMAGE)
-    )
-
-
-def qwen25_vl() -> PreTrainedModel:
-    vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=TEXT | ROPE, vision_config=vision, image_token_id=IMAGE)
-    )
-
-
-def qwen3_vl() -> PreTrainedModel:
-    vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    vision |= {"deepstack_visual_indexes": [0], "patch_size": 8, "num_position_embeddings": 4}
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=TEXT | ROPE, vision_config=vision, image_token_id=IMAGE)
-    )
-
-
-def llava() -> PreTrainedModel:
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def mistral3() -> PreTrainedModel:
-    vision = PixtralVisionConfig(**VISION, head_dim=8)
-    config = Mistral3Config(vision_config=vision, text_config=MistralConfig(**TEXT), image_token_index=IMAGE)
-    return Mistral3ForConditionalGeneration(config)
-
-
-def llama4() -> PreTrainedModel:
-    text = TEXT | {"intermediate_size_mlp": 32, "num_local_experts": 2, "moe_layers": [], "pad_token_id": 0}
-    vision = VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
-    return Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE))
+def of_qwen(name: str, **vision: Any) -> Callable[[], PreTrainedModel]:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    sizes = {"depth": 1, "hidden_size": 16, "num_heads": 2, **vision}
+    return of_images(name, TEXT | {"rope_parameters": rope}, sizes, "image_token_id")
 
 
 def encoder_decoder() -> PreTrainedModel:
@@ -112,29 +59,33 @@ def encoder_decoder() -> PreTrainedModel:
     return EncoderDecoderModel(encoder=BertModel(BertConfig(**SIZES | {"vocab_size": 40})), decoder=decoder)
 
 
-FAMILIES: Mapping[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "Gemma 3": (gemma3, "q_proj"),
-    "Gemma 4": (gemma4, "q_proj"),
-    "Qwen2-VL": (qwen2_vl, "q_proj"),
-    "Qwen2.5-VL": (qwen25_vl, "q_proj"),
-    "Qwen3-VL": (qwen3_vl, "q_proj"),
-    "Llava": (llava, "q_proj"),
-    "Mistral 3": (mistral3, "q_proj"),
-    "Llama 4": (llama4, "q_proj"),
-    "EncoderDecoder": (encoder_decoder, "query"),
+GEMMA4 = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 60, "global_head_dim": 8}
+GEMMA4 |= {"num_kv_shared_layers": 0}
+QWEN25 = {"out_hidden_size": 16, "intermediate_size": 16}
+LLAMA4 = {"intermediate_size_mlp": 32, "num_local_experts": 2, "moe_layers": [], "pad_token_id": 0}
+PROJECTOR = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+llama4 = of_images("Llama4", TEXT | LLAMA4, VISION | PROJECTOR)
+FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "Gemma 3": of_images("Gemma3"),
+    "Gemma 4": of_images("Gemma4", TEXT | GEMMA4, VISION | {"head_dim": 8}, "image_token_id"),
+    "Qwen2-VL": of_qwen("Qwen2VL", embed_dim=16, patch_size=8),
+    "Qwen2.5-VL": of_qwen("Qwen2_5_VL", **QWEN25),
+    "Qwen3-VL": of_qwen("Qwen3VL", **QWEN25, deepstack_visual_indexes=[0], patch_size=8, num_position_embeddings=4),
+    "Llava": of_images("Llava"),
+    "Mistral 3": of_images("Mistral3", vision=VISION | {"head_dim": 8}),
+    "Llama 4": llama4,
+    "EncoderDecoder": encoder_decoder,
 }
-"""A tiny model, and the last name of the layers that its adapter changes."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The directories of a base and of an adapter on it."""
-    build, target = FAMILIES[request.param]
+    target, task = ("query", None) if request.param == "EncoderDecoder" else ("q_proj", "CAUSAL_LM")
     folder = tmp_path_factory.mktemp("composite")
     torch.manual_seed(0)
-    save_base(folder / "base", model := build())
+    save_base(folder / "base", model := FAMILIES[request.param]())
     parts = [name for name, _ in model.named_modules() if name.endswith(target) and "vision" not in name]
-    task = None if request.param == "EncoderDecoder" else "CAUSAL_LM"
     save_lora(folder / "a", model, lora_config(target_modules=parts, task_type=task))
     return folder / "base", folder / "a"
 

@@ -42,7 +42,7 @@ from transformers import (
 
 from elsewhere import environment_without_us
 from families import FAMILIES, tokenizer_of
-from kinds import edit, saved, with_experts
+from kinds import changed, edit, saved, with_experts
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from made_media import save_vit, save_wav2vec2
 from models import SIZES, tiny_bert, tiny_llama_classifier
@@ -333,8 +333,7 @@ def distilbert(labels: int) -> PreTrainedModel:
 
 
 def bert(kind: Any, labels: int = 2) -> PreTrainedModel:
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return kind(BertConfig(**sizes, intermediate_size=16, num_labels=labels))
+    return kind(BertConfig(**SIZES, num_labels=labels))
 
 
 HEADED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any, dict[str, Any]]] = {
@@ -599,6 +598,7 @@ REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
         "vocabulary was enlarged",
     ),
     "experts": (with_experts, tiny_llama, PEFT, UnsupportedError, "target_parameters"),
+    "what PEFT refuses": (changed(saved(), init_lora_weights="loftq"), tiny_llama, MERGED, DataError, "loftq_config"),
     "a bias of B": (
         lora(lora_bias=True),
         tiny_llama,

@@ -20,6 +20,7 @@ from torch import nn
 from hostile import safetensors_bytes
 from kinds import edit
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
+from models import SIZES
 from tsqlora.adapter import files, patterns
 from tsqlora.adapter.base import Base
 from tsqlora.adapter.doctor import examine
@@ -110,6 +111,13 @@ def with_tensors(**changed: torch.Tensor | None) -> Callable[[Path], Any]:
     return change
 
 
+def renamed(old: str, new: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        save_file({key.replace(old, new): t for key, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+    return change
+
+
 def with_settings(**settings: Any) -> Callable[[Path], Any]:
     return lambda folder: edit(folder, **settings)
 
@@ -165,7 +173,8 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (with_tensors(first=torch.zeros(8, 0)), "lora_A is 8 × 0 F32"),
     (with_tensors(first=torch.zeros(8, 16, dtype=torch.int8)), "8 × 16 I8"),
     (with_tensors(first=torch.zeros(8, 16).to(torch.float8_e4m3fn)), "8 × 16 F8_E4M3"),
-    (with_tensors(**{"base_model.model.../../etc/passwd": ONE}), "etc/passwd"),
+    (with_tensors(**{FIRST.replace("A", "B"): torch.empty(0)}), "empty tensors.*ZeRO-3.*stage3_gather"),
+    (renamed(".weight", ".policy.weight"), "no key matches.*save_pretrained"),
     (with_tensors(**{"base_model.model.a..b.weight": ONE}), r"a\.\.b"),
     (with_tensors(**{"base_model.model.h.\u00b2.weight": ONE}), r"h\."),
     (with_tensors(**{f"base_model.model.{'1' * 5000}.weight": ONE}), "1111"),
@@ -268,13 +277,8 @@ def test_nobodys_block_number_is_no_count(tmp_path: Path) -> None:
 
 
 def test_float8_heads_are_looked_at_for_nan(tmp_path: Path) -> None:
-    folder = save(tmp_path / "a")
-    tensors = {
-        f"base_model.model.{NAME}.lora_A.weight": torch.ones(2, 4),
-        f"base_model.model.{NAME}.lora_B.weight": torch.ones(3, 2),
-    }
-    head = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
-    save_file(tensors | {"base_model.model.head.weight": head}, folder / WEIGHTS)
+    folder, head = save(tmp_path / "a"), torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    with_tensors(**{"base_model.model.head.weight": head})(folder)
     assert examine(folder)["health"]["nonfinite"] == {"head.weight": 1}
 
 
@@ -299,14 +303,7 @@ def test_code_that_comes_with_a_base_is_neither_run_nor_asked_about(
 def test_an_architecture_is_a_model_or_none(named: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-        "vocab_size": 9,
-    }
-    (base / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [named], **sizes}))
+    (base / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [named], **SIZES}))
     adapter = read_adapter(save(tmp_path / "a", auto_mapping={"base_model_class": named, "parent_library": "os"}))
     assert type(Base(str(base)).skeleton(adapter)).__name__ == "BertModel"
 

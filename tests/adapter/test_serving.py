@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BertForSequenceClassification,
-    CamembertForSequenceClassification,
-    DebertaV2ForSequenceClassification,
-    DistilBertForSequenceClassification,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    RobertaForSequenceClassification,
-    XLMRobertaForSequenceClassification,
-)
+import transformers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, tokenizer_of
 from kinds import bert_classifier, classifier, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora
 from models import SIZES, tiny_bert
-from tsqlora.adapter.doctor import examine, rule_for
+from tsqlora.adapter.doctor import examine
 from tsqlora.adapter.export import save_merged
+from tsqlora.adapter.servers import rule_for
 from tsqlora.training.export import export
 
 FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
@@ -125,30 +117,25 @@ DISTILBERT = {"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "activat
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-@pytest.mark.parametrize(
-    ("model", "sizes", "read"),
-    [
-        (BertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
-        (RobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
-        (XLMRobertaForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
-        (CamembertForSequenceClassification, SMALL, BERT | {"hidden_dropout_prob"}),
-        (
-            DebertaV2ForSequenceClassification,
-            SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-            BERT - {"pad_token_id"} | DEBERTA | {"pooler_hidden_size", "pooler_hidden_act"},
-        ),
-        (
-            DistilBertForSequenceClassification,
-            {"vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
-            DISTILBERT | {"pad_token_id"},
-        ),
-    ],
-)
-def test_a_merged_classifier_has_what_text_embeddings_inference_reads(
-    model: Any, sizes: Mapping[str, Any], read: set[str], tmp_path: Path
-) -> None:
+READ: Mapping[str, tuple[Mapping[str, Any], set[str]]] = {
+    **dict.fromkeys(("Bert", "Roberta", "XLMRoberta", "Camembert"), (SMALL, BERT | {"hidden_dropout_prob"})),
+    "DebertaV2": (
+        SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        BERT - {"pad_token_id"} | DEBERTA | {"pooler_hidden_size", "pooler_hidden_act"},
+    ),
+    "DistilBert": (
+        {"vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+        DISTILBERT | {"pad_token_id"},
+    ),
+}
+"""By family the sizes of a tiny classifier, and what text-embeddings-inference reads in its config.json."""
+
+
+@pytest.mark.parametrize("family", READ)
+def test_a_merged_classifier_has_what_text_embeddings_inference_reads(family: str, tmp_path: Path) -> None:
     """The fields without a default of its structs at 0d124dc; transformers 5 leaves some of ModernBERT's out."""
-    (rule,), _ = rule_for("text-embeddings-inference")
+    (sizes, read), model = READ[family], getattr(transformers, f"{family}ForSequenceClassification")
+    rule, _ = rule_for("text-embeddings-inference")
     assert model.__name__ in rule.serves
     save_merged(model(model.config_class(**sizes)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tsqlora.adapter.checkpoint import SUFFIXES, base_path, revision_of
 from tsqlora.adapter.files import config_for, read_adapter, require_inside
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.libs.hub import loading
 from tsqlora.libs.transformers import class_for, load, require_no_adapter, without_named_files, without_weights
 
@@ -107,16 +107,12 @@ class Base:
         with suppress(SettingsError):  # an adapter can be rewritten without its base
             path = base_path(adapter, self.path)
             places.append((path, revision_of(path, adapter)))
-
-        def loaded(kind: Any, path: str, revision: str) -> Any:
-            with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
-                return load(kind, path, revision=revision)
-            return None
-
-        kinds = (AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
-        loaders = (load_tokenizer, *(partial(loaded, kind) for kind in kinds))
-        firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
-        return [one for one in firsts if one is not None]
+        kinds = (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor, GenerationConfig)
+        firsts = dict[Any, Any]()
+        for kind, place in product(kinds, places):
+            if kind not in firsts and (one := _processor(kind, *place)) is not None:
+                firsts[kind] = one
+        return [*firsts.values()]
 
     def _config(self, path: str, adapter: LoraAdapter) -> Any:
         if self.config is not None:
@@ -131,7 +127,7 @@ class Base:
         if self.auto is not None:
             return getattr(transformers, self.auto)
         task = CLASSES.get(adapter.config.get("task_type") or "")
-        kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
+        kind = getattr(transformers, str((not task and adapter.made_on) or (config.architectures or [""])[0]), None)
         # The name may be hostile: transformers has functions and modules too.
         own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
         if task is None:
@@ -161,23 +157,23 @@ def _set_padding(config: Any, path: str, revision: str) -> None:
     """Set a missing pad token, at which a decoder reads its class: the tokenizer's, else the end token."""
     text = config.get_text_config()
     if text.pad_token_id is None:
-        tokenizer: Any = load_tokenizer(path, revision)
+        tokenizer = _processor(AutoTokenizer, path, revision)
         theirs = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
         ends = text.eos_token_id
         own = ends[0] if isinstance(ends, list) else ends
         text.pad_token_id = next((token for token in (*theirs, own) if token is not None), None)
 
 
-def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a directory or on the hub, or None."""
+def _processor(kind: Any, path: str, revision: str) -> Any:
+    """The tokenizer, or another processor by its class, in a directory or on the hub; None without one."""
     try:
-        named = without_named_files(path, revision=revision)
-        tokenizer = load(AutoTokenizer, path, revision=revision, **named)
-    # The last two where a class finds no vocabulary, or looks for one in a format that needs a further library.
+        named = without_named_files(path, revision=revision) if kind is AutoTokenizer else {}
+        one = load(kind, path, revision=revision, **named)
+    # The last two without Pillow, and where a tokenizer's class finds no vocabulary, or one that needs a library.
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+    return None if kind is AutoTokenizer and len(one) <= len(one.all_special_tokens) else one
 
 
 def tokenizer_among(processors: Sequence[Any]) -> PreTrainedTokenizerBase | None:
@@ -195,15 +191,10 @@ def _skeleton(kind: Any, config: Any, *, trusted: bool = False) -> PreTrainedMod
         return without_weights(kind, part, trust_remote_code=trusted)
 
 
-def _made_on(adapter: LoraAdapter) -> str | None:
-    mapping = adapter.config.get("auto_mapping")
-    return mapping.get("base_model_class") if isinstance(mapping, dict) else None
-
-
 def _labels(adapter: LoraAdapter) -> Mapping[str, Any]:
     """The number of outputs of the head that came with the adapter."""
     task = adapter.config.get("task_type")
-    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
+    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in adapter.made_on):
         return {}
     ends = tuple(f".{head}.weight" for head in _HEADS)
     heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and len(tensor.shape) == 2]
@@ -220,7 +211,8 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
     PEFT imports modules that a config names, and matches its patterns without a limit of time. So it gets the settings
     that `read_adapter` lets through, with the names of modules in place of patterns.
 
-    Raises as `read_adapter`, and UnsupportedError for a variant that the installed PEFT does not have.
+    Raises as `read_adapter`, DataError for what PEFT refuses, and UnsupportedError for a variant that the installed
+    PEFT does not have.
     """
     adapter = read_adapter(folder)
     if lacking := [option for option in adapter.variants() if option.partition("=")[0] not in OPTIONS]:
@@ -228,4 +220,7 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
             f"{folder} has {lacking[0]}, which PEFT {peft.__version__} does not know; install a later one"
         )
     config = {name: value for name, value in config_for(adapter).items() if name in OPTIONS - {*_NOT_NEEDED}}
-    return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)
+    try:
+        return load(PeftModel, model, model_id=str(folder), config=LoraConfig(**config), is_trainable=trainable)
+    except (KeyError, ValueError) as error:  # for tensors or a part of the settings that are lacking
+        raise DataError(f"PEFT cannot load {folder} ({error}); save the adapter again with save_pretrained") from None

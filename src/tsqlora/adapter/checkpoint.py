@@ -1,9 +1,9 @@
 """An adapter's base by its files: config.json and the headers of its weights.  No torch, no weights in memory."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from tsqlora.adapter.config import read_object
 from tsqlora.adapter.files import is_own
-from tsqlora.adapter.health import resized
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape, layer_kind, partners
 from tsqlora.errors import SettingsError
 from tsqlora.libs.hub import cached_model, is_hub_id, is_revision
 
-_MOST_CONFIG_BYTES = 1 << 24
 _MOST_BLOCKS = 1000
 """A larger number in a name is no number of a block."""
 _MOST_IMPLIED = 100_000
@@ -77,7 +76,7 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         folder = path if os.path.isdir(path) else cached_model(path, revision_of(path, adapter))
     except SettingsError:
         folder = None
-    config = {} if folder is None else read_json(Path(folder, "config.json"))
+    config = {} if folder is None else _object_in(Path(folder, "config.json"))
     weights, biases = ({}, {}) if folder is None else weight_sizes(folder)
     own = as_adapted(weights, adapter.targets)
     shapes = _implied(adapter) if own is None else _shapes(adapter, own)
@@ -86,8 +85,8 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         if (kind := layer_kind(name)) in layers:
             layers[kind].append(name)
     size = config.get("vocab_size")
-    other = resized(adapter, size) if isinstance(size, int) else []
-    ids = read_json(added) if is_own(added := source / "added_tokens.json", source) else {}
+    other = _resized(adapter, size) if isinstance(size, int) else []
+    ids = _object_in(added) if is_own(added := source / "added_tokens.json", source) else {}
     beyond = size if isinstance(size, int) else 0
     labels = len(named) if isinstance(named := config.get("id2label"), dict) else config.get("num_labels", 2)
     return BaseFacts(
@@ -132,13 +131,11 @@ def revision_of(path: str, adapter: LoraAdapter) -> str:
     return named or "main"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file; empty if it cannot be read."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MOST_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return read if isinstance(read, dict) else {}
+def _object_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    with suppress(OSError, ValueError):
+        return read_object(path)
+    return {}
 
 
 SUFFIXES = {
@@ -160,8 +157,8 @@ def base_class(adapter: LoraAdapter, config: Mapping[str, Any]) -> str:
     Args:
         config: the base's config.json, or empty.
     """
-    if mapping := adapter.config.get("auto_mapping"):
-        return str(mapping.get("base_model_class") or "")
+    if adapter.config.get("auto_mapping"):
+        return adapter.made_on
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else ""
     own = named if isinstance(named, str) else ""
@@ -202,6 +199,15 @@ def as_adapted(sizes: Sizes, targets: Collection[str]) -> Sizes | None:
         if sizes and all(name in renamed for name in targets):
             return renamed
     return None
+
+
+def _resized(adapter: LoraAdapter, size: int) -> list[tuple[str, int]]:
+    """Embeddings and heads of the adapter with another number of tokens than `size`, and that number."""
+    rows = {name: t.shape[0] for name, t in adapter.weights().items() if name.endswith(("embed_tokens", "lm_head"))}
+    rows |= {n: t.shape[0] for n, t in adapter.base_layers.items() if "embed_tokens" in n or "lm_head" in n}
+    rows |= {name: target.inputs for name, target in adapter.targets.items() if target.kind == "embedding"}
+    rows |= {name: target.outputs for name, target in adapter.targets.items() if name.endswith("lm_head")}
+    return [(name, count) for name, count in rows.items() if count != size]
 
 
 def _shapes(adapter: LoraAdapter, sizes: Sizes) -> dict[str, Shape]:

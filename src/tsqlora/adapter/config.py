@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora.adapter.lora import changes_base
-from tsqlora.adapter.patterns import lora_config
 from tsqlora.errors import DataError
 
-_MOST_CONFIG_BYTES = 1 << 24
+_MOST_BYTES = 1 << 24
 _LARGEST = 1e9
 """Bound of ranks and alphas, so that their quotients are finite."""
 _MOST = 10_000
@@ -39,8 +38,8 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _anything(value: Any) -> bool:
-    return True
+def _like(pattern: re.Pattern[str]) -> Fits:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def _all(fits: Fits, most: int | None = None) -> Fits:
@@ -51,11 +50,6 @@ def _maps_to(fits: Fits) -> Fits:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
-def _module(value: Any) -> bool:
-    return _text(value) and _MODULE.fullmatch(value) is not None
-
-
-_modules = _all(_module, _MOST)
 _tokens = _all(_whole)
 
 
@@ -69,6 +63,9 @@ def _blocks(value: Any) -> bool:
     return pairs and sum(abs(end - start) for start, end in value) <= _MOST
 
 
+_UNUSED = ("megatron_core", "megatron_config", "runtime_config", "eva_config", "corda_config", "lora_ga_config")
+"""Settings of how a training starts or where it runs: not of the adapter."""
+
 SETTINGS: Mapping[str, Fits] = {
     "peft_type": lambda value: value == "LORA",
     "r": lambda value: _whole(value) and value >= 1,
@@ -77,12 +74,12 @@ SETTINGS: Mapping[str, Fits] = {
     # A stranger's patterns, matched by `patterns`; the targets are those that have tensors.
     "rank_pattern": _maps_to(_whole),
     "alpha_pattern": _maps_to(_number),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), _anything),
-    "modules_to_save": _modules,
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), lambda _: True),
+    "modules_to_save": _all(_like(_MODULE), _MOST),
     "fan_in_fan_out": _flag,
     "lora_dropout": lambda value: _number(value, 1) and value >= 0,
     "bias": lambda value: value in ("none", "all", "lora_only"),
-    "init_lora_weights": lambda value: _flag(value) or (_text(value) and _INIT.fullmatch(value) is not None),
+    "init_lora_weights": lambda value: _flag(value) or _like(_INIT)(value),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "revision", "peft_version"), _text),
     "auto_mapping": lambda value: isinstance(value, dict),
     "inference_mode": _flag,
@@ -95,24 +92,30 @@ SETTINGS: Mapping[str, Fits] = {
     "use_bdlora": lambda value: _flag(value) or _maps_to(_counts)(value),
     **dict.fromkeys(("loftq_config", "kasa_config", "monteclora_config", "velora_config"), _maps_to(_counts)),
     "arrow_config": _maps_to(lambda value: _number(value) or _counts(value)),
+    **dict.fromkeys(_UNUSED, lambda _: True),
     # PEFT before 0.20 imports the module that megatron_core names, whatever it is.
     "megatron_config": lambda value: not value,
-    **dict.fromkeys(("megatron_core", "runtime_config", "eva_config", "corda_config", "lora_ga_config"), _anything),
 }
 """Valid values in adapter_config.json, by setting; null is valid for all but the first three."""
 
 _REQUIRED = ("peft_type", "r", "lora_alpha")
-_UNUSED = ("megatron_core", "megatron_config", "runtime_config", "eva_config", "corda_config", "lora_ga_config")
-"""Settings of how a training starts or where it runs: not of the adapter."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file.  Raises ValueError for other content, OSError if it cannot be read."""
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (TypeError, RecursionError) as error:
+        raise ValueError(error) from None
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The settings that are used, and the names of others that are set.  Raises DataError for invalid values."""
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        read = {"lora_alpha": 8} | json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError) as error:
+        read: dict[str, Any] = {"lora_alpha": 8, **read_object(path)}
+    except ValueError as error:
         raise DataError(f"{path} holds no adapter settings ({error})") from None
     for setting, fits in SETTINGS.items():
         value = read.get(setting)
@@ -120,29 +123,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             raise DataError(f"{path}: {setting} is {f'{value!r}':.200}, which is invalid in PEFT's LoRA")
     config = {name: value for name, value in read.items() if name in SETTINGS and name not in _UNUSED}
     if mapping := config.get("auto_mapping"):
-        config["auto_mapping"] = {name: mapping[name] for name in _named_classes(mapping)}
+        # PEFT's AutoPeftModel imports the library.
+        valid = {"base_model_class": re.compile(r"\w+", re.ASCII), "parent_library": _LIBRARY}
+        config["auto_mapping"] = {n: mapping[n] for n, form in valid.items() if _like(form)(mapping.get(n))}
     return config, tuple(sorted(name for name, value in read.items() if name not in SETTINGS and value))
-
-
-def _named_classes(mapping: Mapping[str, Any]) -> list[str]:
-    """The entries of auto_mapping that are a class's name, and its library if that is transformers.
-
-    PEFT's AutoPeftModel imports the library.
-    """
-    valid = {"base_model_class": re.compile(r"\w+", re.ASCII), "parent_library": _LIBRARY}
-    return [name for name, form in valid.items() if _text(mapping.get(name)) and form.fullmatch(mapping[name])]
-
-
-def literal_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], scales: Mapping[str, float], saved: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The config with the names of modules in place of all patterns: those with these ranks, and those with tensors.
-
-    Args:
-        saved: tensors of modules that were saved in full, by name.
-    """
-    whole = [name for name in config.get("modules_to_save") or () if any(f".{name}." in f".{key}" for key in saved)]
-    return plain_config(config, **lora_config(ranks, scales), modules_to_save=whole or None, target_parameters=None)
 
 
 def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:

@@ -1,23 +1,24 @@
-"""Judge an adapter before it is served: which servers read it correctly, which export helps, dead slots, NaN.
+"""Judge an adapter before it is served: which servers read it correctly, which export helps, what is wrong with it.
 
 Only numpy and safetensors read the files: no torch, no base model in memory.
 """
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tsqlora.adapter.checkpoint import BaseFacts, base_facts
 from tsqlora.adapter.files import CONFIG, pickles, read_adapter
 from tsqlora.adapter.gguf import ARCHITECTURES
-from tsqlora.adapter.health import faults, layer_health, nonfinite, vllm_rank
+from tsqlora.adapter.health import layer_health, nonfinite, vllm_rank
 from tsqlora.adapter.lora import UNMERGEABLE, LoraAdapter, shared_by_sides, tied_targets
 from tsqlora.adapter.rewrite import universal
-from tsqlora.adapter.servers import CONSUMERS, TOWER, Consumer, judge, serve_line, serve_lines
-from tsqlora.errors import DataError, Finding, SettingsError, TsqLoraError, UnsupportedError, nearest
+from tsqlora.adapter.servers import CONSUMERS, TOWER, Consumer, judge, rule_for, rules_on, serve_line
+from tsqlora.errors import DataError, Finding, TsqLoraError, UnsupportedError
 
 
 def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
@@ -28,11 +29,12 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
 
     Raises SettingsError for an unknown server, DataError if the directory holds no adapter.
     """
-    rules, noted = (CONSUMERS, []) if server is None else rule_for(server)
+    rule, noted = (None, []) if server is None else rule_for(server)
     adapter, base, padded = _read(folder)
-    if server is None:
-        rules = [rule for rule in rules if not rule.only or base.is_one_of(rule.only)]
-    consumers = _judged(rules, folder, adapter, base, padded)
+    consumers = [_judged(one, folder, adapter, base, padded) for one in ([rule] if rule else rules_on(base))]
+    newest = dict[str, str]()
+    for consumer in consumers:
+        newest.setdefault(consumer["server"], consumer["verdict"])
     layers = {name: layer_health(target) for name, target in adapter.targets.items()}
     return {
         "adapter": str(folder),
@@ -48,9 +50,9 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "universal_parameters": None if padded is None else padded.parameters,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "max_lora_rank": vllm_rank(adapter.named_rank),
-        "servers": {server: consumer["verdict"] for server, consumer in _newest(consumers).items()},
+        "servers": newest,
         "consumers": consumers,
-        "faults": [{"name": f.name, "cure": f.cure, "layers": f.where} for f in _faults(adapter, base)],
+        "faults": [{"name": f.name, "cure": f.cure, "layers": f.where} for f in faults(adapter, base)],
         "health": {
             "nonfinite": nonfinite(adapter),
             "zero_slots": sum(layer.zero for layer in layers.values()),
@@ -67,7 +69,7 @@ def format_for(folder: Path, server: str) -> str:
 
     Raises SettingsError for an unknown server, UnsupportedError if there is none, DataError as `examine`.
     """
-    (rule,), _ = rule_for(server)
+    rule, _ = rule_for(server)
     adapter, base, padded = _read(folder)
     if (format := mend(rule, adapter, padded, base)) is None:
         if base.resized:
@@ -78,9 +80,16 @@ def format_for(folder: Path, server: str) -> str:
 
 
 def serving(source: Path, out: Path, format: str) -> dict[str, str]:
-    """The command of each server for an export of the adapter in `source`."""
-    adapter, base, _ = _read(source if format in ("gguf", "merged") else out)
-    return serve_lines(adapter, base, out, format)
+    """The command of each server that serves an export of the adapter in `source` right, by its newest rule."""
+    kind = format if format in ("gguf", "merged") else "adapter"
+    folder = out if kind == "adapter" else source
+    adapter = read_adapter(folder)
+    base, lines = base_facts(adapter, folder), dict[str, str]()
+    for rule in (rule for rule in CONSUMERS if not rule.until):
+        line = serve_line(rule, adapter, base, out, kind=kind)
+        if line and (kind != "adapter" or judge(rule, adapter, base).verdict == "right"):
+            lines[rule.server] = line
+    return lines
 
 
 def served(folder: Path) -> str | None:
@@ -94,11 +103,10 @@ def served(folder: Path) -> str | None:
 def ways_to_serve(folder: Path) -> tuple[dict[str, list[str]], BaseFacts]:
     """The servers by the form that they read right: "as it is", "with --format NAME", "not"; and facts of the base."""
     adapter, base, padded = _read(folder)
-    rules = [rule for rule in CONSUMERS if not rule.only or base.is_one_of(rule.only)]
-    ways: dict[str, list[str]] = {"as it is": []}
-    for server, consumer in _newest(_judged(rules, folder, adapter, base, padded)).items():
-        form = f"with --format {consumer['mend']}" if consumer["mend"] else "not"
-        ways.setdefault("as it is" if consumer["verdict"] == "right" else form, []).append(server)
+    ways: dict[str, list[str]] = {"as it is": [], "not": []}
+    for rule in (rule for rule in rules_on(base) if not rule.until):
+        right, format = judge(rule, adapter, base).verdict == "right", mend(rule, adapter, padded, base)
+        ways.setdefault("as it is" if right else f"with --format {format}" if format else "not", []).append(rule.server)
     return {way: ways[way] for way in sorted(ways, key=lambda way: way == "not") if ways[way]}, base
 
 
@@ -106,7 +114,7 @@ def faults_in(folder: Path) -> list[str]:
     """The faults of an adapter that was just written, a sentence each."""
     try:
         adapter = read_adapter(folder)
-        return [f"{fault.name}: {fault.cure}" for fault in _faults(adapter, base_facts(adapter, folder))]
+        return [f"{fault.name}: {fault.cure}" for fault in faults(adapter, base_facts(adapter, folder))]
     except DataError as error:
         return [str(error)]
 
@@ -121,68 +129,26 @@ def _read(folder: Path) -> tuple[LoraAdapter, BaseFacts, LoraAdapter | None]:
         return adapter, base, None
 
 
-def _faults(adapter: LoraAdapter, base: BaseFacts) -> list[Finding]:
-    return faults(adapter, base.weights, tied=base.tied, other=base.other)
-
-
 def _judged(
-    rules: Iterable[Consumer], folder: Path, adapter: LoraAdapter, base: BaseFacts, padded: LoraAdapter | None
-) -> list[dict[str, Any]]:
-    consumers = []
-    for rule in rules:
-        judgement = judge(rule, adapter, base)
-        right = judgement.verdict == "right"
-        consumers.append(
-            {
-                "name": rule.name,
-                "server": rule.server,
-                "version": rule.version,
-                "date": str(rule.date),
-                "source": rule.source,
-                "evidence": rule.evidence,
-                "reads": rule.file or "the directory",
-                "verdict": judgement.verdict,
-                "reasons": list(judgement.reasons),
-                "factors": dict(judgement.factors),
-                "mend": None if right else mend(rule, adapter, padded, base),
-                "serve": serve_line(rule, adapter, base, folder, kind="adapter") if right else None,
-            }
-        )
-    return consumers
-
-
-def _newest(consumers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What the newest rule of each server says."""
-    newest: dict[str, Mapping[str, Any]] = {}
-    for consumer in consumers:
-        newest.setdefault(consumer["server"], consumer)
-    return newest
-
-
-def rule_for(server: str) -> tuple[Sequence[Consumer], list[str]]:
-    """The rule for NAME or NAME==VERSION (the newest by default), and a note if nobody has read that version."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", name.lower())  # llama.cpp and llama-cpp are the same
-
-    def numbers(version: str) -> list[int]:
-        return [int(part) for part in version.split(".")]
-
-    name, _, version = server.partition("==")
-    rules = [consumer for consumer in CONSUMERS if plain(consumer.server) == plain(name)]
-    if not rules:
-        raise SettingsError(f"--server {server}: {nearest(name.lower(), {c.server.lower() for c in CONSUMERS})}")
-    rule = rules[0]
-    if version not in ("", "main") and len(rules) > 1:
-        if not (digits := re.match(r"v?(\d+(\.\d+)*)", version)):
-            raise SettingsError(f"--server {server}: '{version}' is not a version; use one such as {rules[-1].until}")
-        parts = numbers(digits[1])
-        rule = next(r for r in reversed(rules) if not r.until or parts[: len(numbers(r.until))] <= numbers(r.until))
-    if not version or version in rule.version.split(", "):
-        return (rule,), []
-    return (rule,), [
-        f"the source of {rule.server} {version} was not read; the verdict follows {rule.version}, read on {rule.date}"
-    ]
+    rule: Consumer, folder: Path, adapter: LoraAdapter, base: BaseFacts, padded: LoraAdapter | None
+) -> dict[str, Any]:
+    """What a server does with the adapter, ready for JSON."""
+    judgement = judge(rule, adapter, base)
+    right = judgement.verdict == "right"
+    return {
+        "name": rule.name,
+        "server": rule.server,
+        "version": rule.version,
+        "date": str(rule.date),
+        "source": rule.source,
+        "evidence": rule.evidence,
+        "reads": rule.file or "the directory",
+        "verdict": judgement.verdict,
+        "reasons": list(judgement.reasons),
+        "factors": dict(judgement.factors),
+        "mend": None if right else mend(rule, adapter, padded, base),
+        "serve": serve_line(rule, adapter, base, folder, kind="adapter") if right else None,
+    }
 
 
 def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, base: BaseFacts) -> str | None:
@@ -221,3 +187,74 @@ def _notes(folder: Path, adapter: LoraAdapter, base: BaseFacts) -> list[str]:
     if not base.is_here:
         notes.append("no matching base weights are here, so the number of layers is guessed from the adapter's names")
     return notes
+
+
+CURES = {
+    "not finite": "training diverged: take an earlier checkpoint, or train at a lower learning rate",
+    "every update is zero": "it was not trained, or was saved before training; check that lora_B gets a gradient and a "
+    "learning rate",
+    "a trained module is not in the file": "it was trained, but not saved; save the adapter with the PEFT model's "
+    "save_pretrained",
+    "tied weights were saved twice": "the base has one weight for both, and {how}, or train with PEFT's "
+    "ensure_weight_tying",
+    "no key matches the base": "it was trained on another model; name that one as the base",
+    "shapes differ from the base": "it was trained on a base of another size; if the vocabulary was enlarged before "
+    "training (resize_token_embeddings), save that base and name it",
+}
+"""Every fault of an adapter that can be read, with its cure."""
+
+
+def faults(adapter: LoraAdapter, base: BaseFacts) -> list[Finding]:
+    """Why the adapter does nothing, or breaks its base."""
+    layers, how = dict[str, Iterable[str]](), ""
+    if counts := nonfinite(adapter):
+        layers["not finite"] = counts
+    elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
+        layers["every update is zero"] = ()
+    if absent := _not_in_file(adapter):
+        layers["a trained module is not in the file"] = absent
+    saved = adapter.weights()
+    pair = {name: t for name, t in saved.items() if _in_block(name) in ("embed_tokens", "lm_head", "wte")}
+    if base.tied and len(pair) == 2:
+        one, copy = pair.values()
+        same = one.dtype == copy.dtype and np.array_equal(one.raw, copy.raw)
+        apart = "they were trained apart: `tsqlora export --format merged` keeps both"
+        how = "the copies are the same: save one of them" if same else apart
+        layers["tied weights were saved twice"] = pair
+    # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
+    shapes = dict[str, list[tuple[int, ...]]]()
+    for name, shape in base.weights.items():
+        shapes.setdefault(_in_block(name), []).append(shape)
+    sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
+    sizes |= {name: t.shape for name, t in saved.items() if "embed" in name or "lm_head" in name}
+    different = [
+        f"{name} is {' × '.join(map(str, size))}, the base's {' × '.join(map(str, its[0]))}"
+        for name, size in sizes.items()
+        if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
+    ]
+    if shapes and adapter.targets and not any(_in_block(name) in shapes for name in adapter.targets):
+        layers["no key matches the base"] = different = ()
+    if different := different or [f"{name} has {rows:,} tokens" for name, rows in base.other]:
+        layers["shapes differ from the base"] = different
+    return [Finding(name, "fault", tuple(where), cure=CURES[name].format(how=how)) for name, where in layers.items()]
+
+
+def _not_in_file(adapter: LoraAdapter) -> list[str]:
+    """What the config says was trained beside the layers, but has no tensor."""
+    present = adapter.whole()
+    named = [name for name in adapter.config.get("modules_to_save") or () if name not in present]
+    # PEFT always names two heads of a classifier, of which a model has at most one.
+    absent = [name for name in named if not (present and name in ("classifier", "score"))]
+    if adapter.config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in adapter.further):
+        absent.append("trainable_token_indices")
+    return absent
+
+
+def _in_block(name: str) -> str:
+    """The name of a layer from the number of its block on; without a number its last part.
+
+    >>> _in_block("model.language_model.layers.3.mlp.up_proj"), _in_block("lm_head")
+    ('3.mlp.up_proj', 'lm_head')
+    """
+    parts = name.split(".")
+    return ".".join(parts[next((j for j, part in enumerate(parts) if part.isdigit()), -1) :])

@@ -203,7 +203,7 @@ def _merged(job: Job) -> dict[str, Any]:
     texts = text_batches(model, tokenizer_among(job.processors)) if half else []
     rounded = logits_of(model, texts) if half else None
     save_merged(merge_into(model, job.adapter, job.source), job.folder)
-    saved, dtype = reload(job.folder, model), NAMES[model.dtype]
+    saved, dtype = load(type(model), job.folder, dtype=model.dtype).eval(), NAMES[model.dtype]
     del model  # keep one base in memory at a time, beside the merged model
     done: dict[str, Any] = {}
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
@@ -275,18 +275,13 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
         )
     alone = [head for head in adapter.heads() if head.endswith(("embed_tokens", "lm_head"))]
     if tied_targets(adapter) or (alone and not adapter.config.get("ensure_weight_tying")):
-        _untie(base)
+        head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+        if head is not None and head.weight is embedding.weight:  # PEFT adapts only one of them
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            base.config.tie_word_embeddings = False
     merged = attach(base, folder).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     return merged
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give an output layer that shares the embedding's weight its own copy: PEFT adapts only one of them."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:
@@ -302,12 +297,6 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
         path = folder / "config.json"
         whole = json.loads(path.read_text(encoding="utf-8")) | names
         path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-
-
-def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
-    """Load a saved model as the same class in the same precision."""
-    kind = type(like)
-    return load(kind, folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
 
 
 FORMATS: Mapping[str, Callable[[Job], dict[str, Any]]] = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tsqlora.adapter.config import literal_config, read_config
+from tsqlora.adapter.config import plain_config, read_config
 from tsqlora.adapter.lora import Kind, LoraAdapter, Target
-from tsqlora.adapter.patterns import PATTERNS, require_quick, scale_of
+from tsqlora.adapter.patterns import PATTERNS, lora_config, require_quick, scale_of
 from tsqlora.adapter.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, reading, replacing
@@ -48,19 +48,14 @@ def read_adapter(folder: Path) -> LoraAdapter:
     config, ignored = read_config(path)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, Stored]] = {}
-    saved: dict[str, Stored] = {}
-    further: dict[str, Stored] = {}
-    base_layers: dict[str, Stored] = {}
+    others: dict[str, dict[str, Stored]] = {"saved": {}, "further": {}, "base_layers": {}}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _MATRIX.fullmatch(name):
             pairs.setdefault(match["name"], {})[match["matrix"]] = tensor
-        elif _FURTHER.search(name):
-            further[name] = tensor
-        elif name.endswith(".base_layer.weight"):
-            base_layers[name] = tensor
         else:
-            saved[name] = tensor
+            copied = "base_layers" if name.endswith(".base_layer.weight") else "saved"
+            others["further" if _FURTHER.search(name) else copied][name] = tensor
     if not pairs and (named := next((key for key in tensors if _NAMED.search(key)), None)):
         raise DataError(
             f"{folder / WEIGHTS}: no key matches the base in PEFT: {named} has an adapter's name in it, as in a "
@@ -71,9 +66,9 @@ def read_adapter(folder: Path) -> LoraAdapter:
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     for name in [name for name, pair in pairs.items() if _of_experts(pair, config)]:
-        further |= {f"{name}.{matrix}": tensor for matrix, tensor in pairs.pop(name).items()}
+        others["further"] |= {f"{name}.{matrix}": tensor for matrix, tensor in pairs.pop(name).items()}
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
-    return LoraAdapter(config, targets, saved, further, base_layers, ignored)
+    return LoraAdapter(config, targets, **others, ignored=ignored)
 
 
 def pickles(folder: Path) -> list[str]:
@@ -231,4 +226,5 @@ def config_for(adapter: LoraAdapter) -> dict[str, Any]:
             "with PEFT's merge_and_unload, and serve the merged model"
         )
     ranks, scales = ({name: getattr(t, key) for name, t in adapter.targets.items()} for key in ("rank", "scale"))
-    return literal_config(adapter.config, ranks, scales, adapter.saved)
+    literal = lora_config(ranks, scales)  # names in place of patterns
+    return plain_config(adapter.config, **literal, modules_to_save=adapter.whole() or None, target_parameters=None)

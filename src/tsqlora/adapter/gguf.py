@@ -15,7 +15,6 @@ from tsqlora.errors import SettingsError, UnsupportedError, nearest
 
 FILE = "adapter.gguf"
 
-
 ARCHITECTURES = {
     "arcee": "ARCEE",
     "gemma": "GEMMA",
@@ -66,7 +65,10 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
     """
     gguf = _gguf()
     require_exportable(adapter, config)
-    names, alpha = _names(config), _alpha(adapter)
+    names, scale = _names(config), commonest_scale(adapter.targets.values())
+    ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
+    # With it most layers need no folding; exact in float32, the file's precision, and never 0, which stands for none.
+    alpha = float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -134,14 +136,6 @@ def _heads(name: str, config: Any) -> int | None:
         return None
     heads: int = config.num_attention_heads
     return (getattr(config, "num_key_value_heads", None) or heads) if name.endswith("k_proj") else heads
-
-
-def _alpha(adapter: LoraAdapter) -> float:
-    """The alpha with which most layers need no folding into B; never 0, which llama.cpp reads as none."""
-    scale = commonest_scale(adapter.targets.values())
-    ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
-    # Exact in float32, the file's precision.
-    return float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
 
 
 def _names(config: Any) -> Any:

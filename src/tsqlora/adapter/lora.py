@@ -84,6 +84,11 @@ class LoraAdapter:
         return self.config.get("base_model_name_or_path") or None
 
     @property
+    def made_on(self) -> str:
+        """The class of the model that it was trained on, where PEFT recorded it; or empty."""
+        return (self.config.get("auto_mapping") or {}).get("base_model_class", "")
+
+    @property
     def rank(self) -> int:
         """The largest rank of any target."""
         return max((target.rank for target in self.targets.values()), default=0)
@@ -106,6 +111,15 @@ class LoraAdapter:
         ['classifier']
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})
+
+    def whole(self) -> list[str]:
+        """The modules of modules_to_save that have tensors."""
+        names = self.config.get("modules_to_save") or ()
+        return [name for name in names if any(f".{name}." in f".{key}" for key in self.saved)]
+
+    def weights(self) -> dict[str, Stored]:
+        """The weights of modules that were saved in full, by the modules' names."""
+        return {name.removesuffix(".weight"): t for name, t in self.saved.items() if name.endswith(".weight")}
 
     def experts(self) -> list[str]:
         """The modules of experts whose parameters have A and B (target_parameters)."""

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ MOST_PAIRS = 25_000_000
 """Patterns times names."""
 
 _NAME = re.compile(r"\^?(\w|\\?\.|-)+\$?", re.ASCII)
+"""A module's name or the end of one as a key, which Python's re matches quickly."""
 
 
 def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) -> dict[str, Any]:
@@ -64,18 +65,17 @@ def alpha_for(scale: float, rank: int) -> float | int:
 
 
 def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {_key(name, values): value for name, value in values.items()} if len(set(values.values())) > 1 else {}
+    """The values by PEFT's keys, which it matches with the end of names; none if all are equal.
 
+    A key is anchored at the start if another layer's name ends with it.
 
-def _key(name: str, names: Iterable[str]) -> str:
-    """The key of a layer in PEFT's patterns, which PEFT matches with the end of names.
-
-    The key is anchored at the start if another layer's name ends with this one.
-
-    >>> _key("encoder.query", ["encoder.query", "vision.encoder.query"])
-    '^encoder.query'
+    >>> _pattern({"encoder.query": 4, "vision.encoder.query": 8})
+    {'^encoder.query': 4, 'vision.encoder.query': 8}
     """
-    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+    if len(set(values.values())) == 1:
+        return {}
+    anchored = {name for name in values if any(other.endswith(f".{name}") for other in values)}
+    return {f"^{name}" if name in anchored else name: value for name, value in values.items()}
 
 
 def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
@@ -99,12 +99,7 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
 @lru_cache(maxsize=1 << 16)
 def _compiled(key: str) -> Any:
     """A key compiled as PEFT 0.21 does it (peft.utils.other.get_pattern_key)."""
-    return (re if is_plain(key) else regex).compile(rf"(.*\.)?({key})$")
-
-
-def is_plain(key: str) -> bool:
-    """Whether a key is a module's name or the end of one, which Python's re matches quickly."""
-    return _NAME.fullmatch(key) is not None
+    return (re if _NAME.fullmatch(key) else regex).compile(rf"(.*\.)?({key})$")
 
 
 def require_quick(keys: Collection[str], names: Collection[str], source: str) -> None:
@@ -120,7 +115,7 @@ def require_quick(keys: Collection[str], names: Collection[str], source: str) ->
             if len(key) > LONGEST:
                 raise TimeoutError
             re.compile(rf"(.*\.)?({key})$")
-            for name in () if is_plain(key) else names:
+            for name in () if _NAME.fullmatch(key) else names:
                 _compiled(key).match(name, timeout=max(end - time.monotonic(), 1e-6))
     except TimeoutError:
         raise DataError(f"{source} ({key!r}) takes too long to match; use names of modules") from None

@@ -52,10 +52,17 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     No approximation of that rank is better (Eckart and Young, 1936).  A target at rank 0 is dropped.
     """
     require_plain(adapter, "a truncated adapter")
-    cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
-    targets = {**adapter.targets, **{name: target for name, (target, _) in cut.items()}}
-    left = spelled_out(replace(adapter, targets={name: target for name, target in targets.items() if target.rank}))
-    return left, {name: error for name, (_, error) in cut.items()}
+    targets, errors = dict(adapter.targets), dict[str, float]()
+    for name, target in adapter.targets.items():
+        if target.rank > (rank := ranks[name]):
+            left, singular, right = decompose(target)
+            total = float(np.square(singular).sum())
+            errors[name] = (float(np.square(singular[rank:]).sum()) / total) ** 0.5 if total else 0.0
+            root = np.sqrt(singular[:rank])
+            a = rounded(root[:, None] * right[:rank], target.dtype).reshape(rank, *target.a.shape[1:])
+            b = rounded(left[:, :rank] * root, target.dtype).reshape(target.outputs, rank, *target.b.shape[2:])
+            targets[name] = replace(target, a=a, b=b)
+    return spelled_out(replace(adapter, targets={name: t for name, t in targets.items() if t.rank})), errors
 
 
 def ranks_for(adapter: LoraAdapter, left: float) -> dict[str, int]:
@@ -76,17 +83,6 @@ def ranks_for(adapter: LoraAdapter, left: float) -> dict[str, int]:
             ranks[name] += 1
             left -= costs[name]
     return ranks
-
-
-def cut_to(target: Target, rank: int) -> tuple[Target, float]:
-    """A target at a lower rank, and its relative error in the Frobenius norm."""
-    left, singular, right = decompose(target)
-    total = float(np.square(singular).sum())
-    error = (float(np.square(singular[rank:]).sum()) / total) ** 0.5 if total else 0.0
-    root = np.sqrt(singular[:rank])
-    a = rounded(root[:, None] * right[:rank], target.dtype).reshape(rank, *target.a.shape[1:])
-    b = rounded(left[:, :rank] * root, target.dtype).reshape(target.outputs, rank, *target.b.shape[2:])
-    return replace(target, a=a, b=b), error
 
 
 def decompose(target: Target) -> tuple[Array, Array, Array]:
@@ -133,10 +129,13 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         s: Target(np.zeros((rank, s.inputs), numpy), np.zeros((s.outputs, rank), numpy), scale, s.kind, dtype)
         for s in set(filled.values())
     }
-    targets = {
-        name: padded(folded(target, scale), rank) if (target := adapter.targets.get(name)) else zero[shape]
-        for name, shape in filled.items()
-    }
+    targets = dict[str, Target]()
+    for name, shape in filled.items():
+        targets[name] = zero[shape]
+        if name in adapter.targets:
+            target, more = folded(adapter.targets[name], scale), rank - adapter.targets[name].rank
+            a, b = np.pad(target.a, ((0, more), (0, 0))), np.pad(target.b, ((0, 0), (0, more)))
+            targets[name] = replace(target, a=a, b=b)
     config = plain_config(
         adapter.config,
         r=rank,
@@ -200,14 +199,6 @@ def folded(target: Target, scale: float) -> Target:
         return replace(target, scale=scale)
     b = rounded(target.b.astype(np.float64) * (target.scale / scale), "F32")
     return replace(target, a=rounded(target.a, "F32"), b=b, scale=scale, dtype="F32")
-
-
-def padded(target: Target, rank: int) -> Target:
-    """Pad A with zero rows and B with zero columns up to a rank."""
-    more = rank - target.rank
-    a = np.concatenate([target.a, np.zeros((more, *target.a.shape[1:]), target.a.dtype)])
-    b = np.concatenate([target.b, np.zeros((target.outputs, more, *target.b.shape[2:]), target.b.dtype)], axis=1)
-    return replace(target, a=a, b=b)
 
 
 def suffixes(targets: Collection[str], names: Collection[str]) -> list[str]:

@@ -4,20 +4,20 @@ import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import resources
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Literal
 
 from tsqlora.adapter.checkpoint import BaseFacts
 from tsqlora.adapter.gguf import FILE
 from tsqlora.adapter.health import VLLM_RANKS, vllm_rank
 from tsqlora.adapter.lora import LoraAdapter, Target, tied_targets
 from tsqlora.adapter.rewrite import layer_kind, partners, served_rank
-from tsqlora.errors import Finding
+from tsqlora.errors import SettingsError, nearest
 
 NAME = "adapter"
 """The adapter's name on a server."""
@@ -56,6 +56,10 @@ class Consumer:
         """The server, and up to which version of it."""
         return f"{self.server} to {self.until}" if self.until else self.server
 
+    def ignores(self, heads: Collection[str]) -> bool:
+        """Whether it leaves out all of these saved modules without a word."""
+        return self.heads == "ignored" or all(any(part in head for part in self.drops) for head in heads)
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -72,20 +76,20 @@ class Judgement:
 
 def judge(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Judgement:
     """Right, wrong or refused, and why.  A layer whose update is zero cannot be wrong."""
-    findings = [*_findings(consumer, adapter, base)]
-    if refused := [finding.cause for finding in findings if finding.severity == "refused"]:
-        return Judgement("refused", tuple(refused), {})
-    left_out = {name for finding in findings for name in finding.where}
+    if refused := tuple(_refusals(consumer, adapter, base)):
+        return Judgement("refused", refused, {})
+    misread = [*_misreadings(consumer, adapter, base)]
+    left_out = {name for _, names in misread for name in names}
     # The universal form shares one target among all layers that it fills up: look at each once.
     different = {id(target): target for target in adapter.targets.values()}
     idle = {number for number, t in different.items() if t.rank == 0 or not (t.a.any() and t.b.any())}
     factors = {}
     for name, target in adapter.targets.items():
         if target.scale and id(target) not in idle:
-            factor = 0.0 if name in left_out else SCALES[consumer.scale](adapter, target) / target.scale
+            factor = 0.0 if name in left_out else _scale(consumer.scale, adapter, target) / target.scale
             if not math.isclose(factor, 1.0, rel_tol=1e-6):
                 factors[name] = factor
-    reasons = [finding.cause for finding in findings]
+    reasons = [reason for reason, _ in misread]
     if scaled := [factor for factor in factors.values() if factor]:
         low, high = min(scaled), max(scaled)
         span = f"{low:.3g} times" if math.isclose(low, high, rel_tol=1e-3) else f"{low:.3g} to {high:.3g} times"
@@ -93,72 +97,95 @@ def judge(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Judgemen
     return Judgement("wrong" if reasons else "right", tuple(reasons), factors)
 
 
-def _findings(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iterator[Finding]:
-    """What the rule says against the adapter, the base's class first."""
+def _scale(how: str, adapter: LoraAdapter, target: Target) -> float:
+    """What a server multiplies BA by."""
+    alpha, r, rank = adapter.config.get("lora_alpha", 8), adapter.config["r"], target.rank
+    rslora = adapter.config.get("use_rslora")
+    match how:
+        case "own":
+            return target.scale
+        case "alpha / r":
+            return alpha / (math.sqrt(r) if rslora else r)
+        case "alpha / r, no rsLoRA":
+            return alpha / r
+        case "alpha / own rank":
+            return alpha / (math.sqrt(rank) if rslora else rank)
+        case "llama.cpp":
+            return alpha / rank or 1.0  # an alpha of 0 means none
+        case _:
+            raise KeyError(how)
 
-    def finding(name: str, verdict: Literal["wrong", "refused"], cause: str, *where: str) -> Finding:
-        return Finding(name, verdict, where, cause)
 
+def _refusals(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iterator[str]:
+    """Why a server refuses the adapter, the base's class first."""
     named = base.name and not base.name.startswith("For")
     if base.is_one_of(consumer.bases) or (named and consumer.takes and not base.is_one_of(consumer.takes)):
-        yield finding("base", "refused", f"takes no LoRA on {'a model ' * base.name.startswith('For')}{base.name}")
+        yield f"takes no LoRA on {'a model ' * base.name.startswith('For')}{base.name}"
     lasts = {name.rpartition(".")[2] for name in adapter.targets if layer_kind(name) != name}
     if consumer.layers and (other := sorted(lasts.difference(consumer.layers))):
-        yield finding("layers", "refused", f"takes no LoRA on layers named {', '.join(other)}")
-    for name in consumer.checks:
-        if name in REFUSED and (cause := REFUSED[name](adapter, base)):
-            yield finding(name, "refused", cause)
-        elif name in MISREAD and (misread := MISREAD[name](adapter, base)):
-            yield finding(name, "wrong", *misread)
-    experts = adapter.experts()
-    halves = [name.removesuffix(".base_layer") for name in experts]
-    alone = next((name for name, half in zip(experts, halves, strict=True) if halves.count(half) < 2), None)
-    if consumer.experts and alone is not None:
-        cause = f"needs gate_up_proj and down_proj of {alone}, but one of them has no adapter"
-        yield finding("experts", "refused", cause)
-    elif consumer.experts and experts and not base.is_one_of(consumer.experts):
-        cause = f"takes gate and up of experts as interleaved, but for {', '.join(consumer.experts)}"
-        yield finding("experts", "wrong", cause)
-    variants = {variant: variant.split("=")[0] for variant in adapter.variants()}
-    if refused := [variant for variant, option in variants.items() if option in consumer.refuses]:
-        yield finding("variants", "refused", f"does not take {', '.join(refused)}")
+        yield f"takes no LoRA on layers named {', '.join(other)}"
+    yield from filter(None, (_refusal(check, adapter, base) for check in consumer.checks))
+    halves = Counter(name.removesuffix(".base_layer") for name in adapter.experts())
+    if consumer.experts and (alone := [name for name, count in halves.items() if count < 2]):
+        yield f"needs gate_up_proj and down_proj of {alone[0]}, but one of them has no adapter"
+    if refused := [variant for variant in adapter.variants() if variant.split("=")[0] in consumer.refuses]:
+        yield f"does not take {', '.join(refused)}"
     heads = adapter.heads()
-    rule = "ignored" if all(any(part in head for part in consumer.drops) for head in heads) else consumer.heads
-    one = len(heads) == 1 and heads[0].rpartition(".")[2] in ("classifier", "score") and rule.startswith("one")
-    if heads and rule == "ignored":
-        yield finding("heads", "wrong", f"does not load saved modules: {', '.join(heads)}")
-    elif heads and rule and not one:
-        but = "" if rule == "refused" else f" but {rule}"
-        yield finding("heads", "refused", f"takes no saved modules{but}: {', '.join(heads)}")
-    ignored = [v for v, option in variants.items() if option not in (*consumer.refuses, *consumer.reads)]
-    if ignored and "all" not in consumer.reads:
-        yield finding("variants", "wrong", f"ignores {', '.join(ignored)}")
+    one = (
+        len(heads) == 1 and heads[0].rpartition(".")[2] in ("classifier", "score") and consumer.heads.startswith("one")
+    )
+    if consumer.heads and not one and not consumer.ignores(heads):
+        but = "" if consumer.heads == "refused" else f" but {consumer.heads}"
+        yield f"takes no saved modules{but}: {', '.join(heads)}"
 
 
-# ------------------------------------------------------------------------------------ scales
+def _refusal(check: str, adapter: LoraAdapter, base: BaseFacts) -> str | None:
+    """Why a server with this check refuses the adapter; None if it does not."""
+    config, targets, r = adapter.config, adapter.targets, adapter.config["r"]
+    ranks = {name: target.rank for name, target in targets.items()}
+    match check:
+        case "added tokens" if base.added:
+            return f"takes no added tokens: {', '.join(base.added[:3])}"
+        case "vocabulary" if base.resized:
+            return f"{base.resized}; serve the enlarged base"
+        case "rank 0" if empty := [name for name, rank in ranks.items() if rank == 0]:
+            return f"{empty[0]} has rank 0"
+        case "rank r" if other := [name for name, rank in ranks.items() if rank != r]:
+            return f"{other[0]} has rank {ranks[other[0]]}, but its buffers have r = {r}"
+        case "large rank" if adapter.named_rank > VLLM_RANKS[-1]:
+            return f"rank {adapter.named_rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank"
+        case "one rank" if len({*ranks.values()}) > 1:
+            return f"needs one rank for all layers; they have {min(ranks.values())} to {max(ranks.values())}"
+        case "one rank per kind":
+            served = Counter(
+                kind for kind, _ in {(layer_kind(name), served_rank(rank)) for name, rank in ranks.items()}
+            )
+            if mixed := sorted(kind for kind, count in served.items() if count > 1):
+                return f"stacks the layers of a kind, but {mixed[0]} has several ranks"
+        case "patterns":
+            for pattern, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+                common = config.get(setting, 8)
+                for key, value in (config.get(pattern) or {}).items():
+                    if value != common:
+                        return f"{pattern} gives {key} {value:g}, but {setting} is {common:g}"
+        case "partners" if gaps := [(name, one) for name in targets for one in partners(name) if one not in targets]:
+            return f"stacks {gaps[0][0]} with {gaps[0][1].rpartition('.')[2]}, which has no adapter"
+        case "tied" if base.tied and (shared := tied_targets(adapter)):
+            return f"takes no adapter on {shared[0]}, whose weight another layer of the base shares"
+        case "other tensors" if names := sorted(name for name in adapter.further if not name.endswith(_A_AND_B)):
+            return f"stops at a tensor other than A and B: {names[0]}"
+        case "pattern of names":  # a regular expression, as unsloth writes for models that read images
+            if isinstance(named := config.get("target_modules"), str) and named not in ("all", "all-linear"):
+                return "takes no pattern as target_modules"
+        case "labels" if base.labels is not None:
+            heads = [t.shape[0] for n, t in adapter.saved.items() if n.endswith(("score.weight", "classifier.weight"))]
+            if more := [labels for labels in heads if labels > base.labels]:
+                needs = f"it needs --max-lora-cls-labels {more[0]}"
+                return f"its head has {more[0]} classes, the base {base.labels}; {needs}"
+    return None
 
 
-def _alpha_by(*, own_rank: bool, rslora: bool = True) -> Callable[[LoraAdapter, Target], float]:
-    """lora_alpha over r or the layer's own rank; over its root if the server supports rsLoRA."""
-
-    def scale(adapter: LoraAdapter, target: Target) -> float:
-        rank = target.rank if own_rank else adapter.config["r"]
-        root = rslora and adapter.config.get("use_rslora")
-        return adapter.config.get("lora_alpha", 8) / (math.sqrt(rank) if root else rank)
-
-    return scale
-
-
-SCALES: Mapping[str, Callable[[LoraAdapter, Target], float]] = {
-    "own": lambda adapter, target: target.scale,
-    "alpha / r": _alpha_by(own_rank=False),
-    "alpha / r, no rsLoRA": _alpha_by(own_rank=False, rslora=False),
-    "alpha / own rank": _alpha_by(own_rank=True),
-    # An alpha of 0 means none.
-    "llama.cpp": lambda adapter, target: _alpha_by(own_rank=True, rslora=False)(adapter, target) or 1.0,
-}
-
-# ------------------------------------------------------------------------------------ checks
+_A_AND_B = (".lora_A.weight", ".lora_B.weight")
 
 TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|image\w*|multi_modal_projector|embed_vision|embed_audio)\.")
 """Parts of a model that reads more than texts: no layers of its language model."""
@@ -169,133 +196,67 @@ LLAMA = re.compile(
 """Layers of Llama and the like, under the names by which TGI looks them up in an adapter."""
 
 
-def _rank_zero(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    empty = [name for name, target in adapter.targets.items() if target.rank == 0]
-    return f"{empty[0]} has rank 0" if empty else None
+def _misreadings(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iterator[tuple[str, Collection[str]]]:
+    """What a server leaves out or scales wrongly, and the layers that get no update."""
+    targets, r = adapter.targets, adapter.config["r"]
+    for check in consumer.checks:
+        match check:
+            case "every layer":
+                lacks = {kind: [name for name in names if name not in targets] for kind, names in base.layers.items()}
+                if missing := [name for names in lacks.values() for name in names]:
+                    dropped = [name for name in targets if lacks.get(layer_kind(name))]
+                    yield f"{missing[0]} has no adapter, so no layer of its kind gets one", dropped
+            case "padded rank" if r != served_rank(r) and len({layer_kind(name) for name in targets}) != 1:
+                to = served_rank(r)
+                yield f"pads rank {r} to {to}, and scales all kinds of layers but the first by alpha over that", ()
+            case "other names" if names := [name for name in targets if not LLAMA.fullmatch(name)]:
+                yield f"puts no adapter on {names[0]}", names
+            case "outside blocks" if names := [name for name in targets if layer_kind(name) == name]:
+                yield f"puts no adapter on {names[0]}", names
+            case "towers" if names := [name for name in targets if TOWER.search(name)]:
+                yield f"puts adapters on the language model alone, so not on {names[0]}", names
+    if consumer.experts and adapter.experts() and not base.is_one_of(consumer.experts):
+        yield f"takes gate and up of experts as interleaved, but for {', '.join(consumer.experts)}", ()
+    if (heads := adapter.heads()) and consumer.ignores(heads):
+        yield f"does not load saved modules: {', '.join(heads)}", ()
+    ignored = [variant for variant in adapter.variants() if variant.split("=")[0] not in consumer.reads]
+    if ignored and "all" not in consumer.reads:
+        yield f"ignores {', '.join(ignored)}", ()
 
 
-def _patterns(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    for pattern, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        for key, value in (adapter.config.get(pattern) or {}).items():
-            common = adapter.config.get(setting, 8)
-            if value != common:
-                return f"{pattern} gives {key} {value:g}, but {setting} is {common:g}"
-    return None
+_RULES = resources.files("tsqlora.adapter").joinpath("servers.toml").read_text(encoding="utf-8")
+CONSUMERS = tuple(Consumer(**rule) for rule in tomllib.loads(_RULES)["rules"])
 
 
-def _other_tensors(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    names = sorted(name for name in adapter.further if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    return f"stops at a tensor other than A and B: {names[0]}" if names else None
+def rules_on(base: BaseFacts) -> list[Consumer]:
+    """The rules that are listed for a base; of a server's the newest comes first."""
+    return [rule for rule in CONSUMERS if not rule.only or base.is_one_of(rule.only)]
 
 
-def _pattern_of_names(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    """A regular expression in place of a list, as unsloth writes for models that read images."""
-    named = adapter.config.get("target_modules")
-    is_pattern = isinstance(named, str) and named not in ("all", "all-linear")
-    return "takes no pattern as target_modules" if is_pattern else None
+def rule_for(server: str) -> tuple[Consumer, list[str]]:
+    """The rule for NAME or NAME==VERSION (the newest by default), and a note if nobody has read that version."""
 
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())  # llama.cpp and llama-cpp are the same
 
-def _large_rank(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    rank, largest = adapter.named_rank, VLLM_RANKS[-1]
-    return f"rank {rank} is above {largest}, the largest --max-lora-rank" if rank > largest else None
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")]
 
+    name, _, version = server.partition("==")
+    rules = [consumer for consumer in CONSUMERS if plain(consumer.server) == plain(name)]
+    if not rules:
+        raise SettingsError(f"--server {server}: {nearest(name.lower(), {c.server.lower() for c in CONSUMERS})}")
+    rule = rules[0]
+    if version not in ("", "main") and len(rules) > 1:
+        if not (digits := re.match(r"v?(\d+(\.\d+)*)", version)):
+            raise SettingsError(f"--server {server}: '{version}' is not a version; use one such as {rules[-1].until}")
+        parts = numbers(digits[1])
+        rule = next(r for r in reversed(rules) if not r.until or parts[: len(numbers(r.until))] <= numbers(r.until))
+    if not version or version in rule.version.split(", "):
+        return rule, []
+    read = f"the verdict follows {rule.version}, read on {rule.date}"
+    return rule, [f"the source of {rule.server} {version} was not read; {read}"]
 
-def _more_labels(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    for name, head in adapter.saved.items():
-        labels = head.shape[0] if name.endswith(("score.weight", "classifier.weight")) else 0
-        if base.labels is not None and labels > base.labels:
-            return f"its head has {labels} classes, the base {base.labels}; it needs --max-lora-cls-labels {labels}"
-    return None
-
-
-def _rank_r(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    rank = adapter.config["r"]
-    others = [(name, target.rank) for name, target in adapter.targets.items() if target.rank != rank]
-    return f"{others[0][0]} has rank {others[0][1]}, but its buffers have r = {rank}" if others else None
-
-
-def _partners(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    for name in adapter.targets:
-        if absent := [partner for partner in partners(name) if partner not in adapter.targets]:
-            return f"stacks {name} with {absent[0].rpartition('.')[2]}, which has no adapter"
-    return None
-
-
-def _one_rank(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    ranks = {target.rank for target in adapter.targets.values()}
-    return f"needs one rank for all layers; they have {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else None
-
-
-def _one_rank_per_kind(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    ranks = {(layer_kind(name), served_rank(target.rank)) for name, target in adapter.targets.items()}
-    mixed = sorted(kind for kind, count in Counter(kind for kind, _ in ranks).items() if count > 1)
-    return f"stacks the layers of a kind, but {mixed[0]} has several ranks" if mixed else None
-
-
-def _tied(adapter: LoraAdapter, base: BaseFacts) -> str | None:
-    names = tied_targets(adapter) if base.tied else []
-    return f"takes no adapter on {names[0]}, whose weight another layer of the base shares" if names else None
-
-
-REFUSED: Mapping[str, Callable[[LoraAdapter, BaseFacts], str | None]] = {
-    "added tokens": lambda _, base: f"takes no added tokens: {', '.join(base.added[:3])}" if base.added else None,
-    "vocabulary": lambda _, base: f"{base.resized}; serve the enlarged base" if base.resized else None,
-    "rank 0": _rank_zero,
-    "rank r": _rank_r,
-    "large rank": _large_rank,
-    "one rank": _one_rank,
-    "one rank per kind": _one_rank_per_kind,
-    "patterns": _patterns,
-    "partners": _partners,
-    "tied": _tied,
-    "other tensors": _other_tensors,
-    "pattern of names": _pattern_of_names,
-    "labels": _more_labels,
-}
-"""Checks for what a server refuses: the reason, or None."""
-
-
-def _left_out(adapter: LoraAdapter, reason: str, is_read: Callable[[str], Any]) -> tuple[str, ...] | None:
-    names = [name for name in adapter.targets if not is_read(name)]
-    return (f"{reason} {names[0]}", *names) if names else None
-
-
-def _every_layer(adapter: LoraAdapter, base: BaseFacts) -> tuple[str, ...] | None:
-    lacks = {kind: [name for name in names if name not in adapter.targets] for kind, names in base.layers.items()}
-    if not (missing := [name for names in lacks.values() for name in names]):
-        return None
-    dropped = [name for name in adapter.targets if lacks.get(layer_kind(name))]
-    return (f"{missing[0]} has no adapter, so no layer of its kind gets one", *dropped)
-
-
-def _padded_rank(adapter: LoraAdapter, base: BaseFacts) -> tuple[str, ...] | None:
-    rank, kinds = adapter.config["r"], {layer_kind(name) for name in adapter.targets}
-    if rank == served_rank(rank) or len(kinds) == 1:
-        return None
-    return (
-        f"pads rank {rank} to {served_rank(rank)}, and scales all kinds of layers but the first by alpha over that",
-    )
-
-
-MISREAD: Mapping[str, Callable[[LoraAdapter, BaseFacts], tuple[str, ...] | None]] = {
-    "every layer": _every_layer,
-    "padded rank": _padded_rank,
-    "other names": lambda adapter, _: _left_out(adapter, "puts no adapter on", LLAMA.fullmatch),
-    "outside blocks": lambda adapter, _: _left_out(adapter, "puts no adapter on", lambda n: layer_kind(n) != n),
-    "towers": lambda adapter, _: _left_out(
-        adapter, "puts adapters on the language model alone, so not on", lambda name: not TOWER.search(name)
-    ),
-}
-"""Checks for what a server leaves out or scales wrongly: the reason, and the layers that get no update; or None."""
-
-
-def _read_rules() -> tuple[Consumer, ...]:
-    text = resources.files("tsqlora.adapter").joinpath("servers.toml").read_text(encoding="utf-8")
-    rules: list[dict[str, Any]] = tomllib.loads(text)["rules"]
-    return tuple(Consumer(**rule) for rule in rules)
-
-
-CONSUMERS = _read_rules()
 
 # ---------------------------------------------------------------------------------- commands
 
@@ -323,14 +284,3 @@ def serve_line(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts, folder
     words |= {"merged": str(folder), "template": str(template), "rank": str(rank)}
     whole = f"{command} {consumer.template}" if template.is_file() else command
     return whole.strip().format(**{name: quote(word) for name, word in words.items()})
-
-
-def serve_lines(adapter: LoraAdapter, base: BaseFacts, folder: Path, format: str) -> dict[str, str]:
-    """The command of each server that serves an export in this format right, by its newest rule."""
-    kind = format if format in ("gguf", "merged") else "adapter"
-    lines = dict[str, str]()
-    for consumer in (one for one in CONSUMERS if not one.until):
-        line = serve_line(consumer, adapter, base, folder, kind=kind)
-        if line and (kind != "adapter" or judge(consumer, adapter, base).verdict == "right"):
-            lines[consumer.server] = line
-    return lines

@@ -1,6 +1,7 @@
 """Read and write safetensors as numpy arrays without torch, including bfloat16 and float8, which numpy lacks."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,16 +67,9 @@ class Stored:
         return store(self.numbers(), dtype) if self.is_float and dtype != self.dtype else self
 
 
-def _e4m3() -> Array:
-    """The 256 values of float8 e4m3fn: no infinity; NaN if all bits but the sign are set."""
-    bits = np.arange(128)
-    exponent, fraction = bits >> 3, (bits & 7) / 8
-    numbers = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7)).astype(np.float32)
-    numbers[127] = np.nan
-    return np.concatenate([numbers, -numbers])
-
-
-_E4M3 = _e4m3()
+_POSITIVE = [math.ldexp((bits & 7) / 8 + (bits > 7), max(bits >> 3, 1) - 7) for bits in range(127)] + [math.nan]
+_E4M3 = np.array([*_POSITIVE, *(-number for number in _POSITIVE)], np.float32)
+"""The 256 values of float8 e4m3fn: no infinity; NaN if all bits but the sign are set."""
 
 
 def rounded(numbers: Array, dtype: str) -> Array:
@@ -100,11 +94,11 @@ def store(numbers: Array, dtype: str) -> Stored:
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
-    """Read a file's tensors.  Raises SafetensorError for a broken file, KeyError for an unknown dtype."""
+    """Read a file's tensors by name.  Raises SafetensorError for a broken file, KeyError for an unknown dtype."""
     with safe_open(path, framework="np"):
         pass  # compares the header with the file's size before all of it is read
     tensors = {}
-    for name, view in deserialize(path.read_bytes()):
+    for name, view in sorted(deserialize(path.read_bytes())):  # which has another order every time
         bits = np.frombuffer(view["data"], _NUMPY[view["dtype"]])
         tensors[name] = Stored(bits.reshape(view["shape"]), view["dtype"])
     return tensors

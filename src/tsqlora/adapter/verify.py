@@ -44,9 +44,9 @@ class Difference:
         layer: the layer with that difference.
     """
 
-    update: float
-    relative: float
-    used: float
+    update: float = 0.0
+    relative: float = 0.0
+    used: float = 0.0
     layer: str = ""
 
     def report(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Dif
     The bound is that of rounding the factors once to `dtype`, one of PRECISIONS: 2.1 ε·|s|·|B||A|. Raises
     TsqLoraError beyond it.
     """
-    worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
+    worst, precision = Difference(), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
         worst = worst.with_layer(name, _updates(source.targets.get(name), export.targets.get(name), precision))
     if other := source.saved.keys() ^ export.saved.keys():
@@ -91,8 +91,10 @@ def _updates(source: Target | None, export: Target | None, precision: Precision)
     for rows in _blocks((one.outputs, one.inputs)):
         parts = [None if target is None else replace(target, b=target.b[rows]) for target in (source, export)]
         delta, other = (np.zeros((1, 1)) if part is None else part.delta() for part in parts)
-        part = replace(one, b=one.b[rows])
-        yield np.abs(delta - other), 2.1 * precision.eps * _products(part) + precision.least * _sums(part), delta
+        a, b = (np.abs(matrix) for matrix in replace(one, b=one.b[rows]).matrices())
+        # Of a change of every value of A and B by one.
+        sums = b.sum(1, keepdims=True) + a.sum(0, keepdims=True)
+        yield np.abs(delta - other), abs(one.scale) * (2.1 * precision.eps * (b @ a) + precision.least * sums), delta
 
 
 def _copies(head: Array, other: Array, precision: Precision) -> Parts:
@@ -114,18 +116,6 @@ def _require_rounding(worst: Difference, dtype: str) -> None:
             f"the export's {worst.layer} differs by {worst.update:.3g}, {worst.used:.3g} times what {dtype} explains; "
             "nothing was written"
         )
-
-
-def _products(target: Target) -> Array:
-    """|s|·|B||A|: the sum of absolute terms of ΔW."""
-    a, b = target.matrices()
-    return abs(target.scale) * (np.abs(b) @ np.abs(a))
-
-
-def _sums(target: Target) -> Array:
-    """|s|·(Σ|A| + Σ|B|) over the ranks: the change of ΔW if every value of A and B changes by one."""
-    a, b = target.matrices()
-    return abs(target.scale) * (np.abs(b).sum(1, keepdims=True) + np.abs(a).sum(0, keepdims=True))
 
 
 def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
@@ -172,7 +162,10 @@ def probe_rows(model: Any) -> dict[str, Tensor]:
     config = model.config
     text = config.get_text_config()
     # Among them tokens that stand for images.
-    special = {token for part in (config, text) for token in _special(part)}
+    named = [item for part in (config, text) for item in part.to_dict().items()]
+    special = {
+        token for name, value in named if name.endswith(("token_id", "token_index")) for token in _as_list(value)
+    }
     vocabulary = min(text.vocab_size, getattr(getattr(config, "encoder", text), "vocab_size", text.vocab_size))
     ordinary = torch.tensor([token for token in range(vocabulary) if token not in special])
     ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))]
@@ -192,12 +185,6 @@ def text_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
         return [probe_rows(model)]
     rows = [torch.tensor([tokenizer(text)["input_ids"][:_TEXT_TOKENS]]) for text in TEXTS]
     return [_batch(row, model.config) for row in rows]
-
-
-def _special(config: Any) -> Iterator[int]:
-    for name, value in config.to_dict().items():
-        if name.endswith(("token_id", "token_index")):
-            yield from _as_list(value)
 
 
 def _as_list(token: Any) -> list[int]:
@@ -224,7 +211,7 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
     The bound is two ε of the model's dtype for both terms, plus ΔW's own sums in float32. Raises TsqLoraError beyond
     it.
     """
-    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
+    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference()
     for name, parameter in merged.named_parameters():
         module, _, leaf = name.rpartition(".")
         target, saved = adapter.targets.get(module) if leaf == "weight" else None, adapter.saved.get(name)
@@ -243,8 +230,9 @@ def _weights(before: Tensor | Array, merged: Tensor, target: Target | None, turn
         delta, bound = np.zeros_like(own), 2 * (precision.eps * np.abs(own) + precision.least)
         if target is not None:
             part = replace(target, a=target.a[:, rows]) if turned else replace(target, b=target.b[rows])
-            delta, products = ((x.T if turned else x).reshape(own.shape) for x in (part.delta(), _products(part)))
-            bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
+            a, b = (np.abs(matrix) for matrix in part.matrices())
+            delta, products = ((x.T if turned else x).reshape(own.shape) for x in (part.delta(), b @ a))
+            bound += max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * abs(target.scale) * products
         yield np.abs(after - own - delta), bound, delta
 
 
