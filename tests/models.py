@@ -353,10 +353,7 @@ def images(n: int, num_labels: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def collate(
-    samples: Sequence[dict[str, Any]],
-    pad_to: int | None = None,
-    *,
-    label_dtype: torch.dtype | None = None,
+    samples: Sequence[dict[str, Any]], pad_to: int | None = None, *, label_dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """A batch padded on the right to `pad_to`, by default to the longest row.
 
@@ -376,11 +373,7 @@ def collate(
         rows = [sample[key] + [fill] * (width - len(sample[key])) for sample in samples]
         return torch.tensor(rows, dtype=torch.int64)
 
-    return {
-        "input_ids": padded("input_ids", PAD),
-        "attention_mask": padded("attention_mask", 0),
-        "labels": labels,
-    }
+    return {"input_ids": padded("input_ids", PAD), "attention_mask": padded("attention_mask", 0), "labels": labels}
 
 
 def _built(kind: Callable[[Config], Model], config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> Model:

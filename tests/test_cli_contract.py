@@ -115,8 +115,7 @@ def test_wrong_usage_and_settings_exit_2(
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["evaluate", "report", "score --out s.parquet", "predict --data d.jsonl --out p.jsonl"],
+    "command", ["evaluate", "report", "score --out s.parquet", "predict --data d.jsonl --out p.jsonl"]
 )
 def test_bad_data_exits_3(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
     monkeypatch.chdir(tmp_path)

@@ -22,13 +22,7 @@ from oracles import (
     slow_sensitivity,
     slow_successive_sampling,
 )
-from scoring import (
-    cross_entropy,
-    effective_weight,
-    lora_layers,
-    squared_error,
-    trainable,
-)
+from scoring import cross_entropy, effective_weight, lora_layers, squared_error, trainable
 
 Build = Callable[..., PreTrainedModel]
 BUILDS = pytest.mark.parametrize("build", [tiny_bert, tiny_llama_classifier])

@@ -265,11 +265,7 @@ def test_a_run_is_continued_by_its_directory(
 
 
 @pytest.mark.parametrize(
-    ("command", "advice"),
-    [
-        ("train", "the same command with --resume"),
-        ("audit", "the same command starts again"),
-    ],
+    ("command", "advice"), [("train", "the same command with --resume"), ("audit", "the same command starts again")]
 )
 def test_an_interrupted_command_says_what_is_true_of_it(
     command: str, advice: str, tsqlora: Run, monkeypatch: pytest.MonkeyPatch

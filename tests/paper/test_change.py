@@ -135,13 +135,7 @@ def test_a_change_that_only_grows_leaves_the_model_as_it_was() -> None:
     rows = samples(4, 3)
     layers, logits, before = find_slots(model), logits_of(model, rows), updates(model)
     moved = change_ranks(
-        layers,
-        dict.fromkeys(layers, 6),
-        importance=Importance(layers),
-        sketches={},
-        optimizer=None,
-        min_age=0,
-        seed=0,
+        layers, dict.fromkeys(layers, 6), importance=Importance(layers), sketches={}, optimizer=None, min_age=0, seed=0
     )
     assert moved == 0
     assert all(torch.equal(update, before[name]) for name, update in updates(model).items())

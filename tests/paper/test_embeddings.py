@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of, slow_layers
-from slotted import (
-    TARGETS,
-    TYPES,
-    WORDS,
-    assert_hidden_are_zero,
-    embedded,
-    resize,
-    take_steps,
-    trained,
-    updates,
-)
+from slotted import TARGETS, TYPES, WORDS, assert_hidden_are_zero, embedded, resize, take_steps, trained, updates
 from stock import base_bert, make_trainer, moods
 from tsqlora import paper
 from tsqlora.paper import probe

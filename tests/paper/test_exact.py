@@ -62,13 +62,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"x": torch.stack([row["x"] for row in rows]), "labels": labels}
 
 
-def score(
-    model: nn.Module,
-    *,
-    task: Task | None = None,
-    batch_size: int = 5,
-    tokens: int = TOKENS,
-) -> paper.Scores:
+def score(model: nn.Module, *, task: Task | None = None, batch_size: int = 5, tokens: int = TOKENS) -> paper.Scores:
     task = Regression() if task is None else task
     how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size}
     return score_by(model, rows_for(model, tokens), collate, **how)

@@ -91,8 +91,7 @@ def test_ranks_that_were_set_once_go_on_where_training_was_cut_off(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"query": 16}}],
+    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"query": 16}}]
 )
 def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(
     options: dict[str, Any], tmp_path: Path

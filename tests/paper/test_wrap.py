@@ -279,10 +279,7 @@ def with_layers_only() -> nn.Module:
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
         (wrapped, "the model has rank slots already; wrap it once"),
         (lambda: with_lora(use_dora=True), r"LoraConfig\(use_dora=…\) is not supported"),
-        (
-            lambda: with_lora(rank_pattern={"query": 4}),
-            r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key",
-        ),
+        (lambda: with_lora(rank_pattern={"query": 4}), r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key"),
         (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
         (
             lambda: get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=9)),

@@ -5,10 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BartForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import BartForSequenceClassification, TrainerCallback
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart

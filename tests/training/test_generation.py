@@ -126,13 +126,7 @@ def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_t
 
 def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> None:
     instructions = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
-    config = config_of(
-        tmp_path,
-        "seq2seq",
-        instructions,
-        task={"max_new_tokens": 4},
-        **PLAIN,
-    )
+    config = config_of(tmp_path, "seq2seq", instructions, task={"max_new_tokens": 4}, **PLAIN)
     pipeline.train(load_config(config, ["data.max_length=64"]), tmp_path / "run")
     without = write_jsonl(
         tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in instructions]
@@ -168,13 +162,7 @@ def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
 
 def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
     long = {"document": "pink " * 30, "summary": "pink"}
-    config = config_of(
-        tmp_path,
-        "causal-lm",
-        rows(20),
-        task={"max_new_tokens": 4},
-        **PLAIN,
-    )
+    config = config_of(tmp_path, "causal-lm", rows(20), task={"max_new_tokens": 4}, **PLAIN)
     also = ["data.max_length=128", f"data.test={write_jsonl(tmp_path / 'test.jsonl', [*rows(3), long])}"]
     with pytest.warns(UserWarning, match=r"^1 of 4 prompts of .*test\.jsonl were cut to 124 tokens$"):
         record = pipeline.train(load_config(config, also), tmp_path / "run")

@@ -163,11 +163,7 @@ AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
     [
         (POOL[:60], {}, "the pool has 0 rows to hold out, and the question needs 10"),
         (POOL, {"max_steps": 1}, "a run of 1 steps has none behind the question"),
-        (
-            POOL,
-            {"max_steps": 10, **AHEAD},
-            "a run of 10 steps has none behind the question",
-        ),
+        (POOL, {"max_steps": 10, **AHEAD}, "a run of 10 steps has none behind the question"),
     ],
     ids=["a small pool", "one step", "read ahead"],
 )
