@@ -10,6 +10,7 @@ from transformers import BartForSequenceClassification, TrainerCallback
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
+from stock import Poison
 from tsqlora import record
 from tsqlora.errors import SettingsError
 from tsqlora.settings import Config, load_config
@@ -262,23 +263,8 @@ def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path,
     assert len(history) == len(losses) + QUICK["epochs"], "no entry besides"
 
 
-class NotFiniteAt(TrainerCallback):
-    """A gradient in some steps."""
-
-    def __init__(self, *steps: int) -> None:
-        self.steps = steps
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        broken = state.global_step + 1 in self.steps
-        parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
-        self.hook = parameter.register_hook(lambda grad: grad * torch.nan if broken else grad)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.remove()
-
-
 def test_the_record_names_steps_that_were_not_finite(place: Path, tmp_path: Path) -> None:
-    record = Counted(settings(place), tmp_path, also=NotFiniteAt(3, 14)).record
+    record = Counted(settings(place), tmp_path, also=Poison(3, 14)).record
     assert record.skipped == {"count": 2, "steps": [{"step": 3}, {"step": 14}]}
     note = "2 steps were skipped whose loss or gradient was not finite: step 3, 14"
     assert note in record.notes

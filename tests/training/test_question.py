@@ -15,29 +15,11 @@ import tsqlora as tsq
 from models import tiny_bert
 from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
-from stock import VOCAB, base_bert, make_trainer, slotted_bert
+from stock import VOCAB, At, Falling, base_bert, make_trainer, slotted_bert, stops_at
 from tsqlora.auditing.draw.epochs import trusted_steps
 from tsqlora.auditing.labels import question
 
 EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == self.step
-
-
-class Falling:
-    """A metric that is best at the first evaluation."""
-
-    value = 1.0
-
-    def __call__(self, _predictions: Any) -> dict[str, float]:
-        self.value -= 0.01
-        return {"falling": self.value}
 
 
 def make(
@@ -301,7 +283,9 @@ BEST: dict[str, Any] = {
 @pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
 def test_validation_rows_choose_no_model_of_the_pool_that_contradicts(trusted: Any, tmp_path: Path) -> None:
     """Those of the pool would choose a model from before the trusted rows."""
-    trainer, quality = make(tmp_path, last := Last(), trusted=trusted, compute_metrics=Falling(), **BEST)
+    last: dict[str, torch.Tensor] = {}
+    before_best = At("step_end", lambda _state, _control, further: last.update(weights(further["model"])))
+    trainer, quality = make(tmp_path, before_best, trusted=trusted, compute_metrics=Falling(), **BEST)
     trainer.train()
     contradicted = trusted is CONTRARY
     assert answer_of(quality)["contradicted"] == contradicted
@@ -309,22 +293,18 @@ def test_validation_rows_choose_no_model_of_the_pool_that_contradicts(trusted: A
     if contradicted:
         assert json.loads((tmp_path / "run.json").read_text())["metrics"]["validation"]["falling"] < 0.95
         assert trainer.state.best_model_checkpoint is None
-        assert_same(last.weights, dict(trainer.model.named_parameters()), "the last model")
+        assert_same(last, dict(trainer.model.named_parameters()), "the last model")
     else:
         assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-4"
     for step in (32, 40) if contradicted else ():
         again, _ = make(tmp_path, trusted=trusted, compute_metrics=Falling(), **BEST)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.best_model_checkpoint is None
-        assert_same(last.weights, dict(again.model.named_parameters()), f"resumed at {step}")
+        assert_same(last, dict(again.model.named_parameters()), f"resumed at {step}")
 
 
-class Last(TrainerCallback):
-    """The weights behind the last step, before a best model is loaded."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            self.weights = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 @SAYS
@@ -378,17 +358,10 @@ def test_early_stopping_before_the_question_asks_it(
         assert_same(dict(trainer.model.named_parameters()), dict(again.model.named_parameters()), f"resumed at {at}")
 
 
-class StopAt(TrainerCallback):
-    """A user's own stop, at a step that is evaluated."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == 16
-
-
 @pytest.mark.filterwarnings("ignore:training ended at step 16:UserWarning")
 def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
     options = {**BEST, "first": (EarlyStoppingCallback(99),)}
-    trainer, quality = make(tmp_path, StopAt(), compute_metrics=Falling(), **options)
+    trainer, quality = make(tmp_path, stops_at(16), compute_metrics=Falling(), **options)
     trainer.train()
     assert trainer.state.global_step == 16
     assert "unasked" in answer_of(quality)
@@ -396,10 +369,10 @@ def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
 
 @SAYS
 def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, Stop(28))
+    trainer, quality = make(tmp_path, stops_at(28))
     with pytest.warns(UserWarning, match="training ended at step 28, and trusted rows come from step 29 on"):
         trainer.train()
-    trainer, quality = make(tmp_path, Stop(29))
+    trainer, quality = make(tmp_path, stops_at(29))
     trainer.train()
     assert not [note for note in quality.notes if note.startswith("training ended")]
 
@@ -417,23 +390,15 @@ def test_a_resumed_run_that_skips_no_rows_ends_with_the_trusted_ones(at: int, tm
         assert all((row >= ROWS) == (step >= first) for step, rows in handed.steps.items() for row in rows)
 
 
-class Head(TrainerCallback):
-    """The head as the first step finds it."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            named = kwargs["model"].named_parameters()
-            self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
-
-
 def test_the_control_has_a_head_and_all_trusted_rows_in_each_epoch(tmp_path: Path) -> None:
-    heads, handed = (Head(), Head()), Handed()
-    make(tmp_path / "selects", heads[0], trusted=None, max_steps=4)[0].train()
-    control, quality = make(tmp_path / "control", heads[1], handed, rule={"select": False})
+    begun, handed = list[dict[str, torch.Tensor]](), Handed()
+    note = At("step_begin", lambda state, _, more: state.global_step or begun.append(weights(more["model"])))
+    make(tmp_path / "selects", note, trusted=None, max_steps=4)[0].train()
+    control, quality = make(tmp_path / "control", note, handed, rule={"select": False})
     untouched = {name: p.clone() for name, p in control.model.named_parameters() if "classifier" in name}
     control.train()
-    assert_same(heads[0].weights, heads[1].weights, "at step 0")
-    assert any(not torch.equal(heads[1].weights.get(name, p), p) for name, p in untouched.items())
+    assert_same(begun[0], begun[1], "at step 0")
+    assert any(not torch.equal(begun[1].get(name, p), p) for name, p in untouched.items())
     for epoch in range(4):
         rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
         assert len(rows) == 80
