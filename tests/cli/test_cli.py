@@ -65,15 +65,6 @@ def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
     return code, message
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_directory_of_something_else_is_left_alone(resume: bool, place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", tmp_path, *(["--resume"] if resume else []))
-    assert code == 2
-    assert "thesis.tex" in text
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 # ------------------------------------------------------------------------------------ train
 
 
@@ -113,16 +104,6 @@ def test_the_id_of_a_score_is_the_rows_place_in_the_file_though_a_tenth_is_held_
     assert len(scores) < len(rows)
     columns = Columns(**scores.record.columns or {})
     assert [row_hash(rows[place], columns) for place in scores.ids] == list(scores.hashes)
-
-
-def test_what_each_phase_cost_is_what_was_planned(trained: Path) -> None:
-    record = record_of(trained)
-    spent = {phase: (cost["forward"], cost["backward"]) for phase, cost in record["cost"].items()}
-    planned = {phase: (passes["forward"], passes["backward"]) for phase, passes in record["plan"]["passes"].items()}
-    looks = record["quality"]["looks"]
-    planned["look"] = tuple(len(looks) * passes for passes in planned["look"])  # the first look is what is planned
-    assert {phase: spent[phase] for phase in planned} == planned
-    assert all(cost["seconds"] > 0 and cost["tokens"] > 0 for cost in record["cost"].values())
 
 
 def test_ranks_stay_within_the_budget_and_are_those_of_the_adapter(trained: Path) -> None:
@@ -345,22 +326,6 @@ def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
     assert "run.json is missing or damaged" in text
 
 
-def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from tsqlora.run_dir import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == b"held\n"
-            code, text = refused(tsqlora, "train", place / "c.yaml", "--out", tmp_path / "run", "--resume")
-        finally:
-            holder.kill()
-    assert code == 2
-    assert "another process" in text
-
-
 # -------------------------------------------------------------------------- score and select
 
 
@@ -453,10 +418,6 @@ def test_evaluate_says_what_sklearn_says_of_the_predictions(trained: Path, tmp_p
     assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
     assert {"accuracy", "macro_f1", "matthews", "loss"} <= metrics.keys()
-
-
-def test_evaluate_without_data_repeats_the_runs_own_metrics(trained: Path, tsqlora: Run) -> None:
-    assert json.loads(tsqlora("evaluate", trained, "--json")[1]) == record_of(trained)["metrics"]["validation"]
 
 
 # ------------------------------------------------------------------------- other kinds of runs

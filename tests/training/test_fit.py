@@ -102,18 +102,6 @@ def test_progress_runs_from_the_first_step_to_the_last(counted: Counted) -> None
     assert counted.told == [("training", step, 24) for step in range(1, 25)]
 
 
-def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) -> None:
-    config = settings(place)
-    Counted(config, tmp_path)
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-20"
-    resumed = Counted(config, tmp_path, resume_from=checkpoint)
-    assert resumed.rows == 27, "one epoch is left"
-    planned = resumed.record.plan["passes"]
-    assert resumed.cost("forward") == [planned[phase]["forward"] for phase in resumed.record.cost]
-    assert all(tokens > 0 for tokens in resumed.cost("tokens"))
-    assert resumed.told[-1] == ("training", 24, 24)
-
-
 @pytest.mark.parametrize("every", [2, 5])
 def test_costs_are_whole_also_where_a_save_comes_within_an_epoch_or_at_its_last_step(
     every: int, place: Path, tmp_path: Path

@@ -203,13 +203,6 @@ def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None
     assert model.training
 
 
-def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
-    rows = [{"document": text, "summary": "pink"} for text in ("blue", "blue " * 60)]
-    write_jsonl(tmp_path / "long.jsonl", rows)
-    with pytest.warns(UserWarning, match=r"^1 of 2 prompts of .*long\.jsonl were cut to 32 tokens$"):
-        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
-
-
 def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
     code = (run / "adapter" / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
     code = code.replace('"model"', repr(str(run.parent / "model"))).replace("THIS-DIRECTORY", str(run / "adapter"))
@@ -368,15 +361,6 @@ def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(t
     assert not linear_bits(merged.get_submodule(LAYER))
 
 
-def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:
-    long = {"document": "pink", "summary": "pink " * 20}
-    config = config_of(tmp_path, "causal-lm", [*rows(20), long])
-    job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
-    assert len(job.train.samples) == len(job.train) == 20
-    assert job.train.notes[0].startswith("1 of 21 rows are left out: the answer ")
-    assert job.train.notes[0].endswith("train.jsonl:21")
-
-
 def test_many_rows_left_out_are_a_warning_before_training(tmp_path: Path) -> None:
     long = [{"document": "pink", "summary": "pink " * 20}] * 4
     config = config_of(tmp_path, "causal-lm", [*rows(20), *long])
@@ -387,3 +371,5 @@ def test_many_rows_left_out_are_a_warning_before_training(tmp_path: Path) -> Non
         plan = pipeline.dry_run(load_config(config, ["data.max_length=32", f"data.validation={validation}"]))
     (text,) = (str(one.message) for one in warned if "left out" in str(one.message))
     assert text in plan["notes"]
+    assert "train.jsonl:21" in text
+    assert plan["rows"]["train"] == 20
