@@ -6,6 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models import SIZES
+
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{j}" for j in range(40))]
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} "
@@ -23,17 +25,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes = SIZES | {"vocab_size": len(WORDS), "num_hidden_layers": 1, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes | special))

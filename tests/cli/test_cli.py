@@ -376,34 +376,6 @@ def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
     assert "wrong labels" in shown
 
 
-def test_select_writes_the_drawn_rows(scored: Path, tmp_path: Path, tsqlora: Run) -> None:
-    arguments = ("select", scored, "--fraction", "0.25", "--seed", "3")
-    out = tmp_path / "subset.csv"
-    code, printed, _ = tsqlora(*arguments, "--data", scored.parent / "train.jsonl", "--out", out, "--json")
-    assert code == 0
-    rows = cells_of(out)
-    assert json.loads(printed)["rows"] == len(rows) == 18
-    assert {row["text"] for row in rows} <= {row["text"] for row in make_rows(80)}
-
-
-def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
-    scored: Path, trained: Path, place: Path, tmp_path: Path, tsqlora: Run
-) -> None:
-    rows = shutil.copy(scored.parent / "train.jsonl", tmp_path / "rows.jsonl")
-    link = tmp_path / "link.jsonl"
-    link.symlink_to(rows)
-    before = Path(rows).read_bytes()
-    lines = [
-        ("select", scored, "--fraction", "0.5", "--data", rows, "--out", link),
-        ("score", place / "c.yaml", "--set", f"data.train={rows}", "--out", link),
-        ("score", trained, "--set", f"data.train={rows}", "--out", rows),
-    ]
-    for arguments in lines:
-        code, text = refused(tsqlora, *arguments)
-        assert (code, "--out" in text) == (2, True)
-    assert Path(rows).read_bytes() == before
-
-
 # ----------------------------------------------------------------------- evaluate and predict
 
 

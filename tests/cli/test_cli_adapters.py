@@ -86,15 +86,6 @@ def test_what_a_run_is_not_made_into_is_named(run: Path, tmp_path: Path, tsqlora
         assert named in err
 
 
-@pytest.mark.parametrize("format", ["peft", "universal", "gguf", "merged"])
-def test_any_adapter_is_exported_in_every_format(format: str, plain: Path, tmp_path: Path, tsqlora: Run) -> None:
-    arguments = ("export", plain / "adapter", "--format", format, "--base", plain / "base", "--out", tmp_path / "a")
-    code, out, _ = tsqlora(*arguments, "--json")
-    report = json.loads(out)
-    assert (code, report["format"], report["notes"]) == (0, format, [])
-    assert report["logits_difference"] < 1e-4 * report["largest_logit"]
-
-
 def test_a_run_is_cut_to_a_share_of_its_parameters(run: Path, tmp_path: Path, tsqlora: Run) -> None:
     before = read_adapter(run / "adapter")
     half = before.parameters / 2

@@ -303,6 +303,11 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
     assert "sample size 41" in shown(show_scores, {**scored, **softmax})
 
 
+AUDIT = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [], "duplicates": 0}
+AUDIT |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out", "columns": {}}
+AUDIT |= {"evident": False}
+
+
 @pytest.mark.parametrize(("evident", "chance"), [(True, 0.87), (False, None)])
 def test_suspects_have_a_probability_where_wrong_labels_are_evident(evident: bool, chance: float | None) -> None:
     row = {
@@ -313,22 +318,17 @@ def test_suspects_have_a_probability_where_wrong_labels_are_evident(evident: boo
         "text": "some text",
         "token": None,
     }
-    audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [row], "duplicates": 0}
-    audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "o", "columns": {}}
-    text = shown(show_audit, {**audit, "evident": evident})
+    text = shown(show_audit, AUDIT | {"first": [row], "evident": evident})
     assert "some text" in text
     assert ("87%" in text) == ("wrong" in text) == evident
 
 
 def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     record = {"cost": {}, "ranks": {}, "metrics": {}, "notes": [], "run": "my run"}
-    audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "", "first": [], "duplicates": 0}
-    audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out"}
-    audit |= {"evident": False}
     scored = {"scores": "my s.parquet", "rows": 9, "held_out": 1, "draw": "even", "dropped": {}, "noise": None}
     for show, result, commands in (
         (show_record, record, ["tsqlora report 'my run'"]),
-        (show_audit, audit, ["tsqlora apply reviewed.csv --out 'my out'"]),
+        (show_audit, AUDIT, ["tsqlora apply reviewed.csv --out 'my out'"]),
         (show_scores, scored, ["tsqlora explain 'my s.parquet'", "tsqlora select 'my s.parquet' --fraction"]),
     ):
         text = shown(show, result)

@@ -1,6 +1,5 @@
 """The last linear layer and what it is given, in heads of transformers' families."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,29 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     DynamicCache,
     Gemma3Config,
     Gemma3ForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
 )
 
 import tsqlora as tsq
@@ -59,60 +44,44 @@ ROWS = [
     {"input_ids": [*range(5, 9 + 3 * j), 1], "attention_mask": [1] * (5 + 3 * j), "labels": j % 3} for j in range(4)
 ]
 
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, str | None]] = {
-    "bert": (lambda: BertForSequenceClassification(BertConfig(**TEXT)), "classifier", "tanh"),
-    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)), "classifier.out_proj", "tanh"),
-    "mpnet": (lambda: MPNetForSequenceClassification(MPNetConfig(**TEXT)), "classifier.out_proj", "tanh"),
-    "deberta": (lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT)), "classifier", "gelu"),
+FAMILIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "bert": (TEXT, "classifier", "tanh"),
+    "roberta": (TEXT, "classifier.out_proj", "tanh"),
+    "mpnet": (TEXT, "classifier.out_proj", "tanh"),
+    "deberta-v2": (TEXT, "classifier", "gelu"),
     "distilbert": (
-        lambda: DistilBertForSequenceClassification(
-            DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=60, num_labels=3)
-        ),
+        {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "vocab_size": 60, "num_labels": 3},
         "classifier",
         "relu",
     ),
     "gpt2": (
-        lambda: GPT2ForSequenceClassification(
-            GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60, pad_token_id=0, num_labels=3)
-        ),
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 60, "pad_token_id": 0, "num_labels": 3},
         "score",
         None,
     ),
-    "llama": (lambda: LlamaForSequenceClassification(LlamaConfig(**TEXT)), "score", None),
+    "llama": (TEXT, "score", None),
     "t5": (
-        lambda: T5ForSequenceClassification(
-            T5Config(
-                decoder_start_token_id=0,
-                d_model=16,
-                d_kv=8,
-                d_ff=16,
-                num_layers=1,
-                num_heads=2,
-                vocab_size=60,
-                num_labels=3,
-            )
-        ),
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 60, "num_labels": 3}
+        | {"decoder_start_token_id": 0},
         "classification_head.out_proj",
         "tanh",
     ),
-    "vit": (lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4)), "classifier", None),
+    "vit": (SMALL | {"image_size": 8, "patch_size": 4}, "classifier", None),
     "wav2vec2": (
-        lambda: Wav2Vec2ForSequenceClassification(
-            Wav2Vec2Config(
-                **SMALL,
-                conv_dim=(8,),
-                conv_kernel=(4,),
-                conv_stride=(4,),
-                num_feat_extract_layers=1,
-                classifier_proj_size=16,
-                num_conv_pos_embeddings=4,
-                num_conv_pos_embedding_groups=2,
-            )
-        ),
+        SMALL
+        | {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (4,), "num_feat_extract_layers": 1}
+        | {"classifier_proj_size": 16, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
         "classifier",
         None,
     ),
 }
+"""Sizes by the name that transformers has for a family, the head's name, and the activation before it."""
+OTHERS: dict[str, Any] = {"vit": AutoModelForImageClassification, "wav2vec2": AutoModelForAudioClassification}
+
+
+def build(family: str) -> Any:
+    config = AutoConfig.for_model(family, **FAMILIES[family][0])
+    return OTHERS.get(family, AutoModelForSequenceClassification).from_config(config)
 
 
 def inputs_of(family: str) -> dict[str, torch.Tensor]:
@@ -127,8 +96,8 @@ def inputs_of(family: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped: bool) -> None:
     torch.manual_seed(0)
-    make, name, activation = FAMILIES[family]
-    model = make().eval()
+    _, name, activation = FAMILIES[family]
+    model = build(family).eval()
     model = tsq.wrap(model, mean_rank=2).eval() if wrapped else model
     inputs = inputs_of(family)
     head = find_head(model, inputs, CLASSES)
@@ -143,7 +112,7 @@ def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped
 
 
 def test_a_pooler_that_was_trained_is_not_whitened() -> None:
-    model = FAMILIES["bert"][0]().eval()
+    model = build("bert").eval()
     new = find_head(model, inputs_of("bert"), CLASSES)
     torch.nn.init.normal_(model.bert.pooler.dense.bias)
     trained = find_head(model, inputs_of("bert"), CLASSES)
@@ -162,7 +131,7 @@ def test_a_dense_layer_without_bias_is_not_whitened_as_its_centre_would_be_lost(
 
 def test_padding_moves_no_feature() -> None:
     torch.manual_seed(0)
-    model = FAMILIES["llama"][0]().eval()
+    model = build("llama").eval()
     features = []
     for width in (14, 20):
         batch = collate(ROWS, pad_to=width)
@@ -183,7 +152,7 @@ def test_no_hook_stays_also_after_an_error() -> None:
 
 
 def test_a_frozen_head_is_none() -> None:
-    model = FAMILIES["bert"][0]().eval().requires_grad_(False)
+    model = build("bert").eval().requires_grad_(False)
     batch = inputs_of("bert")
     assert find_head(model, batch, CLASSES) is None
 
@@ -259,7 +228,7 @@ def test_only_layers_that_may_be_the_head_are_recorded(monkeypatch: pytest.Monke
     assert find_head(model, inputs_of("llama"), CLASSES) is not None
     assert len(hooked) == 1
     assert "score" in hooked[0]
-    entire = FAMILIES["llama"][0]().eval()
+    entire = build("llama").eval()
     linears = [module for module in entire.modules() if isinstance(module, nn.Linear)]
     with recorded(linears) as calls:
         entire(**inputs_of("llama"))

@@ -176,11 +176,6 @@ def test_a_model_that_all_gpus_cannot_hold_is_refused_before_it_loads(checkpoint
         load_pretrained(str(checkpoint), CLASSES, labels=TWO, gpus=[1000, 1000])
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])
-def test_a_local_path_that_is_nothing_is_said_to_be_none(path: str) -> None:
-    assert error_of(path) == f"model.path '{path}': no such directory; correct it, or give a hub id"
-
-
 def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
     text = error_of("org/nothing")
     assert text.startswith("model.path 'org/nothing' cannot be loaded (there is no such directory, and as a hub id: ")

@@ -48,6 +48,20 @@ def test_a_mean_rank_that_is_no_number_above_zero_is_refused(mean_rank: float) -
         budget(mean_rank, SHAPES)
 
 
+def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
+    shapes = dict.fromkeys("abc", (1, 1))
+    limits = dict.fromkeys("abc", 4)
+    start = {"a": 1, "b": 1, "c": 1}
+    wishes = {"a": 1.5, "b": 1.5 + 1e-12, "c": Fraction(19, 10)}
+
+    def filled(order: str, total: int) -> dict[str, int]:
+        return fill(start, wishes=wishes, order=order, shapes=shapes, caps=limits, budget=total)
+
+    assert filled("abc", 8) == {"a": 1, "b": 1, "c": 2}
+    assert filled("abc", 10) == {"a": 2, "b": 1, "c": 2}
+    assert filled("cba", 10) == {"a": 1, "b": 2, "c": 2}
+
+
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 grid_values = st.integers(0, 2000).map(lambda k: k / 16)
 any_values = st.floats(0, allow_nan=False, allow_infinity=False)

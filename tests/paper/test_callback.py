@@ -13,8 +13,9 @@ from torch.utils.data import IterableDataset
 from transformers import BertConfig, BertForTokenClassification, TrainerCallback
 
 import tsqlora as tsq
+from loops import weights
 from models import lora
-from scoring import assert_same, drawing, quality_by
+from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero
 from stock import VOCAB, At, base_bert, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
@@ -52,10 +53,6 @@ def assert_no_hooks(model: nn.Module) -> None:
         assert not module._forward_pre_hooks
         assert not module._state_dict_hooks
         assert not module._load_state_dict_pre_hooks
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 # --- what it does -------------------------------------------------------------------------
@@ -396,30 +393,6 @@ def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counte
     ranks = paper.RankCallback(interval=2)
     run(tmp_path, ranks, data=stream(), max_steps=6, train_sampling_strategy="random")
     assert ranks.final
-
-
-@pytest.mark.parametrize("sampling", ["random", "sequential"])
-def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling: str, tmp_path: Path) -> None:
-    drawn: list[tuple[int, list[int]]] = []
-
-    def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
-        look = At("step_begin", lambda state, *_: drawn.append((state.global_step, data.indices.tolist())))
-        callbacks = [drawing(data), paper.RankCallback(interval=4), look]
-        further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
-        return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)
-
-    whole = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5, seed=0))
-    whole.train()
-    control = tsq.QualitySubset(ROWS, 0.5, seed=0)
-    steps = len(control) // 8 + bool(len(control) % 8)
-    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
-    assert whole.train_dataset.drawn_by is None
-    resumed = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5, seed=0))
-    drawn.clear()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert drawn
-    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
-    assert_same(whole.model.state_dict(), resumed.model.state_dict(), "weights")
 
 
 def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from unittest import mock
 import accelerate
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 
 import tsqlora as tsq
@@ -33,9 +32,6 @@ def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
     assert ranks.events == callback.events
     assert ranks.final == callback.final
     assert_same(weights(model), weights(finished), "weights")
-    finished.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
-    assert_same(weights(finished), weights(loaded), "plain PEFT")
 
 
 def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
@@ -181,14 +177,7 @@ def test_the_first_adjustment_moves_ranks_also_after_a_skipped_step() -> None:
     """A step that is not finite ages no slot, and there is none then that is an interval old."""
     ranks = begin()
     for step in range(4):
-        ranks.before_forward()
-        loss = ranks.model(**batch(step)).loss
-        (loss * (torch.nan if step == 1 else 1)).backward()
-        ranks.before_optimizer_step()
-        if step != 1:
-            ranks.optimizer.step()
-        ranks.after_optimizer_step()
-        ranks.optimizer.zero_grad()
+        one_step(ranks, step, factor=torch.nan if step == 1 else 1)
     assert [event.step for event in ranks.events] == [4]
     assert ranks.events[0].moved > 0
 
@@ -236,11 +225,7 @@ def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
     first, second = begin(), begin()
     for step in range(3):
         one_step(first, step)
-    first.before_forward()
-    (first.model(**batch(3)).loss * torch.inf).backward()
-    first.before_optimizer_step()
-    first.after_optimizer_step()
-    first.optimizer.zero_grad()
+    one_step(first, 3, factor=torch.inf)
     for one, other in ((first.model, second.model), (first.optimizer, second.optimizer), (first, second)):
         other.load_state_dict(one.state_dict())
     one_step(second, 4)
@@ -343,19 +328,9 @@ def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
 
 
 def test_only_measured_steps_wait_for_the_device() -> None:
-    model = certain(slotted_bert())
-    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
-    ranks = paper.RankLoop(
-        model, optimizer, total_steps=12, interval=4, schedule=paper.RankSchedule(warmup=0, freeze=0)
-    )
-    waits: dict[int, int] = {}
+    ranks, waits = begin(schedule=paper.RankSchedule(warmup=0, freeze=0)), dict[int, int]()
     for step in range(1, 10):
         with waits_of_ours() as places:
-            ranks.before_forward()
-            model(**batch(step)).loss.backward()
-            ranks.before_optimizer_step()
-            optimizer.step()
-            ranks.after_optimizer_step()
-            optimizer.zero_grad()
+            one_step(ranks, step)
         waits[step] = len(places)
     assert [step for step, count in waits.items() if count] == [1, 4, 8]

@@ -29,14 +29,8 @@ def step(ranks: paper.RankLoop) -> None:
 
 
 Loop = paper.RankLoop
-
-
 NO_BEFORE = r"before_optimizer_step\(\) is missing in step 1: call it when the step's gradients are complete, before"
-
-
 NO_AFTER = r"after_optimizer_step\(\) is missing in step 1: call it after optimizer\.step\(\)"
-
-
 NO_FORWARD = r"before_forward\(\) is missing in step 1: call it before the step's first forward pass"
 
 

@@ -10,7 +10,7 @@ from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaFor
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
-from runs import write_config, write_jsonl
+from runs import save_checkpoint, write_config, write_jsonl
 from seen import Seen
 from tsqlora.auditing.reasons import explain
 from tsqlora.auditing.scores import Scores
@@ -244,41 +244,38 @@ def test_a_dry_run_shows_samples_and_refuses_a_model_of_the_other_kind(run: Path
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
 
 
+def chats_of(answer: str) -> list[dict[str, Any]]:
+    """A word and a number, and an answer of them."""
+    asked = [(WORDS[j % 4], j) for j in range(12)]
+    turns = [[("user", f"{word} {j}"), ("assistant", answer.format(word, j))] for word, j in asked]
+    return [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+
+
+def set_template(folder: Path, content: str) -> None:
+    """Give the model in a folder another chat template."""
+    turns = "{% for m in messages %}{{ m.role }} " + content + "{% endfor %}"
+    made = byte_tokenizer(chat_template=turns + "{% if add_generation_prompt %}assistant {% endif %}")
+    made.save_pretrained(folder / "model")
+
+
 def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refused(tmp_path: Path) -> None:
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{WORDS[j % 4]} {j}"},
-                {"role": "assistant", "content": WORDS[j % 4]},
-            ]
-        }
-        for j in range(12)
-    ]
+    chats = chats_of("{0}")
     chats[3]["messages"][1]["content"] = f"{chats[3]['messages'][0]['content']} {WORDS[0]}" * 4
     config = config_of(tmp_path, "causal-lm", chats)
 
-    def template(end: str) -> None:
-        turn = "{% for m in messages %}{{ m.role }} {{ m.content }}" + end + "{% endfor %}"
-        made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
-        made.save_pretrained(tmp_path / "model")
-
-    template("{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
+    set_template(tmp_path, "{{ m.content }}{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
     with pytest.warns(UserWarning, match="^stop_not_trained: no stop is trained") as warned:
         plan = pipeline.dry_run(load_config(config))
     assert any(str(one.message) in plan["notes"] for one in warned)
-    template("; ")
+    set_template(tmp_path, "{{ m.content }}; ")
     with pytest.raises(DataError, match=r"all rows of .*train\.jsonl.*`tsqlora audit .*train\.jsonl --model .*model`"):
         pipeline.dry_run(load_config(config))
 
 
 def test_what_all_rows_lose_stops_a_training_unless_it_is_meant(tmp_path: Path) -> None:
     """DeepSeek-R1's template cuts the reasoning off every answer."""
-    rows = [[("user", f"{WORDS[j % 4]} {j}"), ("assistant", f"<think>of {j}</think>{WORDS[j % 4]}")] for j in range(12)]
-    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
-    config = config_of(tmp_path, "causal-lm", chats)
-    turn = "{% for m in messages %}{{ m.role }} {{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
-    made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
-    made.save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path, "causal-lm", chats_of("<think>of {1}</think>{0}"))
+    set_template(tmp_path, "{{ m.content.split('</think>')[-1] }}</s>")
     audit = r"`tsqlora audit .*train\.jsonl --model .*model`"
     with pytest.raises(DataError, match=rf"content_lost in all rows of .*train\.jsonl.*row \d+: 'of \d+'.*{audit}"):
         pipeline.dry_run(load_config(config))
@@ -303,8 +300,6 @@ def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -
 
 
 def test_a_classifier_is_no_generator(tmp_path: Path) -> None:
-    from runs import save_checkpoint
-
     config = write_config(
         tmp_path / "tsq.yaml",
         save_checkpoint(tmp_path / "model"),
@@ -322,17 +317,11 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
     plain = {**TRAINING, "epochs": 1, "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0}
     result = []
     for name, batch, steps in (("whole", 8, 1), ("parts", 4, 2)):
-        folder = tmp_path / name
-        config = write_config(
-            tmp_path / f"{name}.yaml",
-            checkpoint(tmp_path / "model", kind),
-            write_jsonl(tmp_path / "train.jsonl", rows(9)),  # one for validation, eight for the one step
-            task={"type": kind},
-            quality={"enabled": False, "fraction": 1.0},
-            ranks={"policy": "fixed", "mean": 2.0},
-            training={**plain, "batch_size": batch, "gradient_accumulation_steps": steps},
-        )
-        result.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
+        training = {**plain, "batch_size": batch, "gradient_accumulation_steps": steps}
+        # One row for validation, eight for the one step.
+        config = config_of(tmp_path / name, kind, rows(9), **PLAIN | {"training": training})
+        record = pipeline.train(load_config(config, ["data.max_length=32"]), tmp_path / name / "run")
+        result.append(record.metrics["validation"]["loss"])
     assert result[0] == pytest.approx(result[1], rel=1e-3)
 
 

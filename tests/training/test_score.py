@@ -103,14 +103,6 @@ def test_a_killed_scoring_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
 
 
-def test_it_may_be_killed_again_and_again(place: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "s.parquet"
-    for killer in (*EARLIER.values(), at("scoring", 8), at("scoring", 16), at("scoring", 48)):
-        killed(place / "c.yaml", out, killer)
-    score_rows(place / "c.yaml", out)
-    assert out.read_bytes() == undisturbed["c.yaml"]
-
-
 @pytest.fixture
 def half_done(place: Path, tmp_path: Path) -> Path:
     killed(place / "c.yaml", tmp_path / "s.parquet", at("scoring", 16))
@@ -121,13 +113,6 @@ def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     seen: list[tuple[str, int]] = []
     score_rows(place / "c.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
     assert seen == [("scoring", rows) for rows in range(16, 73, 8)]  # and nothing of the look
-
-
-def test_what_is_left_of_another_scoring_is_not_taken(
-    place: Path, run: Path, half_done: Path, undisturbed: dict[str, bytes]
-) -> None:
-    score_rows(run, half_done)
-    assert half_done.read_bytes() == undisturbed["run"]
 
 
 def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:
