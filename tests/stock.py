@@ -18,6 +18,9 @@ from tsqlora import paper
 # Every Trainer begins with a garbage collection; going through all that was imported takes the longest of it.
 gc.freeze()
 
+QUIET: dict[str, Any] = {"report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
+QUIET |= {"use_cpu": True, "dataloader_pin_memory": False}
+"""A Trainer's arguments that let it print nothing, nor look for a GPU."""
 VOCAB = 40
 ROWS = 64
 
@@ -119,20 +122,9 @@ def make_trainer(
     optimizers: Any = (None, None),
     **further: Any,
 ) -> Trainer:
-    options: dict[str, Any] = {
-        "num_train_epochs": 6,
-        "learning_rate": 0.03,
-        "per_device_train_batch_size": 8,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "train_sampling_strategy": "sequential",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-    }
-    args = TrainingArguments(output_dir=str(folder), **(options | further))
+    options: dict[str, Any] = {"num_train_epochs": 6, "learning_rate": 0.03, "per_device_train_batch_size": 8}
+    options |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "remove_unused_columns": False}
+    args = TrainingArguments(output_dir=str(folder), **QUIET | options | further)
     trainer = Trainer(
         model,
         args,

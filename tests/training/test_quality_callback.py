@@ -22,7 +22,7 @@ from transformers import (
 import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, fingerprint, quality_by
-from stock import ROWS, VOCAB, At, base_bert, make_trainer, moods, slotted_bert
+from stock import QUIET, ROWS, VOCAB, At, base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.auditing.draw.epochs import EpochPlan
 from tsqlora.auditing.labels.judge import Judgement
@@ -51,8 +51,7 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def train_a_step(data: Any, callback: Any, folder: Path, **options: Any) -> None:
-    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
-    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", **common)
+    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", max_steps=1, **QUIET)
     Trainer(llama(), args, train_dataset=data, callbacks=[callback], **options).train()
 
 

@@ -43,10 +43,14 @@ def answer_of(quality: tsq.QualityCallback) -> dict[str, Any]:
     return quality.question
 
 
+def held_out(quality: tsq.QualityCallback) -> list[int]:
+    assert quality.data.scores is not None
+    return np.flatnonzero(quality.data.scores.left_out_as("held out")).tolist()
+
+
 def assert_order(handed: dict[int, list[int]], quality: tsq.QualityCallback, total: int) -> None:
     """Neither trusted nor held-out rows, nor their copies, before the answer; then what it says."""
-    assert quality.data.scores is not None
-    held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in np.flatnonzero(quality.data.scores.left_out_as("held out"))}
+    held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in held_out(quality)}
     assert len(held) == 16
     answer, first = answer_of(quality), quality.last.schedule.trusted_step
     assert list(handed) == list(range(total))
@@ -105,10 +109,9 @@ def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Pa
     """Each row of this pool is there twice."""
     trainer, quality = make(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
     trainer.train()
-    assert quality.data.scores is not None
-    held = np.flatnonzero(quality.data.scores.left_out_as("held out"))
-    assert {*held} == {*(held + 80) % 160}
-    numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held.tolist()}
+    held = held_out(quality)
+    assert {*held} == {(j + 80) % 160 for j in held}
+    numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held}
     before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before
     assert not before & numbers
@@ -133,8 +136,7 @@ def test_too_few_trusted_rows_are_mixed_in_from_the_start(trusted: Any, why: str
     for epoch in range(4):
         rows = {row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]}
         assert {NUMBERS[tuple(row["input_ids"])] for row in trusted} <= rows
-    assert quality.data.scores is not None
-    assert "held out" not in quality.data.scores.dropped
+    assert not held_out(quality)
 
 
 AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
@@ -164,9 +166,7 @@ def test_a_class_of_copies_stays_in_training(tmp_path: Path) -> None:
     zeros, ones = ([row for row in UNIQUE if row["labels"] == label] for label in (0, 1))
     trainer, quality = make(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
     trainer.train()
-    assert quality.data.scores is not None
-    held = quality.data.scores.left_out_as("held out")
-    assert held[100:].sum() <= 40
+    assert sum(j >= 100 for j in held_out(quality)) <= 40
     assert answer_of(quality)["pool_rows"] == 10
 
 

@@ -103,15 +103,10 @@ def test_a_killed_scoring_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
 
 
-@pytest.fixture
-def half_done(place: Path, tmp_path: Path) -> Path:
-    killed(place / "c.yaml", tmp_path / "s.parquet", at("scoring", 16))
-    return tmp_path / "s.parquet"
-
-
-def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
-    seen: list[tuple[str, int]] = []
-    score_rows(place / "c.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
+def test_what_was_done_is_not_done_again(place: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "s.parquet", list[tuple[str, int]]()
+    killed(place / "c.yaml", out, at("scoring", 16))
+    score_rows(place / "c.yaml", out, progress=lambda name, done, total, *_: seen.append((name, done)))
     assert seen == [("scoring", rows) for rows in range(16, 73, 8)]  # and nothing of the look
 
 
