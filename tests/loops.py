@@ -1,7 +1,7 @@
 """A RankLoop over the tiny wrapped BERT, by the documented protocol: 30 steps, 5 an epoch of 8 rows each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def one_step(
         ranks.optimizer.step()
     ranks.after_optimizer_step()
     ranks.optimizer.zero_grad()
+
+
+def several_steps(ranks: paper.RankLoop, numbers: Iterable[int], **options: Any) -> None:
+    for number in numbers:
+        one_step(ranks, number, **options)
 
 
 def begin(**further: Any) -> paper.RankLoop:

@@ -41,7 +41,7 @@ PAD = 0
 EOS = 59
 # HF's 0.02 makes a model this small almost constant: no curvature, and D would test nothing.
 WEIGHT_SCALE = 0.3
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 16,
     "num_hidden_layers": 2,

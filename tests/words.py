@@ -1,5 +1,7 @@
 """A tiny Llama that writes, and its tokenizer of whole words."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,6 +27,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    special: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     sizes = SIZES | {"vocab_size": len(WORDS), "num_hidden_layers": 1, "num_key_value_heads": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes | special))

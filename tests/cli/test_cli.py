@@ -65,6 +65,12 @@ def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
     return code, message
 
 
+def assert_refused(code: int, named: str, tsqlora: Run, *arguments: str | Path) -> str:
+    exit_code, text = refused(tsqlora, *arguments)
+    assert (exit_code, named in text) == (code, True), text
+    return text
+
+
 # ------------------------------------------------------------------------------------ train
 
 
@@ -168,9 +174,7 @@ def test_a_dry_run_tells_what_the_directory_holds(
 
 def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     one = ["--set", "training.save_total_limit=1", "--out", tmp_path / "none", "--dry-run"]
-    code, text = refused(tsqlora, "train", place / "c.yaml", *one)
-    assert code == 2
-    assert "save_total_limit 1 deletes the last complete checkpoint" in text
+    assert_refused(2, "save_total_limit 1 deletes the last complete", tsqlora, "train", place / "c.yaml", *one)
 
 
 # ----------------------------------------------------------------------------------- resume
@@ -209,8 +213,7 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path, place: Path, tsq
 def test_training_into_another_run_is_refused(
     more: list[str], named: str, trained: Path, place: Path, tsqlora: Run
 ) -> None:
-    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", trained, *more)
-    assert (code, named in text) == (2, True)
+    assert_refused(2, named, tsqlora, "train", place / "c.yaml", "--out", trained, *more)
 
 
 def test_a_killed_run_resumes_to_the_same_adapter(trained: Path, place: Path, tmp_path: Path, tsqlora: Run) -> None:
@@ -310,9 +313,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
 def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place: Path, tsqlora: Run) -> None:
     for path in (stopped / "checkpoints").rglob("rng_state.pth"):
         path.unlink()
-    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume")
-    assert code == 1
-    assert "no checkpoint is complete" in text
+    text = assert_refused(
+        1, "no checkpoint is complete", tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume"
+    )
     assert text.count("rng_state.pth is missing") == 2
 
 
@@ -321,9 +324,9 @@ def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
     harm: Callable[[Path], Any], stopped: Path, place: Path, tsqlora: Run
 ) -> None:
     harm(stopped / "run.json")
-    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume")
-    assert code == 3
-    assert "run.json is missing or damaged" in text
+    assert_refused(
+        3, "run.json is missing or damaged", tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume"
+    )
 
 
 # -------------------------------------------------------------------------- score and select
@@ -415,9 +418,7 @@ def test_without_quality_rows_are_drawn_at_random(place: Path, tmp_path: Path, t
     assert record["quality"]["looks"][0]["head_start"]["replaced"]
     assert record["plan"]["steps"] == 30
     assert not (tmp_path / "run" / "scores.parquet").exists()
-    code, text = refused(tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
-    assert code == 2
-    assert "quality.enabled" in text
+    assert_refused(2, "quality.enabled", tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
 
 
 @at_chance
@@ -492,9 +493,7 @@ def test_a_run_whose_data_changed_is_not_resumed(setting: str, place: Path, tmp_
     with killed_at(1):
         assert tsqlora(*arguments)[0] == 130
     write_jsonl(data, make_rows(80, seed=1))
-    code, text = refused(tsqlora, *arguments)
-    assert code == 3
-    assert "--out" in text
+    assert_refused(3, "--out", tsqlora, *arguments)
 
 
 def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path) -> None:

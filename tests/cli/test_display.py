@@ -30,8 +30,8 @@ from tsqlora.cli.progress_bars import Display
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
 
-def shown(show: Any, value: Any) -> str:
-    console = Console(file=io.StringIO(), width=80)
+def shown(show: Any, value: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
     show(console, value)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -150,9 +150,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
     "text", ["a [bold]plain[/bold] [/] text [link=x]", "\x1b[31mred\x1b[0m\n\r\ttwo   lines", "文字 " * 200, "w" * 500]
 )
 def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width: int) -> None:
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    show_explained(console, explained(text, "[red]label"))
-    out = console.file.getvalue()  # type: ignore[attr-defined]
+    out = shown(show_explained, explained(text, "[red]label"), width)
     assert max(cell_len(line) for line in out.splitlines()) <= width
     assert "\x1b" not in out
     assert "likely wrong labels" in out
@@ -254,10 +252,10 @@ def test_a_dumb_terminal_gets_lines_and_no_control_codes(terminal: str, monkeypa
     assert ("\x1b" in console.file.getvalue()) == (terminal == "xterm")  # type: ignore[attr-defined]
 
 
-def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
+def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The terminal's lines after these calls of the display."""
     monkeypatch.setenv("TERM", "xterm")
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with Display(console) as display:
         shown(display)
         lines = console.render_lines(display.bars.get_renderable(), console.options)

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqlora.errors import SettingsError
-from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, shares, used
+from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, fill, shares, used
 from tsqlora.training.lora import uniform_ranks
 
 SHAPES = {"query": (64, 32), "head": (64, 2)}

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 import tsqlora as tsq
-from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, weights, whole_run
+from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, several_steps, weights, whole_run
 from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
@@ -136,8 +135,7 @@ def test_the_first_ranks_may_come_from_a_sample() -> None:
     measured = paper.sensitivity(begin().model, ROWS[:16], collate, batch_size=8)
     assert ranks.ranks == paper.allocate(measured, mean_rank=4, max_rank=8)
     assert [(event.step, event.reason) for event in ranks.events] == [(0, "start")]
-    for step in range(STEPS):
-        one_step(ranks, step)
+    several_steps(ranks, range(STEPS))
     assert [event.step for event in ranks.events] == [0, 4, 8, 12, 16, 20]
 
 
@@ -204,8 +202,7 @@ def test_a_step_may_leave_ranks_alone() -> None:
 @pytest.mark.parametrize("at", [3, 4, 7, 13, 25])
 def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path: Path) -> None:
     first = begin()
-    for step in range(at):
-        one_step(first, step)
+    several_steps(first, range(at))
     states = [part.state_dict() for part in (first.model, first.optimizer, first)]
     torch.save(states, tmp_path / "checkpoint.pt")
     first.close()
@@ -213,8 +210,7 @@ def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path
     loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for part, state in zip((second.model, second.optimizer, second), loaded, strict=True):
         part.load_state_dict(state)
-    for step in range(at, STEPS):
-        one_step(second, step)
+    several_steps(second, range(at, STEPS))
     whole = whole_run()
     assert second.events == whole.events
     assert_same(whole.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"], "moments")
@@ -223,8 +219,7 @@ def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path
 
 def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
     first, second = begin(), begin()
-    for step in range(3):
-        one_step(first, step)
+    several_steps(first, range(3))
     one_step(first, 3, factor=torch.inf)
     for one, other in ((first.model, second.model), (first.optimizer, second.optimizer), (first, second)):
         other.load_state_dict(one.state_dict())
@@ -260,8 +255,7 @@ def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_run_that_ends_before_any_adjustment_warns(steps: int) -> None:
     ranks = begin()
-    for number in range(steps):
-        one_step(ranks, number)
+    several_steps(ranks, range(steps))
     with pytest.warns(UserWarning, match=f"training ended at step {steps}, and the first adjustment was to be at step"):
         ranks.finish()
 
@@ -298,7 +292,7 @@ def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
     unmeasured.before_forward()
     unmeasured._tap.close()
     unmeasured._probe, unmeasured._rehearsal = None, False
-    list(map(partial(one_step, unmeasured), range(STEPS)))
+    several_steps(unmeasured, range(STEPS))
     assert measured.events == unmeasured.events
     assert_same(weights(measured.finish()), weights(unmeasured.finish()), "weights")
 
@@ -310,8 +304,7 @@ def test_the_model_is_found_in_what_wraps_it() -> None:
         parallel = nn.parallel.DistributedDataParallel(model)
         ranks = paper.RankLoop(parallel, adamw(model), STEPS, **PERIOD)
         assert ranks.model is model
-        for number in range(STEPS):
-            one_step(ranks, number, model=parallel)
+        several_steps(ranks, range(STEPS), model=parallel)
         assert ranks.events == whole_run().events
     finally:
         torch.distributed.destroy_process_group()

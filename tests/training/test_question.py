@@ -38,6 +38,12 @@ def make(
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
 
 
+def ran(*arguments: Any, **options: Any) -> tuple[Trainer, tsq.QualityCallback]:
+    trainer, quality = make(*arguments, **options)
+    trainer.train()
+    return trainer, quality
+
+
 def answer_of(quality: tsq.QualityCallback) -> dict[str, Any]:
     assert quality.question is not None
     return quality.question
@@ -89,8 +95,7 @@ SAYS = pytest.mark.filterwarnings("ignore:the pool:UserWarning")
 )
 @pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
 def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, trusted: Any, tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted, **further)
-    trainer.train()
+    trainer, quality = ran(tmp_path, handed := Handed(), trusted=trusted, **further)
     assert trainer.state.global_step == total
     assert_order(handed.steps, quality, total)
     answer = answer_of(quality)
@@ -107,8 +112,7 @@ def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, 
 @SAYS
 def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Path) -> None:
     """Each row of this pool is there twice."""
-    trainer, quality = make(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
-    trainer.train()
+    _, quality = ran(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
     held = held_out(quality)
     assert {*held} == {(j + 80) % 160 for j in held}
     numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held}
@@ -129,8 +133,7 @@ def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Pa
     ids=["few", "a suspect"],
 )
 def test_too_few_trusted_rows_are_mixed_in_from_the_start(trusted: Any, why: str, tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted)
-    trainer.train()
+    _, quality = ran(tmp_path, handed := Handed(), trusted=trusted)
     (note,) = [note for note in quality.summary()["notes"] if note.startswith("trusted rows are mixed in")]
     assert why in note
     for epoch in range(4):
@@ -154,8 +157,7 @@ AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
 def test_where_the_pool_cannot_be_asked_the_run_says_why(
     pool: Any, further: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    trainer, quality = make(tmp_path, pool=pool, **further)
-    trainer.train()
+    _, quality = ran(tmp_path, pool=pool, **further)
     assert answer_of(quality) == {"why_not": why}
     assert f"trusted rows are mixed in with those of the pool: {why}" in quality.summary()["notes"]
 
@@ -164,8 +166,7 @@ def test_where_the_pool_cannot_be_asked_the_run_says_why(
 def test_a_class_of_copies_stays_in_training(tmp_path: Path) -> None:
     """Five rows of class 1, twenty times: a tenth of the different rows is held out, not all of a class."""
     zeros, ones = ([row for row in UNIQUE if row["labels"] == label] for label in (0, 1))
-    trainer, quality = make(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
-    trainer.train()
+    _, quality = ran(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
     assert sum(j >= 100 for j in held_out(quality)) <= 40
     assert answer_of(quality)["pool_rows"] == 10
 
@@ -183,8 +184,7 @@ def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
 def test_losses_that_are_not_finite_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on, with trusted rows mixed in, and says why."""
     monkeypatch.setattr(question, "standard_errors", lambda *_: float("nan"))
-    trainer, quality = make(tmp_path)
-    trainer.train()
+    trainer, quality = ran(tmp_path)
     assert trainer.state.global_step == 40
     assert not answer_of(quality)["contradicted"]
     assert "trusted rows are mixed in with those of the pool: losses are not finite" in quality.notes
@@ -194,8 +194,7 @@ def test_losses_that_are_not_finite_are_no_answer(tmp_path: Path, monkeypatch: p
 def test_reviewed_suspects_do_not_count_in_the_question(tmp_path: Path) -> None:
     """They are trained on; the loss of rows that were hard to begin with is no evidence about the pool."""
     rows = [*TRUSTED, *(row | {"labels": 1 - row["labels"], "reviewed_as": "suspect"} for row in OTHERS[:16])]
-    trainer, quality = make(tmp_path, trusted=rows)
-    trainer.train()
+    _, quality = ran(tmp_path, trusted=rows)
     assert (answer_of(quality)["trusted_rows"], answer_of(quality)["suspects"]) == (32, 16)
     assert not answer_of(quality)["contradicted"]
 
@@ -203,8 +202,7 @@ def test_reviewed_suspects_do_not_count_in_the_question(tmp_path: Path) -> None:
 @SAYS
 def test_a_plain_training_with_the_same_rows_draws_from_the_pool(tmp_path: Path) -> None:
     """The plan of draws belongs to the training, not to the rows."""
-    trainer, quality = make(tmp_path)
-    trainer.train()
+    _, quality = ran(tmp_path)
     assert answer_of(quality)["contradicted"]
     control = make_trainer(slotted_bert(), quality.data, tmp_path / "control", [handed := Handed()])
     control.train()
@@ -237,8 +235,7 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, t
 
 @SAYS
 def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
-    trainer.train()
+    _, quality = ran(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
     before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before <= {*range(FEW, ROWS)}
     assert len(before) == ROWS - FEW - 12
@@ -285,8 +282,7 @@ def test_validation_rows_choose_no_model_of_the_pool_that_contradicts(trusted: A
     """Those of the pool would choose a model from before the trusted rows."""
     last: dict[str, torch.Tensor] = {}
     before_best = At("step_end", lambda _state, _control, further: last.update(weights(further["model"])))
-    trainer, quality = make(tmp_path, before_best, trusted=trusted, compute_metrics=Falling(), **BEST)
-    trainer.train()
+    trainer, quality = ran(tmp_path, before_best, trusted=trusted, compute_metrics=Falling(), **BEST)
     contradicted = trusted is CONTRARY
     assert answer_of(quality)["contradicted"] == contradicted
     assert sum("it keeps its last model" in note for note in quality.notes) == contradicted
@@ -315,8 +311,7 @@ def test_early_stopping_does_not_cut_the_trusted_rows(strategy: str, ours_first:
     stop, handed = EarlyStoppingCallback(8 if strategy == "steps" else 3), Handed()
     also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
     options = BEST | {"eval_strategy": strategy, "save_strategy": strategy}
-    trainer, quality = make(tmp_path, *also, first=first, compute_metrics=Falling(), **options)
-    trainer.train()
+    _, quality = ran(tmp_path, *also, first=first, compute_metrics=Falling(), **options)
     assert_order(handed.steps, quality, 40)
     assert sum("since such rows would stop it" in note for note in quality.notes) == 1
 
@@ -361,8 +356,7 @@ def test_early_stopping_before_the_question_asks_it(
 @pytest.mark.filterwarnings("ignore:training ended at step 16:UserWarning")
 def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
     options = {**BEST, "first": (EarlyStoppingCallback(99),)}
-    trainer, quality = make(tmp_path, stops_at(16), compute_metrics=Falling(), **options)
-    trainer.train()
+    trainer, quality = ran(tmp_path, stops_at(16), compute_metrics=Falling(), **options)
     assert trainer.state.global_step == 16
     assert "unasked" in answer_of(quality)
 
@@ -372,8 +366,7 @@ def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> Non
     trainer, quality = make(tmp_path, stops_at(28))
     with pytest.warns(UserWarning, match="training ended at step 28, and trusted rows come from step 29 on"):
         trainer.train()
-    trainer, quality = make(tmp_path, stops_at(29))
-    trainer.train()
+    trainer, quality = ran(tmp_path, stops_at(29))
     assert not [note for note in quality.notes if note.startswith("training ended")]
 
 
@@ -442,8 +435,7 @@ def test_a_users_own_trainer_ends_normally_and_saves(
     stops = [EarlyStoppingCallback(1)] if options.pop("stop", False) else []
     if stops:
         options["compute_metrics"] = Falling()
-    trainer, quality = make(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
-    trainer.train()
+    trainer, quality = ran(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
     end = trainer.state.global_step
     assert end == (steps + 12 if stops and trusted else steps)  # the pool contradicts them, and they have their steps
     assert quality.data.scores is not None
