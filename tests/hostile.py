@@ -116,19 +116,8 @@ def varied(case: Case, random: Random) -> Case:
 
 
 _PIECES = (
-    b"",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"\n",
-    b'"',
-    b",",
-    b"\t",
-    b"[" * 2000,
-    b"9" * 5000,
-    b"\xed\xa0\x80",
-)
+    b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b"\n", b'"', b",", b"\t", b"[" * 2000, b"9" * 5000, b"\xed\xa0\x80",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------- settings

@@ -1,6 +1,7 @@
 """A RankLoop over the tiny wrapped BERT, by the documented protocol: 30 steps, 5 an epoch of 8 rows each."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,11 +14,7 @@ from stock import moods, slotted_bert
 from tsqlora import paper
 
 ROWS = moods(40)
-
-
 STEPS = 30
-
-
 PERIOD: dict[str, Any] = {"interval": 4, "schedule": paper.RankSchedule(moves=6)}
 
 
@@ -38,17 +35,25 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0)
 
 
-def one_step(ranks: paper.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False) -> None:
-    """A step by the documented protocol."""
+def one_step(
+    ranks: paper.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False, factor: float = 1.0
+) -> None:
+    """A step by the documented protocol; if `factor` makes its loss not finite, the optimizer does not step."""
     called = ranks.model if model is None else model
     for part in range(parts):
         if again or part == 0:
             ranks.before_forward()
-        (called(**batch(step, part, parts)).loss / parts).backward()
+        (called(**batch(step, part, parts)).loss * factor / parts).backward()
     ranks.before_optimizer_step()
-    ranks.optimizer.step()
+    if math.isfinite(factor):
+        ranks.optimizer.step()
     ranks.after_optimizer_step()
     ranks.optimizer.zero_grad()
+
+
+def several_steps(ranks: paper.RankLoop, numbers: Iterable[int], **options: Any) -> None:
+    for number in numbers:
+        one_step(ranks, number, **options)
 
 
 def begin(**further: Any) -> paper.RankLoop:

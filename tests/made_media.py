@@ -7,14 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2Model,
-)
+from transformers import ViTConfig, ViTImageProcessor, ViTModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 pytest.importorskip("PIL", reason="needs tsqlora[images]")
 pytest.importorskip("soundfile", reason="needs tsqlora[audio]")
@@ -62,23 +55,11 @@ def save_vit(folder: Path) -> Path:
 
 def wav2vec2_config(**options: Any) -> Wav2Vec2Config:
     """With layer norm and a mask of attention, so that logits do not depend on the padding."""
-    return Wav2Vec2Config(
-        **SIZES,
-        **options,
-        hidden_size=16,
-        intermediate_size=32,
-        conv_dim=(8, 8),
-        conv_kernel=(40, 8),
-        conv_stride=(20, 4),
-        conv_bias=True,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-        classifier_proj_size=8,
-        mask_time_prob=0.0,
-        vocab_size=10,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "classifier_proj_size": 8, "vocab_size": 10}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (40, 8), "conv_stride": (20, 4), "conv_bias": True}
+    convolutions |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    further = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "mask_time_prob": 0.0}
+    return Wav2Vec2Config(**SIZES, **options, **sizes, **convolutions, **further)
 
 
 def save_wav2vec2(folder: Path) -> Path:

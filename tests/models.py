@@ -41,7 +41,7 @@ PAD = 0
 EOS = 59
 # HF's 0.02 makes a model this small almost constant: no curvature, and D would test nothing.
 WEIGHT_SCALE = 0.3
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -71,96 +71,52 @@ def tiny_bert(
     norms are perturbed away from 0 and 1, where mistakes would not show.
     """
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate, "vocab_size": vocab}
-    config = BertConfig(
-        **SIZES | sizes,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-        classifier_dropout=0.1,
-        num_labels=num_labels,
-        problem_type=problem_type,
-        attn_implementation="sdpa",
-    )
+    rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 0.1)
+    of_head = {"num_labels": num_labels, "problem_type": problem_type}
+    config = BertConfig(**SIZES | sizes, **rates, **of_head, attn_implementation="sdpa")
     return _built(BertForSequenceClassification, config, dtype, seed)
 
 
 def tiny_llama_classifier(
-    num_labels: int = 3,
-    layers: int = 2,
-    hidden: int = 16,
-    intermediate: int = 32,
-    vocab: int = 60,
-    dtype: torch.dtype = torch.float64,
-    problem_type: str | None = None,
-    *,
-    seed: int = 0,
+    *, hidden: int = 16, intermediate: int = 32, vocab: int = 60, dtype: torch.dtype = torch.float64
 ) -> LlamaForSequenceClassification:
     """A decoder with a classification head (score.weight, no bias), in train mode.
 
     k and v are narrower than q, so target layers differ in shape.  Attention dropout is 0.1.
     Its norms and rotary angles compute in float32 whatever `dtype` is: expect 1e-6, not 1e-12.
     """
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate, "vocab_size": vocab}
-    config = LlamaConfig(
-        **SIZES | sizes,
-        num_key_value_heads=1,
-        attention_dropout=0.1,
-        num_labels=num_labels,
-        problem_type=problem_type,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return _built(LlamaForSequenceClassification, config, dtype, seed)
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocab, "num_key_value_heads": 1}
+    further = {"attention_dropout": 0.1, "num_labels": 3, "use_cache": False, "attn_implementation": "sdpa"}
+    return _built(LlamaForSequenceClassification, LlamaConfig(**SIZES | sizes | further), dtype)
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2ForSequenceClassification:
+def tiny_gpt2() -> GPT2ForSequenceClassification:
     """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
     config = GPT2Config(**SIZES, n_inner=32, bos_token_id=EOS, eos_token_id=EOS, num_labels=3, use_cache=False)
-    return _built(GPT2ForSequenceClassification, config, seed=seed)
+    return _built(GPT2ForSequenceClassification, config)
 
 
-def tiny_falcon(seed: int = 0) -> FalconForSequenceClassification:
+def tiny_falcon() -> FalconForSequenceClassification:
     """A decoder whose linear layers are a subclass of nn.Linear with another forward, with a head (score.weight)."""
-    config = FalconConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        num_labels=3,
-        use_cache=False,
-    )
-    return _built(FalconForSequenceClassification, config, seed=seed)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    special = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD, "use_cache": False}
+    config = FalconConfig(**sizes, **special, hidden_dropout=0.0, attention_dropout=0.0)
+    return _built(FalconForSequenceClassification, config)
 
 
-def tiny_t5(dtype: torch.dtype = torch.float64, seed: int = 0) -> T5ForSequenceClassification:
+def tiny_t5() -> T5ForSequenceClassification:
     """An encoder and decoder that share one Embedding, with RMS norms; rows must end in EOS.
 
-    Its norms compute in float32 whatever `dtype` is: expect 1e-6.
+    Its norms compute in float32: expect 1e-6.
     """
-    config = T5Config(
-        vocab_size=60,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        num_labels=3,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-        use_cache=False,
-    )
-    return _built(T5ForSequenceClassification, config, dtype, seed)
+    sizes = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "num_labels": 3}
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD, "use_cache": False}
+    return _built(T5ForSequenceClassification, T5Config(**sizes, **special, feed_forward_proj="gated-gelu"))
 
 
-def tiny_mpnet(seed: int = 0) -> MPNetForSequenceClassification:
+def tiny_mpnet() -> MPNetForSequenceClassification:
     """An encoder with a two-layer head (classifier.dense, classifier.out_proj)."""
-    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3), seed=seed)
+    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3))
 
 
 def tiny_bart() -> BartForSequenceClassification:
@@ -170,36 +126,15 @@ def tiny_bart() -> BartForSequenceClassification:
         for side in ("encoder", "decoder")
         for name, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 32}.items()
     }
-    config = BartConfig(
-        vocab_size=60,
-        d_model=16,
-        **sides,
-        max_position_embeddings=64,
-        init_std=WEIGHT_SCALE,
-        num_labels=3,
-        pad_token_id=PAD,
-        bos_token_id=EOS - 1,
-        eos_token_id=EOS,
-        decoder_start_token_id=EOS,
-        forced_eos_token_id=None,
-        use_cache=False,
-    )
+    sizes = {"vocab_size": 60, "d_model": 16, "max_position_embeddings": 64, "init_std": WEIGHT_SCALE, "num_labels": 3}
+    special = {"pad_token_id": PAD, "bos_token_id": EOS - 1, "eos_token_id": EOS, "decoder_start_token_id": EOS}
+    config = BartConfig(**sizes, **sides, **special, forced_eos_token_id=None, use_cache=False)
     return _built(BartForSequenceClassification, config)
 
 
 def tiny_vit() -> ViTForImageClassification:
     """An image model: pixel_values of 3 × 8 × 8 in four patches, with a head (classifier)."""
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        initializer_range=WEIGHT_SCALE,
-        num_labels=3,
-    )
-    return _built(ViTForImageClassification, config)
+    return _built(ViTForImageClassification, ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3))
 
 
 def generating(kind: type[Model], like: PreTrainedModel, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
@@ -353,10 +288,7 @@ def images(n: int, num_labels: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def collate(
-    samples: Sequence[dict[str, Any]],
-    pad_to: int | None = None,
-    *,
-    label_dtype: torch.dtype | None = None,
+    samples: Sequence[dict[str, Any]], pad_to: int | None = None, *, label_dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """A batch padded on the right to `pad_to`, by default to the longest row.
 
@@ -376,11 +308,7 @@ def collate(
         rows = [sample[key] + [fill] * (width - len(sample[key])) for sample in samples]
         return torch.tensor(rows, dtype=torch.int64)
 
-    return {
-        "input_ids": padded("input_ids", PAD),
-        "attention_mask": padded("attention_mask", 0),
-        "labels": labels,
-    }
+    return {"input_ids": padded("input_ids", PAD), "attention_mask": padded("attention_mask", 0), "labels": labels}
 
 
 def _built(kind: Callable[[Config], Model], config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> Model:

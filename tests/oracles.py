@@ -221,7 +221,6 @@ def slow_sensitivity(
     sample_loss: SampleLoss,
     layers: Mapping[str, nn.Module],
     effective_weight: Callable[[nn.Module], Tensor],
-    offsets: Tensor | None = None,
 ) -> dict[str, float]:
     """Eq. 6: for each layer the mean over entries of E_x |W ⊙ ∇_W loss_x|, W the effective weight.
 
@@ -231,7 +230,7 @@ def slow_sensitivity(
     with _eval_mode(model), _weights_as_leaves(layers, effective_weight) as leaves:
         totals = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
         for batch in batches_of_one:
-            loss_of = lambda batch: _loss(model, batch, sample_loss, offsets)  # noqa: E731
+            loss_of = lambda batch: _loss(model, batch, sample_loss, None)  # noqa: E731
             _, gradient = _loss_and_gradient(loss_of, batch, list(leaves.values()))
             for (name, leaf), g in zip(leaves.items(), gradient, strict=True):
                 totals[name] += (leaf.detach().double() * g.double()).abs()

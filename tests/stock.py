@@ -2,6 +2,7 @@
 
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tsqlora import paper
 # Every Trainer begins with a garbage collection; going through all that was imported takes the longest of it.
 gc.freeze()
 
+QUIET: dict[str, Any] = {"report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
+QUIET |= {"use_cpu": True, "dataloader_pin_memory": False}
+"""A Trainer's arguments that let it print nothing, nor look for a GPU."""
 VOCAB = 40
 ROWS = 64
 
@@ -30,6 +34,47 @@ def moods(n: int = ROWS, *, seed: int = 0) -> list[dict[str, Any]]:
         ids = [rng.randrange(first, first + 3) for _ in range(rng.randint(4, 8))]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": j % 2})
     return rows
+
+
+class At(TrainerCallback):
+    """Calls `act(state, control, further)` at a moment, as "step_end", with what the Trainer hands out besides."""
+
+    def __init__(self, moment: str, act: Callable[[Any, Any, dict[str, Any]], Any]) -> None:
+        def call(_args: Any, state: Any, control: Any, **further: Any) -> None:
+            act(state, control, further)
+
+        setattr(self, f"on_{moment}", call)
+
+
+def fails_at(moment: str, step: int, error: type[BaseException] = ZeroDivisionError) -> At:
+    """Fail, the first time, where so many steps are done."""
+    left = [step]
+
+    def fail(state: Any, *_: Any) -> None:
+        if state.global_step in left:
+            left.remove(step)
+            raise error
+
+    return At(moment, fail)
+
+
+def stops_at(step: int) -> At:
+    """A user's own stop."""
+
+    def stop(state: Any, control: Any, _: Any) -> None:
+        control.should_training_stop |= state.global_step == step
+
+    return At("step_end", stop)
+
+
+class Falling:
+    """A metric that is best at the first evaluation."""
+
+    value = 1.0
+
+    def __call__(self, _predictions: Any) -> dict[str, float]:
+        self.value -= 0.01
+        return {"falling": self.value}
 
 
 class Poison(TrainerCallback):
@@ -77,20 +122,9 @@ def make_trainer(
     optimizers: Any = (None, None),
     **further: Any,
 ) -> Trainer:
-    options: dict[str, Any] = {
-        "num_train_epochs": 6,
-        "learning_rate": 0.03,
-        "per_device_train_batch_size": 8,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "train_sampling_strategy": "sequential",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-    }
-    args = TrainingArguments(output_dir=str(folder), **(options | further))
+    options: dict[str, Any] = {"num_train_epochs": 6, "learning_rate": 0.03, "per_device_train_batch_size": 8}
+    options |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "remove_unused_columns": False}
+    args = TrainingArguments(output_dir=str(folder), **QUIET | options | further)
     trainer = Trainer(
         model,
         args,

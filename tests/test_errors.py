@@ -34,11 +34,7 @@ def test_plain_messages_stay_as_they_are() -> None:
 
 
 def _errors() -> list[TsqLoraError]:
-    made: list[TsqLoraError] = [
-        StoppedError("stopped", 15),
-        MissingError("a.csv:3", "no text"),
-        BrokenQuotesError("b"),
-    ]
+    made: list[TsqLoraError] = [StoppedError("stopped", 15), MissingError("a.csv:3", "no text"), BrokenQuotesError("b")]
     return [*made, *(kind("why") for kind in (TsqLoraError, SettingsError, DataError, UnsupportedError))]
 
 

@@ -19,17 +19,8 @@ from runs import make_rows, write_jsonl
 from tsqlora.errors import TsqLoraError
 
 SOURCE = Path(tsq.__file__).parent
-KINDS = [
-    "AutoConfig",
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForImageClassification",
-    "AutoModelForSeq2SeqLM",
-    "AutoImageProcessor",
-    "AutoFeatureExtractor",
-    "AutoProcessor",
-]
+KINDS = ["AutoConfig", "AutoModel", "AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"]
+KINDS += [f"AutoModelFor{of}" for of in ("CausalLM", "SequenceClassification", "ImageClassification", "Seq2SeqLM")]
 
 
 def evil(base: Path, kind: str) -> Path:

@@ -1,37 +1,24 @@
 """The oracles against closed forms and against each other; and the tiny models they run on."""
 
-import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
+from models import collate, lora, samples, tiny_bert
 from oracles import (
     SlowScores,
-    slow_adamw_step,
-    slow_calibration,
     slow_importance,
     slow_scores,
     slow_sensitivity,
-    slow_successive_sampling,
 )
-from scoring import (
-    cross_entropy,
-    effective_weight,
-    lora_layers,
-    squared_error,
-    trainable,
-)
+from scoring import cross_entropy, lora_layers, squared_error, trainable
 
 Build = Callable[..., PreTrainedModel]
-BUILDS = pytest.mark.parametrize("build", [tiny_bert, tiny_llama_classifier])
 
 
 class Affine(nn.Module):
@@ -118,31 +105,6 @@ def test_loss_reduction_tends_to_eta_times_the_squared_norm_and_the_default_eta_
         assert bool(((low <= curvature) & (curvature <= high)).all())
 
 
-def test_scores_depend_neither_on_order_nor_on_frozen_flags() -> None:
-    model = lora(tiny_bert())
-    batches, theta = rows_of_one(5), trainable(model)
-    forward = slow_scores(model, batches, sample_loss=cross_entropy, theta=theta, reference=[0, 1, 4])
-    for parameter in theta.values():
-        parameter.requires_grad_(False)
-    backward = slow_scores(model, batches[::-1], sample_loss=cross_entropy, theta=theta, reference=[0, 3, 4])
-    for term in ("gradient_norm", "loss_reduction", "convergence"):
-        torch.testing.assert_close(getattr(forward, term), getattr(backward, term).flip(0))
-
-
-def test_a_parameter_under_two_names_counts_once_and_one_out_of_the_graph_not_at_all() -> None:
-    model = Affine(3, 1)
-    _, _, batches = points(3, 3)
-    theta = dict(model.named_parameters())
-    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    once, twice, more = (
-        slow_scores(model, batches, sample_loss=squared_error, theta=each, reference=[0, 1])
-        for each in (theta, theta | {"tied": model.linear.weight}, theta | {"unused": unused})
-    )
-    assert_scores_equal(once, twice)
-    assert_scores_equal(once, more)
-    assert torch.equal(unused, torch.ones_like(unused))
-
-
 def test_a_wrong_effective_weight_is_noticed() -> None:
     model = lora(tiny_bert())
     with pytest.raises(ValueError, match="effective weight"):
@@ -176,70 +138,10 @@ def test_sensitivity_of_a_linear_layer_is_the_mean_of_w_times_the_sum_of_its_gra
     assert result == {"linear": pytest.approx(float(total.mean()))}
 
 
-@BUILDS
-def test_sensitivity_of_adapted_layers_is_that_of_the_base_weight_times_the_effective_one(build: Build) -> None:
-    """∇_W is the same for W as for W + s·BA, so the base weight's own gradient must agree."""
-    model, batches = lora(build()), rows_of_one(3)
-    layers = lora_layers(model)
-    result = slow_sensitivity(
-        model, batches, sample_loss=cross_entropy, layers=layers, effective_weight=effective_weight
-    )
-    model.eval()
-    bases = [layer.get_base_layer().weight.requires_grad_(True) for layer in layers.values()]
-    totals = [torch.zeros_like(base) for base in bases]
-    for batch in batches:
-        labels = batch.pop("labels")
-        gradients = torch.autograd.grad(cross_entropy(model(**batch).logits, labels).sum(), bases)
-        for total, layer, g in zip(totals, layers.values(), gradients, strict=True):
-            total += (effective_weight(layer).detach() * g).abs() / len(batches)
-    assert result == pytest.approx({name: float(t.mean()) for name, t in zip(layers, totals, strict=True)}, rel=1e-5)
-
-
 # --- calibration --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("classes", "lean"), [(2, 0.0), (3, 4.0), (6, -8.0)])
-def test_calibrated_probabilities_average_to_the_class_frequencies(classes: int, lean: float) -> None:
-    generator = torch.Generator().manual_seed(classes)
-    logits = 2 * torch.randn(80, classes, dtype=torch.float64, generator=generator)
-    logits[:, 0] += lean
-    labels = torch.cat([torch.arange(classes), torch.randint(classes, (80 - classes,), generator=generator)])
-    offsets = slow_calibration(logits, labels)
-    frequency = torch.bincount(labels, minlength=classes).double() / 80
-    torch.testing.assert_close((logits + offsets).softmax(1).mean(0), frequency, atol=1e-7, rtol=0)
-    assert float(offsets.sum()) == pytest.approx(0, abs=1e-12)
-    # A lean of the model is taken out again.
-    further = torch.linspace(-3, 3, classes, dtype=torch.float64)
-    torch.testing.assert_close(offsets - slow_calibration(logits + further, labels), further, atol=1e-6, rtol=0)
-
-
 # --- sampling, optimizer, importance ------------------------------------------------------
-
-
-def test_successive_sampling_draws_ordered_pairs_as_often_as_it_should() -> None:
-    p, trials = np.array([0.5, 0.3, 0.2, 0.0]), 4000
-    rng = np.random.default_rng(0)
-    drawn = [tuple(slow_successive_sampling(p, 2, rng)) for _ in range(trials)]
-    for i, j in itertools.permutations(range(3), 2):
-        expected = p[i] * p[j] / (1 - p[i])
-        error = math.sqrt(expected * (1 - expected) / trials)
-        assert abs(drawn.count((i, j)) / trials - expected) < 4 * error
-    assert p.tolist() == [0.5, 0.3, 0.2, 0.0]
-    assert sorted(slow_successive_sampling(np.array([1.0, 1e-6, 3.0]), 3, rng)) == [0, 1, 2]
-
-
-def test_adamw_steps_are_those_of_torch() -> None:
-    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    start = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    theirs = nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([theirs], **settings)
-    ours, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(1, 5):
-        theirs.grad = torch.sin(step * start)
-        optimizer.step()
-        ours, first, second = slow_adamw_step(ours, theirs.grad, first, second, step, **settings)
-    torch.testing.assert_close(ours, theirs.detach())
-    torch.testing.assert_close(second, optimizer.state[theirs]["exp_avg_sq"])
 
 
 def test_importance_of_two_steps_by_hand_and_of_a_constant_which_is_certain() -> None:
@@ -251,14 +153,3 @@ def test_importance_of_two_steps_by_hand_and_of_a_constant_which_is_certain() ->
 
 
 # --- the tiny models ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("build", "tolerance"), [(tiny_bert, 1e-12), (tiny_llama_classifier, 1e-5)])
-def test_padding_does_not_change_logits_of_the_tiny_models_and_dropout_does(build: Build, tolerance: float) -> None:
-    model = lora(build())
-    rows = samples(5, 3)
-    batch = collate(rows, pad_to=20)
-    assert not torch.equal(model(**batch).logits, model(**batch).logits)
-    together = model.eval()(**batch).logits
-    separate = torch.cat([model(**collate([row])).logits for row in rows])
-    torch.testing.assert_close(separate, together, atol=tolerance, rtol=0)

@@ -126,8 +126,7 @@ def test_corrections_replace_neither_their_table_nor_the_audited_file(
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["predict run --data train.jsonl", "score c.yaml", "select scores.parquet --fraction 0.5"],
+    "command", ["predict run --data train.jsonl", "score c.yaml", "select scores.parquet --fraction 0.5"]
 )
 def test_an_earlier_output_is_replaced(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "run" / "out.jsonl"

@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 import tsqlora as tsq
-from models import collate
 from scoring import logits_of
 from stock import base_bert, make_trainer, moods
 from tsqlora import paper
@@ -129,12 +127,3 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "adapter"))
     plain = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits_of(plain, rows), logits_of(model, rows), rtol=1e-5, atol=1e-6)
-
-    scores = paper.score(model, rows, collate)
-    assert len(scores) == len(rows)
-    drawn = paper.sample(scores, fraction=0.5, seed=0)
-    assert len(np.unique(drawn)) == len(drawn) == len(rows) // 2
-    measured = paper.sensitivity(model, rows, collate)
-    assert isinstance(measured, paper.Sensitivity)
-    allocated = paper.allocate(measured, mean_rank=8)
-    assert allocated.keys() == measured.values.keys()

@@ -16,7 +16,7 @@ TRAINERS = json.loads((ROOT / "tests" / "fixtures" / "trainers.json").read_text(
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 CONFLICTS = {
     # datasets before 4.4 cannot pickle on Python 3.14, and LLaMA-Factory requires 4.0 or lower.
-    ("llamafactory", "0.9.5"): {("3.14", "datasets")},
+    ("llamafactory", "0.9.5"): {("3.14", "datasets")}
 }
 """By trainer: each Python and package for which no version can suit both."""
 

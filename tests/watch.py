@@ -20,27 +20,10 @@ SECONDS = 1.0
 """Of the processor, that a case may take."""
 _STUCK = 4
 """Seconds of the processor after which a case is cut off."""
-_CHANGES = (
-    "os.remove",
-    "os.rename",
-    "os.mkdir",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "os.chmod",
-    "os.truncate",
-    "os.utime",
-)
-_NEVER = (
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.spawn",
-    "socket.connect",
-    "socket.getaddrinfo",
-    "pickle.find_class",
-    "pty.spawn",
-)
+_OF_FILES = ("remove", "rename", "mkdir", "rmdir", "link", "symlink", "chmod", "truncate", "utime")
+_CHANGES = tuple(f"os.{change}" for change in _OF_FILES)
+_NEVER = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "socket.getaddrinfo")
+_NEVER += ("pickle.find_class", "pty.spawn")
 
 _watched: list[tuple[Path, list[str]]] = []
 

@@ -1,10 +1,14 @@
 """A tiny Llama that writes, and its tokenizer of whole words."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models import SIZES
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{j}" for j in range(40))]
 CHAT = (
@@ -23,17 +27,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
+    special: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes = SIZES | {"vocab_size": len(WORDS), "num_hidden_layers": 1, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes | special))

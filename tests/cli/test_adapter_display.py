@@ -1,21 +1,14 @@
 """What is shown of an adapter fits 80 columns, names every layer whole, and says what happened."""
 
-import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from cli.test_display import shown
 from loras import lora_config, save_lora, tiny_llama
 from tsqlora.adapter.doctor import examine
 from tsqlora.adapter.rewrite import layer_kind
 from tsqlora.cli.display import show_doctor, show_export
-
-
-def shown(show: Any, value: Any, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    show(console, value)
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from tsqlora.cli.progress_bars import Display
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
 
-def shown(show: Any, value: Any) -> str:
-    console = Console(file=io.StringIO(), width=80)
+def shown(show: Any, value: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
     show(console, value)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -150,9 +150,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
     "text", ["a [bold]plain[/bold] [/] text [link=x]", "\x1b[31mred\x1b[0m\n\r\ttwo   lines", "文字 " * 200, "w" * 500]
 )
 def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width: int) -> None:
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    show_explained(console, explained(text, "[red]label"))
-    out = console.file.getvalue()  # type: ignore[attr-defined]
+    out = shown(show_explained, explained(text, "[red]label"), width)
     assert max(cell_len(line) for line in out.splitlines()) <= width
     assert "\x1b" not in out
     assert "likely wrong labels" in out
@@ -254,10 +252,10 @@ def test_a_dumb_terminal_gets_lines_and_no_control_codes(terminal: str, monkeypa
     assert ("\x1b" in console.file.getvalue()) == (terminal == "xterm")  # type: ignore[attr-defined]
 
 
-def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
+def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The terminal's lines after these calls of the display."""
     monkeypatch.setenv("TERM", "xterm")
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with Display(console) as display:
         shown(display)
         lines = console.render_lines(display.bars.get_renderable(), console.options)
@@ -303,6 +301,11 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
     assert "sample size 41" in shown(show_scores, {**scored, **softmax})
 
 
+AUDIT = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [], "duplicates": 0}
+AUDIT |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out", "columns": {}}
+AUDIT |= {"evident": False}
+
+
 @pytest.mark.parametrize(("evident", "chance"), [(True, 0.87), (False, None)])
 def test_suspects_have_a_probability_where_wrong_labels_are_evident(evident: bool, chance: float | None) -> None:
     row = {
@@ -313,22 +316,17 @@ def test_suspects_have_a_probability_where_wrong_labels_are_evident(evident: boo
         "text": "some text",
         "token": None,
     }
-    audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [row], "duplicates": 0}
-    audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "o", "columns": {}}
-    text = shown(show_audit, {**audit, "evident": evident})
+    text = shown(show_audit, AUDIT | {"first": [row], "evident": evident})
     assert "some text" in text
     assert ("87%" in text) == ("wrong" in text) == evident
 
 
 def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     record = {"cost": {}, "ranks": {}, "metrics": {}, "notes": [], "run": "my run"}
-    audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "", "first": [], "duplicates": 0}
-    audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out"}
-    audit |= {"evident": False}
     scored = {"scores": "my s.parquet", "rows": 9, "held_out": 1, "draw": "even", "dropped": {}, "noise": None}
     for show, result, commands in (
         (show_record, record, ["tsqlora report 'my run'"]),
-        (show_audit, audit, ["tsqlora apply reviewed.csv --out 'my out'"]),
+        (show_audit, AUDIT, ["tsqlora apply reviewed.csv --out 'my out'"]),
         (show_scores, scored, ["tsqlora explain 'my s.parquet'", "tsqlora select 'my s.parquet' --fraction"]),
     ):
         text = shown(show, result)

@@ -42,11 +42,7 @@ def _terminals(out: io.StringIO, err: io.StringIO) -> Any:
 def _quiet() -> Iterator[io.StringIO]:
     """Collect what is printed; warnings are ignored, as libraries' are on the command line."""
     printed = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        _terminals(printed, printed),
-        contextlib.redirect_stderr(printed),
-    ):
+    with warnings.catch_warnings(), _terminals(printed, printed), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
         quieten()
         transformers.utils.logging.set_verbosity_error()

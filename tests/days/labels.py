@@ -66,11 +66,7 @@ def _quoted(row: Row) -> None:
 
 LONE = "\u2060"
 """Beside a quote: a careless export did not double it."""
-LABEL_FAULTS: dict[str, Callable[[Row], None]] = {
-    "spelling": _misspelt,
-    "no label": _unlabelled,
-    "lone quote": _quoted,
-}
+LABEL_FAULTS: dict[str, Callable[[Row], None]] = {"spelling": _misspelt, "no label": _unlabelled, "lone quote": _quoted}
 """What is wrong with cells of rows with classes."""
 
 

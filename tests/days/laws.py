@@ -85,7 +85,7 @@ def clean_rows_have_no_finding(
         if place in planted or (one is not None and (one.refusal or one.lost)):
             continue
         loud = {name for name, severity in of_row(place, line, findings).items() if severity != "note"}
-        near = one is None or _tokens(one) > limit - 3
+        near = one is None or len(one.ids) > limit - 3
         loud -= {"answer_cut", "dropped"} if near and limit < 8_000 else set()
         if (by_template := one or simple) is not None:  # what the family's template does is no fault of the row
             own = {"stop_not_trained"} if not by_template.stops else set[str]()
@@ -95,10 +95,6 @@ def clean_rows_have_no_finding(
             yield f"clean row {place} has {sorted(loud)} ({line['detail'][:200]})"
         elif line["fate"] != "trained" and not near:
             yield f"clean row {place} is '{line['fate']}' ({line['detail'][:200]})"
-
-
-def _tokens(one: Expected) -> int:
-    return len(one.ids)
 
 
 def refusals_are_the_templates(

@@ -63,18 +63,8 @@ class TextDay:
         if self.drawn.evaluation and self.day.fault == "leak":
             evaluation = save(self.day.file, _new(self.folder / "evaluation"), self.drawn.evaluation)
             further = (*further, "--eval", evaluation)
-        outcome = command(
-            "audit",
-            self.source,
-            "--model",
-            self.model,
-            *options,
-            *self.limit,
-            *options_of(self.day.file),
-            *further,
-            "--out",
-            out_folder,
-        )
+        options = (*options, *self.limit, *options_of(self.day.file), *further)
+        outcome = command("audit", self.source, "--model", self.model, *options, "--out", out_folder)
         if self.ended(outcome):
             self.ledger(out_folder, outcome)
         return outcome
@@ -205,16 +195,9 @@ class TextDay:
             return
         data = tsq.QualitySubset(samples, fraction=1.0)
         quality = tsq.QualityCallback(data)
-        args = TrainingArguments(
-            str(self.folder / "out"),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-        )
+        quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        quiet |= {"save_strategy": "no", "logging_strategy": "no"}
+        args = TrainingArguments(str(self.folder / "out"), max_steps=3, per_device_train_batch_size=4, **quiet)
         collate = DataCollatorForSeq2Seq(self.tokenizer, padding=True)
 
         def built(rows: Any, *callbacks: Any) -> Any:

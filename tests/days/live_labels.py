@@ -134,15 +134,9 @@ def labels_of(row: Row) -> list[Any]:
     value = row.get("label", row.get("labels", row.get("class")))
     if isinstance(value, str) and value.startswith("["):
         return json.loads(value)
-    return (
-        value.split("|")
-        if isinstance(value, str)
-        else value
-        if isinstance(value, list)
-        else []
-        if value is None
-        else [value]
-    )
+    if isinstance(value, str):
+        return value.split("|")
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def read_back(path: Path) -> list[Row]:

@@ -59,12 +59,9 @@ def _plain(row: Row, kind: str) -> tuple[str, str]:
     match kind:
         case "alpaca":
             further = row.get("input") or ""
-            parts = (
-                {"paired": _PAIRED, "further": f"### Input:\n{further}\n\n"}
-                if further
-                else {"paired": "", "further": ""}
-            )
-            return _ALPACA.format(instruction=row["instruction"], **parts), row["output"]
+            shown = f"### Input:\n{further}\n\n" if further else ""
+            paired = _PAIRED if further else ""
+            return _ALPACA.format(instruction=row["instruction"], paired=paired, further=shown), row["output"]
         case "orca":
             return f"{row['system_prompt']}\n\n{row['question']}", row["response"]
         case "squad":

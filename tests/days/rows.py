@@ -145,9 +145,7 @@ def _pair(make: Maker, k: int) -> Row:
 def _pair_chats(make: Maker, k: int) -> Row:
     question = {"role": "user", "content": make.question(k)}
     answers = [{"role": "assistant", "content": make.answer(j)} for j in (k, k + 3000)]
-    whole = k % 2 == 0 and False
-    sides = [[question, one] if whole else [one] for one in answers]
-    return {"prompt": [question], "chosen": sides[0], "rejected": sides[1]}
+    return {"prompt": [question], "chosen": answers[:1], "rejected": answers[1:]}
 
 
 def _prompt_chat(make: Maker, k: int) -> Row:

@@ -23,24 +23,8 @@ WORDS = {
     "table": "| name | value | --- | 12 | 3.5 | yes | no | total | 2024-01-31 | | a | \n",
 }
 SCRIPTS = tuple(WORDS)
-NAMES = [
-    "Ada",
-    "Boris",
-    "Chen",
-    "Dalia",
-    "Emre",
-    "Fatou",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jamal",
-    "Kira",
-    "Liam",
-    "Mei",
-    "Nora",
-    "Omar",
-    "Petra",
-]
+NAMES = ["Ada", "Boris", "Chen", "Dalia", "Emre", "Fatou", "Greta", "Hugo"]
+NAMES += ["Ines", "Jamal", "Kira", "Liam", "Mei", "Nora", "Omar", "Petra"]
 TOWNS = ["Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito", "Accra", "Minsk", "Hanoi", "Perth"]
 EXACT = (8, 64, 256, 512)
 LONGEST = 4_000

@@ -143,14 +143,9 @@ def trained(
         callbacks.append(paper.RankCallback(interval=2, schedule=schedule))
     if poisoned:
         callbacks.append(Poison())
-    args = {
-        "average_tokens_across_devices": False,
-        "save_strategy": "steps",
-        "save_steps": SAVED_AT,
-        "num_train_epochs": 2,
-    }
+    args = {"average_tokens_across_devices": False, "save_strategy": "steps", "save_steps": SAVED_AT}
     args |= {"logging_strategy": "steps", "logging_steps": 1, "per_device_train_batch_size": 8 // world()}
-    args |= {"max_grad_norm": 0.0, **arguments_of(engine), **options}
+    args |= {"num_train_epochs": 2, "max_grad_norm": 0.0, **arguments_of(engine), **options}
     trainer = make_trainer(model or bert(slots=ranks), data, folder / name, [*callbacks, watch], **args)
     if late:
         trainer.add_callback(quality)
@@ -196,12 +191,8 @@ def work(engine: str, folder: Path, what: str) -> dict[str, Any]:
 
     if engine == "loaded":
         model, saves = loaded_in_parts(folder), {"save_strategy": "no"}
-        ways: dict[str, Any] = {
-            "look": {},
-            "no look": {"look": None},
-            "late": {"late": True},
-            "ranks": {"look": None, "ranks": True},
-        }
+        ways: dict[str, Any] = {"look": {}, "no look": {"look": None}, "late": {"late": True}}
+        ways |= {"ranks": {"look": None, "ranks": True}}
         done = {name: run(name, model=model, **saves, **options) for name, options in ways.items()}
         return done | {"taken": error_of(lambda: tsq.look(model, ROWS, collate, out=folder / "never"))}
     if what == "packed":

@@ -122,16 +122,9 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     ranks = paper.RankCallback(interval=2, finalize=False, schedule=paper.RankSchedule(warmup=0.0, freeze=0.2))
     quality = quality_by(data, reference=32, terms=["gradient_norm"])
     ours = arguments(Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}}), folder)
-    trainer = make_trainer(
-        model,
-        data,
-        folder,
-        [ranks, quality],
-        per_device_train_batch_size=8 // world,
-        learning_rate=0.02,
-        average_tokens_across_devices=ours.average_tokens_across_devices,
-    )
-    trainer.train()
+    options = {"per_device_train_batch_size": 8 // world, "learning_rate": 0.02}
+    options |= {"average_tokens_across_devices": ours.average_tokens_across_devices}
+    make_trainer(model, data, folder, [ranks, quality], **options).train()
     assert data.scores is not None
     return {
         "events": [asdict(event) for event in ranks.events],

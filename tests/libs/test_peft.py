@@ -9,14 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from models import collate, samples, tiny_bert
 from tsqlora import paper
-from tsqlora.libs.peft import (
-    VARIANTS,
-    forget_adapter,
-    has_variant,
-    lora_matrices,
-    places_of,
-    without_zero_updates,
-)
+from tsqlora.libs.peft import VARIANTS, forget_adapter, has_variant, lora_matrices, places_of, without_zero_updates
 from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import find_slots
 

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPTQConfig,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForSequenceClassification, GPTQConfig, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 

@@ -1,6 +1,5 @@
 """The last linear layer and what it is given, in heads of transformers' families."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,29 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     DynamicCache,
     Gemma3Config,
     Gemma3ForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
 )
 
 import tsqlora as tsq
@@ -47,7 +32,7 @@ from models import (
     tiny_llama_classifier,
     tiny_vit,
 )
-from tsqlora.model.forward import find_head, forward_pass, pooled, recorded
+from tsqlora.model.forward import Forward, Head, find_head, forward_pass, pooled, recorded
 from tsqlora.model.request import Compute
 from tsqlora.tasks import get_task, task_of
 
@@ -59,60 +44,58 @@ ROWS = [
     {"input_ids": [*range(5, 9 + 3 * j), 1], "attention_mask": [1] * (5 + 3 * j), "labels": j % 3} for j in range(4)
 ]
 
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, str | None]] = {
-    "bert": (lambda: BertForSequenceClassification(BertConfig(**TEXT)), "classifier", "tanh"),
-    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)), "classifier.out_proj", "tanh"),
-    "mpnet": (lambda: MPNetForSequenceClassification(MPNetConfig(**TEXT)), "classifier.out_proj", "tanh"),
-    "deberta": (lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT)), "classifier", "gelu"),
+FAMILIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "bert": (TEXT, "classifier", "tanh"),
+    "roberta": (TEXT, "classifier.out_proj", "tanh"),
+    "mpnet": (TEXT, "classifier.out_proj", "tanh"),
+    "deberta-v2": (TEXT, "classifier", "gelu"),
     "distilbert": (
-        lambda: DistilBertForSequenceClassification(
-            DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=60, num_labels=3)
-        ),
+        {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "vocab_size": 60, "num_labels": 3},
         "classifier",
         "relu",
     ),
     "gpt2": (
-        lambda: GPT2ForSequenceClassification(
-            GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60, pad_token_id=0, num_labels=3)
-        ),
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 60, "pad_token_id": 0, "num_labels": 3},
         "score",
         None,
     ),
-    "llama": (lambda: LlamaForSequenceClassification(LlamaConfig(**TEXT)), "score", None),
+    "llama": (TEXT, "score", None),
     "t5": (
-        lambda: T5ForSequenceClassification(
-            T5Config(
-                decoder_start_token_id=0,
-                d_model=16,
-                d_kv=8,
-                d_ff=16,
-                num_layers=1,
-                num_heads=2,
-                vocab_size=60,
-                num_labels=3,
-            )
-        ),
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 60, "num_labels": 3}
+        | {"decoder_start_token_id": 0},
         "classification_head.out_proj",
         "tanh",
     ),
-    "vit": (lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4)), "classifier", None),
+    "vit": (SMALL | {"image_size": 8, "patch_size": 4}, "classifier", None),
     "wav2vec2": (
-        lambda: Wav2Vec2ForSequenceClassification(
-            Wav2Vec2Config(
-                **SMALL,
-                conv_dim=(8,),
-                conv_kernel=(4,),
-                conv_stride=(4,),
-                num_feat_extract_layers=1,
-                classifier_proj_size=16,
-                num_conv_pos_embeddings=4,
-                num_conv_pos_embedding_groups=2,
-            )
-        ),
+        SMALL
+        | {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (4,), "num_feat_extract_layers": 1}
+        | {"classifier_proj_size": 16, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
         "classifier",
         None,
     ),
 }
+"""Sizes by the name that transformers has for a family, the head's name, and the activation before it."""
+OTHERS: dict[str, Any] = {"vit": AutoModelForImageClassification, "wav2vec2": AutoModelForAudioClassification}
+
+
+def build(family: str) -> Any:
+    config = AutoConfig.for_model(family, **FAMILIES[family][0])
+    return OTHERS.get(family, AutoModelForSequenceClassification).from_config(config)
+
+
+def passed(*arguments: Any, **options: Any) -> tuple[Forward, Head]:
+    """What a forward pass finds where the model has a head."""
+    forward, head = forward_pass(*arguments, **options)
+    assert forward is not None
+    assert head is not None
+    return forward, head
+
+
+def head_of(model: nn.Module, inputs: dict[str, Tensor]) -> Head:
+    head = find_head(model, inputs, CLASSES)
+    assert head is not None
+    return head
 
 
 def inputs_of(family: str) -> dict[str, torch.Tensor]:
@@ -127,12 +110,11 @@ def inputs_of(family: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped: bool) -> None:
     torch.manual_seed(0)
-    make, name, activation = FAMILIES[family]
-    model = make().eval()
+    _, name, activation = FAMILIES[family]
+    model = build(family).eval()
     model = tsq.wrap(model, mean_rank=2).eval() if wrapped else model
     inputs = inputs_of(family)
-    head = find_head(model, inputs, CLASSES)
-    assert head is not None
+    head = head_of(model, inputs)
     assert name in head.name.replace(".modules_to_save.default", "")
     with torch.no_grad(), recorded([head.linear]) as seen:
         logits = model(**inputs).logits
@@ -143,32 +125,27 @@ def test_the_head_is_found_and_its_features_make_the_logits(family: str, wrapped
 
 
 def test_a_pooler_that_was_trained_is_not_whitened() -> None:
-    model = FAMILIES["bert"][0]().eval()
-    new = find_head(model, inputs_of("bert"), CLASSES)
+    model = build("bert").eval()
+    new = head_of(model, inputs_of("bert"))
     torch.nn.init.normal_(model.bert.pooler.dense.bias)
-    trained = find_head(model, inputs_of("bert"), CLASSES)
-    assert new is not None
-    assert trained is not None
+    trained = head_of(model, inputs_of("bert"))
     assert (new.dense is None, trained.dense is None) == (False, True)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_dense_layer_without_bias_is_not_whitened_as_its_centre_would_be_lost(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2)).eval()
-    head = find_head(model, {"input": torch.randn(3, 6)}, CLASSES)
-    assert head is not None
-    assert (head.dense is not None) == bias
+    assert (head_of(model, {"input": torch.randn(3, 6)}).dense is not None) == bias
 
 
 def test_padding_moves_no_feature() -> None:
     torch.manual_seed(0)
-    model = FAMILIES["llama"][0]().eval()
+    model = build("llama").eval()
     features = []
     for width in (14, 20):
         batch = collate(ROWS, pad_to=width)
         batch.pop("labels")
-        head = find_head(model, batch, CLASSES)
-        assert head is not None
+        head = head_of(model, batch)
         with torch.no_grad(), recorded([head.linear]) as seen:
             model(**batch)
         features.append(pooled(seen[head.linear][0], model, batch))
@@ -183,7 +160,7 @@ def test_no_hook_stays_also_after_an_error() -> None:
 
 
 def test_a_frozen_head_is_none() -> None:
-    model = FAMILIES["bert"][0]().eval().requires_grad_(False)
+    model = build("bert").eval().requires_grad_(False)
     batch = inputs_of("bert")
     assert find_head(model, batch, CLASSES) is None
 
@@ -221,11 +198,9 @@ def test_a_row_is_read_once(kind: str) -> None:
 
 def test_workers_read_the_same_rows() -> None:
     model, rows, before = tiny_bert(), samples(13, 3), torch.get_rng_state()
-    alone, _ = forward_pass(model, rows, collate, task=CLASSES, compute=Compute(4))
+    alone, _ = passed(model, rows, collate, task=CLASSES, compute=Compute(4))
     reads = Reads(rows)
-    ahead, _ = forward_pass(model, reads, collate, task=CLASSES, compute=Compute(4, workers=2))
-    assert alone is not None
-    assert ahead is not None
+    ahead, _ = passed(model, reads, collate, task=CLASSES, compute=Compute(4, workers=2))
     np.testing.assert_array_equal(alone.logits, ahead.logits)
     assert sum(reads.reads) == 4, "the first batch finds the head; the workers read the others"
     assert torch.equal(before, torch.get_rng_state())
@@ -233,7 +208,7 @@ def test_workers_read_the_same_rows() -> None:
 
 def test_rows_are_read_again_where_memory_was_short_and_only_there() -> None:
     model, rows = tiny_bert(), samples(13, 3)
-    whole, _ = forward_pass(model, rows, collate, task=CLASSES, compute=Compute(6))
+    whole, _ = passed(model, rows, collate, task=CLASSES, compute=Compute(6))
 
     def short(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         if len(batch) > 3:
@@ -241,9 +216,7 @@ def test_rows_are_read_again_where_memory_was_short_and_only_there() -> None:
         return collate(batch)
 
     reads = Reads(rows)
-    parts, _ = forward_pass(model, reads, short, task=CLASSES, compute=Compute(6))
-    assert whole is not None
-    assert parts is not None
+    parts, _ = passed(model, reads, short, task=CLASSES, compute=Compute(6))
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-6)
     assert sorted(reads.reads)[:7] == [1] * 7, "the batches after the first are read in the smaller parts"
 
@@ -259,7 +232,7 @@ def test_only_layers_that_may_be_the_head_are_recorded(monkeypatch: pytest.Monke
     assert find_head(model, inputs_of("llama"), CLASSES) is not None
     assert len(hooked) == 1
     assert "score" in hooked[0]
-    entire = FAMILIES["llama"][0]().eval()
+    entire = build("llama").eval()
     linears = [module for module in entire.modules() if isinstance(module, nn.Linear)]
     with recorded(linears) as calls:
         entire(**inputs_of("llama"))
@@ -309,9 +282,7 @@ def test_a_decoders_features_are_those_of_its_last_token(family: str, case: str,
     last = [max(t for t, token in enumerate(ids) if token != 0) for ids in batch["input_ids"].tolist()]
     slow = np.stack([seen[0][j, t].float().numpy() for j, t in enumerate(last)])
     task = NUMBERS if one else CLASSES
-    forward, head = forward_pass(model, rows, collator, task=task, compute=Compute(96))
-    assert head is not None
-    assert forward is not None
+    forward, head = passed(model, rows, collator, task=task, compute=Compute(96))
     assert head.linear is model.score
     np.testing.assert_allclose(forward.features, slow, atol=0.1 if one else 1e-5)
 
@@ -341,11 +312,8 @@ def test_no_cache_is_built(family: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_float16_gives_finite_features() -> None:
     model, rows = tiny_bert(dtype=torch.float32), samples(13, 3)
-    exact, _ = forward_pass(model, rows, collate, task=CLASSES, compute=Compute(4), mean=True)
-    half, head = forward_pass(model, rows, collate, task=CLASSES, compute=Compute(4, torch.float16), mean=True)
-    assert head is not None
-    assert exact is not None
-    assert half is not None
+    exact, _ = passed(model, rows, collate, task=CLASSES, compute=Compute(4), mean=True)
+    half, _ = passed(model, rows, collate, task=CLASSES, compute=Compute(4, torch.float16), mean=True)
     for name in ("loss", "logits", "features", "mean"):
         one, other = getattr(exact, name), getattr(half, name)
         assert other.dtype == np.float32

@@ -1,5 +1,7 @@
 """Linear fits on features: the strength by folds, and predictions of rows that were not seen."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from tsqlora.model import linear as linear_head
-from tsqlora.model.linear import ENOUGH, STRENGTHS, _folds, fit_head, out_of_fold_logits, row_losses
+from tsqlora.model.linear import ENOUGH, STRENGTHS, HeadFit, _folds, fit_head, out_of_fold_logits, row_losses
 
 
 def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -16,16 +18,20 @@ def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> t
     return centres[labels] + spread * rng.normal(size=(n, d)), labels
 
 
+def fitted(x: np.ndarray, y: np.ndarray, width: int, link: Any = "softmax", **options: Any) -> HeadFit:
+    return fit_head(x, y, link=link, width=width, rng=np.random.default_rng(0), **options)
+
+
 def test_unseen_rows_are_classified() -> None:
     x, y = classes(600, 4)
-    fit = fit_head(x[:400], y[:400], link="softmax", width=4, rng=np.random.default_rng(0))
+    fit = fitted(x[:400], y[:400], 4)
     assert (fit.head.logits(x[400:]).argmax(1) == y[400:]).mean() > 0.8
     assert fit.loss == pytest.approx(row_losses(fit.head.logits(x[400:]), y[400:], "softmax").mean(), rel=0.5)
 
 
 def test_the_grid_of_strengths_does_not_end_at_the_best_one() -> None:
     x, y = classes(3000, 50, d=32, spread=0.15)
-    fit = fit_head(x, y, link="softmax", width=50, rng=np.random.default_rng(0))
+    fit = fitted(x, y, 50)
     assert STRENGTHS[0] < fit.strength < STRENGTHS[-1]
 
 
@@ -70,14 +76,14 @@ def test_no_row_is_predicted_by_a_fit_that_has_seen_its_group(
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_the_features_scale_decides_nothing(factor: float) -> None:
     x, y = classes(100, 3)
-    one, other = (fit_head(x * by, y, link="softmax", width=3, rng=np.random.default_rng(0)) for by in (1.0, factor))
+    one, other = (fitted(x * by, y, 3) for by in (1.0, factor))
     np.testing.assert_allclose(one.head.logits(x), other.head.logits(x * factor), atol=2e-2)
     assert one.strength == other.strength
 
 
 def test_a_class_without_rows_is_the_least_likely() -> None:
     x, y = classes(60, 3)
-    logits = fit_head(x, y, link="softmax", width=5, rng=np.random.default_rng(0)).head.logits(x)
+    logits = fitted(x, y, 5).head.logits(x)
     assert (logits[:, 3:].max(1) < logits[:, :3].max(1)).all()
 
 
@@ -96,9 +102,7 @@ def test_samples_of_one_group_share_a_fold() -> None:
     rng = np.random.default_rng(0)
     x, y = np.repeat(rng.normal(size=(40, 60)), 6, axis=0), np.repeat(rng.integers(2, size=40), 6)
     x, groups = x + 0.02 * rng.normal(size=x.shape), np.repeat(np.arange(40), 6)
-    alone, together = (
-        fit_head(x, y, link="softmax", width=2, groups=own, rng=np.random.default_rng(0)).loss for own in (None, groups)
-    )
+    alone, together = (fitted(x, y, 2, groups=own).loss for own in (None, groups))
     assert alone < 0.3, "near copies in other folds give the label away"
     assert together > 0.6
 
@@ -135,10 +139,7 @@ def test_copies_make_the_loss_no_lower_and_the_penalty_no_weaker() -> None:
     rng = np.random.default_rng(0)
     means, y = rng.normal(size=(10, 64)) * 0.35, rng.integers(10, size=300)
     x = (means[y] + rng.normal(size=(300, 64))).astype(np.float32)
-    once, thrice = (
-        fit_head(np.tile(x, (k, 1)), np.tile(y, k), link="softmax", width=10, rng=np.random.default_rng(0))
-        for k in (1, 3)
-    )
+    once, thrice = (fitted(np.tile(x, (k, 1)), np.tile(y, k), 10) for k in (1, 3))
     assert thrice.loss == pytest.approx(once.loss, rel=0.1)
     assert thrice.strength <= once.strength
 
@@ -147,10 +148,7 @@ def test_copies_make_the_loss_of_numbers_no_lower() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 64)).astype(np.float32)
     y = (x @ rng.normal(size=64) / 8 + rng.normal(size=300)).astype(np.float32)
-    once, thrice = (
-        fit_head(np.tile(x, (k, 1)), np.tile(y, k), link="identity", width=1, rng=np.random.default_rng(0))
-        for k in (1, 3)
-    )
+    once, thrice = (fitted(np.tile(x, (k, 1)), np.tile(y, k), 1, "identity") for k in (1, 3))
     assert thrice.loss == pytest.approx(once.loss, rel=0.01)
 
 
@@ -162,17 +160,14 @@ def test_rows_that_are_all_equal_are_fitted() -> None:
 
 def test_a_layer_without_bias_gets_none() -> None:
     x, y = classes(60, 3)
-    fit = fit_head(x, y, link="softmax", width=3, intercept=False, rng=np.random.default_rng(0))
+    fit = fitted(x, y, 3, intercept=False)
     assert not fit.head.bias.any()
 
 
 def test_class_weights_move_the_border() -> None:
     x, y = classes(200, 2, spread=3)
     weights = np.array([1.0, 20.0])
-    plain, weighted = (
-        fit_head(x, y, link="softmax", width=2, class_weights=w, rng=np.random.default_rng(0)).head.logits(x)
-        for w in (None, weights)
-    )
+    plain, weighted = (fitted(x, y, 2, class_weights=w).head.logits(x) for w in (None, weights))
     assert weighted.argmax(1).sum() > plain.argmax(1).sum()
 
 
@@ -187,7 +182,7 @@ def test_numbers_are_fitted_by_least_squares() -> None:
 
 def test_a_head_is_better_only_beyond_noise() -> None:
     x, y = classes(200, 3, spread=0.5)
-    fit = fit_head(x, y, link="softmax", width=3, rng=np.random.default_rng(0))
+    fit = fitted(x, y, 3)
     assert fit.better_than(np.full(200, np.log(3)))
     assert not fit.better_than(fit.losses + np.random.default_rng(1).normal(size=200))
     assert not fit.better_than(np.zeros(200))

@@ -38,6 +38,12 @@ def copied(checkpoint: Path, folder: Path, *, without: str = "") -> Path:
     return folder
 
 
+def without_pooler(checkpoint: Path, folder: Path) -> str:
+    file = copied(checkpoint, folder) / "model.safetensors"
+    save_file({k: w for k, w in load_file(file).items() if "pooler" not in k}, file, metadata={"format": "pt"})
+    return str(folder)
+
+
 def saved(pretrained: Pretrained, folder: Path) -> str:
     pretrained.model.save_pretrained(folder)
     pretrained.tokenizer.save_pretrained(folder)
@@ -78,10 +84,8 @@ def test_a_head_of_another_size_is_made_anew(checkpoint: Path, tmp_path: Path) -
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_new_too(checkpoint: Path, tmp_path: Path) -> None:
-    path = copied(checkpoint, tmp_path)
-    weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    assert load_pretrained(str(path), CLASSES, labels=TWO).new_modules == ("bert.pooler.dense", "classifier")
+    path = without_pooler(checkpoint, tmp_path)
+    assert load_pretrained(path, CLASSES, labels=TWO).new_modules == ("bert.pooler.dense", "classifier")
 
 
 def test_weights_come_in_the_asked_dtype(checkpoint: Path) -> None:
@@ -153,11 +157,9 @@ def test_a_packed_body_has_a_whole_head(checkpoint: Path, quantization: str, bit
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_layer_that_is_new_is_not_packed(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    path = copied(checkpoint, tmp_path)
-    weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    path = without_pooler(checkpoint, tmp_path)
     with pytest.raises(SettingsError, match=r"4bit packs bert\.pooler\.dense, which the checkpoint lacks"):
-        load_pretrained(str(path), CLASSES, labels=TWO, quantization="4bit")
+        load_pretrained(path, CLASSES, labels=TWO, quantization="4bit")
 
 
 def test_packing_names_the_package_that_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +176,6 @@ def test_a_model_that_the_first_gpu_holds_stays_whole(checkpoint: Path) -> None:
 def test_a_model_that_all_gpus_cannot_hold_is_refused_before_it_loads(checkpoint: Path) -> None:
     with pytest.raises(SettingsError, match=r"2 GPUs .*model\.quantization"):
         load_pretrained(str(checkpoint), CLASSES, labels=TWO, gpus=[1000, 1000])
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])
-def test_a_local_path_that_is_nothing_is_said_to_be_none(path: str) -> None:
-    assert error_of(path) == f"model.path '{path}': no such directory; correct it, or give a hub id"
 
 
 def test_a_hub_id_that_cannot_be_reached_is_named() -> None:

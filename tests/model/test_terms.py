@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,26 +75,20 @@ def test_a_function_without_a_usable_name_is_refused() -> None:
             get_terms([own])
 
 
-def test_standardised_by_hand() -> None:
-    # Median 3, absolute deviations 2 1 0 1 97: MAD 1.
-    result = standardise(np.array([1.0, 2.0, 3.0, 4.0, 100.0]), ONE)
-    np.testing.assert_allclose(result, [-2 / 1.4826, -1 / 1.4826, 0, 1 / 1.4826, CLIP])
-
-
-def test_the_interquartile_range_stands_in_for_a_mad_of_zero() -> None:
-    # Quartiles 0 and 1 of 0 0 0 1 5.
-    result = standardise(np.array([0.0, 0.0, 0.0, 1.0, 5.0]), ONE + 7)
-    np.testing.assert_allclose(result, [0, 0, 0, 1.349, CLIP])
-
-
-def test_a_group_without_spread_is_zero() -> None:
-    result = standardise(np.array([2.0, 2.0, 2.0, 2.0, 9.0, 1.0]), np.array([3, 3, 3, 3, 3, 4]))
-    assert result.tolist() == [0.0] * 6
-
-
-def test_a_spread_of_rounding_errors_is_none() -> None:
-    result = standardise(np.float32(0.7) + np.float32(1e-7) * np.arange(5, dtype=np.float32), ONE)
-    assert result.tolist() == [0.0] * 5
+@pytest.mark.parametrize(
+    ("values", "groups", "expected"),
+    [
+        # Median 3, absolute deviations 2 1 0 1 97: MAD 1.
+        ([1.0, 2.0, 3.0, 4.0, 100.0], ONE, [-2 / 1.4826, -1 / 1.4826, 0, 1 / 1.4826, CLIP]),
+        # Of a MAD of zero the interquartile range: quartiles 0 and 1 of 0 0 0 1 5.
+        ([0.0, 0.0, 0.0, 1.0, 5.0], ONE + 7, [0, 0, 0, 1.349, CLIP]),
+        # A group without spread is zero, and a spread of rounding errors is none.
+        ([2.0, 2.0, 2.0, 2.0, 9.0, 1.0], np.array([3, 3, 3, 3, 3, 4]), [0] * 6),
+        (np.float32(0.7) + np.float32(1e-7) * np.arange(5, dtype=np.float32), ONE, [0] * 5),
+    ],
+)
+def test_standardised_by_hand(values: Any, groups: np.ndarray, expected: list[float]) -> None:
+    np.testing.assert_allclose(standardise(np.asarray(values), groups), expected, atol=0)
 
 
 @given(VALUES, st.integers(0, 2**32), st.integers(1, 4))

@@ -33,11 +33,6 @@ def test_the_budget_is_what_a_uniform_rank_uses(shapes: dict[str, tuple[int, int
     assert budget(float(rank), shapes) == used(dict.fromkeys(shapes, rank), shapes)
 
 
-@pytest.mark.parametrize(("mean_rank", "expected"), [(0.7, 7), (2.5, 25), (8.0, 80), (0.29, 2), (1.1, 11), (0.01, 0)])
-def test_parts_of_a_parameter_are_dropped(mean_rank: float, expected: int) -> None:
-    assert budget(mean_rank, {"a": (6, 4)}) == expected
-
-
 @given(st.integers(1, 10**9), shapes_of_layers)
 def test_a_mean_rank_found_by_division_loses_nothing(total: int, shapes: dict[str, tuple[int, int]]) -> None:
     assert budget(total / sum(costs(shapes).values()), shapes) == total
@@ -54,19 +49,6 @@ def test_a_mean_rank_that_is_no_number_above_zero_is_refused(mean_rank: float) -
         budget(mean_rank, SHAPES)
 
 
-@given(shapes_of_layers, st.integers(0, 600), st.data())
-def test_filling_leaves_nothing_that_buys_a_rank(
-    shapes: dict[str, tuple[int, int]], total: int, data: st.DataObject
-) -> None:
-    wishes = {layer: data.draw(st.floats(-5, 20)) for layer in shapes}
-    limits = caps(shapes, 6)
-    empty = dict.fromkeys(shapes, 0)
-    ranks = fill(empty, wishes=wishes, order=list(shapes), shapes=shapes, caps=limits, budget=total)
-    left = total - used(ranks, shapes)
-    assert left >= 0
-    assert all(ranks[n] == limits[n] or cost > left for n, cost in costs(shapes).items())
-
-
 def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
     shapes = dict.fromkeys("abc", (1, 1))
     limits = dict.fromkeys("abc", 4)
@@ -79,13 +61,6 @@ def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
     assert filled("abc", 8) == {"a": 1, "b": 1, "c": 2}
     assert filled("abc", 10) == {"a": 2, "b": 1, "c": 2}
     assert filled("cba", 10) == {"a": 1, "b": 2, "c": 2}
-
-
-def test_filling_passes_over_a_layer_that_is_too_dear() -> None:
-    shapes, limits = {"wide": (50, 50), "slim": (5, 5)}, {"wide": 4, "slim": 4}
-    wishes = {"wide": 4.0, "slim": 0.0}
-    ranks = fill({"wide": 0, "slim": 0}, wishes=wishes, order=["wide", "slim"], shapes=shapes, caps=limits, budget=120)
-    assert ranks == {"wide": 1, "slim": 2}
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))

@@ -10,13 +10,14 @@ import torch._dynamo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import BertConfig, BertForTokenClassification, TrainerCallback, TrainerState
+from transformers import BertConfig, BertForTokenClassification, TrainerCallback
 
 import tsqlora as tsq
+from loops import weights
 from models import lora
-from scoring import assert_same, drawing, quality_by
+from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero
-from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
+from stock import VOCAB, At, base_bert, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.paper import loop as mover
 from tsqlora.paper import probe
@@ -32,16 +33,6 @@ def run(folder: Path, *callbacks: TrainerCallback, model: Any = None, data: Any 
     trained = slotted_bert() if model is None else model
     make_trainer(trained, data, folder, list(callbacks), **({"learning_rate": 0.02} | further)).train()
     return trained
-
-
-class At(TrainerCallback):
-    """Calls a function at some moment with the state and what the Trainer hands out."""
-
-    def __init__(self, moment: str, act: Any) -> None:
-        def call(_args: Any, state: TrainerState, _control: Any, **kwargs: Any) -> None:
-            act(state, kwargs)
-
-        setattr(self, f"on_{moment}", call)
 
 
 def shapes() -> dict[str, tuple[int, int]]:
@@ -62,10 +53,6 @@ def assert_no_hooks(model: nn.Module) -> None:
         assert not module._forward_pre_hooks
         assert not module._state_dict_hooks
         assert not module._load_state_dict_pre_hooks
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 # --- what it does -------------------------------------------------------------------------
@@ -160,10 +147,10 @@ class Around:
     def callbacks(self, callback: TrainerCallback) -> list[TrainerCallback]:
         return [At("step_end", self._note), callback, At("step_end", self._compare)]
 
-    def _note(self, _state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def _note(self, _state: Any, _control: Any, kwargs: dict[str, Any]) -> None:
         self.before = active_slots(kwargs)
 
-    def _compare(self, _state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def _compare(self, _state: Any, _control: Any, kwargs: dict[str, Any]) -> None:
         assert_hidden_are_zero(kwargs["model"], kwargs["optimizer"])
         for name, now in active_slots(kwargs).items():
             retained = [slot for slot in now if slot in self.before[name]]
@@ -211,12 +198,13 @@ def test_groups_of_parameters_keep_their_schedules(tmp_path: Path, schedule: str
     for moves in (True, False):
         model, result = slotted_bert(), []
         callback = paper.RankCallback(interval=4, schedule=paper.RankSchedule(moves=6 * moves, gamma=moves))
-        note = At(
-            "step_end", lambda _, kw, at=result: at.append([group["lr"] for group in kw["optimizer"].param_groups])
-        )
+
+        def note(_: Any, __: Any, further: Any, at: list[Any] = result) -> None:
+            at.append([group["lr"] for group in further["optimizer"].param_groups])
+
         around = Around().callbacks(callback)
         options = {"lr_scheduler_type": schedule, "warmup_steps": 5, "optimizers": two_groups(model)}
-        run(tmp_path, note, *around, model=model, **options)
+        run(tmp_path, At("step_end", note), *around, model=model, **options)
         rates.append(result)
         assert (sum(event.moved for event in callback.events) > 0) == moves
     assert rates[0] == rates[1]
@@ -256,7 +244,7 @@ def test_a_config_that_peft_was_given_is_left_for_other_models(tmp_path: Path) -
 
 
 def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path: Path) -> None:
-    def full(state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def full(state: Any, *_: Any) -> None:
         if state.train_batch_size == 8 and state.global_step == 3:
             raise RuntimeError("CUDA out of memory.")
 
@@ -272,7 +260,7 @@ def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path:
 
 def test_checkpoints_on_the_way_load_with_plain_peft(tmp_path: Path) -> None:
     seen: dict[int, dict[str, Tensor]] = {}
-    keep = At("save", lambda state, kwargs: seen.update({state.global_step: weights(kwargs["model"])}))
+    keep = At("save", lambda state, _, more: seen.update({state.global_step: weights(more["model"])}))
     callback = paper.RankCallback(interval=4, schedule=paper.RankSchedule(moves=6))
     run(tmp_path, callback, keep, save_strategy="steps", save_steps=9)
     assert sorted(seen) == [9, 18, 27, 30]
@@ -407,30 +395,6 @@ def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counte
     assert ranks.final
 
 
-@pytest.mark.parametrize("sampling", ["random", "sequential"])
-def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling: str, tmp_path: Path) -> None:
-    drawn: list[tuple[int, list[int]]] = []
-
-    def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
-        look = At("step_begin", lambda state, options: drawn.append((state.global_step, data.indices.tolist())))
-        callbacks = [drawing(data), paper.RankCallback(interval=4), look]
-        further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
-        return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)
-
-    whole = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5, seed=0))
-    whole.train()
-    control = tsq.QualitySubset(ROWS, 0.5, seed=0)
-    steps = len(control) // 8 + bool(len(control) % 8)
-    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
-    assert whole.train_dataset.drawn_by is None
-    resumed = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5, seed=0))
-    drawn.clear()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert drawn
-    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
-    assert_same(whole.model.state_dict(), resumed.model.state_dict(), "weights")
-
-
 def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> None:
     task = Classification(class_weights=torch.tensor([1.0, 3.0]))
     data = tsq.QualitySubset(moods(), 0.5, seed=3)
@@ -460,14 +424,14 @@ def test_first_ranks_from_no_rows_are_refused_at_once(samples: int) -> None:
 
 
 def test_a_step_that_failed_leaves_no_hooks_for_the_next_training(tmp_path: Path) -> None:
-    def look(state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def look(state: Any, _: Any, kwargs: dict[str, Any]) -> None:
         if state.global_step == 0:
             assert not any(module._forward_hooks for module in kwargs["model"].modules())
 
     callback, model = paper.RankCallback(interval=4), slotted_bert()
     compiles = torch._dynamo.config.recompile_limit
     with pytest.raises(ZeroDivisionError):
-        run(tmp_path, At("pre_optimizer_step", lambda state, _: 1 / (state.global_step - 3)), callback, model=model)
+        run(tmp_path, fails_at("pre_optimizer_step", 3), callback, model=model)
     assert any(module._forward_hooks for module in model.modules())
     run(tmp_path, At("step_begin", look), callback, model=model)
     assert len(callback.events) == 5

@@ -275,9 +275,6 @@ def test_a_site_without_a_gradient_is_not_stepped_and_no_hook_stays() -> None:
     with stepped(find_sites(model), {}, eta=ETA, samples=N):
         inside = model(x)
     assert torch.equal(inside, model(x))
-    with (
-        pytest.raises(KeyError),
-        stepped(find_sites(model), gradients_of(model, x, losses), eta=ETA, samples=N),
-    ):
+    with pytest.raises(KeyError), stepped(find_sites(model), gradients_of(model, x, losses), eta=ETA, samples=N):
         raise KeyError
     assert torch.equal(inside, model(x))

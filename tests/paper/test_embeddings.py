@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of, slow_layers
-from slotted import (
-    TARGETS,
-    TYPES,
-    WORDS,
-    assert_hidden_are_zero,
-    embedded,
-    resize,
-    take_steps,
-    trained,
-    updates,
-)
+from slotted import TARGETS, WORDS, assert_hidden_are_zero, embedded, resize, take_steps, trained, updates
 from stock import base_bert, make_trainer, moods
 from tsqlora import paper
 from tsqlora.paper import probe
@@ -55,14 +45,6 @@ def test_a_fresh_embedding_adapter_changes_nothing_and_trains() -> None:
     take_steps(model, optimizer, 2)
     assert_hidden_are_zero(model, optimizer)
     assert all(bool(delta.any()) for delta in updates(model).values())
-
-
-def test_the_update_is_that_of_the_active_slots() -> None:
-    model = embedded(ranks={WORDS: 6, TYPES: 0})
-    slots = find_slots(model)
-    a, b = slots[WORDS].a.detach()[:6], slots[WORDS].b.detach()[:, :6]
-    torch.testing.assert_close(updates(model)[WORDS], (b @ a).T * slots[WORDS].scale)
-    assert not updates(model)[TYPES].any()
 
 
 def test_growing_an_embedding_leaves_the_update_unchanged_and_the_new_slot_trains() -> None:

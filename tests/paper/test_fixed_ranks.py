@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import tsqlora as tsq
-from stock import base_bert, make_trainer, moods, slotted_bert
+from stock import At, base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.paper.slots import has_slots
 from tsqlora.record import RunRecord
@@ -20,9 +20,6 @@ ROWS = moods()
 
 class Muon(torch.optim.SGD):
     """By its name an optimizer that steps whole matrices."""
-
-
-HEAD = "base_model.model.classifier.modules_to_save.default.weight"
 
 
 def lora(**options: Any) -> PeftModel:
@@ -42,14 +39,6 @@ def ready(folder: Path) -> PeftModel:
     return model
 
 
-class CopyFirst(TrainerCallback):
-    """A copy of the model as it is when the first step begins, behind RankCallback."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.model = copy.deepcopy(kwargs["model"])
-
-
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -64,15 +53,16 @@ def requires(options: dict[str, Any], model: PeftModel) -> dict[str, Any]:
 def test_an_optimizer_that_slots_cannot_follow_trains_plain_lora_of_ranks_set_once(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, first, ranks = ready(tmp_path), CopyFirst(), paper.RankCallback(interval=2)
-    trainer = make_trainer(model, ROWS, tmp_path, [ranks, first], num_train_epochs=3, **requires(options, model))
+    model, first, ranks = ready(tmp_path), list[PeftModel](), paper.RankCallback(interval=2)
+    note = At("step_begin", lambda state, _, more: state.global_step or first.append(copy.deepcopy(more["model"])))
+    trainer = make_trainer(model, ROWS, tmp_path, [ranks, note], num_train_epochs=3, **requires(options, model))
     with pytest.warns(UserWarning, match="do not move"):
         trainer.train()
     assert [event.reason for event in ranks.events] == ["start"]
     assert len(set(ranks.final.values())) > 1
-    assert not has_slots(first.model)
+    (twin,) = first
+    assert not has_slots(twin)
     # As plain LoRA from the same weights, which has never known of slots.
-    twin = first.model
     make_trainer(twin, ROWS, tmp_path / "twin", [], num_train_epochs=3, **requires(options, twin)).train()
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
 
@@ -91,8 +81,7 @@ def test_ranks_that_were_set_once_go_on_where_training_was_cut_off(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"query": 16}}],
+    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"query": 16}}]
 )
 def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(
     options: dict[str, Any], tmp_path: Path

@@ -19,6 +19,11 @@ def set_products(layers: dict[str, Slots], products: dict[str, list[float]]) -> 
             slots.a.grad[j, 0] = product / slots.a.detach()[j, 0]
 
 
+def begun() -> tuple[dict[str, Slots], Importance]:
+    layers = find_slots(wrapped())
+    return layers, Importance(layers)
+
+
 def test_a_slots_product_is_that_of_its_row_and_column_with_their_gradients() -> None:
     a, b = torch.randn(3, 5), torch.randn(4, 3)
     grad_a, grad_b = torch.randn(3, 5), torch.randn(4, 3)
@@ -75,9 +80,7 @@ def test_what_is_not_finite_changes_nothing_also_in_the_norm_of_other_gradients(
 
 
 def test_records_are_saved_and_move_with_the_slots() -> None:
-    model = wrapped()
-    layers = find_slots(model)
-    importance = Importance(layers)
+    layers, importance = begun()
     for steps in (1, 2, 3):
         set_products(layers, {name: [0.1 * steps, 0.2, 0.3 / steps, 0.4] for name in layers})
         importance.update()
@@ -94,9 +97,7 @@ def test_records_are_saved_and_move_with_the_slots() -> None:
 
 
 def test_a_slot_is_corrected_by_its_own_age() -> None:
-    model = wrapped()
-    layers = find_slots(model)
-    importance = Importance(layers)
+    layers, importance = begun()
     for step in range(5):
         if step == 3:
             grow_slot(layers[QUERY], torch.ones(16, dtype=torch.float64), None)
@@ -111,9 +112,7 @@ def test_a_slot_is_corrected_by_its_own_age() -> None:
 
 
 def test_the_least_important_go_first_and_a_young_slot_never() -> None:
-    model = wrapped()
-    layers = find_slots(model)
-    importance = Importance(layers)
+    layers, importance = begun()
     for step in range(4):
         if step == 2:
             grow_slot(layers[WIDE], torch.ones(16, dtype=torch.float64), None)
@@ -129,9 +128,7 @@ def test_the_least_important_go_first_and_a_young_slot_never() -> None:
 
 def test_before_any_step_the_smallest_go_first() -> None:
     """An adapter that is trained already may have its largest direction in its first slot."""
-    model = wrapped()
-    layers = find_slots(model)
-    importance = Importance(layers)
+    layers, importance = begun()
     with torch.no_grad():
         layers[QUERY].a[:4] = torch.ones_like(layers[QUERY].a[:4])
         layers[QUERY].b[:, :4] = torch.tensor([4.0, 1.0, 3.0, 2.0])

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -7,11 +6,10 @@ from unittest import mock
 import accelerate
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 
 import tsqlora as tsq
-from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, weights, whole_run
+from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, several_steps, weights, whole_run
 from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
@@ -33,9 +31,6 @@ def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
     assert ranks.events == callback.events
     assert ranks.final == callback.final
     assert_same(weights(model), weights(finished), "weights")
-    finished.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
-    assert_same(weights(finished), weights(loaded), "plain PEFT")
 
 
 def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
@@ -140,8 +135,7 @@ def test_the_first_ranks_may_come_from_a_sample() -> None:
     measured = paper.sensitivity(begin().model, ROWS[:16], collate, batch_size=8)
     assert ranks.ranks == paper.allocate(measured, mean_rank=4, max_rank=8)
     assert [(event.step, event.reason) for event in ranks.events] == [(0, "start")]
-    for step in range(STEPS):
-        one_step(ranks, step)
+    several_steps(ranks, range(STEPS))
     assert [event.step for event in ranks.events] == [0, 4, 8, 12, 16, 20]
 
 
@@ -181,14 +175,7 @@ def test_the_first_adjustment_moves_ranks_also_after_a_skipped_step() -> None:
     """A step that is not finite ages no slot, and there is none then that is an interval old."""
     ranks = begin()
     for step in range(4):
-        ranks.before_forward()
-        loss = ranks.model(**batch(step)).loss
-        (loss * (torch.nan if step == 1 else 1)).backward()
-        ranks.before_optimizer_step()
-        if step != 1:
-            ranks.optimizer.step()
-        ranks.after_optimizer_step()
-        ranks.optimizer.zero_grad()
+        one_step(ranks, step, factor=torch.nan if step == 1 else 1)
     assert [event.step for event in ranks.events] == [4]
     assert ranks.events[0].moved > 0
 
@@ -215,8 +202,7 @@ def test_a_step_may_leave_ranks_alone() -> None:
 @pytest.mark.parametrize("at", [3, 4, 7, 13, 25])
 def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path: Path) -> None:
     first = begin()
-    for step in range(at):
-        one_step(first, step)
+    several_steps(first, range(at))
     states = [part.state_dict() for part in (first.model, first.optimizer, first)]
     torch.save(states, tmp_path / "checkpoint.pt")
     first.close()
@@ -224,8 +210,7 @@ def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path
     loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for part, state in zip((second.model, second.optimizer, second), loaded, strict=True):
         part.load_state_dict(state)
-    for step in range(at, STEPS):
-        one_step(second, step)
+    several_steps(second, range(at, STEPS))
     whole = whole_run()
     assert second.events == whole.events
     assert_same(whole.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"], "moments")
@@ -234,13 +219,8 @@ def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path
 
 def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
     first, second = begin(), begin()
-    for step in range(3):
-        one_step(first, step)
-    first.before_forward()
-    (first.model(**batch(3)).loss * torch.inf).backward()
-    first.before_optimizer_step()
-    first.after_optimizer_step()
-    first.optimizer.zero_grad()
+    several_steps(first, range(3))
+    one_step(first, 3, factor=torch.inf)
     for one, other in ((first.model, second.model), (first.optimizer, second.optimizer), (first, second)):
         other.load_state_dict(one.state_dict())
     one_step(second, 4)
@@ -275,8 +255,7 @@ def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_run_that_ends_before_any_adjustment_warns(steps: int) -> None:
     ranks = begin()
-    for number in range(steps):
-        one_step(ranks, number)
+    several_steps(ranks, range(steps))
     with pytest.warns(UserWarning, match=f"training ended at step {steps}, and the first adjustment was to be at step"):
         ranks.finish()
 
@@ -313,7 +292,7 @@ def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
     unmeasured.before_forward()
     unmeasured._tap.close()
     unmeasured._probe, unmeasured._rehearsal = None, False
-    list(map(partial(one_step, unmeasured), range(STEPS)))
+    several_steps(unmeasured, range(STEPS))
     assert measured.events == unmeasured.events
     assert_same(weights(measured.finish()), weights(unmeasured.finish()), "weights")
 
@@ -325,8 +304,7 @@ def test_the_model_is_found_in_what_wraps_it() -> None:
         parallel = nn.parallel.DistributedDataParallel(model)
         ranks = paper.RankLoop(parallel, adamw(model), STEPS, **PERIOD)
         assert ranks.model is model
-        for number in range(STEPS):
-            one_step(ranks, number, model=parallel)
+        several_steps(ranks, range(STEPS), model=parallel)
         assert ranks.events == whole_run().events
     finally:
         torch.distributed.destroy_process_group()
@@ -343,19 +321,9 @@ def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
 
 
 def test_only_measured_steps_wait_for_the_device() -> None:
-    model = certain(slotted_bert())
-    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
-    ranks = paper.RankLoop(
-        model, optimizer, total_steps=12, interval=4, schedule=paper.RankSchedule(warmup=0, freeze=0)
-    )
-    waits: dict[int, int] = {}
+    ranks, waits = begin(schedule=paper.RankSchedule(warmup=0, freeze=0)), dict[int, int]()
     for step in range(1, 10):
         with waits_of_ours() as places:
-            ranks.before_forward()
-            model(**batch(step)).loss.backward()
-            ranks.before_optimizer_step()
-            optimizer.step()
-            ranks.after_optimizer_step()
-            optimizer.zero_grad()
+            one_step(ranks, step)
         waits[step] = len(places)
     assert [step for step, count in waits.items() if count] == [1, 4, 8]

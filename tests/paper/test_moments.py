@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bitsandbytes.optim as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -28,6 +30,14 @@ def everything(slots: Slots, optimizer: torch.optim.Optimizer, keep: list[int]) 
         for tensor in [parameter.detach(), *states]:
             chosen.append(tensor.index_select(dim, torch.tensor(keep)).clone())
     return chosen
+
+
+def stepped(make: Any, steps: int, **options: Any) -> tuple[PeftModel, torch.optim.Optimizer, Slots]:
+    """A wrapped model behind some steps, its optimizer, and the slots of one layer."""
+    model = wrapped(**options)
+    optimizer = make(trained(model))
+    take_steps(model, optimizer, steps)
+    return model, optimizer, find_slots(model)[QUERY]
 
 
 def step_with_gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -112,11 +122,7 @@ def test_an_optimizer_whose_step_is_not_one_for_each_number_is_refused_by_name(n
 
 @pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
 def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(make) -> None:  # type: ignore[no-untyped-def]
-    model, twin = wrapped(), wrapped()
-    optimizer, other = make(trained(model)), make(trained(twin))
-    take_steps(model, optimizer, 3)
-    take_steps(twin, other, 3)
-    slots, before = find_slots(model)[QUERY], find_slots(twin)[QUERY]
+    (model, optimizer, slots), (twin, other, before) = stepped(make, 3), stepped(make, 3)
     drop_slots(slots, [1], optimizer)
     grow_slot(slots, torch.randn(16), optimizer)
     grow_slot(find_slots(model)[WIDE], torch.randn(16), optimizer)
@@ -130,10 +136,7 @@ def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(make)
 
 
 def test_kept_slots_step_as_the_textbook_says() -> None:
-    model = wrapped()
-    optimizer = OPTIMIZERS["weight decay"](trained(model))
-    take_steps(model, optimizer, 3)
-    slots = find_slots(model)[QUERY]
+    model, optimizer, slots = stepped(OPTIMIZERS["weight decay"], 3)
     drop_slots(slots, [0, 2], optimizer)
     grow_slot(slots, torch.randn(16), optimizer)
     backward(model)
@@ -174,10 +177,7 @@ def test_dropping_removes_exactly_those_slots_from_the_update() -> None:
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_inactive_slots_stay_exactly_zero(make) -> None:  # type: ignore[no-untyped-def]
-    model = wrapped()
-    optimizer = make(trained(model))
-    take_steps(model, optimizer, 2)
-    slots = find_slots(model)[QUERY]
+    model, optimizer, slots = stepped(make, 2)
     drop_slots(slots, [0, 1, 3], optimizer)
     assert_hidden_are_zero(model, optimizer)  # gradients too: they are there still
     drop_slots(find_slots(model)[WIDE], [0, 1, 2, 3], optimizer)
@@ -187,15 +187,13 @@ def test_inactive_slots_stay_exactly_zero(make) -> None:  # type: ignore[no-unty
     assert paper.active_ranks(model)[WIDE] == 0
 
 
-BITS = {f"{kind.__name__} in 32 bits": kind for kind in (bnb.AdamW, bnb.Lion, bnb.RMSprop)}
+BITS = {f"{kind.__name__} in 32 bits": partial(kind, lr=0.01) for kind in (bnb.AdamW, bnb.Lion, bnb.RMSprop)}
 
 
 @pytest.mark.parametrize("name", ["adamw", "amsgrad", "asgd", *BITS])
 def test_a_new_slot_starts_without_first_moment_at_the_mean_second_and_at_its_own_average(name: str) -> None:
-    model = wrapped(dtype=torch.float32)
-    optimizer = BITS[name](trained(model), lr=0.01) if name in BITS else ELEMENTWISE[name](trained(model))
-    take_steps(model, optimizer, 2)
-    slots, row = find_slots(model)[QUERY], torch.randn(16)
+    model, optimizer, slots = stepped((ELEMENTWISE | BITS)[name], 2, dtype=torch.float32)
+    row = torch.randn(16)
     before = everything(slots, optimizer, [0, 1, 3])
     drop_slots(slots, [2], optimizer)
     grow_slot(slots, row, optimizer)
@@ -212,10 +210,7 @@ def test_a_new_slot_starts_without_first_moment_at_the_mean_second_and_at_its_ow
 
 
 def test_a_new_slot_of_an_empty_layer_starts_with_the_mean_second_moment_of_all_layers() -> None:
-    model = wrapped()
-    optimizer = OPTIMIZERS["adamw"](trained(model))
-    take_steps(model, optimizer, 2)
-    slots = find_slots(model)[QUERY]
+    model, optimizer, slots = stepped(OPTIMIZERS["adamw"], 2)
     drop_slots(slots, [0, 1, 2, 3], optimizer)
     layers = find_slots(model)
     fallback = second_moment_means(layers, optimizer)
@@ -254,10 +249,8 @@ def test_an_optimizer_that_couples_numbers_is_refused_also_in_a_subclass(name: s
 
 @pytest.mark.parametrize("name", ["LambdaAdam", "AdamPlus", "AdamW"])
 def test_an_optimizer_of_a_like_name_is_served(name: str) -> None:
-    model = wrapped()
-    optimizer = type(name, (torch.optim.AdamW,), {})(trained(model), lr=0.01)
-    take_steps(model, optimizer, 1)
-    assert moments(find_slots(model)[QUERY].a, optimizer).keys() == {"exp_avg", "exp_avg_sq"}
+    _, optimizer, slots = stepped(partial(type(name, (torch.optim.AdamW,), {}), lr=0.01), 1)
+    assert moments(slots.a, optimizer).keys() == {"exp_avg", "exp_avg_sq"}
 
 
 class Packed(Tensor):

@@ -154,12 +154,7 @@ def built(drawn: Drawn) -> tuple[World, list[Ranks]]:
 
 
 def adjusted(
-    world: World,
-    ranks: Ranks,
-    target: Ranks,
-    *,
-    moves: int = PLENTY,
-    droppable: Ranks | None = None,
+    world: World, ranks: Ranks, target: Ranks, *, moves: int = PLENTY, droppable: Ranks | None = None
 ) -> Ranks:
     return moved_towards(
         target,

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import tsqlora as tsq
-from loops import PERIOD, STEPS, adamw, batch, begin, certain, one_step, weights, whole_run
+from loops import PERIOD, STEPS, adamw, batch, begin, certain, one_step, several_steps, weights, whole_run
 from scoring import assert_same
 from slotted import trained
 from stock import slotted_bert
@@ -29,14 +29,8 @@ def step(ranks: paper.RankLoop) -> None:
 
 
 Loop = paper.RankLoop
-
-
 NO_BEFORE = r"before_optimizer_step\(\) is missing in step 1: call it when the step's gradients are complete, before"
-
-
 NO_AFTER = r"after_optimizer_step\(\) is missing in step 1: call it after optimizer\.step\(\)"
-
-
 NO_FORWARD = r"before_forward\(\) is missing in step 1: call it before the step's first forward pass"
 
 
@@ -71,14 +65,12 @@ def test_a_missing_call_is_named_with_its_place(
 
 def test_a_step_without_any_call_is_told_wherever_it_comes() -> None:
     ranks = begin()
-    for number in range(6):
-        one_step(ranks, number)
+    several_steps(ranks, range(6))
     forward(ranks)
     with pytest.raises(tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 7.*close"):
         ranks.optimizer.step()
     ranks.optimizer.zero_grad()
-    for number in range(6, STEPS):
-        one_step(ranks, number)
+    several_steps(ranks, range(6, STEPS))
     assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
 
 
@@ -87,8 +79,7 @@ def test_a_step_without_gradients_needs_no_calls() -> None:
     ranks = begin()
     get_optimizer_state_dict(ranks.model, ranks.optimizer)
     assert ranks.optimizer.state
-    for number in range(STEPS):
-        one_step(ranks, number)
+    several_steps(ranks, range(STEPS))
     ranks.finish()
 
 
@@ -133,8 +124,7 @@ def test_an_optimizer_goes_on_by_itself_once_the_loop_has_ended(end: str | None,
     with pytest.raises(tsq.TsqLoraError, match=NO_FORWARD):
         optimizer.step()
     optimizer.zero_grad()
-    for number in range(STEPS):
-        one_step(ranks, number)
+    several_steps(ranks, range(STEPS))
     if end is None:
         del ranks
         gc.collect()

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from scoring import quality_by
-from stock import base_bert, make_trainer, moods, slotted_bert
+from stock import At, Falling, base_bert, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.auditing.scores import Scores
 from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
@@ -23,15 +23,9 @@ class Interrupted(Exception):
     pass
 
 
-class Interrupt(TrainerCallback):
+def interrupt(step: int) -> At:
     """As a crash behind the checkpoint of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Interrupted
+    return fails_at("step_begin", step, Interrupted)
 
 
 def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
@@ -42,17 +36,6 @@ def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: i
     model = slotted_bert(max_rank=max_rank)
     options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
     return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
-
-
-class Falling:
-    """A metric that is best at the first evaluation."""
-
-    def __init__(self) -> None:
-        self.value = 1.0
-
-    def __call__(self, _predictions: Any) -> dict[str, float]:
-        self.value -= 0.1
-        return {"falling": self.value}
 
 
 def callback(of: Trainer, kind: type) -> Any:
@@ -110,18 +93,6 @@ def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(saved: Traine
         assert_same_end(resumed, saved)
 
 
-class CrashInWindow(TrainerCallback):
-    """In the middle of a step's accumulation; in the step of an adjustment its sensitivities are half measured."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.step = 0
-            raise Interrupted
-
-
 @pytest.mark.parametrize("again", ["in the same Trainer", "in a new process"])
 def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Trainer, tmp_path: Path) -> None:
     accumulation = saved.args.gradient_accumulation_steps
@@ -129,25 +100,15 @@ def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Tra
         return  # no window
     # The odd steps have three batches.
     step = next(event.step for event in callback(saved, paper.RankCallback).events[1:] if event.step % 2)
-    made = trainer(tmp_path, CrashInWindow(step), save_steps=2, **every_step(accumulation))
+    # In the step of an adjustment, whose sensitivities are then half measured.
+    crash = fails_at("substep_end", step - 1, Interrupted)
+    made = trainer(tmp_path, crash, save_steps=2, **every_step(accumulation))
     with pytest.raises(Interrupted):
         made.train()
     if again == "in a new process":
         made = trainer(tmp_path, save_steps=2, **every_step(accumulation))
     made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
     assert_same_end(made, saved)
-
-
-def test_a_run_that_stops_twice_ends_the_same(whole: Trainer, tmp_path: Path) -> None:
-    """Behind a checkpoint that another process had begun from another."""
-    for step in (5, 14):
-        made = trainer(tmp_path, Interrupt(step), save_strategy="steps", save_steps=3)
-        start = tsq.last_checkpoint(tmp_path)
-        with pytest.raises(Interrupted):
-            made.train(resume_from_checkpoint=None if start is None else str(start))
-    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
-    made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
-    assert_same_end(made, whole)
 
 
 def best_of_falling(folder: Path) -> Trainer:
@@ -189,25 +150,9 @@ def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole
         made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
 
 
-def test_a_checkpoint_made_without_the_callbacks_is_told(tmp_path: Path) -> None:
-    make_trainer(slotted_bert(), DATA, tmp_path, [], save_strategy="epoch", num_train_epochs=1).train()
-    made = make_trainer(slotted_bert(), DATA, tmp_path, [paper.RankCallback(interval=4)])
-    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*checkpoint-8/tsqlora\.json is missing"):
-        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-
-
-def test_scores_that_are_gone_are_told(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupt(12)).train()
-    for path in tmp_path.glob("scores*.parquet"):
-        path.unlink()
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing; put it"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
-
-
 def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupt(8)).train()
+        trainer(tmp_path, interrupt(8)).train()
     path = tmp_path / "scores.parquet"
     scores = Scores.load(path)
     replace(scores, quality=np.arange(len(DATA), dtype=float)).save(path)
@@ -221,7 +166,7 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, t
 @pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
 def test_a_state_that_is_missing_or_of_another_version_is_named(name: str, version: Any, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupt(4)).train()
+        trainer(tmp_path, interrupt(4)).train()
     checkpoint = tmp_path / "checkpoint-4"
     (checkpoint / f"{name}.json").unlink()
     if version is not None:

@@ -38,10 +38,7 @@ def test_the_parts_that_train_are_those_of_the_site() -> None:
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
     model[2].requires_grad_(False)
-    assert {n: (s.weight, s.bias) for n, s in find_sites(model).items()} == {
-        "0": (False, True),
-        "1": (True, False),
-    }
+    assert {n: (s.weight, s.bias) for n, s in find_sites(model).items()} == {"0": (False, True), "1": (True, False)}
 
 
 def with_tied_bias() -> nn.Module:

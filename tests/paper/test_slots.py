@@ -1,5 +1,4 @@
 import copy
-import io
 import json
 import pickle
 import subprocess
@@ -340,7 +339,7 @@ def test_a_finalised_model_is_plain_and_computes_the_same(kind: str) -> None:
 def test_a_finalised_copy_leaves_the_original_its_slots() -> None:
     model = wrapped(ranks=MIXED)
     before = logits_of(model, ROWS)
-    other = paper.finalize(copy.deepcopy(model))
+    other = pickle.loads(pickle.dumps(paper.finalize(copy.deepcopy(model))))
     assert_plain(other)
     assert torch.equal(logits_of(model, ROWS), before)
     assert torch.equal(logits_of(other, ROWS), before)
@@ -371,23 +370,6 @@ def test_disabling_the_adapter_and_merging_give_what_peft_gives(finalised: bool,
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits_of(merged, ROWS), before, rtol=1e-12, atol=1e-12)
     assert not any("lora" in name for name, _ in merged.named_modules())
-
-
-def through_pickle(model: PeftModel) -> PeftModel:
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model: PeftModel) -> PeftModel:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
-def test_a_finalised_model_can_be_copied(copied) -> None:  # type: ignore[no-untyped-def]
-    model = paper.finalize(wrapped(ranks=MIXED))
-    assert torch.equal(logits_of(copied(model), ROWS), logits_of(model, ROWS))
 
 
 def test_a_finalised_model_is_saved_and_loaded_as_peft_does(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import tsqlora as tsq
-from models import collate, samples, tiny_bert, tiny_llama_classifier
+from models import samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of
-from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, fill, resize, take_steps, trained, wrapped
+from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, resize, take_steps, trained, wrapped
 from tsqlora import paper
 from tsqlora.paper.budget import budget, used
 from tsqlora.paper.sites import lora_layers
@@ -49,13 +49,6 @@ def test_a_fractional_mean_spends_its_budget_on_the_integers_next_to_it(mean: fl
     assert all(left < sum(shapes[name]) for name, rank in ranks.items() if rank < 8)
 
 
-def test_inactive_slots_are_exactly_zero() -> None:
-    model = wrapped(mean_rank=2.5, max_rank=7)
-    assert_hidden_are_zero(model)
-    model(**collate(ROWS)).loss.backward()
-    assert_hidden_are_zero(model)
-
-
 @pytest.mark.parametrize(("options", "scale"), [({}, 2), ({"mean_rank": 4}, 4), ({"mean_rank": 2.5, "alpha": 3}, 1.2)])
 def test_the_scale_is_alpha_over_the_mean_in_every_layer(options: dict[str, float], scale: float) -> None:
     model = paper.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
@@ -78,20 +71,6 @@ def test_the_forward_is_that_of_plain_lora_with_the_same_active_weights() -> Non
         layer.lora_B["default"].weight.data = slots.b.detach()[:, :3].clone()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "modules_to_save" in k}, strict=False)
     assert torch.equal(logits_of(model, ROWS), logits_of(plain, ROWS))
-
-
-@pytest.mark.parametrize("ranks", [{}, {QUERY: 9, WIDE: 1, POOLER: 0}])
-def test_rslora_keeps_its_scale_whatever_the_ranks_also_in_plain_peft(ranks: dict[str, int], tmp_path: Path) -> None:
-    config = LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
-    torch.manual_seed(0)
-    model = paper.wrap(cast(Any, get_peft_model(tiny_bert(), config))).double().eval()
-    fill(model)
-    resize(model, ranks)
-    assert {slots.scale for slots in find_slots(model).values()} == {8 / 5**0.5}
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
-    assert all(x.scaling["default"] == pytest.approx(8 / 5**0.5, rel=1e-15) for x in lora_layers(loaded).values())
-    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
 
 
 def test_the_head_of_a_classifier_and_modules_to_save_train_whole() -> None:
@@ -150,11 +129,6 @@ def test_what_is_not_plain_lora_is_refused_by_name(option: dict[str, object]) ->
 def test_bad_options_are_refused_by_name(options: dict[str, Any], text: str) -> None:
     with pytest.raises(tsq.SettingsError, match=text):
         paper.wrap(**{"model": tiny_bert()} | options)
-
-
-def test_layers_that_are_neither_linear_nor_embeddings_are_refused_by_name() -> None:
-    with pytest.raises(tsq.UnsupportedError, match=r"^0 is LoRA over Conv2d"):
-        paper.wrap(nn.Sequential(nn.Conv2d(3, 4, 2)), target_modules=["0"])
 
 
 def test_active_parameters_are_those_of_plain_lora_of_the_same_ranks() -> None:
@@ -218,17 +192,19 @@ def test_the_capacity_is_twice_the_mean_rank_and_holds_the_largest(ranks: dict[s
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_an_adopted_adapter_trains_changes_and_is_plain_peft_again(use_rslora: bool, tmp_path: Path) -> None:
-    model = paper.wrap(with_lora(use_rslora=use_rslora), max_rank=8)
-    scale = 7 / 3**0.5 if use_rslora else 7 / 3
-    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
-    take_steps(model, optimizer, 1)
-    resize(model, {QUERY: 6, WIDE: 0})
+@pytest.mark.parametrize("ranks", [{}, {QUERY: 9, WIDE: 1, POOLER: 0}])
+def test_an_adapter_keeps_its_scale_whatever_the_ranks_also_in_plain_peft(
+    ranks: dict[str, int], use_rslora: bool, tmp_path: Path
+) -> None:
+    model = paper.wrap(with_lora(r=5, lora_alpha=8, use_rslora=use_rslora, task_type=TaskType.SEQ_CLS))
     take_steps(model, torch.optim.AdamW(trained(model), lr=0.01), 1)
+    resize(model, ranks)
+    scale = 8 / 5**0.5 if use_rslora else 8 / 5
+    assert {slots.scale for slots in find_slots(model).values()} == {scale}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
-    assert all(layer.scaling["default"] == pytest.approx(scale, rel=1e-15) for layer in lora_layers(loaded).values())
-    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model.eval(), ROWS), rtol=1e-12, atol=1e-12)
+    assert all(x.scaling["default"] == pytest.approx(scale, rel=1e-15) for x in lora_layers(loaded).values())
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
@@ -279,10 +255,7 @@ def with_layers_only() -> nn.Module:
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
         (wrapped, "the model has rank slots already; wrap it once"),
         (lambda: with_lora(use_dora=True), r"LoraConfig\(use_dora=…\) is not supported"),
-        (
-            lambda: with_lora(rank_pattern={"query": 4}),
-            r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key",
-        ),
+        (lambda: with_lora(rank_pattern={"query": 4}), r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key"),
         (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
         (
             lambda: get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=9)),

@@ -18,15 +18,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.libs.yaml import dump_yaml
 from tsqlora.model.request import ScoringRule
 from tsqlora.moved import MOVED, what_of
-from tsqlora.settings import (
-    PRESETS,
-    REFUSED_ARGUMENTS,
-    Config,
-    QualitySettings,
-    dump_config,
-    load_config,
-    template,
-)
+from tsqlora.settings import PRESETS, REFUSED_ARGUMENTS, Config, QualitySettings, dump_config, load_config, template
 from tsqlora.settings.settings import CAUSAL_TASKS, TASK_TYPES, _trainer_arguments
 from tsqlora.tasks import TASKS, get_task
 
@@ -65,11 +57,7 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 def test_only_the_model_and_the_rows_must_be_set() -> None:
     config = loaded("")
     assert config == Config.model_validate(REQUIRED)
-    assert (config.task.type, config.training.epochs, config.ranks.mean) == (
-        "sequence-classification",
-        6,
-        8.0,
-    )
+    assert (config.task.type, config.training.epochs, config.ranks.mean) == ("sequence-classification", 6, 8.0)
 
 
 def test_a_section_with_nothing_under_it_has_its_defaults() -> None:
@@ -345,10 +333,7 @@ configs = st.builds(
     data=st.fixed_dictionaries({"train": names, "test": st.none() | names, "text": text_or_null}),
     task=st.fixed_dictionaries({"type": st.text(min_size=1)}),
     quality=st.fixed_dictionaries(
-        {
-            "fraction": st.floats(0, 1, exclude_min=True),
-            "preset": st.sampled_from(sorted(PRESETS)),
-        }
+        {"fraction": st.floats(0, 1, exclude_min=True), "preset": st.sampled_from(sorted(PRESETS))}
     ),
     adapter=st.fixed_dictionaries({"target_modules": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1)}),
     training=st.fixed_dictionaries({"seed": st.integers(0, 2**32 - 1), "lr_scheduler_kwargs": anything}),

@@ -15,6 +15,7 @@ import tsqlora as tsq
 from models import GENERATORS, lora
 from oracles import SlowPair, slow_dpo_loss, slow_scores
 from scoring import assert_agree, assert_unchanged, fingerprint, score_by, trainable
+from stock import QUIET
 from tsqlora.errors import DataError
 from tsqlora.rows.batches import GenerationCollator, PairCollator
 from tsqlora.tasks import get_task
@@ -142,16 +143,7 @@ def test_dpo_trains_on_an_even_draw_without_the_pairs_that_are_trusted(kind: str
     assert max(chosen["number"]) < 50
     trainer = DPOTrainer(
         model,
-        args=DPOConfig(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=2,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-        ),
+        args=DPOConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=2, bf16=False, **QUIET),
         train_dataset=chosen,
         processing_class=tokenizer(),
     )

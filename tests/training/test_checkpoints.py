@@ -12,29 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 import tsqlora as tsq
 from scoring import quality_by
-from stock import make_trainer, moods, slotted_bert
+from stock import At, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import distributed, paper
 from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, write_manifest
 
 DATA = moods()
 OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
 ORDERS = pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
-
-
-class Fail(TrainerCallback):
-    """As a crash when the Trainer's files are there, and ours unless one of our callbacks comes before this one."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
@@ -44,7 +33,8 @@ def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **furt
     callbacks = (
         quality,
         paper.RankCallback(interval=3, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2)),
-        Fail(fail),
+        # The Trainer's files are there, and ours unless one of our callbacks comes before this one.
+        fails_at("save", fail, KeyboardInterrupt),
     )
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
     return make_trainer(slotted_bert(), subset, folder, [callbacks[j] for j in order], **options)
@@ -136,16 +126,12 @@ def test_with_any_file_damaged_the_one_before_is_taken_and_told_why(
     assert tsq.last_checkpoint(run) == run / "checkpoint-12", "all are as they were"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"version": 2}', '{"version": 2, "files": {"a": "x"}}'])
-def test_a_manifest_that_is_none_is_told(text: str, run: Path) -> None:
-    (run / "checkpoint-12" / MANIFEST_FILE).write_text(text)
-    assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} cannot be read"
-
-
-def test_a_manifest_of_another_version_is_told(run: Path) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"version": 2}', '{"version": 2, "files": {"a": "x"}}', None])
+def test_a_manifest_that_is_none_or_of_another_version_is_told(text: str | None, run: Path) -> None:
     path = run / "checkpoint-12" / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
-    assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} was written by another version of tsqlora"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3') if text is None else text)
+    why = "was written by another version of tsqlora" if text is None else "cannot be read"
+    assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} {why}"
 
 
 def test_when_all_are_damaged_that_is_an_error(run: Path) -> None:
@@ -178,12 +164,8 @@ def test_a_crash_before_the_callbacks_leaves_no_manifest(order: tuple[int, ...],
 
 
 def test_a_checkpoint_that_a_step_and_its_epoch_both_save_is_complete(tmp_path: Path) -> None:
-    class Save(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_save = state.global_step == 4
-
     made = trainer(tmp_path, (0, 1), num_train_epochs=1)
-    made.add_callback(Save())
+    made.add_callback(At("step_end", lambda state, control, _: setattr(control, "should_save", state.global_step == 4)))
     made.train()
     assert fault(tmp_path / "checkpoint-4") is None
 
@@ -279,19 +261,17 @@ def test_with_two_at_a_time_one_is_whole_at_every_moment(tmp_path: Path) -> None
     assert fault(tmp_path / "checkpoint-12") is None
 
 
-class ClockGoesBack(TrainerCallback):
-    """By a year, before each checkpoint: what was not dated on purpose has a date in the future."""
+def test_a_clock_that_goes_back_costs_no_new_checkpoint(tmp_path: Path) -> None:
+    """The Trainer keeps those with the latest dates."""
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for path in Path(args.output_dir).glob("checkpoint-*"):
+    def goes_back(*_: Any) -> None:
+        """By a year, before each checkpoint: what was not dated on purpose has a date in the future."""
+        for path in tmp_path.glob("checkpoint-*"):
             if path.stat().st_mtime > 1e6:
                 os.utime(path, (time.time() + 3e7,) * 2)
 
-
-def test_a_clock_that_goes_back_costs_no_new_checkpoint(tmp_path: Path) -> None:
-    """The Trainer keeps those with the latest dates."""
     made = trainer(tmp_path, save_total_limit=2)
-    made.add_callback(ClockGoesBack())
+    made.add_callback(At("epoch_end", goes_back))
     made.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-20"]
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
@@ -331,11 +311,13 @@ def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
         assert tsq.last_checkpoint(tmp_path) is None
 
 
-def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
+@pytest.mark.parametrize(("gone", "why"), [(True, "is missing; put it"), (False, "holds other scores.*put it back")])
+def test_scores_that_are_gone_or_not_the_runs_own_are_refused(gone: bool, why: str, run: Path) -> None:
     scores = paper.Scores.load(run / "scores.parquet")
-    scores.save(run / "scores.parquet")
     replace(scores, record=replace(scores.record, epoch=7)).save(run / "scores.parquet")
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet holds other scores.*put it back"):
+    for path in run.glob("scores*.parquet") if gone else ():
+        path.unlink()
+    with pytest.raises(tsq.DataError, match=rf"scores\.parquet {why}"):
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 

@@ -108,11 +108,7 @@ def test_ranks_move_among_the_top_blocks_alone(tmp_path: Path) -> None:
         (tiny_bert, {"depth": 3}, "depth is 3.*2 transformer blocks"),
         (tiny_bert, {"depth": 0}, "depth is 0"),
         (tiny_bert, {"depth": 1, "target_modules": ["layer.0.attention.self.query"]}, "top 1 of 2 blocks"),
-        (
-            lambda: nn.Sequential(nn.Linear(4, 4)),
-            {"depth": 1, "target_modules": ["0"]},
-            " 0 transformer blocks",
-        ),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {"depth": 1, "target_modules": ["0"]}, " 0 transformer blocks"),
     ],
 )
 def test_a_depth_that_the_model_does_not_have_is_refused(base: Any, options: dict[str, Any], words: str) -> None:

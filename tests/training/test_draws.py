@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, WeightedRandomSampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 import tsqlora as tsq
 from scoring import assert_same, drawing, quality_by
-from stock import make_trainer, moods, slotted_bert
+from stock import At, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.errors import SettingsError
 from tsqlora.training.quality_callback import require_fresh_draws
@@ -38,24 +38,12 @@ def train(data: tsq.QualitySubset, folder: Path, *callbacks: Any, **further: Any
     return trainer
 
 
-class Drawn(TrainerCallback):
+class Drawn(At):
     """The rows of each epoch."""
 
     def __init__(self, data: tsq.QualitySubset) -> None:
-        self.data, self.rows = data, list[list[int]]()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rows.append(sorted(self.data.indices.tolist()))
-
-
-class At(TrainerCallback):
-    """Calls a function after each step."""
-
-    def __init__(self, act: Any) -> None:
-        self.act = act
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.act(state, control)
+        self.rows = list[list[int]]()
+        super().__init__("epoch_end", lambda *_: self.rows.append(sorted(data.indices.tolist())))
 
 
 @KINDS
@@ -71,12 +59,12 @@ def test_the_callback_itself_draws_the_epoch(kind: Any, tmp_path: Path, monkeypa
 
 @KINDS
 def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path) -> None:
-    def stop(state: Any, control: Any) -> None:
+    def stop(state: Any, control: Any, _: Any) -> None:
         control.should_epoch_stop = state.global_step in (2, 6)  # within an epoch, and with its last step
 
     data = half()
     drawn = Drawn(data)
-    callbacks = (kind(data), paper.RankCallback(interval=4), At(stop), drawn)
+    callbacks = (kind(data), paper.RankCallback(interval=4), At("step_end", stop), drawn)
     trainer = train(data, tmp_path, *callbacks, num_train_epochs=3)
     assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
@@ -100,13 +88,10 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ended", ["well", "by an interrupt"])
 def test_a_later_training_without_a_look_is_a_random_one(ended: str, tmp_path: Path) -> None:
-    def interrupt(state: Any, _: Any) -> None:
-        if ended != "well" and state.global_step == 3:
-            raise KeyboardInterrupt
-
+    interrupt = [] if ended == "well" else [fails_at("step_end", 3, KeyboardInterrupt)]
     data = half()
     try:
-        train(data, tmp_path / "first", looking(data, weights={"loss": 1.0}), At(interrupt))
+        train(data, tmp_path / "first", looking(data, weights={"loss": 1.0}), *interrupt)
     except KeyboardInterrupt:
         assert data.drawn_by == "QualityCallback"
     ranks, drawn = paper.RankCallback(interval=4), Drawn(data)
@@ -184,7 +169,7 @@ def test_it_is_refused_before_the_first_step(case: str, tmp_path: Path, monkeypa
 @KINDS
 def test_evaluating_on_the_subset_that_is_trained_on_is_refused(kind: Any, tmp_path: Path) -> None:
     data, steps = half(), list[int]()
-    note = At(lambda state, _: steps.append(state.global_step))
+    note = At("step_end", lambda state, *_: steps.append(state.global_step))
     further = {"evaluate_on": {"train": data}, "eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
         train(data, tmp_path, kind(data), note, **further)

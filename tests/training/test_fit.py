@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BartForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import BartForSequenceClassification, TrainerCallback
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
+from stock import Poison
 from tsqlora import record
 from tsqlora.errors import SettingsError
 from tsqlora.settings import Config, load_config
@@ -102,18 +100,6 @@ def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Coun
 
 def test_progress_runs_from_the_first_step_to_the_last(counted: Counted) -> None:
     assert counted.told == [("training", step, 24) for step in range(1, 25)]
-
-
-def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) -> None:
-    config = settings(place)
-    Counted(config, tmp_path)
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-20"
-    resumed = Counted(config, tmp_path, resume_from=checkpoint)
-    assert resumed.rows == 27, "one epoch is left"
-    planned = resumed.record.plan["passes"]
-    assert resumed.cost("forward") == [planned[phase]["forward"] for phase in resumed.record.cost]
-    assert all(tokens > 0 for tokens in resumed.cost("tokens"))
-    assert resumed.told[-1] == ("training", 24, 24)
 
 
 @pytest.mark.parametrize("every", [2, 5])
@@ -265,23 +251,8 @@ def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path,
     assert len(history) == len(losses) + QUICK["epochs"], "no entry besides"
 
 
-class NotFiniteAt(TrainerCallback):
-    """A gradient in some steps."""
-
-    def __init__(self, *steps: int) -> None:
-        self.steps = steps
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        broken = state.global_step + 1 in self.steps
-        parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
-        self.hook = parameter.register_hook(lambda grad: grad * torch.nan if broken else grad)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.remove()
-
-
 def test_the_record_names_steps_that_were_not_finite(place: Path, tmp_path: Path) -> None:
-    record = Counted(settings(place), tmp_path, also=NotFiniteAt(3, 14)).record
+    record = Counted(settings(place), tmp_path, also=Poison(3, 14)).record
     assert record.skipped == {"count": 2, "steps": [{"step": 3}, {"step": 14}]}
     note = "2 steps were skipped whose loss or gradient was not finite: step 3, 14"
     assert note in record.notes

@@ -10,7 +10,7 @@ from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaFor
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
-from runs import write_config, write_jsonl
+from runs import save_checkpoint, write_config, write_jsonl
 from seen import Seen
 from tsqlora.auditing.reasons import explain
 from tsqlora.auditing.scores import Scores
@@ -126,13 +126,7 @@ def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_t
 
 def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> None:
     instructions = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
-    config = config_of(
-        tmp_path,
-        "seq2seq",
-        instructions,
-        task={"max_new_tokens": 4},
-        **PLAIN,
-    )
+    config = config_of(tmp_path, "seq2seq", instructions, task={"max_new_tokens": 4}, **PLAIN)
     pipeline.train(load_config(config, ["data.max_length=64"]), tmp_path / "run")
     without = write_jsonl(
         tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in instructions]
@@ -168,13 +162,7 @@ def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
 
 def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
     long = {"document": "pink " * 30, "summary": "pink"}
-    config = config_of(
-        tmp_path,
-        "causal-lm",
-        rows(20),
-        task={"max_new_tokens": 4},
-        **PLAIN,
-    )
+    config = config_of(tmp_path, "causal-lm", rows(20), task={"max_new_tokens": 4}, **PLAIN)
     also = ["data.max_length=128", f"data.test={write_jsonl(tmp_path / 'test.jsonl', [*rows(3), long])}"]
     with pytest.warns(UserWarning, match=r"^1 of 4 prompts of .*test\.jsonl were cut to 124 tokens$"):
         record = pipeline.train(load_config(config, also), tmp_path / "run")
@@ -213,13 +201,6 @@ def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None
     model.activation_checkpointing_enable()
     assert written() == before
     assert model.training
-
-
-def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
-    rows = [{"document": text, "summary": "pink"} for text in ("blue", "blue " * 60)]
-    write_jsonl(tmp_path / "long.jsonl", rows)
-    with pytest.warns(UserWarning, match=r"^1 of 2 prompts of .*long\.jsonl were cut to 32 tokens$"):
-        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
 
 
 def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
@@ -263,41 +244,38 @@ def test_a_dry_run_shows_samples_and_refuses_a_model_of_the_other_kind(run: Path
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
 
 
+def chats_of(answer: str) -> list[dict[str, Any]]:
+    """A word and a number, and an answer of them."""
+    asked = [(WORDS[j % 4], j) for j in range(12)]
+    turns = [[("user", f"{word} {j}"), ("assistant", answer.format(word, j))] for word, j in asked]
+    return [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+
+
+def set_template(folder: Path, content: str) -> None:
+    """Give the model in a folder another chat template."""
+    turns = "{% for m in messages %}{{ m.role }} " + content + "{% endfor %}"
+    made = byte_tokenizer(chat_template=turns + "{% if add_generation_prompt %}assistant {% endif %}")
+    made.save_pretrained(folder / "model")
+
+
 def test_the_worst_findings_are_said_before_training_and_errors_in_all_rows_refused(tmp_path: Path) -> None:
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{WORDS[j % 4]} {j}"},
-                {"role": "assistant", "content": WORDS[j % 4]},
-            ]
-        }
-        for j in range(12)
-    ]
+    chats = chats_of("{0}")
     chats[3]["messages"][1]["content"] = f"{chats[3]['messages'][0]['content']} {WORDS[0]}" * 4
     config = config_of(tmp_path, "causal-lm", chats)
 
-    def template(end: str) -> None:
-        turn = "{% for m in messages %}{{ m.role }} {{ m.content }}" + end + "{% endfor %}"
-        made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
-        made.save_pretrained(tmp_path / "model")
-
-    template("{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
+    set_template(tmp_path, "{{ m.content }}{% if loop.index0 == 0 or 'pink' not in m.content %}</s>{% endif %}")
     with pytest.warns(UserWarning, match="^stop_not_trained: no stop is trained") as warned:
         plan = pipeline.dry_run(load_config(config))
     assert any(str(one.message) in plan["notes"] for one in warned)
-    template("; ")
+    set_template(tmp_path, "{{ m.content }}; ")
     with pytest.raises(DataError, match=r"all rows of .*train\.jsonl.*`tsqlora audit .*train\.jsonl --model .*model`"):
         pipeline.dry_run(load_config(config))
 
 
 def test_what_all_rows_lose_stops_a_training_unless_it_is_meant(tmp_path: Path) -> None:
     """DeepSeek-R1's template cuts the reasoning off every answer."""
-    rows = [[("user", f"{WORDS[j % 4]} {j}"), ("assistant", f"<think>of {j}</think>{WORDS[j % 4]}")] for j in range(12)]
-    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
-    config = config_of(tmp_path, "causal-lm", chats)
-    turn = "{% for m in messages %}{{ m.role }} {{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
-    made = byte_tokenizer(chat_template=turn + "{% if add_generation_prompt %}assistant {% endif %}")
-    made.save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path, "causal-lm", chats_of("<think>of {1}</think>{0}"))
+    set_template(tmp_path, "{{ m.content.split('</think>')[-1] }}</s>")
     audit = r"`tsqlora audit .*train\.jsonl --model .*model`"
     with pytest.raises(DataError, match=rf"content_lost in all rows of .*train\.jsonl.*row \d+: 'of \d+'.*{audit}"):
         pipeline.dry_run(load_config(config))
@@ -322,8 +300,6 @@ def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -
 
 
 def test_a_classifier_is_no_generator(tmp_path: Path) -> None:
-    from runs import save_checkpoint
-
     config = write_config(
         tmp_path / "tsq.yaml",
         save_checkpoint(tmp_path / "model"),
@@ -341,17 +317,11 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
     plain = {**TRAINING, "epochs": 1, "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0}
     result = []
     for name, batch, steps in (("whole", 8, 1), ("parts", 4, 2)):
-        folder = tmp_path / name
-        config = write_config(
-            tmp_path / f"{name}.yaml",
-            checkpoint(tmp_path / "model", kind),
-            write_jsonl(tmp_path / "train.jsonl", rows(9)),  # one for validation, eight for the one step
-            task={"type": kind},
-            quality={"enabled": False, "fraction": 1.0},
-            ranks={"policy": "fixed", "mean": 2.0},
-            training={**plain, "batch_size": batch, "gradient_accumulation_steps": steps},
-        )
-        result.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
+        training = {**plain, "batch_size": batch, "gradient_accumulation_steps": steps}
+        # One row for validation, eight for the one step.
+        config = config_of(tmp_path / name, kind, rows(9), **PLAIN | {"training": training})
+        record = pipeline.train(load_config(config, ["data.max_length=32"]), tmp_path / name / "run")
+        result.append(record.metrics["validation"]["loss"])
     assert result[0] == pytest.approx(result[1], rel=1e-3)
 
 
@@ -380,15 +350,6 @@ def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(t
     assert not linear_bits(merged.get_submodule(LAYER))
 
 
-def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:
-    long = {"document": "pink", "summary": "pink " * 20}
-    config = config_of(tmp_path, "causal-lm", [*rows(20), long])
-    job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
-    assert len(job.train.samples) == len(job.train) == 20
-    assert job.train.notes[0].startswith("1 of 21 rows are left out: the answer ")
-    assert job.train.notes[0].endswith("train.jsonl:21")
-
-
 def test_many_rows_left_out_are_a_warning_before_training(tmp_path: Path) -> None:
     long = [{"document": "pink", "summary": "pink " * 20}] * 4
     config = config_of(tmp_path, "causal-lm", [*rows(20), *long])
@@ -399,3 +360,5 @@ def test_many_rows_left_out_are_a_warning_before_training(tmp_path: Path) -> Non
         plan = pipeline.dry_run(load_config(config, ["data.max_length=32", f"data.validation={validation}"]))
     (text,) = (str(one.message) for one in warned if "left out" in str(one.message))
     assert text in plan["notes"]
+    assert "train.jsonl:21" in text
+    assert plan["rows"]["train"] == 20

@@ -1,6 +1,5 @@
 """Images and recordings, from folders and tables to metrics, predictions, report and audit, by the commands."""
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -74,8 +73,7 @@ def test_a_table_of_paths_scores_and_selects_and_names_its_bad_files(place: Path
 def test_an_audit_lists_files_and_its_review_is_applied(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     out, kind = tmp_path / "audit", place.name.removesuffix("0")
     assert tsqlora("audit", place / "data", "--model", place / "model", "--out", out)[0] == 0
-    with open(out / "suspects.csv", encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
+    table = list(cells_of(out / "suspects.csv"))
     assert len(table) == 60
     assert all(
         Path(row["text"]).suffix in ENDINGS[kind] and Path(row["text"]).parent.name == row["label"] for row in table
@@ -97,8 +95,7 @@ def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, ts
     before = table.read_bytes()
     code, _, err = tsqlora("audit", table, "--model", place / "model", "--out", out)
     assert code == 0, err
-    with open(out / "suspects.csv", encoding="utf-8", newline="") as file:
-        suspects = list(csv.DictReader(file))
+    suspects = list(cells_of(out / "suspects.csv"))
     suspects[0]["reviewed_label"] = other = suspects[0]["suggested_label"]
     write_rows(tmp_path / "r.csv", suspects)
     code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
@@ -115,8 +112,7 @@ def test_a_review_of_a_folder_that_got_another_file_is_refused(place: Path, tmp_
     data, out = tmp_path / "data", tmp_path / "audit"
     shutil.copytree(place / "data" / "test", data)
     assert tsqlora("audit", data, "--model", place / "model", "--out", out)[0] == 0
-    with open(out / "suspects.csv", encoding="utf-8", newline="") as file:
-        suspects = list(csv.DictReader(file))
+    suspects = list(cells_of(out / "suspects.csv"))
     last = max(suspects, key=lambda row: int(row["row"]))
     last["reviewed_label"] = next(row["label"] for row in suspects if row["label"] != last["label"])
     write_rows(tmp_path / "r.csv", suspects)

@@ -1,6 +1,5 @@
 """Several labels per row, from the file to metrics, predictions, report, audit and corrected rows, by the commands."""
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -85,8 +84,7 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     write_rows(data, rows)
     options = ("--model", place / "model", "--set", "task.type=multi-label-classification", "--out", tmp_path / "audit")
     assert tsqlora("audit", data, *options)[0] == 0
-    with open(tmp_path / "audit" / "suspects.csv", encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
+    table = list(cells_of(tmp_path / "audit" / "suspects.csv"))
     assert sorted(int(line["row"]) for line in table) == list(range(60))
     for line in table:
         assert line["label"].split("|") == rows[int(line["row"])]["labels"]

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from scoring import drawing
-from stock import Poison, make_trainer, moods, slotted_bert
+from stock import At, Poison, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.training import nonfinite
 from tsqlora.training.nonfinite import NAMED, FiniteSteps
@@ -96,16 +96,14 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
 ) -> None:
     seen: dict[int, dict[str, Tensor]] = {}
 
-    class Tables(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            assert ranks.loop is not None
-            tables = ranks.loop.importance.tables()
-            seen[state.global_step] = {name: table.clone() for name, table in tables.items()}
+    def keep(state: Any, *_: Any) -> None:
+        assert ranks.loop is not None
+        seen[state.global_step] = {name: table.clone() for name, table in ranks.loop.importance.tables().items()}
 
     ranks = paper.RankCallback(interval=4, schedule=paper.RankSchedule(moves=6))
-    poison = Poison(*steps, what=what, value=value)
+    poison, tables = Poison(*steps, what=what, value=value), At("step_end", keep)
     # Either order of the two; tables are looked at before an adjustment changes them.
-    first, also = ((), (Tables(), poison, ranks)) if clipping else ((Tables(), ranks), (poison,))
+    first, also = ((), (tables, poison, ranks)) if clipping else ((tables, ranks), (poison,))
     trainer(tmp_path, *also, first=first, max_grad_norm=clipping, num_train_epochs=6)[0].train()
     assert all(table.isfinite().all() for table in seen[20].values())
     for step in steps:
@@ -126,11 +124,7 @@ def test_too_many_end_the_training_with_advice_and_undamaged_weights(tmp_path: P
 
 
 def test_a_training_that_failed_leaves_nothing_on_the_model(tmp_path: Path) -> None:
-    class Fail(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise ZeroDivisionError
-
-    made = trainer(tmp_path, Fail())[0]
+    made = trainer(tmp_path, fails_at("step_end", 1))[0]
     with pytest.raises(ZeroDivisionError):
         made.train()
     made.pop_callback(tsq.QualityCallback)
@@ -194,10 +188,7 @@ def test_a_scaler_that_looks_for_its_scale_is_left_to_it(
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", without_scaler)
 
-    class Scaled(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            kwargs["optimizer"].scaler = SimpleNamespace(get_scale=lambda: scale)
-
-    made.add_callback(Scaled())
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    made.add_callback(At("train_begin", lambda _, __, further: setattr(further["optimizer"], "scaler", scaler)))
     made.train()
     assert len(steps.skipped) == counted

@@ -51,10 +51,7 @@ def talk(word: int) -> dict[str, list[dict[str, str]]]:
 @pytest.mark.parametrize("of", ["chats", "preferences", "texts"])
 def test_every_kind_of_text_has_its_rows(of: str) -> None:
     rows = {
-        "chats": [
-            {"messages": [{"role": "user", "content": f"w{j}"}, {"role": "assistant", "content": "w1"}]}
-            for j in range(12)
-        ],
+        "chats": [talk(j) for j in range(12)],
         "preferences": [{"prompt": f"w{j}", "chosen": " w1", "rejected": " w2"} for j in range(12)],
         "texts": [{"text": f"w{j} w1 w2"} for j in range(12)],
     }[of]

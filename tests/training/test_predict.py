@@ -117,14 +117,6 @@ def test_of_a_folder_the_file_that_is_predicted_is_named(run: Path, tmp_path: Pa
     assert len(said) == 1
 
 
-def copied(run: Path, folder: Path, **changed: Any) -> Path:
-    """The run beside its data, with something else in its record."""
-    shutil.copytree(run, folder / "run")
-    record = json.loads((run / "run.json").read_text())
-    (folder / "run" / "run.json").write_text(json.dumps(record | changed))
-    return folder / "run"
-
-
 def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [{"text": "=1+1 good", "@x": "-2"}, {"text": "bad", "@x": "+cmd"}])
     with pytest.warns(UserWarning, match=r"3 cells of .*out\.csv"):
@@ -242,7 +234,8 @@ def test_a_runs_adapter_that_is_a_pickle_is_not_opened(run: Path, tmp_path: Path
 
 
 def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
-    unfinished = copied(run, tmp_path, status="running")
+    unfinished = shutil.copytree(run, tmp_path / "run")
+    (unfinished / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"running"'))
     for use in (evaluate_run, open_run):
         with pytest.raises(DataError, match="is not finished"):
             use(unfinished)

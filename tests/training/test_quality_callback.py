@@ -22,7 +22,7 @@ from transformers import (
 import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, fingerprint, quality_by
-from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
+from stock import QUIET, ROWS, VOCAB, At, base_bert, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.auditing.draw.epochs import EpochPlan
 from tsqlora.auditing.labels.judge import Judgement
@@ -51,8 +51,7 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def train_a_step(data: Any, callback: Any, folder: Path, **options: Any) -> None:
-    common: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
-    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", **common)
+    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", max_steps=1, **QUIET)
     Trainer(llama(), args, train_dataset=data, callbacks=[callback], **options).train()
 
 
@@ -235,21 +234,13 @@ def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
         quality, trainer = make(tmp_path, terms=("loss_reduction",), head_start=False)
         if not scoring:
             trainer.remove_callback(quality)
-            trainer.add_callback(Redraw(quality.data))
+            # The same random draws, epoch by epoch, without anything else.
+            draw = quality.data.set_epoch
+            trainer.add_callback(At("epoch_begin", lambda state, *_, draw=draw: draw(round(state.epoch or 0))))
         trainer.train()
         ended.append(trainer.model.state_dict())  # type: ignore[union-attr]
     assert (tmp_path / "scores.parquet").exists()
     assert_same(ended[0], ended[1], "weights")
-
-
-class Redraw(TrainerCallback):
-    """The same random draws, epoch by epoch, without anything else."""
-
-    def __init__(self, data: tsq.QualitySubset) -> None:
-        self.data = data
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.data.set_epoch(round(state.epoch or 0))
 
 
 def noise(n: int = ROWS) -> list[dict[str, Any]]:

@@ -15,29 +15,11 @@ import tsqlora as tsq
 from models import tiny_bert
 from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
-from stock import VOCAB, base_bert, make_trainer, slotted_bert
+from stock import VOCAB, At, Falling, base_bert, make_trainer, slotted_bert, stops_at
 from tsqlora.auditing.draw.epochs import trusted_steps
 from tsqlora.auditing.labels import question
 
 EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == self.step
-
-
-class Falling:
-    """A metric that is best at the first evaluation."""
-
-    value = 1.0
-
-    def __call__(self, _predictions: Any) -> dict[str, float]:
-        self.value -= 0.01
-        return {"falling": self.value}
 
 
 def make(
@@ -56,15 +38,25 @@ def make(
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
 
 
+def ran(*arguments: Any, **options: Any) -> tuple[Trainer, tsq.QualityCallback]:
+    trainer, quality = make(*arguments, **options)
+    trainer.train()
+    return trainer, quality
+
+
 def answer_of(quality: tsq.QualityCallback) -> dict[str, Any]:
     assert quality.question is not None
     return quality.question
 
 
+def held_out(quality: tsq.QualityCallback) -> list[int]:
+    assert quality.data.scores is not None
+    return np.flatnonzero(quality.data.scores.left_out_as("held out")).tolist()
+
+
 def assert_order(handed: dict[int, list[int]], quality: tsq.QualityCallback, total: int) -> None:
     """Neither trusted nor held-out rows, nor their copies, before the answer; then what it says."""
-    assert quality.data.scores is not None
-    held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in np.flatnonzero(quality.data.scores.left_out_as("held out"))}
+    held = {NUMBERS[tuple(POOL[j]["input_ids"])] for j in held_out(quality)}
     assert len(held) == 16
     answer, first = answer_of(quality), quality.last.schedule.trusted_step
     assert list(handed) == list(range(total))
@@ -103,8 +95,7 @@ SAYS = pytest.mark.filterwarnings("ignore:the pool:UserWarning")
 )
 @pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
 def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, trusted: Any, tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted, **further)
-    trainer.train()
+    trainer, quality = ran(tmp_path, handed := Handed(), trusted=trusted, **further)
     assert trainer.state.global_step == total
     assert_order(handed.steps, quality, total)
     answer = answer_of(quality)
@@ -121,12 +112,10 @@ def test_the_pool_comes_first_and_is_asked(further: dict[str, Any], total: int, 
 @SAYS
 def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Path) -> None:
     """Each row of this pool is there twice."""
-    trainer, quality = make(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
-    trainer.train()
-    assert quality.data.scores is not None
-    held = np.flatnonzero(quality.data.scores.left_out_as("held out"))
-    assert {*held} == {*(held + 80) % 160}
-    numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held.tolist()}
+    _, quality = ran(tmp_path, handed := Handed(), pool=[*POOL[:80], *POOL[:80]])
+    held = held_out(quality)
+    assert {*held} == {(j + 80) % 160 for j in held}
+    numbers = {NUMBERS[tuple(POOL[j % 80]["input_ids"])] for j in held}
     before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before
     assert not before & numbers
@@ -144,15 +133,13 @@ def test_copies_of_held_out_rows_are_in_no_step_before_the_question(tmp_path: Pa
     ids=["few", "a suspect"],
 )
 def test_too_few_trusted_rows_are_mixed_in_from_the_start(trusted: Any, why: str, tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=trusted)
-    trainer.train()
+    _, quality = ran(tmp_path, handed := Handed(), trusted=trusted)
     (note,) = [note for note in quality.summary()["notes"] if note.startswith("trusted rows are mixed in")]
     assert why in note
     for epoch in range(4):
         rows = {row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]}
         assert {NUMBERS[tuple(row["input_ids"])] for row in trusted} <= rows
-    assert quality.data.scores is not None
-    assert "held out" not in quality.data.scores.dropped
+    assert not held_out(quality)
 
 
 AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
@@ -163,19 +150,14 @@ AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
     [
         (POOL[:60], {}, "the pool has 0 rows to hold out, and the question needs 10"),
         (POOL, {"max_steps": 1}, "a run of 1 steps has none behind the question"),
-        (
-            POOL,
-            {"max_steps": 10, **AHEAD},
-            "a run of 10 steps has none behind the question",
-        ),
+        (POOL, {"max_steps": 10, **AHEAD}, "a run of 10 steps has none behind the question"),
     ],
     ids=["a small pool", "one step", "read ahead"],
 )
 def test_where_the_pool_cannot_be_asked_the_run_says_why(
     pool: Any, further: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    trainer, quality = make(tmp_path, pool=pool, **further)
-    trainer.train()
+    _, quality = ran(tmp_path, pool=pool, **further)
     assert answer_of(quality) == {"why_not": why}
     assert f"trusted rows are mixed in with those of the pool: {why}" in quality.summary()["notes"]
 
@@ -184,11 +166,8 @@ def test_where_the_pool_cannot_be_asked_the_run_says_why(
 def test_a_class_of_copies_stays_in_training(tmp_path: Path) -> None:
     """Five rows of class 1, twenty times: a tenth of the different rows is held out, not all of a class."""
     zeros, ones = ([row for row in UNIQUE if row["labels"] == label] for label in (0, 1))
-    trainer, quality = make(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
-    trainer.train()
-    assert quality.data.scores is not None
-    held = quality.data.scores.left_out_as("held out")
-    assert held[100:].sum() <= 40
+    _, quality = ran(tmp_path, pool=[*zeros[:100], *(ones[:5] * 20)], trusted=[*zeros[100:116], *ones[5:21]])
+    assert sum(j >= 100 for j in held_out(quality)) <= 40
     assert answer_of(quality)["pool_rows"] == 10
 
 
@@ -205,8 +184,7 @@ def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
 def test_losses_that_are_not_finite_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on, with trusted rows mixed in, and says why."""
     monkeypatch.setattr(question, "standard_errors", lambda *_: float("nan"))
-    trainer, quality = make(tmp_path)
-    trainer.train()
+    trainer, quality = ran(tmp_path)
     assert trainer.state.global_step == 40
     assert not answer_of(quality)["contradicted"]
     assert "trusted rows are mixed in with those of the pool: losses are not finite" in quality.notes
@@ -216,8 +194,7 @@ def test_losses_that_are_not_finite_are_no_answer(tmp_path: Path, monkeypatch: p
 def test_reviewed_suspects_do_not_count_in_the_question(tmp_path: Path) -> None:
     """They are trained on; the loss of rows that were hard to begin with is no evidence about the pool."""
     rows = [*TRUSTED, *(row | {"labels": 1 - row["labels"], "reviewed_as": "suspect"} for row in OTHERS[:16])]
-    trainer, quality = make(tmp_path, trusted=rows)
-    trainer.train()
+    _, quality = ran(tmp_path, trusted=rows)
     assert (answer_of(quality)["trusted_rows"], answer_of(quality)["suspects"]) == (32, 16)
     assert not answer_of(quality)["contradicted"]
 
@@ -225,8 +202,7 @@ def test_reviewed_suspects_do_not_count_in_the_question(tmp_path: Path) -> None:
 @SAYS
 def test_a_plain_training_with_the_same_rows_draws_from_the_pool(tmp_path: Path) -> None:
     """The plan of draws belongs to the training, not to the rows."""
-    trainer, quality = make(tmp_path)
-    trainer.train()
+    _, quality = ran(tmp_path)
     assert answer_of(quality)["contradicted"]
     control = make_trainer(slotted_bert(), quality.data, tmp_path / "control", [handed := Handed()])
     control.train()
@@ -259,8 +235,7 @@ def test_trusted_rows_that_lack_a_class_are_mixed_in(classes: int, asks: bool, t
 
 @SAYS
 def test_rows_that_equal_a_trusted_row_leave_the_pool(tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
-    trainer.train()
+    _, quality = ran(tmp_path, handed := Handed(), trusted=POOL[:FEW], num_train_epochs=8)
     before = {row for step in range(quality.last.schedule.trusted_step) for row in handed.steps[step]}
     assert before <= {*range(FEW, ROWS)}
     assert len(before) == ROWS - FEW - 12
@@ -305,30 +280,27 @@ BEST: dict[str, Any] = {
 @pytest.mark.parametrize("trusted", [CONTRARY, TRUSTED], ids=["contradicted", "not"])
 def test_validation_rows_choose_no_model_of_the_pool_that_contradicts(trusted: Any, tmp_path: Path) -> None:
     """Those of the pool would choose a model from before the trusted rows."""
-    trainer, quality = make(tmp_path, last := Last(), trusted=trusted, compute_metrics=Falling(), **BEST)
-    trainer.train()
+    last: dict[str, torch.Tensor] = {}
+    before_best = At("step_end", lambda _state, _control, further: last.update(weights(further["model"])))
+    trainer, quality = ran(tmp_path, before_best, trusted=trusted, compute_metrics=Falling(), **BEST)
     contradicted = trusted is CONTRARY
     assert answer_of(quality)["contradicted"] == contradicted
     assert sum("it keeps its last model" in note for note in quality.notes) == contradicted
     if contradicted:
         assert json.loads((tmp_path / "run.json").read_text())["metrics"]["validation"]["falling"] < 0.95
         assert trainer.state.best_model_checkpoint is None
-        assert_same(last.weights, dict(trainer.model.named_parameters()), "the last model")
+        assert_same(last, dict(trainer.model.named_parameters()), "the last model")
     else:
         assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-4"
     for step in (32, 40) if contradicted else ():
         again, _ = make(tmp_path, trusted=trusted, compute_metrics=Falling(), **BEST)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.best_model_checkpoint is None
-        assert_same(last.weights, dict(again.model.named_parameters()), f"resumed at {step}")
+        assert_same(last, dict(again.model.named_parameters()), f"resumed at {step}")
 
 
-class Last(TrainerCallback):
-    """The weights behind the last step, before a best model is loaded."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            self.weights = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 @SAYS
@@ -339,8 +311,7 @@ def test_early_stopping_does_not_cut_the_trusted_rows(strategy: str, ours_first:
     stop, handed = EarlyStoppingCallback(8 if strategy == "steps" else 3), Handed()
     also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
     options = BEST | {"eval_strategy": strategy, "save_strategy": strategy}
-    trainer, quality = make(tmp_path, *also, first=first, compute_metrics=Falling(), **options)
-    trainer.train()
+    _, quality = ran(tmp_path, *also, first=first, compute_metrics=Falling(), **options)
     assert_order(handed.steps, quality, 40)
     assert sum("since such rows would stop it" in note for note in quality.notes) == 1
 
@@ -382,29 +353,20 @@ def test_early_stopping_before_the_question_asks_it(
         assert_same(dict(trainer.model.named_parameters()), dict(again.model.named_parameters()), f"resumed at {at}")
 
 
-class StopAt(TrainerCallback):
-    """A user's own stop, at a step that is evaluated."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == 16
-
-
 @pytest.mark.filterwarnings("ignore:training ended at step 16:UserWarning")
 def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
     options = {**BEST, "first": (EarlyStoppingCallback(99),)}
-    trainer, quality = make(tmp_path, StopAt(), compute_metrics=Falling(), **options)
-    trainer.train()
+    trainer, quality = ran(tmp_path, stops_at(16), compute_metrics=Falling(), **options)
     assert trainer.state.global_step == 16
     assert "unasked" in answer_of(quality)
 
 
 @SAYS
 def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
-    trainer, quality = make(tmp_path, Stop(28))
+    trainer, quality = make(tmp_path, stops_at(28))
     with pytest.warns(UserWarning, match="training ended at step 28, and trusted rows come from step 29 on"):
         trainer.train()
-    trainer, quality = make(tmp_path, Stop(29))
-    trainer.train()
+    trainer, quality = ran(tmp_path, stops_at(29))
     assert not [note for note in quality.notes if note.startswith("training ended")]
 
 
@@ -421,23 +383,15 @@ def test_a_resumed_run_that_skips_no_rows_ends_with_the_trusted_ones(at: int, tm
         assert all((row >= ROWS) == (step >= first) for step, rows in handed.steps.items() for row in rows)
 
 
-class Head(TrainerCallback):
-    """The head as the first step finds it."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            named = kwargs["model"].named_parameters()
-            self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
-
-
 def test_the_control_has_a_head_and_all_trusted_rows_in_each_epoch(tmp_path: Path) -> None:
-    heads, handed = (Head(), Head()), Handed()
-    make(tmp_path / "selects", heads[0], trusted=None, max_steps=4)[0].train()
-    control, quality = make(tmp_path / "control", heads[1], handed, rule={"select": False})
+    begun, handed = list[dict[str, torch.Tensor]](), Handed()
+    note = At("step_begin", lambda state, _, more: state.global_step or begun.append(weights(more["model"])))
+    make(tmp_path / "selects", note, trusted=None, max_steps=4)[0].train()
+    control, quality = make(tmp_path / "control", note, handed, rule={"select": False})
     untouched = {name: p.clone() for name, p in control.model.named_parameters() if "classifier" in name}
     control.train()
-    assert_same(heads[0].weights, heads[1].weights, "at step 0")
-    assert any(not torch.equal(heads[1].weights.get(name, p), p) for name, p in untouched.items())
+    assert_same(begun[0], begun[1], "at step 0")
+    assert any(not torch.equal(begun[1].get(name, p), p) for name, p in untouched.items())
     for epoch in range(4):
         rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
         assert len(rows) == 80
@@ -481,8 +435,7 @@ def test_a_users_own_trainer_ends_normally_and_saves(
     stops = [EarlyStoppingCallback(1)] if options.pop("stop", False) else []
     if stops:
         options["compute_metrics"] = Falling()
-    trainer, quality = make(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
-    trainer.train()
+    trainer, quality = ran(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
     end = trainer.state.global_step
     assert end == (steps + 12 if stops and trusted else steps)  # the pool contradicts them, and they have their steps
     assert quality.data.scores is not None

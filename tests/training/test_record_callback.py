@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import pytest
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 import tsqlora as tsq
 from scoring import drawing
-from stock import make_trainer, moods, slotted_bert
+from stock import At, fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.record import RunRecord
 from tsqlora.run_dir import RECORD_FILE
@@ -85,13 +85,8 @@ def test_the_best_models_metrics_are_the_records_where_it_is_brought_back(tmp_pa
 
 
 def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp_path: Path) -> None:
-    class Fail(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        trained(tmp_path, Fail())
+        trained(tmp_path, fails_at("step_begin", 2))
     assert RunRecord.load(tmp_path).status == "running"
     assert tsq.report(tmp_path).path.exists()
 
@@ -134,11 +129,8 @@ def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
 
 
 def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
-    class Log(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history.append({"step": state.global_step, "words": "a", "list": [1], "loss": 1.0})
-
-    trained(tmp_path, Log())
+    entry = {"step": 1, "words": "a", "list": [1], "loss": 1.0}
+    trained(tmp_path, At("step_end", lambda state, *_: state.log_history.append(dict(entry))))
     history = RunRecord.load(tmp_path).history
     assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
 

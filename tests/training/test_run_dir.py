@@ -144,10 +144,7 @@ def test_a_disk_that_takes_no_more_is_told_with_the_cure(error: Exception, why: 
     if isinstance(error, OSError) and error.filename:
         error.filename = str(tmp_path / "checkpoints")
     with (
-        pytest.raises(
-            TsqLoraError,
-            match=rf"^{tmp_path} cannot be written: {why}.*the same command with --resume",
-        ),
+        pytest.raises(TsqLoraError, match=rf"^{tmp_path} cannot be written: {why}.*the same command with --resume"),
         written(tmp_path),
     ):
         raise error
@@ -171,11 +168,7 @@ def test_other_errors_are_left_as_they_are(error: Exception, tmp_path: Path) -> 
 @pytest.mark.parametrize("writer", ["torch", "safetensors", "python"])
 def test_each_writer_of_a_checkpoint_is_understood_when_no_more_can_be_written(writer: str, tmp_path: Path) -> None:
     """A limit on the size of files takes a full disk's place."""
-    with (
-        pytest.raises(TsqLoraError, match="cannot be written: "),
-        written(tmp_path),
-        files_no_longer_than(100_000),
-    ):
+    with pytest.raises(TsqLoraError, match="cannot be written: "), written(tmp_path), files_no_longer_than(100_000):
         write_with(writer, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tsqlora.auditing.scores import Scores
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.model import passes
 from tsqlora.paper import second_pass
-from tsqlora.rows.rows import sample_hash
 from tsqlora.settings import load_config
 from tsqlora.training import job
 from tsqlora.training import score as scoring
@@ -90,53 +90,24 @@ MOMENTS = {
 EARLIER = {"first batch of the look": at("look", 8), "end of the look": at("look", 72)}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_scoring_of_a_run_gives_the_same_bytes(
-    moment: str, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize(
+    ("source", "moment"), [*product(["run"], MOMENTS), *product(["c.yaml"], [*EARLIER, "fourth batch", "writing"])]
+)
+def test_a_killed_scoring_gives_the_same_bytes(
+    source: str, moment: str, place: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "s.parquet"
-    killed(run, out, MOMENTS[moment])
-    score_rows(run, out)
-    assert out.read_bytes() == undisturbed["run"]
+    killed(place / source, out, (EARLIER | MOMENTS)[moment])
+    score_rows(place / source, out)
+    assert out.read_bytes() == undisturbed[source]
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
 
 
-@pytest.mark.parametrize("moment", [*EARLIER, "fourth batch", "writing"])
-def test_a_killed_scoring_of_a_config_gives_the_same_bytes(
-    moment: str, place: Path, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "s.parquet"
-    killed(place / "c.yaml", out, (EARLIER | MOMENTS)[moment])
-    score_rows(place / "c.yaml", out)
-    assert out.read_bytes() == undisturbed["c.yaml"]
-    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
-
-
-def test_it_may_be_killed_again_and_again(place: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "s.parquet"
-    for killer in (*EARLIER.values(), at("scoring", 8), at("scoring", 16), at("scoring", 48)):
-        killed(place / "c.yaml", out, killer)
-    score_rows(place / "c.yaml", out)
-    assert out.read_bytes() == undisturbed["c.yaml"]
-
-
-@pytest.fixture
-def half_done(place: Path, tmp_path: Path) -> Path:
-    killed(place / "c.yaml", tmp_path / "s.parquet", at("scoring", 16))
-    return tmp_path / "s.parquet"
-
-
-def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
-    seen: list[tuple[str, int]] = []
-    score_rows(place / "c.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
+def test_what_was_done_is_not_done_again(place: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "s.parquet", list[tuple[str, int]]()
+    killed(place / "c.yaml", out, at("scoring", 16))
+    score_rows(place / "c.yaml", out, progress=lambda name, done, total, *_: seen.append((name, done)))
     assert seen == [("scoring", rows) for rows in range(16, 73, 8)]  # and nothing of the look
-
-
-def test_what_is_left_of_another_scoring_is_not_taken(
-    place: Path, run: Path, half_done: Path, undisturbed: dict[str, bytes]
-) -> None:
-    score_rows(run, half_done)
-    assert half_done.read_bytes() == undisturbed["run"]
 
 
 def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:
@@ -144,15 +115,6 @@ def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, u
     assert ours.hashes == trained.hashes
     for name, values in trained.predictions.items():
         np.testing.assert_allclose(ours.predictions[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def test_an_id_leads_to_the_row_of_the_file(place: Path, undisturbed: dict[str, bytes]) -> None:
-    scores, rows = Scores.load(place / "run.parquet"), make_rows(80)
-    assert scores.ids is not None
-    assert scores.ids.tolist() != list(range(72)), "a validation split was taken out"
-    for place_in_file, name in zip(scores.ids, scores.hashes or (), strict=True):
-        row = rows[place_in_file]
-        assert sample_hash(row["text"], "", str(row["label"])) == name
 
 
 def test_a_second_scoring_into_the_same_file_is_refused(place: Path, tmp_path: Path) -> None:

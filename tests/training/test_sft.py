@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import tsqlora as tsq
 from scoring import quality_by
+from stock import QUIET
 from tsqlora import paper
 from words import llama, tokenizer
 
@@ -38,22 +39,9 @@ def make(
     folder: Path, callbacks: list[Any], data: Any = TEXT, model: Any = None, config: Any = LORA, **options: Any
 ) -> Any:
     """13 steps; with an interval of 3 ranks are adjusted after 3, 6 and 9."""
-    defaults: dict[str, Any] = {
-        "max_steps": 13,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.02,
-        "bf16": False,
-        "save_strategy": "no",
-        "use_cpu": True,
-    }
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-        **(defaults | options),
-    )
+    defaults: dict[str, Any] = {"max_steps": 13, "per_device_train_batch_size": 4, "learning_rate": 0.02}
+    defaults |= {"bf16": False, "save_strategy": "no"}
+    args = trl.SFTConfig(output_dir=str(folder), **QUIET | defaults | options)
     trainer = trl.SFTTrainer(
         llama() if model is None else model,
         args,

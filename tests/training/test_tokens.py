@@ -1,6 +1,5 @@
 """A tag for each token, from the file to metrics, predictions and the report, by the commands."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +117,7 @@ def test_an_audit_lists_tokens_and_a_review_changes_their_tags_alone(place: Path
     write_jsonl(data, rows)
     task = ["task.type=token-classification"]
     result = run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit", overrides=task)
-    with open(result["suspects"], encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
+    table = list(cells_of(result["suspects"]))
     for row in table:
         own, token = rows[int(row["row"])], int(row["token"])
         assert (row["word"], row["label"]) == (own["tokens"][token], own["tags"][token])
