@@ -21,7 +21,7 @@ from tsqlora.rows.chat import are_answers, unlabelled_format
 from tsqlora.rows.labels import SET, TAGS, several_of
 from tsqlora.rows.readers import SUFFIXES
 from tsqlora.rows.sources import first_columns, first_rows, kind_of
-from tsqlora.settings.settings import Config, DataSettings, Section, section_of
+from tsqlora.settings.settings import Config, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
 """pydantic appends the member of a union that it tried to a key."""
@@ -64,11 +64,8 @@ def load_config(
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
     config = _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
-    return _with_encoder(config) if embedded else config
-
-
-def _with_encoder(config: Config) -> Config:
-    """The config with the embedded model.  Raises SettingsError without it, and for other rows than classes of text."""
+    if not embedded:
+        return config
     if config.task.of_other_rows:
         raise SettingsError(f"model.path must be set (--model M): the embedded model is not for {config.task.type}")
     path = package_folder(ENCODER) / "model"
@@ -227,8 +224,12 @@ def _with_task(config: Config) -> Config:
         rows = first_rows(data.train, data.hints)
     except (DataError, ValueError, ArithmeticError, KeyError):  # reading the table raises it again, with its place
         rows = []
-    answers = _has_answers(data, rows)
-    task = None if answers else _processed(_settings_in(model / "preprocessor_config.json"))
+    answers = bool(data.messages or data.prompt or data.target or data.format)
+    if not (answers or data.text or data.label):
+        answers = are_answers([*dict.fromkeys(name for row in rows for name in row)])
+    task, processor = None, _settings_in(model / "preprocessor_config.json")
+    if processor and not answers:
+        task = f"{'audio' if 'sampling_rate' in processor else 'image'}-classification"
     if task is None and os.path.isdir(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         task = kind_of(folder) and f"{kind_of(folder)}-classification"
     if answers and (writes(model) or config.model.path == ENCODER):
@@ -246,24 +247,10 @@ def _settings_in(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _processed(settings: Mapping[str, Any]) -> str | None:
-    """The task of a model with these settings of a processor; None without one."""
-    if not settings:
-        return None
-    return f"{'audio' if 'sampling_rate' in settings else 'image'}-classification"
-
-
 def writes(model: Path) -> bool | None:
     """Whether the model in a folder writes the text that follows a prompt; None for what is no such folder."""
     names = _settings_in(model / "config.json").get("architectures")
     return None if names is None else any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-
-
-def _has_answers(data: DataSettings, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether settings or columns are those of chats, or of prompts with answers."""
-    if data.messages or data.prompt or data.target or data.format:
-        return True
-    return not (data.text or data.label) and are_answers([*dict.fromkeys(name for row in rows for name in row)])
 
 
 def _locate(path: str | None, beside: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Tasks: everything that depends on what a model learns, one file each; nobody else asks which one it is."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, cast
 
@@ -94,7 +94,11 @@ def task_of(model: nn.Module, *, columns: Collection[str] = (), label_smoothing:
     if kind == "multi_label_classification":
         return get_task("multi-label-classification", **options)
     regression = kind == "regression" or (kind is None and labels == 1)
-    media = (name for name, mapping in MEDIA_CLASSES.items() if classes & {*_flat(mapping.values())})
+    media = (
+        name
+        for name, mapping in MEDIA_CLASSES.items()
+        if any(classes.intersection([one] if isinstance(one, str) else one) for one in mapping.values())
+    )
     return get_task("regression" if regression else next(media, "sequence-classification"), **options)
 
 
@@ -108,9 +112,3 @@ def require_classes(task: Task) -> None:
 def has_own_loss(task: Task, model: nn.Module) -> bool:
     """Whether the loss of a task is not the one that the model computes itself."""
     return type(task) is not type(task_of(model))
-
-
-def _flat(names: Iterable[Any]) -> Iterator[str]:
-    """Class names, some of which are in tuples."""
-    for name in names:
-        yield from (name if isinstance(name, tuple) else (name,))
