@@ -21,7 +21,7 @@ from models import SIZES
 from tsqlora.errors import UnsupportedError
 from tsqlora.training.export import export
 
-TEXT: Mapping[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,

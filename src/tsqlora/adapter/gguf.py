@@ -65,11 +65,11 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
     """
     gguf = _gguf()
     require_exportable(adapter, config)
-    names, scale = _names(config), commonest_scale(adapter.targets.values())
+    (architecture, names), scale = _names(config), commonest_scale(adapter.targets.values())
     ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
-    # With it most layers need no folding; exact in float32, the file's precision, and never 0, which stands for none.
+    # Most layers then need no folding. Exact in float32, as the file has it; never 0, which llama.cpp reads as none.
     alpha = float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -96,7 +96,7 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
     reader = gguf.GGUFReader(path)
     tensors = {t.name: np.array(t.data).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
-    names, targets = _names(config), {}
+    (_, names), targets = _names(config), {}
     for name, original in source.targets.items():
         if original.rank == 0:
             continue
@@ -138,10 +138,11 @@ def _heads(name: str, config: Any) -> int | None:
     return (getattr(config, "num_key_value_heads", None) or heads) if name.endswith("k_proj") else heads
 
 
-def _names(config: Any) -> Any:
+def _names(config: Any) -> tuple[Any, Any]:
+    """The model's architecture, and the map of its tensors' names."""
     gguf = _gguf()
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
-    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    return architecture, gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 def _gguf() -> Any:

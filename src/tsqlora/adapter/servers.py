@@ -131,9 +131,8 @@ def _refusals(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iter
     if refused := [variant for variant in adapter.variants() if variant.split("=")[0] in consumer.refuses]:
         yield f"does not take {', '.join(refused)}"
     heads = adapter.heads()
-    one = (
-        len(heads) == 1 and heads[0].rpartition(".")[2] in ("classifier", "score") and consumer.heads.startswith("one")
-    )
+    one = consumer.heads.startswith("one") and len(heads) == 1
+    one = one and heads[0].rpartition(".")[2] in ("classifier", "score")
     if consumer.heads and not one and not consumer.ignores(heads):
         but = "" if consumer.heads == "refused" else f" but {consumer.heads}"
         yield f"takes no saved modules{but}: {', '.join(heads)}"
@@ -157,9 +156,8 @@ def _refusal(check: str, adapter: LoraAdapter, base: BaseFacts) -> str | None:
         case "one rank" if len({*ranks.values()}) > 1:
             return f"needs one rank for all layers; they have {min(ranks.values())} to {max(ranks.values())}"
         case "one rank per kind":
-            served = Counter(
-                kind for kind, _ in {(layer_kind(name), served_rank(rank)) for name, rank in ranks.items()}
-            )
+            different = {(layer_kind(name), served_rank(rank)) for name, rank in ranks.items()}
+            served = Counter(kind for kind, _ in different)
             if mixed := sorted(kind for kind, count in served.items() if count > 1):
                 return f"stacks the layers of a kind, but {mixed[0]} has several ranks"
         case "patterns":
