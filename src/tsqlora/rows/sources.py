@@ -395,17 +395,15 @@ def of_dataset(data: Any, name: str) -> Table:
     return table_of_arrow(name, parts, class_names=names)
 
 
-MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+MEDIA_ENDINGS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
+"""The kind of media of each file ending."""
 
 
 def kind_of(folder: Path) -> str | None:
     """Whether the first file of media in a folder, its folders, or theirs is "image" or "audio"; None without any."""
-    for pattern in ("*", "*/*", "*/*/*"):
-        for path in sorted(folder.glob(pattern)):
-            for kind, endings in ENDINGS.items():
-                if path.suffix.lower() in endings and path.is_file():
-                    return kind
-    return None
+    paths = chain.from_iterable(sorted(folder.glob(pattern)) for pattern in ("*", "*/*", "*/*/*"))
+    endings = (path.suffix.lower() for path in paths if path.suffix.lower() in MEDIA_ENDINGS and path.is_file())
+    return next(map(MEDIA_ENDINGS.__getitem__, endings), None)
 
 
 def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
