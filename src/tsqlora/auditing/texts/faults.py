@@ -183,7 +183,7 @@ class FaultJudge:
     steps: Float[np.ndarray, " s"]
     """Scores from which on the turn has the fault with `probability`."""
     probability: Float[np.ndarray, " s"]
-    least: Float[np.ndarray, ""]
+    least: Float[np.ndarray, "*one"]
     """The least score that is called wrong; infinite where the look called none so."""
 
     @classmethod
