@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tsqlora.auditing.labels.question import CONTRADICTED, Measured, standard_errors
+from tsqlora.auditing.labels.question import CONTRADICTED, RowLosses, standard_errors
 
 
-def measured(loss: np.ndarray, classes: np.ndarray | None = None) -> Measured:
-    return Measured(loss, np.zeros(len(loss), np.int64) if classes is None else classes, None)
+def measured(loss: np.ndarray, classes: np.ndarray | None = None) -> RowLosses:
+    return RowLosses(loss, np.zeros(len(loss), np.int64) if classes is None else classes, None)
 
 
 def test_one_class_by_hand() -> None:

@@ -184,13 +184,8 @@ def test_the_terminal_shows_trained_rows_first_and_the_cure_of_errors(
     command = ("audit", rows, "--model", place / "model", "--chat-template", place / "no_stop.jinja", "--no-model")
     code, shown, err = tsqlora(*command, "--out", tmp_path / "shown")
     assert code == 0, err
-    for words in (
-        "301 trained, 1 dropped",
-        "(row 0)",
-        "(row 301: ",
-        "stop_not_trained, with axolotl: train_on_eos: turn",
-    ):
-        assert words in shown
+    for one in ("301 trained, 1 dropped", "(row 0)", "(row 301:", "stop_not_trained, with axolotl: train_on_eos: turn"):
+        assert one in shown
     assert "(row 301)" not in shown  # the cause names it
 
 

@@ -113,8 +113,6 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
             f"the look in {look.path} draws by Q, which compares all rows with each other; take one without "
             "quality.preset, or score all rows together: tsqlora score CONFIG"
         )
-    record: dict[str, Any] = {**rows.about, "noise": look.summary["noise"], "out_of_sample": True}
-    record["answers"] = look.scores.record.answers
     reasons, loss = columns["reason"], columns["loss"].astype(np.float64)
     scores = from_terms(
         {"loss": np.nan_to_num(loss)},
@@ -123,7 +121,14 @@ def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: Row
         weights=look.rule.q,
         temperature=1.0,
         even=True,
-        record={**record, "look_folder": str(look.path), "missing": MISSING},
+        record={
+            **rows.about,
+            "noise": look.summary["noise"],
+            "out_of_sample": True,
+            "answers": look.scores.record.answers,
+            "look_folder": str(look.path),
+            "missing": MISSING,
+        },
         hashes=rows.hashes,
         ids=rows.ids,
         predictions={name: columns[name] for name in PREDICTIONS if name in columns},

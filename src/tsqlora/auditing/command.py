@@ -146,9 +146,7 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
     length = task.reading.limit(config.data.max_length, tokenizer, pretrained.positions)
     length = length if config.data.max_length is not None else min(length, TOKENS)
     table = prepare({"train": table}, tokenizer, max_length=length, encode=task.reading.encode)["train"]
-    samples, notes = table.samples, list(table.notes)
-    if samples.truncated:
-        notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
+    samples = table.samples
     assert classes is not None
     result = audit(
         net,
@@ -160,17 +158,20 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
     )
     if result.tokens is not None:
         result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
-    if result.unjudged:
-        notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
-    if result.copies:
-        notes.append(f"copies of an earlier row with the same label, judged once with it: {result.copies:,}")
-    if len(result.duplicates) == MOST_CONTRADICTIONS:
-        notes.append(f"pairs of near-duplicates with different labels: the nearest {MOST_CONTRADICTIONS:,} are listed")
-    if result.uncompared:
-        notes.append(f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced")
-    if without := len(samples) - len(set(result.ids.tolist())):
-        notes.append(f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}")
-    return table, result, notes
+    without = len(samples) - len(set(result.ids.tolist()))
+    notes = {
+        f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length": (
+            samples.truncated
+        ),
+        f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}": result.unjudged,
+        f"copies of an earlier row with the same label, judged once with it: {result.copies:,}": result.copies,
+        f"pairs of near-duplicates with different labels: the nearest {MOST_CONTRADICTIONS:,} are listed": (
+            len(result.duplicates) == MOST_CONTRADICTIONS
+        ),
+        f"rows not compared with others for near-duplicates: {result.uncompared:,}, evenly spaced": result.uncompared,
+        f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}": without,
+    }
+    return table, result, [*table.notes, *(note for note, holds in notes.items() if holds)]
 
 
 def _numbers(result: Audit, table: Table, reading: Reading, tokenizer: Any, length: int) -> np.ndarray:

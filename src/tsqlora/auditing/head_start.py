@@ -193,7 +193,6 @@ class Started:
             return None
         labels, logits = torch.from_numpy(pool.labels), self.logits
         assert logits is not None
-        test: LearnedTest
         if head is not None and head.replaces:
             constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
             chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
@@ -223,12 +222,13 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
         # Tokens of some rows fit the head before the pass over all rows, which a small table does not need.
         held = distributed.once(partial(held_out, request, None))
         layer, units, head = _of_tokens(model, replace(request, excluded=request.twins | held))
-        chosen, undo = _installed(layer, head)
+        undo = install(layer, head)
         try:
             if units is None or units.count != len(request.dataset):
                 pool = every()[0]
             else:
-                pool = units.forward(None if chosen is None else chosen.installed.logits(units.features))
+                fitted = head.installed if head is not None and head.replaces else None
+                pool = units.forward(None if fitted is None else fitted.logits(units.features))
         except BaseException:
             undo()
             raise
@@ -240,14 +240,7 @@ def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) ->
     answers, own = answers_of(task), ~(request.twins | held)
     if layer is not None and answers is not None and own.sum() >= FOLDS and rule.head_start:
         head = distributed.once(partial(_fit, pool, answers, layer, rule.seed, own))
-    return Started(head, layer, pool, few, held, _installed(layer, head)[1])
-
-
-def _installed(layer: Head | None, head: HeadStart | None) -> tuple[HeadStart | None, Callable[[], None]]:
-    """The head if it replaces the model's own, in place, and what restores that."""
-    if layer is None or head is None or not head.replaces:
-        return None, lambda: None
-    return head, install(layer, head)
+    return Started(head, layer, pool, few, held, install(layer, head))
 
 
 def _of_tokens(model: nn.Module, request: LookRequest) -> tuple[Head | None, Units | None, HeadStart | None]:
@@ -351,32 +344,31 @@ def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.n
     return features
 
 
-def fitted_parameters(head: Head, start: HeadStart) -> list[tuple[Tensor, Tensor]]:
-    """Return the parameters of the head's layers, each with its fitted value."""
-    parts: list[tuple[nn.Linear | None, LinearHead]] = [(head.linear, start.installed)]
-    if start.dense is not None:
-        parts.append((head.dense, start.dense))
-    both = list[tuple[Tensor | None, np.ndarray]]()
-    for layer, fitted in parts:
-        assert layer is not None
-        both += [(layer.weight, fitted.weight), (layer.bias, fitted.bias)]
-    return [(parameter, torch.from_numpy(value)) for parameter, value in both if parameter is not None]
+def fitted_parameters(head: Head | None, start: HeadStart | None) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters of the head's layers, each with its fitted value; none where the model's own head stays."""
+    if head is None or start is None or not start.replaces:
+        return []
+    return [
+        (parameter, torch.from_numpy(value))
+        for layer, fitted in ((head.linear, start.installed), (head.dense, start.dense))
+        if layer is not None and fitted is not None
+        for parameter, value in ((layer.weight, fitted.weight), (layer.bias, fitted.bias))
+        if parameter is not None
+    ]
+
+
+def install(head: Head | None, start: HeadStart | None) -> Callable[[], None]:
+    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
+    fitted = fitted_parameters(head, start)
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in fitted]
+    _write(fitted)
+    return partial(_write, before)
 
 
 @torch.no_grad()
-def install(head: Head, start: HeadStart) -> Callable[[], None]:
-    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
-    before: list[tuple[Tensor, Tensor]] = []
-    for parameter, value in fitted_parameters(head, start):
-        before.append((parameter, parameter.detach().clone()))
+def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for parameter, value in values:
         parameter.copy_(value)
-
-    @torch.no_grad()
-    def undo() -> None:
-        for parameter, value in before:
-            parameter.copy_(value)
-
-    return undo
 
 
 def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> LinearHead:

@@ -109,8 +109,6 @@ def look(model: nn.Module, request: LookRequest) -> Look:
 
 
 def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
-    if started.head is None or started.layer is None or not started.head.replaces:
-        return {}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     fitted = fitted_parameters(started.layer, started.head)
     return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
@@ -218,19 +216,12 @@ def _terms(
     labels, loss = torch.from_numpy(pool.labels), torch.from_numpy(pool.loss)
     if logits is not None:
         loss = task.loss(torch.from_numpy(logits), labels)
-    measured = Measured(
-        logits=None if logits is None else torch.from_numpy(logits),
-        labels=labels,
-        loss=loss,
-    )
-    terms: dict[str, np.ndarray] = {}
-    for name, term in rule.measured().items():
-        missing = term.gradient or (term.answers and logits is None)
-        if name in columns:
-            terms[name] = columns[name]
-        elif not missing:
-            terms[name] = term.of(measured).numpy()
-    return terms
+    measured = Measured(logits=None if logits is None else torch.from_numpy(logits), labels=labels, loss=loss)
+    return {
+        name: columns[name] if name in columns else term.of(measured).numpy()
+        for name, term in rule.measured().items()
+        if name in columns or not (term.gradient or (term.answers and logits is None))
+    }
 
 
 def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None) -> dict[str, np.ndarray]:

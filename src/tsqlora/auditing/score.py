@@ -100,10 +100,8 @@ def score(
     )
     result = look(model, request)
     result.undo()
-    if (why_even := request.task.reading.why_even) is not None and result.scores.even:
-        warnings.warn(why_even, stacklevel=3)
-    if result.why_not is not None:
-        warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
-    if result.scores.caution:
-        warnings.warn(result.scores.caution, stacklevel=3)
+    why_even = request.task.reading.why_even if result.scores.even else None
+    unready = result.why_not and f"rows are drawn evenly, and have no terms of gradients: {result.why_not}"
+    for why in filter(None, (why_even, unready, result.scores.caution)):
+        warnings.warn(why, stacklevel=3)
     return result.scores

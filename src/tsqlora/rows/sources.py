@@ -119,8 +119,8 @@ def _open(source: str | Path, *, requested: Collection[str], hints: Hints, most:
         return {split: _of_files(name, some, hints, most) for split, (name, some) in files.items()}
     if os.path.isdir(path):
         folders = {inner.name: inner for inner in _listed(path) if inner.is_dir()}
-        names = _match_splits({name: name for name in folders}, requested, source)
-        if not names and not _match_splits({name: name for name in folders}, SPLIT_NAMES, source):
+        names = _match_splits(folders, requested, source)
+        if not names and not _match_splits(folders, SPLIT_NAMES, source):
             folders, names = {"": path}, {first: ""}
         tables = dict[str, Table]()
         for split, folder in ((split, folders[name]) for split, name in names.items()):
@@ -142,7 +142,7 @@ def _of_splits(
     """Read those of the requested splits that a data set has; one without splits, "", is the first of them."""
     if "" in splits:
         return {next(iter(requested)): splits[""](str(source))}
-    names = _match_splits({name: name for name in splits}, requested, source)
+    names = _match_splits(splits, requested, source)
     return {split: splits[name](f"{source}[{name}]") for split, name in names.items()}
 
 
@@ -176,7 +176,7 @@ def _files_of_splits(source: str | Path, requested: Collection[str]) -> dict[str
     for file in listed:
         if suffix_of(file) in SUFFIXES or _split_of(file) not in read:
             files[SHARD.sub("", file.name)].append(file)
-    names = _match_splits({name: _split_of(some[0]) for name, some in files.items()}, requested, source)
+    names = _match_splits(files, requested, source, lambda name: _split_of(files[name][0]))
     return {split: (f"{path}/{name}", files[name]) for split, name in names.items()}
 
 
@@ -258,12 +258,14 @@ def require_source(source: str | Path) -> None:
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
 
 
-def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: str | Path) -> dict[str, str]:
+def _match_splits(
+    names: Collection[str], requested: Iterable[str], source: str | Path, stem: Callable[[str], str] = str
+) -> dict[str, str]:
     """Map each split to the one name whose stem is among the split's usual names."""
     matches = {}
     for split in requested:
         usual = SPLIT_NAMES.get(split, (split,))
-        hits = [name for name, stem in stems.items() if stem.lower() in usual]
+        hits = [name for name in names if stem(name).lower() in usual]
         if len(hits) > 1:
             raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; remove all but one")
         if hits:
@@ -395,17 +397,15 @@ def of_dataset(data: Any, name: str) -> Table:
     return table_of_arrow(name, parts, class_names=names)
 
 
-MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+MEDIA_ENDINGS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
+"""The kind of media of each file ending."""
 
 
 def kind_of(folder: Path) -> str | None:
     """Whether the first file of media in a folder, its folders, or theirs is "image" or "audio"; None without any."""
-    for pattern in ("*", "*/*", "*/*/*"):
-        for path in sorted(folder.glob(pattern)):
-            for kind, endings in ENDINGS.items():
-                if path.suffix.lower() in endings and path.is_file():
-                    return kind
-    return None
+    paths = chain.from_iterable(sorted(folder.glob(pattern)) for pattern in ("*", "*/*", "*/*/*"))
+    endings = (path.suffix.lower() for path in paths if path.suffix.lower() in MEDIA_ENDINGS and path.is_file())
+    return next(map(MEDIA_ENDINGS.__getitem__, endings), None)
 
 
 def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:

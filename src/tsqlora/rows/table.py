@@ -222,27 +222,25 @@ class Table:
         table, kind, column, before = self, self.kind or "", columns.text, self.view
 
         def renamed(row: Row) -> Row:
-            row = before(row)
             return replace(row, cells={column: row.cells[kind], columns.label or "label": row.cells["label"]})
 
         def absolute(row: Row) -> Row:
-            row = before(row)
             name = row.cells.get(column)
             if self.path is None or not isinstance(name, str) or not name.strip():
                 return row
             return replace(row, number=name, cells={**row.cells, column: os.path.abspath(self.path.parent / name)})
 
         def labelled(row: Row) -> Row:
-            row = before(row)
             ones = [name for name in columns.one_hot if is_one(row.cells.get(name))]
             return replace(row, cells={**row.cells, columns.label or "label": ones[0] if len(ones) == 1 else ones})
 
         if columns.one_hot and columns.label is not None:
-            table = replace(self, view=labelled, names=(*self.names, columns.label))
+            table = replace(self, view=lambda row: labelled(before(row)), names=(*self.names, columns.label))
         elif columns.media and kind:
-            table = replace(self, view=renamed, kind=None, names=(column, columns.label or "label"))
+            names = column, columns.label or "label"
+            table = replace(self, view=lambda row: renamed(before(row)), kind=None, names=names)
         elif columns.media:
-            table = replace(self, view=absolute, path=None)
+            table = replace(self, view=lambda row: absolute(before(row)), path=None)
         return replace(table, columns=columns, classes=classes, format=format)
 
 

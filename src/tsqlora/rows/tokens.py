@@ -365,10 +365,9 @@ def causal_rows(
     """What a causal model reads of each row, or why nothing."""
     made, read = dict[int, Tokenised | DataError](), dict[int, tuple[Chat, list[Piece]]]()
     for j, chat in enumerate(chats):
-        if chat.problems:
-            made[j] = chat.problems[0]
-            continue
         try:
+            if chat.problems:
+                raise chat.problems[0]
             chat = as_read(chat, tokenizer)
             read[j] = chat, pieces_of(chat, tokenizer)
         except DataError as error:

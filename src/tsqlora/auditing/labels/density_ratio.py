@@ -5,6 +5,8 @@ tells trusted rows from the pool, and each row is judged by a fit without it. Fi
 follows the length of a text in the pool is subtracted: a set collected apart differs in length.
 """
 
+from itertools import chain
+
 import numpy as np
 from scipy.stats import mannwhitneyu
 from sklearn.preprocessing import StandardScaler
@@ -18,8 +20,6 @@ LEAST_TRUSTED = 8
 """Fewer trusted rows do not show where others lie."""
 LEVEL = 0.025
 """Trusted rows differ from the pool if their ratios are larger at this one-sided level."""
-
-NOT_FINITE = "hidden states of some texts are not finite; score in float32"
 
 
 def log_density_ratio(
@@ -58,13 +58,12 @@ def log_density_ratio(
 
 def _standardised(pool: Float[np.ndarray, "n d"], trusted: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "rows d"]:
     """The rows of both in deviations of the pool: a few features of a language model are far larger than the others."""
-    if not np.isfinite(trusted).all():
-        raise TsqLoraError(NOT_FINITE)
     scaler, n = StandardScaler(), len(pool)
     parts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, n, ROWS_AT_ONCE)]
+    for some in chain([trusted], (pool[rows] for rows in parts)):
+        if not np.isfinite(some).all():
+            raise TsqLoraError("hidden states of some texts are not finite; score in float32")
     for rows in parts:
-        if not np.isfinite(pool[rows]).all():
-            raise TsqLoraError(NOT_FINITE)
         scaler.partial_fit(pool[rows].astype(np.float64))
     both = empty((n + len(trusted), pool.shape[1]), np.dtype(np.float32))
     for rows in parts:

@@ -219,7 +219,7 @@ def judge_logits(
         why_not = "the rows that disagree with their label look like ordinary hard rows"
     elif features is not None:
         groups = np.arange(len(labels)) if groups is None else groups
-        if _shared(p_wrong, judged, features, labels, groups) > SHARED:
+        if _shared(np.flatnonzero((p_wrong > 0.5) & judged), features, labels, groups) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
     # Few wrong labels of any class alike are many of a class of few rows.
@@ -240,14 +240,9 @@ def judge_logits(
 
 
 def _shared(
-    p_wrong: Float[np.ndarray, " n"],
-    judged: Bool[np.ndarray, " n"],
-    features: Float[np.ndarray, "n d"],
-    labels: Labels,
-    groups: Int[np.ndarray, " n"],
+    likely: Int[np.ndarray, " m"], features: Float[np.ndarray, "n d"], labels: Labels, groups: Int[np.ndarray, " n"]
 ) -> float:
     """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
-    likely = np.flatnonzero((p_wrong > 0.5) & judged)
     if not len(likely):
         return 0.0
     some = likely[np.linspace(0, len(likely) - 1, min(len(likely), ROWS_TO_ASK)).astype(int)]

@@ -93,10 +93,8 @@ def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
     Raises SettingsError for fewer than two rows or classes, TsqLoraError for logits that are not finite.
     """
     if min(logits.shape) < 2:
-        rows, classes = logits.shape
-        raise SettingsError(
-            f"{rows} rows of {classes} classes are too few to find wrong labels; give 2 or more of both"
-        )
+        size = "{} rows of {} classes".format(*logits.shape)
+        raise SettingsError(f"{size} are too few to find wrong labels; give 2 or more of both")
     if broken := int((~np.isfinite(logits)).any(axis=1).sum()):
         raise TsqLoraError(
             f"{broken} of {len(logits)} rows have logits that are not finite; "

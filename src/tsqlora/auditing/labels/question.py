@@ -79,7 +79,7 @@ def held_out(request: LookRequest, labels: Int[np.ndarray, " n"] | None) -> Bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class RowLosses:
     """Plain losses of rows, and where a row has one answer its metric; `classes` are 0 where rows have none."""
 
     loss: Float[np.ndarray, " n"]
@@ -87,7 +87,7 @@ class Measured:
     metric: float | None
 
 
-def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, compute: Compute) -> Measured:
+def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, compute: Compute) -> RowLosses:
     """Measure rows without dropout; every process measures all of them, since a sharded model needs all processes."""
     answers = answers_of(task)
 
@@ -100,15 +100,15 @@ def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, comp
     with torch.no_grad():
         columns = run_pass(model, measure, rows, collate, compute)
     if answers is None:
-        return Measured(columns["loss"].astype(np.float64), np.zeros(len(rows), np.int64), None)
+        return RowLosses(columns["loss"].astype(np.float64), np.zeros(len(rows), np.int64), None)
     logits, labels = columns["logits"], columns["labels"]
     loss = row_losses(logits.astype(np.float64), labels, answers.link)
     classes = task.reading.strata(labels)
     classes = np.zeros(len(rows), np.int64) if classes is None else classes
-    return Measured(loss, classes, task.metrics(logits, labels).get(task.headline))
+    return RowLosses(loss, classes, task.metrics(logits, labels).get(task.headline))
 
 
-def standard_errors(trusted: Measured, pool: Measured) -> float:
+def standard_errors(trusted: RowLosses, pool: RowLosses) -> float:
     """Return how far the trusted rows' mean loss is above the pool's, in standard errors.
 
     Losses are compared within classes, weighted by the trusted rows' shares. A class that the held-out rows lack does

@@ -1,8 +1,7 @@
 """Apply a look to rows that it was not taken at: labels or answers, each row by itself, for any engine."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -138,13 +137,11 @@ def _judge(
     row = np.array([turn.row for turn in turns])
     sums = [np.bincount(row, prompted[name], len(columns["loss"])) for name in ("loss", "tokens")]
     columns["loss"] = np.divide(*sums, out=columns["loss"], where=sums[1] > 0)
-    whole, judges = np.array([turn.ends for turn in turns]), defaultdict[str, dict[str, np.ndarray]](dict)
-    for name in (name for name in made if "." in name):
-        fault, _, part = name.rpartition(".")
-        judges[fault][part] = made[name]
-    for fault, parts in judges.items():
+    whole = np.array([turn.ends for turn in turns])
+    for fault in dict.fromkeys(name.rpartition(".")[0] for name in made if "." in name):
+        judge = FaultJudge(**{part.name: made[f"{fault}.{part.name}"] for part in fields(FaultJudge)})
         judged = np.flatnonzero(whole if fault == CUT else np.ones(len(turns), np.bool_))
-        p, wrong = FaultJudge(**parts).of((prompted["stop"] if fault == CUT else features)[judged])
+        p, wrong = judge.of((prompted["stop"] if fault == CUT else features)[judged])
         np.fmax.at(columns["wrong_probability"], row[judged], p)
         suspects = judged[wrong]
         if fault == FOREIGN and len(suspects):

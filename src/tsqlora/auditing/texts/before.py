@@ -120,13 +120,12 @@ def in_one_line(look: AnswerLook, dropped: Mapping[str, int], rows: int) -> str:
     why = ", ".join(f"{count} as '{reason}'" for reason, count in dropped.items() if reason in OF_ANSWERS)
     unseen = ", ".join(name for name, one in look.detections.items() if not one.usable)
     finds = ", ".join(f"{one.recall:.0%} of {name}" for name, one in look.detections.items() if one.usable)
-    parts = [f"this model cannot tell which rows have {unseen}"] if unseen else []
-    parts += [
-        f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer"
+    parts = [
+        f"this model cannot tell which rows have {unseen}" if unseen else "",
+        f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer",
+        f"with {SHARE:.0%} of the rows faulty, the look would find {finds}" if finds else "",
     ]
-    return "; ".join(
-        [*parts, *([f"with {SHARE:.0%} of the rows faulty, the look would find {finds}"] if finds else [])]
-    )
+    return "; ".join(filter(None, parts))
 
 
 def without_unfit(scores: Scores, look: AnswerLook) -> Scores:

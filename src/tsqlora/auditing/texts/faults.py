@@ -183,7 +183,7 @@ class FaultJudge:
     steps: Float[np.ndarray, " s"]
     """Scores from which on the turn has the fault with `probability`."""
     probability: Float[np.ndarray, " s"]
-    least: Float[np.ndarray, ""]
+    least: Float[np.ndarray, "*one"]
     """The least score that is called wrong; infinite where the look called none so."""
 
     @classmethod
@@ -320,15 +320,11 @@ def upper_bound(p: Float[np.ndarray, " n"], planted: int) -> float:
     Any interval of p has its share of the faults, and good rows besides. The quantiles of p are those of a sample of
     planted rows, so that its length has an error too. The best interval counts.
     """
-    level, n = 1 - 0.05 / 2 / len(FLOORS), len(p)
-    bounds = list[float]()
-    for start in FLOORS:
-        k = int((p > start).sum())
-        most = float(beta.ppf(level, k + 1, n - k)) if k < n else 1.0
-        m = round((1 - start) * planted)
-        least = float(beta.ppf(1 - level, m, planted - m + 1))
-        bounds.append(most / max(least, 1e-9))
-    return min(1.0, *bounds)
+    level, n, floors = 1 - 0.05 / 2 / len(FLOORS), len(p), np.array(FLOORS)
+    k, m = np.array([(p > floor).sum() for floor in FLOORS]), np.round((1 - floors) * planted)
+    most = np.where(k < n, beta.ppf(level, k + 1, np.maximum(n - k, 1)), 1.0)
+    least = beta.ppf(1 - level, m, planted - m + 1)
+    return min(1.0, float((most / np.maximum(least, 1e-9)).min()))
 
 
 def posterior(p: Float[np.ndarray, " n"], rate: float) -> Float[np.ndarray, " n"]:
