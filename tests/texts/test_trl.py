@@ -165,6 +165,16 @@ def test_both_answers_of_a_pair_are_read(tmp_path: Path) -> None:
         assert line.trained_tokens == len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_end_token_that_trl_writes_into_texts_is_a_stop(pairs: bool, tmp_path: Path) -> None:
+    texts = [{"prompt": chat[0]["content"], "completion": f" {chat[1]['content']}"} for chat in CHATS]
+    both = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " I do not know, sorry."} for row in texts
+    ]
+    result, _ = audited(both if pairs else texts, tmp_path, source=False, pairs=pairs)
+    assert [(line.findings, line.stop_trained) for line in result.lines] == [([], True)] * len(CHATS)
+
+
 @pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer", "Trainer"])
 def test_a_trainer_that_was_built_is_audited_as_the_command_audits(kind: str, tmp_path: Path) -> None:
     rows = PAIRS if kind == "DPOTrainer" else COMPLETIONS

@@ -106,10 +106,7 @@ def audit_sequences(
     elif not packed and format is not None:
         rows = _shown((made[j] for j in range(len(made))), format)
         end: Any = vocabulary.tokenizer.eos_token
-        for j, row in enumerate(rows) if isinstance(end, str) else ():
-            if row.answer.endswith(end):  # as TRL writes it behind its completion
-                answer = replace(row.messages[-1], content=row.answer.removesuffix(end))
-                rows[j] = replace(row, messages=(*row.messages[:-1], answer))
+        rows = [_without_end(row, end) for row in rows] if isinstance(end, str) else rows
         by_row, sure = _by_row(sequences), {}
     else:
         by_row = _by_row(replace(one, row=j) for j, one in enumerate(sequences)) if packed else _by_row(sequences)
@@ -226,6 +223,14 @@ def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None
 
 def _shown(rows: Iterable[Any], format: Format) -> list[Chat]:
     return [format.show(Row({**cells}, "", j, j)) for j, cells in enumerate(rows)]
+
+
+def _without_end(row: Chat, end: str) -> Chat:
+    """The row without the end token that TRL writes behind a completion, and behind both answers of a pair."""
+    rejected, messages = row.rejected and _without_end(row.rejected, end), row.messages
+    if row.ends_answered:
+        messages = (*row.question, replace(messages[-1], content=row.answer.removesuffix(end)))
+    return replace(row, messages=messages, rejected=rejected)
 
 
 def match(
