@@ -95,6 +95,9 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(
     assert cures["answer_cut"]["TRL"] == "SFTConfig(max_length=2048)", "512 and the 1,001 tokens that are lost"
     assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*written["findings"][0]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert {name: [line["row"] for line in lines if name in line["findings"]] for name in by_name(written)} == by_name(
+        written
+    )
     assert [line["row"] for line in lines] == [*range(21)]
     fates = [lines[j]["fate"] for j in (0, 3, 5, 7, 20)]
     assert fates == ["trained", "dropped", "dropped", "dropped", "duplicate of 0"]
@@ -396,6 +399,8 @@ def test_an_audit_names_answers_of_other_prompts(tmp_path: Path, monkeypatch: py
     (found,) = (one for one in result["findings"] if one["name"] == "foreign_answer")
     assert set(found["places"]) <= set(FOREIGN_ROWS)
     assert found["rows"] >= 0.7 * len(FOREIGN_ROWS)
+    lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert [line["row"] for line in lines if "foreign_answer" in line["findings"]] == found["places"]
     assert any(shift[2] == 1 for shift in result["answers"]["shifts"])
     suspects = csv.DictReader((out / "suspects.csv").read_text().splitlines())
     assert min(float(one["probability"]) for one in suspects if one["finding"] == "foreign_answer") > 0.5
