@@ -215,7 +215,8 @@ def test_texts_in_parts_that_changed_since_are_refused(tmp_path: Path, audit: Au
     rows, pattern = right(12), tmp_path / "*.jsonl"
     write_jsonl(tmp_path / "a.jsonl", rows[:6])
     write_jsonl(tmp_path / "b.jsonl", [*rows[6:], rows[0]])
-    Dataset.from_list([{"input_ids": [1], "labels": [1]}] * 2).save_to_disk(tmp_path / "prepared")
+    made = [masked(tokenizer_of(FAMILIES["qwen 2.5"]), row["messages"]) for row in rows]
+    Dataset.from_list(made).save_to_disk(tmp_path / "prepared")
     audit(pattern, "--no-model", out=tmp_path / "out")  # chats by the first file's columns
     audit("--prepared", tmp_path / "prepared", "--data", pattern, "--no-model", out=tmp_path / "of")
     drop = ("audit", "--drop-findings", "duplicate", "--json", "--out")
@@ -244,6 +245,18 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tmp_path: Pat
     places = "sequence 0 of row 8, 0 of row 9, 0 of row 10"
     assert f"3 of the set's sequences have no source row: {places}" in shown
     assert [*by_name(audit(*command)[1])] == ["nothing_trained"]
+
+
+def test_source_rows_or_a_tokenizer_of_another_set_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows, others = right(12), [{"messages": row} for row in chats(12)]
+    made = [masked(tokenizer_of(FAMILIES["qwen 2.5"]), row["messages"]) for row in rows]
+    foreign = [{**one, "input_ids": [(j + 7) % 256 for j in one["input_ids"]]} for one in made]  # by another tokenizer
+    for number, (sequences, data, code) in enumerate(((made, rows, 0), (made, others, 3), (foreign, rows, 3))):
+        folder, source = tmp_path / f"prepared {number}", write_jsonl(tmp_path / f"{number}.jsonl", data)
+        Dataset.from_list(sequences).save_to_disk(folder)
+        words = ("--data", source, "--model", place / "model", "--no-model", "--out", tmp_path / f"out {number}")
+        got, _, err = tsqlora("audit", "--prepared", folder, *words)
+        assert (got, "--data" in err, "--model" in err) == (code, code == 3, code == 3), err
 
 
 def test_an_audit_without_source_rows_offers_no_review_and_says_why(

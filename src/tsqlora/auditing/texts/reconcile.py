@@ -77,7 +77,8 @@ def audit_sequences(
     """Reconcile a prepared set with source rows: a file, rows, the set's own columns, or else what its labels say.
 
     Where more than MOST_UNMATCHED of the sequences have no row, or packing has cut one, no row is called dropped. Parts
-    of a stream, as TRL's `wrapped` packing makes them, have no rows; findings are by part.
+    of a stream, as TRL's `wrapped` packing makes them, have no rows; findings are by part.  Raises DataError where no
+    sequence has a row.
     """
     sequences = list[Trained]()
     for number, one in enumerate(sequences_of(made, collate)):
@@ -101,6 +102,11 @@ def audit_sequences(
     if source is not None and not (wrapped and len(sequences) != len(source)):  # rows may be cut to one length
         rows = source
         by_row, sure, left = match(rows, sequences, vocabulary, packed=packed)
+        if left and not by_row:
+            raise DataError(
+                f"none of the {len(sequences):,} prepared sequences spells a source row; give the rows that they were "
+                "made of (--data), and the tokenizer that made them (--model)"
+            )
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and format is not None:
