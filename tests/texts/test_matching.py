@@ -7,13 +7,14 @@ from unicodedata import normalize
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
 from linear import assert_linear, seconds
-from tsqlora.auditing.texts.ledger import line_of
+from tsqlora.auditing.texts.ledger import Line, line_of
 from tsqlora.auditing.texts.prepared import Trained
-from tsqlora.auditing.texts.reconcile import match
+from tsqlora.auditing.texts.reconcile import audit_sequences, match
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
 from tsqlora.rows.chat import Chat
 from tsqlora.rows.chat import Message as Turn
@@ -101,6 +102,23 @@ def test_equal_rows_share_their_sequences_by_count() -> None:
     taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
     assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])
+
+
+def test_of_the_copies_of_a_row_the_worst_is_reconciled() -> None:
+    rows = drawn("none", "latin", 12)
+    made = [replace(one, targets=one.ids) for one in map(sequence, rows)]
+    limit = sorted(len(one.ids) for one in made)[6]
+    cut = [replace(one, ids=one.ids[:limit], targets=one.targets[:limit]) for one in made]
+    for copies in (cut[:3], made[:3]):  # cut in the same place, or not at all
+        data = [{"messages": [one.whole for one in row.messages]} for row in rows]
+        once, twice = (audited(some, data) for some in (cut, [*cut, *copies]))
+        assert [line.copies for line in twice] == [1, 1, 1] + [0] * 9
+        assert [replace(line, copies=0) for line in twice] == once
+
+
+def audited(sequences: Sequence[Trained], data: Any) -> list[Line]:
+    made = [{"input_ids": one.ids.tolist(), "labels": one.targets.tolist()} for one in sequences]
+    return audit_sequences(Dataset.from_list(made), None, VOCABULARY, data=data).lines
 
 
 def talk(exchanges: int) -> Chat:

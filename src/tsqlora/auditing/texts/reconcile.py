@@ -121,7 +121,10 @@ def audit_sequences(
         if not wrapped:  # a part of a stream begins and ends anywhere
             rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
     if lines is None:
-        lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
+        lines = list[Line]()
+        for row in rows:
+            line, by_row[row.row] = _worst(row, by_row.get(row.row, []), vocabulary, longest)
+            lines.append(line)
     unsure = len(unmatched) > (0 if packed else MOST_UNMATCHED * len(sequences))
     for line in lines:
         line.match = sure.get(line.row, line.match)
@@ -133,6 +136,16 @@ def audit_sequences(
         return {place: by_row.get(place, ()) for place in places}
 
     return Reconciled(rows, lines, of, longest, sizes, finds, unmatched=unmatched)
+
+
+def _worst(row: Chat, parts: list[Trained], vocabulary: Vocabulary, longest: int) -> tuple[Line, list[Trained]]:
+    """The line of a row and its sequences: of copies those with the most findings, then with the most lost tokens."""
+    sides = max(1, len({one.side for one in parts}))
+    copies = [parts[k : k + sides] for k in range(0, len(parts), sides)] or [parts]
+    lines = [line_of(row, own, vocabulary, limit=longest) for own in copies]
+    line, own = max(zip(lines, copies, strict=True), key=lambda one: (len(one[0].findings), one[0].lost_tokens or 0))
+    line.copies = len(copies) - 1
+    return line, own
 
 
 def _by_labels(
