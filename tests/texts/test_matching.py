@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
 from linear import assert_linear, seconds
-from tsqlora.auditing.texts.ledger import Line, line_of
+from tsqlora.auditing.texts.ledger import LEAST_KNOWN, Line, line_of
 from tsqlora.auditing.texts.prepared import Trained
 from tsqlora.auditing.texts.reconcile import audit_sequences, match
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
@@ -84,6 +84,24 @@ def test_a_piece_that_packing_cut_has_no_row() -> None:
     made = [sequence(row, slice(-30 if row.row in cut else None)) for row in rows]
     taken, _, left = match(rows, made, VOCABULARY, packed=True)
     assert ({*taken}, [one.row for one in left]) == ({*range(150)} - cut, sorted(cut))
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("split", [False, True])
+def test_packing_that_cuts_at_a_limit_is_no_packing_that_splits(split: bool, constant: str) -> None:
+    rows = drawn(constant, "latin")
+    made = [sequence(row) for row in rows]
+    limit = int(np.quantile([len(one.ids) for one in made], 0.8))
+    # Of rows that are hardly longer, only the template's end may be cut.
+    made = [one for one in made if not limit < len(one.ids) <= limit + LEAST_KNOWN]
+    long = {one.row for one in made if len(one.ids) > limit}
+    starts = [range(0, len(one.ids) if split else 1, limit) for one in made]
+    pieces = [replace(one, ids=one.ids[k : k + limit]) for one, own in zip(made, starts, strict=True) for k in own]
+    taken, _, left = match(rows, pieces, VOCABULARY, packed=True)
+    assert {one.row for one in left} == (long if split else set())
+    assert {j: [one.row for one in own] for j, own in taken.items()} == {
+        one.row: [one.row] for one in made if not split or one.row not in long
+    }
 
 
 @pytest.mark.parametrize("constant", CONSTANTS)

@@ -109,6 +109,15 @@ def test_packed_rows_find_their_source(tmp_path: Path) -> None:
     assert all(line.stop_trained for line in result.lines)
 
 
+def test_rows_that_packing_cut_at_the_limit_are_cut(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"packing": True, "packing_strategy": "bfd", "max_length": 140}
+    packed, alone = (audited(MESSAGES, tmp_path, source=source, **options)[0] for source in (True, False))
+    cut = sum("answer_cut" in line.findings for line in alone.lines)
+    assert sum("answer_cut" in line.findings for line in packed.lines) == cut > 3
+    assert {line.fate for line in packed.lines} == {"trained", "cut"}
+    assert packed.unmatched == []
+
+
 def test_parts_of_a_stream_are_rows_of_their_own(tmp_path: Path) -> None:
     result, trainer = audited(MESSAGES, tmp_path, packing=True, packing_strategy="wrapped", max_length=512)
     assert ([line.row for line in result.lines], result.finds) == ([*range(len(trainer.train_dataset))], OF_TOKENS)

@@ -253,14 +253,20 @@ def _without_end(row: Chat, end: str) -> Chat:
 
 
 def match(
-    rows: Sequence[Chat], sequences: Iterable[Trained], vocabulary: Vocabulary, *, packed: bool = False
+    rows: Sequence[Chat],
+    sequences: Sequence[Trained],
+    vocabulary: Vocabulary,
+    *,
+    packed: bool = False,
+    split: bool = False,
 ) -> tuple[dict[int, list[Trained]], dict[int, str], list[Trained]]:
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
     share the sequences, which are dealt out by count. Of rows that begin alike, one without further contents comes
     first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
-    them do not count. With `packed`, a sequence that lacks a content is a piece that packing cut, and has no row.
+    them do not count. With `packed`, a sequence of the greatest length that a row begins with is that row, cut. Where
+    another sequence has more of such a row, packing has `split` rows, and a sequence that lacks a content has no row.
     """
     equal, spelled = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
@@ -274,6 +280,7 @@ def match(
     ordered = sorted(having)
     taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
     units = defaultdict[tuple[int, int], list[Trained]](list)
+    longest, cut, pieces = max((len(one.ids) for one in sequences), default=0), set[str](), set[str]()
     for number, one in enumerate(sequences):
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
@@ -290,7 +297,11 @@ def match(
         best = max(rank, key=rank.__getitem__, default="")
         present, whole, *_ = rank.get(best, (0, False))
         strange = sum(len(sentence) for sentence in sentences if sentence not in having)
-        likely_cut = not packed and present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        likely_cut = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        if packed and likely_cut and not whole:
+            begins = len(unit[0].ids) == longest and _begins(rows[equal[best][0]], unit[0], vocabulary)
+            (cut if begins else pieces).add(best)
+            likely_cut = begins and not split
         if whole or likely_cut:
             row = equal[best][0]
             equal[best].rotate(-1)
@@ -298,7 +309,17 @@ def match(
             sure[row] = "exact" if len(equal[best]) == 1 else "ambiguous"
         else:  # a "Yes." may be any row's, and a template's last line feed is no one's
             left += [one for one in unit if vocabulary.plain(one.ids).replace(b"\0", b"").strip()]
+    if cut & pieces and not split:
+        return match(rows, sequences, vocabulary, packed=packed, split=True)
     return taken, sure, left
+
+
+def _begins(row: Chat, one: Trained, vocabulary: Vocabulary) -> bool:
+    """Whether a sequence begins with a row's first message that is no system prompt."""
+    messages = row.side(one.side)
+    spans = zip(messages, locate(messages, one.ids, vocabulary), strict=True)
+    first = next((span for message, span in spans if message.role != "system"), None)
+    return first is not None and not first.before
 
 
 def _sentences(text: str) -> Iterable[str]:
