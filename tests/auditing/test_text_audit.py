@@ -95,6 +95,9 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(
     assert cures["answer_cut"]["TRL"] == "SFTConfig(max_length=2048)", "512 and the 1,001 tokens that are lost"
     assert {"name", "severity", "rows", "share", "places", "cause", "cure"} == {*written["findings"][0]}
     lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert {name: [line["row"] for line in lines if name in line["findings"]] for name in by_name(written)} == by_name(
+        written
+    )
     assert [line["row"] for line in lines] == [*range(21)]
     fates = [lines[j]["fate"] for j in (0, 3, 5, 7, 20)]
     assert fates == ["trained", "dropped", "dropped", "dropped", "duplicate of 0"]
@@ -214,7 +217,8 @@ def test_texts_in_parts_that_changed_since_are_refused(tmp_path: Path, audit: Au
     rows, pattern = right(12), tmp_path / "*.jsonl"
     write_jsonl(tmp_path / "a.jsonl", rows[:6])
     write_jsonl(tmp_path / "b.jsonl", [*rows[6:], rows[0]])
-    Dataset.from_list([{"input_ids": [1], "labels": [1]}] * 2).save_to_disk(tmp_path / "prepared")
+    made = [masked(tokenizer_of(FAMILIES["qwen 2.5"]), row["messages"]) for row in rows]
+    Dataset.from_list(made).save_to_disk(tmp_path / "prepared")
     audit(pattern, "--no-model", out=tmp_path / "out")  # chats by the first file's columns
     audit("--prepared", tmp_path / "prepared", "--data", pattern, "--no-model", out=tmp_path / "of")
     drop = ("audit", "--drop-findings", "duplicate", "--json", "--out")
@@ -243,6 +247,18 @@ def test_a_prepared_set_is_reconciled_with_its_source(place: Path, tmp_path: Pat
     places = "sequence 0 of row 8, 0 of row 9, 0 of row 10"
     assert f"3 of the set's sequences have no source row: {places}" in shown
     assert [*by_name(audit(*command)[1])] == ["nothing_trained"]
+
+
+def test_source_rows_or_a_tokenizer_of_another_set_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows, others = right(12), [{"messages": row} for row in chats(12)]
+    made = [masked(tokenizer_of(FAMILIES["qwen 2.5"]), row["messages"]) for row in rows]
+    foreign = [{**one, "input_ids": [(j + 7) % 256 for j in one["input_ids"]]} for one in made]  # by another tokenizer
+    for number, (sequences, data, code) in enumerate(((made, rows, 0), (made, others, 3), (foreign, rows, 3))):
+        folder, source = tmp_path / f"prepared {number}", write_jsonl(tmp_path / f"{number}.jsonl", data)
+        Dataset.from_list(sequences).save_to_disk(folder)
+        words = ("--data", source, "--model", place / "model", "--no-model", "--out", tmp_path / f"out {number}")
+        got, _, err = tsqlora("audit", "--prepared", folder, *words)
+        assert (got, "--data" in err, "--model" in err) == (code, code == 3, code == 3), err
 
 
 def test_an_audit_without_source_rows_offers_no_review_and_says_why(
@@ -402,6 +418,8 @@ def test_an_audit_names_answers_of_other_prompts(tmp_path: Path, monkeypatch: py
     (found,) = (one for one in result["findings"] if one["name"] == "foreign_answer")
     assert set(found["places"]) <= set(FOREIGN_ROWS)
     assert found["rows"] >= 0.7 * len(FOREIGN_ROWS)
+    lines = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert [line["row"] for line in lines if "foreign_answer" in line["findings"]] == found["places"]
     assert any(shift[2] == 1 for shift in result["answers"]["shifts"])
     suspects = csv.DictReader((out / "suspects.csv").read_text().splitlines())
     assert min(float(one["probability"]) for one in suspects if one["finding"] == "foreign_answer") > 0.5

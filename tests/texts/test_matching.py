@@ -7,13 +7,14 @@ from unicodedata import normalize
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from tokenizers import normalizers
 
 from families import FAMILIES, tokenizer_of
 from linear import assert_linear, seconds
-from tsqlora.auditing.texts.ledger import line_of
+from tsqlora.auditing.texts.ledger import LEAST_KNOWN, Line, line_of
 from tsqlora.auditing.texts.prepared import Trained
-from tsqlora.auditing.texts.reconcile import match
+from tsqlora.auditing.texts.reconcile import audit_sequences, match
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
 from tsqlora.rows.chat import Chat
 from tsqlora.rows.chat import Message as Turn
@@ -86,6 +87,24 @@ def test_a_piece_that_packing_cut_has_no_row() -> None:
 
 
 @pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("split", [False, True])
+def test_packing_that_cuts_at_a_limit_is_no_packing_that_splits(split: bool, constant: str) -> None:
+    rows = drawn(constant, "latin")
+    made = [sequence(row) for row in rows]
+    limit = int(np.quantile([len(one.ids) for one in made], 0.8))
+    # Of rows that are hardly longer, only the template's end may be cut.
+    made = [one for one in made if not limit < len(one.ids) <= limit + LEAST_KNOWN]
+    long = {one.row for one in made if len(one.ids) > limit}
+    starts = [range(0, len(one.ids) if split else 1, limit) for one in made]
+    pieces = [replace(one, ids=one.ids[k : k + limit]) for one, own in zip(made, starts, strict=True) for k in own]
+    taken, _, left = match(rows, pieces, VOCABULARY, packed=True)
+    assert {one.row for one in left} == (long if split else set())
+    assert {j: [one.row for one in own] for j, own in taken.items()} == {
+        one.row: [one.row] for one in made if not split or one.row not in long
+    }
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
 def test_what_is_of_no_row_is_left(constant: str) -> None:
     rows, others = drawn(constant, "latin"), drawn(constant, "han", 60)
     strangers = [sequence(one, tokenizer=TOKENIZER) for one in others]
@@ -101,6 +120,23 @@ def test_equal_rows_share_their_sequences_by_count() -> None:
     taken, sure, left = match(rows, [sequence(rows[0]), sequence(rows[1]), sequence(rows[0])], VOCABULARY)
     assert {j: len(own) for j, own in taken.items()} == {0: 1, 1: 1, 2: 1}
     assert (sure, left) == ({0: "ambiguous", 1: "exact", 2: "ambiguous"}, [])
+
+
+def test_of_the_copies_of_a_row_the_worst_is_reconciled() -> None:
+    rows = drawn("none", "latin", 12)
+    made = [replace(one, targets=one.ids) for one in map(sequence, rows)]
+    limit = sorted(len(one.ids) for one in made)[6]
+    cut = [replace(one, ids=one.ids[:limit], targets=one.targets[:limit]) for one in made]
+    for copies in (cut[:3], made[:3]):  # cut in the same place, or not at all
+        data = [{"messages": [one.whole for one in row.messages]} for row in rows]
+        once, twice = (audited(some, data) for some in (cut, [*cut, *copies]))
+        assert [line.copies for line in twice] == [1, 1, 1] + [0] * 9
+        assert [replace(line, copies=0) for line in twice] == once
+
+
+def audited(sequences: Sequence[Trained], data: Any) -> list[Line]:
+    made = [{"input_ids": one.ids.tolist(), "labels": one.targets.tolist()} for one in sequences]
+    return audit_sequences(Dataset.from_list(made), None, VOCABULARY, data=data).lines
 
 
 def talk(exchanges: int) -> Chat:

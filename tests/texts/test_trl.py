@@ -109,6 +109,15 @@ def test_packed_rows_find_their_source(tmp_path: Path) -> None:
     assert all(line.stop_trained for line in result.lines)
 
 
+def test_rows_that_packing_cut_at_the_limit_are_cut(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"packing": True, "packing_strategy": "bfd", "max_length": 140}
+    packed, alone = (audited(MESSAGES, tmp_path, source=source, **options)[0] for source in (True, False))
+    cut = sum("answer_cut" in line.findings for line in alone.lines)
+    assert sum("answer_cut" in line.findings for line in packed.lines) == cut > 3
+    assert {line.fate for line in packed.lines} == {"trained", "cut"}
+    assert packed.unmatched == []
+
+
 def test_parts_of_a_stream_are_rows_of_their_own(tmp_path: Path) -> None:
     result, trainer = audited(MESSAGES, tmp_path, packing=True, packing_strategy="wrapped", max_length=512)
     assert ([line.row for line in result.lines], result.finds) == ([*range(len(trainer.train_dataset))], OF_TOKENS)
@@ -163,6 +172,16 @@ def test_both_answers_of_a_pair_are_read(tmp_path: Path) -> None:
     for line, row in zip(result.lines, trainer.train_dataset, strict=True):
         assert (line.findings, line.fate) == ([], "trained")
         assert line.trained_tokens == len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_end_token_that_trl_writes_into_texts_is_a_stop(pairs: bool, tmp_path: Path) -> None:
+    texts = [{"prompt": chat[0]["content"], "completion": f" {chat[1]['content']}"} for chat in CHATS]
+    both = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " I do not know, sorry."} for row in texts
+    ]
+    result, _ = audited(both if pairs else texts, tmp_path, source=False, pairs=pairs)
+    assert [(line.findings, line.stop_trained) for line in result.lines] == [([], True)] * len(CHATS)
 
 
 @pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer", "Trainer"])

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -30,7 +30,7 @@ from tsqlora.auditing.texts.prepared import IDS
 from tsqlora.auditing.texts.raw import audit_table
 from tsqlora.auditing.texts.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of_model
-from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.errors import DataError, Finding, SettingsError, UnsupportedError
 from tsqlora.files import reading, replacing
 from tsqlora.libs.hub import cached_model, loading, require_model
 from tsqlora.libs.transformers import load, row_collator
@@ -186,16 +186,12 @@ def finish(
 ) -> dict[str, Any]:
     """Gather the findings, and write ledger, findings, suspects and page into `out`; None returns the ledger.
 
-    The ledger is written before `look` reads the answers.
+    The ledger is written before `look` reads the answers, and again with what that finds.
     """
     rows, lines, lengths = result.rows, result.lines, lengths_of(result.lengths, batch, result.longest)
     further = among_rows(rows, lines, evaluation)
-    names = [field.name for field in fields(Line) if field.name != "shows"]
-    ledger = pa.table({name: pa.array([getattr(line, name) for line in lines]) for name in names})
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / LEDGER_FILE, private=True) as unfinished:
-            pq.write_table(ledger, unfinished)
+    if look is not None:
+        write_ledger(out, lines, findings_of(lines, further))
     answers = AnswerLook([]) if look is None else look()
     suspects = {name: answers.rows(name) for name in answers.detections}
     for turn, owner in answers.owners.items():
@@ -205,6 +201,7 @@ def finish(
     if lengths is not None and lengths["padding"] > MOST_PADDING:
         further["lengths"] = [line.row for line in lines if line.tokens]
     findings = findings_of(lines, further, limit=result.longest)
+    ledger = write_ledger(out, lines, findings)
     why_not = impossible(result.finds, evaluation=evaluation is not None, answers=bool(answers.turns))
     shown_names = {finding.name for finding in findings}.difference(OF_ALL)
     fates = Counter(line.fate.partition(" of ")[0] for line in lines)
@@ -256,6 +253,22 @@ def finish(
     record = {name: about[name] for name in names if name in about}
     write_audit(out / FINDINGS_FILE, record, cells or [none], page)
     return {**about, "out": str(out), "page": str(out / PAGE_FILE)}
+
+
+def write_ledger(out: Path | None, lines: Sequence[Line], findings: Sequence[Finding]) -> pa.Table:
+    """Return the lines as a table, each with the names of its findings; write it into `out`, if that is not None."""
+    names = defaultdict(list[str])
+    for finding in findings:
+        for row in finding.where:
+            names[row].append(finding.name)
+    columns = {field.name: [getattr(line, field.name) for line in lines] for field in fields(Line)}
+    del columns["shows"]
+    ledger = pa.table(columns | {"findings": pa.array([names[line.row] for line in lines], pa.list_(pa.string()))})
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / LEDGER_FILE, private=True) as unfinished:
+            pq.write_table(ledger, unfinished)
+    return ledger
 
 
 def load_vocabulary(

@@ -74,6 +74,8 @@ class Line:
     findings: list[str] = field(default_factory=list)
     """Names of the row's findings."""
     detail: str = ""
+    copies: int = 0
+    """How many times more a trainer's set has the row."""
     shows: dict[str, str] = field(default_factory=dict)
     """The text that shows a finding, by its name."""
 
@@ -210,7 +212,7 @@ def line_of(
     cut: bool | None = None,
     spans: Mapping[str, Sequence[Span | None]] | None = None,
 ) -> Line:
-    """Reconcile one row with the sequences that were made of it.
+    """Reconcile one row with the sequence that was made of it, or with the two of a pair.
 
     `limit` is the most tokens of a sequence: what a much shorter one lacks was not cut. `cut` says whether something
     was, and `lost` counts the answer's tokens that the length limit took, where the preparation says so. `spans` are
@@ -228,12 +230,10 @@ def line_of(
     if len(whole.trained):
         line.first_trained, line.last_trained = int(whole.trained[0]), int(whole.trained[-1])
     taken = 0
-    for side in dict.fromkeys(one.side for one in sequences):
-        parts = [one for one in sequences if one.side == side]  # packing may split a row
-        ids, targets = (np.concatenate([getattr(one, name) for one in parts]) for name in ("ids", "targets"))
-        whole = Trained(ids, targets, parts[0].row, side, parts[0].places)
-        full = len(ids) >= NEAR_LIMIT * limit if cut is None else cut
-        taken += _reconcile(line, row.side(side), whole, vocabulary, full, None if spans is None else spans[side])
+    for one in sequences:
+        full = len(one.ids) >= NEAR_LIMIT * limit if cut is None else cut
+        own = None if spans is None else spans[one.side]
+        taken += _reconcile(line, row.side(one.side), one, vocabulary, full, own)
     if row.whole:
         line.lost_tokens = taken if lost is None else lost
     if not line.trained_tokens:

@@ -77,7 +77,8 @@ def audit_sequences(
     """Reconcile a prepared set with source rows: a file, rows, the set's own columns, or else what its labels say.
 
     Where more than MOST_UNMATCHED of the sequences have no row, or packing has cut one, no row is called dropped. Parts
-    of a stream, as TRL's `wrapped` packing makes them, have no rows; findings are by part.
+    of a stream, as TRL's `wrapped` packing makes them, have no rows; findings are by part.  Raises DataError where no
+    sequence has a row.
     """
     sequences = list[Trained]()
     for number, one in enumerate(sequences_of(made, collate)):
@@ -101,15 +102,17 @@ def audit_sequences(
     if source is not None and not (wrapped and len(sequences) != len(source)):  # rows may be cut to one length
         rows = source
         by_row, sure, left = match(rows, sequences, vocabulary, packed=packed)
+        if left and not by_row:
+            raise DataError(
+                f"none of the {len(sequences):,} prepared sequences spells a source row; give the rows that they were "
+                "made of (--data), and the tokenizer that made them (--model)"
+            )
         places = {id(one): k for parts in _by_row(sequences).values() for k, one in enumerate(parts)}
         unmatched = [{"row": one.row, "sequence": places[id(one)]} for one in left]
     elif not packed and format is not None:
         rows = _shown((made[j] for j in range(len(made))), format)
         end: Any = vocabulary.tokenizer.eos_token
-        for j, row in enumerate(rows) if isinstance(end, str) else ():
-            if row.answer.endswith(end):  # as TRL writes it behind its completion
-                answer = replace(row.messages[-1], content=row.answer.removesuffix(end))
-                rows[j] = replace(row, messages=(*row.messages[:-1], answer))
+        rows = [_without_end(row, end) for row in rows] if isinstance(end, str) else rows
         by_row, sure = _by_row(sequences), {}
     else:
         by_row = _by_row(replace(one, row=j) for j, one in enumerate(sequences)) if packed else _by_row(sequences)
@@ -118,7 +121,10 @@ def audit_sequences(
         if not wrapped:  # a part of a stream begins and ends anywhere
             rows, lines, finds = *_by_labels(rows, by_row, vocabulary, longest), OF_LABELS
     if lines is None:
-        lines = [line_of(row, by_row.get(row.row, ()), vocabulary, limit=longest) for row in rows]
+        lines = list[Line]()
+        for row in rows:
+            line, by_row[row.row] = _worst(row, by_row.get(row.row, []), vocabulary, longest)
+            lines.append(line)
     unsure = len(unmatched) > (0 if packed else MOST_UNMATCHED * len(sequences))
     for line in lines:
         line.match = sure.get(line.row, line.match)
@@ -130,6 +136,16 @@ def audit_sequences(
         return {place: by_row.get(place, ()) for place in places}
 
     return Reconciled(rows, lines, of, longest, sizes, finds, unmatched=unmatched)
+
+
+def _worst(row: Chat, parts: list[Trained], vocabulary: Vocabulary, longest: int) -> tuple[Line, list[Trained]]:
+    """The line of a row and its sequences: of copies those with the most findings, then with the most lost tokens."""
+    sides = max(1, len({one.side for one in parts}))
+    copies = [parts[k : k + sides] for k in range(0, len(parts), sides)] or [parts]
+    lines = [line_of(row, own, vocabulary, limit=longest) for own in copies]
+    line, own = max(zip(lines, copies, strict=True), key=lambda one: (len(one[0].findings), one[0].lost_tokens or 0))
+    line.copies = len(copies) - 1
+    return line, own
 
 
 def _by_labels(
@@ -228,15 +244,29 @@ def _shown(rows: Iterable[Any], format: Format) -> list[Chat]:
     return [format.show(Row({**cells}, "", j, j)) for j, cells in enumerate(rows)]
 
 
+def _without_end(row: Chat, end: str) -> Chat:
+    """The row without the end token that TRL writes behind a completion, and behind both answers of a pair."""
+    rejected, messages = row.rejected and _without_end(row.rejected, end), row.messages
+    if row.ends_answered:
+        messages = (*row.question, replace(messages[-1], content=row.answer.removesuffix(end)))
+    return replace(row, messages=messages, rejected=rejected)
+
+
 def match(
-    rows: Sequence[Chat], sequences: Iterable[Trained], vocabulary: Vocabulary, *, packed: bool = False
+    rows: Sequence[Chat],
+    sequences: Sequence[Trained],
+    vocabulary: Vocabulary,
+    *,
+    packed: bool = False,
+    split: bool = False,
 ) -> tuple[dict[int, list[Trained]], dict[int, str], list[Trained]]:
     """Return the sequences of each source row, how sure that is, and the sequences without a row.
 
     A match is "exact" if all contents are there in order, or all but what is cut at an end; "ambiguous" if equal rows
     share the sequences, which are dealt out by count. Of rows that begin alike, one without further contents comes
     first, then one without a sequence. Both sides of a pair have one row. Templates trim contents, so blanks around
-    them do not count. With `packed`, a sequence that lacks a content is a piece that packing cut, and has no row.
+    them do not count. With `packed`, a sequence of the greatest length that a row begins with is that row, cut. Where
+    another sequence has more of such a row, packing has `split` rows, and a sequence that lacks a content has no row.
     """
     equal, spelled = defaultdict(deque[int]), dict[str, str]()
     for j, row in enumerate(rows):
@@ -250,6 +280,7 @@ def match(
     ordered = sorted(having)
     taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
     units = defaultdict[tuple[int, int], list[Trained]](list)
+    longest, cut, pieces = max((len(one.ids) for one in sequences), default=0), set[str](), set[str]()
     for number, one in enumerate(sequences):
         units[one.row, -1 if one.side else number].append(one)
     for unit in units.values():
@@ -266,7 +297,11 @@ def match(
         best = max(rank, key=rank.__getitem__, default="")
         present, whole, *_ = rank.get(best, (0, False))
         strange = sum(len(sentence) for sentence in sentences if sentence not in having)
-        likely_cut = not packed and present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        likely_cut = present >= LEAST_KNOWN and (most >= 1 / CANDIDATES or strange <= present)
+        if packed and likely_cut and not whole:
+            begins = len(unit[0].ids) == longest and _begins(rows[equal[best][0]], unit[0], vocabulary)
+            (cut if begins else pieces).add(best)
+            likely_cut = begins and not split
         if whole or likely_cut:
             row = equal[best][0]
             equal[best].rotate(-1)
@@ -274,7 +309,17 @@ def match(
             sure[row] = "exact" if len(equal[best]) == 1 else "ambiguous"
         else:  # a "Yes." may be any row's, and a template's last line feed is no one's
             left += [one for one in unit if vocabulary.plain(one.ids).replace(b"\0", b"").strip()]
+    if cut & pieces and not split:
+        return match(rows, sequences, vocabulary, packed=packed, split=True)
     return taken, sure, left
+
+
+def _begins(row: Chat, one: Trained, vocabulary: Vocabulary) -> bool:
+    """Whether a sequence begins with a row's first message that is no system prompt."""
+    messages = row.side(one.side)
+    spans = zip(messages, locate(messages, one.ids, vocabulary), strict=True)
+    first = next((span for message, span in spans if message.role != "system"), None)
+    return first is not None and not first.before
 
 
 def _sentences(text: str) -> Iterable[str]:
