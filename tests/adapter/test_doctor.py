@@ -23,8 +23,8 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from kinds import KINDS, Q0, Q1, UNREADABLE, Build, bert_classifier, damaged, edit, saved, with_experts
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import SIZES, tiny_bert
-from tsqlora.adapter.checkpoint import BaseFacts, as_adapted, weight_sizes
-from tsqlora.adapter.doctor import examine, faults, faults_in, format_for, served
+from tsqlora.adapter.checkpoint import as_adapted, unfit, weight_sizes
+from tsqlora.adapter.doctor import examine, faults_in, format_for, served, serving
 from tsqlora.adapter.files import WEIGHTS, read_adapter
 from tsqlora.adapter.health import layer_health
 from tsqlora.adapter.lora import Target
@@ -492,7 +492,10 @@ FAULTS: Mapping[str, tuple[Build, str | None]] = {
     "another family": (adapter(base=tiny_gpt2_lm), "no key matches the base: .*another model"),
     "another prefix": (adapter(lambda key, tensor: (key.replace("l.layers", "l.text.layers"), tensor)), None),
     "another size": (adapter(WIDE), "shapes differ from the base.* 16 × 24, the base's 16 × 16"),
-    "resized": (adapter(with_part("lm_head", grown), **HEADED), "shapes differ.*resize_token_emb.* lm_head is 64 × 16"),
+    "resized": (
+        adapter(with_part("lm_head", grown), **HEADED),
+        "shapes differ.*resize_token_.* lm_head has 64 tokens",
+    ),
     "a head is lacking": (adapter(without("lm_head"), **HEADED), "a trained module is not in the file.*lm_head"),
     "its head": (adapter(**HEADED), None),
     "tokens are lacking": (adapter(without("trainable_tokens"), **TOKENS), "is not in the file.*token_indices"),
@@ -513,11 +516,23 @@ def test_what_keeps_an_adapter_from_working_is_named(case: str, tmp_path: Path) 
     assert "cannot be read" in faults_in(source)[0]
 
 
+@pytest.mark.parametrize("case", ["another family", "another size", "NaN"])
+def test_what_cannot_be_loaded_or_exported_is_neither_served_nor_mended(case: str, tmp_path: Path) -> None:
+    source = FAULTS[case][0](tmp_path / "a")
+    report = examine(source)
+    assert {(one["serve"], one["mend"]) for one in report["consumers"]} == {(None, None)}
+    if case != "NaN":
+        assert set(report["servers"].values()) == {"refused"}
+        assert serving(source, source, "peft") == {}
+        with pytest.raises(UnsupportedError, match=report["faults"][0]["name"]):
+            format_for(source, "sglang")
+
+
 def test_towers_of_two_widths_may_have_layers_of_one_name(tmp_path: Path) -> None:
     source = read_adapter(adapter()(tmp_path / "a"))
     shapes = {name: (16, 16) if "q_proj" in name else (8, 16) for name in source.targets}
     vision = {name.replace("model.", "vision."): (64, 64) for name in source.targets}
-    assert [faults(source, BaseFacts({}, weights=both)) for both in (shapes | vision, vision | shapes)] == [[], []]
+    assert [unfit(source, both) for both in (shapes | vision, vision | shapes)] == [{}, {}]
 
 
 def test_a_resized_vocabulary_is_seen_in_the_config_alone(tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ class BaseFacts:
         shapes: its modules of the adapter's kinds, and those that a server stacks with them.
         is_here: they are the base's own; else the adapter's names imply them.
         layers: its modules by each of the adapter's kinds of layer.
-        weights: the shape of each weight by its module's name in the checkpoint; empty if packed or not here.
         model_type: from its config; None without one.
         tied: its head shares the weight of its embedding.
         biased: the adapter's layers have biases in it; True without its weights.
@@ -43,13 +42,13 @@ class BaseFacts:
         added: tokens of the adapter's added_tokens.json beyond the base's vocabulary.
         other: embeddings and heads of the adapter with another number of tokens than the base, and that number.
         resized: the first of them in words; or empty.
+        unfit: why no server can put the adapter on it: the fault, and the layers.
         labels: classes of a head that transformers makes by its config; None without one.
     """
 
     shapes: Mapping[str, Shape]
     is_here: bool = False
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    weights: Sizes = field(default_factory=dict)
     model_type: str | None = None
     tied: bool = False
     biased: bool = True
@@ -57,6 +56,7 @@ class BaseFacts:
     added: Sequence[str] = ()
     other: Sequence[tuple[str, int]] = ()
     resized: str = ""
+    unfit: Mapping[str, Sequence[str]] = field(default_factory=dict)
     labels: int | None = None
 
     @property
@@ -93,7 +93,6 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         shapes,
         own is not None,
         layers,
-        {} if "quantization_config" in config else weights,  # packed weights have other shapes
         config.get("model_type"),
         # Where config.json leaves it out, transformers ties.
         tied=bool(config) and config.get("tie_word_embeddings", True),
@@ -102,6 +101,8 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         added=tuple(str(token) for token, number in ids.items() if isinstance(number, int) and number >= beyond),
         other=other,
         resized=f"{other[0][0]} has {other[0][1]:,} tokens, the base {size:,}" if other else "",
+        # Packed weights have other shapes.
+        unfit=unfit(adapter, {} if "quantization_config" in config else weights, {name for name, _ in other}),
         labels=labels if config and isinstance(labels, int) else None,
     )
 
@@ -208,6 +209,35 @@ def _resized(adapter: LoraAdapter, size: int) -> list[tuple[str, int]]:
     rows |= {name: target.inputs for name, target in adapter.targets.items() if target.kind == "embedding"}
     rows |= {name: target.outputs for name, target in adapter.targets.items() if name.endswith("lm_head")}
     return [(name, count) for name, count in rows.items() if count != size]
+
+
+def unfit(adapter: LoraAdapter, weights: Sizes, resized: Collection[str] = ()) -> dict[str, list[str]]:
+    """The layers of other sizes than the base's, but for those `resized`, or that it has none of them, by fault."""
+    # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
+    shapes = dict[str, list[tuple[int, ...]]]()
+    for name, shape in weights.items():
+        shapes.setdefault(in_block(name), []).append(shape)
+    if shapes and adapter.targets and not any(in_block(name) in shapes for name in adapter.targets):
+        return {"no key matches the base": []}
+    sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
+    sizes |= {name: t.shape for name, t in adapter.weights().items() if "embed" in name or "lm_head" in name}
+    different = [
+        f"{name} is {' × '.join(map(str, size))}, the base's {' × '.join(map(str, its[0]))}"
+        for name, size in sizes.items()
+        if name not in resized
+        if (its := shapes.get(in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
+    ]
+    return {"shapes differ from the base": different} if different else {}
+
+
+def in_block(name: str) -> str:
+    """The name of a layer from the number of its block on; without a number its last part.
+
+    >>> in_block("model.language_model.layers.3.mlp.up_proj"), in_block("lm_head")
+    ('3.mlp.up_proj', 'lm_head')
+    """
+    parts = name.split(".")
+    return ".".join(parts[next((j for j, part in enumerate(parts) if part.isdigit()), -1) :])
 
 
 def _shapes(adapter: LoraAdapter, sizes: Sizes) -> dict[str, Shape]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.adapter.checkpoint import BaseFacts, base_facts
+from tsqlora.adapter.checkpoint import BaseFacts, base_facts, in_block
 from tsqlora.adapter.files import CONFIG, pickles, read_adapter
 from tsqlora.adapter.gguf import ARCHITECTURES
 from tsqlora.adapter.health import layer_health, nonfinite, vllm_rank
@@ -35,6 +35,8 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     newest = dict[str, str]()
     for consumer in consumers:
         newest.setdefault(consumer["server"], consumer["verdict"])
+    if broken := nonfinite(adapter):  # `export` refuses it, and whoever loads it answers with nothing
+        consumers = [one | {"mend": None, "serve": None} for one in consumers]
     layers = {name: layer_health(target) for name, target in adapter.targets.items()}
     return {
         "adapter": str(folder),
@@ -54,7 +56,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "consumers": consumers,
         "faults": [{"name": f.name, "cure": f.cure, "layers": f.where} for f in faults(adapter, base)],
         "health": {
-            "nonfinite": nonfinite(adapter),
+            "nonfinite": broken,
             "zero_slots": sum(layer.zero for layer in layers.values()),
             "duplicate_slots": sum(layer.duplicate for layer in layers.values()),
             "idle_layers": [name for name, layer in layers.items() if not layer.norm and not layer.nonfinite],
@@ -72,6 +74,8 @@ def format_for(folder: Path, server: str) -> str:
     rule, _ = rule_for(server)
     adapter, base, padded = _read(folder)
     if (format := mend(rule, adapter, padded, base)) is None:
+        for fault in base.unfit:
+            raise UnsupportedError(f"{fault}: {CURES[fault]}")
         if base.resized:
             raise UnsupportedError(f"{base.resized}; name the enlarged base in {CONFIG}")
         what = ", ".join(adapter.variants()) or base.name
@@ -154,8 +158,10 @@ def _judged(
 def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, base: BaseFacts) -> str | None:
     """The export format that this server reads correctly: an adapter if there is one, else the merged model.
 
-    None if PEFT cannot merge the adapter either, or if the server serves no such classifier.
+    None if PEFT cannot merge the adapter either, if it does not fit the base, or the server serves no such classifier.
     """
+    if base.unfit:
+        return None
     plain = not (adapter.variants() or adapter.further or base.resized)
     if consumer.server in ("PEFT", "diffusers") and plain:
         return "peft"
@@ -214,28 +220,16 @@ def faults(adapter: LoraAdapter, base: BaseFacts) -> list[Finding]:
     if absent := _not_in_file(adapter):
         layers["a trained module is not in the file"] = absent
     saved = adapter.weights()
-    pair = {name: t for name, t in saved.items() if _in_block(name) in ("embed_tokens", "lm_head", "wte")}
+    pair = {name: t for name, t in saved.items() if in_block(name) in ("embed_tokens", "lm_head", "wte")}
     if base.tied and len(pair) == 2:
         one, copy = pair.values()
         same = one.dtype == copy.dtype and np.array_equal(one.raw, copy.raw)
         apart = "they were trained apart: `tsqlora export --format merged` keeps both"
         how = "the copies are the same: save one of them" if same else apart
         layers["tied weights were saved twice"] = pair
-    # transformers renames what stands before the blocks of some checkpoints; towers may have layers of one name.
-    shapes = dict[str, list[tuple[int, ...]]]()
-    for name, shape in base.weights.items():
-        shapes.setdefault(_in_block(name), []).append(shape)
-    sizes = {name: (target.outputs, target.inputs) for name, target in adapter.targets.items() if target.rank}
-    sizes |= {name: t.shape for name, t in saved.items() if "embed" in name or "lm_head" in name}
-    different = [
-        f"{name} is {' × '.join(map(str, size))}, the base's {' × '.join(map(str, its[0]))}"
-        for name, size in sizes.items()
-        if (its := shapes.get(_in_block(name))) and all(len(one) == 2 and sorted(one) != sorted(size) for one in its)
-    ]
-    if shapes and adapter.targets and not any(_in_block(name) in shapes for name in adapter.targets):
-        layers["no key matches the base"] = different = ()
-    if different := different or [f"{name} has {rows:,} tokens" for name, rows in base.other]:
-        layers["shapes differ from the base"] = different
+    if base.other:
+        layers["shapes differ from the base"] = [f"{name} has {rows:,} tokens" for name, rows in base.other]
+    layers |= base.unfit
     return [Finding(name, "fault", tuple(where), cure=CURES[name].format(how=how)) for name, where in layers.items()]
 
 
@@ -248,13 +242,3 @@ def _not_in_file(adapter: LoraAdapter) -> list[str]:
     if adapter.config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in adapter.further):
         absent.append("trainable_token_indices")
     return absent
-
-
-def _in_block(name: str) -> str:
-    """The name of a layer from the number of its block on; without a number its last part.
-
-    >>> _in_block("model.language_model.layers.3.mlp.up_proj"), _in_block("lm_head")
-    ('3.mlp.up_proj', 'lm_head')
-    """
-    parts = name.split(".")
-    return ".".join(parts[next((j for j, part in enumerate(parts) if part.isdigit()), -1) :])

@@ -118,6 +118,7 @@ def _scale(how: str, adapter: LoraAdapter, target: Target) -> float:
 
 def _refusals(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iterator[str]:
     """Why a server refuses the adapter, the base's class first."""
+    yield from (": ".join([fault, *layers[:1]]) for fault, layers in base.unfit.items())
     named = base.name and not base.name.startswith("For")
     if base.is_one_of(consumer.bases) or (named and consumer.takes and not base.is_one_of(consumer.takes)):
         yield f"takes no LoRA on {'a model ' * base.name.startswith('For')}{base.name}"
