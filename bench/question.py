@@ -8,6 +8,8 @@ R's shares of them; the pool contradicts R where z is 2 or more. H is 400 random
 the judge keeps them, out of fold. Neither H nor R is in a fit or in a step. A finished cell is not run again.
 """
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import worlds
 from origin import ROOT, commit, machine, parser_of, stored
+from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from worlds import RATE, STEPS, World, by_label, draw, features_of, table, tokens_of, write_rows
 
@@ -39,6 +42,8 @@ TRUSTED, FEW, HELD_OUT, BEFORE = 128, 32, 400, 308
 DOUBT = 0.2
 """Probability of a wrong label from which a row of H is left out."""
 WARMUP = 0.06
+POOLS = Path(tempfile.mkdtemp(prefix="question-"))
+"""Runs of this process, by their rows."""
 
 
 def into_one(seed: int, trusted: int) -> World:
@@ -124,22 +129,12 @@ def of_first(part: Measured, count: int) -> Measured:
     return Measured(part.loss[:count], part.classes[:count], None)
 
 
-def run(world: str, seed: int) -> dict[str, Any]:
-    here = WORLDS[world](seed, TRUSTED)
-    regression = any(isinstance(row["label"], float) for row in here.train)
-    kind = "regression" if regression else "sequence-classification"
-    order = np.random.default_rng([seed, 62]).permutation(len(here.train))
-    p_wrong = np.zeros(len(order))
-    if not regression:
-        audit = audit_of(*features_of(here.train))
-        p_wrong[audit.ids] = audit.probability if audit.evident else 0.0
-    size = min(HELD_OUT, len(order) // 5 if len(order) < 1000 else HELD_OUT)
-    as_it_is = order[:size]
-    unsuspected = np.array([j for j in order if p_wrong[j] <= DOUBT])[:size]
-    out = {*as_it_is.tolist(), *unsuspected.tolist()}
-    pool = [row for j, row in enumerate(here.train) if j not in out]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+def trained(pool: list[worlds.Row], here: World, kind: str, seed: int) -> nn.Module:
+    """Train on the pool as far as the question; worlds that differ in their trusted rows alone share the run."""
+    key = hashlib.sha256(json.dumps([seed, pool]).encode()).hexdigest()
+    folder = POOLS / key
+    if not folder.exists():
+        folder.mkdir()
         write_rows(folder / "train.jsonl", pool)
         write_rows(folder / "validation.jsonl", worlds.split(here.table, "validation")[:100])
         first = round(WARMUP * STEPS)  # the schedule of all steps, as far as it goes
@@ -163,17 +158,29 @@ def run(world: str, seed: int) -> dict[str, Any]:
             "training": training,
         }
         train(Config.model_validate(about), folder / "run")
-        model = open_run(folder / "run").model
-        parts = {
-            "R": here.trusted,
-            "H": [here.train[j] for j in as_it_is],
-            "kept": [here.train[j] for j in unsuspected],
-        }
-        collate, compute = DataCollatorWithPadding(AutoTokenizer.from_pretrained(worlds.MODEL)), Compute(32)
-        seen = {
-            part: measured(model, samples_of(rows, kind), collate, get_task(kind), compute)
-            for part, rows in parts.items()
-        }
+    return open_run(folder / "run").model
+
+
+def run(world: str, seed: int) -> dict[str, Any]:
+    here = WORLDS[world](seed, TRUSTED)
+    regression = any(isinstance(row["label"], float) for row in here.train)
+    kind = "regression" if regression else "sequence-classification"
+    order = np.random.default_rng([seed, 62]).permutation(len(here.train))
+    p_wrong = np.zeros(len(order))
+    if not regression:
+        audit = audit_of(*features_of(here.train))
+        p_wrong[audit.ids] = audit.probability if audit.evident else 0.0
+    size = min(HELD_OUT, len(order) // 5 if len(order) < 1000 else HELD_OUT)
+    as_it_is = order[:size]
+    unsuspected = np.array([j for j in order if p_wrong[j] <= DOUBT])[:size]
+    out = {*as_it_is.tolist(), *unsuspected.tolist()}
+    pool = [row for j, row in enumerate(here.train) if j not in out]
+    model = trained(pool, here, kind, seed)
+    parts = {"R": here.trusted, "H": [here.train[j] for j in as_it_is], "kept": [here.train[j] for j in unsuspected]}
+    collate, compute = DataCollatorWithPadding(AutoTokenizer.from_pretrained(worlds.MODEL)), Compute(32)
+    seen = {
+        part: measured(model, samples_of(rows, kind), collate, get_task(kind), compute) for part, rows in parts.items()
+    }
 
     def z(count: int, part: str) -> float:
         return standard_errors(of_first(seen["R"], count), seen[part])
