@@ -4,8 +4,8 @@
 
 The pool without a held-out part H trains as it does before trusted rows would come last: 308 of 440 steps of 16 rows,
 even draws, rank 8, MiniLM. Then the losses of the trusted rows R and of H are compared, within classes and weighted by
-R's shares of them; the pool contradicts R where z is 2 or more. H is 400 random rows of the pool: as they are, and as
-the judge keeps them, out of fold. Neither H nor R is in a fit or in a step. A finished cell is not run again.
+R's shares of them; the pool contradicts R where z is 2 or more. H is 400 random rows of the pool, in no fit and no
+step: as they are, and as the judge keeps them, out of fold. A finished cell is not run again.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from worlds import RATE, STEPS, World, by_label, draw, features_of, table, tokens_of, write_rows
 
-from tsqlora.auditing.labels.question import Measured, measured, standard_errors
+from tsqlora.auditing.labels.question import measured, standard_errors
 from tsqlora.auditing.labels.suspects import audit_of
 from tsqlora.model.request import Compute
 from tsqlora.record import versions
@@ -43,7 +43,6 @@ DOUBT = 0.2
 """Probability of a wrong label from which a row of H is left out."""
 WARMUP = 0.06
 POOLS = Path(tempfile.mkdtemp(prefix="question-"))
-"""Runs of this process, by their rows."""
 
 
 def into_one(seed: int, trusted: int) -> World:
@@ -124,15 +123,9 @@ def samples_of(rows: Sequence[worlds.Row], kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def of_first(part: Measured, count: int) -> Measured:
-    """The first rows alone."""
-    return Measured(part.loss[:count], part.classes[:count], None)
-
-
 def trained(pool: list[worlds.Row], here: World, kind: str, seed: int) -> nn.Module:
     """Train on the pool as far as the question; worlds that differ in their trusted rows alone share the run."""
-    key = hashlib.sha256(json.dumps([seed, pool]).encode()).hexdigest()
-    folder = POOLS / key
+    folder = POOLS / hashlib.sha256(json.dumps([seed, pool]).encode()).hexdigest()
     if not folder.exists():
         folder.mkdir()
         write_rows(folder / "train.jsonl", pool)
@@ -183,7 +176,8 @@ def run(world: str, seed: int) -> dict[str, Any]:
     }
 
     def z(count: int, part: str) -> float:
-        return standard_errors(of_first(seen["R"], count), seen[part])
+        few = {name: getattr(seen["R"], name)[:count] for name in ("loss", "classes")}
+        return standard_errors(replace(seen["R"], **few), seen[part])
 
     return {
         "settings": {"world": world, "seed": seed, "trusted": TRUSTED, "few": FEW, "held_out": size, "rate": RATE},

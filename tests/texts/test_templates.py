@@ -427,9 +427,9 @@ def test_a_template_that_refuses_a_role_names_the_rows() -> None:
 
 def test_a_cause_of_one_row_is_not_that_of_the_rows_that_the_limit_cuts() -> None:
     cut = [Line(row, "", fate="dropped", findings=["answer_cut"]) for row in range(9)]
-    found = {one.name: one for one in findings_of([*cut, Line(9, "", fate="dropped", detail="no text")])}
-    assert found["dropped"].cause.endswith(": 9 by the length limit; 1 for this reason: no text")
-    assert found["dropped"].cure
+    causes = {one.name: one for one in findings_of([*cut, Line(9, "", fate="dropped", detail="no text")])}
+    assert causes["dropped"].cause.endswith(": 9 by the length limit; 1 for this reason: no text")
+    assert causes["dropped"].cure
 
 
 def test_half_a_character_drops_its_row_alone() -> None:
