@@ -156,11 +156,10 @@ def trained(pool: list[worlds.Row], here: World, kind: str, seed: int) -> nn.Mod
 
 def run(world: str, seed: int) -> dict[str, Any]:
     here = WORLDS[world](seed, TRUSTED)
-    regression = any(isinstance(row["label"], float) for row in here.train)
-    kind = "regression" if regression else "sequence-classification"
+    kind = "regression" if any(isinstance(row["label"], float) for row in here.train) else "sequence-classification"
     order = np.random.default_rng([seed, 62]).permutation(len(here.train))
     p_wrong = np.zeros(len(order))
-    if not regression:
+    if kind != "regression":
         audit = audit_of(*features_of(here.train))
         p_wrong[audit.ids] = audit.probability if audit.evident else 0.0
     size = min(HELD_OUT, len(order) // 5 if len(order) < 1000 else HELD_OUT)
@@ -183,7 +182,7 @@ def run(world: str, seed: int) -> dict[str, Any]:
         "settings": {"world": world, "seed": seed, "trusted": TRUSTED, "few": FEW, "held_out": size, "rate": RATE},
         "z": {part: {str(count): z(count, part) for count in (TRUSTED, FEW)} for part in ("H", "kept")},
         "loss": {part: float(of.loss.mean()) for part, of in seen.items()},
-        "accuracy": {part: None if regression else of.metric for part, of in seen.items()},
+        "accuracy": {part: None if kind == "regression" else of.metric for part, of in seen.items()},
         "losses": {part: np.round(of.loss, 4).tolist() for part, of in seen.items()},
         "labels": {part: [row["label"] for row in rows] for part, rows in parts.items()},
         "versions": versions(),

@@ -69,7 +69,7 @@ def test_a_row_is_its_tokens_and_the_table_has_what_keys_dropped(page: Path, tab
     tab.open(page, width=1440)
     tab.run("localStorage.clear()")
     tab.open(page, width=1440)
-    tab.run("document.querySelector('.finding[data-name=template_twice]').open = true")
+    tab.run("document.querySelectorAll('.finding').forEach(one => one.open = one.dataset.name === 'template_twice')")
     row = "document.querySelector('.finding[data-name=template_twice] .rows > li')"
     tab.run("new Promise(done => setTimeout(done, 50))")
     assert tab.run(f"[...{row}.querySelectorAll('.t')].map(span => span.textContent).join('')") == "Text<|im_end|>"[:4]

@@ -116,9 +116,11 @@ def run_page(run: Gathered, script: str) -> str:
     paths = {f"{s}.{k}": str(run.config.get(s, {}).get(k)) for s, k in (("model", "path"), ("data", "train"))}
     names = {key: path.rstrip("/").split("/")[-1] for key, path in paths.items()}
     evaluated = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
-    few = len(record.labels or ()) <= MOST_CLASSES
+    labels = record.labels or []
     drawn = {
-        "confusions": [figures.confusion_map(record.labels, record.confusions)] if few and record.confusions else [],
+        "confusions": [figures.confusion_map(labels, record.confusions)]
+        if record.confusions and len(labels) <= MOST_CLASSES
+        else [],
         "curves": figures.curves(record.history, looks=scored, events=events) if record.history else [],
         "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
         "sensitivity": figures.sensitivity_maps(measured) if measured else [],
