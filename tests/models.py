@@ -78,7 +78,7 @@ def tiny_bert(
 
 
 def tiny_llama_classifier(
-    *, hidden: int = 16, intermediate: int = 32, vocab: int = 60, dtype: torch.dtype = torch.float64
+    *, hidden: int = 16, intermediate: int = 32, vocab: int = 60, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> LlamaForSequenceClassification:
     """A decoder with a classification head (score.weight, no bias), in train mode.
 
@@ -87,13 +87,13 @@ def tiny_llama_classifier(
     """
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocab, "num_key_value_heads": 1}
     further = {"attention_dropout": 0.1, "num_labels": 3, "use_cache": False, "attn_implementation": "sdpa"}
-    return _built(LlamaForSequenceClassification, LlamaConfig(**SIZES | sizes | further), dtype)
+    return _built(LlamaForSequenceClassification, LlamaConfig(**SIZES | sizes | further), dtype, seed)
 
 
-def tiny_gpt2() -> GPT2ForSequenceClassification:
+def tiny_gpt2(seed: int = 0) -> GPT2ForSequenceClassification:
     """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
     config = GPT2Config(**SIZES, n_inner=32, bos_token_id=EOS, eos_token_id=EOS, num_labels=3, use_cache=False)
-    return _built(GPT2ForSequenceClassification, config)
+    return _built(GPT2ForSequenceClassification, config, seed=seed)
 
 
 def tiny_falcon() -> FalconForSequenceClassification:
@@ -104,19 +104,19 @@ def tiny_falcon() -> FalconForSequenceClassification:
     return _built(FalconForSequenceClassification, config)
 
 
-def tiny_t5() -> T5ForSequenceClassification:
+def tiny_t5(seed: int = 0) -> T5ForSequenceClassification:
     """An encoder and decoder that share one Embedding, with RMS norms; rows must end in EOS.
 
     Its norms compute in float32: expect 1e-6.
     """
     sizes = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "num_labels": 3}
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD, "use_cache": False}
-    return _built(T5ForSequenceClassification, T5Config(**sizes, **special, feed_forward_proj="gated-gelu"))
+    return _built(T5ForSequenceClassification, T5Config(**sizes, **special, feed_forward_proj="gated-gelu"), seed=seed)
 
 
-def tiny_mpnet() -> MPNetForSequenceClassification:
+def tiny_mpnet(seed: int = 0) -> MPNetForSequenceClassification:
     """An encoder with a two-layer head (classifier.dense, classifier.out_proj)."""
-    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3))
+    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3), seed=seed)
 
 
 def tiny_bart() -> BartForSequenceClassification:
