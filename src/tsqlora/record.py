@@ -77,7 +77,7 @@ class RunRecord:
     rank_events: list[RankEvent] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    confusions: list[tuple[int, int, int]] = field(default_factory=list)
+    confusions: list[list[int]] = field(default_factory=list)
     """Of the rows that were measured last, with one class each: class, predicted class, and how many rows."""
     skipped: dict[str, Any] = field(default_factory=dict)
     """Of steps whose loss or gradient was not finite: how many, and the first ones; empty if there were none."""

@@ -109,8 +109,10 @@ def ways_to_serve(folder: Path) -> tuple[dict[str, list[str]], BaseFacts]:
     adapter, base, padded = _read(folder)
     ways: dict[str, list[str]] = {"as it is": [], "not": []}
     for rule in (rule for rule in rules_on(base) if not rule.until):
-        right, format = judge(rule, adapter, base).verdict == "right", mend(rule, adapter, padded, base)
-        ways.setdefault("as it is" if right else f"with --format {format}" if format else "not", []).append(rule.server)
+        way = "as it is"
+        if judge(rule, adapter, base).verdict != "right":
+            way = f"with --format {format}" if (format := mend(rule, adapter, padded, base)) else "not"
+        ways.setdefault(way, []).append(rule.server)
     return {way: ways[way] for way in sorted(ways, key=lambda way: way == "not") if ways[way]}, base
 
 

@@ -113,8 +113,8 @@ def find_columns(
             f"{source} has no {what}; {doubt}set data.text to one of its columns: {quoted(names)}{cure}"
         )
     if text is None and text_pair is None and not tokens and not media:
-        seconds = [USUAL_PAIR[name] for name in (first_text.strip().lower(),) if name in USUAL_PAIR]
-        text_pair = _first(seconds, _without(names, label))
+        usual_pair = USUAL_PAIR.get(first_text.strip().lower())
+        text_pair = usual_pair and _first((usual_pair,), _without(names, label))
     label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
     return Columns(first_text, text_pair, label, media)
 

@@ -1,7 +1,6 @@
 """Train and measure a job: the Trainer's arguments, the record, and metrics."""
 
 import warnings
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,8 @@ def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Prog
             if job.task.reading.judges() and (task := answers_of(job.task)) is not None:
                 logits, labels = predictor.answers(samples, phase=split)
                 record.metrics[split] = task.metrics(logits, labels)
-                record.confusions = confusions(labels, task.predictions(logits))
+                pairs = np.stack([labels, task.predictions(logits)], axis=1)
+                record.confusions = np.column_stack(np.unique(pairs, axis=0, return_counts=True)).tolist()
             else:
                 record.metrics[split] = predictor.metrics(samples, phase=split)
             if split == "test":
@@ -166,15 +166,3 @@ def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Prog
             f"{noise['rate']:.0%} of their labels seem wrong, too, so this says less than correct labels would"
         )
     record.status = "finished"
-
-
-def confusions(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
-    """Count the rows by class and predicted class.
-
-    >>> confusions(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1]))
-    [(0, 0, 1), (1, 0, 1), (1, 1, 2)]
-    """
-    return [
-        (a, b, count)
-        for (a, b), count in sorted(Counter(zip(labels.tolist(), predicted.tolist(), strict=True)).items())
-    ]

@@ -171,7 +171,7 @@ def rank_map(first: Mapping[str, int], events: Sequence[RankEvent]) -> Drawn:
     return Drawn("ranks-map", "Rank map", text, figure)
 
 
-def confusion_map(classes: Sequence[Any], confusions: Iterable[tuple[int, int, int]]) -> Drawn:
+def confusion_map(classes: Sequence[Any], confusions: Iterable[Sequence[int]]) -> Drawn:
     """The measured rows by class and predicted class."""
     names, counts = [plain(str(name)) for name in classes], {(a, b): n for a, b, n in confusions}
     places = range(len(names))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,9 @@ def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
     # A Trainer's output_dir may hold the scores of an earlier training.
     scored = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
     scores = Scores.load(run / SCORES_FILE) if scored else None
+    servers = dict[str, list[str]]()
+    with suppress(DataError):  # of an adapter that cannot be read: `tsqlora doctor`, which the page names, says why
+        servers = ways_to_serve(run / ADAPTER_DIR)[0] if (run / ADAPTER_DIR).is_dir() else {}
     return Gathered(
         name=run.resolve().name,
         record=record,
@@ -64,7 +68,7 @@ def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
         histograms=[] if scores is None else figures.histograms(scores),
         samples=None if scores is None else choose_samples(scores, texts),
         missing=_missing(record, config, scored=scores is not None),
-        servers=ways_to_serve(run / ADAPTER_DIR)[0] if (run / ADAPTER_DIR).is_dir() else {},
+        servers=servers,
     )
 
 
