@@ -398,6 +398,16 @@ def test_a_body_and_its_model_with_a_head_name_their_layers_alike(prefix: str, w
         assert as_adapted(each, ["encoder.layer.0.other"]) is None
 
 
+def test_a_tied_head_has_the_size_of_the_embedding(tmp_path: Path) -> None:
+    for targets in (["lm_head", "q_proj", "v_proj"], ["lm_head"]):
+        report = examine(on(tiny_tied, saved(target_modules=targets))(tmp_path / targets[-1]))
+        assert (report["base_found"], report["notes"], report["faults"]) == (True, [], [])
+    sizes = {"wte": (60, 16), "h.0.attn.c_attn": (16, 48)}  # as on the hub
+    names = as_adapted(sizes, ["lm_head", "transformer.h.0.attn.c_attn"], tied=True)
+    assert names is not None
+    assert names["lm_head"] == (60, 16)
+
+
 def test_the_base_says_how_many_layers_there_are_also_in_the_hubs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

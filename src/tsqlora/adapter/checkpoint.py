@@ -78,7 +78,9 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         folder = None
     config = {} if folder is None else _read(Path(folder, "config.json"))
     weights, biases = ({}, {}) if folder is None else weight_sizes(folder)
-    own = as_adapted(weights, adapter.targets)
+    # Where config.json leaves it out, transformers ties.
+    tied = bool(config) and config.get("tie_word_embeddings", True)
+    own = as_adapted(weights, adapter.targets, tied=tied)
     shapes = _implied(adapter) if own is None else _shapes(adapter, own)
     layers: dict[str, list[str]] = {layer_kind(name): [] for name in adapter.targets}
     for name in shapes:
@@ -94,15 +96,14 @@ def base_facts(adapter: LoraAdapter, source: Path) -> BaseFacts:
         own is not None,
         layers,
         config.get("model_type"),
-        # Where config.json leaves it out, transformers ties.
-        tied=bool(config) and config.get("tie_word_embeddings", True),
+        tied=tied,
         biased=own is None or as_adapted(biases, adapter.targets) is not None,
         name=base_class(adapter, config),
         added=tuple(str(token) for token, number in ids.items() if isinstance(number, int) and number >= beyond),
         other=other,
         resized=f"{other[0][0]} has {other[0][1]:,} tokens, the base {size:,}" if other else "",
         # Packed weights have other shapes.
-        unfit=unfit(adapter, {} if "quantization_config" in config else weights, {name for name, _ in other}),
+        unfit=unfit(adapter, {} if "quantization_config" in config else own or weights, {name for name, _ in other}),
         labels=labels if config and isinstance(labels, int) else None,
     )
 
@@ -186,19 +187,22 @@ def weight_sizes(folder: str) -> tuple[Sizes, Sizes]:
     return shapes["weight"], shapes["bias"]
 
 
-def as_adapted(sizes: Sizes, targets: Collection[str]) -> Sizes | None:
+def as_adapted(sizes: Sizes, targets: Collection[str], *, tied: bool = False) -> Sizes | None:
     """The checkpoint's modules by the names that the adapter's targets have; None if targets are missing.
 
-    A checkpoint of a body may lack the prefix that the body has below a head, or have one too many.
+    A checkpoint of a body may lack the prefix that the body has below a head, or have one too many. One of `tied`
+    weights has the head's as the embedding's alone.
     """
-    first = next(iter(targets), "").partition(".")[0]
+    embedding = next((sizes[name] for name in sizes if in_block(name) in ("embed_tokens", "wte", "shared")), None)
+    heads = {name: embedding for name in targets if name.endswith("lm_head")} if tied and embedding else {}
+    first = next((name for name in targets if name not in heads), "").partition(".")[0]
     for renamed in (
         sizes,
         {f"{first}.{name}": size for name, size in sizes.items()},
         {name.partition(".")[2]: size for name, size in sizes.items()},
     ):
-        if sizes and all(name in renamed for name in targets):
-            return renamed
+        if sizes and all(name in renamed or name in heads for name in targets):
+            return {**heads, **renamed}
     return None
 
 
