@@ -171,7 +171,7 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (with_tensors(first=torch.zeros(8)), "lora_A is 8 F32"),
     (with_tensors(first=torch.zeros(8, 0)), "lora_A is 8 × 0 F32"),
     (with_tensors(first=torch.zeros(8, 16, dtype=torch.int8)), "8 × 16 I8"),
-    (with_tensors(first=torch.zeros(8, 16).to(torch.float8_e4m3fn)), "8 × 16 F8_E4M3"),
+    (with_tensors(first=torch.zeros(8, 16).to(torch.float8_e4m3fn)), "stored as F8_E4M3; save .* BF16"),
     (with_tensors(**{FIRST.replace("A", "B"): torch.empty(0)}), "empty tensors.*ZeRO-3.*stage3_gather"),
     (renamed(".weight", ".policy.weight"), "no key matches.*save_pretrained"),
     (with_tensors(**{"base_model.model.a..b.weight": ONE}), r"a\.\.b"),

@@ -96,10 +96,11 @@ def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
             f"empty tensors: {name} has no numbers in its file, as DeepSpeed's ZeRO-3 leaves them; train with its "
             "stage3_gather_16bit_weights_on_model_save, or save the adapter from a checkpoint that zero_to_fp32 made"
         )
+    if odd := sorted({a.dtype, b.dtype} - PRECISIONS.keys()):
+        raise DataError(f"{name} is stored as {odd[0]}; save the adapter as one of {', '.join(PRECISIONS)}")
     rank, scale = scale_of(name, config)
     fit = (
-        {a.dtype, b.dtype} <= PRECISIONS.keys()
-        and len(a.shape) == len(b.shape) >= 2
+        len(a.shape) == len(b.shape) >= 2
         and a.shape[0] == b.shape[1]
         and a.shape[0] in (rank, 0)
         and all((*a.shape[1:], b.shape[0], *b.shape[2:]))
