@@ -181,7 +181,7 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: save_file({}, folder / WEIGHTS), "no lora_A"),
     (lambda folder: (folder / CONFIG).unlink(), f"has no {CONFIG}"),
     (with_bytes(CONFIG, b"{"), CONFIG),
-    (with_bytes(CONFIG, b"[]"), CONFIG),
+    (with_bytes(CONFIG, b"[]"), f"{CONFIG}.*not a JSON object"),
     (of_size(CONFIG, 1 << 30), "1,073,741,824 bytes"),
     (with_bytes(WEIGHTS, b"no safetensors at all"), WEIGHTS),
     (with_bytes(WEIGHTS, b"\xff" * 8 + b"{}"), WEIGHTS),

@@ -106,9 +106,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes")
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (TypeError, RecursionError) as error:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
         raise ValueError(error) from None
+    if not isinstance(read, dict):
+        raise ValueError("it is not a JSON object")
+    return read
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
