@@ -50,7 +50,7 @@ from tsqlora.adapter import export as export_module
 from tsqlora.adapter.base import module_shapes
 from tsqlora.adapter.checkpoint import revision_of
 from tsqlora.adapter.doctor import examine
-from tsqlora.adapter.export import merge_into
+from tsqlora.adapter.export import merge_into, require_format
 from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.adapter.rewrite import compact, ranks_for, served_rank, truncate, universal
@@ -650,7 +650,7 @@ REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
         UnsupportedError,
         r"model\.embed_tokens",
     ),
-    "an unknown format": (saved(), tiny_llama, {"format": "unversal"}, SettingsError, "--format unversal.*universal"),
+    "an unknown format": (saved(), tiny_llama, {"format": "unversal"}, SettingsError, "--format unversal.*'universal'"),
     "an unknown dtype": (saved(), tiny_llama, PEFT | {"dtype": "int8"}, SettingsError, "--dtype int8"),
     "gguf's dtypes": (saved(), tiny_llama, GGUF | {"dtype": "bfloat16"}, SettingsError, "--dtype bfloat16"),
     "no rank": (saved(), tiny_llama, PEFT | {"max_rank": -1}, SettingsError, "--max-rank"),
@@ -676,6 +676,11 @@ def test_what_cannot_be_exported_is_refused_by_name(case: str, tmp_path: Path) -
         assert not (tmp_path / "out").exists()
     if "shared" in case:
         assert "merged" not in {consumer["mend"] for consumer in examine(source)["consumers"]}
+
+
+def test_only_formats_that_the_help_has_are_offered() -> None:
+    with pytest.raises(SettingsError, match="choices: gguf, merged, peft, universal"):
+        require_format("lora")
 
 
 def test_a_directory_is_new_or_empty_and_nothing_is_overwritten(

@@ -61,7 +61,7 @@ class Job:
 def require_format(format: str) -> None:
     """Raise SettingsError for a format that does not exist."""
     if format not in FORMATS:
-        raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
+        raise SettingsError(f"--format {format}: {nearest(format, FORMATS.keys() - {'compressed'})}")
 
 
 def export_adapter(
@@ -302,7 +302,7 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
 FORMATS: Mapping[str, Callable[[Job], dict[str, Any]]] = {
     "peft": _peft,
     "universal": _universal,
-    "compressed": _peft,  # its ranks are cut before
+    "compressed": _peft,  # its ranks are cut before; an older name, which is not offered
     "gguf": _gguf,
     "merged": _merged,
 }
