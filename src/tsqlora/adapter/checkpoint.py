@@ -112,7 +112,8 @@ def base_path(adapter: LoraAdapter, path: str | None) -> str:
     """The base: the user's `path`, else what the adapter names.  Raises SettingsError if it does not exist."""
     if path is not None:
         return path
-    named = adapter.base or ""
+    if not (named := adapter.base):
+        raise SettingsError("the adapter names no base model; set --base to a directory or a hub id")
     # The name may be hostile: it must not reach other files of this machine.
     # os.path: pathlib raises for names that no file can have.
     if ".." in Path(named).parts or not (os.path.isdir(named) or is_hub_id(named)):
