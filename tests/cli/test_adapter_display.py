@@ -50,6 +50,11 @@ def test_the_verdict_on_a_template_stands_last(report: dict[str, Any]) -> None:
     assert "0 of 2 prompts are those of training" in text.partition("note: a note")[2]
 
 
+def test_one_version_is_not_counted_as_the_newest(report: dict[str, Any]) -> None:
+    assert "newest versions" in shown(show_doctor, report)
+    assert "newest versions" not in shown(show_doctor, report | {"consumers": report["consumers"][:1]})
+
+
 def test_where_no_export_helps_other_servers_are_named(report: dict[str, Any]) -> None:
     stuck = [server | {"mend": None} for server in report["consumers"]]
     verdicts = {"PEFT": "right", "vLLM": "right", "llama.cpp": "refused"}

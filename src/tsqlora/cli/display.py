@@ -406,7 +406,11 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     ]
     print_table(console, head, rows, **_PLAIN)
     right = [server for server, verdict in report["servers"].items() if verdict == "right"]
-    lines = [f"{len(right)} of {len(report['servers'])} servers read it correctly, in their newest versions here"]
+    lines = (
+        [f"{len(right)} of {len(report['servers'])} servers read it correctly, in their newest versions here"]
+        if len(report["consumers"]) > 1
+        else []  # the verdict on one server stands above
+    )
     mends = {server["name"]: server["mend"] for server in report["consumers"]}
     stuck = [server for server in report["servers"] if server not in right and not mends.get(server)]
     if stuck and right:
