@@ -103,6 +103,12 @@ class LoraAdapter:
         """The number of values in A and B of all targets."""
         return sum(target.a.size + target.b.size for target in self.targets.values())
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether every update is zero, and nothing else is in the file."""
+        works = any(target.used().any() and target.scale for target in self.targets.values())
+        return not (self.saved or self.further or works)
+
     def heads(self) -> list[str]:
         """The modules that were saved in full.
 
