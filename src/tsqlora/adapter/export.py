@@ -103,7 +103,7 @@ def export_adapter(
     whole = adapter = read_adapter(source)
     require_finite(adapter)
     if adapter.is_zero:
-        raise DataError("every update of the adapter is zero, so any export is the base alone; `tsqlora doctor` says why")
+        raise DataError("every update of the adapter is zero, so any export is the base; `tsqlora doctor` says why")
     errors = dict[str, float]()
     if (max_rank, keep) != (None, None):
         ranks = {name: target.rank for name, target in adapter.targets.items()}
