@@ -73,8 +73,7 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "damaged": {},
     "pissa": of_all(SERVERS, "wrong -> merged") | of_all(NEW_VLLM, "refused -> merged"),
     "small rank": {"TGI": "wrong -> universal"},
-    "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "wrong -> merged")
-    | of_all(VLLM, "refused -> merged"),
+    "bias of B": of_all(VLLM, "refused -> universal"),  # by the setting alone: Llama has no biases
     "trained tokens": SAVED_WHOLE,
     "resized vocabulary": of_all(("PEFT", *SERVERS), "refused") | of_all(("TGI", "TensorRT-LLM"), "wrong"),
     "tied twice": SAVED_WHOLE,
@@ -269,6 +268,11 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
         saved(alora_invocation_tokens=[1, 2]),
         {"llama.cpp": "right", "vLLM": "refused*", "SGLang": "wrong*"},
         "",
+    ),
+    "biases of the base": (
+        gpt2(bias="lora_only"),
+        {"TGI": "wrong -> merged", "MLX to 0.31": "wrong -> merged", "vLLM": "refused -> merged"},
+        "ignores bias=lora_only",
     ),
     "biases of B, base unknown": (PLAIN, {"TGI": "wrong -> merged"}, ""),
     "biases of B, no base's": (on(tiny_llama, PLAIN), {"TGI": "wrong"}, ""),

@@ -588,7 +588,7 @@ EVERY = (PEFT, UNIVERSAL, MERGED)
 REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "NaN": (filled(np.nan), tiny_llama, EVERY, DataError, "NaN or infinite"),
     "infinite": (filled(np.inf), tiny_llama, EVERY, DataError, "NaN or infinite"),
-    "nothing": (filled(0.0), tiny_llama, PEFT, SettingsError, "would be empty"),
+    "nothing": (filled(0.0), tiny_llama, (*EVERY, GGUF), DataError, "every update .* is zero"),
     "another base": (saved(), tiny_gpt2_lm, EVERY, DataError, r"no module model\.layers\.0"),
     "another size": (saved(), lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), EVERY, DataError, "16 → 16 in the base"),
     "no base": (saved(), None, UNIVERSAL, SettingsError, r"--base .*base.*no such directory"),

@@ -217,7 +217,7 @@ def faults(adapter: LoraAdapter, base: BaseFacts) -> list[Finding]:
     layers, how = dict[str, Iterable[str]](), ""
     if counts := nonfinite(adapter):
         layers["not finite"] = counts
-    elif not (adapter.saved or adapter.further or any(t.used().any() and t.scale for t in adapter.targets.values())):
+    elif adapter.is_zero:
         layers["every update is zero"] = ()
     if absent := _not_in_file(adapter):
         layers["a trained module is not in the file"] = absent

@@ -29,7 +29,7 @@ from tsqlora.adapter.verify import (
     text_batches,
     why_not_compared,
 )
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.libs.transformers import load
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -102,6 +102,8 @@ def export_adapter(
     require_new(out)
     whole = adapter = read_adapter(source)
     require_finite(adapter)
+    if adapter.is_zero:
+        raise DataError("every update of the adapter is zero, so any export is the base; `tsqlora doctor` says why")
     errors = dict[str, float]()
     if (max_rank, keep) != (None, None):
         ranks = {name: target.rank for name, target in adapter.targets.items()}

@@ -228,4 +228,6 @@ def config_for(adapter: LoraAdapter) -> dict[str, Any]:
         )
     ranks, scales = ({name: getattr(t, key) for name, t in adapter.targets.items()} for key in ("rank", "scale"))
     literal = lora_config(ranks, scales)  # names in place of patterns
-    return plain_config(adapter.config, **literal, modules_to_save=adapter.whole() or None, target_parameters=None)
+    return plain_config(
+        adapter.config, **literal, modules_to_save=adapter.whole() or None, target_parameters=None, bias=adapter.bias
+    )

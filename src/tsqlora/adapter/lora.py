@@ -103,6 +103,19 @@ class LoraAdapter:
         """The number of values in A and B of all targets."""
         return sum(target.a.size + target.b.size for target in self.targets.values())
 
+    @property
+    def bias(self) -> str:
+        """PEFT's setting of the base's biases that it replaces; none where the file has no bias without a weight."""
+        biases = [name.removesuffix("bias") for name in self.saved if name.endswith(".bias")]
+        replaced = any(f"{name}weight" not in self.saved for name in biases)
+        return (replaced and self.config.get("bias")) or "none"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every update is zero, and nothing else is in the file."""
+        works = any(target.used().any() and target.scale for target in self.targets.values())
+        return not (self.saved or self.further or works)
+
     def heads(self) -> list[str]:
         """The modules that were saved in full.
 
@@ -130,8 +143,8 @@ class LoraAdapter:
         options = [option for option in VARIANTS if self.config.get(option)]
         if changes_base(self.config):
             options.append(f"init_lora_weights={self.config['init_lora_weights']}")
-        if self.config.get("bias", "none") != "none":
-            options.append(f"bias={self.config['bias']}")
+        if self.bias != "none":
+            options.append(f"bias={self.bias}")
         return options
 
 

@@ -143,6 +143,7 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         rank_pattern={},
         alpha_pattern={},
         target_modules=suffixes(targets, names),
+        bias="none",
     )
     # The base has these weights; servers expect only A and B.
     return replace(adapter, targets=targets, config=config, base_layers={})

@@ -129,7 +129,11 @@ def _refusals(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Iter
     halves = Counter(name.removesuffix(".base_layer") for name in adapter.experts())
     if consumer.experts and (alone := [name for name, count in halves.items() if count < 2]):
         yield f"needs gate_up_proj and down_proj of {alone[0]}, but one of them has no adapter"
-    if refused := [variant for variant in adapter.variants() if variant.split("=")[0] in consumer.refuses]:
+    # A setting without a tensor changes no update, but may be refused by the config alone.
+    variants, setting = adapter.variants(), adapter.config.get("bias") or "none"
+    if adapter.bias != setting:
+        variants.append(f"bias={setting}")
+    if refused := [variant for variant in variants if variant.split("=")[0] in consumer.refuses]:
         yield f"does not take {', '.join(refused)}"
     heads = adapter.heads()
     one = consumer.heads.startswith("one") and len(heads) == 1
