@@ -198,6 +198,9 @@ def test_the_trainer_of_a_classifier_is_audited_by_its_labels(tmp_path: Path) ->
     trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=rows, data_collator=collate)
     ours, theirs = tsq.audit(trainer), tsq.audit(model, rows, collate)
     assert ours.ids.tolist() == theirs.ids.tolist()
+    assert repr(ours) == f"Audit(40 labels, none called wrong: {ours.why_not})"
+    trainer.train_dataset = tsq.QualitySubset(rows, fraction=0.5)
+    assert tsq.audit(trainer).ids.tolist() == theirs.ids.tolist()
     with pytest.raises(SettingsError, match="evaluation"):
         tsq.audit(trainer, evaluation=rows)
 

@@ -42,6 +42,7 @@ def audit(
     """
     from transformers import Trainer
 
+    from tsqlora.auditing.draw.subset import undrawn
     from tsqlora.tasks.forward import base_model, generates
 
     if isinstance(subject, Trainer) and not generates(base_model(cast(Any, subject.model))):
@@ -52,7 +53,7 @@ def audit(
             name for name, value in (("data", data), ("evaluation", evaluation), ("out", out)) if value is not None
         ]:
             raise SettingsError(f"an audit of labels takes no {' or '.join(idle)}; leave it out")
-        subject, dataset, collate = subject.model, subject.train_dataset, row_collator(subject)
+        subject, dataset, collate = subject.model, undrawn(subject.train_dataset), row_collator(subject)
     if isinstance(subject, Trainer):
         from tsqlora.auditing.texts.command import audit_trainer
 

@@ -154,6 +154,11 @@ class QualitySubset(Dataset[Any]):
         return rows[bucketed_order([self.lengths[row] for row in rows], batch_size=self.batch_size, rng=rng)]
 
 
+def undrawn(rows: Any) -> Any:
+    """Return all rows: those that a QualitySubset draws from, else the rows themselves."""
+    return rows.dataset if isinstance(rows, QualitySubset) else rows
+
+
 def hash_of(rows: Rows) -> str | None:
     """Return a hash of the rows, 16 hex digits; None without rows, and where a transform draws by its own generator."""
 

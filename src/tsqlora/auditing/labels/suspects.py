@@ -42,7 +42,7 @@ class ClassPair:
     """Expected wrong labels among them, where wrong labels are evident."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Audit:
     """All labels, as indices into `classes`: those that training leaves out, then the others, each the likeliest wrong
     one first; a row with several labels has several.
@@ -85,6 +85,12 @@ class Audit:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        if not self.evident:
+            return f"Audit({len(self)} labels, none called wrong: {self.why_not})"
+        found = f"{self.likely_wrong} to look at, about {self.expected_wrong:.0f} of them wrong"
+        return f"Audit({len(self)} labels, {found}; {self.rate:.1%} of all wrong, {self.low:.1%} to {self.high:.1%})"
 
     @property
     def expected_wrong(self) -> float:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from tsqlora.adapter.template import read_template
 from tsqlora.auditing.command import FINDINGS_FILE, PAGE_FILE, require_new, source_digest, write_audit
-from tsqlora.auditing.draw.subset import QualitySubset
+from tsqlora.auditing.draw.subset import undrawn
 from tsqlora.auditing.review_page import OF_A_FINDING, text_page
 from tsqlora.auditing.texts.among import among_rows
 from tsqlora.auditing.texts.answers import behind, read_answers, turns_in, turns_of
@@ -125,7 +125,7 @@ def audit_trainer(
     token ids.
     """
     start, made, model = time.perf_counter(), trainer.train_dataset, cast(Any, trainer.model)
-    made = made.dataset if isinstance(made, QualitySubset) else made  # a draw has its rows in another order
+    made = undrawn(made)
     if out is not None:
         require_new(out)
     if not hasattr(made, "__len__"):
