@@ -302,7 +302,7 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
 
 
 AUDIT = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [], "duplicates": 0}
-AUDIT |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out", "columns": {}}
+AUDIT |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out", "columns": {"text": "body", "label": "team"}}
 AUDIT |= {"evident": False}
 
 

@@ -293,7 +293,10 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
 
 def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     """An audit's summary, its first suspects, and the next step."""
-    head = f"{result['rows']:,} rows, {len(result['classes'])} classes, read by {result['model_name']}"
+    columns = {name: value for name, value in result["columns"].items() if value}
+    texts = " and ".join(columns[name] for name in ("text", "text_pair") if name in columns)
+    head = f"{result['rows']:,} rows, {len(result['classes'])} classes of {columns['label']}; "
+    head += f"{texts} read by {result['model_name']}"
     say(console, [head, result["summary"]])
     names = ("row", "label", "suggested", *(["wrong"] if result["evident"] else []))
     head = [Column(name, no_wrap=True, max_width=22) for name in names]
