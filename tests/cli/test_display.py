@@ -302,8 +302,16 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
 
 
 AUDIT = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "S.", "first": [], "duplicates": 0}
-AUDIT |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out", "columns": {"text": "body", "label": "team"}}
-AUDIT |= {"evident": False}
+AUDIT |= {
+    "notes": [],
+    "checks": 0,
+    "listed": 1,
+    "suspects": "s.csv",
+    "page": "p.html",
+    "out": "my out",
+    "columns": {"text": "body", "label": "team"},
+}
+AUDIT |= {"evident": False, "columns": {"text": "body", "label": "team"}}
 
 
 @pytest.mark.parametrize(("evident", "chance"), [(True, 0.87), (False, None)])

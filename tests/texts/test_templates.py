@@ -430,6 +430,10 @@ def test_a_cause_of_one_row_is_not_that_of_the_rows_that_the_limit_cuts() -> Non
     causes = {one.name: one for one in findings_of([*cut, Line(9, "", fate="dropped", detail="no text")])}
     assert causes["dropped"].cause.endswith(": 9 by the length limit; 1 for this reason: no text")
     assert causes["dropped"].cure
+    several = [Line(row, "", fate="dropped", detail=f"reason {max(0, row - 2)}") for row in range(7)]
+    cause = {one.name: one for one in findings_of(several)}["dropped"].cause
+    assert "3 for this reason: reason 0; 1 for this reason: reason 1;" in cause
+    assert cause.endswith("2 for others (the ledger has them)")
 
 
 def test_half_a_character_drops_its_row_alone() -> None:

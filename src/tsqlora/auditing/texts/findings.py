@@ -136,6 +136,8 @@ FINDINGS = {name: Finding(name, one, (), cause, *cure or ({},)) for name, (one, 
 """By name; the names are a contract."""
 IF_ALL = frozenset({"nothing_trained", "dropped", "stop_not_trained"})
 """An error where (nearly) all rows have it."""
+REASONS = 3
+"""For which rows were left out, to show of them all."""
 OF_TOKENS = frozenset({"nothing_trained", "bos", "vocabulary", "untrained_tokens"})
 """What tokens show without the rows that they were made of."""
 OF_LABELS = OF_TOKENS | {
@@ -213,8 +215,13 @@ def findings_of(
         cause += f" ({shown})" if shown else ""
         if name == "dropped" and any(details):
             # A longer limit helps those alone that it cuts.
-            cut, ((first, count),) = len(without_cause) - len(details), Counter(filter(None, details)).most_common(1)
-            cause += f": {cut:,} by the length limit; {count:,} for this reason: {first}" if cut else f": {first}"
+            cut, why = len(without_cause) - len(details), Counter(filter(None, details))
+            shown = why.most_common(REASONS)
+            reasons = [f"{cut:,} by the length limit"] if cut else []
+            reasons += [f"{count:,} for this reason: {reason}" for reason, count in shown]
+            if more := why.total() - sum(count for _, count in shown):
+                reasons.append(f"{more:,} for others (the ledger has them)")
+            cause += f": {'; '.join(reasons) if cut or len(why) > 1 else shown[0][0]}"
             cures = cures if cut or not all(details) else {}
         if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
