@@ -162,6 +162,11 @@ def test_what_is_no_number_is_cured_by_what_it_looks_like(value: str, cure: str)
     assert ("sequence-classification" in str(caught.value)) == (value == "good")
 
 
+def test_all_rows_without_a_number_are_listed() -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:12: .* nor in 2 more rows: 13, 15; correct it, empty the cell"):
+        encode_targets(labelled(1.0, "k.A.", "?", 2.0, "-"), "label")
+
+
 def test_spellings_that_look_alike_are_grouped() -> None:
     names = ("caf\u00e9", "cafe", "cafe\u0301", "Sport", "sport ", "\uff33port", 3)
     assert look_alikes(names) == [("caf\u00e9", "cafe\u0301"), ("Sport", "sport ", "\uff33port")]

@@ -253,25 +253,29 @@ def encode_labels(rows: Iterable[Row], column: str, label_map: LabelMap) -> list
 def encode_targets(rows: Iterable[Row], column: str) -> list[float]:
     """Regression targets of all rows; text that spells a number counts as one.
 
-    Raises DataError with file and row for a target that is missing or not a finite number.
+    Raises DataError with file and rows for targets that are missing or not finite numbers.
     """
-    targets = list[float]()
+    targets, bad = list[float](), list[Row]()
     for row in rows:
         value = row.cells.get(column)
         try:
             target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError, OverflowError):
             target = math.nan
-        if not math.isfinite(target):
-            cure = "correct it, or set task.type to sequence-classification"
-            if isinstance(value, str) and looks_missing(value):
-                cure = "empty the cells of rows without a number"
-            elif isinstance(value, str) and _number(value) is not None:
-                cure = f"decimals need a dot, so write {value.replace(',', '.')}"
-            raise DataError(
-                f"{row.place}: label {reprlib.repr(value)} in column '{column}' is not a finite number; {cure}"
-            )
         targets.append(target)
+        if not math.isfinite(target):
+            bad.append(row)
+    if bad:
+        value = bad[0].cells.get(column)
+        cure = "correct it, empty the cell to leave the row out, or set task.type to sequence-classification"
+        if isinstance(value, str) and looks_missing(value):
+            cure = "empty the cells of rows without a number"
+        elif isinstance(value, str) and _number(value) is not None:
+            cure = f"decimals need a dot, so write {value.replace(',', '.')}"
+        more = f", nor in {len(bad) - 1:,} more rows: {_listed([row.number for row in bad[1:]])}" if bad[1:] else ""
+        raise DataError(
+            f"{bad[0].place}: label {reprlib.repr(value)} in column '{column}' is not a finite number{more}; {cure}"
+        )
     return targets
 
 
