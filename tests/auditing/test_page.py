@@ -123,8 +123,8 @@ TEXTS = st.lists(SIGNS | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 @given(text=TEXTS)
 def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
     row = {"id": 1, "text": text, "label": text, "prediction": text, "doubt": True, "numbers": [1.0, 0.1, 2.0]}
-    row |= {"marks": ["most valuable", DOUBTED], "why": text}
-    samples = Samples([row], ["most valuable"], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
+    row |= {"marks": ["highest Q", DOUBTED], "why": text}
+    samples = Samples([row], ["highest Q"], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
     seen = Seen(environment().get_template("samples.html").render(samples=samples))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text

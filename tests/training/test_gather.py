@@ -44,7 +44,7 @@ def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -
     scores = scores_of(write_jsonl(tmp_path / "train.jsonl", many), many)
     samples = choose_samples(scores)
     by_list = {name: {row["id"] for row in samples.rows if name in row["marks"]} for name in LISTS.values()}
-    for name, values in (("most valuable", -scores.quality), ("least valuable", scores.quality)):
+    for name, values in (("highest Q", -scores.quality), ("lowest Q", scores.quality)):
         assert by_list[name] == set(np.argsort(values, kind="stable")[:OF_A_KIND])
     assert by_list["most suspicious"] == set(np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND])
     assert {row["id"]: row["text"] for row in samples.rows} == {
@@ -53,7 +53,7 @@ def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -
     assert all(row["why"].endswith("near-duplicate of another row") for row in samples.rows if row["id"] < 3)
     assert (samples.reasons["duplicate"], samples.without_texts) == (3, None)
     few = scores_of(write_jsonl(tmp_path / "few.jsonl", ROWS), ROWS)
-    assert not any({"most valuable", "least valuable"} <= {*row["marks"]} for row in choose_samples(few).rows)
+    assert not any({"highest Q", "lowest Q"} <= {*row["marks"]} for row in choose_samples(few).rows)
     assert choose_samples(replace(few, quality=np.zeros(60))).lists == ["most suspicious"]
 
 

@@ -254,11 +254,12 @@ def _heatmap(
 
 
 def histograms(scores: Scores) -> list[Drawn]:
-    """Histograms of each term, Q and p: kept rows as bars, left-out rows as a line."""
+    """Histograms of each term, Q and, unless all are equal, p: kept rows as bars, left-out rows as a line."""
     kept, drawn = scores.kept, list[Drawn]()
     named = [(words(name), values, ~kept) for name, values in scores.terms.items()]
     named.append(("Q, the quality", scores.quality, ~kept))
-    named.append(("p, the probability of a draw", scores.probability, np.zeros_like(kept)))  # left-out rows have none
+    if not scores.even:  # left-out rows have none
+        named.append(("p, the probability of a draw", scores.probability, np.zeros_like(kept)))
     line = {"color": ORANGE, "width": 2.5, "shape": "hvh"}
     axes: dict[str, Any] = {"xaxis": {"nticks": 6}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero", "nticks": 5}}
     for j, (name, values, left_out) in enumerate(named):

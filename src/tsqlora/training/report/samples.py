@@ -15,7 +15,7 @@ OF_A_KIND = 100
 """Rows per list; at most a third of all rows."""
 LONGEST = 500
 """Characters of a text on the page."""
-LISTS = {"highest": "most valuable", "lowest": "least valuable", "suspicious": "most suspicious"}
+LISTS = {"suspicious": "most suspicious", "highest": "highest Q", "lowest": "lowest Q"}
 EVIDENT, DOUBTED = "likely wrong", "contradicted"
 """The mark of rows that the model contradicts with confidence, by whether there is evidence of wrong labels."""
 PHRASES = {EVIDENT: "likely wrong label", DOUBTED: "the model contradicts the label"}
@@ -42,14 +42,18 @@ class Samples:
 
 
 def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Samples:
-    """The most and least valuable and the most suspicious rows, each list in its order.
+    """The most suspicious rows and those of highest and lowest Q, each list in its order.
 
-    If all rows have the same quality, none is most or least valuable. Raises SettingsError if there is not one text
+    If all rows have the same Q, there are no lists of it. Raises SettingsError if there is not one text
     per row.
     """
     chosen = lists_of(scores, min(OF_A_KIND, math.ceil(len(scores) / 3)))
     same = np.ptp(scores.quality) == 0
-    lists = {LISTS[name]: rows.tolist() for name, rows in chosen.items() if not same or name == "suspicious"}
+    lists = {
+        title: chosen[name].tolist()
+        for name, title in LISTS.items()
+        if name in chosen and (name == "suspicious" or not same)
+    }
     order = list(dict.fromkeys(j for rows in lists.values() for j in rows))
     if texts is not None and len(texts) != len(scores):
         raise SettingsError(f"{len(texts)} texts for {len(scores)} scored rows; pass one text per row, in order")
