@@ -42,15 +42,17 @@ WAYS = {
 
 
 RULE = 2
-"""The rule of the cells that tables show; today's is that of bench/worlds.py."""
+"""The rule of most cells, by which trusted rows always came last."""
+ASKS = 3
+"""Today's rule, that of bench/worlds.py: the run asks the pool."""
 RATE, RATES_SEED = 5e-4, 19
 """The rate of a way without a choice, and the seed whose cells choose; see bench/worlds.py."""
 
 
-def stored() -> pd.DataFrame:
+def stored(rule: int = RULE) -> pd.DataFrame:
     """A row for each cell of the rule, at any rate."""
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    cells = [cell for cell in every if cell["settings"].get("rule", 2) == RULE]
+    cells = [cell for cell in every if cell["settings"].get("rule", 2) == rule]
     return pd.DataFrame(
         [{**cell, **cell["settings"], "rate": cell["settings"]["training"]["learning_rate"]} for cell in cells]
     )
@@ -62,8 +64,10 @@ def rates() -> pd.DataFrame:
     return cells[cells.seed == RATES_SEED].pivot_table(index=["world", "method"], columns="rate", values="accuracy")
 
 
-def cells() -> pd.DataFrame:
-    """A row for each cell at the rate that was chosen for its way and world."""
+def cells(rule: int = RULE) -> pd.DataFrame:
+    """A row for each cell at the rate that was chosen for its way and world; of today's rule all have one rate."""
+    if rule == ASKS:
+        return stored(rule)
     cells, chosen = stored(), {str(key): rate for key, rate in rates().idxmax(axis=1).items()}
     rate = [chosen.get(str(key), RATE) for key in zip(cells.world, cells.method, strict=True)]
     return cells[(cells.seed != RATES_SEED) & (cells.rate == rate)]

@@ -20,6 +20,7 @@ from glue import CHOOSING, entry_of
 from markdown_table import NONE, markdown
 
 from tsqlora.adapter.servers import CONSUMERS
+from tsqlora.auditing.labels.question import CONTRADICTED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -235,11 +236,23 @@ OTHERS = {
 
 
 def worlds_last(_: Results) -> Rows:
-    """Even draws and tsqlora side by side, a row a world; means over seeds."""
-    cells, rows = differences.cells(), []
+    return _side_by_side(differences.cells())
+
+
+def worlds_asked(_: Results) -> Rows:
+    return _side_by_side(differences.cells(differences.ASKS))
+
+
+def _side_by_side(cells: pd.DataFrame) -> Rows:
+    """Even draws and tsqlora side by side, a row a world; means over the seeds of both."""
+    rows = []
     gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
     for world, name in (WORLDS | OTHERS).items():
         here = cells[(cells.world == world) & (cells.trusted == TRUSTED)]
+        both = {*here[here.method == "even"].seed} & {*here[here.method == "default"].seed}
+        if not both:
+            continue
+        here = here[here.seed.isin(both)]
         even, ours = (here[here.method == method] for method in ("even", "default"))
         rows.append(
             {
@@ -252,6 +265,41 @@ def worlds_last(_: Results) -> Rows:
                 "test loss": f"{even['loss'].mean():.2f} → {ours['loss'].mean():.2f}",
             }
         )
+    return rows
+
+
+QUESTIONED = {
+    "clean": "SST-2, clean",
+    "clean-mrpc": "MRPC, clean",
+    "clean-bbc": "BBC, clean",
+    "clean-cola": "CoLA, clean",
+    "clean-stsb": "STS-B, clean",
+    "wrong20": "20 % wrong labels in the pool",
+    "wrong40": "40 % wrong labels in the pool",
+    "one10": "10 % of the pool's labels moved to one class",
+    "balanced": "a pool of 85 : 15, balanced trusted rows",
+    "styled": "trusted rows in another style",
+    "careless": "8 % of the trusted labels wrong",
+    "reviewed": "trusted rows that were suspects (a run leaves these out of the question)",
+    "shortcut": "shortcut",
+    "both": "shortcut, 20 % wrong labels",
+    "weak": "weak labels",
+    "overlap": "word overlap (MRPC)",
+}
+"""What the worlds of bench/question.py are called; in the last four the pool teaches something false."""
+
+
+def question(_: Results) -> Rows:
+    """How often the question calls the pool contradicted, and its z, a row a world."""
+    rows = []
+    for world, name in QUESTIONED.items():
+        cells = [json.loads(path.read_text()) for path in (RESULTS / "question").glob(f"{world}.[0-9]*.json")]
+        row = {"the pool and the trusted rows": name, "seeds": str(len(cells))}
+        for rows_asked in (TRUSTED, 32):
+            z = sorted(cell["z"]["kept"][str(rows_asked)] for cell in cells)
+            row[f"contradicted, {rows_asked} rows"] = f"{sum(one >= CONTRADICTED for one in z)} of {len(z)}"
+            row[f"z, {rows_asked} rows"] = f"{z[0]:+.1f} to {z[-1]:+.1f}"
+        rows.append(row)
     return rows
 
 
@@ -424,6 +472,8 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "headstart-controls": headstart_controls,
     "headstart-short": headstart_short,
+    "question": question,
+    "worlds-asked": worlds_asked,
     "worlds-gains": worlds_gains,
     "worlds-last": worlds_last,
 }
