@@ -18,7 +18,7 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.rows.batches import IGNORED
 from tsqlora.rows.chat import ANSWER, PLAINLY, REASONING, Chat, Format, Manner, Message
 from tsqlora.rows.rows import Columns, Row, as_text, text_at, tokens_at
-from tsqlora.rows.table import Samples, of_rows
+from tsqlora.rows.table import Samples, of_rows, samples_of
 
 Encode = Callable[..., Samples]
 """Takes rows, their format or columns, a tokenizer, `max_length`, and without a format the encoded `labels`."""
@@ -320,7 +320,7 @@ def tokenise_pairs(
     sides = ((chosen[first[row]], rejected[second[row]]) for row in both)
     samples = [{key: [*a[key], *b[key]] for key in a} | {"second": len(a["input_ids"])} for a, b in sides]
     left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
-    return Samples(
+    return samples_of(
         samples,
         tuple(chosen.hashes[first[row]] for row in both),
         max(chosen.truncated, rejected.truncated),
