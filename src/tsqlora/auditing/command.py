@@ -29,7 +29,7 @@ from tsqlora.rows.write import require_place, without_formulas, write_rows
 from tsqlora.run_dir import dated
 from tsqlora.seeds import stream
 from tsqlora.settings import ENCODER, Config, load_config
-from tsqlora.tasks import Reading, get_task, require_classes
+from tsqlora.tasks import get_task, require_classes
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE, FINDINGS_FILE = "suspects.csv", "audit.html", "audit.json", "findings.json"
 TOKENS = 128
@@ -131,7 +131,13 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
         compute=Compute(BATCH_SIZE, progress=progress),
     )
     if result.tokens is not None:
-        result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
+        numbers = dict[int, list[int]]()  # by row those of the tokens of which the tokenizer makes a piece
+        for part in table.chunks():
+            encoded = task.reading.encode(part, table.columns, tokenizer, max_length=length, labels=None)
+            own = ([number for number in sample["labels"] if number != IGNORED] for sample in encoded)
+            numbers |= dict(zip((row.id for row in part), own, strict=True))
+        both = zip(result.ids.tolist(), result.tokens.tolist(), strict=True)
+        result = replace(result, tokens=np.array([numbers[row][j] for row, j in both]))
     without = len(samples) - len(set(result.ids.tolist()))
     notes = {
         f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length": (
@@ -146,17 +152,6 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
         f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}": without,
     }
     return table, result, [*table.notes, *(note for note, holds in notes.items() if holds)]
-
-
-def _numbers(result: Audit, table: Table, reading: Reading, tokenizer: Any, length: int) -> np.ndarray:
-    """The number in its row of each token, of which the tokenizer may make no piece."""
-    numbers = dict[int, list[int]]()
-    for part in table.chunks():
-        read = reading.encode(part, table.columns, tokenizer, max_length=length, labels=None)
-        for row, sample in zip(part, read, strict=True):
-            numbers[row.id] = [number for number in sample["labels"] if number != IGNORED]
-    assert result.tokens is not None
-    return np.array([numbers[row][j] for row, j in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
 
 
 def _about(

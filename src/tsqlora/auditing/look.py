@@ -105,13 +105,9 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     cost = look_cost(terms, rows=n, reference=record.get("reference_rows", 0), trusted=request.trusted_rows)
     tokens = 0 if lengths is None else cost.forward // n * sum(lengths)  # without the few of the reference
     cost.add(seconds=time.perf_counter() - begin, tokens=tokens)
-    return Look(shared, why_not, cost, started.undo, _head(model, started), verdict)
-
-
-def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    fitted = fitted_parameters(started.layer, started.head)
-    return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
+    names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    head = {names[parameter]: value.float() for parameter, value in fitted_parameters(started.layer, started.head)}
+    return Look(shared, why_not, cost, started.undo, head, verdict)
 
 
 def _density_ratio(request: LookRequest, started: Started) -> tuple[np.ndarray | None, str]:

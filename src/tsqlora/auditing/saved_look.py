@@ -55,9 +55,22 @@ class SavedLook:
             raise DataError(f"{path} holds no look ({ABOUT} is missing); `tsqlora look` writes one")
         try:
             about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-            head = load_file(path / HEAD)
-            verdict = _verdict(path / JUDGE) if (path / JUDGE).is_file() else None
-            answers = _arrays(path / ANSWERS) if (path / ANSWERS).is_file() else {}
+            files = {
+                name: load_file(path / name)
+                for name in (HEAD, JUDGE, ANSWERS)
+                if name == HEAD or (path / name).is_file()
+            }
+            head, verdict = files[HEAD], None
+            answers = {name: tensor.numpy() for name, tensor in files.get(ANSWERS, {}).items()}
+            if JUDGE in files:
+                made: dict[str, Any] = {name: tensor.numpy() for name, tensor in files[JUDGE].items()}
+                made |= {name: made[name].item() for name in ("temperature", "scale", "evident")}
+                k = made["judged"].shape
+                made |= {
+                    "otherwise": np.broadcast_to(made["otherwise"], k),
+                    "doubt": made.get("doubt", np.full(k, DOUBT)),
+                }
+                verdict = Verdict(**made)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); take the look again") from None
         return cls(path, Scores.load(path / SCORES), head, about, verdict, answers)
@@ -200,19 +213,6 @@ def save_look(
 
     distributed.once(write)
     return saved
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
-
-
-def _verdict(path: Path) -> Verdict:
-    arrays = _arrays(path)
-    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "evident")}
-    k = arrays["judged"].shape
-    arrays |= {"otherwise": np.broadcast_to(arrays["otherwise"], k), "doubt": arrays.get("doubt", np.full(k, DOUBT))}
-    values: dict[str, Any] = {**arrays, **single}
-    return Verdict(**values)
 
 
 def require_free(path: Path) -> None:
