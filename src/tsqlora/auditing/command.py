@@ -10,9 +10,8 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
-from tsqlora.auditing.labels.duplicates import MOST_CONTRADICTIONS
 from tsqlora.auditing.labels.judge import DOUBT, FEWEST
-from tsqlora.auditing.labels.suspects import Audit, audit
+from tsqlora.auditing.labels.suspects import MOST_CONTRADICTIONS, Audit, audit
 from tsqlora.auditing.review_page import audit_page
 from tsqlora.errors import SettingsError
 from tsqlora.files import digest, write_json, write_text

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -16,7 +17,7 @@ from scipy.special import betaincinv
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tsqlora.auditing.texts.among import words_of
@@ -157,16 +158,14 @@ def cross_fitted(
     """Return log-odds that a row is planted, of rows as they are and of planted ones, by a logistic regression each
     time that has not seen their fold."""
     folds = PredefinedSplit(np.concatenate([fold, planted_fold]))
-    scores = cross_val_predict(_unfitted(), *_stacked(own, planted), cv=folds, method="decision_function")
+    scores: Any = cross_val_predict(*_lesson(own, planted), cv=folds, method="decision_function")
     return scores[: len(own)], scores[len(own) :]
 
 
-def _unfitted() -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=500))
-
-
-def _stacked(own: Float[np.ndarray, "n d"], planted: Float[np.ndarray, "m d"]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([own, planted]), np.repeat([0, 1], [len(own), len(planted)])
+def _lesson(own: Float[np.ndarray, "n d"], planted: Float[np.ndarray, "m d"]) -> tuple[Any, Any, Any]:
+    """A regression that is not fitted, features, and whether each is planted."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=500))
+    return model, np.concatenate([own, planted]), np.repeat([0, 1], [len(own), len(planted)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,13 +188,14 @@ class FaultJudge:
         detection: Detection,
     ) -> "FaultJudge":
         """Fit on all turns and planted faults; probabilities and `least` are those of the look's own scores."""
-        scaler, model = _unfitted().fit(*_stacked(own, planted))
-        weights = np.asarray(model.coef_)[0] / np.asarray(scaler.scale_)
+        pipeline, features, is_planted = _lesson(own, planted)
+        scaler, model = pipeline.fit(features, is_planted)
+        weights = model.coef_[0] / scaler.scale_
         order = np.argsort(detection.score, kind="stable")
         p = np.maximum.accumulate(detection.probability[order])
         new = np.r_[True, np.diff(p) > 0]
         least = detection.score[detection.listed].min(initial=np.inf)
-        bias = np.asarray(model.intercept_)[0] - weights @ np.asarray(scaler.mean_)
+        bias = model.intercept_[0] - weights @ scaler.mean_
         return cls(weights, np.asarray(bias), detection.score[order][new], p[new], np.asarray(least))
 
     def of(self, features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
