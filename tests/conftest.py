@@ -24,7 +24,7 @@ for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     os.environ[offline] = "1"
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
-LOOK = ("apply", "draw", "head_start", "labels", "look", "reasons", "saved_look", "score", "scores")
+LOOK = ("draw", "head_start", "labels", "look", "reasons", "saved_look", "scores")
 CHECKED = (*(f"auditing.{name}" for name in LOOK), "model", "paper", "sampling", "tasks")
 SOURCE = Path(__file__).parents[1] / "src" / "tsqlora"
 FILES = [SOURCE / name.replace(".", "/") for name in CHECKED]

@@ -8,7 +8,7 @@ from typing import Any
 from tsqlora.rows.readers import SNIFF, Hints
 from tsqlora.rows.rows import Row
 from tsqlora.rows.sources import open_table
-from tsqlora.rows.table import Samples, Table, table_of
+from tsqlora.rows.table import Table, samples_of, table_of
 from tsqlora.tasks import Task, get_task
 
 TASK_OF = {
@@ -45,7 +45,7 @@ def rows_of(*cells: dict[str, Any], first: int = 7) -> list[Row]:
 def table_with(samples: Sequence[dict[str, Any]]) -> Table:
     """A table whose rows were tokenised into these samples."""
     table = table_of("train.jsonl", ((j + 1, {"text": "a", "label": 0}) for j in range(len(samples))))
-    return replace(table, samples=Samples(samples, ("h",) * len(samples), 0, table.ids))
+    return replace(table, samples=samples_of(samples, ("h",) * len(samples), 0, table.ids))
 
 
 def names_of(rows: Sequence[Row]) -> tuple[str, ...]:

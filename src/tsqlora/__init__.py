@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tsqlora import paper
     from tsqlora.auditing.draw.subset import QualitySubset
     from tsqlora.auditing.labels.suspects import Audit
-    from tsqlora.auditing.texts.apply import apply
+    from tsqlora.auditing.texts.unfit import apply
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.training.checkpoints import last_checkpoint
@@ -50,7 +50,7 @@ _HOMES = {
     "training.report.write": ("Report", "report"),
     "training.look": ("look",),
     "training.pool": ("select",),
-    "auditing.texts.apply": ("apply",),
+    "auditing.texts.unfit": ("apply",),
     "training.fit": ("attach",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

@@ -12,7 +12,7 @@ Messages give the thing, the value, the cure, in one or two lines.
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -98,6 +98,20 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}choices: {', '.join(choices)}"
+
+
+def few(items: Sequence[Any], most: int, between: str = ", ") -> str:
+    """The first of some items, for a message.
+
+    >>> few([4, 9, 7], 2), few([4, 9], 2)
+    ('4, 9, …', '4, 9')
+    """
+    return between.join(map(str, items[:most])) + f"{between}…" * (len(items) > most)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, else its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def of_loaded_model(function: Callable[P, T]) -> Callable[P, T]:

@@ -92,10 +92,10 @@ def test_with_evidence_the_list_has_the_rows_that_training_leaves_out(tmp_path: 
     table = read(load_config(None, [], sections={"model": {"path": "."}, "data": {"train": str(data)}}))["train"]
     result, judgement = audit_of(features, labels, classes=[f"c{y}" for y in range(4)]), judge(features, labels, 4)
     every = make_listing(result, replace(table, ids=np.arange(600)), review=0, seed=0)
-    listing = [row for row in every if row.kind == "suspect"]
+    listing = [row for row in every if row["kind"] == "suspect"]
     assert LEAST < len(listing) == judgement.left_out.sum()
-    assert {row.row for row in listing} == set(np.flatnonzero(judgement.left_out).tolist())
-    chances = [row.wrong_probability or 0.0 for row in listing]
+    assert {row["row"] for row in listing} == set(np.flatnonzero(judgement.left_out).tolist())
+    chances = [row["wrong_probability"] for row in listing]
     assert chances == sorted(chances, reverse=True)
     assert chances[-1] > DOUBT
     summary = pipeline._summary(result)

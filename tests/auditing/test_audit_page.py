@@ -2,7 +2,6 @@
 
 import csv
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 
 from browser import Page, axe
 from seen import Seen
-from tsqlora.auditing.command import Listed
 from tsqlora.auditing.review_page import audit_page
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> " + "long" * 200
@@ -18,11 +16,30 @@ CURRENT = "document.querySelector('#rows [aria-current] .words').textContent"
 SHOWN = "[...document.querySelectorAll('#rows > li .words')].map(p => p.textContent)"
 
 
+def listed(row: int, text: str, label: str, other: str, *candidates: str, **about: Any) -> dict[str, Any]:
+    """A line of an audit's listing."""
+    one = {"row": row, "text": text, "label": label, "suggested_label": other, "candidates": candidates}
+    rest: dict[str, Any] = {"wrong_probability": None, "kind": "suspect", "token": None, "word": "", "start": 0}
+    return one | rest | {"near": None} | about
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes: list[str] = ["no", "yes", "=maybe", HOSTILE]
     rows = [
-        Listed(j, HOSTILE if j == 3 else f"text {j}", "no", "yes", 1 - j / 20, kind, ("yes", "no", "=maybe", HOSTILE))
+        listed(
+            j,
+            HOSTILE if j == 3 else f"text {j}",
+            "no",
+            "yes",
+            "yes",
+            "no",
+            "=maybe",
+            HOSTILE,
+            wrong_probability=1 - j / 20,
+            kind=kind,
+            near={1: 3, 3: 1}.get(j),
+        )
         for j, kind in enumerate(["suspect"] * 8 + ["check"] * 2)
     ]
     about: dict[str, Any] = {
@@ -30,7 +47,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "summary": "Said.", "notes": [HOSTILE], "answer": "class", "columns": {},
         "evident": True, "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
     }  # fmt: skip
-    rows[1], rows[3] = replace(rows[1], near=3), replace(rows[3], near=1)
     path = tmp_path_factory.mktemp("audit page") / "audit.html"
     path.write_text(audit_page(Path("a b"), about, rows), encoding="utf-8")
     return path
@@ -117,7 +133,7 @@ def test_without_evidence_the_page_has_no_number_of_wrong_labels(tab: Page, tmp_
         "notes": [], "answer": "class", "columns": {}, "evident": False,
         "pairs": [{"label": "0", "suggested": "1", "rows": 3, "wrong": None}],
     }  # fmt: skip
-    rows = [Listed(7, "text", "0", "1", None, "suspect", ("0", "1")), Listed(8, "text", "0", "1", None, "check", ())]
+    rows = [listed(7, "text", "0", "1", "0", "1"), listed(8, "text", "0", "1", kind="check")]
     page = audit_page(Path("a"), about, rows)
     assert "of them wrong" not in page
     (tmp_path / "audit.html").write_text(page, encoding="utf-8")
@@ -140,10 +156,8 @@ def test_a_token_is_marked_in_its_sentence_and_sets_of_labels_fit(
     names, text = ["B-creative-work", "B-person", "O"], "🙂 Empire State Building = ESB . " * 8
     tags = answer == "tags"
     label, other = ("B-person", "B-creative-work") if tags else ("B-person|O", "B-creative-work|O")
-    rows = [
-        Listed(7, text, label, other, 0.9, "suspect", (label, other), *((k, "Building", 15) if tags else ()))
-        for k in (2, 5)
-    ]
+    marked = [{"token": k, "word": "Building", "start": 15} if tags else {} for k in (2, 5)]
+    rows = [listed(7, text, label, other, label, other, wrong_probability=0.9, **one) for one in marked]
     about: dict[str, Any] = {
         "source": "rows.jsonl", "sha256": str(width), "classes": names, "model_name": "m", "rows": 10, "summary": "S.",
         "notes": [], "answer": answer, "columns": {}, "evident": True, "pairs": [],

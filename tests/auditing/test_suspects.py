@@ -15,7 +15,7 @@ import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from oracles import slow_contradictions
 from tsqlora import paper
-from tsqlora.auditing.labels import duplicates
+from tsqlora.auditing.labels import suspects as module
 from tsqlora.auditing.labels.judge import judge, judge_logits
 from tsqlora.auditing.labels.suspects import Audit, audit_of, audit_of_judgement, audit_of_units
 from tsqlora.errors import SettingsError
@@ -150,10 +150,10 @@ def test_near_duplicates_with_different_labels_are_the_nearest_pairs_of_a_slow_t
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(60, 8))[rng.integers(60, size=300)] + 0.15 * rng.normal(size=(300, 8))).astype("f4")
     labels, ids = rng.integers(3, size=300), np.arange(300) * 2
-    monkeypatch.setattr(duplicates, "ROWS_AT_ONCE", rows_at_once)
-    monkeypatch.setattr(duplicates, "MOST_CONTRADICTIONS", most)
-    slow = [(2 * a, 2 * b) for _, a, b in slow_contradictions(features, labels, duplicates.NEAR)]
-    result, uncompared = duplicates.contradictions(features, labels, ids)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(module, "MOST_CONTRADICTIONS", most)
+    slow = [(2 * a, 2 * b) for _, a, b in slow_contradictions(features, labels, module.NEAR)]
+    result, uncompared = module.contradictions(features, labels, ids)
     assert len(slow) > 100
     assert [*result] == slow[:most]
     assert uncompared == 0
@@ -163,17 +163,17 @@ def test_near_duplicates_of_collapsed_rows_take_seconds_and_are_as_many_as_are_s
     rng, rows = np.random.default_rng(0), 8_000
     features = np.where(rng.random((rows, 1)) < 0.5, 1, -1) + 1e-3 * rng.normal(size=(rows, 64))
     features, labels, begun = features.astype(np.float32), rng.integers(5, size=rows), time.process_time()
-    result, _ = duplicates.contradictions(features, labels, np.arange(rows))
+    result, _ = module.contradictions(features, labels, np.arange(rows))
     assert time.process_time() - begun < 8
-    assert len({*result}) == duplicates.MOST_CONTRADICTIONS
+    assert len({*result}) == module.MOST_CONTRADICTIONS
     assert all(a < b and labels[a] != labels[b] for a, b in result)
 
 
 def test_rows_too_many_to_be_compared_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = np.zeros((100, 4), np.float32), np.arange(100)
     features[:, 0] = np.arange(100) < 50
-    monkeypatch.setattr(duplicates, "MOST_PRODUCTS", 50**2 * 4 / 2)
-    result, uncompared = duplicates.contradictions(features, labels, np.arange(100))
+    monkeypatch.setattr(module, "MOST_PRODUCTS", 50**2 * 4 / 2)
+    result, uncompared = module.contradictions(features, labels, np.arange(100))
     assert uncompared == 50
     rows = {row for pair in result for row in pair}
     assert len(rows) == 50

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, Image
 
 from tsqlora.rows.datasets import lengths_of
-from tsqlora.rows.table import ArrowSamples, Samples
+from tsqlora.rows.table import samples_of
 
 IDS = [[1, 2, 3], [4], [5, 6]]
 
@@ -40,6 +40,5 @@ def test_lengths_of_rows_in_memory_and_of_others() -> None:
     rows = [{"input_ids": ids} for ids in IDS]
     assert lengths_of(rows) == [3, 1, 2]
     assert lengths_of([(1, 2), {"length": 5}, {"x": 1}]) == [0, 5, 0]
-    arrow = ArrowSamples(Dataset.from_list(rows).data.table)
-    assert lengths_of(Samples(arrow, ("a", "b", "c"), 0, np.arange(3))) == [3, 1, 2]
+    assert lengths_of(samples_of(rows, ("a", "b", "c"), 0, np.arange(3))) == [3, 1, 2]
     assert lengths_of(Files()) == [0, 0, 0]

@@ -12,7 +12,8 @@ import pytest
 
 from tsqlora.errors import DataError
 from tsqlora.rows.chat import are_answers, find_format
-from tsqlora.rows.sources import first_columns, open_table, require_source
+from tsqlora.rows.rows import names_of
+from tsqlora.rows.sources import first_rows, open_table, require_source
 
 ROWS = [{"system_prompt": "Be kind.", "question": f"Why {j}?", "response": f"Because of {j}."} for j in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -63,8 +64,9 @@ def made(kind: str, folder: Path) -> str:
 def test_the_columns_of_every_source_are_seen_as_its_rows_are_read(kind: str, tmp_path: Path) -> None:
     source = made(kind, tmp_path / "rows")
     require_source(source)
-    assert first_columns(source) == tuple(ROWS[0])
-    assert are_answers(first_columns(source))
+    names = names_of(first_rows(source))
+    assert names == [*ROWS[0]]
+    assert are_answers(names)
     assert [row.cells for row in open_table(source, split="train")][:30] == ROWS
 
 

@@ -11,7 +11,7 @@ import pytest
 from tables import cells_of
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.rows.readers import Hints
-from tsqlora.rows.sources import first_columns, open_table, require_source
+from tsqlora.rows.sources import first_rows, open_table, require_source
 from tsqlora.rows.write import copy_rows
 
 
@@ -47,7 +47,7 @@ def test_of_several_sheets_with_rows_one_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"add --set data.sheet='My rows', or another of 'My rows', 'Old'"):
         open_table(path)
     assert cells_of(path, hints=Hints(sheet="Old")) == ({"text": "b"},)
-    assert first_columns(path, Hints(sheet="Old")) == ("text",)
+    assert first_rows(path, Hints(sheet="Old")) == [{"text": "b"}]
     with pytest.raises(DataError, match="no sheet 'New'"):
         open_table(path, hints=Hints(sheet="New"))
 

@@ -17,7 +17,7 @@ from tables import read_as
 from tsqlora.errors import DataError
 from tsqlora.rows.labels import LabelMap, encode_labels
 from tsqlora.rows.splits import held_out, held_out_rows, read_data, unmeasured
-from tsqlora.rows.table import Samples, Table
+from tsqlora.rows.table import Table, samples_of
 
 GROUPS = st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=2, max_size=60).map(
     lambda groups: np.unique(groups, return_inverse=True)[1]
@@ -184,7 +184,7 @@ def test_a_class_without_validation_rows_is_named(tmp_path: Path) -> None:
         splits = read(path, **options)
         for name, table in splits.items():
             labels = encode_labels(table, "label", splits["train"].classes or pytest.fail("no classes"))
-            samples = Samples([{"labels": number} for number in labels], (), 0, table.ids)
+            samples = samples_of([{"labels": number} for number in labels], (), 0, table.ids)
             splits[name] = replace(table, samples=samples)
         return unmeasured(splits)
 

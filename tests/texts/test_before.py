@@ -15,9 +15,9 @@ import tsqlora as tsq
 from tsqlora.auditing.reasons import explain_row
 from tsqlora.auditing.scores import Scores
 from tsqlora.auditing.texts.answers import Turn, turns_in
-from tsqlora.auditing.texts.before import PACKED, look_before
 from tsqlora.auditing.texts.look import FOREIGN, SWAPPED, look_at_answers
 from tsqlora.auditing.texts.prepared import sequences_of
+from tsqlora.auditing.texts.unfit import PACKED, look_before
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
 from tsqlora.errors import SettingsError
 from tsqlora.model.request import Compute

@@ -17,7 +17,6 @@ from texts.test_ledger import TEMPLATE, chat, trained
 from tsqlora.auditing.texts import answers
 from tsqlora.auditing.texts import look as text_look
 from tsqlora.auditing.texts.answers import Turn, turns_of
-from tsqlora.auditing.texts.before import in_one_line
 from tsqlora.auditing.texts.faults import (
     ALIKE,
     cut_place,
@@ -29,6 +28,7 @@ from tsqlora.auditing.texts.faults import (
     p_of,
 )
 from tsqlora.auditing.texts.look import CUT, FOREIGN, AnswerLook, look_at_answers
+from tsqlora.auditing.texts.unfit import in_one_line
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of
 from tsqlora.model.request import Compute
 

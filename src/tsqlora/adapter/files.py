@@ -18,7 +18,7 @@ from tsqlora.adapter.config import plain_config, read_config
 from tsqlora.adapter.lora import Kind, LoraAdapter, Target
 from tsqlora.adapter.patterns import PATTERNS, lora_config, require_quick, scale_of
 from tsqlora.adapter.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
-from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError, first_line
 from tsqlora.files import parents_of, reading, replacing
 
 CONFIG = "adapter_config.json"
@@ -120,8 +120,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     try:
         tensors = read_tensors(path)
     except (SafetensorError, OSError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path} cannot be read ({reason}); save the adapter again") from None
+        raise DataError(f"{path} cannot be read ({first_line(error)}); save the adapter again") from None
     for key in tensors:
         if len(key) > _LONGEST_NAME or not _KEY.fullmatch(key):
             raise DataError(

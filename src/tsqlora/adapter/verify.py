@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.adapter.base import attach
 from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.adapter.tensors import PRECISIONS, Array, Precision
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import TsqLoraError, first_line
 
 _ROWS, _TOKENS = 4, 12
 _ABOUT = ("water", "a democracy", "music", "the moon", "a prime number", "Python", "bread", "an island")
@@ -152,8 +152,7 @@ def why_not_compared(model: PreTrainedModel) -> str | None:
     try:
         logits(model)
     except Exception as error:  # a model that needs more than tokens can raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"{type(model).__name__} does not run on tokens alone ({reason})"
+        return f"{type(model).__name__} does not run on tokens alone ({first_line(error)})"
     return None
 
 

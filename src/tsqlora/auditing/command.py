@@ -3,16 +3,15 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
-from tsqlora.auditing.labels.duplicates import MOST_CONTRADICTIONS
 from tsqlora.auditing.labels.judge import DOUBT, FEWEST
-from tsqlora.auditing.labels.suspects import Audit, audit
+from tsqlora.auditing.labels.suspects import MOST_CONTRADICTIONS, Audit, audit
 from tsqlora.auditing.review_page import audit_page
 from tsqlora.errors import SettingsError
 from tsqlora.files import digest, write_json, write_text
@@ -29,7 +28,7 @@ from tsqlora.rows.write import require_place, without_formulas, write_rows
 from tsqlora.run_dir import dated
 from tsqlora.seeds import stream
 from tsqlora.settings import ENCODER, Config, load_config
-from tsqlora.tasks import Reading, get_task, require_classes
+from tsqlora.tasks import get_task, require_classes
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE, FINDINGS_FILE = "suspects.csv", "audit.html", "audit.json", "findings.json"
 TOKENS = 128
@@ -39,30 +38,6 @@ LEAST = 100
 """Least rows in the list: without evidence, the first rows show a reader whether more are worth the time."""
 FIRST = 10
 """Suspects in the command's output."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One row to review. `candidates` are labels, the likeliest first.
-
-    `kind` is "suspect", "check", "near-duplicate" or "spelling". Without evidence of wrong labels no row has a
-    probability. Where rows have several labels, a label here is the whole set, joined by "|".
-    """
-
-    row: int
-    text: str
-    label: str | int
-    suggested_label: str | int
-    wrong_probability: float | None
-    kind: str
-    candidates: tuple[str | int, ...]
-    token: int | None = None
-    """The number of the tag's token in the row, from 0; None for rows with other labels."""
-    word: str = ""
-    """That token; it begins at code point `start` of the text."""
-    start: int = 0
-    near: int | None = None
-    """The nearest row that says nearly the same and has another label."""
 
 
 def run_audit(
@@ -93,15 +68,13 @@ def run_audit(
     page = audit_page(folder, about, listing)
     cells = [
         {
-            "row": row.row,
-            **({} if row.token is None else {"token": row.token, "word": row.word}),
-            "text": row.text,
-            "label": row.label,
-            "suggested_label": row.suggested_label,
-            "wrong_probability": "" if row.wrong_probability is None else f"{row.wrong_probability:.4f}",
+            "row": row["row"],
+            **({} if row["token"] is None else {"token": row["token"], "word": row["word"]}),
+            **{name: row[name] for name in ("text", "label", "suggested_label")},
+            "wrong_probability": "" if row["wrong_probability"] is None else f"{row['wrong_probability']:.4f}",
             "reviewed_label": "",  # for the reader to fill in
-            "kind": row.kind,
-            "near_row": row.near,
+            "kind": row["kind"],
+            "near_row": row["near"],
         }
         for row in listing
     ]
@@ -111,7 +84,7 @@ def run_audit(
         "page": str(folder / PAGE_FILE),
         "suspects": str(folder / SUSPECTS_FILE),
         **about,
-        "first": [asdict(row) for row in listing[:FIRST]],
+        "first": listing[:FIRST],
         "seconds": time.perf_counter() - start,
     }
 
@@ -157,7 +130,13 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
         compute=Compute(BATCH_SIZE, progress=progress),
     )
     if result.tokens is not None:
-        result = replace(result, tokens=_numbers(result, table, task.reading, tokenizer, length))
+        numbers = dict[int, list[int]]()  # by row those of the tokens of which the tokenizer makes a piece
+        for part in table.chunks():
+            encoded = task.reading.encode(part, table.columns, tokenizer, max_length=length, labels=None)
+            own = ([number for number in sample["labels"] if number != IGNORED] for sample in encoded)
+            numbers |= dict(zip((row.id for row in part), own, strict=True))
+        both = zip(result.ids.tolist(), result.tokens.tolist(), strict=True)
+        result = replace(result, tokens=np.array([numbers[row][j] for row, j in both]))
     without = len(samples) - len(set(result.ids.tolist()))
     notes = {
         f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length": (
@@ -174,19 +153,8 @@ def audited(config: Config, progress: Progress | None) -> tuple[Table, Audit, li
     return table, result, [*table.notes, *(note for note, holds in notes.items() if holds)]
 
 
-def _numbers(result: Audit, table: Table, reading: Reading, tokenizer: Any, length: int) -> np.ndarray:
-    """The number in its row of each token, of which the tokenizer may make no piece."""
-    numbers = dict[int, list[int]]()
-    for part in table.chunks():
-        read = reading.encode(part, table.columns, tokenizer, max_length=length, labels=None)
-        for row, sample in zip(part, read, strict=True):
-            numbers[row.id] = [number for number in sample["labels"] if number != IGNORED]
-    assert result.tokens is not None
-    return np.array([numbers[row][j] for row, j in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
-
-
 def _about(
-    config: Config, table: Table, result: Audit, listing: Sequence[Listed], notes: Sequence[str]
+    config: Config, table: Table, result: Audit, listing: Sequence[Mapping[str, Any]], notes: Sequence[str]
 ) -> dict[str, Any]:
     """The content of audit.json: the source, so that corrections match its rows, and the results."""
     names, model, find = result.classes, config.model.path, class_finder(result.classes)
@@ -218,7 +186,7 @@ def _about(
         "likely_wrong": result.likely_wrong,
         "expected_wrong": result.expected_wrong,
         "listed": len(listing),
-        "checks": sum(row.kind == "check" for row in listing),
+        "checks": sum(row["kind"] == "check" for row in listing),
         "pairs": pairs,
         "duplicates": len(result.duplicates),
         "near_duplicates": [[*pair] for pair in result.duplicates],
@@ -250,10 +218,15 @@ def _summary(result: Audit) -> str:
     return f"{share} of the labels are wrong{between}; {result.likely_wrong:,} {what} to look at, {wrong}."
 
 
-def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple[Listed, ...]:
+def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> list[dict[str, Any]]:
     """List the likely wrong rows, at least LEAST, the likeliest first; and behind them, each row once:
 
     `review` others as checks, all near-duplicates with different labels, pair by pair, and other spellings of classes.
+
+    Of each: `kind` is "suspect", "check", "near-duplicate" or "spelling", `candidates` are labels, the likeliest first,
+    `token` is the number of the tag's token in the row, from 0, and `word` that token, which begins at code point
+    `start` of the text; `near` is the nearest row that says nearly the same and has another label. Without evidence of
+    wrong labels no row has a probability. Where rows have several labels, a label is the whole set, joined by "|".
     """
     # Of a row with several labels, the one that is likeliest wrong; of a sentence, every token.
     order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
@@ -284,35 +257,34 @@ def make_listing(audit: Audit, table: Table, *, review: int, seed: int) -> tuple
         own, other = str(audit.classes[audit.labels[j]]), str(audit.classes[c])
         return join_labels(list(dict.fromkeys(other if one == own else one for one in labels(keys[j][0]))))
 
-    def listed(key: tuple[int, int | None], kind: str) -> Listed:
-        row, token = key
-        if (j := place_of.get(key)) is None:  # an empty set of labels, which nothing judges
-            one = Listed(row, row_text(rows[row], columns), "", "", None, kind, ())
-        else:
+    def listed(key: tuple[int, int | None], kind: str) -> dict[str, Any]:
+        (row, token), j = key, place_of.get(key)
+        words = [] if token is None else list(map(str, rows[row][columns.text]))
+        one: dict[str, Any] = {
+            "row": row,
+            "text": row_text(rows[row], columns),
+            **{"label": "", "suggested_label": "", "wrong_probability": None},
+            "kind": kind,
+            "candidates": [],
+            "token": token,
+            "word": "" if token is None else words[token],
+            "start": len(" ".join(words[:token])) + 1 if token else 0,
+            "near": None if kind == "spelling" else near.get(row),
+        }
+        if j is not None:  # nothing judges an empty set of labels
             own = int(audit.labels[j])
             others = set(labels(row)) - {str(audit.classes[own])} if several else set[str]()
-            words = [] if token is None else list(map(str, rows[row][columns.text]))
-            one = Listed(
-                row=row,
-                text=row_text(rows[row], columns),
-                label=label(j, own),
-                suggested_label=label(j, int(audit.suggested[j])),
-                wrong_probability=float(audit.probability[j]) if audit.evident else None,
-                kind=kind,
-                candidates=tuple(
-                    label(j, c) for c in audit.candidates[j].tolist() if str(audit.classes[c]) not in others
-                ),
-                token=token,
-                word="" if token is None else words[token],
-                start=0 if not token else len(" ".join(words[:token])) + 1,
-            )
+            classes = [c for c in audit.candidates[j].tolist() if str(audit.classes[c]) not in others]
+            one |= {"label": label(j, own), "suggested_label": label(j, int(audit.suggested[j]))}
+            one |= {"wrong_probability": float(audit.probability[j]) if audit.evident else None}
+            one["candidates"] = [label(j, c) for c in classes]
         if kind == "spelling":
-            return replace(one, label=written[key], suggested_label=one.label, wrong_probability=None)
+            return one | {"label": written[key], "suggested_label": one["label"], "wrong_probability": None}
         if kind == "near-duplicate" and (twin := place_of.get((near[row], None))) is not None:
-            one = replace(one, suggested_label=label(twin, int(audit.labels[twin])))
-        return replace(one, near=near.get(row))
+            one["suggested_label"] = label(twin, int(audit.labels[twin]))
+        return one
 
-    return tuple(listed(key, kind) for key, kind in kinds.items())
+    return [listed(key, kind) for key, kind in kinds.items()]
 
 
 def _written(table: Table) -> dict[tuple[int, int | None], str | int]:

@@ -45,41 +45,26 @@ WHITENED_STD = 0.5
 """Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedTest:
-    """A one-sided paired test of the model's losses against those of a constant guess."""
+def why_at_chance(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> str | None:
+    """Explain why a model's losses are not evidently below those of a constant guess, `chance`; None if they are.
 
-    rows: int
-    loss: float
-    chance: float
-    standard_errors: float
-
-    @property
-    def passed(self) -> bool:
-        return self.standard_errors > MARGIN
-
-    @property
-    def message(self) -> str:
-        """Why the test failed, with the numbers."""
-        if self.chance < 1e-9:
-            return f"all {self.rows} rows have the same label, so that a constant guess is perfect"
-        return (
-            f"the model's loss on {self.rows} rows is {self.loss:.4f}, a constant guess's is {self.chance:.4f}: "
-            f"{self.standard_errors:.1f} standard errors below, and more than {MARGIN:g} are needed"
-        )
-
-
-def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
-    """Return the mean of the paired differences chance − loss in standard errors.
-
-    n is at least 2.  Raises TsqLoraError for losses that are not finite.
+    A one-sided paired test: the mean of chance − loss must be MARGIN standard errors above 0. n is at least 2. Raises
+    TsqLoraError for losses that are not finite.
     """
     difference = double(chance - losses)
     require_finite(difference)
-    mean = float(difference.mean())
+    mean, rows = float(difference.mean()), len(difference)
     # Not below rounding: identical rows would be infinitely many errors away.
-    error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
-    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+    error = max(float(difference.std()) / math.sqrt(rows), 1e-9 * abs(mean))
+    errors = mean / error if error else 0.0
+    if errors > MARGIN:
+        return None
+    if float(chance.mean()) < 1e-9:
+        return f"all {rows} rows have the same label, so that a constant guess is perfect"
+    return (
+        f"the model's loss on {rows} rows is {float(losses.mean()):.4f}, a constant guess's is "
+        f"{float(chance.mean()):.4f}: {errors:.1f} standard errors below, and more than {MARGIN:g} are needed"
+    )
 
 
 def require_finite(losses: Float[Tensor, " n"]) -> None:
@@ -90,10 +75,10 @@ def require_finite(losses: Float[Tensor, " n"]) -> None:
         )
 
 
-def against_chance(answers: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> LearnedTest:
-    """Test a model's losses against those of the best constant guess on the same rows."""
+def against_chance(answers: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> str | None:
+    """Compare a model's losses with those of the best constant guess on the same rows, as `why_at_chance`."""
     constant = answers.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
-    return learned(answers.loss(logits, labels), answers.loss(constant, labels))
+    return why_at_chance(answers.loss(logits, labels), answers.loss(constant, labels))
 
 
 def is_ready(
@@ -123,7 +108,7 @@ def is_ready(
     if answers is None:
         return True
     logits, labels = torch.from_numpy(columns["logits"]), torch.from_numpy(columns["labels"])
-    return len(labels) > 1 and against_chance(answers, logits, labels).passed
+    return len(labels) > 1 and against_chance(answers, logits, labels) is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,14 +181,13 @@ class Started:
         if head is not None and head.replaces:
             constant = np.tile(answers.chance(labels, logits.shape[1]).numpy(), (len(head.fit.losses), 1))
             chance = row_losses(constant.astype(np.float64), head.fit.targets, answers.link)
-            test = learned(*(torch.from_numpy(head.fit.weights * losses) for losses in (head.fit.losses, chance)))
-        else:
-            test = against_chance(answers, torch.from_numpy(logits), labels)
-            if not test.passed and answers.link == "softmax":
-                # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
-                logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
-                test = against_chance(answers, torch.from_numpy(logits), labels)
-        return None if test.passed else test.message
+            return why_at_chance(*(torch.from_numpy(head.fit.weights * losses) for losses in (head.fit.losses, chance)))
+        why = against_chance(answers, torch.from_numpy(logits), labels)
+        if why is not None and answers.link == "softmax":
+            # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
+            logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
+            why = against_chance(answers, torch.from_numpy(logits), labels)
+        return why
 
 
 def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) -> Started:
@@ -323,12 +307,8 @@ def fit_start(
     options = {"link": link, "width": width, "intercept": intercept, "class_weights": class_weights}
     fit = fit_head(features, targets, **options, weights=weights, groups=groups, other=outputs, rng=rng())
     present, dense = float(np.average(losses, weights=fit.weights)), whitening if fit.of_other else None
-    return HeadStart(fit, present, fit.better_than(losses), dense, scale=scale_of(link, intercept))
-
-
-def scale_of(link: Link, intercept: bool) -> float:
-    """Return the factor on a fitted head."""
-    return SCALE if intercept or link != "identity" else 1.0
+    scale = SCALE if intercept or link != "identity" else 1.0
+    return HeadStart(fit, present, fit.better_than(losses), dense, scale)
 
 
 def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.ndarray, "n d"]:

@@ -5,6 +5,7 @@ A forward pass over all rows fits the head, and judges the labels. Terms with gr
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,12 +17,13 @@ from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.auditing.draw.subset import equals
 from tsqlora.auditing.head_start import Started, features_with, fitted_parameters, start_head
 from tsqlora.auditing.labels.density_ratio import log_density_ratio
 from tsqlora.auditing.labels.judge import FEWEST, Judgement, Verdict, judge, judged_features
-from tsqlora.auditing.scores import Scores, from_terms
+from tsqlora.auditing.scores import Scores, from_terms, require_row_names
 from tsqlora.cost import PhaseCost, look_cost
-from tsqlora.errors import UnsupportedError
+from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.libs.shapes import Bool, Float
 from tsqlora.libs.torch import upcast
 from tsqlora.model.eval_mode import eval_mode
@@ -30,7 +32,9 @@ from tsqlora.model.linear import FOLDS, unseen_logits
 from tsqlora.model.modules import batch_coupled, plain_name
 from tsqlora.model.oom import halves, retry_on_oom
 from tsqlora.model.request import (
+    Compute,
     LookRequest,
+    RowNames,
     ScoringRule,
     needs_gradients,
     needs_probe,
@@ -38,7 +42,8 @@ from tsqlora.model.request import (
     terms_of_batch,
 )
 from tsqlora.model.terms import Measured, columns_of, published
-from tsqlora.tasks import Answers, Batch, Collate, Task, answers_of
+from tsqlora.rows.datasets import Dataset, require_reference
+from tsqlora.tasks import Answers, Batch, Collate, Task, answers_of, task_of
 from tsqlora.tasks.forward import base_model, each_its_row, output_part, placed, precision, split_labels
 from tsqlora.tasks.task import require_usable
 
@@ -105,13 +110,9 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     cost = look_cost(terms, rows=n, reference=record.get("reference_rows", 0), trusted=request.trusted_rows)
     tokens = 0 if lengths is None else cost.forward // n * sum(lengths)  # without the few of the reference
     cost.add(seconds=time.perf_counter() - begin, tokens=tokens)
-    return Look(shared, why_not, cost, started.undo, _head(model, started), verdict)
-
-
-def _head(model: nn.Module, started: Started) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    fitted = fitted_parameters(started.layer, started.head)
-    return {plain_name(names[parameter]): value.float() for parameter, value in fitted}
+    names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    head = {names[parameter]: value.float() for parameter, value in fitted_parameters(started.layer, started.head)}
+    return Look(shared, why_not, cost, started.undo, head, verdict)
 
 
 def _density_ratio(request: LookRequest, started: Started) -> tuple[np.ndarray | None, str]:
@@ -240,6 +241,95 @@ def predictions(logits: np.ndarray, labels: np.ndarray, answers: Answers | None)
         "label_probability": p.gather(1, torch.from_numpy(labels)[:, None]).squeeze(1).numpy(),
         "logits": z.numpy(),
     }
+
+
+def scoring_request(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    rule: ScoringRule,
+    task: Task | None,
+    rows: RowNames,
+    compute: Compute,
+    trusted: Dataset | None,
+) -> LookRequest:
+    """Check what `score` was given, and return it as a request; the task follows from the model if it is None."""
+    model = distributed.unwrapped(model)
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to score")
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    require_separable(model)
+    require_precision(rule.measured(), compute.autocast)
+    if not isinstance(rule.reference, int):
+        require_reference(rule.reference, dataset)
+    if compute.parts is not None and rows.hashes is None:
+        raise SettingsError("finished parts need hashes of the rows; pass rows=RowNames(hashes=...)")
+    if task is None:  # that of the model's config, whose loss is the model's own
+        own_task, safe = task_of(model), each_its_row(collate)
+
+        def check(size: int) -> None:
+            require_own_loss(model, safe([dataset[j] for j in range(size)]), own_task)
+
+        with eval_mode(model):
+            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+        task = own_task
+    return LookRequest(
+        dataset=dataset,
+        collate=collate,
+        task=task,
+        rule=rule,
+        rows=rows,
+        compute=compute,
+        trusted=trusted,
+        excluded=None if trusted is None else equals(dataset, trusted),
+    )
+
+
+@of_loaded_model
+def score(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    rule: ScoringRule | None = None,
+    task: Task | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
+    trusted: Dataset | None = None,
+) -> Scores:
+    """Score every sample for the model, with a fitted head where its own is no better than a random one.
+
+    Args:
+        model: the model to train; it is left unchanged, also after an error.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`.
+        rule: terms to measure and how to draw rows; by default the published terms and even draws.
+        task: its loss must equal that of training; by default it follows from the model's config
+            (text generation, regression for one label, else classification).
+        rows: ids, hashes and lengths of the rows.
+        compute: batch size, precision, progress, and a folder for finished parts.
+        trusted: rows that represent what the model should be good at, in the format of the data set.
+
+    If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
+    Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
+    """
+    request = scoring_request(
+        model,
+        dataset,
+        collate,
+        rule=rule or ScoringRule(terms=published().PAPER_TERMS),
+        task=task,
+        rows=rows or RowNames(),
+        compute=compute or Compute(),
+        trusted=trusted,
+    )
+    result = look(model, request)
+    result.undo()
+    why_even = request.task.reading.why_even if result.scores.even else None
+    unready = result.why_not and f"rows are drawn evenly, and have no terms of gradients: {result.why_not}"
+    for why in filter(None, (why_even, unready, result.scores.caution)):
+        warnings.warn(why, stacklevel=3)
+    return result.scores
 
 
 def require_scorable(

@@ -155,38 +155,32 @@ def table_of(scores: Scores, source: str | Path) -> Table:
 def texts_or_why(
     scores: Scores, rows: Iterable[int], data: Path | None = None, *, remote: bool = False
 ) -> tuple[dict[int, str], str | None]:
-    """Return the texts of these rows by position, and why some are missing.  Reads a hub data set only if `remote`."""
-    source, rows = data or scores.record.data, list(rows)
-    if scores.hashes is None or source is None or scores.record.columns is None:
+    """Return the texts of these rows by position, and why some are missing.  Reads a hub data set only if `remote`.
+
+    Pairs and messages are on separate lines, targets after →.
+    """
+    source, names, record = data or scores.record.data, scores.hashes, scores.record
+    if names is None or source is None or record.columns is None:
         return {}, "the scores do not name their rows"
     if not remote and not is_local(source):
         return {}, f"{source} is not on this machine"
+    columns, hashes = Columns(**record.columns), {int(j): names[j] for j in rows}
+    target = columns.label if record.format is not None else None
+    pair = columns.text_pair if record.format == PREFERENCE else None
+    shown = columns if pair is None else replace(columns, text_pair=None)
+    required, texts = set(hashes.values()), dict[str, str]()
     try:
-        texts = _find_texts(scores, rows, table_of(scores, source))
+        for cells in (row.cells for row in table_of(scores, source).using(columns)):
+            if (name := row_hash(cells, columns)) in required:
+                texts[name] = row_text(cells, shown)
+                for arrow, column in (("→", target), ("rejected →", pair)):
+                    if column is not None:
+                        texts[name] += f"\n{arrow} {row_text(cells, Columns(column, None, None))}"
     except (DataError, OSError, UnicodeError) as error:
         return {}, f"{source} cannot be read ({error})"
-    if missing := len(rows) - len(texts):
-        return texts, f"{source} has changed and lacks {missing} of these rows"
-    return texts, None
-
-
-def _find_texts(scores: Scores, rows: Iterable[int], table: Table) -> dict[int, str]:
-    """Return the text of each row that the source still has: pairs and messages on separate lines, targets after →."""
-    assert scores.hashes is not None
-    assert scores.record.columns is not None
-    columns = Columns(**scores.record.columns)
-    target = columns.label if scores.record.format is not None else None
-    pair = columns.text_pair if scores.record.format == PREFERENCE else None
-    shown = columns if pair is None else replace(columns, text_pair=None)
-    hashes = {int(j): scores.hashes[j] for j in rows}
-    required, texts = set(hashes.values()), dict[str, str]()
-    for cells in (row.cells for row in table.using(columns)):
-        if (name := row_hash(cells, columns)) in required:
-            texts[name] = row_text(cells, shown)
-            for arrow, column in (("→", target), ("rejected →", pair)):
-                if column is not None:
-                    texts[name] += f"\n{arrow} {row_text(cells, Columns(column, None, None))}"
-    return {j: texts[name] for j, name in hashes.items() if name in texts}
+    by_row = {j: texts[name] for j, name in hashes.items() if name in texts}
+    missing = len(hashes) - len(by_row)
+    return by_row, f"{source} has changed and lacks {missing} of these rows" if missing else None
 
 
 def named(scores: Scores, value: Any) -> Any:

@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -17,7 +17,7 @@ from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import reading, write_json, writing
 from tsqlora.libs.yaml import YamlProblem, load_yaml
 from tsqlora.rows.datasets import REVIEWED_AS
-from tsqlora.rows.labels import CLASS, KINDS, are_numbers, class_finder, join_labels, split_labels
+from tsqlora.rows.labels import CLASS, KINDS, LabelKind, are_numbers, class_finder, join_labels, split_labels
 from tsqlora.rows.readers import Hints
 from tsqlora.rows.rows import Columns, Row, is_missing, is_one
 from tsqlora.rows.sources import open_table, require_source
@@ -34,22 +34,8 @@ DROP = {"drop", "remove", "x", "bad", "quarantine", "no"}
 KEEP = {"", "keep", "ok", "yes", "good"}
 
 Label = str | int
-Find = Callable[[str], Label | None]
-"""Finds the class of a label in any spelling."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reviewed:
-    """A row's reviewed label, and the label that the table has for it; `place` is for errors."""
-
-    place: str
-    row: int
-    label: str
-    reviewed: Label | list[Label]
-    """Of several labels all."""
-    is_check: bool
-    token: int | None = None
-    """The number of the tag's token."""
+Read = Callable[[str], list[tuple[str, Label | None]]]
+"""Reads the labels of a text, each with its class."""
 
 
 def apply_review(
@@ -150,37 +136,21 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
     The field `reviewed_as` of a trusted row is "suspect", or "check" where it was drawn at random. Rows of images or
     recordings become corrected.jsonl, with absolute paths.
     """
-    kind = KINDS[about.get("answer", CLASS.name)]
+    kind, columns, trusted = KINDS[about.get("answer", CLASS.name)], Columns(**about["columns"]), folder / TRUSTED_FILE
     needed = ("row", *(["token"] if kind.by_token else []), "label", "reviewed_label")
     filled = _filled(table, needed, encoding or about["hints"].get("encoding"))
-    # A label is in any spelling of its class, or as suspects.csv writes it.
-    class_of, written = class_finder(about["classes"]), {_as_cell(str(label)): label for label in about["classes"]}
-
-    def find(text: str) -> Label | None:
-        return written.get(text) if (label := class_of(text)) is None else label
-
-    reviewed, unread = _read(filled, about["classes"], find, several=kind.joint, tags=kind.by_token)
-    trusted = folder / TRUSTED_FILE
+    lines = [line for line in filled if not is_missing(line.cells.get("reviewed_label"))]
+    if not lines:
+        raise DataError(f"no row of {filled.name} has a reviewed_label; fill in the right label where you are sure")
     source = _source(about, folder / "corrected.jsonl", trusted)  # the copy of several files, which are read here
-    columns = Columns(**about["columns"])
     opened = source.numbered() if are_numbers(about["classes"]) else source
-    source, column = opened.using(columns), str(columns.label)
-    rows, new = _rows_of(source, reviewed, column, find), dict[int, dict[str, Any]]()
-    for one in reviewed:
-        cells = rows[one.row] | new.get(one.row, {})
-        if columns.one_hot:
-            names = one.reviewed if isinstance(one.reviewed, list) else [one.reviewed]
-            flags = {name: _as_flag(name in names, cells[name]) for name in columns.one_hot}
-            new[one.row] = {column: cells[column], **flags}
-        elif one.token is None:
-            new[one.row] = {column: _as_written(one.reviewed, cells[column])}
-        else:
-            tags, j = cells[column], one.token
-            new[one.row] = {column: [*tags[:j], _as_written(one.reviewed, tags[j]), *tags[j + 1 :]]}
+    source, column = opened.using(columns), columns.label
+    ids = np.intersect1d(source.ids, [_number(line, "row") for line in lines])
+    rows = {row.id: row.cells for row in replace(source, ids=ids)}
+    new, marks = _corrections(lines, rows, columns, kind, about["classes"], source.name)
     if columns.one_hot:  # the column of labels is not in the file
         source = opened
-        for cells in (*rows.values(), *new.values()):
-            del cells[column]
+        rows = {row: {name: cell for name, cell in cells.items() if name != column} for row, cells in rows.items()}
     changed = {row: own for row, own in new.items() if rows[row] | own != rows[row]}
     corrected = folder / f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
     with writing(corrected, trusted):
@@ -188,21 +158,95 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
             reading(path)
     folder.mkdir(parents=True, exist_ok=True)
     copy_rows(source, corrected, cells=changed)
-    whole = [row for row in new if row not in unread]
+    tags = (line for line in (filled if kind.by_token else ()) if is_missing(line.cells.get("reviewed_label")))
+    unread = {_number(line, "row") for line in tags}
+    whole = [row for row in sorted(new) if row not in unread]
     # The loss of suspects, which are hard rows, does not show what the pool teaches.
-    kinds = {one.row: "check" if one.is_check else "suspect" for one in reviewed}
-    write_rows(trusted, [rows[row] | new[row] | {REVIEWED_AS: kinds[row]} for row in whole or new])
+    kinds = {row: mark for (row, _), mark in sorted(marks.items())}
+    write_rows(trusted, [rows[row] | new[row] | {REVIEWED_AS: kinds[row]} for row in whole or sorted(new)])
     partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(new)} that are reviewed in part"
     return {
         "out": str(folder),
         "corrected": str(corrected),
         "trusted": str(trusted),
-        "reviewed": len(reviewed),
+        "reviewed": len(marks),
         "changed": len(changed),
-        "checks": sum(one.is_check for one in reviewed),
+        "checks": sum(mark == "check" for mark in marks.values()),
         "notes": [] if whole else [partly],
         "next": _training(about, corrected, trusted),
     }
+
+
+def _corrections(
+    lines: Sequence[Row],
+    rows: Mapping[int, dict[str, Any]],
+    columns: Columns,
+    kind: LabelKind,
+    classes: Sequence[Label],
+    name: str,
+) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, int], str]]:
+    """The new cells of each row with a reviewed label; and what each label, by row and token, was reviewed as.
+
+    Raises DataError for lines that contradict each other, or the label that the rows have in the file of this name.
+    """
+    read, column = _reader(classes, several=kind.joint), str(columns.label)
+    new, reviewed, marks = (
+        dict[int, dict[str, Any]](),
+        dict[tuple[int, int], list[Label]](),
+        dict[tuple[int, int], str](),
+    )
+    for line in lines:
+        row, token = _number(line, "row"), _number(line, "token") if kind.by_token else 0
+        if row not in rows:
+            raise DataError(f"{line.place}: {name} has no row {row}; its rows are numbered from 0")
+        cell, labels = rows[row].get(column), _reviewed(line, row, read, classes)
+        if kind.by_token:
+            cell = cell[token] if isinstance(cell, list) and token < len(cell) else ""
+        own, named = str(join_labels(split_labels(cell) if kind.joint else cell)), str(line.cells["label"])
+        theirs, ours = ([part if label is None else label for part, label in read(text)] for text in (named, own))
+        if theirs != ours and named != _as_cell(own):
+            raise DataError(
+                f"{line.place}: row {row} has the label {named!r} here and {own!r} in {name}; give the table of this "
+                "audit, with its columns row and label unchanged"
+            )
+        if reviewed.setdefault((row, token), labels) != labels:
+            raise DataError(f"{line.place}: row {row} has two different reviews; remove one")
+        marks.setdefault((row, token), "check" if line.cells.get("kind") == "check" else "suspect")
+        written = _as_written(labels if kind.joint else labels[0], cell)
+        if columns.one_hot:
+            new[row] = {one: _as_flag(one in labels, rows[row][one]) for one in columns.one_hot}
+        elif kind.by_token:
+            tags = new.get(row, rows[row])[column]
+            new[row] = {column: [*tags[:token], written, *tags[token + 1 :]]}
+        else:
+            new[row] = {column: written}
+    return new, marks
+
+
+def _reader(classes: Sequence[Label], *, several: bool) -> Read:
+    """Return what reads the labels of a text in any spelling, or as suspects.csv writes it."""
+    class_of, written = class_finder(classes), {_as_cell(str(label)): label for label in classes}
+
+    def read(text: str) -> list[tuple[str, Label | None]]:
+        parts = [text if isinstance(part, list) else str(part) for part in split_labels(text)] if several else [text]
+        return [(one, written.get(one) if (label := class_of(one)) is None else label) for one in parts]
+
+    return read
+
+
+def _reviewed(line: Row, row: int, read: Read, classes: Sequence[Label]) -> list[Label]:
+    """The reviewed labels of a line.  Raises DataError for one that is no class."""
+    labels = list[Label]()
+    for part, label in read(str(line.cells["reviewed_label"])):
+        if label is None:
+            part, choices = part.strip(), {*map(str, classes)}
+            if len(choices) > SHOWN:
+                near = difflib.get_close_matches(part, choices, n=5, cutoff=0.5)
+                choices = {*(near or sorted(choices)[:SHOWN])}
+            why = f"row {row} has the reviewed_label {part!r}, not a class; {nearest(part, choices)}"
+            raise DataError(f"{line.place}: {why}")
+        labels.append(label)
+    return labels
 
 
 def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
@@ -243,35 +287,6 @@ def _as_flag(one: bool, cell: Any) -> Any:
     return int(one) if cell is None else type(cell)(one)
 
 
-def _read(
-    filled: Table, classes: Sequence[Label], find: Find, *, several: bool, tags: bool
-) -> tuple[list[Reviewed], set[int]]:
-    """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
-    by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
-    for line in filled:
-        cells = line.cells
-        if is_missing(cells.get("reviewed_label")):
-            unread |= {_number(line, "row")} if tags else set()
-            continue
-        row, labels = _number(line, "row"), list[Label]()
-        for part in _parts(str(cells["reviewed_label"]), several=several):
-            if (label := find(part)) is None:
-                part, choices = part.strip(), {*map(str, classes)}
-                if len(choices) > SHOWN:
-                    near = difflib.get_close_matches(part, choices, n=5, cutoff=0.5)
-                    choices = {*(near or sorted(choices)[:SHOWN])}
-                why = f"row {row} has the reviewed_label {part!r}, not a class; {nearest(part, choices)}"
-                raise DataError(f"{line.place}: {why}")
-            labels.append(label)
-        token, reviewed = _number(line, "token") if tags else None, labels if several else labels[0]
-        one = Reviewed(line.place, row, str(cells["label"]), reviewed, cells.get("kind") == "check", token)
-        if by_row.setdefault((row, token or 0), one).reviewed != reviewed:
-            raise DataError(f"{line.place}: row {row} has two different reviews; remove one")
-    if not by_row:
-        raise DataError(f"no row of {filled.name} has a reviewed_label; fill in the right label where you are sure")
-    return [by_row[key] for key in sorted(by_row)], unread
-
-
 def _number(row: Row, column: str) -> int:
     number = str(row.cells[column]).strip()
     if not number.isdecimal():
@@ -279,34 +294,5 @@ def _number(row: Row, column: str) -> int:
     return int(number)
 
 
-def _parts(cell: Any, *, several: bool) -> list[str]:
-    return [cell if isinstance(part, list) else str(part) for part in split_labels(cell)] if several else [cell]
-
-
 def _as_cell(text: str) -> str:
     return str(without_formulas([{"label": text}])[0][0]["label"])
-
-
-def _rows_of(source: Table, reviewed: Sequence[Reviewed], column: str, find: Find) -> dict[int, dict[str, Any]]:
-    """The rows of the audited file, whose labels must be those of the table, in any spelling."""
-
-    def classes(cell: Any, *, several: bool) -> list[Label]:
-        labels = ((part, find(part)) for part in _parts(cell, several=several))
-        return [part if label is None else label for part, label in labels]
-
-    ids = np.intersect1d(source.ids, [one.row for one in reviewed])
-    rows = {row.id: row.cells for row in replace(source, ids=ids)}
-    for one in reviewed:
-        if one.row not in rows:
-            raise DataError(f"{one.place}: {source.name} has no row {one.row}; its rows are numbered from 0")
-        cell = rows[one.row].get(column)
-        if one.token is not None:
-            cell = cell[one.token] if isinstance(cell, list) and one.token < len(cell) else ""
-        several = isinstance(one.reviewed, list)
-        own = str(join_labels(split_labels(cell) if several else cell))
-        if classes(one.label, several=several) != classes(own, several=several) and one.label != _as_cell(own):
-            raise DataError(
-                f"{one.place}: row {one.row} has the label {one.label!r} here and {own!r} in {source.name}; give the "
-                "table of this audit, with its columns row and label unchanged"
-            )
-    return rows

@@ -3,7 +3,6 @@
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -36,20 +35,19 @@ def _render(template: str, folder: Path, about: Mapping[str, Any], data: Any, **
     return page.render(policy=POLICY, about=about, name=name, command=command, data=data, **values)
 
 
-def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> str:
+def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Render the page.
 
-    `about` is the content of audit.json. `rows` are dataclasses of row, text, label, suggested_label,
-    wrong_probability, kind, candidates and near. Every text is escaped. Where the text is the path of an image, a small
-    copy of it is in the page.
+    `about` is the content of audit.json, and `rows` are the audit's listing. Every text is escaped. Where the text is
+    the path of an image, a small copy of it is in the page.
     """
-    shown = [asdict(row) for row in rows if row.kind == "check"]
-    suspects = [asdict(row) for row in rows if row.kind != "check"][: max(LABELS_ON_PAGE - len(shown), 0)]
+    checks = [row for row in rows if row["kind"] == "check"]
+    shown = [row for row in rows if row["kind"] != "check"][: max(LABELS_ON_PAGE - len(checks), 0)] + checks
     if about.get("columns", {}).get("media") == "image":
-        for row in suspects + shown:
-            row["picture"] = f"data:image/png;base64,{b64encode(thumbnail(row['text'])).decode()}"
+        pictures = (b64encode(thumbnail(row["text"])).decode() for row in shown)
+        shown = [row | {"picture": f"data:image/png;base64,{one}"} for row, one in zip(shown, pictures, strict=True)]
     data = {
-        "rows": suspects + shown,
+        "rows": shown,
         "classes": about["classes"],
         "answer": about["answer"],
         # Another label column of the file has choices apart.
@@ -60,7 +58,7 @@ def audit_page(folder: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> s
         [p["label"], p["suggested"], f"{p['rows']:,}", *[f"{p['wrong']:.1f}" for _ in wrong]] for p in about["pairs"]
     ]
     table = Table("Confused classes", ["label", "looks like", "rows", *wrong], pairs, [1])
-    return _render("audit.html", folder, about, data, left_out=len(rows) - len(data["rows"]), pairs=table)
+    return _render("audit.html", folder, about, data, left_out=len(rows) - len(shown), pairs=table)
 
 
 def text_page(

@@ -1,8 +1,9 @@
-"""A look in a folder, for a model that will be sharded: scores, head, judge, and what they were made of."""
+"""A look in a folder: scores, head, judge, and what they were made of; for a model that will be sharded, and for rows
+with labels that it was not taken at, each by itself."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from tsqlora import distributed
 from tsqlora.auditing.draw.subset import hash_of, hash_of_some
-from tsqlora.auditing.labels.judge import DOUBT, Verdict
-from tsqlora.auditing.look import Look
-from tsqlora.auditing.scores import Scores
+from tsqlora.auditing.labels.judge import DOUBT, Verdict, judged_features
+from tsqlora.auditing.look import Look, predictions
+from tsqlora.auditing.scores import PREDICTIONS, Scores, from_terms
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, replacing, write_json, write_tensors
 from tsqlora.libs.bitsandbytes import linear_bits
 from tsqlora.libs.deepspeed import gathered, whole_shape
+from tsqlora.model.forward import ACTIVATIONS, forward_pass
 from tsqlora.model.modules import plain_name
-from tsqlora.model.request import LookRequest, RowNames, ScoringRule
+from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.rows.datasets import Dataset
+from tsqlora.rows.labels import UNSEEN
+from tsqlora.tasks import Batch, Collate, Task, answers_of
 
 SCORES, HEAD, JUDGE, ABOUT = "scores.parquet", "head.safetensors", "judge.safetensors", "look.json"
 ANSWERS = "answers.safetensors"
+MISSING = "duplicates and leaks do not show in a single row: `tsqlora audit` finds them among all rows"
 DECIDES = ("weights", "temperature", "judge")
 """Fields of a rule that decide a look's scores."""
 
@@ -45,7 +51,7 @@ class SavedLook:
     verdict: Verdict | None = None
     """The judge of labels, for `tsqlora.apply`."""
     answers: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """The judges of answers (`auditing/texts/apply.py`); empty where none were judged."""
+    """The judges of answers (`auditing/texts/unfit.py`); empty where none were judged."""
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedLook":
@@ -55,9 +61,22 @@ class SavedLook:
             raise DataError(f"{path} holds no look ({ABOUT} is missing); `tsqlora look` writes one")
         try:
             about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-            head = load_file(path / HEAD)
-            verdict = _verdict(path / JUDGE) if (path / JUDGE).is_file() else None
-            answers = _arrays(path / ANSWERS) if (path / ANSWERS).is_file() else {}
+            files = {
+                name: load_file(path / name)
+                for name in (HEAD, JUDGE, ANSWERS)
+                if name == HEAD or (path / name).is_file()
+            }
+            head, verdict = files[HEAD], None
+            answers = {name: tensor.numpy() for name, tensor in files.get(ANSWERS, {}).items()}
+            if JUDGE in files:
+                made: dict[str, Any] = {name: tensor.numpy() for name, tensor in files[JUDGE].items()}
+                made |= {name: made[name].item() for name in ("temperature", "scale", "evident")}
+                k = made["judged"].shape
+                made |= {
+                    "otherwise": np.broadcast_to(made["otherwise"], k),
+                    "doubt": made.get("doubt", np.full(k, DOUBT)),
+                }
+                verdict = Verdict(**made)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); take the look again") from None
         return cls(path, Scores.load(path / SCORES), head, about, verdict, answers)
@@ -160,10 +179,8 @@ def save_look(
     answers: Mapping[str, np.ndarray],
 ) -> SavedLook:
     """Write the folder in the first process; the others wait for it."""
-    names = ("epoch", "step", "head_start", "noise", "gate")
     trusted, rule = request.trusted, request.rule
     bits = {bits for module in model.modules() if (bits := linear_bits(module))}
-    summary = {name: getattr(scores.record, name) for name in names} | {"epoch": 0, "step": 0}
     about = {
         "tsqlora": version("tsqlora"),
         "model": _name(model),
@@ -175,13 +192,7 @@ def save_look(
         "trusted_rows": request.trusted_rows,
         "trusted_hash": None if trusted is None else hash_of(trusted),
         "rule": asdict_of(rule),
-        "look": {
-            **summary,
-            "not_ready": None if look is None else look.why_not,
-            "rows": len(scores),
-            "kept": int(scores.kept.sum()),
-        }
-        | scores.counted("held out"),
+        "look": scores.summary | {"epoch": 0, "step": 0},
         "cost": {} if look is None else {"look": asdict(look.cost)},
     }
     verdict = None if look is None else look.verdict
@@ -202,17 +213,112 @@ def save_look(
     return saved
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+def columns_of_rows(
+    model: nn.Module,
+    look: SavedLook,
+    dataset: Dataset,
+    collate: Collate,
+    labels: np.ndarray,
+    *,
+    task: Task,
+    rows: RowNames,
+    compute: Compute,
+) -> dict[str, np.ndarray]:
+    """Return the columns of `tsqlora.apply` for the rows of a data set with these labels, and the labels."""
+    distributed.require_whole(model)
+    answers = answers_of(task)
+    if answers is None:
+        raise UnsupportedError(
+            f"a look applies only to rows with one label each, and the task is {task.name}; score all rows together: "
+            "tsqlora score CONFIG"
+        )
+    judges, single = look.verdict is not None, task.reading.judges()
+    last = look.scores.predictions["logits"].shape[1] - 1 if single else 0
+
+    def usable(some: list[Any]) -> Batch:
+        batch = collate(some)
+        return {**batch, "labels": batch["labels"].clamp(0, last)} if single else batch
+
+    forward, head = forward_pass(
+        distributed.unwrapped(model), dataset, usable, task=task, compute=compute, rows=rows, mean=judges
+    )
+    logits, clamped = _logits(look, forward, head), forward.labels
+    unseen = clamped != labels if single else np.zeros(len(clamped), np.bool_)
+    columns = {"labels": np.where(unseen, UNSEEN, clamped) if single else clamped}
+    columns["loss"] = task.loss(torch.from_numpy(logits), torch.from_numpy(clamped)).numpy()
+    if look.verdict is not None:
+        logits, wrong = look.verdict.of(judged_features(forward), clamped)
+        columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
+    columns |= predictions(logits.astype(np.float32), clamped, answers)
+    columns = _with_own(columns, look.scores, rows.hashes)
+    for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
+        columns[name][unseen] = np.nan
+    doubt = 1.0 if look.verdict is None else look.verdict.doubt[clamped]
+    wrong = columns.get("wrong_probability", np.zeros(len(clamped))) > doubt
+    columns["reason"] = np.select([unseen, wrong], ["unseen class", "confident negative"], "kept")
+    return columns
 
 
-def _verdict(path: Path) -> Verdict:
-    arrays = _arrays(path)
-    single = {name: arrays.pop(name).item() for name in ("temperature", "scale", "evident")}
-    k = arrays["judged"].shape
-    arrays |= {"otherwise": np.broadcast_to(arrays["otherwise"], k), "doubt": arrays.get("doubt", np.full(k, DOUBT))}
-    values: dict[str, Any] = {**arrays, **single}
-    return Verdict(**values)
+def _logits(look: SavedLook, forward: Any, head: Any) -> np.ndarray:
+    """Logits with the head of the look; the model's own where the look kept it."""
+    if not look.head:
+        return forward.logits.astype(np.float32)
+
+    def outputs(layer: str, inputs: Tensor) -> Tensor:
+        return linear(inputs, look.head[f"{layer}.weight"], look.head.get(f"{layer}.bias"))
+
+    last, features = plain_name(head.name), torch.from_numpy(forward.features).float()
+    for dense in {name.rpartition(".")[0] for name in look.head} - {last}:
+        features = ACTIVATIONS[head.activation](outputs(dense, torch.from_numpy(forward.dense).float()))
+    return outputs(last, features).numpy()
+
+
+def _with_own(columns: dict[str, np.ndarray], scores: Scores, hashes: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Replace the columns of rows that the look has seen by those of the look, from fits without these rows."""
+    if hashes is None or scores.hashes is None:
+        return columns
+    places = {name: j for j, name in enumerate(scores.hashes)}
+    both = [(j, places[name]) for j, name in enumerate(hashes) if name in places]
+    here, there = np.array(both, dtype=np.int64).reshape(-1, 2).T
+    own: Mapping[str, np.ndarray] = {"loss": scores.terms["loss"], **scores.predictions}
+    for name in columns.keys() & own.keys() & {"loss", *PREDICTIONS}:
+        columns[name][here] = own[name][there]
+    return columns
+
+
+def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: RowNames, *, task: Task) -> Scores:
+    """Return scores of the rows: even draws without those that the judge calls wrong.
+
+    Raises SettingsError for a rule with weights, which standardise terms over all rows.
+    """
+    if look.rule.weights is not None:
+        raise SettingsError(
+            f"the look in {look.path} draws by Q, which compares all rows with each other; take one without "
+            "quality.preset, or score all rows together: tsqlora score CONFIG"
+        )
+    reasons, loss = columns["reason"], columns["loss"].astype(np.float64)
+    scores = from_terms(
+        {"loss": np.nan_to_num(loss)},
+        labels=columns["labels"],
+        stratified=task.reading.judges(),
+        weights=look.rule.q,
+        temperature=1.0,
+        even=True,
+        record={
+            **rows.about,
+            "noise": look.summary["noise"],
+            "out_of_sample": True,
+            "answers": look.scores.record.answers,
+            "look_folder": str(look.path),
+            "missing": MISSING,
+        },
+        hashes=rows.hashes,
+        ids=rows.ids,
+        predictions={name: columns[name] for name in PREDICTIONS if name in columns},
+    )
+    for reason in sorted({*reasons.tolist()} - {"kept"}):
+        scores = scores.drop(reasons == reason, reason, part=True)
+    return replace(scores, terms={"loss": loss})
 
 
 def require_free(path: Path) -> None:

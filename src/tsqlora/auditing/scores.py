@@ -176,9 +176,13 @@ class Scores:
         """Number of dropped rows by reason."""
         return {REASONS[code]: n for code, n in enumerate(np.bincount(self.reason_codes).tolist()) if code and n}
 
-    def counted(self, reason: str) -> dict[str, int]:
-        """Number of rows that are dropped for this reason, by its name; empty for none."""
-        return {reason.replace(" ", "_"): n} if (n := self.dropped.get(reason)) else {}
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The look in the record of a run, and in its folder."""
+        names = ("epoch", "step", "head_start", "noise", "gate", "not_ready")
+        counts = {"rows": len(self), "kept": int(self.kept.sum())}
+        counts |= {"held_out": n} if (n := self.dropped.get("held out")) else {}
+        return {name: getattr(self.record, name) for name in names} | counts
 
     def left_out_as(self, reason: str) -> np.ndarray:
         """Whether each row is dropped for this reason."""

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tsqlora.auditing.page import layer_places
+from tsqlora.errors import few
 
 _BLOCKS_ABREAST = 12
 _CLASSES = 20
@@ -263,13 +264,11 @@ def show_text_audit(console: Console, result: Mapping[str, Any]) -> None:
     fates = ", ".join(f"{count:,} {fate}" for fate, count in result["fates"].items())
     say(console, [f"{result['rows']:,} rows: {fates}; tokens and masks are {result['mask']}"])
     if places := [f"{one['sequence']} of row {one['row']}" for one in result.get("unmatched_places", ())]:
-        shown = ", ".join(places[:3]) + (", …" if len(places) > 3 else "")
-        say(console, [f"{len(places):,} of the set's sequences have no source row: sequence {shown}"])
+        say(console, [f"{len(places):,} of the set's sequences have no source row: sequence {few(places, 3)}"])
     head = [Column(name, no_wrap=True) for name in ("severity", "finding", "rows")] + [Column("cause", ratio=1)]
     head[2].justify, rows = "right", list[tuple[str, ...]]()
     for finding in result["findings"]:
-        places = ", ".join(map(str, finding["places"][:3])) + (", …" if finding["rows"] > 3 else "")
-        where = f"row{'s' if finding['rows'] > 1 else ''} {places}"
+        where = f"row{'s' if finding['rows'] > 1 else ''} {few(finding['places'], 3)}"
         cause = finding["cause"] if f"({where}: " in finding["cause"] else f"{finding['cause']} ({where})"
         rows.append((finding["severity"], finding["name"], f"{finding['rows']:,}", cause))
     if rows:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tsqlora.errors import DataError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, first_line
 from tsqlora.files import reading
 
 _OF_MODELS = (
@@ -59,7 +59,7 @@ def loading(option: str, path: str) -> Iterator[None]:
     except TsqLoraError:
         raise
     except Exception as error:  # a hostile config.json can make transformers raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with its own code, which runs only with model.trust_remote_code: true"
         elif not os.path.isdir(path):

@@ -22,7 +22,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "auditing.score": ("score",),
+    "auditing.look": ("score",),
     "paper.budget": ("Sensitivity", "allocate"),
     "paper.callback": ("RankCallback",),
     "paper.loop": ("RankLoop",),

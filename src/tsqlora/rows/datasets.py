@@ -7,7 +7,7 @@ import numpy as np
 
 from tsqlora.errors import SettingsError
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.table import ArrowSamples, Samples, length_of
+from tsqlora.rows.table import Samples, length_of, lengths_in
 from tsqlora.seeds import stream
 
 REFERENCE_ROWS = 512
@@ -137,4 +137,4 @@ def lengths_of(dataset: Dataset) -> Sequence[int]:
     if not (lengths := [name for name in ("length", "input_ids") if name in columns]):
         return [0] * len(dataset)
     table = cast(Table, dataset).select_columns(lengths[0]).with_format("arrow")[:]  # other columns may be files
-    return [n if isinstance(n, int) else 0 for n in ArrowSamples(table).lengths]
+    return [n if isinstance(n, int) else 0 for n in lengths_in(table)]

@@ -13,7 +13,7 @@ from unicodedata import normalize
 import numpy as np
 
 from tsqlora.errors import DataError
-from tsqlora.rows.rows import Columns, MissingError, Row, find_columns, is_missing, is_one, one_hot_columns
+from tsqlora.rows.rows import Columns, MissingError, Row, find_columns, is_missing, is_one, names_of, one_hot_columns
 
 SEPARATOR = "|"
 """Between the labels of a cell of text."""
@@ -121,7 +121,7 @@ def several_of(rows: Sequence[Mapping[str, Any]], **named: str | None) -> LabelK
     >>> several_of([{"words": ["a"], "ner_tags": [0]}]).name, several_of([{"text": "a", "labels": "[0, 3]"}]).name
     ('tags', 'labels')
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = names_of(rows)
 
     def columns(tokens: bool) -> Columns:
         try:

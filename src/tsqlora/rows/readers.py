@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, first_line
 from tsqlora.files import reading
 
 DELIMITERS = ",;\t|"
@@ -161,7 +161,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
     except (OSError, pa.ArrowException) as error:
         if packed is None:
             raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-        raise DataError(f"cannot unpack {path} ({next(iter(str(error).splitlines()), '')})") from error
+        raise DataError(f"cannot unpack {path} ({first_line(error)})") from error
 
 
 def _broken_at(line: bytes, encoding: str) -> int | None:
@@ -260,8 +260,7 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     except DataError:
         raise
     except Exception as exc:  # not Parquet, text that is not UTF-8, an impossible date, an unknown time zone …
-        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise DataError(f"{path} cannot be read as Parquet ({reason}); export it again") from exc
+        raise DataError(f"{path} cannot be read as Parquet ({first_line(exc)}); export it again") from exc
 
 
 def read_delimited(path: Path, dialect: Dialect) -> Records:

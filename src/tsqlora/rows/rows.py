@@ -166,6 +166,11 @@ def named_columns(settings: Mapping[str, str | None], names: Sequence[str], sour
     return [used.get(key) for key in settings]
 
 
+def names_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every column that some row has, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names of columns for a message, in quotes: a name may have blanks around it, or be empty."""
     return ", ".join(f"'{printable(name, _LONGEST_NAME)}'" for name in names if name.strip())

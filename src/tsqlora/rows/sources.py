@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, few, first_line
 from tsqlora.libs.datasets import class_names, class_names_of_parquet, file_kinds
 from tsqlora.libs.hub import DatasetName, is_hub_id
 from tsqlora.rows.readers import (
@@ -224,14 +224,8 @@ def _saved(folder: Path, most: int | None, name: str) -> Table:
     except DataError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        why = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{folder} cannot be read as a saved data set ({why})") from error
+        raise DataError(f"{folder} cannot be read as a saved data set ({first_line(error)})") from error
     raise DataError(f"{folder} holds token ids, not texts: a trainer prepared it; tsqlora audit --prepared {folder}")
-
-
-def first_columns(source: str | Path, hints: Hints = SNIFF) -> tuple[str, ...]:
-    """Return the columns of the first training rows, as `first_rows`."""
-    return tuple(dict.fromkeys(name for cells in first_rows(source, hints) for name in cells))
 
 
 def first_rows(source: str | Path, hints: Hints = SNIFF) -> list[dict[str, Any]]:
@@ -423,8 +417,7 @@ def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
         else:
             others.append(str(below))
     if others:
-        shown = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
-        warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {shown}", stacklevel=5)
+        warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {few(others, _SHOWN)}", stacklevel=5)
     return rows
 
 

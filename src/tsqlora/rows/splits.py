@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, few
 from tsqlora.libs.deepspeed import whole_shape
 from tsqlora.rows.chat import PLAINLY, Format, are_answers
 from tsqlora.rows.labels import (
@@ -218,9 +218,9 @@ def listed(bad: Mapping[str, list[int | str]], source: str) -> str:
     line, parts = "row" if source.endswith((".parquet", ".json", "]")) else "line", []
     for reason, numbers in bad.items():
         unit = "file" if isinstance(numbers[0], str) else line
-        shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
         units = f"{unit}s" if len(numbers) > 1 else unit
-        parts.append(f"{len(numbers):,} with {reason} ({units} {shown}{', from 1' * (unit == 'row')})")
+        where = f"{units} {few(numbers, _SHOWN)}{', from 1' * (unit == 'row')}"
+        parts.append(f"{len(numbers):,} with {reason} ({where})")
     return ", ".join(parts)
 
 
@@ -294,20 +294,20 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
             "other; empty these cells if it means no label"
         )
     if alike := look_alikes(classes.names):
-        shown = "; ".join(", ".join(map(repr, group)) for group in alike[:_GROUPS])
+        shown = few([", ".join(map(repr, group)) for group in alike], _GROUPS, "; ")
         yield (
-            f"these classes differ only in case, spaces or Unicode: {shown}{'; …' if len(alike) > _GROUPS else ''}; "
-            "use one spelling if they are the same class"
+            f"these classes differ only in case, spaces or Unicode: {shown}; use one spelling if they are the same "
+            "class"
         )
     if spelled := look_alikes([*classes.names, *classes.spellings]) if classes.spellings else []:
         what = "rows" if classes.kind.single else "labels"
-        shown = "; ".join(
+        groups = [
             f"{' and '.join(map(repr, others))} as {name!r} in {sum(classes.spellings[one] for one in others):,} {what}"
-            for name, *others in spelled[:_GROUPS]
-        )
+            for name, *others in spelled
+        ]
         yield (
-            f"other spellings are read as their class: {shown}{'; …' if len(spelled) > _GROUPS else ''}; if they are "
-            "different classes, give them names that differ in more than case, spaces or Unicode"
+            f"other spellings are read as their class: {few(groups, _GROUPS, '; ')}; if they are different classes, "
+            "give them names that differ in more than case, spaces or Unicode"
         )
 
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,46 +29,13 @@ CHUNK = 1024
 """Rows in memory at a time."""
 
 
-class ArrowSamples(Sequence[dict[str, Any]]):
-    """Rows of an Arrow table, each decoded into plain lists and numbers on access."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table, self.batches = table, table.to_batches()
-        self.starts = np.cumsum([0, *map(len, self.batches)])
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, i: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        place = range(len(self))[i]
-        k = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self.batches[k].slice(place - int(self.starts[k]), 1).to_pylist()[0]
-
-    @property
-    def lengths(self) -> list[int]:
-        if "length" in self.table.column_names:
-            return self.table["length"].to_pylist()
-        return pc.list_value_length(self.table["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def labels(self) -> np.ndarray:
-        column = self.table["labels"]
-        return np.array(column.to_pylist()) if pa.types.is_list(column.type) else column.to_numpy()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples(Sequence[dict[str, Any]]):
     """Tokenised rows as a Trainer takes them: this is a map-style torch data set.
 
     Args:
-        stored: dicts of input_ids, attention_mask, token_type_ids if the tokenizer makes them, and labels if any; or of
-            a file, which `media.MediaCollator` decodes.
+        stored: in Arrow, each decoded into plain lists and numbers on access: input_ids, attention_mask, token_type_ids
+            if the tokenizer makes them, and labels if any; or a file, which `media.MediaCollator` decodes.
         hashes: a name for each sample that does not depend on the order.
         truncated: how many samples were cut to the maximal length.
         ids: the rows' places in their file, from 0.
@@ -76,7 +43,7 @@ class Samples(Sequence[dict[str, Any]]):
         cut_words: how many tokens with a tag are behind the cut, so that the model does not read them.
     """
 
-    stored: Sequence[dict[str, Any]]
+    stored: pa.Table
     hashes: tuple[str, ...]
     truncated: int
     ids: np.ndarray
@@ -86,32 +53,35 @@ class Samples(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.stored)
 
-    @overload
-    def __getitem__(self, i: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, i: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
-        return self.stored[i]
-
-    def take(self, places: Iterable[int]) -> "Samples":
-        """Some of the samples, in memory."""
-        chosen = list(places)
-        samples, hashes = [self.stored[j] for j in chosen], tuple(self.hashes[j] for j in chosen)
-        return Samples(samples, hashes, 0, self.ids[chosen])
+    def __getitem__(self, i: Any) -> Any:
+        """A sample as a dict; of a slice a list of them."""
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self.stored.slice(range(len(self))[i], 1).to_pylist()[0]
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> list[int]:
         """Tokens of each sample; steps of a recording, 0 for an image."""
-        if isinstance(self.stored, ArrowSamples):
-            return self.stored.lengths
-        return [length_of(sample) for sample in self.stored]
+        return lengths_in(self.stored)
 
     @property
     def labels(self) -> np.ndarray:
         """The label of each sample: a number, or a row of k for several labels.  Tags have no such form."""
-        if isinstance(self.stored, ArrowSamples):
-            return self.stored.labels
-        return np.array([sample["labels"] for sample in self.stored])
+        column = self.stored["labels"]
+        return np.array(column.to_pylist()) if pa.types.is_list(column.type) else column.to_numpy()
+
+
+def samples_of(samples: Sequence[Mapping[str, Any]], *about: Any, **further: Any) -> Samples:
+    """Put samples into Arrow; `about` and `further` have the other fields of Samples."""
+    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+    def kind(value: Any) -> pa.DataType:
+        if not isinstance(value, list):
+            return kinds[type(value)]
+        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
+
+    schema = pa.schema([(key, kind(value)) for key, value in samples[0].items()] if len(samples) else [])
+    return Samples(pa.Table.from_pylist(list(samples), schema=schema), *about, **further)
 
 
 def of_rows(
@@ -119,12 +89,19 @@ def of_rows(
 ) -> Samples:
     """The samples of some rows, a sample each; `about` has further fields."""
     ids = np.array([row.id for row in rows], dtype=np.int64)
-    return Samples(samples, tuple(row_hash(row.cells, columns) for row in rows), truncated, ids, **about)
+    return samples_of(samples, tuple(row_hash(row.cells, columns) for row in rows), truncated, ids, **about)
 
 
 def length_of(sample: Mapping[str, Any]) -> int:
     """Tokens of a sample; of a file the steps of its recording, or 0."""
     return int(sample["length"]) if "length" in sample else len(sample["input_ids"])
+
+
+def lengths_in(stored: pa.Table) -> list[int]:
+    """As `length_of`, of each sample in Arrow."""
+    if "length" in stored.column_names:
+        return stored["length"].to_pylist()
+    return pc.list_value_length(stored["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +137,7 @@ class Table:
     classes: LabelMap | None = None
     format: Format | None = None
     notes: tuple[str, ...] = ()
-    samples: Samples = Samples((), (), 0, np.empty(0))
+    samples: Samples = Samples(pa.table({}), (), 0, np.empty(0))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -351,23 +328,16 @@ def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
 
 def store(parts: Iterable[Samples]) -> Samples:
     """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
-    whole, kinds = list[Samples](), {int: pa.int64(), float: pa.float64(), str: pa.string()}
-
-    def kind(value: Any) -> pa.DataType:
-        if not isinstance(value, list):
-            return kinds[type(value)]
-        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
+    none, whole = pa.table({}), list[Samples]()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in parts:
-            whole.append(replace(part, stored=()))
-            if len(part):
-                schema = pa.schema([(key, kind(value)) for key, value in part[0].items()])
-                yield pa.RecordBatch.from_pylist(list(part), schema=schema)
+            whole.append(replace(part, stored=none))
+            yield from part.stored.to_batches()
 
     stored = on_disk(batches())
     return Samples(
-        () if stored is None else ArrowSamples(stored),
+        none if stored is None else stored,
         tuple(name for part in whole for name in part.hashes),
         sum(part.truncated for part in whole),
         np.concatenate([part.ids for part in whole]),

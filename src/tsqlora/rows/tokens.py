@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, few, first_line
 from tsqlora.rows.batches import IGNORED
 from tsqlora.rows.chat import ANSWER, PLAINLY, REASONING, Chat, Format, Manner, Message
 from tsqlora.rows.rows import Columns, Row, as_text, text_at, tokens_at
-from tsqlora.rows.table import Samples, of_rows
+from tsqlora.rows.table import Samples, of_rows, samples_of
 
 Encode = Callable[..., Samples]
 """Takes rows, their format or columns, a tokenizer, `max_length`, and without a format the encoded `labels`."""
@@ -157,9 +157,8 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> s
                 "chats, or put a chat_template.jinja into its folder",
                 "no_template",
             ) from error
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TemplateError(
-            f"{chat.place}: the chat template refuses these turns ({reason}); correct one of the two"
+            f"{chat.place}: the chat template refuses these turns ({first_line(error)}); correct one of the two"
         ) from error
     return as_text(text, "the chat", chat.place)
 
@@ -320,7 +319,7 @@ def tokenise_pairs(
     sides = ((chosen[first[row]], rejected[second[row]]) for row in both)
     samples = [{key: [*a[key], *b[key]] for key in a} | {"second": len(a["input_ids"])} for a, b in sides]
     left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
-    return Samples(
+    return samples_of(
         samples,
         tuple(chosen.hashes[first[row]] for row in both),
         max(chosen.truncated, rejected.truncated),
@@ -348,10 +347,9 @@ def left_out(split: Samples) -> list[str]:
     """A note that counts the rows left out and lists the first, if there are any."""
     if not split.left_out:
         return []
-    count, first = len(split.left_out), ", ".join(place for place, _ in split.left_out[:_SHOWN])
-    more = ", …" if count > _SHOWN else ""
+    count, first = len(split.left_out), few([place for place, _ in split.left_out], _SHOWN)
     why = "the answer (of a chat, with its question) is longer than max_length"
-    return [f"{count} of {len(split) + count} rows are left out: {why}: {first}{more}"]
+    return [f"{count} of {len(split) + count} rows are left out: {why}: {first}"]
 
 
 def references(rows: Iterable[Row], format: Format) -> list[str]:

@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, first_line
 from tsqlora.files import parents_of, replacing
 from tsqlora.rows.labels import join_labels
 from tsqlora.rows.readers import PLAIN, TABLES, Dialect, parquet_file
+from tsqlora.rows.rows import names_of
 from tsqlora.rows.table import Table
 
 Row = Mapping[str, Any]
@@ -62,11 +63,11 @@ def save_beside(path: Path, rows: Sequence[Row]) -> Path:
 
 def _write(path: Path, suffix: str, rows: Sequence[Row], original: Path | None) -> None:
     if original is None:
-        WRITERS[suffix.lower()](path, rows, _names(rows))
+        WRITERS[suffix.lower()](path, rows, names_of(rows))
         return
     with parquet_file(original) as file:
         table = file.read()
-    for name in _names(rows):
+    for name in names_of(rows):
         if name in table.column_names:
             table = table.drop_columns(name)
         table = table.append_column(name, pa.array([row.get(name) for row in rows]))
@@ -83,8 +84,7 @@ def _fitting(path: Path) -> Iterator[None]:
     except (ValueError, ArithmeticError, RecursionError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"the rows do not fit into {path} ({reason}); write .jsonl") from error
+        raise DataError(f"the rows do not fit into {path} ({first_line(error)}); write .jsonl") from error
 
 
 def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
@@ -105,7 +105,7 @@ def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
         changed += 1
         return f"'{value}"
 
-    names = {name: harmless(name) for name in _names(rows)}
+    names = {name: harmless(name) for name in names_of(rows)}
     return [{names[name]: harmless(value) for name, value in row.items()} for row in rows], changed
 
 
@@ -177,11 +177,6 @@ def joined(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
                     "write .jsonl or .parquet"
                 )
         yield flat
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """Every column that some row has, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 WRITERS: dict[str, Callable[..., None]] = {

@@ -20,7 +20,8 @@ from tsqlora.moved import MOVED
 from tsqlora.rows.chat import are_answers, unlabelled_format
 from tsqlora.rows.labels import SET, TAGS, several_of
 from tsqlora.rows.readers import SUFFIXES
-from tsqlora.rows.sources import first_columns, first_rows, kind_of
+from tsqlora.rows.rows import names_of
+from tsqlora.rows.sources import first_rows, kind_of
 from tsqlora.settings.settings import Config, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
@@ -103,7 +104,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     if is_yaml(source) or "type" in config.task.model_fields_set:
         texts = config.task.causal
     else:
-        names = first_columns(source, config.data.hints)
+        names = names_of(first_rows(source, config.data.hints))
         format = unlabelled_format(names, source) if names else None
         texts = format is not None
         if format is not None and format.name == "text" and len(names) > 1:
@@ -226,7 +227,7 @@ def _with_task(config: Config) -> Config:
         rows = []
     answers = bool(data.messages or data.prompt or data.target or data.format)
     if not (answers or data.text or data.label):
-        answers = are_answers([*dict.fromkeys(name for row in rows for name in row)])
+        answers = are_answers(names_of(rows))
     task, processor = None, _settings_in(model / "preprocessor_config.json")
     if processor and not answers:
         task = f"{'audio' if 'sampling_rate' in processor else 'image'}-classification"

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.auditing.look import score
 from tsqlora.auditing.page import plotly_script
 from tsqlora.auditing.reasons import p_wrong
-from tsqlora.auditing.score import score
 from tsqlora.auditing.scores import Scores
 from tsqlora.model.request import Compute
 from tsqlora.progress import Progress

@@ -11,16 +11,14 @@ import torch
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.auditing.apply import columns_of_rows, scores_of_rows
 from tsqlora.auditing.draw.subset import suspects_of
 from tsqlora.auditing.labels.question import why_unasked
 from tsqlora.auditing.look import look as take
-from tsqlora.auditing.saved_look import SavedLook, require_free, save_look
-from tsqlora.auditing.score import scoring_request
+from tsqlora.auditing.look import scoring_request
+from tsqlora.auditing.saved_look import SavedLook, columns_of_rows, require_free, save_look, scores_of_rows
 from tsqlora.auditing.scores import Scores
-from tsqlora.auditing.texts.apply import answer_columns, answers_of
-from tsqlora.auditing.texts.before import even_scores, look_before, without_unfit
 from tsqlora.auditing.texts.look import AnswerLook
+from tsqlora.auditing.texts.unfit import answer_columns, answers_of, even_scores, look_before, without_unfit
 from tsqlora.auditing.texts.vocabulary import vocabulary_of_answers
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.files import parents_of, write_text, writing

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from tsqlora.auditing.draw.epochs import sample
-from tsqlora.auditing.score import score
+from tsqlora.auditing.look import score
 from tsqlora.auditing.scores import Scores
-from tsqlora.auditing.texts.before import look_before, without_unfit
+from tsqlora.auditing.texts.unfit import look_before, without_unfit
 from tsqlora.auditing.texts.vocabulary import vocabulary_of_model
 from tsqlora.errors import DataError, SettingsError, of_loaded_model
 from tsqlora.model.load import positions_of

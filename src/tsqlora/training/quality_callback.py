@@ -26,7 +26,8 @@ from tsqlora.auditing.labels.question import why_unasked
 from tsqlora.auditing.look import look, require_scorable
 from tsqlora.auditing.saved_look import SavedLook
 from tsqlora.auditing.scores import Scores
-from tsqlora.auditing.texts.before import even_scores, in_one_line, look_before, without_unfit, worst_findings
+from tsqlora.auditing.texts.raw import worst_findings
+from tsqlora.auditing.texts.unfit import even_scores, in_one_line, look_before, without_unfit
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of_answers
 from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -479,9 +480,7 @@ class QualityCallback(TrainerCallback):
             say = self._note if self._answers.lists else self.notes.append
             say(in_one_line(self._answers, scores.dropped, len(scores)))
         self._first = self._first or scores
-        summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
-        counts = {"rows": len(scores), "kept": int(scores.kept.sum())} | scores.counted("held out")
-        self.looks.append({**summary, "not_ready": result.why_not, **counts})
+        self.looks.append(scores.summary)
         if result.why_not is None or self.data.scores is None:
             self._save(scores)
         if result.why_not is None:
@@ -555,8 +554,7 @@ class QualityCallback(TrainerCallback):
             dataset: Any = data.dataset
             scores = even_scores(dataset, self.collate or collate, self.rows, answers, seed=self.rule.seed)
             self._note(f"{in_one_line(answers, scores.dropped, len(scores))}; {self._path} names them")
-            counts = {"rows": len(scores), "kept": int(scores.kept.sum())}
-            self.looks.append({**_even_look(None), "noise": None, "gate": None, **counts})
+            self.looks.append(scores.summary)
             self._save(scores)
             data.plan = data.plan.scored(scores, 0)
         elif answers is not None:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.auditing.texts.before import worst_findings
+from tsqlora.auditing.texts.raw import worst_findings
 from tsqlora.auditing.texts.vocabulary import vocabulary_of_answers
 from tsqlora.errors import SettingsError
 from tsqlora.libs.transformers import installed_reporters, reporter_kinds

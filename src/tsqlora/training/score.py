@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsqlora import distributed
-from tsqlora.auditing.score import score
+from tsqlora.auditing.look import score
 from tsqlora.auditing.scores import Scores
 from tsqlora.errors import SettingsError
 from tsqlora.files import writing

@@ -16,7 +16,6 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import softmax
 
-from tsqlora.auditing.labels.duplicates import labels_of_nearest
 from tsqlora.auditing.labels.label_noise import (
     BOUND,
     GAIN,
@@ -247,6 +246,27 @@ def _shared(
         return 0.0
     some = likely[np.linspace(0, len(likely) - 1, min(len(likely), ROWS_TO_ASK)).astype(int)]
     return float((labels_of_nearest(features, labels, groups, some) == labels[some]).mean())
+
+
+def unit_features(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Return centred features of norm 1."""
+    centred = features.astype(np.float32)
+    centred -= centred.mean(axis=0)
+    centred /= np.sqrt(np.einsum("nd,nd->n", centred, centred)).clip(min=1e-12)[:, None]
+    return centred
+
+
+def labels_of_nearest(
+    features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], some: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, " m"]:
+    """Return the label that is nearest to each of some labels, by cosine of centred features, in another row."""
+    unit, nearest = unit_features(features), list[np.ndarray]()
+    for start in range(0, len(some), 256):
+        part = some[start : start + 256]
+        similar = unit[part] @ unit.T
+        similar[rows[part][:, None] == rows] = -np.inf
+        nearest.append(similar.argmax(axis=1))
+    return labels[np.concatenate(nearest)]
 
 
 def blind_transitions(noise: LabelNoise, least: float = 0.0) -> Transitions:

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -15,6 +16,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import betaincinv
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tsqlora.auditing.texts.among import words_of
@@ -44,10 +47,6 @@ SHARE, DRAWS = 0.05, 50
 LEAST_FOUND = 0.1
 """Where the rule lists fewer of these, the model cannot tell, and no row is called wrong."""
 
-FAULTS: dict[str, Callable[[str, str, np.random.Generator], str]] = {}
-"""Faults besides another row's answer and a cut: a function of prompt and answer gives the answer with the fault, or
-the answer as it is where it has none to give."""
-
 
 def disordered(prompt: str, answer: str, rng: np.random.Generator) -> str:
     """Return the answer with its sentences shuffled; of two the first is repeated."""
@@ -62,7 +61,9 @@ def disordered(prompt: str, answer: str, rng: np.random.Generator) -> str:
     return " ".join(sentences[j] for j in order)
 
 
-FAULTS["disordered_answer"] = disordered
+FAULTS: dict[str, Callable[[str, str, np.random.Generator], str]] = {"disordered_answer": disordered}
+"""Faults besides another row's answer and a cut: a function of prompt and answer gives the answer with the fault, or
+the answer as it is where it has none to give."""
 
 
 def folds_of(turns: Sequence[Turn], seed: int) -> Int[np.ndarray, " n"]:
@@ -156,22 +157,15 @@ def cross_fitted(
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
     """Return log-odds that a row is planted, of rows as they are and of planted ones, by a logistic regression each
     time that has not seen their fold."""
-    scores, bad = np.zeros(len(own)), np.zeros(len(planted))
-    for one in range(FOLDS):
-        scaler, model = _fitted(own[fold != one], planted[planted_fold != one])
-        for values, folds, out in ((own, fold, scores), (planted, planted_fold, bad)):
-            if (folds == one).any():
-                out[folds == one] = model.decision_function(scaler.transform(values[folds == one]))
-    return scores, bad
+    folds = PredefinedSplit(np.concatenate([fold, planted_fold]))
+    scores: Any = cross_val_predict(*_lesson(own, planted), cv=folds, method="decision_function")
+    return scores[: len(own)], scores[len(own) :]
 
 
-def _fitted(
-    own: Float[np.ndarray, "n d"], planted: Float[np.ndarray, "m d"]
-) -> tuple[StandardScaler, LogisticRegression]:
-    features = np.concatenate([own, planted])
-    scaler = StandardScaler().fit(features)
-    model = LogisticRegression(class_weight="balanced", max_iter=500)
-    return scaler, model.fit(scaler.transform(features), np.repeat([0, 1], [len(own), len(planted)]))
+def _lesson(own: Float[np.ndarray, "n d"], planted: Float[np.ndarray, "m d"]) -> tuple[Any, Any, Any]:
+    """A regression that is not fitted, features, and whether each is planted."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=500))
+    return model, np.concatenate([own, planted]), np.repeat([0, 1], [len(own), len(planted)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,13 +188,14 @@ class FaultJudge:
         detection: Detection,
     ) -> "FaultJudge":
         """Fit on all turns and planted faults; probabilities and `least` are those of the look's own scores."""
-        scaler, model = _fitted(own, planted)
-        weights = np.asarray(model.coef_)[0] / np.asarray(scaler.scale_)
+        pipeline, features, is_planted = _lesson(own, planted)
+        scaler, model = pipeline.fit(features, is_planted)
+        weights = model.coef_[0] / scaler.scale_
         order = np.argsort(detection.score, kind="stable")
         p = np.maximum.accumulate(detection.probability[order])
         new = np.r_[True, np.diff(p) > 0]
         least = detection.score[detection.listed].min(initial=np.inf)
-        bias = np.asarray(model.intercept_)[0] - weights @ np.asarray(scaler.mean_)
+        bias = model.intercept_[0] - weights @ scaler.mean_
         return cls(weights, np.asarray(bias), detection.score[order][new], p[new], np.asarray(least))
 
     def of(self, features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:

@@ -4,22 +4,27 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
+from shlex import quote
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.auditing.texts.findings import ERROR, NOTE, findings_of
 from tsqlora.auditing.texts.ledger import REASONING_ENDS, SHOWN, Line, line_of
-from tsqlora.auditing.texts.prepared import SIDES, Trained
+from tsqlora.auditing.texts.prepared import SIDES, Collate, Trained, sequences_of
 from tsqlora.auditing.texts.reconcile import Reconciled
 from tsqlora.auditing.texts.vocabulary import PROBE, Vocabulary
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, few
 from tsqlora.progress import Progress
 from tsqlora.rows.batches import IGNORED
 from tsqlora.rows.chat import ANSWER, REASONING, WHOLE, Chat, Format, Message
 from tsqlora.rows.rows import Row
 from tsqlora.rows.table import Table
 from tsqlora.rows.tokens import TemplateError, Tokenised, causal_rows, render
+
+LOOKED_AT, WORST = 500, 3
+"""Rows to look at, evenly spaced, and findings to show before a training."""
 
 
 @dataclass(slots=True)
@@ -175,3 +180,42 @@ def rewritten(one: Tokenised, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
             other = replace(message, content=message.content.replace(part, PROBE))
             if rendered((*messages[:k], other, *messages[k + 1 :])) == rendered(messages):
                 yield name, repr(part[:SHOWN])
+
+
+def worst_findings(
+    samples: Any,
+    vocabulary: Vocabulary,
+    *,
+    table: Table | None = None,
+    max_length: int = 0,
+    most: float = 0.0,
+    collate: Collate | None = None,
+) -> list[str]:
+    """Say the worst errors and warnings of prepared samples; of a `table` those of its rows, cut at `max_length`.
+
+    Raises DataError for an error in all rows of a table, unless `most`, the share of rows that may be bad, is 1.
+    """
+    places = np.unique(np.linspace(0, len(samples) - 1, LOOKED_AT).astype(int)).tolist()
+    if table is not None and table.format is not None:
+        rows = list(replace(table, ids=np.sort(table.samples.ids[places])))
+        lines = audited(rows, table.format, vocabulary, max_length)
+    else:
+        sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
+        lines = [line_of(Chat((), row=one.row), [one], vocabulary) for one in sequences]
+    worst = findings_of(lines)
+    worst = [finding for finding in worst if finding.severity != NOTE][:WORST]
+    see, shown = "tsqlora.audit(trainer)", list[str]()
+    if table is not None:
+        see = f"`tsqlora audit {quote(table.name)} --model {quote(vocabulary.tokenizer.name_or_path)}`"
+    for finding in worst:
+        of = "all" if len(lines) == len(samples) else f"the {len(lines):,} sampled"
+        severity = "error " if finding.severity == ERROR else ""  # the rest are shown as warnings, which says it
+        where = f"{len(finding.where) / len(lines):.0%} of {of} rows: {few(finding.where, 3)}"
+        shown.append(f"{severity}{finding.name}: {finding.cause} ({where}); see {see}")
+        if table is not None and finding.severity == ERROR and len(finding.where) == len(lines) and most < 1:
+            cure = f"; with TRL {finding.cure['TRL']}" if finding.cure else ""
+            raise DataError(
+                f"{finding.name} in {of} rows of {table.name}: {finding.cause}{cure}; {see} shows them, and "
+                "data.max_bad_rows 1 trains on them as they are"
+            )
+    return shown

@@ -1,17 +1,17 @@
-"""Apply a look to rows that it was not taken at: labels or answers, each row by itself, for any engine."""
+"""Answers that do not fit: a look before a training, scores without them, and rows that the look was not taken at."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from tsqlora import distributed
-from tsqlora.auditing.apply import columns_of_rows
-from tsqlora.auditing.saved_look import SavedLook
-from tsqlora.auditing.scores import REASONS
+from tsqlora.auditing.saved_look import SavedLook, columns_of_rows
+from tsqlora.auditing.scores import REASONS, Scores, from_terms
 from tsqlora.auditing.texts.answers import (
     MOST_ANSWER,
     Sample,
@@ -23,16 +23,94 @@ from tsqlora.auditing.texts.answers import (
     opened,
     read_answers,
     stretches,
+    turns_in,
     views,
 )
-from tsqlora.auditing.texts.before import OTHER, UNFIT
-from tsqlora.auditing.texts.faults import FaultJudge
-from tsqlora.auditing.texts.look import CUT, DECOYS, FOREIGN, PHASES, AnswerLook
-from tsqlora.auditing.texts.prepared import sequences_of
+from tsqlora.auditing.texts.faults import SHARE, FaultJudge
+from tsqlora.auditing.texts.look import CUT, DECOYS, FOREIGN, PHASES, SAMPLE, SWAPPED, AnswerLook, look_at_answers
+from tsqlora.auditing.texts.prepared import is_packed, sequences_of
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.model.request import Compute, RowNames
 from tsqlora.rows.datasets import Dataset
 from tsqlora.tasks import Batch, Collate, task_of
+
+UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
+"""Reasons for which rows are left out, by fault."""
+PACKED = "rows are packed: one with a wrong answer is left out whole; packing=False leaves out that answer alone"
+OF_ANSWERS = {*UNFIT.values(), OTHER}
+
+
+def look_before(
+    model: nn.Module,
+    samples: Any,
+    vocabulary: Vocabulary,
+    compute: Compute,
+    *,
+    collate: Collate | None = None,
+    seed: int = 0,
+) -> AnswerLook:
+    """Look at the answers of SAMPLE prepared samples, and of all where a fault is evident among these."""
+    order, look = np.random.default_rng([seed, 45]).permutation(len(samples)), AnswerLook([])
+    for some in (order[:SAMPLE], order):
+        places = np.sort(some).tolist()
+        sequences = [replace(one, row=j) for j in places for one in sequences_of([samples[j]], collate)]
+        look = look_at_answers(model, turns_in(sequences, vocabulary), vocabulary, compute, seed=seed)
+        look.notes += [PACKED] if is_packed(sequences) else []
+        if len(places) == len(samples) or not look.lists:
+            break
+    return look
+
+
+def even_scores(samples: Any, collate: Collate | None, rows: RowNames, answers: AnswerLook, *, seed: int) -> Scores:
+    """Draw evenly from all rows whose answers fit."""
+    trained = np.zeros(len(samples), np.int64)
+    for one in sequences_of(samples, collate):
+        trained[one.row] += len(one.trained)
+    scores = from_terms(
+        {},
+        labels=trained,
+        stratified=False,
+        weights={},
+        temperature=1.0,
+        even=True,
+        record={"seed": seed, "step": 0, "epoch": 0, "look": 1, **rows.about},
+        hashes=rows.hashes,
+        ids=rows.ids,
+    )
+    return without_unfit(scores, answers)
+
+
+def in_one_line(look: AnswerLook, dropped: Mapping[str, int], rows: int) -> str:
+    """Say how many of the rows are left out and why, and what the look can find.
+
+    >>> in_one_line(AnswerLook([]), {"foreign answer": 12, "duplicate": 1}, 240)
+    "of 240 rows these are left out: 12 as 'foreign answer'"
+    """
+    why = ", ".join(f"{count} as '{reason}'" for reason, count in dropped.items() if reason in OF_ANSWERS)
+    unseen = ", ".join(name for name, one in look.detections.items() if not one.usable)
+    finds = ", ".join(f"{one.recall:.0%} of {name}" for name, one in look.detections.items() if one.usable)
+    parts = [
+        f"this model cannot tell which rows have {unseen}" if unseen else "",
+        f"of {rows:,} rows these are left out: {why}" if why else f"no row of {rows:,} is left out for its answer",
+        f"with {SHARE:.0%} of the rows faulty, the look would find {finds}" if finds else "",
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def without_unfit(scores: Scores, look: AnswerLook) -> Scores:
+    """Return the scores without the rows that a look calls wrong, at most half of all, the likeliest first."""
+    unfit = [(p, row, fault) for fault in look.detections for row, p in look.rows(fault).items()]
+    chosen = sorted(unfit, key=lambda one: (-one[0], one[1]))
+    chosen = chosen[: max(0, len(scores) // 2 - int((~scores.kept).sum()))]
+    p_wrong = np.zeros(len(scores))
+    for p, row, _ in chosen:
+        p_wrong[row] = max(p_wrong[row], p)
+    for fault in dict.fromkeys(fault for *_, fault in chosen):
+        mask = np.zeros(len(scores), np.bool_)
+        mask[[row for _, row, other in chosen if other == fault]] = True
+        scores = scores.drop(mask, UNFIT.get(fault, OTHER))
+    predictions = {**scores.predictions, "wrong_probability": p_wrong} if chosen else scores.predictions
+    return replace(scores, predictions=predictions).noted(answers=look.summary())
 
 
 def apply(
