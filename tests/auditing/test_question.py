@@ -3,29 +3,29 @@
 import numpy as np
 import pytest
 
-from tsqlora.auditing.labels.question import CONTRADICTED, RowLosses, standard_errors
+from tsqlora.auditing.labels.question import CONTRADICTED, standard_errors
 
 
-def measured(loss: np.ndarray, classes: np.ndarray | None = None) -> RowLosses:
-    return RowLosses(loss, np.zeros(len(loss), np.int64) if classes is None else classes, None)
+def measured(loss: np.ndarray, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    return loss, np.zeros(len(loss), np.int64) if classes is None else classes
 
 
 def test_one_class_by_hand() -> None:
     trusted, pool = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0])
-    z = standard_errors(measured(trusted), measured(pool))
+    z = standard_errors(*measured(trusted), *measured(pool))
     assert z == pytest.approx(1.5 / np.sqrt(1 / 3 + 0.5 / 2))
 
 
 def test_a_class_that_the_pool_lacks_does_not_count_and_one_row_has_the_variance_of_all() -> None:
     trusted, pool = np.array([1.0, 2.0, 3.0, 9.0, 4.0]), np.array([0.0, 1.0, 2.0])
     z = standard_errors(
-        measured(trusted, np.array([0, 0, 0, 1, 2])),
-        measured(pool, np.array([0, 0, 2])),
+        *measured(trusted, np.array([0, 0, 0, 1, 2])),
+        *measured(pool, np.array([0, 0, 2])),
     )
     difference = 3 / 5 * (2 - 0.5) + 1 / 5 * (4 - 2)
     variance = (3 / 5) ** 2 * (1 / 3 + 0.5 / 2) + (1 / 5) ** 2 * (trusted.var(ddof=1) + pool.var(ddof=1))
     assert z == pytest.approx(difference / np.sqrt(variance))
-    assert standard_errors(measured(np.ones(4)), measured(np.ones(3))) == 0
+    assert standard_errors(*measured(np.ones(4)), *measured(np.ones(3))) == 0
 
 
 def draws(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def draws(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("trusted", [32, 128])
 def test_a_pool_that_teaches_the_same_is_rarely_said_to_contradict(trusted: int) -> None:
     rng, times = np.random.default_rng(0), 2000
-    z = np.array([standard_errors(measured(*draws(rng, trusted)), measured(*draws(rng, 200))) for _ in range(times)])
+    z = np.array([standard_errors(*draws(rng, trusted), *draws(rng, 200)) for _ in range(times)])
     assert (z >= CONTRADICTED).mean() < 0.05
 
 
@@ -47,5 +47,5 @@ def test_other_shares_of_the_classes_are_no_contradiction() -> None:
     for _ in range(300):
         loss, classes = draws(rng, 2000)
         equal = np.concatenate([np.flatnonzero(classes == name)[:64] for name in (0, 1)])
-        wrong += standard_errors(measured(loss[equal], classes[equal]), measured(*draws(rng, 200))) >= CONTRADICTED
+        wrong += standard_errors(loss[equal], classes[equal], *draws(rng, 200)) >= CONTRADICTED
     assert wrong < 0.05 * 300

@@ -335,22 +335,6 @@ class Breaks(Exception):
     pass
 
 
-def breaking(at: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """A collator that draws random numbers, and raises at its n-th batch."""
-    batches = 0
-
-    def collator(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        nonlocal batches
-        batches += 1
-        torch.rand(1)
-        np.random.rand()
-        if batches == at:
-            raise Breaks
-        return collate(rows)
-
-    return collator
-
-
 @pytest.fixture
 def in_training() -> tuple[PeftModel, Rows]:
     """Gradients half accumulated, modes mixed, a hook of the user's."""
@@ -362,13 +346,6 @@ def in_training() -> tuple[PeftModel, Rows]:
         module.training = j % 3 > 0
     model.get_base_model().bert.pooler.register_forward_hook(lambda *_: None)
     return model, rows
-
-
-def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows]) -> None:
-    model, rows = in_training
-    before = fingerprint(model)
-    score_by(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4)
-    assert_unchanged(before, model)
 
 
 def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[PeftModel, Rows]) -> None:

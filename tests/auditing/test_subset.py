@@ -99,12 +99,6 @@ def test_an_even_draw_has_every_kept_row_as_often(n: int, fraction: float, seed:
     assert np.ptp(counts[dropped:]) <= 1
 
 
-def test_an_even_draw_may_be_kept() -> None:
-    subset = QualitySubset(range(20), 0.5, resample=False)
-    subset.use(evenly(20, dropped=3), 1)
-    assert sorted(subset.draw(1)) == sorted(subset.draw(2)) == sorted(subset.draw(5))
-
-
 def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
     one, two = QualitySubset(range(40), 0.3, seed=1), QualitySubset(range(40), 0.3, seed=1)
     for epoch in range(6):
@@ -121,20 +115,19 @@ def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
     assert other.draw(3).tolist() != one.draw(3).tolist()
 
 
+@pytest.mark.parametrize("scores", [None, scored(40), evenly(40, dropped=3)], ids=["none", "Q", "even"])
 @pytest.mark.parametrize("resample", [True, False])
-def test_each_epoch_is_a_new_draw_unless_the_draw_is_kept(resample: bool) -> None:
+def test_each_epoch_is_a_new_draw_unless_the_draw_is_kept(resample: bool, scores: Scores | None) -> None:
     subset = QualitySubset(range(40), 0.3, resample=resample)
-    subset.use(scored(40), 1)
-    draws = [np.sort(subset.draw(epoch)).tolist() for epoch in (1, 2, 3)]
+    if scores is not None:
+        subset.use(scores, 1)
+    draws = [np.sort(subset.draw(epoch)).tolist() for epoch in (1, 2, 5)]
     assert (draws[0] == draws[1] == draws[2]) == (not resample)
     assert subset.draw(1).tolist() != subset.draw(2).tolist()  # in another order
 
 
-def test_without_scores_the_first_draw_is_kept_and_a_warm_up_goes_on() -> None:
+def test_a_kept_draw_waits_for_its_scores() -> None:
     subset = QualitySubset(range(40), 0.25, resample=False)
-    retained, first = [sorted(subset.draw(epoch)) for epoch in (0, 1, 5)], subset.draw(0).tolist()
-    assert retained[0] == retained[1] == retained[2]
-    assert subset.draw(1).tolist() != first  # in another order
     subset.plan = subset.plan.unscored(awaits_scores=True)
     assert sorted(np.concatenate([subset.draw(epoch) for epoch in range(4)])) == list(range(40))
 

@@ -1,9 +1,10 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from tsqlora.errors import DataError
-from tsqlora.rows.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT, Columns, find_columns
+from tsqlora.rows.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT, Columns, find_columns, row_text
 
 
 def find(
@@ -23,42 +24,38 @@ def test_a_pair_is_found_beside_its_partner(text: str, pair: str) -> None:
     assert find(["label", pair, text]) == Columns(text, pair, "label")
 
 
-def test_earlier_usual_names_win() -> None:
-    assert find(["category", "label", "review", "text"]) == Columns("text", None, "label")
-
-
-def test_a_pair_without_its_partner_is_left_alone() -> None:
-    assert find(["text", "sentence2", "hypothesis", "answer", "label"]).text_pair is None
-
-
 def test_a_column_without_a_name_is_no_pair_and_blanks_around_names_hide_none() -> None:
     for text in USUAL_TEXT:
         assert find(["", text, "label"]).text_pair is None
     assert find(["sentence1 ", " sentence2", "label"]) == Columns("sentence1 ", " sentence2", "label")
 
 
-def test_named_columns_win_over_usual_ones() -> None:
-    names = ["text", "label", "body", "title", "verdict"]
-    assert find(names, "body", "title", "verdict") == Columns("body", "title", "verdict")
-    assert find(names, "body") == Columns("body", None, "label")
+@pytest.mark.parametrize(
+    ("names", "settings", "columns"),
+    [
+        # Earlier usual names win, a pair counts only beside its partner, and no label is no error.
+        ("category label review text", {}, ("text", None, "label")),
+        ("text sentence2 hypothesis answer label", {}, ("text", None, "label")),
+        ("text", {}, ("text", None, None)),
+        # Named columns win over usual ones, and naming the text alone means one text.
+        ("text label body title verdict", {"text": "body", "text_pair": "title", "label": "verdict"},
+         ("body", "title", "verdict")),
+        ("text label body title verdict", {"text": "body"}, ("body", None, "label")),
+        ("sentence1 sentence2 label", {"text": "sentence1"}, ("sentence1", None, "label")),
+        # A column serves once.
+        ("question answer label", {"label": "answer"}, ("question", None, "answer")),
+        ("text category", {"text": "category"}, ("category", None, None)),
+        ("text sentence", {"text_pair": "text"}, ("sentence", "text", None)),
+        # Case and blanks need not be typed.
+        ("id BODY Label", {"text": "body"}, ("BODY", None, "Label")),
+    ],
+)  # fmt: skip
+def test_columns_follow_from_names_and_settings(names: str, settings: dict[str, str], columns: Any) -> None:
+    assert find(names.split(), **settings) == Columns(*columns)
 
 
-def test_naming_the_text_alone_means_one_text() -> None:
-    assert find(["sentence1", "sentence2", "label"], text="sentence1").text_pair is None
-
-
-def test_a_column_serves_once() -> None:
-    assert find(["question", "answer", "label"], label="answer") == Columns("question", None, "answer")
-    assert find(["text", "category"], text="category").label is None
-    assert find(["text", "sentence"], text_pair="text").text == "sentence"
-
-
-def test_no_label_is_no_error() -> None:
-    assert find(["text"]) == Columns("text", None, None)
-
-
-@pytest.mark.parametrize("column", [" Body ", "BODY", "body "])
-def test_case_and_blanks_of_a_column_need_not_be_typed(column: str) -> None:
+@pytest.mark.parametrize("column", [" Body ", "body "])
+def test_blanks_of_a_column_need_not_be_typed(column: str) -> None:
     assert find(["id", column, " Label"], "body") == Columns(column, None, " Label")
 
 
@@ -87,3 +84,10 @@ def test_a_first_row_in_place_of_names_is_taken_for_one(names: list[str]) -> Non
     assert "A long text that no one would give" not in str(caught.value)
     with pytest.raises(DataError, match="has no text column; set data"):
         find(["body", "verdict"])
+
+
+def test_a_rows_text_is_that_of_its_columns_line_by_line_and_of_a_chat_a_line_a_message() -> None:
+    columns, chat = Columns("a", "b", "c"), [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert row_text({"a": "x", "b": "y", "c": "z"}, columns) == "x\ny"
+    assert row_text({"a": "x"}, columns) == row_text({"a": "x", "b": None}, columns) == "x"
+    assert row_text({"a": chat, "b": ["hi", 3]}, columns) == "user: hi\nassistant: ho\nhi\n3"

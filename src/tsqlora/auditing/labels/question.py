@@ -4,7 +4,6 @@ Before the steps that trusted rows could have, the losses of the trusted rows ar
 pool that was held out. Neither was in a fit or in a step, so that a difference is one of what they teach.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,17 +77,13 @@ def held_out(request: LookRequest, labels: Int[np.ndarray, " n"] | None) -> Bool
     return np.isin(inputs, chosen) & own
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RowLosses:
-    """Plain losses of rows, and where a row has one answer its metric; `classes` are 0 where rows have none."""
+def measured(
+    model: nn.Module, rows: Dataset, collate: Collate, task: Task, compute: Compute
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"], float | None]:
+    """Return plain losses of rows, their classes, 0 where they have none, and where a row has one answer the metric.
 
-    loss: Float[np.ndarray, " n"]
-    classes: Int[np.ndarray, " n"]
-    metric: float | None
-
-
-def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, compute: Compute) -> RowLosses:
-    """Measure rows without dropout; every process measures all of them, since a sharded model needs all processes."""
+    Without dropout; every process measures all rows, since a sharded model needs all processes.
+    """
     answers = answers_of(task)
 
     def measure(_: np.ndarray, batch: Batch) -> Columns:
@@ -100,15 +95,20 @@ def measured(model: nn.Module, rows: Dataset, collate: Collate, task: Task, comp
     with torch.no_grad():
         columns = run_pass(model, measure, rows, collate, compute)
     if answers is None:
-        return RowLosses(columns["loss"].astype(np.float64), np.zeros(len(rows), np.int64), None)
+        return columns["loss"].astype(np.float64), np.zeros(len(rows), np.int64), None
     logits, labels = columns["logits"], columns["labels"]
     loss = row_losses(logits.astype(np.float64), labels, answers.link)
     classes = task.reading.strata(labels)
     classes = np.zeros(len(rows), np.int64) if classes is None else classes
-    return RowLosses(loss, classes, task.metrics(logits, labels).get(task.headline))
+    return loss, classes, task.metrics(logits, labels).get(task.headline)
 
 
-def standard_errors(trusted: RowLosses, pool: RowLosses) -> float:
+def standard_errors(
+    trusted: Float[np.ndarray, " m"],
+    trusted_classes: Int[np.ndarray, " m"],
+    pool: Float[np.ndarray, " n"],
+    pool_classes: Int[np.ndarray, " n"],
+) -> float:
     """Return how far the trusted rows' mean loss is above the pool's, in standard errors.
 
     Losses are compared within classes, weighted by the trusted rows' shares. A class that the held-out rows lack does
@@ -119,11 +119,11 @@ def standard_errors(trusted: RowLosses, pool: RowLosses) -> float:
         return float((loss if len(loss) > 1 else whole).var(ddof=1)) / len(loss)
 
     difference = squared = 0.0
-    for name in np.intersect1d(trusted.classes, pool.classes):
-        ours, theirs = trusted.loss[trusted.classes == name], pool.loss[pool.classes == name]
-        share = len(ours) / len(trusted.loss)
+    for name in np.intersect1d(trusted_classes, pool_classes):
+        ours, theirs = trusted[trusted_classes == name], pool[pool_classes == name]
+        share = len(ours) / len(trusted)
         difference += share * (ours.mean() - theirs.mean())
-        squared += share**2 * (variance(ours, trusted.loss) + variance(theirs, pool.loss))
+        squared += share**2 * (variance(ours, trusted) + variance(theirs, pool))
     return float(difference / np.sqrt(squared)) if squared != 0 else 0.0  # nan stays
 
 
@@ -134,13 +134,13 @@ def ask(
     parts = {
         name: measured(model, rows, collate, task, compute) for name, rows in (("trusted", trusted), ("pool", pool))
     }
-    z = standard_errors(parts["trusted"], parts["pool"])
+    z = standard_errors(*parts["trusted"][:2], *parts["pool"][:2])
     if not np.isfinite(z):
         return distributed.from_first({"why_not": "losses are not finite", "contradicted": False})
     answer: dict[str, Any] = {"standard_errors": z, "contradicted": z >= CONTRADICTED}
-    for name, part in parts.items():
-        answer |= {f"{name}_rows": len(part.loss), f"{name}_loss": float(part.loss.mean())}
-    metrics = {f"{name}_metric": part.metric for name, part in parts.items()}
+    for name, (loss, *_) in parts.items():
+        answer |= {f"{name}_rows": len(loss), f"{name}_loss": float(loss.mean())}
+    metrics = {f"{name}_metric": metric for name, (*_, metric) in parts.items()}
     if all(value is not None and np.isfinite(value) for value in metrics.values()):
         answer |= {**metrics, "metric": task.headline}
     return distributed.from_first(answer)
