@@ -42,3 +42,8 @@ def test_what_is_stored_comes_back_as_plain_lists_and_numbers(samples: list[dict
 @pytest.mark.parametrize("samples", [CLASSES, NUMBERS])
 def test_labels_that_are_numbers_are_one_column(samples: list[dict[str, Any]]) -> None:
     assert store(parts(samples)).labels.tolist() == [sample["labels"] for sample in samples]
+
+
+def test_no_samples_have_no_lengths_and_no_labels() -> None:
+    for split in (samples_of([], (), 0, np.empty(0)), store([samples_of([], (), 0, np.empty(0))])):
+        assert (len(split), list(split), split.lengths, split.labels.tolist()) == (0, [], [], [])

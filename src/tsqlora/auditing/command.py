@@ -27,7 +27,7 @@ from tsqlora.rows.table import Table
 from tsqlora.rows.write import require_place, without_formulas, write_rows
 from tsqlora.run_dir import dated
 from tsqlora.seeds import stream
-from tsqlora.settings import ENCODER, Config, load_config
+from tsqlora.settings import ENCODER, Config, config_of
 from tsqlora.tasks import get_task, require_classes
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE, FINDINGS_FILE = "suspects.csv", "audit.html", "audit.json", "findings.json"
@@ -55,10 +55,7 @@ def run_audit(
     model, and if `out` holds an audit already; UnsupportedError for another task.
     """
     start = time.perf_counter()
-    sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
-    is_config = Path(source).suffix.lower() in (".yaml", ".yml")
-    rows = {} if is_config else {"data": {"train": source}}
-    config = load_config(source if is_config else None, overrides, sections=sections | rows)
+    config = config_of(source, model, overrides)
     require_classes(get_task(config.task.type))
     folder = out or dated(f"audit-{Path(source).stem}")
     require_new(folder)

@@ -2,7 +2,7 @@
 with labels that it was not taken at, each by itself."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -250,7 +250,13 @@ def columns_of_rows(
         logits, wrong = look.verdict.of(judged_features(forward), clamped)
         columns |= {"wrong_probability": wrong} if look.verdict.evident else {}
     columns |= predictions(logits.astype(np.float32), clamped, answers)
-    columns = _with_own(columns, look.scores, rows.hashes)
+    # A row that the look has seen gets the columns of the look, from fits without it.
+    places = {name: j for j, name in enumerate(look.scores.hashes or ())}
+    both = [(j, places[name]) for j, name in enumerate(rows.hashes or ()) if name in places]
+    here, there = np.array(both, dtype=np.int64).reshape(-1, 2).T
+    own: Mapping[str, np.ndarray] = {"loss": look.scores.terms["loss"], **look.scores.predictions}
+    for name in columns.keys() & own.keys():
+        columns[name][here] = own[name][there]
     for name in columns.keys() & {"loss", "label_probability", "wrong_probability"} if unseen.any() else ():
         columns[name][unseen] = np.nan
     doubt = 1.0 if look.verdict is None else look.verdict.doubt[clamped]
@@ -271,19 +277,6 @@ def _logits(look: SavedLook, forward: Any, head: Any) -> np.ndarray:
     for dense in {name.rpartition(".")[0] for name in look.head} - {last}:
         features = ACTIVATIONS[head.activation](outputs(dense, torch.from_numpy(forward.dense).float()))
     return outputs(last, features).numpy()
-
-
-def _with_own(columns: dict[str, np.ndarray], scores: Scores, hashes: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """Replace the columns of rows that the look has seen by those of the look, from fits without these rows."""
-    if hashes is None or scores.hashes is None:
-        return columns
-    places = {name: j for j, name in enumerate(scores.hashes)}
-    both = [(j, places[name]) for j, name in enumerate(hashes) if name in places]
-    here, there = np.array(both, dtype=np.int64).reshape(-1, 2).T
-    own: Mapping[str, np.ndarray] = {"loss": scores.terms["loss"], **scores.predictions}
-    for name in columns.keys() & own.keys() & {"loss", *PREDICTIONS}:
-        columns[name][here] = own[name][there]
-    return columns
 
 
 def scores_of_rows(columns: Mapping[str, np.ndarray], look: SavedLook, rows: RowNames, *, task: Task) -> Scores:

@@ -170,15 +170,14 @@ def audit(
     _require_one(source, apply, drop_findings, prepared, out)
     of_text = {"--eval": eval_, "--no-model": no_model, "--all": all_, "--strict": strict, "--baseline": baseline}
     of_raw = {"--chat-template": chat_template}
-    from tsqlora.settings import NO_TOKENIZER, is_yaml, load_config, text_config
+    from tsqlora.settings import NO_TOKENIZER, config_of, is_yaml, text_config
 
     if apply or drop_findings:
         others = {"--data": data, "--model": model, "--review": review}
         _refuse({**of_text, **of_raw, **others}, "to apply a review, which only needs --out")
         if not all(override.startswith("data.encoding=") for override in set_ or []):
             raise SettingsError("--apply only applies a review; remove each --set but data.encoding")
-        sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
-        encoding = load_config(None, set_ or [], sections=sections).data.encoding
+        encoding = config_of(str(apply), ".", set_ or []).data.encoding
         _apply(apply or out or Path(), drop_findings, out, as_json, encoding)
         return
     from tsqlora.libs.hub import require_model
@@ -189,8 +188,7 @@ def audit(
     for further in filter(None, (eval_, data if prepared else None)):
         require_source(further)
     if is_yaml(str(source)):
-        named = {} if model is None else {"model": {"path": model}}
-        require_inputs(load_config(str(source), set_ or [], sections=named))
+        require_inputs(config_of(str(source), model, set_ or []))
     elif prepared is None:
         require_source(str(source))
     config = None if prepared is not None else text_config(str(source), model, set_ or [])

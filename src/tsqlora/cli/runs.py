@@ -146,11 +146,9 @@ def look(
 
     Example: tsqlora look rows.csv --model sentence-transformers/all-MiniLM-L6-v2 --out LOOK
     """
-    from tsqlora.settings import is_yaml, load_config
+    from tsqlora.settings import config_of
 
-    named = {"model.path": model} if is_yaml(source) else {"model.path": model, "data.train": source}
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
-    settings = load_config(source if is_yaml(source) else None, overrides + (set_ or []))
+    settings = config_of(source, model, set_ or [])
     require_inputs(settings)
     from tsqlora.training.look import look_at  # after this check, since torch takes seconds to import
 

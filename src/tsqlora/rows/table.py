@@ -27,6 +27,8 @@ from tsqlora.rows.rows import Columns, Row, is_one, row_hash
 NO_COLUMNS = Columns("", None, None)
 CHUNK = 1024
 """Rows in memory at a time."""
+NOTHING = pa.table({"input_ids": pa.array([], pa.list_(pa.int32())), "labels": pa.array([], pa.int64())})
+"""No sample."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +82,9 @@ def samples_of(samples: Sequence[Mapping[str, Any]], *about: Any, **further: Any
             return kinds[type(value)]
         return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
 
-    schema = pa.schema([(key, kind(value)) for key, value in samples[0].items()] if len(samples) else [])
+    if not len(samples):
+        return Samples(NOTHING, *about, **further)
+    schema = pa.schema([(key, kind(value)) for key, value in samples[0].items()])
     return Samples(pa.Table.from_pylist(list(samples), schema=schema), *about, **further)
 
 
@@ -137,7 +141,7 @@ class Table:
     classes: LabelMap | None = None
     format: Format | None = None
     notes: tuple[str, ...] = ()
-    samples: Samples = Samples(pa.table({}), (), 0, np.empty(0))
+    samples: Samples = Samples(NOTHING, (), 0, np.empty(0))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -328,16 +332,16 @@ def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
 
 def store(parts: Iterable[Samples]) -> Samples:
     """Join parts, and put their samples on disk, as `on_disk`; one part is in memory at a time."""
-    none, whole = pa.table({}), list[Samples]()
+    whole = list[Samples]()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in parts:
-            whole.append(replace(part, stored=none))
-            yield from part.stored.to_batches()
+            whole.append(replace(part, stored=NOTHING))
+            yield from part.stored.to_batches() if len(part) else ()
 
     stored = on_disk(batches())
     return Samples(
-        none if stored is None else stored,
+        NOTHING if stored is None else stored,
         tuple(name for part in whole for name in part.hashes),
         sum(part.truncated for part in whole),
         np.concatenate([part.ids for part in whole]),

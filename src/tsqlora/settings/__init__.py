@@ -3,6 +3,7 @@
 from tsqlora.settings.file import (
     ENCODER,
     NO_TOKENIZER,
+    config_of,
     dump_config,
     is_yaml,
     load_config,
@@ -22,6 +23,7 @@ __all__ = [
     "QualitySettings",
     "RankSettings",
     "Section",
+    "config_of",
     "dump_config",
     "is_yaml",
     "load_config",

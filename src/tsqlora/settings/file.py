@@ -88,6 +88,13 @@ def is_yaml(source: str | os.PathLike[str]) -> bool:
     return Path(source).suffix.lower() in (".yaml", ".yml")
 
 
+def config_of(source: str, model: str | None, overrides: Sequence[str]) -> Config:
+    """The settings of a command's CONFIG|DATA; with a model, if it is named, in place of the settings' own."""
+    sections = {} if model is None else {"model": {"path": model}}
+    rows = {} if is_yaml(source) else {"data": {"train": source}}
+    return load_config(source if is_yaml(source) else None, overrides, sections=sections | rows)
+
+
 NO_TOKENIZER = "give --model M: the audit of texts needs its tokenizer (--no-model leaves out its weights)"
 
 
@@ -96,10 +103,7 @@ def text_config(source: str, model: str | None, overrides: Sequence[str]) -> Con
     keys = {one.partition("=")[0] for one in overrides}
     if not is_yaml(source) and "task.type" not in keys and "data.label" in keys:
         return None
-    sections: dict[str, Any] = {} if model is None else {"model": {"path": model}}
-    if not is_yaml(source):
-        sections = {"model": {"path": model or "."}, "data": {"train": source}}
-    config = load_config(source if is_yaml(source) else None, overrides, sections=sections)
+    config = config_of(source, model if is_yaml(source) else model or ".", overrides)
     has_model = model is not None or "model.path" in keys
     if is_yaml(source) or "type" in config.task.model_fields_set:
         texts = config.task.causal

@@ -14,7 +14,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.auditing.labels.judge import Judgement, judge, judged_features, unit_features
-from tsqlora.auditing.labels.label_noise import Labels, Logits
+from tsqlora.auditing.labels.label_noise import Labels
 from tsqlora.auditing.scores import require_row_names
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
 from tsqlora.libs.shapes import Bool, Float, Int, Shaped
@@ -232,13 +232,16 @@ def audit_of_judgement(
     suggested = others.argmax(axis=1)
     # The logits order rows that are all but certain.
     order = np.lexsort((judgement.logits[rows, labels], -wrong, ~judgement.left_out))
+    unlike, k = judgement.logits.argmax(axis=1) != labels, others.shape[1]
+    keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
+    times, expected = np.bincount(places), np.bincount(places, wrong[unlike])
     return Audit(
         ids=order,
         labels=labels[order],
         suggested=suggested[order],
         probability=wrong[order],
         candidates=np.argsort(-judgement.p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
-        classes=tuple(range(others.shape[1])) if classes is None else tuple(classes),
+        classes=tuple(range(k)) if classes is None else tuple(classes),
         rate=judgement.rate,
         low=judgement.low,
         high=judgement.high,
@@ -247,15 +250,8 @@ def audit_of_judgement(
         unjudged=int((~judgement.judged).sum()),
         likely_wrong=int(judgement.left_out.sum()),
         copies=judgement.copies,
-        pairs=_pairs(labels, suggested, wrong, judgement.logits),
-    )
-
-
-def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:
-    k, unlike = logits.shape[1], logits.argmax(axis=1) != labels
-    keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
-    rows, expected = np.bincount(places), np.bincount(places, wrong[unlike])
-    return tuple(
-        ClassPair(int(keys[j] // k), int(keys[j] % k), int(rows[j]), float(expected[j]))
-        for j in np.lexsort((-expected, -rows))
+        pairs=tuple(
+            ClassPair(int(keys[j] // k), int(keys[j] % k), int(times[j]), float(expected[j]))
+            for j in np.lexsort((-expected, -times))
+        ),
     )
