@@ -401,7 +401,8 @@ def claim_train() -> str:
     shortcut, clean = (gains.loc[name, TRUSTED, "default"] for name in ("shortcut", "clean"))
     return (
         f"{_points(shortcut)} of accuracy on SST-2 with a shortcut in the rows, by {TRUSTED} checked rows that come "
-        f"last, compared with the same rows mixed in; on the clean table, where the run mixes them in, {_points(clean)} "
+        "last, compared with the same rows mixed in; on the clean table, where the run mixes them in, "
+        f"{_points(clean)} "
         f"({min(shortcut.seeds, clean.seeds):.0f} seeds, t intervals)"
     )
 

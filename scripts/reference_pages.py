@@ -17,7 +17,7 @@ from tsqlora.rows.rows import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, U
 from tsqlora.settings import REFUSED_ARGUMENTS, Config
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEMPLATE = Path(__file__).parents[1] / "src" / "tsqlora" / "run" / "config" / "settings.yaml"
+TEMPLATE = Path(__file__).parents[1] / "src" / "tsqlora" / "settings" / "settings.yaml"
 EXAMPLE = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
 
 CLI = """# Command line

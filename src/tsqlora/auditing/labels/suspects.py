@@ -97,8 +97,8 @@ class Audit:
     def __repr__(self) -> str:
         if not self.evident:
             return f"Audit({len(self)} labels, none called wrong: {self.why_not})"
-        found = f"{self.likely_wrong} to look at, about {self.expected_wrong:.0f} of them wrong"
-        return f"Audit({len(self)} labels, {found}; {self.rate:.1%} of all wrong, {self.low:.1%} to {self.high:.1%})"
+        listed = f"{self.likely_wrong} to look at, about {self.expected_wrong:.0f} of them wrong"
+        return f"Audit({len(self)} labels, {listed}; {self.rate:.1%} of all wrong, {self.low:.1%} to {self.high:.1%})"
 
     @property
     def expected_wrong(self) -> float:
