@@ -66,10 +66,11 @@ class Factored:
 
 
 @dataclass(frozen=True, slots=True)
-class GainGradient:
-    """Each sample's gradient of a vector that multiplies the normalised input per feature."""
+class VectorGradient:
+    """Each sample's gradient of a vector that multiplies the normalised input per feature, or of a bias."""
 
     weight: Float[Tensor, "n o"]
+    multiplies: bool
 
     def norm_sq(self) -> Float[Tensor, " n"]:
         return self.weight.square().sum(1)
@@ -77,8 +78,9 @@ class GainGradient:
     def dot(self, other: Float[Tensor, " o"]) -> Float[Tensor, " n"]:
         return self.weight @ other
 
-    def apply(self, x: Float[Tensor, "n t o"]) -> Float[Tensor, "n t o"]:
-        return x * self.weight[:, None, :].to(x.dtype)
+    def apply(self, x: Float[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
+        change = self.weight[:, None, :].to(x.dtype)
+        return x * change if self.multiplies else change.expand(-1, x.shape[1], -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,8 @@ class LookupGradient:
         )
 
 
-WeightGradient = Explicit | Factored | GainGradient | LookupGradient
-"""The gradient of one weight for each of n samples.
+WeightGradient = Explicit | Factored | VectorGradient | LookupGradient
+"""The gradient of one weight or bias for each of n samples.
 
 `norm_sq` is the squared Frobenius norm of each sample's gradient, `dot` its inner product with a tensor of the weight's
 shape, and `apply` the change of the layer's output on x after one SGD step with lr 1 on each sample: x ∇Wᵀ if linear.
@@ -146,8 +148,8 @@ class Linear:
 class Gain:
     """y = x̂ ⊙ w: a is the normalised input x̂."""
 
-    def gradient(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> GainGradient:
-        return GainGradient((upcast(a) * upcast(b)).sum(1))
+    def gradient(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> VectorGradient:
+        return VectorGradient((upcast(a) * upcast(b)).sum(1), multiplies=True)
 
     def summed(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> Float[Tensor, " o"]:
         return (upcast(a) * upcast(b)).sum((0, 1))
@@ -176,73 +178,44 @@ Kind = Linear | Gain | Lookup
 LINEAR = Linear()
 
 
-@dataclass(frozen=True, slots=True)
-class MeanGradient:
-    """The gradient of one layer's weight and bias, summed or averaged over samples."""
+MeanGradient = list[Float[Tensor, "..."]]
+"""The gradient of one layer's weight, then of its bias, whichever train: summed or averaged over samples."""
 
-    weight: Float[Tensor, "*weight"] | None
-    bias: Float[Tensor, " o"] | None
 
-    def norm_sq(self) -> Float[Tensor, ""]:
-        parts = [p.square().sum() for p in (self.weight, self.bias) if p is not None]
-        return torch.stack(parts).sum()
-
-    def scaled(self, factor: float) -> "MeanGradient":
-        return MeanGradient(
-            None if self.weight is None else self.weight * factor, None if self.bias is None else self.bias * factor
-        )
-
-    def to(self, device: torch.device) -> "MeanGradient":
-        weight, bias = (None if part is None else part.to(device) for part in (self.weight, self.bias))
-        return MeanGradient(weight, bias)
-
-    def plus(self, other: "MeanGradient") -> "MeanGradient":
-        weight = None if self.weight is None or other.weight is None else self.weight + other.weight
-        return MeanGradient(weight, None if self.bias is None or other.bias is None else self.bias + other.bias)
+def norm_sq(mean: MeanGradient) -> Float[Tensor, ""]:
+    """Return the squared norm of a layer's gradient."""
+    return torch.stack([part.square().sum() for part in mean]).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGradient:
-    """Each sample's gradient of one layer's weight, bias, or both."""
+    """Each sample's gradient of one layer's weight, then of its bias, whichever train."""
 
-    weight: WeightGradient | None
-    bias: Float[Tensor, "n o"] | None
+    parts: list[WeightGradient]
 
     def norm_sq(self) -> Float[Tensor, " n"]:
-        parts: list[Tensor] = []
-        if self.weight is not None:
-            parts.append(self.weight.norm_sq())
-        if self.bias is not None:
-            parts.append(upcast(self.bias).square().sum(1))
-        return torch.stack(parts).sum(0)
+        return torch.stack([part.norm_sq() for part in self.parts]).sum(0)
 
     def dot(self, mean: MeanGradient) -> Float[Tensor, " n"]:
-        parts: list[Tensor] = []
-        if self.weight is not None and mean.weight is not None:
-            parts.append(self.weight.dot(mean.weight))
-        if self.bias is not None and mean.bias is not None:
-            parts.append(upcast(self.bias) @ mean.bias)
-        return torch.stack(parts).sum(0)
+        return torch.stack([part.dot(other) for part, other in zip(self.parts, mean, strict=True)]).sum(0)
 
     def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
         """Return the change of the layer's output on x after one SGD step with lr 1 on each sample."""
-        bias = None if self.bias is None else self.bias[:, None, :].expand(-1, x.shape[1], -1)
-        if self.weight is None:
-            assert bias is not None
-            return bias.to(x.dtype)
-        change = self.weight.apply(x)
-        return change if bias is None else change + bias.to(change.dtype)
+        first, *others = [part.apply(x) for part in self.parts]
+        return sum(others, first)
 
 
 def layer_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> LayerGradient:
     """Return each sample's gradient of the parts of a layer that belong to θ."""
-    return LayerGradient(kind.gradient(a, b) if weight else None, upcast(b).sum(1) if bias else None)
+    parts = [kind.gradient(a, b)] if weight else []
+    return LayerGradient([*parts, VectorGradient(upcast(b).sum(1), multiplies=False)] if bias else parts)
 
 
 def summed_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> MeanGradient:
     """Return the gradient summed over the samples of the batch."""
-    return MeanGradient(kind.summed(a, b) if weight else None, upcast(b).sum((0, 1)) if bias else None)
+    parts = [kind.summed(a, b)] if weight else []
+    return [*parts, upcast(b).sum((0, 1))] if bias else parts

@@ -21,13 +21,17 @@ from tsqlora.model.forward import sample_losses
 from tsqlora.model.passes import Columns, run_pass
 from tsqlora.model.request import Compute
 from tsqlora.paper.capture import Consume, capture
-from tsqlora.paper.ghost import MeanGradient, layer_gradient, summed_gradient
+from tsqlora.paper.ghost import MeanGradient, layer_gradient, norm_sq, summed_gradient
 from tsqlora.paper.sites import Site
 from tsqlora.tasks import Batch, Collate, Task, answers_of
 from tsqlora.tasks.forward import split_labels
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than fused attention."""
+
+
+Backward = tuple[Float[Tensor, "n k"] | None, Float[Tensor, " n"], list[Tensor | None]]
+"""Calibrated logits, losses, and further gradients of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Reference:
 
     def to(self, device: torch.device) -> "Reference":
         """Move to a device."""
-        mean = {name: gradient.to(device) for name, gradient in self.mean.items()}
+        mean = {name: [part.to(device) for part in gradient] for name, gradient in self.mean.items()}
         return replace(self, mean=mean, offsets=None if self.offsets is None else self.offsets.to(device))
 
 
@@ -79,23 +83,37 @@ def measure_reference(
 
     def measure(_: np.ndarray, batch: Batch) -> Columns:
         inputs, labels = split_labels(batch, model)
-        sums, norms = dict[str, MeanGradient](), list[Tensor]()
-
-        def consume(name: str, a: Tensor, b: Tensor) -> None:
-            sums[name] = summed_gradient(a, b, **sites[name].parts)
-            norms.append(layer_gradient(a, b, **sites[name].parts).norm_sq())
-
-        losses = backward(model, inputs, labels, task, offsets, sites, consume)[1]
-        norm_sq = total_over_sites(norms, losses)
-        total.update({name: total[name].plus(part) if name in total else part for name, part in sums.items()})
-        return {"loss": double(losses).numpy(force=True), "norm_sq": double(norm_sq).numpy(force=True)}
+        sums, squares, result = measured(model, inputs, labels, task, offsets, sites)
+        for name, parts in sums.items():
+            total[name] = [a + b for a, b in zip(total[name], parts, strict=True)] if name in total else parts
+        return {"loss": double(result[1]).numpy(force=True), "norm_sq": double(squares).numpy(force=True)}
 
     columns = run_pass(model, measure, rows, collate, compute)
-    mean = {name: gradient.scaled(1 / len(rows)) for name, gradient in total.items()}
-    norm, norm_sq = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5, float(columns["norm_sq"].sum())
-    if not (norm > 0 and norm_sq > 0):
+    mean = {name: [part * (1 / len(rows)) for part in gradient] for name, gradient in total.items()}
+    norm, squares = sum(float(norm_sq(m)) for m in mean.values()) ** 0.5, float(columns["norm_sq"].sum())
+    if not (norm > 0 and squares > 0):
         raise UnsupportedError("every gradient of the reference is zero; use a loss that depends on the weights")
-    return Reference(mean, norm, 0.5 * float(columns["loss"].sum()) / norm_sq, len(rows), offsets)
+    return Reference(mean, norm, 0.5 * float(columns["loss"].sum()) / squares, len(rows), offsets)
+
+
+def measured(
+    model: nn.Module,
+    inputs: Batch,
+    labels: Tensor,
+    task: Task,
+    offsets: Float[Tensor, " k"] | None,
+    sites: Mapping[str, Site],
+    also: tuple[nn.Parameter, ...] = (),
+) -> tuple[dict[str, MeanGradient], Float[Tensor, " n"], Backward]:
+    """Return the summed gradient of each used site, each sample's squared norm, and what `backward` returns."""
+    sums, norms = dict[str, MeanGradient](), list[Tensor]()
+
+    def consume(name: str, a: Tensor, b: Tensor) -> None:
+        sums[name] = summed_gradient(a, b, **sites[name].parts)
+        norms.append(layer_gradient(a, b, **sites[name].parts).norm_sq())
+
+    result = backward(model, inputs, labels, task, offsets, sites, consume, also)
+    return sums, total_over_sites(norms, result[1]), result
 
 
 def backward(
@@ -107,7 +125,7 @@ def backward(
     sites: Mapping[str, Site],
     consume: Consume,
     also: tuple[nn.Parameter, ...] = (),
-) -> tuple[Float[Tensor, "n k"] | None, Float[Tensor, " n"], list[Tensor | None]]:
+) -> Backward:
     """Return calibrated logits and losses of a batch, and call `consume(site, a, b)` for every used site.
 
     The logits are None for generation, where their gradient has overwritten them. Gradients of the summed loss in the

@@ -71,7 +71,7 @@ def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Te
     """Return the change of the output of a call on x after one step with lr 1 on each sample."""
     a = input_of(module, site.kind, x, samples, site.name)
     if _mixed(site, module):
-        return cast(Any, gradient.weight).look_up(a)
+        return cast(Any, gradient.parts[0]).look_up(a)
     return gradient.apply(a)
 
 
