@@ -66,9 +66,8 @@ def rates() -> pd.DataFrame:
 
 def cells(rule: int = RULE) -> pd.DataFrame:
     """A row for each cell at the rate that was chosen for its way and world; of today's rule all have one rate."""
-    if rule == ASKS:
-        return stored(rule)
-    cells, chosen = stored(), {str(key): rate for key, rate in rates().idxmax(axis=1).items()}
+    chosen = {str(key): rate for key, rate in rates().idxmax(axis=1).items()} if rule == RULE else {}
+    cells = stored(rule)
     rate = [chosen.get(str(key), RATE) for key in zip(cells.world, cells.method, strict=True)]
     return cells[(cells.seed != RATES_SEED) & (cells.rate == rate)]
 

@@ -236,10 +236,12 @@ OTHERS = {
 
 
 def worlds_last(_: Results) -> Rows:
+    """The rule before today's."""
     return _side_by_side(differences.cells())
 
 
 def worlds_asked(_: Results) -> Rows:
+    """Today's rule."""
     return _side_by_side(differences.cells(differences.ASKS))
 
 

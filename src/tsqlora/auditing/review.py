@@ -190,11 +190,8 @@ def _corrections(
     Raises DataError for lines that contradict each other, or the label that the rows have in the file of this name.
     """
     read, column = _reader(classes, several=kind.joint), str(columns.label)
-    new, reviewed, marks = (
-        dict[int, dict[str, Any]](),
-        dict[tuple[int, int], list[Label]](),
-        dict[tuple[int, int], str](),
-    )
+    new, marks = dict[int, dict[str, Any]](), dict[tuple[int, int], str]()
+    reviewed = dict[tuple[int, int], list[Label]]()
     for line in lines:
         row, token = _number(line, "row"), _number(line, "token") if kind.by_token else 0
         if row not in rows:

@@ -24,7 +24,7 @@ from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, replacing, write_json, write_tensors
 from tsqlora.libs.bitsandbytes import linear_bits
 from tsqlora.libs.deepspeed import gathered, whole_shape
-from tsqlora.model.forward import ACTIVATIONS, forward_pass
+from tsqlora.model.forward import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.model.modules import plain_name
 from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.rows.datasets import Dataset
@@ -265,17 +265,22 @@ def columns_of_rows(
     return columns
 
 
-def _logits(look: SavedLook, forward: Any, head: Any) -> np.ndarray:
+def _logits(look: SavedLook, forward: Forward, head: Head | None) -> np.ndarray:
     """Logits with the head of the look; the model's own where the look kept it."""
-    if not look.head:
-        return forward.logits.astype(np.float32)
+
+    def taken(values: np.ndarray | None) -> Tensor:
+        assert values is not None, "the pass takes what the head reads"
+        return torch.from_numpy(values).float()
 
     def outputs(layer: str, inputs: Tensor) -> Tensor:
         return linear(inputs, look.head[f"{layer}.weight"], look.head.get(f"{layer}.bias"))
 
-    last, features = plain_name(head.name), torch.from_numpy(forward.features).float()
+    if not look.head:
+        return taken(forward.logits).numpy()
+    assert head is not None
+    last, features = plain_name(head.name), taken(forward.features)
     for dense in {name.rpartition(".")[0] for name in look.head} - {last}:
-        features = ACTIVATIONS[head.activation](outputs(dense, torch.from_numpy(forward.dense).float()))
+        features = ACTIVATIONS[head.activation](outputs(dense, taken(forward.dense)))
     return outputs(last, features).numpy()
 
 

@@ -32,10 +32,10 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
 
 PresetName = Literal["default", "paper"]
 
+OF_CLASSES = ("sequence-classification", "multi-label-classification", "token-classification")
+"""Tasks whose rows are texts with classes, which the embedded model can read."""
 TASK_TYPES = (
-    "sequence-classification",
-    "multi-label-classification",
-    "token-classification",
+    *OF_CLASSES,
     "regression",
     "preference",
     "causal-lm",
@@ -43,7 +43,7 @@ TASK_TYPES = (
     "image-classification",
     "audio-classification",
 )
-"""The names of `tsqlora.tasks.TASKS`, which imports torch; the first three learn classes of text."""
+"""The names of `tsqlora.tasks.TASKS`, which imports torch."""
 CAUSAL_TASKS = ("preference", "causal-lm")
 """Those that an audit of text reads."""
 
@@ -104,8 +104,8 @@ class TaskSettings(Section):
 
     @property
     def of_other_rows(self) -> bool:
-        """Whether the rows are no texts with classes, which the embedded model can read."""
-        return self.type in TASK_TYPES[3:]
+        """Whether the rows are no texts with classes; those of a task that is not listed may be anything."""
+        return self.type not in OF_CLASSES
 
 
 class DataSettings(Section):

@@ -216,12 +216,12 @@ def findings_of(
         if name == "dropped" and any(details):
             # A longer limit helps those alone that it cuts.
             cut, why = len(without_cause) - len(details), Counter(filter(None, details))
-            shown = why.most_common(REASONS)
+            first = why.most_common(REASONS)
             reasons = [f"{cut:,} by the length limit"] if cut else []
-            reasons += [f"{count:,} for this reason: {reason}" for reason, count in shown]
-            if more := why.total() - sum(count for _, count in shown):
+            reasons += [f"{count:,} for this reason: {reason}" for reason, count in first]
+            if more := why.total() - sum(count for _, count in first):
                 reasons.append(f"{more:,} for others (the ledger has them)")
-            cause += f": {'; '.join(reasons) if cut or len(why) > 1 else shown[0][0]}"
+            cause += f": {'; '.join(reasons) if cut or len(why) > 1 else first[0][0]}"
             cures = cures if cut or not all(details) else {}
         if name in ("template_error", "content_lost"):
             cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
