@@ -8,6 +8,11 @@ loras and kinds (adapters as files), byte_tokenizers, hostile and watch (strange
 """
 
 import os
+
+# Tiny arrays are fastest on one thread, and two workers of xdist with two threads each wait for one another; numpy and
+# torch read this when they are imported, and so do the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType

@@ -5,8 +5,7 @@ bench/trainers/axolotl_plugin.py runs axolotl itself.
 
 import importlib
 import json
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,23 +135,33 @@ def test_axolotl_refuses_findings_that_no_row_can_have_preferences_and_several_p
 
 
 @pytest.fixture
-def llama_factory(model: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the example on rows that LLaMA-Factory's interface prepares, with further words."""
+def llama_factory(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the example on rows that LLaMA-Factory's interface prepares, with further words: code, stdout, stderr."""
     for name, text in LLAMA_FACTORY.items():
         file = tmp_path / "installed" / "llamafactory" / f"{name.replace('.', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         (file.parent / "__init__.py").touch()
         file.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()))
+    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
+    monkeypatch.chdir(tmp_path)
 
-    def run(rows: Any, *words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    def run(rows: Any, *words: str, **settings: Any) -> tuple[int, str, str]:
         rows.save_to_disk(str(tmp_path / "made"))
         settings = {"stage": "sft", "model_name_or_path": model, "made": str(tmp_path / "made")} | settings
         (tmp_path / "sft.yaml").write_text(json.dumps(settings))
-        path = os.pathsep.join([str(tmp_path / "installed"), *filter(None, sys.path)])
-        command = [sys.executable, FOLDER / "llama_factory.py", "sft.yaml", "--out", "run", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-        )
+        monkeypatch.setattr(sys, "argv", ["llama_factory.py", "sft.yaml", "--out", "run", *words])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llamafactory"]:
+            del sys.modules[name]
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            runpy.run_path(str(FOLDER / "llama_factory.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        seen = capfd.readouterr()
+        return (1, seen.out, code) if isinstance(code, str) else (code or 0, seen.out, seen.err)
 
     return run
 
@@ -161,9 +170,9 @@ def test_llama_factory_trains_on_the_rows_without_named_findings(
     llama_factory: Any, made: Dataset, tmp_path: Path
 ) -> None:
     parts = DatasetDict({"train": made, "validation": made.select([0])})
-    done = llama_factory(parts, "--drop-findings", "empty_answer, duplicate", learning_rate=1e-4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    settings = json.loads(done.stdout.splitlines()[-1])
+    code, out, err = llama_factory(parts, "--drop-findings", "empty_answer, duplicate", learning_rate=1e-4)
+    assert code == 0, err[-3000:]
+    settings = json.loads(out.splitlines()[-1])
     assert (settings["tokenized_path"], settings["learning_rate"]) == (str(Path("run", "filtered")), 1e-4)
     filtered: Any = load_from_disk(str(tmp_path / "run" / "filtered"))
     assert filtered["train"]["input_ids"][:] == made.select(LEFT)["input_ids"][:]
@@ -175,8 +184,8 @@ def test_llama_factory_trains_on_the_rows_without_named_findings(
         (("--out", "new"), {"stage": "dpo"}, "stage: sft"),
         (("--out", "new"), {"tokenized_path": "saved"}, "tokenized_path"),
     ):
-        refused = llama_factory(made, *words, **settings)
-        assert (refused.returncode, named in refused.stderr) == (2, True)
+        code, _, err = llama_factory(made, *words, **settings)
+        assert (code, named in err) == (2, True)
     assert not (tmp_path / "new").exists()
 
 
@@ -194,13 +203,13 @@ def test_llama_factorys_packed_row_is_left_out_whole_and_padding_is_no_sequence(
         }
         for j, some in enumerate(faults, start=20)
     ]
-    done = llama_factory(Dataset.from_list(rows), "--drop-findings", "nothing_trained", "--no-train")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 of 5 rows are left out whole, for 3 of their sequences" in done.stdout
+    code, out, err = llama_factory(Dataset.from_list(rows), "--drop-findings", "nothing_trained", "--no-train")
+    assert code == 0, err[-3000:]
+    assert "2 of 5 rows are left out whole, for 3 of their sequences" in out
     filtered: Any = load_from_disk(str(tmp_path / "run" / "filtered"))
     assert [row["input_ids"][3] for row in filtered] == [20, 23, 24]
-    most = llama_factory(Dataset.from_list(rows[:3]), "--drop-findings", "nothing_trained", "--out", "most")
-    assert (most.returncode, "without packing" in most.stderr) == (1, True)
+    code, _, err = llama_factory(Dataset.from_list(rows[:3]), "--drop-findings", "nothing_trained", "--out", "most")
+    assert (code, "without packing" in err) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["axolotl_plugin", "llama_factory"])
