@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -15,7 +14,7 @@ import tsqlora as tsq
 from models import tiny_bert
 from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
-from stock import VOCAB, At, Falling, base_bert, make_trainer, slotted_bert, stops_at
+from stock import VOCAB, At, Falling, make_trainer, slotted_bert, stops_at
 from tsqlora.auditing.draw.epochs import trusted_steps
 from tsqlora.auditing.labels import question
 
@@ -322,19 +321,15 @@ def test_early_stopping_before_the_question_asks_it(
         assert_same(dict(trainer.model.named_parameters()), dict(again.model.named_parameters()), f"resumed at {at}")
 
 
-@pytest.mark.filterwarnings("ignore:training ended at step 16:UserWarning")
-def test_a_users_own_stop_is_kept(tmp_path: Path) -> None:
-    options = {**BEST, "first": (EarlyStoppingCallback(99),)}
-    trainer, quality = ran(tmp_path, stops_at(16), compute_metrics=Falling(), **options)
-    assert trainer.state.global_step == 16
-    assert "unasked" in answer_of(quality)
-
-
 @SAYS
-def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
-    trainer, _ = make(tmp_path, stops_at(28))
-    with pytest.warns(UserWarning, match="training ended at step 28, and trusted rows come from step 29 on"):
+@pytest.mark.parametrize("step", [16, 28])
+def test_a_users_own_stop_before_the_trusted_rows_is_kept_and_said(step: int, tmp_path: Path) -> None:
+    options = {**BEST, "first": (EarlyStoppingCallback(99),)}
+    trainer, quality = make(tmp_path, stops_at(step), compute_metrics=Falling(), **options)
+    with pytest.warns(UserWarning, match=f"training ended at step {step}"):
         trainer.train()
+    assert trainer.state.global_step == step
+    assert ("unasked" in answer_of(quality)) == (step == 16)
 
 
 @SAYS
@@ -366,32 +361,6 @@ def test_the_control_has_a_head_and_all_trusted_rows_in_each_epoch(tmp_path: Pat
     assert quality.data.scores is None
     assert [look["head_start"]["replaced"] for look in quality.looks] == [True]
     assert not (tmp_path / "control" / "scores.parquet").exists()
-
-
-EVALUATED: dict[str, Any] = {"eval_strategy": "epoch", "evaluate_on": UNSEEN, "load_best_model_at_end": True}
-
-
-@pytest.mark.parametrize(
-    ("further", "stops", "steps"),
-    [
-        ({"num_train_epochs": 0.5}, [], 5),
-        (EVALUATED, [], 40),
-        (EVALUATED | {"metric_for_best_model": "falling"}, [EarlyStoppingCallback(1)], 20),
-    ],
-    ids=["half an epoch", "best", "early stopping"],
-)
-def test_a_users_own_trainer_ends_normally_and_saves(
-    further: dict[str, Any], stops: list[TrainerCallback], steps: int, tmp_path: Path
-) -> None:
-    """Without trusted rows, whatever ends it."""
-    measure = Falling() if stops else None
-    trainer, quality = ran(tmp_path, *stops, trusted=None, save_strategy="epoch", compute_metrics=measure, **further)
-    end = trainer.state.global_step
-    assert end == steps
-    assert quality.data.scores is not None
-    assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{end}"
-    trainer.save_model(str(tmp_path / "saved"))
-    PeftModel.from_pretrained(base_bert(), str(tmp_path / "saved"))
 
 
 @SAYS
