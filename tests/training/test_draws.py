@@ -29,9 +29,6 @@ def looking(data: Any, **options: Any) -> tsq.QualityCallback:
     return quality_by(data, **{"reference": 40} | options)
 
 
-KINDS = pytest.mark.parametrize("kind", [looking, drawing])
-
-
 def train(data: tsq.QualitySubset, folder: Path, *callbacks: Any, **further: Any) -> Any:
     trainer = make_trainer(slotted_bert(), data, folder, list(callbacks), **({"num_train_epochs": EPOCHS} | further))
     trainer.train()
@@ -46,25 +43,23 @@ class Drawn(At):
         super().__init__("epoch_end", lambda *_: self.rows.append(sorted(data.indices.tolist())))
 
 
-@KINDS
-def test_the_callback_itself_draws_the_epoch(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callback_itself_draws_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate calls set_epoch as well, but with several processes not under every sampler."""
     monkeypatch.setattr(tsq.QualitySubset, "set_epoch", lambda *_: None)
     data = half()
     data._draw(0)
     drawn = Drawn(data)
-    train(data, tmp_path, kind(data), drawn, num_train_epochs=2)
+    train(data, tmp_path, drawing(data), drawn, num_train_epochs=2)
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(2)]
 
 
-@KINDS
-def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path) -> None:
+def test_an_epoch_that_another_callback_stops_is_over(tmp_path: Path) -> None:
     def stop(state: Any, control: Any, _: Any) -> None:
         control.should_epoch_stop = state.global_step in (2, 6)  # within an epoch, and with its last step
 
     data = half()
     drawn = Drawn(data)
-    callbacks = (kind(data), paper.RankCallback(interval=4), At("step_end", stop), drawn)
+    callbacks = (looking(data), paper.RankCallback(interval=4), At("step_end", stop), drawn)
     trainer = train(data, tmp_path, *callbacks, num_train_epochs=3)
     assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
     assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
@@ -86,14 +81,13 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
     assert_same(*ends, "weights")
 
 
-@pytest.mark.parametrize("ended", ["well", "by an interrupt"])
-def test_a_later_training_without_a_look_is_a_random_one(ended: str, tmp_path: Path) -> None:
-    interrupt = [] if ended == "well" else [fails_at("step_end", 3, KeyboardInterrupt)]
+def test_a_training_without_a_look_behind_one_that_was_cut_off_is_a_random_one(tmp_path: Path) -> None:
     data = half()
-    try:
-        train(data, tmp_path / "first", looking(data, weights={"loss": 1.0}), *interrupt)
-    except KeyboardInterrupt:
-        assert data.drawn_by == "QualityCallback"
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            data, tmp_path / "first", looking(data, weights={"loss": 1.0}), fails_at("step_end", 3, KeyboardInterrupt)
+        )
+    assert data.drawn_by == "QualityCallback"
     ranks, drawn = paper.RankCallback(interval=4), Drawn(data)
     train(data, tmp_path / "second", drawing(data), ranks, drawn)
     assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
@@ -150,7 +144,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     )
     for further, key in (
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old draw"),
-        ({"train_sampling_strategy": "group_by_length"}, "reads the rows' lengths once"),
         ({"train_sampling_strategy": "batch_rebalance"}, "reads the rows' lengths once"),
         ({"train_sampling_strategy": "random"}, "mixes them again"),
     )
@@ -166,15 +159,14 @@ def test_it_is_refused_before_the_first_step(case: str, tmp_path: Path, monkeypa
         call(tmp_path)
 
 
-@KINDS
-def test_evaluating_on_the_subset_that_is_trained_on_is_refused(kind: Any, tmp_path: Path) -> None:
+def test_evaluating_on_the_subset_that_is_trained_on_is_refused(tmp_path: Path) -> None:
     data, steps = half(), list[int]()
     note = At("step_end", lambda state, *_: steps.append(state.global_step))
     further = {"evaluate_on": {"train": data}, "eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
-        train(data, tmp_path, kind(data), note, **further)
+        train(data, tmp_path, drawing(data), note, **further)
     assert steps == [1, 2]
-    train(data, tmp_path, kind(data)).evaluate(data)  # no callback draws any more
+    train(data, tmp_path, drawing(data), num_train_epochs=1).evaluate(data)  # no callback draws any more
 
 
 def test_another_epoch_is_refused_while_the_callback_draws() -> None:
@@ -189,11 +181,9 @@ def test_another_epoch_is_refused_while_the_callback_draws() -> None:
     assert data.indices.tolist() == data.draw(0).tolist()
 
 
-@pytest.mark.parametrize("strategy", ["random", "sequential"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_sampler_by_place_passes_in_silence(strategy: str, processes: int, tmp_path: Path) -> None:
-    trainer = make_trainer(slotted_bert(), half(), tmp_path, [], train_sampling_strategy=strategy)
-    loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=processes, process_index=0)
+def test_a_sampler_by_place_passes_in_silence_also_of_two_processes(tmp_path: Path) -> None:
+    trainer = make_trainer(slotted_bert(), half(), tmp_path, [], train_sampling_strategy="random")
+    loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=2, process_index=0)
     require_fresh_draws(trainer.args, loader)
 
 

@@ -56,13 +56,10 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-KINDS = pytest.mark.parametrize(
-    ("what", "value"), [("loss", torch.nan), ("loss", -torch.inf), ("lora_A", 0.0), ("classifier", 0.0)]
+@pytest.mark.parametrize(
+    ("what", "value", "clipping"),
+    [("loss", torch.nan, 0.0), ("loss", -torch.inf, 1.0), ("lora_A", 0.0, 1.0), ("classifier", 0.0, 0.0)],
 )
-
-
-@KINDS
-@pytest.mark.parametrize("clipping", [0.0, 1.0])
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(
     what: str, value: float, clipping: float, tmp_path: Path
 ) -> None:
@@ -82,12 +79,8 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(
 @pytest.mark.parametrize(
     ("what", "value", "clipping", "steps"),
     [
-        ("loss", torch.nan, 0.0, (1,)),
-        ("loss", -torch.inf, 1.0, (4,)),
         ("loss", torch.nan, 1.0, (1, 4, 5)),
         ("lora_A", 0.0, 0.0, (4,)),
-        ("lora_A", 0.0, 1.0, (1, 4, 5)),
-        ("classifier", 0.0, 1.0, (1,)),
         ("classifier", 0.0, 0.0, (1, 4, 5)),
     ],
 )
@@ -109,7 +102,7 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
     for step in steps:
         before = seen[step - 1] if step > 1 else {name: torch.zeros_like(t) for name, t in seen[1].items()}
         assert all(torch.equal(before[name], seen[step][name]) for name in before)
-    first = {(1,): 4, (4,): 5, (1, 4, 5): 6}[steps]
+    first = {(4,): 5, (1, 4, 5): 6}[steps]
     assert [event.step for event in ranks.events][:2] == [first, 8]
 
 

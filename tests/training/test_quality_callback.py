@@ -50,30 +50,24 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def train_a_step(data: Any, callback: Any, folder: Path, **options: Any) -> None:
-    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", max_steps=1, **QUIET)
-    Trainer(llama(), args, train_dataset=data, callbacks=[callback], **options).train()
-
-
-def test_text_without_trusted_rows_is_said_to_be_drawn_evenly(tmp_path: Path) -> None:
-    data = tsq.QualitySubset([{"input_ids": [5, 6, 7 + j], "labels": [5, 6, 7 + j]} for j in range(8)], 0.5, seed=0)
-    with pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"):
-        train_a_step(data, tsq.QualityCallback(data), tmp_path)
-
-
-def test_rows_without_a_token_to_learn_are_said(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(
-        [{"input_ids": [5, 6, 7 + j], "labels": [-100, -100, -100 if j < 6 else 7 + j]} for j in range(8)]
-    )
-    callback = tsq.QualityCallback(data, rule=paper.ScoringRule(select=False))
-    with pytest.warns(UserWarning, match=r"^nothing_trained: .* \(75% of all rows: 0, 1, 2, …\)"):
-        train_a_step(data, callback, tmp_path, processing_class=tokenizer())
+def test_text_is_drawn_evenly_and_rows_without_a_token_to_learn_are_named(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7 + j], "labels": [-100, -100, -100 if j < 6 else 7 + j]} for j in range(8)]
+    data = tsq.QualitySubset(rows, 0.5, seed=0)
+    args = TrainingArguments(str(tmp_path), train_sampling_strategy="sequential", max_steps=1, **QUIET)
+    callbacks: list[TrainerCallback] = [tsq.QualityCallback(data)]
+    trainer = Trainer(llama(), args, train_dataset=data, callbacks=callbacks, processing_class=tokenizer())
+    nothing = r"^nothing_trained: .* \(75% of all rows: 0, 1, 2, …\)"
+    with (
+        pytest.warns(UserWarning, match="text without trusted rows is drawn evenly"),
+        pytest.warns(UserWarning, match=nothing),
+    ):
+        trainer.train()
 
 
 UNLEARNED = pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning")
 EPOCHS = 5
 """Of half the rows, 4 steps each; the second look comes before step 8."""
-SAVES: dict[str, Any] = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 1}
+SAVES: dict[str, Any] = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 4}
 BY_Q: dict[str, Any] = {"weights": GRADIENTS}
 
 
@@ -125,8 +119,8 @@ class Watch(TrainerCallback):
 
 
 @dataclass
-class Saved:
-    """A run that was saved at every step."""
+class Done:
+    """A run, where it left its files, and what its steps were given."""
 
     folder: Path
     quality: tsq.QualityCallback
@@ -134,22 +128,22 @@ class Saved:
     watch: Watch
 
 
-def saved(folder: Path, **options: Any) -> Saved:
+def done(folder: Path, **options: Any) -> Done:
     watch = Watch()
-    return Saved(folder, *run(folder, watch, further=SAVES, **options), watch)
+    return Done(folder, *run(folder, watch, **options), watch)
 
 
 @pytest.fixture(scope="module")
-def even(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return saved(tmp_path_factory.mktemp("even"))
+def even(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return done(tmp_path_factory.mktemp("even"), further=SAVES)
 
 
 @pytest.fixture(scope="module")
-def by_q(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return saved(tmp_path_factory.mktemp("by_q"), about={"note": "by a test"}, **BY_Q)
+def by_q(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return done(tmp_path_factory.mktemp("by_q"), about={"note": "by a test"}, **BY_Q)
 
 
-def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(by_q: Saved) -> None:
+def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(by_q: Done) -> None:
     quality, watch = by_q.quality, by_q.watch
     assert all(watch.on_disk.values())
     assert not any(watch.waiting.values())
@@ -164,13 +158,7 @@ def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(by_q: 
     assert by_q.trainer.state.global_step == 4 * EPOCHS
 
 
-def test_one_look_is_all_where_a_second_could_change_nothing(even: Saved, tmp_path: Path) -> None:
-    once, _ = run(tmp_path, look_again=False, weights={"loss": -1.0})
-    assert [len(quality.looks) for quality in (once, even.quality)] == [1, 1]
-    assert not (tmp_path / "scores-1.parquet").exists()
-
-
-def test_each_epoch_has_its_own_draw_with_the_classes_of_the_data(by_q: Saved) -> None:
+def test_each_epoch_has_its_own_draw_with_the_classes_of_the_data(by_q: Done) -> None:
     drawn, scores = by_q.watch.drawn, scores_of(by_q.quality)
     assert len({tuple(sorted(rows)) for rows in drawn.values()}) == EPOCHS
     for epoch in (2, 3, 4):
@@ -181,20 +169,25 @@ def test_each_epoch_has_its_own_draw_with_the_classes_of_the_data(by_q: Saved) -
     assert scores.record.eta > 0
 
 
-def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(even: Saved) -> None:
+def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(even: Done) -> None:
     scores = scores_of(even.quality)
     assert (scores.even, scores.record.noise["evident"], list(scores.terms)) == (True, False, ["loss", "el2n"])
     assert scores.kept.all()
+    assert len(even.quality.looks) == 1, "a second could change nothing"
     control = tsq.QualitySubset(DATA, 0.5, seed=0)
     for epoch in range(EPOCHS):
         assert even.quality.data.draw(epoch).tolist() == control.draw(epoch).tolist()
 
 
-def test_no_label_is_judged_where_the_rule_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_label_is_judged_and_no_second_look_taken_where_the_rule_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tsqlora.auditing.look.judge", lambda *_: pytest.fail("judged"))
-    scores = scores_of(run(tmp_path, judge=False)[0])
-    assert scores.kept.all()
-    assert scores.record.noise is None
+    quality, _ = run(tmp_path, judge=False, look_again=False, weights={"loss": -1.0})
+    assert scores_of(quality).kept.all()
+    assert scores_of(quality).record.noise is None
+    assert len(quality.looks) == 1
+    assert not (tmp_path / "scores-1.parquet").exists()
 
 
 def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_only(
@@ -323,6 +316,7 @@ def test_a_model_with_a_loss_of_its_own_is_refused_before_the_look(tmp_path: Pat
     [
         ({"seed": 7}, {}, "seed 0, and this one has 7"),
         ({"resample": False}, {}, "resample True, and this one has False"),
+        ({}, {"select": False}, "select True, and this one has False"),
         ({}, {"judge": False}, "judge True, and this one has False"),
         ({}, {"weights": {"loss": 1.0}}, "weights None, and this one has {'loss': 1.0}"),
         ({}, {"terms": ["convergence"]}, r"terms \['loss', 'el2n'\], and this one has \['convergence', 'loss', .*\]"),
@@ -330,21 +324,20 @@ def test_a_model_with_a_loss_of_its_own_is_refused_before_the_look(tmp_path: Pat
         ({}, {"seed": 3}, "seed to score 0, and this one has 3"),
     ],
 )
-@pytest.mark.parametrize("at", [5, 10])
 def test_a_run_is_not_resumed_with_other_scores_or_draws(
-    at: int, draws: dict[str, Any], scores: dict[str, Any], both: str, even: Saved
+    draws: dict[str, Any], scores: dict[str, Any], both: str, even: Done
 ) -> None:
     _, trainer = make(even.folder, draws=draws, further=SAVES, **scores)
     with pytest.raises(SettingsError, match=f"the resumed run had {both}; resume with"):
-        trainer.train(resume_from_checkpoint=str(even.folder / f"checkpoint-{at}"))
+        trainer.train(resume_from_checkpoint=str(even.folder / "checkpoint-8"))
 
 
-def test_a_run_is_not_resumed_with_its_rows_in_another_order(even: Saved, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_its_rows_in_another_order(even: Done, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(even.folder, tmp_path / "run"))
     _, trainer = make(folder, data=DATA[::-1], further=SAVES)
     with pytest.raises(SettingsError, match="same data set in the same order"):
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
-    state = folder / "checkpoint-10" / "tsqlora_quality.json"
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    state = folder / "checkpoint-8" / "tsqlora_quality.json"
     values = json.loads(state.read_text())
     del values["draws"]["hash of rows"]  # as an earlier version saved it
     state.write_text(json.dumps(values))
@@ -395,12 +388,11 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(case: str, tmp_p
 
 
 def test_a_run_resumed_after_its_look_does_not_look_again(
-    even: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    even: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality_callback, "require_scorable", lambda *_, **__: pytest.fail("looked at"))
     folder = Path(shutil.copytree(even.folder, tmp_path / "run"))
-    for step in (10, 8, 4):
-        make(folder, further=SAVES)[1].train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    make(folder, further=SAVES)[1].train(resume_from_checkpoint=str(folder / "checkpoint-8"))
 
 
 def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path: Path) -> None:
@@ -408,7 +400,7 @@ def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path:
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
     by_length = sorted(DATA, key=lambda row: len(row["input_ids"]))
-    further = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 8}
+    further = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 2}
     quality, trainer = make(tmp_path, data=[by_length[-1], *by_length[:-1]], further=further)  # the first two differ
     trainer.data_collator = one
     trainer.train()
@@ -430,7 +422,7 @@ def test_a_collator_may_take_the_labels_out_of_its_rows(tmp_path: Path) -> None:
         labels = torch.tensor([row.pop("labels") for row in rows])
         return padded(rows) | {"labels": labels}
 
-    quality, trainer = make(tmp_path, data=Fresh())
+    quality, trainer = make(tmp_path, data=Fresh(), further={"max_steps": 2})
     trainer.data_collator = popping
     trainer.train()
     assert quality.data.scores is not None
