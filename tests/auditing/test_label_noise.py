@@ -15,8 +15,6 @@ from tsqlora.auditing.labels.label_noise import STEEPEST, LabelNoise, _fit, _los
 from tsqlora.errors import SettingsError, TsqLoraError
 
 SEEDS = st.integers(0, 2**32 - 1)
-KINDS = [(0.1, 2), (0.2, 2), (0.1, 3), (0.4, 3), (0.2, 6), (0.4, 6)]
-"""The share of blind labels, and the number of classes."""
 
 
 def rows_of(
@@ -42,11 +40,11 @@ def p_wrong(noise: LabelNoise, logits: np.ndarray, labels: np.ndarray) -> np.nda
     return 1 - p_true[np.arange(len(labels)), labels]
 
 
-@pytest.mark.parametrize(("blind", "classes"), KINDS)
+@pytest.mark.parametrize(("blind", "classes"), [(0.1, 2), (0.4, 3), (0.2, 6)])
 def test_the_bounds_hold_the_rate_of_labels_that_the_model_drew(blind: float, classes: int) -> None:
     inside = []
     for seed in range(6):
-        logits, labels, wrong = rows_of(seed, blind=blind, classes=classes, rows=1500)
+        logits, labels, wrong = rows_of(seed, blind=blind, classes=classes, rows=1000)
         noise = label_noise(logits, labels)
         assert noise.low <= noise.rate <= noise.high
         assert noise.rate == pytest.approx(wrong.mean(), abs=0.06)
@@ -54,7 +52,7 @@ def test_the_bounds_hold_the_rate_of_labels_that_the_model_drew(blind: float, cl
     assert sum(inside) >= 4, "each bound fails in one table of 20"
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=SEEDS, classes=st.sampled_from([6, 12]))
 def test_errors_in_one_class_are_found_in_that_class(seed: int, classes: int) -> None:
     drawn = np.full(classes, 0.1 / (classes - 1))
@@ -70,7 +68,7 @@ def test_errors_in_one_class_are_found_in_that_class(seed: int, classes: int) ->
     assert wrong[wrongly > 0.5].mean() > 0.75
 
 
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(seed=SEEDS, sure=st.sampled_from([0.1, 1.0, 4.0]), classes=st.sampled_from([2, 5]))
 def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> None:
     logits, labels, _ = rows_of(seed, sure=sure, classes=classes)
@@ -78,7 +76,7 @@ def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> 
     assert not noise.evident
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_model_that_has_hardly_learned_is_no_evidence(seed: int) -> None:
     # Scaled by 30 the logits tell the classes apart; until then the classes' constants rule.
     rng, often = np.random.default_rng(seed), np.log([0.4, 0.25, 0.2, 0.1, 0.05])
@@ -87,9 +85,8 @@ def test_a_model_that_has_hardly_learned_is_no_evidence(seed: int) -> None:
     assert not label_noise(logits / 30 + np.log(np.bincount(labels, minlength=5) / 200), labels).evident
 
 
-@pytest.mark.parametrize("often", [(0.5, 0.5), (0.6, 0.25, 0.1, 0.05)])
-def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says(often: tuple[float, ...]) -> None:
-    errors = 0
+def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says() -> None:
+    errors, often = 0, (0.6, 0.25, 0.1, 0.05)
     for seed in range(30):
         rng = np.random.default_rng(seed)
         logits = 3.0 * rng.normal(size=(300, len(often)))
@@ -99,7 +96,7 @@ def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says(often: 
     assert 1 <= errors <= 12
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int) -> None:
     logits, labels, _ = rows_of(seed, blind=0.3, rows=400)
     noise = label_noise(logits, labels)
@@ -121,28 +118,33 @@ def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int)
         assert fallen == pytest.approx(2.7055, abs=0.6) or (bound == 0 and fallen < 2.7055)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=SEEDS, scale=st.sampled_from([0.01, 0.5, 7.0]), shift=st.floats(-5, 5))
-def test_scale_and_constants_of_rows_and_classes_change_nothing(seed: int, scale: float, shift: float) -> None:
+def test_scale_constants_order_names_and_a_class_without_rows_change_nothing(
+    seed: int, scale: float, shift: float
+) -> None:
     logits, labels, _ = rows_of(seed, blind=0.3, rows=300, classes=3)
-    noise = label_noise(logits, labels)
+    rng, noise = np.random.default_rng(seed), label_noise(logits, labels)
+    wrong = p_wrong(noise, logits, labels)
+
     moved = scale * logits + shift * (np.arange(300)[:, None] / 300 + np.array([0.0, 1.0, -1.0]))
     again = label_noise(moved, labels)
     assert again.rate == pytest.approx(noise.rate, abs=2e-3)
     assert again.scale * scale == pytest.approx(noise.scale, rel=2e-2)
-    np.testing.assert_allclose(p_wrong(again, moved, labels), p_wrong(noise, logits, labels), atol=0.02)
+    np.testing.assert_allclose(p_wrong(again, moved, labels), wrong, atol=0.02)
 
-
-@settings(max_examples=5, deadline=None)
-@given(seed=SEEDS)
-def test_the_order_of_rows_and_the_names_of_classes_change_nothing(seed: int) -> None:
-    logits, labels, _ = rows_of(seed, blind=0.3, rows=300, classes=3)
-    rng = np.random.default_rng(seed)
     order, names = rng.permutation(300), rng.permutation(3)
-    noise = label_noise(logits, labels)
-    moved = label_noise(logits[order][:, np.argsort(names)], names[labels[order]])
-    assert moved.rate == pytest.approx(noise.rate, abs=1e-3)
-    assert moved.statistic == pytest.approx(noise.statistic, abs=1e-2)
+    again = label_noise(logits[order][:, np.argsort(names)], names[labels[order]])
+    assert again.rate == pytest.approx(noise.rate, abs=1e-3)
+    assert again.statistic == pytest.approx(noise.statistic, abs=1e-2)
+
+    wide, renamed = np.insert(logits, 1, -9 + rng.normal(size=300), axis=1), labels + (labels > 0)
+    wider = label_noise(wide, renamed)
+    assert (wider.rate, wider.low, wider.high, wider.statistic) == (noise.rate, noise.low, noise.high, noise.statistic)
+    np.testing.assert_allclose(p_wrong(wider, wide, renamed), wrong)
+    assert np.isfinite(wider.offsets).tolist() == [True, False, True, True]
+    assert wider.drawn[1] == 0
+    assert not wider.class_probabilities(wide)[:, 1].any()
 
 
 @settings(max_examples=8, deadline=None)
@@ -180,7 +182,7 @@ def test_the_fit_without_wrong_labels_ends_where_its_gradient_does(seed: int) ->
     np.testing.assert_allclose(gradient[5:], 0, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_rare_class_hides_no_wrong_labels(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = 3.0 * rng.normal(size=(800, 4)) + np.array([0.0, 0.0, 0.0, -7.0])
@@ -192,19 +194,6 @@ def test_a_rare_class_hides_no_wrong_labels(seed: int) -> None:
     assert not label_noise(logits, true).evident
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_class_that_no_row_has_changes_nothing(seed: int) -> None:
-    logits, labels, _ = rows_of(seed, blind=0.3, rows=600, classes=3)
-    unused = -9 + np.random.default_rng(seed).normal(size=600)
-    noise = label_noise(logits, labels)
-    wide, names = np.insert(logits, 1, unused, axis=1), labels + (labels > 0)
-    wider = label_noise(wide, names)
-    assert noise.evident
-    assert (wider.rate, wider.low, wider.high, wider.statistic) == (noise.rate, noise.low, noise.high, noise.statistic)
-    np.testing.assert_allclose(p_wrong(wider, wide, names), p_wrong(noise, logits, labels))
-    assert np.isfinite(wider.offsets).tolist() == [True, False, True, True]
-    assert wider.drawn[1] == 0
-    assert not wider.class_probabilities(wide)[:, 1].any()
 
 
 def test_of_one_class_no_label_is_wrong() -> None:
@@ -232,7 +221,7 @@ def test_too_few_rows_or_classes_and_logits_that_are_not_finite_are_refused(
         label_noise(np.full(shape, np.nan), np.zeros(shape[0], dtype=np.int64))
 
 
-@pytest.mark.parametrize("rows", [2, 4, 9])
+@pytest.mark.parametrize("rows", [2, 9])
 def test_few_rows_are_no_evidence(rows: int) -> None:
     logits, labels = np.random.default_rng(rows).normal(size=(rows, 3)), np.arange(rows) % 2
     noise = label_noise(logits, labels)
@@ -255,7 +244,7 @@ def test_so_many_rows_are_fitted_of_each_class_its_share_and_all_are_judged(monk
     assert together.mean() == pytest.approx((labels != true).mean(), abs=0.05)
 
 
-@pytest.mark.parametrize(("seed", "blind"), [(0, 0.0), (1, 0.1), (2, 0.4)])
+@pytest.mark.parametrize(("seed", "blind"), [(1, 0.1), (2, 0.4)])
 def test_of_many_classes_quicker_bounds_are_about_the_same(
     seed: int, blind: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
