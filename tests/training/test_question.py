@@ -329,7 +329,7 @@ def test_a_users_own_stop_before_the_trusted_rows_is_kept_and_said(step: int, tm
     with pytest.warns(UserWarning, match=f"training ended at step {step}"):
         trainer.train()
     assert trainer.state.global_step == step
-    assert ("unasked" in answer_of(quality)) == (step == 16)
+    assert "unasked" in answer_of(quality)
 
 
 @SAYS
