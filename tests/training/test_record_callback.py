@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from peft import PeftModel
@@ -35,10 +36,9 @@ def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
     return data, [tsq.QualityCallback(data), paper.RankCallback(interval=2, **further)]
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path) -> None:
+def test_a_trainers_record_has_what_its_callbacks_did(tmp_path: Path) -> None:
     data, callbacks = both()
-    trainer = trained(tmp_path, *callbacks[::order], data=data)
+    trainer = trained(tmp_path, *callbacks, data=data)
     record, (_, ranks) = RunRecord.load(tmp_path), callbacks
     assert record.status == "finished"
     assert record.rank_events == ranks.events != []
@@ -56,10 +56,10 @@ def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "scores.parquet"]
 
 
-@pytest.mark.parametrize("which", ["quality", "ranks", "neither"])
+@pytest.mark.parametrize("which", ["quality", "ranks"])
 def test_whatever_is_asked_of_it_a_training_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
     data, (quality, ranks) = both()
-    options = {"quality": ([quality], data), "ranks": ([ranks], None), "neither": ([], None)}
+    options = {"quality": ([quality], data), "ranks": ([ranks], None)}
     trained(tmp_path, *options[which][0], data=options[which][1])
     gathered = gather(tmp_path)
     assert ("scores" in gathered.missing, "events" in gathered.missing) == (which != "quality", which != "ranks")
@@ -75,13 +75,6 @@ def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path)
     assert metrics["loss"] == logs[-1]["eval_loss"]
     after = trainer.evaluate(moods(16, seed=5))
     assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == after["eval_loss"]
-
-
-def test_the_best_models_metrics_are_the_records_where_it_is_brought_back(tmp_path: Path) -> None:
-    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 3, "learning_rate": 0.5}
-    data, callbacks = both()
-    trainer = trained(tmp_path, *callbacks, data=data, evaluate_on=ROWS, load_best_model_at_end=True, **args)
-    assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == pytest.approx(trainer.state.best_metric)
 
 
 def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp_path: Path) -> None:
@@ -120,12 +113,9 @@ def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path, m
 def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: RunRecord, run: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RunRecord, "save", full)
+    monkeypatch.setattr(RunRecord, "save", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.warns(UserWarning, match=RECORD_FILE):
-        trained(tmp_path)
+        trained(tmp_path, num_train_epochs=1)
 
 
 def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
@@ -135,9 +125,8 @@ def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) 
     assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_batches_that_the_loader_drops_cost_nothing(accumulated: int, tmp_path: Path) -> None:
+def test_batches_that_the_loader_drops_cost_nothing(tmp_path: Path) -> None:
     data = tsq.QualitySubset(moods(30), 1.0, seed=0)
-    options = {"num_train_epochs": 3, "gradient_accumulation_steps": accumulated, "dataloader_drop_last": True}
+    options = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}
     trained(tmp_path, drawing(data), data=data, **options)
     assert RunRecord.load(tmp_path).cost["training"].forward == 3 * 24
