@@ -12,7 +12,6 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import save_checkpoint, write_config, write_jsonl
 from seen import Seen
-from tsqlora.auditing.reasons import explain
 from tsqlora.auditing.scores import Scores
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.libs.bitsandbytes import linear_bits
@@ -28,7 +27,6 @@ from tsqlora.training.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.report.write import write_report
 from tsqlora.training.run import arguments
-from tsqlora.training.score import score_rows
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
@@ -206,18 +204,6 @@ def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in trained.items())
     auto = next(name for name in values if name.startswith("Auto"))
     assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
-
-
-def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
-    score_rows(run, tmp_path / "scores.parquet")
-    scores = Scores.load(tmp_path / "scores.parquet")
-    explained = explain(scores, 2)
-    assert len(explained["highest"]) == 2
-    assert (explained["likely_wrong_rows"], explained["kind"]) == (0, "text")
-    document, target = explained["highest"][0]["text"].split("\n→ ")
-    assert document.split()[0] == target
-    assert target in WORDS
-    assert "predicted" not in explained["highest"][0]
 
 
 def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) -> None:

@@ -84,8 +84,7 @@ def test_trusted_rows_without_a_column_of_the_pool_are_named(lacking: str, left:
 
 
 @pytest.mark.filterwarnings("ignore:rows are drawn evenly")  # by some random heads
-@pytest.mark.parametrize("kind", ["image", "audio"])
-@pytest.mark.parametrize("inside", [False, True], ids=["files", "bytes"])
+@pytest.mark.parametrize(("kind", "inside"), [("image", False), ("audio", True)], ids=["files", "bytes"])
 def test_images_and_recordings_are_drawn_from_their_columns(kind: str, inside: bool, tmp_path: Path) -> None:
     made_media = pytest.importorskip("made_media")
     write, save = made_media.MAKE[kind]

@@ -15,7 +15,7 @@ import torch
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tables import cells_of
-from tsqlora.errors import DataError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.model.named import device_of
 from tsqlora.record import RunRecord
 from tsqlora.rows import sources
@@ -199,18 +199,6 @@ def test_predictions_are_saved_where_the_output_cannot_be_written(there: bool, r
         {"row": 2, "prediction": None, "probability": None},
         {"row": 3, "prediction": "no", "probability": 0.5},
     ]
-
-
-def test_code_of_a_runs_model_is_run_only_where_whoever_opens_it_says_so(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    with pytest.raises(SettingsError, match=r"trust_remote_code true, .* set TSQLORA_TRUST_REMOTE_CODE=1"):
-        open_run(tmp_path / "run")
-    monkeypatch.setenv("TSQLORA_TRUST_REMOTE_CODE", "1")
-    assert open_run(tmp_path / "run").config.model.trust_remote_code
 
 
 def test_an_adapter_that_is_a_pickle_and_an_unfinished_run_are_refused(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tsqlora as tsq
@@ -116,8 +115,8 @@ def test_the_first_time_says_what_a_second_would_do(phases: tuple[str, ...]) -> 
 
 
 @OURS
-@pytest.mark.parametrize("phase", ["scoring", "validation"])
-def test_where_there_are_no_steps_it_stops_at_the_next_report(phase: str) -> None:
+def test_where_there_are_no_steps_it_stops_at_the_next_report() -> None:
+    phase = "validation"
     updates: list[tuple[str, int, int]] = []
     with StopCallback("go on") as stop:
         watched = stop.watch(lambda phase, done, total, _pulse=None: updates.append((phase, done, total)))
@@ -156,11 +155,3 @@ def test_a_worker_of_a_data_loader_only_takes_note() -> None:
         stop._process = os.getpid() + 1
         stop._come(signal.SIGTERM, None)
     assert stop.asked is None
-
-
-def test_a_step_without_a_signal_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only several processes have something to exchange."""
-    monkeypatch.setattr(torch, "tensor", None)
-    control = TrainerControl()
-    StopCallback("go on").on_step_end(TrainingArguments("out", use_cpu=True), TrainerState(), control)
-    assert not control.should_save
