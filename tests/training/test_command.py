@@ -69,9 +69,8 @@ def unfinished(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
-def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(optimizer: str, tmp_path: Path) -> None:
-    config = load_config(fixed(tmp_path, optim=optimizer) / "c.yaml")
+def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(tmp_path: Path) -> None:
+    config = load_config(fixed(tmp_path, optim="adafactor") / "c.yaml")
     with patch("tsqlora.training.command.fit", side_effect=fit) as fitted:
         record = pipeline.train(config, tmp_path / "run")
     model, _, method = fitted.call_args.args[:3]

@@ -218,7 +218,10 @@ def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:
-    steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
+    steps = [
+        {"step": 10, "loss": 0.5, "grad_norm": float("inf"), "words": "a", "list": [1]},
+        {"step": 20, "loss": float("nan"), "grad_norm": 1.0},
+    ]
     assert records.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
 
 

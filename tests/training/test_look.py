@@ -176,16 +176,6 @@ def test_a_row_of_an_unseen_class_is_null_with_a_reason_and_never_drawn(
     assert label not in [row["label"] for row in drawn]
 
 
-def test_seen_rows_get_the_columns_of_the_look(place: Path, look: Path, tmp_path: Path) -> None:
-    ours = SavedLook.load(look).scores
-    scores = score_by_look(str(place / "train.jsonl"), look, tmp_path / "s.parquet")
-    assert ours.hashes is not None
-    assert scores.hashes is not None
-    places = [scores.hashes.index(name) for name in ours.hashes]
-    for name, values in ours.predictions.items():
-        np.testing.assert_array_equal(scores.predictions[name][places], values, err_msg=name)
-
-
 def chats(file: Path, moved: range, *, seed: int, count: int = 240) -> Path:
     """Answers that repeat the letters of their prompts; those of `moved` repeat the next row's."""
     rng = np.random.default_rng(seed)
@@ -244,17 +234,6 @@ def test_a_look_scores_the_answers_of_another_file(
     drawn, rows = ((tmp_path / name).read_text().splitlines() for name in ("subset.jsonl", "a.jsonl"))
     assert len(drawn) == 30
     assert not {json.dumps(json.loads(rows[j])) for j in wrong} & {json.dumps(json.loads(row)) for row in drawn}
-
-
-def test_seen_answers_get_the_columns_of_the_look(written: Path, tmp_path: Path) -> None:
-    ours = SavedLook.load(written).scores
-    with repeating():
-        scores = score_by_look(str(written.parent / "train.jsonl"), written, tmp_path / "s.parquet")
-    assert ours.hashes is not None
-    assert scores.hashes is not None
-    places = [scores.hashes.index(name) for name in ours.hashes]
-    np.testing.assert_array_equal(scores.kept[places], ours.kept)
-    assert (~ours.kept).sum() >= 15
 
 
 def test_a_look_that_draws_by_trusted_texts_is_not_applied_by_row(

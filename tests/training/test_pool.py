@@ -68,19 +68,15 @@ def test_what_cannot_be_read_is_named() -> None:
         tsq.select(adapted(), iter(pairs(range(3), "w1")), processing_class=TOKENIZER)
     with pytest.raises(DataError, match=r"dataset.rename_columns\({'a': 'prompt', 'b': 'completion'}\)$"):
         tsq.select(adapted(), [{"a": "w1", "b": "w2"}], processing_class=TOKENIZER)
+    trusted = [{"prompt": row["prompt"]} for row in pairs(range(3), "w1")]
+    with pytest.raises(DataError, match=r"trusted has no column 'completion'.*: 'prompt'$"):
+        tsq.select(llama(), pairs(range(9), "w1"), processing_class=TOKENIZER, trusted=trusted)
 
 
 def test_a_list_of_dicts_keeps_the_columns_that_its_first_row_lacks() -> None:
     rows = [{"instruction": f"w{j}", **({"input": "w9"} if j % 2 else {}), "output": "w1"} for j in range(8)]
     chosen = tsq.select(adapted(), rows, processing_class=TOKENIZER, fraction=1.0)
     assert [{name: value for name, value in row.items() if value is not None} for row in chosen] == rows
-
-
-@pytest.mark.parametrize(("lacking", "left"), [("prompt", "completion"), ("completion", "prompt")])
-def test_trusted_rows_without_a_column_of_the_pool_are_named(lacking: str, left: str) -> None:
-    trusted = [{left: row[left]} for row in pairs(range(3), "w1")]
-    with pytest.raises(DataError, match=f"trusted has no column '{lacking}'.*: '{left}'$"):
-        tsq.select(llama(), pairs(range(9), "w1"), processing_class=TOKENIZER, trusted=trusted)
 
 
 @pytest.mark.filterwarnings("ignore:rows are drawn evenly")  # by some random heads

@@ -144,6 +144,12 @@ def test_one_line_attaches_to_a_trainer_that_was_built(trusted: bool, tmp_path: 
     assert_loads_in_plain_peft(tmp_path / "adapter", logits(trainer.model))
 
 
+def test_packed_rows_cannot_be_attached_and_a_line_says_what_can(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [], packing=True, packing_strategy="bfd", max_length=16)
+    with pytest.raises(tsq.UnsupportedError, match=r"tsqlora\.select"):
+        tsq.attach(trainer)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"padding_free": True, "max_length": None}, {"packing": True, "packing_strategy": "bfd", "max_length": 16}],
@@ -151,8 +157,6 @@ def test_one_line_attaches_to_a_trainer_that_was_built(trusted: bool, tmp_path: 
 )
 def test_samples_that_share_a_row_are_refused_before_the_first_step(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = make(tmp_path, [], **options)
-    with pytest.raises(tsq.UnsupportedError, match=r"tsqlora\.select"):
-        tsq.attach(trainer)
     trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)
     trainer.add_callback(quality_by(rows, weights={"loss": -1.0}))
     with pytest.raises(tsq.UnsupportedError, match=r"1 row\(s\).*tsqlora\.select"):
