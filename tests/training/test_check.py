@@ -93,6 +93,9 @@ def test_a_server_that_answers_as_peft_is_right(run: Path, finished: Job) -> Non
     assert report["stopped"] == report["stopped_peft"]
     assert report["prompt_tokens"]["same"] > 10
     assert "/v1/completions" not in paths, "only where an answer differs"
+    (prompt, *_) = held_out(finished)
+    assert prompt.text == "<|im_start|>user\npink<|im_end|>\n<|im_start|>assistant\n"
+    assert finished.pretrained.tokenizer.decode(prompt.ids) == prompt.text
 
 
 def test_without_a_server_it_says_how_often_answers_stop(run: Path, tsqlora: Run) -> None:
@@ -100,13 +103,6 @@ def test_without_a_server_it_says_how_often_answers_stop(run: Path, tsqlora: Run
     assert (report["verdict"], report["prompts"]) == (None, 8)
     code, out, _ = tsqlora("check", run)
     assert (code, out.split(" of ")[0]) == (0, f"{report['stopped_peft']:.0%}")
-
-
-def test_the_base_in_place_of_the_adapter_is_found(run: Path, finished: Job) -> None:
-    with server(finished, base=True) as (url, _):
-        report = check_run(run, url)
-    assert (report["verdict"], report["base_answered"]) == ("wrong", True)
-    assert report["by_weights"] == 8
 
 
 def test_another_template_is_told_from_other_weights(run: Path, finished: Job) -> None:
@@ -128,26 +124,21 @@ def test_several_models_need_a_name(run: Path, finished: Job) -> None:
         with pytest.raises(SettingsError, match="served-name mine"):
             check_run(run, url, served_name="mine")
         assert check_run(run, url, served_name="adapter")["verdict"] == "right"
-        assert check_run(run, url, served_name="base")["base_answered"]
+        report = check_run(run, url, served_name="base")
+    assert (report["verdict"], report["base_answered"], report["by_weights"]) == ("wrong", True, 8)
 
 
-def test_nothing_goes_to_another_machine_without_leave(run: Path) -> None:
+def test_what_cannot_be_asked_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"32 held-out prompts.*example.invalid.*--yes"):
         check_run(run, "http://example.invalid:1")
-
-
-def test_a_server_with_other_answers_is_one_line(run: Path) -> None:
     with (
         serving(lambda handler, _: say(handler, {"models": []})) as url,
         pytest.raises(TsqLoraError, match="/v1/models"),
     ):
         check_run(run, url)
-
-
-def test_held_out_prompts_are_those_of_training(finished: Job) -> None:
-    (prompt, *_) = held_out(finished)
-    assert prompt.text == "<|im_start|>user\npink<|im_end|>\n<|im_start|>assistant\n"
-    assert finished.pretrained.tokenizer.decode(prompt.ids) == prompt.text
+    monkeypatch.setattr(check, "require_finished", lambda run: SimpleNamespace(task="sequence-classification"))
+    with pytest.raises(UnsupportedError):
+        check_run(tmp_path, "http://127.0.0.1:9")
 
 
 def test_a_run_holds_the_prompts_of_its_template(run: Path, tmp_path: Path, tsqlora: Run) -> None:
@@ -175,9 +166,3 @@ def test_a_script_gets_the_exit_code(run: Path, finished: Job, tsqlora: Run) -> 
     assert "the base answered" in out
     code, _, err = tsqlora("check", run, "--server-url", url)
     assert (code, len(err.strip().splitlines())) == (1, 1)
-
-
-def test_classifiers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "require_finished", lambda run: SimpleNamespace(task="sequence-classification"))
-    with pytest.raises(UnsupportedError):
-        check_run(tmp_path, "http://127.0.0.1:9")

@@ -41,13 +41,12 @@ def test_a_dry_run_and_the_run_count_the_same_trusted_rows(tmp_path: Path) -> No
     assert f"{len(job.data['trusted'])} trusted" in lines[0]
 
 
-@pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
-def test_a_run_need_not_end_with_an_epoch(training: dict[str, Any], steps: int, tmp_path: Path) -> None:
+def test_a_run_need_not_end_with_an_epoch(tmp_path: Path) -> None:
     off = {"quality": {"enabled": False}, "ranks": {"policy": "fixed"}}
-    set_up(tmp_path, training={"batch_size": 8} | training, **off)
+    set_up(tmp_path, training={"batch_size": 8, "epochs": 0.5}, **off)
     record = pipeline.train(load_config(tmp_path / "c.yaml"), tmp_path / "run")
-    assert (record.status, record.plan["steps"]) == ("finished", steps)
-    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}").is_dir()
+    assert (record.status, record.plan["steps"]) == ("finished", 3)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
     planned, trained = record.plan["passes"]["training"]["forward"], record.cost["training"].forward
     assert abs(planned - trained) < 8
 
@@ -70,9 +69,8 @@ def unfinished(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
-def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(optimizer: str, tmp_path: Path) -> None:
-    config = load_config(fixed(tmp_path, optim=optimizer) / "c.yaml")
+def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(tmp_path: Path) -> None:
+    config = load_config(fixed(tmp_path, optim="adafactor") / "c.yaml")
     with patch("tsqlora.training.command.fit", side_effect=fit) as fitted:
         record = pipeline.train(config, tmp_path / "run")
     model, _, method = fitted.call_args.args[:3]
@@ -124,18 +122,14 @@ class CountWaits(TrainerCallback):
         self.before = len(self.seen)
 
 
-def test_a_run_whose_saved_adapter_has_a_fault_says_so(tmp_path: Path) -> None:
-    folder, note = fixed(tmp_path, epochs=1), f"{tmp_path / 'run' / 'adapter'}: not finite"
+def test_a_saved_adapter_with_a_fault_is_said_and_a_resumed_run_from_which_step_it_goes_on(tmp_path: Path) -> None:
+    config, lines = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
     with (
         patch.object(pipeline, "faults_in", side_effect=lambda path: [f"{path}: not finite"]),
         pytest.warns(UserWarning, match="has a fault"),
     ):
-        assert note in pipeline.train(load_config(folder / "c.yaml"), tmp_path / "run").notes
-
-
-def test_a_resumed_run_says_from_which_step_it_goes_on(tmp_path: Path) -> None:
-    config, lines = load_config(fixed(tmp_path, epochs=2) / "c.yaml"), list[str]()
-    pipeline.train(config, tmp_path / "run")
+        notes = pipeline.train(config, tmp_path / "run").notes
+    assert f"{tmp_path / 'run' / 'adapter'}: not finite" in notes
     unfinished(tmp_path / "run")
     pipeline.train(config, tmp_path / "run", resume=True, say=lines.append)
     assert lines[1:] == ["goes on from step 5 of 10"]

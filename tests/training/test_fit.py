@@ -11,7 +11,7 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, set_up, write_config, write_jsonl
 from stock import Poison
-from tsqlora import record
+from tsqlora import record as records
 from tsqlora.errors import SettingsError
 from tsqlora.settings import Config, load_config
 from tsqlora.tasks import TASKS
@@ -89,7 +89,8 @@ def test_rows_and_tokens_that_are_charged_went_through_the_model(
     assert 0 <= made.tokens - sum(made.cost("tokens")) <= checked * longest
 
 
-def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Counted) -> None:
+def test_phases_are_those_of_the_plan_and_progress_tells_every_step(counted: Counted) -> None:
+    assert counted.told == [("training", step, 24) for step in range(1, 25)]
     assert list(counted.record.cost) == ["look", "ranks", "training"]
     assert counted.record.skipped == {}
     assert all(seconds > 0 for seconds in counted.cost("seconds"))
@@ -98,15 +99,10 @@ def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Coun
     assert counted.cost("backward") == [planned[phase]["backward"] for phase in counted.record.cost]
 
 
-def test_progress_runs_from_the_first_step_to_the_last(counted: Counted) -> None:
-    assert counted.told == [("training", step, 24) for step in range(1, 25)]
-
-
-@pytest.mark.parametrize("every", [2, 5])
 def test_costs_are_whole_also_where_a_save_comes_within_an_epoch_or_at_its_last_step(
-    every: int, place: Path, tmp_path: Path
+    place: Path, tmp_path: Path
 ) -> None:
-    config = settings(place, training={**QUICK, "save_strategy": "steps", "save_steps": every, "save_total_limit": 20})
+    config = settings(place, training={**QUICK, "save_strategy": "steps", "save_steps": 10, "save_total_limit": 20})
     whole = Counted(config, tmp_path)
     for name in ("forward", "backward"):
         assert whole.cost(name) == [passes[name] for passes in whole.record.plan["passes"].values()]
@@ -154,17 +150,10 @@ def arguments(**further: Any) -> Any:
     return run_fit.arguments(Config.model_validate(sections), Path("nowhere"))
 
 
-def test_the_trainer_gets_the_rows_in_the_order_of_the_draw() -> None:
-    args = arguments()
-    assert args.train_sampling_strategy == "sequential"
-    assert (args.seed, args.data_seed, args.per_device_train_batch_size, args.num_train_epochs) == (3, 3, 4, 2)
-    assert args.report_to == []
-    assert (args.max_steps, arguments(max_steps=7).max_steps) == (-1, 7)
-
-
-def test_further_fields_win_over_our_defaults() -> None:
+def test_rows_come_in_the_order_of_the_draw_and_further_fields_win_over_our_defaults() -> None:
     args = arguments(save_strategy="no", disable_tqdm=False, weight_decay=0.1)
     assert (args.save_strategy.value, args.disable_tqdm, args.weight_decay) == ("no", False, 0.1)
+    assert args.train_sampling_strategy == "sequential"
 
 
 @pytest.mark.parametrize("wrong", [{"save_strategy": "often"}, {"eval_strategy": "no", "load_best_model_at_end": True}])
@@ -220,29 +209,32 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
 
 
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
-    history = [{"step": j, "loss": 1.0} for j in range(3 * record.MOST_ENTRIES)]
+    history = [{"step": j, "loss": 1.0} for j in range(3 * records.MOST_ENTRIES)]
     history.insert(7, {"step": 7, "eval_loss": 1.0})
-    retained = record.logged(history)
-    assert len(retained) <= record.MOST_ENTRIES + 1
+    retained = records.logged(history)
+    assert len(retained) <= records.MOST_ENTRIES + 1
     assert retained[0]["step"] == 0
     assert {"step": 7, "eval_loss": 1.0} in retained
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:
-    steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
-    assert record.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
+    steps = [
+        {"step": 10, "loss": 0.5, "grad_norm": float("inf"), "words": "a", "list": [1]},
+        {"step": 20, "loss": float("nan"), "grad_norm": 1.0},
+    ]
+    assert records.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
 
 
-def test_nothing_of_training_is_printed_on_stdout_where_bars_are_asked_for(
+def test_the_record_has_what_the_trainer_logged_and_the_skipped_steps_and_stdout_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Counted(settings(place, training=QUICK | {"disable_tqdm": False}, quality={"enabled": False}), tmp_path)
+    logging = QUICK | {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "epoch", "disable_tqdm": False}
+    config = settings(place, training=logging, quality={"enabled": False})
+    record = Counted(config, tmp_path, also=Poison(3, 14)).record
     assert capsys.readouterr().out == ""
-
-
-def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path, tmp_path: Path) -> None:
-    logging = QUICK | {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "epoch"}
-    history = Counted(settings(place, training=logging, quality={"enabled": False}), tmp_path).record.history
+    assert record.skipped == {"count": 2, "steps": [{"step": 3}, {"step": 14}]}
+    assert "2 steps were skipped whose loss or gradient was not finite: step 3, 14" in record.notes
+    history = record.history
     losses = [entry["step"] for entry in history if "loss" in entry]
     assert losses == list(range(4, losses[-1] + 1, 4))
     assert len(losses) > 2
@@ -251,29 +243,17 @@ def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path,
     assert len(history) == len(losses) + QUICK["epochs"], "no entry besides"
 
 
-def test_the_record_names_steps_that_were_not_finite(place: Path, tmp_path: Path) -> None:
-    record = Counted(settings(place), tmp_path, also=Poison(3, 14)).record
-    assert record.skipped == {"count": 2, "steps": [{"step": 3}, {"step": 14}]}
-    note = "2 steps were skipped whose loss or gradient was not finite: step 3, 14"
-    assert note in record.notes
-
-
 class Twice(Classification):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return 2 * Classification.loss(self, logits, labels)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_loss_that_is_not_the_models_own_is_that_of_the_task(
-    parts: int, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_the_models_own_is_that_of_the_task(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "twice", lambda: Twice(name="twice"))
-    training = QUICK | {"max_steps": 1, "gradient_accumulation_steps": parts, "logging_strategy": "steps"}
+    training = QUICK | {"max_steps": 1, "gradient_accumulation_steps": 2, "logging_strategy": "steps"}
     losses = list[float]()
     for task in ("sequence-classification", "twice"):
-        config = settings(
-            place, task={"type": task}, training=training | {"logging_steps": 1}, ranks={"policy": "fixed"}
-        )
-        record = train(config, place / f"{task}{parts}")
+        sections = {"task": {"type": task}, "training": training | {"logging_steps": 1}, "ranks": {"policy": "fixed"}}
+        record = train(settings(place, **sections), place / task)
         losses += [log["loss"] for log in record.history if "loss" in log]
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-3)

@@ -120,8 +120,3 @@ def test_a_damaged_adapter_does_not_keep_a_run_from_its_page(tmp_path: Path) -> 
     run = make_run(tmp_path)
     (run / "adapter").mkdir()
     assert "see the doctor" in run_page(gather(run), "")
-
-
-def test_a_run_that_has_not_finished_has_a_page_that_says_how_far_it_is(tmp_path: Path) -> None:
-    run = make_run(tmp_path, status="running", now={"phase": "training", "step": 10, "time": 0})
-    assert "step 10 of 40" in run_page(gather(run), "")

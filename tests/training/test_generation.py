@@ -12,7 +12,6 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import save_checkpoint, write_config, write_jsonl
 from seen import Seen
-from tsqlora.auditing.reasons import explain
 from tsqlora.auditing.scores import Scores
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.libs.bitsandbytes import linear_bits
@@ -28,7 +27,6 @@ from tsqlora.training.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.report.write import write_report
 from tsqlora.training.run import arguments
-from tsqlora.training.score import score_rows
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
@@ -136,13 +134,7 @@ def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> N
     assert evaluate_run(tmp_path / "run", without) == evaluate_run(tmp_path / "run", asked_again)
 
 
-def test_a_model_that_writes_has_positions_for_it_before_it_is_trained(run: Path, tmp_path: Path) -> None:
-    config = load_config(run / "config.yaml", ["task.max_new_tokens=128"])
-    with pytest.raises(SettingsError, match="128 new ones are more than the model's 128 positions"):
-        pipeline.dry_run(config)
-
-
-def test_so_has_one_that_leaves_no_room_for_a_prompt(tmp_path: Path) -> None:
+def test_what_leaves_no_room_for_a_prompt_is_refused_before_training(tmp_path: Path) -> None:
     """A token that opens the text, and two of it."""
     config = config_of(tmp_path, "causal-lm", rows(20))
     also = [f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(3))}", "task.max_new_tokens="]
@@ -169,8 +161,7 @@ def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -
     assert record.status == "finished"
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+@pytest.mark.parametrize(("kind", "beams"), [("causal-lm", 1), ("seq2seq", 2)])
 def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams: int, tmp_path: Path) -> None:
     config = config_of(tmp_path, kind, rows(20), task={"max_new_tokens": 12, "beams": beams})
     job = load(load_config(config))
@@ -215,18 +206,6 @@ def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
     assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
 
 
-def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
-    score_rows(run, tmp_path / "scores.parquet")
-    scores = Scores.load(tmp_path / "scores.parquet")
-    explained = explain(scores, 2)
-    assert len(explained["highest"]) == 2
-    assert (explained["likely_wrong_rows"], explained["kind"]) == (0, "text")
-    document, target = explained["highest"][0]["text"].split("\n→ ")
-    assert document.split()[0] == target
-    assert target in WORDS
-    assert "predicted" not in explained["highest"][0]
-
-
 def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) -> None:
     seen = Seen(write_report(run).read_text())
     heads = [text for text in seen.texts["button"] if text in ("label", "model says", "target tokens", "why here")]
@@ -234,11 +213,13 @@ def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) ->
     assert any("→ " in text and text.split()[0] in WORDS for text in seen.texts["th"])
 
 
-def test_a_dry_run_shows_samples_and_refuses_a_model_of_the_other_kind(run: Path) -> None:
+def test_a_dry_run_shows_samples_and_refuses_too_few_positions_and_a_model_of_the_other_kind(run: Path) -> None:
     config = load_config(run / "config.yaml")
     plan = pipeline.dry_run(config)
     assert plan["format"] == "document"
     assert "with a loss" in plan["samples"]
+    with pytest.raises(SettingsError, match="128 new ones are more than the model's 128 positions"):
+        pipeline.dry_run(load_config(run / "config.yaml", ["task.max_new_tokens=128"]))
     other = {"causal-lm": "seq2seq", "seq2seq": "causal-lm"}[config.task.type]
     with pytest.raises(SettingsError, match=rf"task\.type is {other}; set it to {config.task.type}"):
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
@@ -281,13 +262,6 @@ def test_what_all_rows_lose_stops_a_training_unless_it_is_meant(tmp_path: Path) 
         pipeline.dry_run(load_config(config))
     with pytest.warns(UserWarning, match="^error content_lost"):
         assert pipeline.dry_run(load_config(config, ["data.max_bad_rows=1"]))
-
-
-def test_rows_that_were_rendered_before_train_with_a_warning(tmp_path: Path) -> None:
-    texts = [f"<|im_start|>user\n{WORDS[j % 4]}<|im_end|>\n<|im_start|>assistant\n{j}<|im_end|>" for j in range(12)]
-    config = config_of(tmp_path, "causal-lm", [{"text": text} for text in texts])
-    with pytest.warns(UserWarning, match=r"^template_twice: .*row \d+: '<\|im_start\|>user"):
-        pipeline.dry_run(load_config(config))
 
 
 def test_a_token_beyond_the_embedding_is_named_before_training(tmp_path: Path) -> None:

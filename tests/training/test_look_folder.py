@@ -34,18 +34,6 @@ def run(folder: Path, callback: dict[str, Any], **options: Any) -> tuple[tsq.Qua
     return quality, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_training_with_the_folder_is_training_with_a_look(saved: Path, tmp_path: Path) -> None:
-    inline, weights = run(tmp_path / "a", {"rule": RULE})
-    folder, others = run(tmp_path / "b", {"look": saved})
-    assert inline.data.scores is not None
-    assert folder.data.scores is not None
-    assert (inline.data.scores.quality == folder.data.scores.quality).all()
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
-    assert inline.looks[0]["head_start"] == folder.looks[0]["head_start"]
-    assert any(str(saved) in note for note in folder.notes)
-
-
 def test_no_look_is_taken_and_none_follows(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError

@@ -78,9 +78,8 @@ def test_an_audit_refuses_a_class_that_its_list_would_split(place: Path, tmp_pat
     assert (code, "the class 'a|b' holds '|'" in err, passed.called) == (3, True, False)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    rows, data = labelled(60), tmp_path / f"rows{suffix}"
+def test_a_reviewed_audit_replaces_whole_sets_alone(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows, data = labelled(60), tmp_path / "rows.csv"
     write_rows(data, rows)
     options = ("--model", place / "model", "--set", "task.type=multi-label-classification", "--out", tmp_path / "audit")
     assert tsqlora("audit", data, *options)[0] == 0
@@ -94,7 +93,7 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     result = apply_review(tmp_path / "r.csv", tmp_path / "audit")
     assert (result["reviewed"], result["changed"]) == (2, 1)
     before, after = list(cells_of(data)), cells_of(result["corrected"])
-    before[3] = {**before[3], "labels": "house|glad" if suffix == ".csv" else ["house", "glad"]}
+    before[3] = {**before[3], "labels": "house|glad"}
     assert after == tuple(before)
     for wrong, named in (("glad|nothing", "'nothing'"), ("['glad' 'sad']", "['glad' 'sad']")):
         write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": wrong} for line in table])

@@ -144,13 +144,9 @@ def test_a_base_that_was_never_finite_is_told_so(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("three")
 def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 5}
-    whole, steps = trainer(tmp_path, Poison(5, 8), **saves)
-    whole.train()
-    adapter = (tmp_path / "checkpoint-20" / "adapter_model.safetensors").read_bytes()
-    again, rest = trainer(tmp_path, Poison(5, 8), **saves)
+    trainer(tmp_path, Poison(5), **saves, max_steps=5)[0].train()
+    again, rest = trainer(tmp_path, Poison(8), **saves)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert (tmp_path / "checkpoint-20" / "adapter_model.safetensors").read_bytes() == adapter
-    assert steps.skipped == rest.skipped == [5, 8]
     assert rest.summary() == {"count": 2, "steps": [{"step": 5}, {"step": 8}]}
     # One from before the resume counts towards the limit.
     with pytest.raises(tsq.TsqLoraError, match=r"^3 of the last 3 steps"):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,8 @@ from tsqlora.rows.sources import FIRST
 def test_every_command_parses_a_file_once(
     tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, parsed = set_up(tmp_path, rows=FIRST + 20), Counter[str]()
+    few: Any = {"ranks": {"policy": "fixed"}, "training": {"max_steps": 2}}
+    place, parsed = set_up(tmp_path, rows=FIRST + 20, **few), Counter[str]()
     test = tmp_path / "test.csv"
     test.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in make_rows(6, seed=1)))
     for suffix, read in READERS.items():

@@ -54,7 +54,7 @@ def model() -> PeftModel:
     return paper.wrap(tiny_bert(num_labels=2, dtype=torch.float32), mean_rank=8)
 
 
-@pytest.mark.parametrize(("rows", "batch_size", "accumulation"), [(100, 8, 1), (100, 7, 3), (9, 8, 4), (101, 50, 2)])
+@pytest.mark.parametrize(("rows", "batch_size", "accumulation"), [(100, 7, 3), (9, 8, 4), (101, 50, 2)])
 def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulation: int, model: PeftModel) -> None:
     further = {"epochs": 12, "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     config = settings(training=further, ranks={"policy": "fixed"})
@@ -84,42 +84,28 @@ def test_steps_that_fill_no_epoch_are_planned_too(
     assert result["passes"] == {"training": {"forward": rows, "backward": rows}}
 
 
-def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
-    result = planned(settings(), model)
+@pytest.mark.parametrize(
+    ("quality", "look"),
+    [({}, (100, 0)), ({"preset": "paper"}, (100 + 2 * 100 + 2 * 100, 100 + 100))],
+)
+def test_rows_budget_and_parameters_are_the_models_and_passes_are_counted_by_phase(
+    quality: dict[str, Any], look: tuple[int, int], model: PeftModel
+) -> None:
+    result = planned(settings(quality=quality), model)
     assert result["rows"] == {"train": 100, "validation": 10}
     assert set(result["ranks"].values()) == {8}
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert result["budget"] == adapters // 2, "half of the slots are active"
     head = sum(p.numel() for p in model.base_model.model.classifier.parameters()) // 2
     assert result["trainable"] == result["budget"] + head
-
-
-@pytest.mark.parametrize(
-    ("quality", "options", "look"),
-    [
-        ({}, {}, (100, 0)),
-        ({}, {"reference": 40}, (100, 0)),
-        ({"preset": "paper"}, {}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
-    ],
-)
-def test_passes_are_counted_by_phase(
-    quality: dict[str, Any], options: dict[str, Any], look: tuple[int, int], model: PeftModel
-) -> None:
-    result = planned(settings(quality=quality), model, **options)["passes"]
-    assert result["look"] == {"forward": look[0], "backward": look[1]}
-    assert result["ranks"] == {"forward": 20, "backward": 20}
-    assert result["training"] == {"forward": 300, "backward": 300}
-
-
-def test_the_control_only_trains(model: PeftModel) -> None:
-    result = planned(settings(quality={"enabled": False, "head_start": False}), model)["passes"]
-    assert result == {"training": {"forward": 300, "backward": 300}}
+    assert result["passes"]["look"] == {"forward": look[0], "backward": look[1]}
+    assert result["passes"]["ranks"] == {"forward": 20, "backward": 20}
+    assert result["passes"]["training"] == {"forward": 300, "backward": 300}
 
 
 @pytest.mark.parametrize(
     ("sections", "keys"),
     [
-        ({}, []),
         ({"ranks": {"policy": "fixed"}}, []),
         ({"ranks": {"policy": "fixed", "interval": 4}}, ["ranks.interval"]),
         ({"quality": {"enabled": False, "fraction": 0.2, "preset": "paper"}}, ["quality.preset"]),

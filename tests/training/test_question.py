@@ -11,10 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import tsqlora as tsq
-from models import tiny_bert
 from pools import CONTRARY, FEW, NUMBERS, OTHERS, POOL, ROWS, TRUSTED, UNIQUE, UNSEEN, Handed
 from scoring import assert_same, quality_by
-from stock import VOCAB, At, Falling, make_trainer, slotted_bert, stops_at
+from stock import At, Falling, make_trainer, slotted_bert, stops_at
 from tsqlora.auditing.draw.epochs import trusted_steps
 from tsqlora.auditing.labels import question
 
@@ -134,26 +133,30 @@ def test_too_few_trusted_rows_are_mixed_in_from_the_start(tmp_path: Path) -> Non
 AHEAD = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}
 
 
+ZEROS = [row for row in UNIQUE[ROWS:] if row["labels"] == 0][:FEW]
+
+
 @pytest.mark.parametrize(
-    ("pool", "further", "why"),
+    ("options", "why"),
     [
-        (POOL[:60], {"max_steps": 4}, "the pool has 0 rows to hold out, and the question needs 10"),
-        (POOL, {"max_steps": 10, **AHEAD}, "a run of 10 steps has none behind the question"),
+        ({"pool": POOL[:60], "max_steps": 4}, "the pool has 0 rows to hold out, and the question needs 10"),
+        ({"max_steps": 10, **AHEAD}, "a run of 10 steps has none behind the question"),
+        ({"trusted": ZEROS, "max_steps": 10}, "they lack 1 of the classes"),
     ],
-    ids=["a small pool", "read ahead"],
+    ids=["a small pool", "read ahead", "a class lacks"],
 )
-def test_where_the_pool_cannot_be_asked_the_run_says_why(
-    pool: Any, further: dict[str, Any], why: str, tmp_path: Path
-) -> None:
-    _, quality = ran(tmp_path, pool=pool, **further)
-    assert answer_of(quality) == {"why_not": why}
-    assert f"trusted rows are mixed in with those of the pool: {why}" in quality.summary()["notes"]
+def test_where_the_pool_cannot_be_asked_the_run_says_why(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+    _, quality = ran(tmp_path, **options)
+    assert answer_of(quality)["why_not"].startswith(why)
+    mixed = f"trusted rows are mixed in with those of the pool: {why}"
+    assert [note for note in quality.summary()["notes"] if note.startswith(mixed)]
 
 
 @SAYS
 def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
-    make(tmp_path, **EVERY)[0].train()
-    trainer, quality = make(tmp_path, handed := Handed(), **EVERY | {"num_train_epochs": 6})
+    saves = {"save_strategy": "steps", "save_steps": 20}
+    make(tmp_path, **saves)[0].train()
+    trainer, quality = make(tmp_path, handed := Handed(), **saves, num_train_epochs=6)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert answer_of(quality)["contradicted"]
     assert {row >= ROWS for rows in handed.steps.values() for row in rows} == {True}
@@ -186,25 +189,6 @@ def test_a_plain_training_with_the_same_rows_draws_from_the_pool(tmp_path: Path)
     control = make_trainer(slotted_bert(), quality.data, tmp_path / "control", [handed := Handed()])
     control.train()
     assert sum(row < ROWS for rows in handed.steps.values() for row in rows) > 200
-
-
-@SAYS
-def test_trusted_rows_that_lack_a_class_are_mixed_in(tmp_path: Path) -> None:
-    """Alone they would teach that there are no other classes."""
-    pool, few = (
-        [row | {"labels": 2} if row["input_ids"][0] == 22 else row for row in rows] for rows in (POOL, UNIQUE[ROWS:])
-    )
-    trusted = [row for row in few if row["labels"] < 2][:FEW]
-    data = tsq.QualitySubset(pool, 0.5, seed=0, trusted=trusted)
-    base = tiny_bert(num_labels=3, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
-    callbacks, options = [quality := quality_by(data), handed := Handed()], {"train_sampling_strategy": "random"}
-    make_trainer(tsq.wrap(base, mean_rank=4), data, tmp_path, callbacks, num_train_epochs=4, **options).train()
-    assert "contradicted" not in answer_of(quality)
-    why = "trusted rows are mixed in with those of the pool: they lack 1 of the classes"
-    assert [note for note in quality.summary()["notes"] if note.startswith(why)]
-    for epoch in range(4):
-        rows = [row for step in range(10 * epoch, 10 * epoch + 10) for row in handed.steps[step]]
-        assert {row for row in rows if row >= ROWS} == {NUMBERS[tuple(row["input_ids"])] for row in trusted}
 
 
 @SAYS
@@ -329,12 +313,12 @@ def test_a_users_own_stop_before_the_trusted_rows_is_kept_and_said(step: int, tm
     with pytest.warns(UserWarning, match=f"training ended at step {step}"):
         trainer.train()
     assert trainer.state.global_step == step
-    assert ("unasked" in answer_of(quality)) == (step == 16)
+    assert "unasked" in answer_of(quality)
 
 
 @SAYS
 def test_a_resumed_run_that_skips_no_rows_ends_with_the_trusted_ones(tmp_path: Path) -> None:
-    options = {**EVERY, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    options = {**EVERY, "save_steps": 4, "num_train_epochs": 1, "per_device_train_batch_size": 2}
     make(tmp_path, **options)[0].train()
     for at in (20, 32):
         trainer, quality = make(tmp_path, handed := Handed(), ignore_data_skip=True, **options)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tsqlora.errors import DataError
@@ -37,15 +36,6 @@ def test_the_seconds_of_a_block_are_kept_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), made.timed("scoring"):
         raise ZeroDivisionError
     assert made.cost["scoring"].seconds > 0
-
-
-def test_versions_of_what_decides_a_result_are_recorded() -> None:
-    assert {"python", "tsqlora", "torch", "transformers", "peft"} <= record().versions.keys()
-
-
-def test_numpys_numbers_are_plain_ones(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"rows": np.int64(3), "fraction": np.float32(0.5)})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"rows": 3, "fraction": 0.5}
 
 
 def test_a_file_or_a_directory_without_a_record_is_no_run(tmp_path: Path) -> None:

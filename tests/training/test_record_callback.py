@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from peft import PeftModel
@@ -10,13 +11,11 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 import tsqlora as tsq
 from scoring import drawing
-from stock import At, fails_at, make_trainer, moods, slotted_bert
+from stock import fails_at, make_trainer, moods, slotted_bert
 from tsqlora import paper
 from tsqlora.record import RunRecord
 from tsqlora.run_dir import RECORD_FILE
 from tsqlora.training.live_record import step_size
-from tsqlora.training.report.run_page import gather
-from tsqlora.training.report.write import write_report
 
 ROWS = moods()
 
@@ -35,10 +34,9 @@ def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
     return data, [tsq.QualityCallback(data), paper.RankCallback(interval=2, **further)]
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path) -> None:
+def test_a_trainers_record_has_what_its_callbacks_did(tmp_path: Path) -> None:
     data, callbacks = both()
-    trainer = trained(tmp_path, *callbacks[::order], data=data)
+    trainer = trained(tmp_path, *callbacks, data=data)
     record, (_, ranks) = RunRecord.load(tmp_path), callbacks
     assert record.status == "finished"
     assert record.rank_events == ranks.events != []
@@ -56,16 +54,6 @@ def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "scores.parquet"]
 
 
-@pytest.mark.parametrize("which", ["quality", "ranks", "neither"])
-def test_whatever_is_asked_of_it_a_training_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
-    data, (quality, ranks) = both()
-    options = {"quality": ([quality], data), "ranks": ([ranks], None), "neither": ([], None)}
-    trained(tmp_path, *options[which][0], data=options[which][1])
-    gathered = gather(tmp_path)
-    assert ("scores" in gathered.missing, "events" in gathered.missing) == (which != "quality", which != "ranks")
-    assert "<html" in write_report(tmp_path).read_text()
-
-
 def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path) -> None:
     measure = {"evaluate_on": ROWS, "compute_metrics": lambda p: {"accuracy": 0.25}}
     trainer = trained(tmp_path, eval_strategy="epoch", **measure)
@@ -77,32 +65,11 @@ def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path)
     assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == after["eval_loss"]
 
 
-def test_the_best_models_metrics_are_the_records_where_it_is_brought_back(tmp_path: Path) -> None:
-    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 3, "learning_rate": 0.5}
-    data, callbacks = both()
-    trainer = trained(tmp_path, *callbacks, data=data, evaluate_on=ROWS, load_best_model_at_end=True, **args)
-    assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == pytest.approx(trainer.state.best_metric)
-
-
 def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         trained(tmp_path, fails_at("step_begin", 2))
     assert RunRecord.load(tmp_path).status == "running"
     assert tsq.report(tmp_path).path.exists()
-
-
-def test_the_time_and_rows_of_a_resumed_training_go_on(tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
-    data, callbacks = both()
-    trained(tmp_path, *callbacks, data=data, **saves)
-    whole = RunRecord.load(tmp_path)
-    data, callbacks = both()
-    again = make_trainer(slotted_bert(), data, tmp_path, callbacks, num_train_epochs=4, **saves)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    record = RunRecord.load(tmp_path)
-    for phase, cost in whole.cost.items():
-        assert (record.cost[phase].forward, record.cost[phase].backward) == (cost.forward, cost.backward)
-    assert record.ranks == whole.ranks
 
 
 def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,24 +87,13 @@ def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path, m
 def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: RunRecord, run: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RunRecord, "save", full)
+    monkeypatch.setattr(RunRecord, "save", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.warns(UserWarning, match=RECORD_FILE):
-        trained(tmp_path)
+        trained(tmp_path, num_train_epochs=1)
 
 
-def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
-    entry = {"step": 1, "words": "a", "list": [1], "loss": 1.0}
-    trained(tmp_path, At("step_end", lambda state, *_: state.log_history.append(dict(entry))))
-    history = RunRecord.load(tmp_path).history
-    assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
-
-
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_batches_that_the_loader_drops_cost_nothing(accumulated: int, tmp_path: Path) -> None:
+def test_batches_that_the_loader_drops_cost_nothing(tmp_path: Path) -> None:
     data = tsq.QualitySubset(moods(30), 1.0, seed=0)
-    options = {"num_train_epochs": 3, "gradient_accumulation_steps": accumulated, "dataloader_drop_last": True}
+    options = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}
     trained(tmp_path, drawing(data), data=data, **options)
     assert RunRecord.load(tmp_path).cost["training"].forward == 3 * 24

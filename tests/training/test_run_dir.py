@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsqlora.errors import SettingsError, TsqLoraError
@@ -97,17 +96,11 @@ def test_a_directory_that_is_not_free_is_refused_and_left_as_it_is(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("left", [*LEFT, "checkpoints/runs/of tensorboard"])
 def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / left).write_text("{")
     (tmp_path / LOCK_FILE).touch()
-    with locked(tmp_path):
-        pass
-
-
-def test_what_tensorboard_left_of_a_run_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).touch()
-    (tmp_path / "checkpoints" / "runs" / "Nov26").mkdir(parents=True)
     with locked(tmp_path):
         pass
 
@@ -124,19 +117,12 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
 # -------------------------------------------------------------------- a disk that takes no more
 
-FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
-
 
 @pytest.mark.parametrize(
     ("error", "why"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "RUN/checkpoints"), "Read-only file system"),
-        (SafetensorError(FULL), "No space left on device"),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 24448 vs 24336"),
-            "a file was cut off",
-        ),
         (RuntimeError("basic_ios::clear: iostream error"), "a file was cut off"),
     ],
 )
@@ -154,7 +140,6 @@ def test_a_disk_that_takes_no_more_is_told_with_the_cure(error: Exception, why: 
     "error",
     [
         RuntimeError("shapes cannot be multiplied"),
-        OSError(errno.ENOENT, "No such file", "RUN/x"),
         OSError(errno.EACCES, "Permission denied", "/data/train.jsonl"),
         SettingsError("inline_container.cc"),
     ],

@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tsqlora.model import passes
 from tsqlora.paper import second_pass
 from tsqlora.settings import load_config
 from tsqlora.training import job
-from tsqlora.training import score as scoring
 from tsqlora.training.command import train
 from tsqlora.training.score import score_rows
 
@@ -80,24 +78,27 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 
 MOMENTS = {
     "reading": before(job, "prepare"),
-    "loading": before(scoring, "open_run"),
     "reference": before(second_pass, "measure_reference"),
     "first batch": at("scoring", 8),
-    "fourth batch": at("scoring", 32),
     "last batch": at("scoring", 72),
     "writing": before(Scores, "save"),
+    "in the look": at("look", 8),
+    "end of the look": at("look", 72),
 }
-EARLIER = {"first batch of the look": at("look", 8), "end of the look": at("look", 72)}
 
 
 @pytest.mark.parametrize(
-    ("source", "moment"), [*product(["run"], MOMENTS), *product(["c.yaml"], [*EARLIER, "fourth batch", "writing"])]
+    ("source", "moment"),
+    [
+        *(("run", moment) for moment in ("reading", "reference", "first batch", "writing")),
+        *(("c.yaml", moment) for moment in ("in the look", "end of the look", "last batch")),
+    ],
 )
 def test_a_killed_scoring_gives_the_same_bytes(
     source: str, moment: str, place: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "s.parquet"
-    killed(place / source, out, (EARLIER | MOMENTS)[moment])
+    killed(place / source, out, MOMENTS[moment])
     score_rows(place / source, out)
     assert out.read_bytes() == undisturbed[source]
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
@@ -170,14 +171,6 @@ def test_what_cannot_be_scored_is_refused_before_the_look(
         score_rows(place / "c.yaml", tmp_path / "s.parquet", overrides=["quality.enabled=false"])
 
 
-def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: Path, tmp_path: Path) -> None:
-    trusted = write_jsonl(tmp_path / "trusted.jsonl", [*make_rows(40, seed=1), *make_rows(80)[:3]])
-    scores = score_rows(place / "c.yaml", tmp_path / "s.parquet", overrides=[f"data.trusted={trusted}"])
-    assert scores.record.trusted_rows == 43
-    assert 0 < scores.left_out_as("trusted row").sum() <= 3
-    assert Scores.load(tmp_path / "s.parquet").kept.tolist() == scores.kept.tolist()
-
-
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), *[{"text": " ", "label": 1}] * 2])
     with pytest.raises(DataError, match="no text"):
@@ -194,12 +187,12 @@ def test_several_processes_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("preset", "measured"),
-    [("default", set()), ("paper", {"gradient_norm", "loss_reduction", "convergence", "cosine"})],
-)
-def test_only_the_terms_that_the_rule_weighs_are_measured(preset: str, measured: set[str], tmp_path: Path) -> None:
-    place, phases = set_up(tmp_path, quality={"preset": preset}), list[str]()
-    scores = score_rows(place / "c.yaml", tmp_path / "s.parquet", progress=lambda name, *_: phases.append(name))
-    assert scores.terms.keys() == {"loss", "el2n"} | measured
-    assert set(phases) == {"look"} | ({"scoring"} if measured else set())
+def test_only_the_terms_that_the_rule_weighs_are_measured(
+    place: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    phases, out, override = list[str](), tmp_path / "s.parquet", ["quality.preset=default"]
+    scores = score_rows(place / "c.yaml", out, overrides=override, progress=lambda name, *_: phases.append(name))
+    assert scores.terms.keys() == {"loss", "el2n"}
+    assert set(phases) == {"look"}
+    measured = Scores.load(place / "c.yaml.parquet").terms.keys() - scores.terms.keys()
+    assert measured == {"gradient_norm", "loss_reduction", "convergence", "cosine"}

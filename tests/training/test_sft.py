@@ -69,16 +69,11 @@ def assert_loads_in_plain_peft(folder: Path, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("data", "options"),
     [
-        (TEXT, {}),
-        (TEXT, {"packing": True, "packing_strategy": "bfd", "max_length": 16}),
         (TEXT, {"packing": True, "packing_strategy": "bfd_split", "max_length": 6}),
-        (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
         (TEXT, {"padding_free": True, "max_length": None}),
-        (TEXT, {"label_smoothing_factor": 0.1}),
         (TEXT, {"loss_type": "dft", "learning_rate": 0.1}),
         (TEXT, {"bf16": True, "gradient_accumulation_steps": 2}),
         (TALKS, {"assistant_only_loss": True}),
-        (PAIRS, {"completion_only_loss": True}),
         (PAIRS, {"packing": True, "max_length": 16}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "plain" if isinstance(value, dict) else "",
@@ -160,9 +155,7 @@ def test_packed_rows_cannot_be_attached_and_a_line_says_what_can(tmp_path: Path)
     [{"padding_free": True, "max_length": None}, {"packing": True, "packing_strategy": "bfd", "max_length": 16}],
     ids=["padding_free", "bfd"],
 )
-def test_samples_that_share_a_row_are_refused_by_quality_before_the_first_step(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_samples_that_share_a_row_are_refused_before_the_first_step(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = make(tmp_path, [], **options)
     trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5, seed=0)
     trainer.add_callback(quality_by(rows, weights={"loss": -1.0}))

@@ -160,7 +160,8 @@ def test_a_default_that_is_written_out_is_no_answer(place: Path) -> None:
 
 def test_a_run_of_other_classes_is_refused(place: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "other.jsonl", make_rows(80, labels=("no", "yes")))
-    path = write_config(tmp_path / "first.yaml", place / "model", tmp_path / "other.jsonl", training={"epochs": 4})
+    sections: Any = {"quality": {"enabled": False}, "ranks": {"policy": "fixed"}, "training": {"max_steps": 2}}
+    path = write_config(tmp_path / "c.yaml", place / "model", tmp_path / "other.jsonl", **sections)
     train(load_config(path), tmp_path / "first")
     with pytest.raises(DataError, match="first was trained on no, yes"):
         dry_run(config_of(place, tmp_path / "first"))

@@ -1,7 +1,6 @@
 """Progress hears of each step, reporters of what the Trainer logs, and run.json is as it is at that step."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import pytest
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
-from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
+from runs import set_up, write_config
 from tsqlora.auditing.draw.subset import QualitySubset
 from tsqlora.errors import SettingsError
+from tsqlora.progress import Progress
 from tsqlora.record import RunRecord
 from tsqlora.settings import load_config
 from tsqlora.training import command as pipeline
@@ -40,31 +40,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return set_up(tmp_path_factory.mktemp("report_to"))
 
 
-def train(place: Path, name: str, *overrides: str) -> RunRecord:
-    logged = {"logging_strategy": "steps", "logging_steps": 3}
+def train(place: Path, name: str, *overrides: str, progress: Progress | None = None) -> RunRecord:
+    logged = {"logging_strategy": "steps", "logging_steps": 2}
     training = {"epochs": 8, "learning_rate": 0.02, "batch_size": 8, **logged}
     config = write_config(place / "c.yaml", place / "model", place / "train.jsonl", training=training)
-    return pipeline.train(load_config(config, ["data.max_length=16", *overrides]), place / name)
-
-
-@pytest.fixture(scope="module")
-def reported(place: Path) -> Iterator[RunRecord]:
-    class Board(integration_utils.TensorBoardCallback):
-        def __init__(self) -> None:
-            self.tb_writer, self.logging_dir, self._SummaryWriter = None, None, Writer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Board)
-        patch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
-        yield train(place, "reported", "training.report_to=tensorboard")
-
-
-def test_what_the_trainer_logs_and_the_run_itself_are_as_without_reporters(reported: RunRecord, place: Path) -> None:
-    plain = train(place, "plain")
-    assert plain.history == reported.history
-    assert plain.rank_events == reported.rank_events
-    losses = [value for name, value, _ in Writer.scalars if name == "train/loss"]
-    assert losses == [entry["loss"] for entry in plain.history if "loss" in entry]
+    return pipeline.train(load_config(config, ["data.max_length=16", *overrides]), place / name, progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +61,15 @@ def test_a_reporter_that_is_not_there_is_told_before_training(
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run with all that it logged, and run.json as it was at every step."""
-    place = tmp_path_factory.mktemp("live")
-    data = write_jsonl(place / "train.jsonl", make_rows(80))
-    config = write_config(
-        place / "c.yaml",
-        save_checkpoint(place / "model"),
-        data,
-        training={"logging_strategy": "steps", "logging_steps": 2, "epochs": 8, "learning_rate": 0.02, "batch_size": 8},
-    )
+def watched(place: Path) -> dict[str, Any]:
+    """A run with a reporter, all that it logged, and run.json as it was at every step."""
     logged: list[tuple[str, int, int, str]] = []
     records: list[dict[str, Any]] = []
     run = place / "run"
+
+    class Board(integration_utils.TensorBoardCallback):
+        def __init__(self) -> None:
+            self.tb_writer, self.logging_dir, self._SummaryWriter = None, None, Writer
 
     def progress(phase: str, done: int, total: int, note: str = "", /) -> None:
         if note:
@@ -103,8 +79,20 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live_record, "EVERY", 0.0)
         patch.setattr(live_record, "SHARE", float("inf"))
-        record = pipeline.train(load_config(config, ["data.max_length=16"]), run, progress=progress)
+        patch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Board)
+        patch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+        record = train(place, "run", "training.report_to=tensorboard", progress=progress)
     return {"logged": logged, "records": records, "record": record, "run": run}
+
+
+def test_what_the_trainer_logs_and_the_run_itself_are_as_without_reporters(
+    watched: dict[str, Any], place: Path
+) -> None:
+    plain, reported = train(place, "plain"), watched["record"]
+    assert plain.history == reported.history
+    assert plain.rank_events == reported.rank_events
+    losses = [value for name, value, _ in Writer.scalars if name == "train/loss"]
+    assert losses == [entry["loss"] for entry in plain.history if "loss" in entry]
 
 
 def test_every_step_is_told_with_what_is_known_of_it(watched: dict[str, Any]) -> None:
@@ -151,7 +139,7 @@ def test_writing_the_record_takes_a_small_share_of_the_time(tmp_path: Path, monk
 
     monkeypatch.setattr(live_record.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(keep, "write", save)
-    for state.global_step in range(1, 1001):
+    for state.global_step in range(1, 501):
         if keep.end_step(args, state, QualitySubset(range(8), 1.0)):
             keep.write_now(state, {"notes": [], "settings": {}})
         clock[0] += 1.0
