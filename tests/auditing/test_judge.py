@@ -122,8 +122,6 @@ def test_evidence_needs_wrong_labels_to_differ_from_those_of_similar_rows() -> N
     assert judge(clean, labels, 2).evident
 
 
-
-
 def test_a_label_of_the_same_row_judges_none(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each token of a row has the features of its row, and a tag at random: only the row gives the tag away.
     rng = np.random.default_rng(0)
@@ -164,12 +162,6 @@ def test_classes_with_few_rows_are_not_judged_and_not_left_out() -> None:
         judge_logits(np.zeros((8, 4)), np.arange(8) % 4)
     with pytest.raises(DataError, match="2 rows"):
         judge(features[:4], labels[:4], 7, groups=np.array([0, 0, 1, 1]))
-
-
-
-
-
-
 
 
 def test_no_rare_class_is_left_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:

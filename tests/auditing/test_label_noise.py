@@ -194,8 +194,6 @@ def test_a_rare_class_hides_no_wrong_labels(seed: int) -> None:
     assert not label_noise(logits, true).evident
 
 
-
-
 def test_of_one_class_no_label_is_wrong() -> None:
     logits = np.random.default_rng(0).normal(size=(50, 3))
     noise = label_noise(logits, np.full(50, 2))

@@ -97,8 +97,6 @@ def test_classes_that_lose_labels_to_a_certain_other_one_are_the_first_pairs_als
     assert {(pair.label, pair.suggested) for pair in audit.pairs[:4]} == {(4, 0), (5, 1), (6, 2), (7, 3)}
 
 
-
-
 def test_without_evidence_rows_are_ordered_and_nothing_is_said_of_how_many_are_wrong() -> None:
     rng = np.random.default_rng(0)
     logits = 2.0 * rng.normal(size=(600, 4))
@@ -114,8 +112,6 @@ def test_without_evidence_rows_are_ordered_and_nothing_is_said_of_how_many_are_w
     assert np.corrcoef(rankdata(own), np.arange(600))[0, 1] > 0.95
     others = np.where(np.arange(4) == labels[:, None], -np.inf, logits)
     assert (audit.suggested == others.argmax(1)[audit.ids]).mean() > 0.95
-
-
 
 
 def test_wrong_labels_of_two_classes_are_evident() -> None:
