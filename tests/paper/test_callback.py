@@ -19,6 +19,7 @@ from slotted import assert_hidden_are_zero
 from stock import VOCAB, At, base_bert, make_trainer, moods, slotted_bert, stops_at
 from tsqlora import paper
 from tsqlora.paper import loop as mover
+from tsqlora.paper import probe
 from tsqlora.paper.moves import RankEvent
 from tsqlora.paper.slots import ActivePrefix, find_slots
 from tsqlora.tasks import Classification
@@ -89,6 +90,19 @@ def test_ranks_of_a_peft_model_move_within_the_budget_and_plain_peft_loads_every
     for step, expected in (saved | {0: weights(model)}).items():
         loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / f"checkpoint-{step}"))
         assert_same(expected, weights(loaded), f"checkpoint {step}")
+
+
+def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> None:
+    def wide_only(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        return torch.tensor(1.0 if 16 in (layer.in_features, layer.out_features) else 0.0)
+
+    callback = paper.RankCallback(interval=4, min_rank=0)
+    moved = patch.object(mover, "moved_towards", lambda target, _ranks, **_: target)
+    with moved, patch.object(probe, "sampled", wide_only):
+        model = run(tmp_path, callback, model=slotted_bert(mean_rank=2, max_rank=8))
+    gone = [name for name, rank in callback.final.items() if rank == 0]
+    assert gone
+    assert all(type(model.get_base_model().get_submodule(name)) is nn.Linear for name in gone)
 
 
 # --- what it measures ---------------------------------------------------------------------
