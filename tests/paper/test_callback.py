@@ -61,7 +61,7 @@ def assert_no_hooks(model: nn.Module) -> None:
 def test_ranks_of_a_peft_model_move_within_the_budget_and_plain_peft_loads_every_checkpoint(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     model: Any = get_peft_model(base_bert(), config)
-    given, untouched = copy.deepcopy(config), weights(model)
+    original, untouched = copy.deepcopy(config), weights(model)
     saved: dict[int, dict[str, Tensor]] = {}
     keep = At("save", lambda state, _, more: saved.update({state.global_step: weights(more["model"])}))
     callback, options = paper.RankCallback(**MOVING), {"save_strategy": "steps", "save_steps": 9}
@@ -83,7 +83,7 @@ def test_ranks_of_a_peft_model_move_within_the_budget_and_plain_peft_loads_every
     assert_no_hooks(model)
     for name, rank in callback.final.items():
         assert model.get_base_model().get_submodule(name).lora_A["default"].weight.shape[0] == rank
-    assert config == given  # other models may have it, too
+    assert config == original  # other models may have it, too
     assert model.peft_config["default"].rank_pattern
     model.save_pretrained(tmp_path / "checkpoint-0")
     assert sorted(saved) == [9, 18, 27, 30]
