@@ -95,10 +95,17 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
         (cut_off, r"has \d+ bytes, and was written with \d+"),
+        (one_bit, "has other content than was written"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -119,7 +126,7 @@ def test_with_any_file_damaged_the_one_before_is_taken_and_told_why(
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2, "files": {"a": "x"}}', None])
 def test_a_manifest_that_is_none_or_of_another_version_is_told(text: str | None, run: Path) -> None:
     path = run / "checkpoint-12" / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3') if text is None else text)
+    path.write_text(path.read_text().replace('"version": 3', '"version": 4') if text is None else text)
     why = "was written by another version of tsqlora" if text is None else "cannot be read"
     assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} {why}"
 

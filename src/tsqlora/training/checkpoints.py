@@ -1,7 +1,7 @@
-"""Complete checkpoints: their manifest lists every file with its size.
+"""Complete checkpoints: their manifest lists every file with its size and hash.
 
 The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. When these
-are there, every file is synced to the disk, and the manifest renamed into place.
+are there, every file is synced to the disk and hashed, and the manifest renamed into place.
 """
 
 import json
@@ -18,11 +18,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.files import write_json
+from tsqlora.files import digest, write_json
 from tsqlora.libs.transformers import saved_note, set_deletion_order
 
 MANIFEST_FILE = "tsqlora_manifest.json"
-VERSION = 2
+VERSION = 3
 PENDING = -1
 """The size in a manifest of a file that another callback writes after it, whole or not at all."""
 EARLIER = ".earlier"
@@ -84,14 +84,15 @@ def write_manifest(folder: Path, *, also: Iterable[str] = ()) -> None:
 
     The files `also` may come later: without them it is not complete.
     """
-    sizes = dict.fromkeys(also, PENDING)
+    about: dict[str, Any] = {name: {"size": PENDING} for name in also}
     for path in sorted(folder.rglob("*")):
         # What begins with a dot is left over from a write that was cut off.
         if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("."):
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
-            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": sizes})
+            name = path.relative_to(folder).as_posix()
+            about[name] = {"size": path.stat().st_size, "sha256": digest(path)}
+    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": about})
 
 
 def fault(folder: Path) -> str | None:
@@ -100,21 +101,23 @@ def fault(folder: Path) -> str | None:
         return "it is not there"
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["version"] not in (1, VERSION):
+        if manifest["version"] not in (1, 2, VERSION):
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        # Version 1 has hashes beside the sizes; `read_state` decides whether training can go on.
-        files = manifest["files"].items()
-        sizes = {str(name): int(one["size"] if isinstance(one, dict) else one) for name, one in files}
+        # Version 2 has sizes alone; `read_state` decides whether training can go on.
+        files = [(str(name), one if isinstance(one, dict) else {"size": one}) for name, one in manifest["files"].items()]
+        expected = [(name, int(one["size"]), one.get("sha256")) for name, one in files]
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_FILE} cannot be read"
-    for name, size in sizes.items():
+    for name, size, content in expected:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if size != PENDING and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
+        if content is not None and digest(path) != content:
+            return f"{name} has other content than was written"
     return None
 
 
