@@ -183,6 +183,7 @@ def test_targets_may_be_missing_where_they_are_not_read(row: dict[str, Any]) -> 
         ({"history": [["a", "b"]], "instruction": "Hi.", "output": "Arr"}, ["column 'history' is not read"]),
         ({"tools": [{"name": "f"}], "instruction": "Hi.", "output": "Arr"}, ["column 'tools' is not read"]),
         ({"prompt": "p", "completion": "c", "response": "r"}, ["column 'response'"]),
+        ({"prompt": "p", "completion": "c", "label": False}, ["'label' is false"]),
         ({"prompt": "p", "completion": "c", "text": "t"}, ["'text'", "data.prompt and data.target"]),
     ],
 )

@@ -491,6 +491,9 @@ class Format:
         chat = kind.read(its := Reading(row, self.columns, manner))
         parts = PARTS if manner.targets else PARTS - ANSWERS
         its.problems.extend(leftovers(row, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
+        # Ethayarajh et al. (2024), KTO.
+        if manner.targets and self.columns.label is not None and row.cells.get("label") is False:
+            its.fail("'label' is false: nobody wants this answer, and every answer is trained on alike; remove the row")
         return replace(chat, row=row.id, place=row.place, problems=its.problems)
 
     def show(self, row: Row, sides: Sequence[Chat] = ()) -> Chat:
