@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle, product
 from typing import Any
 from unicodedata import normalize
 
@@ -58,10 +59,17 @@ def sequence(one: Chat, keep: slice = slice(None), tokenizer: Any = TOKENIZER) -
     return Trained(ids, np.full(len(ids), IGNORED), one.row)
 
 
-@pytest.mark.parametrize("script", LETTERS)
-@pytest.mark.parametrize("constant", CONSTANTS)
-@pytest.mark.parametrize("keep", [slice(None), slice(-30)], ids=["whole", "cut"])
-@pytest.mark.parametrize("name", ["llama 3", "qwen 3, thinking", "mistral", "zephyr"])
+NAMES = cycle(["llama 3", "qwen 3, thinking", "mistral", "zephyr"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "constant", "script", "name"),
+    [
+        (keep, *both, next(NAMES))
+        for keep in (slice(None), slice(-30))
+        for both in (*product(CONSTANTS, ["latin"]), ("none", "thai"), ("around", "han"))
+    ],
+)
 def test_each_sequence_comes_back_to_its_row(name: str, keep: slice, constant: str, script: str) -> None:
     rows, tokenizer = drawn(constant, script), tokenizer_of(FAMILIES[name])
     made = [sequence(row, keep, tokenizer) for row in rows]
