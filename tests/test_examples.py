@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import tsqlora as tsq
 from tsqlora.record import RunRecord
+from tsqlora.training.report.write import Report
 
 FOLDER = Path(__file__).parents[1] / "examples"
 OF_OTHERS = {"axolotl_plugin", "llama_factory", "ray_data"}
@@ -69,7 +69,7 @@ def test_the_notebooks_cells_run_in_order_and_the_report_is_shown(
             is_value = isinstance(last, ast.Expr)
             node = ast.Expression(last.value) if isinstance(last, ast.Expr) else ast.Module([last], [])
             shown.append(eval(compile(node, "cell", "eval" if is_value else "exec"), namespace))
-    page = next(value for value in shown if isinstance(value, tsq.Report))
+    page = next(value for value in shown if isinstance(value, Report))
     assert page._repr_html_().startswith("<iframe srcdoc=")
     written = page.path.read_text()
     assert any(text[:20] in written for text in namespace["table"]["text"])

@@ -25,6 +25,7 @@ CALLS = {
     "QualitySubset": [{"dataset": [], "fraction": 0.5, "seed": 0}],
     "QualityCallback": [{"data": 0}],
     "attach": [{"trainer": 0, "fraction": 0.5, "trusted": []}],
+    "audit_of": [{"features": [], "labels": []}, {"features": [], "labels": [], "classes": ["no", "yes"]}],
     "apply": [{"model": 0, "look": "LOOK", "batch": {}}],
     "look": [{"model": 0, "dataset": [], "collate": 0, "out": "LOOK"}],
     "last_checkpoint": [{"folder": "out"}],
@@ -44,7 +45,7 @@ PAPER: dict[str, list[dict[str, Any]]] = {
     "finalize": [{"model": 0}],
 }
 EXIT_CODES = {"TsqLoraError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
-VALUES = ["Report", "paper"]
+VALUES = ["paper"]
 
 
 def test_the_public_names_are_there_and_listed() -> None:

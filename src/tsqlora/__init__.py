@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tsqlora import paper
     from tsqlora.auditing.draw.subset import QualitySubset
-    from tsqlora.auditing.labels.suspects import Audit
-    from tsqlora.auditing.texts.unfit import apply
+    from tsqlora.auditing.labels.suspects import Audit, audit_of
+    from tsqlora.auditing.saved_look import apply
     from tsqlora.cli.library import audit, train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.training.checkpoints import last_checkpoint
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from tsqlora.training.lora import wrap
     from tsqlora.training.pool import select
     from tsqlora.training.quality_callback import QualityCallback
-    from tsqlora.training.report.write import Report, report
+    from tsqlora.training.report.write import report
 
 __all__ = [
     "Audit",
     "DataError",
     "QualityCallback",
     "QualitySubset",
-    "Report",
     "SettingsError",
     "TsqLoraError",
     "UnsupportedError",
     "apply",
     "attach",
     "audit",
+    "audit_of",
     "last_checkpoint",
     "look",
     "paper",
@@ -46,11 +46,11 @@ _HOMES = {
     "cli.library": ("audit", "train"),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "auditing.draw.subset": ("QualitySubset",),
-    "auditing.labels.suspects": ("Audit",),
-    "training.report.write": ("Report", "report"),
+    "auditing.labels.suspects": ("Audit", "audit_of"),
+    "training.report.write": ("report",),
     "training.look": ("look",),
     "training.pool": ("select",),
-    "auditing.texts.unfit": ("apply",),
+    "auditing.saved_look": ("apply",),
     "training.fit": ("attach",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

@@ -35,9 +35,9 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> SavedLook:
 
 def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
     model = bert()
-    together = tsq.apply(model, look, collate(NEW[:10]))
+    together = look.of(model, collate(NEW[:10]))
     for j in (0, 4, 9):
-        alone = tsq.apply(model, look, collate([NEW[j]]))
+        alone = look.of(model, collate([NEW[j]]))
         assert alone["reason"] == together["reason"][[j]]
         for name in alone.keys() - {"reason"}:
             np.testing.assert_allclose(alone[name][0], together[name][j], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -45,7 +45,7 @@ def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
 
 def test_the_columns_of_seen_rows_are_those_of_the_look(look: SavedLook) -> None:
     places = [3, 12, 100]
-    columns = tsq.apply(bert(), look, collate([SEEN[j] for j in places]), hashes=[str(j) for j in places])
+    columns = look.of(bert(), collate([SEEN[j] for j in places]), hashes=[str(j) for j in places])
     for name, values in look.scores.predictions.items():
         np.testing.assert_array_equal(columns[name], values[places], err_msg=name)
 
@@ -59,12 +59,12 @@ def test_the_model_is_left_as_it_was(look: SavedLook) -> None:
 
 def test_a_model_in_parts_is_refused(look: SavedLook) -> None:
     with pytest.raises(UnsupportedError, match="meta"):
-        tsq.apply(bert().to("meta"), look, collate(NEW[:4]))
+        look.of(bert().to("meta"), collate(NEW[:4]))
 
 
 def test_applying_is_close_to_judging_all_rows_together(look: SavedLook, tmp_path: Path) -> None:
     together = tsq.look(bert(), SEEN + NEW, collate, out=tmp_path / "LOOK").scores.predictions
-    columns = tsq.apply(bert(), look, collate(NEW))
+    columns = look.of(bert(), collate(NEW))
     assert (columns["predicted"] == together["predicted"][len(SEEN) :]).mean() > 0.95
 
 
@@ -78,7 +78,7 @@ def test_a_class_that_the_look_has_not_seen_is_null_with_a_reason(look: SavedLoo
     batch = collate(NEW[:4])
     batch["labels"] = torch.tensor([NEW[0]["labels"], 7, -1, NEW[3]["labels"]])
     look = evident(look)
-    columns, plain = tsq.apply(bert(), look, batch), tsq.apply(bert(), look, collate(NEW[:4]))
+    columns, plain = look.of(bert(), batch), look.of(bert(), collate(NEW[:4]))
     assert columns["reason"].tolist() == [plain["reason"][0], "unseen class", "unseen class", plain["reason"][3]]
     for name in ("loss", "label_probability", "wrong_probability"):
         np.testing.assert_array_equal(np.isnan(columns[name]), [False, True, True, False], err_msg=name)
@@ -88,5 +88,5 @@ def test_a_class_that_the_look_has_not_seen_is_null_with_a_reason(look: SavedLoo
 
 
 def test_likely_wrong_labels_have_their_reason(look: SavedLook) -> None:
-    columns = tsq.apply(bert(), evident(look), collate(NEW))
+    columns = evident(look).of(bert(), collate(NEW))
     np.testing.assert_array_equal(columns["reason"] == "confident negative", columns["wrong_probability"] > 0.2)

@@ -18,7 +18,7 @@ from tsqlora import paper
 from tsqlora.auditing.labels import suspects as module
 from tsqlora.auditing.labels.judge import judge_logits
 from tsqlora.auditing.labels.suspects import Audit, audit_of, audit_of_judgement, audit_of_units
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.model.units import Units
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
@@ -112,6 +112,17 @@ def test_without_evidence_rows_are_ordered_and_nothing_is_said_of_how_many_are_w
     assert np.corrcoef(rankdata(own), np.arange(600))[0, 1] > 0.95
     others = np.where(np.arange(4) == labels[:, None], -np.inf, logits)
     assert (audit.suggested == others.argmax(1)[audit.ids]).mean() > 0.95
+
+
+def test_labels_may_be_texts_and_features_lists_and_other_shapes_are_refused() -> None:
+    features, true, rng = blobs()
+    labels = flipped(true, 0.2, rng)
+    plain, named = audit_of(features, labels), audit_of(features.tolist(), [f"class {c}" for c in labels])
+    assert named.columns()["label"].tolist() == [f"class {c}" for c in plain.labels]
+    assert named.ids[: named.likely_wrong].tolist() == plain.ids[: plain.likely_wrong].tolist()
+    for wrong, text in ((features[:5], "5"), (features[:, 0], "n × d"), (features * np.nan, "row 0 are not finite")):
+        with pytest.raises(DataError, match=text):
+            audit_of(wrong, labels)
 
 
 def test_wrong_labels_of_two_classes_are_evident() -> None:

@@ -57,8 +57,14 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> SavedLook:
     return SavedLook.load(out)
 
 
+def test_a_look_names_the_rows_that_it_leaves_out_and_draws_others(look: SavedLook) -> None:
+    (finding,), drawn = look.findings(), look.draw(0.5, seed=1)
+    assert (finding.name, len(finding.where)) == ("foreign answer", look.scores.dropped["foreign answer"])
+    assert (len(drawn), {*drawn.tolist()} & {*finding.where}) == (len(samples()) // 2, set())
+
+
 def test_answers_of_other_prompts_are_found_row_by_row(look: SavedLook) -> None:
-    columns = tsq.apply(model(), look, collate(new_rows()))
+    columns = look.of(model(), collate(new_rows()))
     wrong = {*np.flatnonzero(columns["reason"] == "foreign answer").tolist()}
     assert wrong <= MOVED
     assert len(wrong) >= 0.8 * len(MOVED)
@@ -69,11 +75,11 @@ def test_answers_of_other_prompts_are_found_row_by_row(look: SavedLook) -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
-    together = tsq.apply(model(), look, collate(new_rows()))
+    together = look.of(model(), collate(new_rows()))
     for j in (0, 1, 7):
         batch = collate([new_rows()[j]])
         del batch["attention_mask"]  # without padding none is needed
-        alone = tsq.apply(model(), look, batch)
+        alone = look.of(model(), batch)
         assert alone["reason"] == together["reason"][[j]]
         np.testing.assert_allclose(alone["wrong_probability"][0], together["wrong_probability"][j], rtol=1e-4)
         np.testing.assert_allclose(alone["loss"][0], together["loss"][j], rtol=1e-4)
@@ -81,7 +87,7 @@ def test_a_row_does_not_depend_on_its_batch(look: SavedLook) -> None:
 
 def test_rows_of_the_look_get_its_own_columns(look: SavedLook) -> None:
     places = [*FOREIGN_ROWS[:5], 100]
-    columns = tsq.apply(model(), look, collate([samples()[j] for j in places]), hashes=[str(j) for j in places])
+    columns = look.of(model(), collate([samples()[j] for j in places]), hashes=[str(j) for j in places])
     own = [look.scores.left_out_as("foreign answer")[j] for j in places]
     assert ((columns["reason"] == "foreign answer") == own).all()
     assert sum(own) >= 3
@@ -91,7 +97,7 @@ def test_a_row_of_the_look_that_it_has_not_read_is_judged_as_a_new_one(look: Sav
     own = look.answers["own"].copy()
     own[100] = np.nan
     unread = replace(look, answers={**look.answers, "own": own})
-    columns = tsq.apply(model(), unread, collate([samples()[100]]), hashes=["100"])
+    columns = unread.of(model(), collate([samples()[100]]), hashes=["100"])
     assert np.isfinite(columns["wrong_probability"]).all()
 
 

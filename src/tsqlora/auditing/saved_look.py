@@ -2,7 +2,7 @@
 with labels that it was not taken at, each by itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tsqlora import distributed
+from tsqlora.auditing.draw.epochs import sample
 from tsqlora.auditing.draw.subset import hash_of, hash_of_some
 from tsqlora.auditing.labels.judge import DOUBT, Verdict, judged_features
 from tsqlora.auditing.look import Look, predictions
-from tsqlora.auditing.scores import PREDICTIONS, Scores, from_terms
-from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.auditing.scores import PREDICTIONS, WHY, Scores, from_terms
+from tsqlora.auditing.texts.unfit import answer_columns
+from tsqlora.errors import DataError, Finding, SettingsError, UnsupportedError
 from tsqlora.files import parents_of, replacing, write_json, write_tensors
 from tsqlora.libs.bitsandbytes import linear_bits
 from tsqlora.libs.deepspeed import gathered, whole_shape
@@ -29,7 +31,7 @@ from tsqlora.model.modules import plain_name
 from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.rows.datasets import Dataset
 from tsqlora.rows.labels import UNSEEN
-from tsqlora.tasks import Batch, Collate, Task, answers_of
+from tsqlora.tasks import Batch, Collate, Task, answers_of, task_of
 
 SCORES, HEAD, JUDGE, ABOUT = "scores.parquet", "head.safetensors", "judge.safetensors", "look.json"
 ANSWERS = "answers.safetensors"
@@ -49,7 +51,7 @@ class SavedLook:
     about: Mapping[str, Any]
     """What the look was made of, and its summary."""
     verdict: Verdict | None = None
-    """The judge of labels, for `tsqlora.apply`."""
+    """The judge of labels, for `of`."""
     answers: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The judges of answers (`auditing/texts/unfit.py`); empty where none were judged."""
 
@@ -80,6 +82,45 @@ class SavedLook:
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); take the look again") from None
         return cls(path, Scores.load(path / SCORES), head, about, verdict, answers)
+
+    def draw(self, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+        """Draw this share of the rows, without those that are left out: their positions, ascending."""
+        return sample(self.scores, fraction, seed)
+
+    def findings(self) -> list[Finding]:
+        """List the faults for which rows are left out, with these rows; none without evidence of a fault."""
+        faults = [reason for reason in self.scores.dropped if reason not in ("held out", "trusted row")]
+        rows = [self.scores.row_ids[self.scores.left_out_as(reason)].tolist() for reason in faults]
+        cure = "correct or remove these rows"
+        return [Finding(name, "warning", tuple(some), WHY[name], cure) for name, some in zip(faults, rows, strict=True)]
+
+    def of(self, model: nn.Module, batch: Batch, *, hashes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Return columns of scores for the rows of a collated batch, each row scored by itself.
+
+        For classes these are `loss` (with the fitted head), `predicted`, `predicted_probability`, `label_probability`,
+        `reason`, and `wrong_probability` if the look has a judge. The model is the one that took the look, with its own
+        head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
+        without it. If a row's label is not a class of the look, the columns that need it are nan.
+
+        For texts they are `loss` (a token of the answers), `reason`, and `wrong_probability`, the highest over the
+        faults that the look can find; nan for a row without an answer that is judged.
+
+        Raises UnsupportedError for another task without a row of logits for each sample, and for a model that is
+        sharded.
+        """
+        n = len(batch["labels"])
+        names, compute = RowNames(hashes=hashes, lengths=[0] * n), Compute(max(n, 1))
+        if self.answers:
+            read = ("input_ids", "labels", "attention_mask", "position_ids")
+            columns = {name: batch[name].numpy(force=True) for name in read if name in batch}
+            rows = [{name: values[j] for name, values in columns.items()} for j in range(n)]
+            return answer_columns(model, self.answers, self.scores, rows, None, rows=names, compute=compute)
+
+        def some(rows: Sequence[int]) -> dict[str, Tensor]:
+            return {name: values[list(rows)] for name, values in batch.items()}
+
+        labels = batch["labels"].numpy(force=True)
+        return columns_of_rows(model, self, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -164,6 +205,13 @@ class SavedLook:
         return None
 
 
+def apply(
+    model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return the columns of `SavedLook.of`, by a look or the folder of one."""
+    return (look if isinstance(look, SavedLook) else SavedLook.load(look)).of(model, batch, hashes=hashes)
+
+
 def asdict_of(rule: ScoringRule) -> dict[str, Any]:
     """Return the fields of a rule that decide a look's scores."""
     values = {name: getattr(rule, name) for name in DECIDES}
@@ -224,7 +272,7 @@ def columns_of_rows(
     rows: RowNames,
     compute: Compute,
 ) -> dict[str, np.ndarray]:
-    """Return the columns of `tsqlora.apply` for the rows of a data set with these labels, and the labels."""
+    """Return the columns of `SavedLook.of` for the rows of a data set with these labels, and the labels."""
     distributed.require_whole(model)
     answers = answers_of(task)
     if answers is None:

@@ -104,8 +104,9 @@ def fault(folder: Path) -> str | None:
         if manifest["version"] not in (1, 2, VERSION):
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
         # Version 2 has sizes alone; `read_state` decides whether training can go on.
-        files = [(str(name), one if isinstance(one, dict) else {"size": one}) for name, one in manifest["files"].items()]
-        expected = [(name, int(one["size"]), one.get("sha256")) for name, one in files]
+        files: dict[str, Any] = manifest["files"]
+        about = {name: one if isinstance(one, dict) else {"size": one} for name, one in files.items()}
+        expected = [(name, int(one["size"]), one.get("sha256")) for name, one in about.items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):

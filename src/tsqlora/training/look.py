@@ -141,7 +141,9 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
     require_place(out)
     saved = SavedLook.load(path)
     if not (path / CONFIG_FILE).is_file():
-        raise SettingsError(f"the look in {path} was taken in Python and has no settings; use tsqlora.apply")
+        raise SettingsError(
+            f"the look in {path} was taken in Python and has no settings; use its `of`, or tsqlora.apply"
+        )
     config = load_config(path / CONFIG_FILE, [f"data.train={json.dumps(data, ensure_ascii=False)}"])
     labels = _classes_of(saved, config)
     record = saved.scores.record
@@ -160,11 +162,12 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         rows = job.row_names()
         compute = Compute(config.training.batch_size, progress=progress)
         samples = job.train.samples
-        made, names = (job.model, saved, samples, job.collate), {"rows": rows, "compute": compute}
+        names: dict[str, Any] = {"rows": rows, "compute": compute}
         if labels is None:
-            columns = answer_columns(*made, **names)
+            columns = answer_columns(job.model, saved.answers, saved.scores, samples, job.collate, **names)
         else:
-            columns = columns_of_rows(*made, samples.labels, task=job.task, **names)
+            how = {"task": job.task, **names}
+            columns = columns_of_rows(job.model, saved, samples, job.collate, samples.labels, **how)
         scores = scores_of_rows(columns, saved, rows, task=job.task)
         with parents_of(out):
             scores.save(out)

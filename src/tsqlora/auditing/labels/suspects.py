@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,7 +18,7 @@ from tsqlora.auditing.labels.judge import Judgement, judge, judged_features, uni
 from tsqlora.auditing.labels.label_noise import Labels
 from tsqlora.auditing.scores import require_row_names
 from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
-from tsqlora.libs.shapes import Bool, Float, Int, Shaped
+from tsqlora.libs.shapes import Bool, Float, Int
 from tsqlora.model.forward import forward_pass
 from tsqlora.model.request import Compute, RowNames
 from tsqlora.model.units import Units, token_units, units_of
@@ -165,15 +166,31 @@ def audit(
     return distributed.once(result)
 
 
-def audit_of(
-    features: Float[np.ndarray, "n d"],
-    labels: Shaped[np.ndarray, "n *k"],
-    *,
-    classes: Sequence[str | int] | None = None,
-    ids: Int[np.ndarray, " n"] | None = None,
-) -> Audit:
-    """Audit labels, classes or n × k of 0 and 1, by frozen features; compare the rows for near-duplicates, too."""
-    ids = np.arange(len(labels)) if ids is None else ids
+def audit_of(features: Any, labels: Any, *, classes: Sequence[str | int] | None = None, ids: Any = None) -> Audit:
+    """Find labels that are likely wrong, by any features of the rows: embeddings, hidden states, pixels.
+
+    Args:
+        features: n × d numbers of a model that was not trained on these labels; standardised here.
+        labels: n classes, as texts or numbers, or n × k of 0 and 1 where a row has several labels.
+        classes: class names by number, if labels are numbers.
+        ids: numbers of the rows; by default their positions.
+
+    Near-duplicate rows with different labels are in `duplicates`. Raises DataError for other shapes, fewer than 3 rows
+    and features that are not finite.
+    """
+    features, labels = np.asarray(features), np.asarray(labels)
+    features = features if features.dtype.kind == "f" else features.astype(np.float32)
+    if features.ndim != 2 or not 1 <= labels.ndim <= 2 or len(features) != len(labels) or len(labels) < 3:
+        raise DataError(
+            f"features are {features.shape} and labels {labels.shape}; give n × d numbers, and n classes or n × k of "
+            "0 and 1, for at least 3 rows"
+        )
+    if len(bad := np.flatnonzero(~np.isfinite(features).all(axis=1))):
+        raise DataError(f"the features of row {bad[0]} are not finite, and of {len(bad)} rows in all")
+    if classes is None and labels.ndim == 1:
+        names, labels = np.unique(labels, return_inverse=True)
+        classes = tuple(names.tolist())
+    ids = np.arange(len(labels)) if ids is None else np.asarray(ids)
     units = units_of(features, labels, None if classes is None else len(classes))
     sets = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1]
     duplicates, uncompared = contradictions(features, sets, ids)

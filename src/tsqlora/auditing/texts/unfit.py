@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from tsqlora import distributed
-from tsqlora.auditing.saved_look import SavedLook, columns_of_rows
 from tsqlora.auditing.scores import REASONS, Scores, from_terms
 from tsqlora.auditing.texts.answers import (
     MOST_ANSWER,
@@ -32,7 +30,7 @@ from tsqlora.auditing.texts.prepared import is_packed, sequences_of
 from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.model.request import Compute, RowNames
 from tsqlora.rows.datasets import Dataset
-from tsqlora.tasks import Batch, Collate, task_of
+from tsqlora.tasks import Collate
 
 UNFIT, OTHER = {FOREIGN: "foreign answer", CUT: "cut answer", SWAPPED: "swapped pair"}, "unfit answer"
 """Reasons for which rows are left out, by fault."""
@@ -113,37 +111,6 @@ def without_unfit(scores: Scores, look: AnswerLook) -> Scores:
     return replace(scores, predictions=predictions).noted(answers=look.summary())
 
 
-def apply(
-    model: nn.Module, look: SavedLook | str | Path, batch: Batch, *, hashes: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
-    """Return columns of scores for the rows of a collated batch, each row scored by itself.
-
-    For classes these are `loss` (with the fitted head), `predicted`, `predicted_probability`, `label_probability`,
-    `reason`, and `wrong_probability` if the look has a judge. The model is the one that took the look, with its own
-    head; it is left unchanged. A row of the look, by its hash, gets the columns of the look, which come from fits
-    without it. If a row's label is not a class of the look, the columns that need it are nan.
-
-    For texts they are `loss` (a token of the answers), `reason`, and `wrong_probability`, the highest over the faults
-    that the look can find; nan for a row without an answer that is judged.
-
-    Raises UnsupportedError for another task without a row of logits for each sample, and for a model that is sharded.
-    """
-    look = look if isinstance(look, SavedLook) else SavedLook.load(look)
-    n = len(batch["labels"])
-    names, compute = RowNames(hashes=hashes, lengths=[0] * n), Compute(max(n, 1))
-    if look.answers:
-        read = ("input_ids", "labels", "attention_mask", "position_ids")
-        columns = {name: batch[name].numpy(force=True) for name in read if name in batch}
-        rows = [{name: values[j] for name, values in columns.items()} for j in range(n)]
-        return answer_columns(model, look, rows, None, rows=names, compute=compute)
-
-    def some(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {name: values[list(rows)] for name, values in batch.items()}
-
-    labels = batch["labels"].numpy(force=True)
-    return columns_of_rows(model, look, range(n), some, labels, task=task_of(model), rows=names, compute=compute)
-
-
 def answers_of(look: AnswerLook, vocabulary: Vocabulary, rows: int) -> dict[str, np.ndarray]:
     """Return what judges answers by themselves as arrays, for the folder of a look; nothing if it judged none."""
     if not look.turns or any(turn.side for turn in look.turns):
@@ -168,16 +135,20 @@ def answers_of(look: AnswerLook, vocabulary: Vocabulary, rows: int) -> dict[str,
 
 def answer_columns(
     model: nn.Module,
-    look: SavedLook,
+    made: Mapping[str, np.ndarray],
+    scores: Scores,
     dataset: Dataset,
     collate: Collate | None,
     *,
     rows: RowNames,
     compute: Compute,
 ) -> dict[str, np.ndarray]:
-    """Return the columns of `apply` for rows with answers, and their numbers of trained tokens as `labels`."""
+    """Return the columns of `SavedLook.of` for rows with answers, and their numbers of trained tokens as `labels`.
+
+    `made` has the judges of a look with these scores (`answers_of`).
+    """
     distributed.require_whole(model)
-    made, n = look.answers, len(dataset)
+    n = len(dataset)
     stops, empty = ({*made[name].tolist()} for name in ("stops", "empty"))
     turns, trained = list[Turn](), np.zeros(n, np.int64)
     for one in sequences_of(dataset, collate):
@@ -190,12 +161,12 @@ def answer_columns(
     columns["reason"] = np.full(n, "kept", dtype="U20")
     if turns:
         _judge(distributed.unwrapped(model), turns, made, compute, columns)
-    places = {name: j for j, name in enumerate(look.scores.hashes or ())}
+    places = {name: j for j, name in enumerate(scores.hashes or ())}
     for here, name in enumerate(rows.hashes or ()):
         there = places.get(name)
         if there is not None and not np.isnan(made["own"][there]):  # nan: the look has not read it
             columns["wrong_probability"][here] = made["own"][there]
-            columns["reason"][here] = REASONS[look.scores.reason_codes[there]]
+            columns["reason"][here] = REASONS[scores.reason_codes[there]]
     return {"labels": trained, **columns}
 
 
