@@ -123,7 +123,7 @@ def test_with_any_file_damaged_the_one_before_is_taken_and_told_why(
     assert tsq.last_checkpoint(run) == run / "checkpoint-12", "all are as they were"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 2, "files": {"a": "x"}}', None])
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 3, "files": {"a": "x"}}', None])
 def test_a_manifest_that_is_none_or_of_another_version_is_told(text: str | None, run: Path) -> None:
     path = run / "checkpoint-12" / MANIFEST_FILE
     path.write_text(path.read_text().replace('"version": 3', '"version": 4') if text is None else text)

@@ -84,7 +84,7 @@ def write_manifest(folder: Path, *, also: Iterable[str] = ()) -> None:
 
     The files `also` may come later: without them it is not complete.
     """
-    about: dict[str, Any] = {name: {"size": PENDING} for name in also}
+    about: dict[str, Any] = {name: {"size": PENDING, "sha256": None} for name in also}
     for path in sorted(folder.rglob("*")):
         # What begins with a dot is left over from a write that was cut off.
         if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("."):
@@ -101,23 +101,20 @@ def fault(folder: Path) -> str | None:
         return "it is not there"
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["version"] not in (1, 2, VERSION):
+        if manifest["version"] not in (1, VERSION):  # 1 has the same; `read_state` decides whether training can go on
             return f"{MANIFEST_FILE} was written by another version of tsqlora"
-        # Version 2 has sizes alone; `read_state` decides whether training can go on.
-        files: dict[str, Any] = manifest["files"]
-        about = {name: one if isinstance(one, dict) else {"size": one} for name, one in files.items()}
-        expected = [(name, int(one["size"]), one.get("sha256")) for name, one in about.items()]
+        files = [(str(name), int(one["size"]), one["sha256"]) for name, one in manifest["files"].items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_FILE} cannot be read"
-    for name, size, content in expected:
+    for name, size, content in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if size != PENDING and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
-        if content is not None and digest(path) != content:
+        if size != PENDING and digest(path) != content:
             return f"{name} has other content than was written"
     return None
 
