@@ -43,9 +43,10 @@ def init(
     """
     from tsqlora.rows.write import require_place
     from tsqlora.settings import template
-    from tsqlora.tasks import get_task
 
     if task is not None:
+        from tsqlora.tasks import get_task  # imports torch
+
         get_task(task)
     if output is None:
         print(json.dumps({"yaml": template(task)}) if as_json else template(task), end="\n" if as_json else "")
