@@ -39,6 +39,7 @@ from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.model.terms import TERMS
 from tsqlora.progress import Progress, bars
 from tsqlora.record import RunRecord, question_in_words
+from tsqlora.rows.datasets import LABELS
 from tsqlora.run_dir import SCORES_FILE
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.training.checkpoints import (
@@ -126,6 +127,10 @@ class QualityCallback(TrainerCallback):
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
             )
         self.rule.require_trusted(len(data.trusted) > 0)
+        first = [row for rows in (data.dataset, data.trusted) if len(rows) and isinstance(row := rows[0], Mapping)]
+        if len({frozenset({"input_ids", "completion_mask", *LABELS} & row.keys()) for row in first}) > 1:
+            ours, theirs = map(", ".join, first)
+            raise SettingsError(f"the rows have {ours}, and the trusted rows {theirs}; prepare both alike")
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
@@ -429,12 +434,11 @@ class QualityCallback(TrainerCallback):
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Collate) -> None:
         """Check on two rows, before the look, what can be checked."""
-        request = self._request(args, model, collate)
-        compute, dataset = request.compute, self.data.dataset
+        request, dataset = self._request(args, model, collate), self.data.dataset
         with eval_mode(model):
-            rows = [dataset[j] for j in range(min(2, compute.batch_size, len(dataset)))]
+            rows = [dataset[j] for j in range(min(2, request.compute.batch_size, len(dataset)))]
         own = self.task is None and not args.label_smoothing_factor
-        options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
+        options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": request.compute.autocast}
         require_scorable(model, rows, request.collate, **options)
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
@@ -488,7 +492,6 @@ class QualityCallback(TrainerCallback):
             self.last.hold_out(scores)
             return
         if self.data.scores is None:
-            # Later ranks may move all the same: what the model learns until its end shows in its gradients.
             self.data.plan = replace(plan.unscored(awaits_scores=first), asks=plan.asks)
             self.last.hold_out(scores)
         more = "until the second look" if first and self.last.schedule.second_look else "to the end"
@@ -543,8 +546,8 @@ class QualityCallback(TrainerCallback):
         start, compute = time.perf_counter(), self._request(args, model, collate).compute
         how = {"collate": self.collate or collate, "seed": data.plan.seed}
         self._answers = look_before(distributed.unwrapped(model), data.dataset, vocabulary, compute, **how)
-        read = {"forward": self._answers.read, "tokens": sum(self._answers.tokens.values())}
-        self._spend("look", time.perf_counter() - start, **read)
+        tokens = sum(self._answers.tokens.values())
+        self._spend("look", time.perf_counter() - start, forward=self._answers.read, tokens=tokens)
         self.notes += self._answers.sentences(faults=False)
 
     def _draw_texts_evenly(self, collate: Collate) -> None:
@@ -562,10 +565,8 @@ class QualityCallback(TrainerCallback):
             self.notes.append(line)
         self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         if self.into is None:  # `tsqlora train` shows notes at its end
-            share = f"{data.plan.fraction:.0%} of the rows an epoch"
-            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
-            warnings.warn(what, stacklevel=5)
+            what = f"text without trusted rows is drawn evenly, {data.plan.fraction:.0%} of the rows an epoch; give "
+            warnings.warn(f"{what}QualitySubset(trusted=rows), or a fraction of 1{line and '; '}{line}", stacklevel=5)
 
 
 def _even_look(head: dict[str, Any] | None) -> dict[str, Any]:
