@@ -219,14 +219,14 @@ class QualityCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Its rows would count as handed out for training.
-        if self.data.drawn_by is not None and kwargs["eval_dataloader"].dataset is self.data:
+        if self.data.drawn_by is None:
+            return
+        if kwargs["eval_dataloader"].dataset is self.data:  # its rows would count as handed out for training
             raise SettingsError(
                 "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give "
                 "another data set: torch.utils.data.Subset(rows, data.draw(0))"
             )
-        if self.data.drawn_by is not None:
-            self.last.stops(control)
+        self.last.stops(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.data.drawn_by is not None:
@@ -307,9 +307,9 @@ class QualityCallback(TrainerCallback):
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
         if self._rows_hash is not None:
             about[ROWS_HASH] = self._rows_hash
-        decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
-        decides["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
-        return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
+        rule["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
+        about |= {"batch_size": data.batch_size, "terms": list(self.rule.measured()), "trusted rows": data.trusted_hash}
+        return {**about, **rule, "seed to score": self.rule.seed}
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
         self.looks, self.notes, self._digest = saved["looks"], saved["notes"], saved["scores_sha256"]
@@ -371,15 +371,15 @@ class QualityCallback(TrainerCallback):
         record, folder = self.into or (own_record(args, state, model, data, self.task), Path(str(args.output_dir)))
         self.record = LiveRecord(record, folder, finishes=self.into is None)
         if self.rule.select and len(data.trusted):
-            about = (data.trusted, data.suspects, task, model, self.collate or collate)
             behind = self.last.schedule.trusted_step < state.max_steps
             too_short = None if behind else f"a run of {state.max_steps} steps has none behind the question"
-            self.last.plan(why_unasked(*about) or too_short)
+            self.last.plan(why_unasked(data.trusted, data.suspects, task, model, self.collate or collate) or too_short)
         if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
             read_in_order(loader, data)
         if (vocabulary := vocabulary_of_answers(tokenizer, distributed.unwrapped(model))) is not None:
             self._look_at_texts(args, model, collate, vocabulary, answers=saved is None and self.saved is None)
         if saved is not None:
+            state.epoch = state.global_step / self.last.schedule.epoch_steps  # as the Trainer counts now
             self._resume(saved)
             self.last.close_validation(state)
         elif self.saved is not None:
@@ -399,15 +399,13 @@ class QualityCallback(TrainerCallback):
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        due = at_start and epoch == self.last.schedule.second_look and len(self.looks) == 1
-        if not due or self.saved is not None or not (self.rule.look_again and self.rule.select):
-            return
+        due = at_start and epoch == self.last.schedule.second_look and len(self.looks) == 1 and self.saved is None
         # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
-        scores = self.data.scores
-        if scores is None or not (
-            scores.even or all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
-        ):
-            self._look(args, state, model, collate)
+        if due and self.rule.look_again and self.rule.select:
+            scores = self.data.scores
+            stay = scores is not None and all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
+            if scores is None or not (scores.even or stay):
+                self._look(args, state, model, collate)
 
     def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask where EarlyStoppingCallback has stopped the pool's steps."""
@@ -472,8 +470,7 @@ class QualityCallback(TrainerCallback):
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
-        about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
-        request = self._request(args, model, collate, **about)
+        request = self._request(args, model, collate, epoch=epoch, step=state.global_step, look=len(self.looks) + 1)
         if self.looks:
             request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
         result = look(model, request)
