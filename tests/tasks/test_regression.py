@@ -27,9 +27,9 @@ def test_the_loss_is_the_squared_error_of_each_sample() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_comes_out_has_the_dtype_that_goes_in(dtype: torch.dtype) -> None:
     logits, labels = batch()
-    assert TASK.loss(logits.to(dtype), labels.float()).dtype == dtype
-    assert TASK.offsets(logits.to(dtype), labels.float()).dtype == dtype
+    assert {of(logits.to(dtype), labels.float()).dtype for of in (TASK.loss, TASK.offsets)} == {dtype}
     assert TASK.chance(labels.to(dtype), 1).dtype == dtype
+    assert TASK.chance(torch.tensor([1, 2]), 1).tolist() == [1.5]
 
 
 @given(SEEDS)
