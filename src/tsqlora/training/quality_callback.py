@@ -403,8 +403,7 @@ class QualityCallback(TrainerCallback):
         # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
         if due and self.rule.look_again and self.rule.select:
             scores = self.data.scores
-            stay = scores is not None and all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
-            if scores is None or not (scores.even or stay):
+            if scores is None or not (scores.even or {*scores.record.weights} <= {n for n in TERMS if TERMS[n].probe}):
                 self._look(args, state, model, collate)
 
     def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
