@@ -252,7 +252,6 @@ class Stream(IterableDataset[int]):
     ("data", "names"),
     [
         (Stream(), "a Stream"),
-        (iter([1, 2]), "a list_iterator"),
         ({"train": [1, 2], "test": [3]}, r"a dict of train, test; .*data\['train'\]"),
     ],
 )

@@ -121,6 +121,7 @@ def test_several_labels_are_a_list_or_text_with_bars() -> None:
 def test_lists_are_sets_of_labels_however_a_file_writes_them(cells: list[Any], names: list[Any]) -> None:
     assert distinct_labels(labelled(*cells), "label", SET, typed=False)[0] == names
     assert several_of([{"text": "a", "label": cell} for cell in cells]) == SET
+    assert several_of([{"tokens": "['a', 'b']", "tags": "['O', 'B-x']"}]) not in (SET, None)
 
 
 @pytest.mark.parametrize("cells", [["a", "b|c", "a"], ["a", "b", None], [0, 1, 0], [0.5, 0.1]])

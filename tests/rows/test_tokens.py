@@ -377,7 +377,7 @@ def test_a_split_is_a_torch_data_set() -> None:
         *(({"text": missing}, TEXT, "no text in column 'text'") for missing in (None, "", " \n", math.nan)),
         ({"label": 1}, TEXT, "no text in column 'text'"),
         ({"text": "a"}, PAIR, "no text in column 'pair'"),
-        ({"text": 12}, TEXT, "column 'text' holds int 12"),
+        ({"text": 12}, TEXT, "column 'text' holds 12"),
         ({"text": "a\ud800"}, TEXT, "column 'text' holds half a surrogate pair"),
     ],
 )

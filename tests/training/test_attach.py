@@ -47,7 +47,7 @@ def test_the_head_of_a_look_is_in_the_model_before_it_trains(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("data", "options", "line"),
-    [(iter([1]), {}, "from_list"), (ROWS, {"trusted": [{"text": "good"}]}, r"tsqlora\.select")],
+    [(iter([1]), {}, "from_list"), (ROWS, {"trusted": [{"input_ids": [1], "label": 0}]}, "alike")],
 )
 def test_what_cannot_be_attached_is_refused_with_a_line(
     data: Any, options: dict[str, Any], line: str, tmp_path: Path

@@ -160,6 +160,7 @@ def test_an_extended_run_keeps_its_answer(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert answer_of(quality)["contradicted"]
     assert {row >= ROWS for rows in handed.steps.values() for row in rows} == {True}
+    make(tmp_path, **saves, per_device_train_batch_size=4)[0].train(resume_from_checkpoint=f"{tmp_path}/checkpoint-20")
 
 
 @pytest.mark.filterwarnings("ignore:trusted rows are mixed in:UserWarning")
@@ -291,8 +292,7 @@ def test_early_stopping_before_the_question_asks_it(
     assert answer["step"] == at
     assert answer["contradicted"] == (trusted is CONTRARY)
     if trusted is TRUSTED:
-        assert trainer.state.global_step == at
-        assert sum(note.startswith(f"training ended at step {at}") for note in quality.notes) == 1
+        assert ["name E" in note for note in quality.notes if f"training ended at step {at}" in note] == [False]
         return
     assert trainer.state.global_step == answer["until_step"] == answer["from_step"] - 1 + 12
     assert all(

@@ -187,7 +187,7 @@ class Started:
             # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
             logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
             why = against_chance(answers, torch.from_numpy(logits), labels)
-        return why
+        return why if self.layer or not why else f"{why}; no linear head of it trains (give LoraConfig a task_type)"
 
 
 def start_head(model: nn.Module, request: LookRequest, *, mean: bool = False) -> Started:

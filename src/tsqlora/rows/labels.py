@@ -106,7 +106,7 @@ TAGS = LabelKind(
     "tags",
     lambda cell: cell if isinstance(cell, list) else [[cell]],  # refused like any label that is no text
     lambda ids, count: ids,
-    "write a list of one text or integer for each token",
+    "write a list of one text or integer for each token, in JSON lines or Parquet",
     by_token=True,
 )
 KINDS = {kind.name: kind for kind in (CLASS, SET, TAGS)}
@@ -130,7 +130,8 @@ def several_of(rows: Sequence[Mapping[str, Any]], **named: str | None) -> LabelK
             return Columns("", None, None)
 
     words, used = columns(True), columns(False)
-    both = [(row.get(words.text), row.get(words.label or "")) for row in rows]
+    pairs = ((row.get(words.text), row.get(words.label or "")) for row in rows)
+    both = [[split_labels(cell) if str(cell).startswith("[") else cell for cell in pair] for pair in pairs]
     if rows and all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in both):
         return TAGS
     if used.label is None:

@@ -254,8 +254,8 @@ def tokens_at(row: Row, column: str) -> list[str]:
         raise MissingError(row.place, f"no tokens in column '{column}'")
     if not isinstance(value, list):
         raise DataError(
-            f"{row.place}: column '{column}' holds {type(value).__name__} {reprlib.repr(value)}, not a list of "
-            "tokens; write lists, in JSON lines or Parquet"
+            f"{row.place}: column '{column}' holds {reprlib.repr(value)}, not a list of tokens; write lists, in JSON "
+            "lines or Parquet"
         )
     return [as_text(token, f"column '{column}'", row.place) for token in value]
 
@@ -263,8 +263,7 @@ def tokens_at(row: Row, column: str) -> list[str]:
 def as_text(value: Any, where: str, place: str) -> str:
     """The value itself.  Raises DataError with its place if it is not text, or text that UTF-8 cannot encode."""
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise NotTextError(f"{place}: {where} holds {kind} {reprlib.repr(value)}, not text; write a string")
+        raise NotTextError(f"{place}: {where} holds {reprlib.repr(value)}, not text; write a string")
     try:
         value.encode()
     except UnicodeEncodeError:

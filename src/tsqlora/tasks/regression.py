@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from tsqlora.libs.shapes import Bool, Float
+from tsqlora.libs.shapes import Bool, Float, Shaped
 from tsqlora.libs.torch import double
 from tsqlora.rows.table import Table
 from tsqlora.tasks.reading import TEXTS, WITHOUT_SMOOTHING
@@ -27,19 +27,19 @@ class Regression:
     evaluate = evaluate
     class_weights = None
 
-    def loss(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def loss(self, logits: Float[Tensor, "n 1"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return (logit - label)² per sample."""
         return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
 
-    def batch_loss(self, losses: Float[Tensor, " n"], labels: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the mean."""
         return losses.mean()
 
-    def chance(self, labels: Float[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
+    def chance(self, labels: Shaped[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
         """Return the mean target: no constant has a smaller mean squared error."""
-        return labels.mean().expand(width)
+        return (labels * 1.0).mean().expand(width)  # whole numbers may be integers
 
-    def offsets(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, "1"]:
+    def offsets(self, logits: Float[Tensor, "n 1"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, "1"]:
         """Return mean(labels - predictions), with which the residuals of these rows sum to zero.
 
         Without this calibration the mean gradient mostly points along the mean residual, and convergence measures
@@ -48,7 +48,7 @@ class Regression:
         residuals = double(labels) - double(logits.squeeze(-1))
         return residuals.mean().reshape(1).to(logits.dtype).to(logits.device)
 
-    def metrics(self, logits: Float[np.ndarray, "n 1"], labels: Float[np.ndarray, " n"]) -> dict[str, float]:
+    def metrics(self, logits: Float[np.ndarray, "n 1"], labels: Shaped[np.ndarray, " n"]) -> dict[str, float]:
         """Return pearson, spearman, mse and loss, which equals mse.
 
         A correlation with constant predictions or targets is undefined; it is 0.0 here.

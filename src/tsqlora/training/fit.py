@@ -174,20 +174,10 @@ def attach(
         isinstance(callback, QualityCallback) for callback in trainer.callback_handler.callbacks
     ):
         raise SettingsError("the Trainer has a QualitySubset or a QualityCallback already; leave tsqlora.attach out")
-    if not isinstance(rows, Dataset):
-        raise SettingsError(
-            f"the Trainer's train_dataset is a {type(rows).__name__}, which has no length or no rows by number; give "
-            "it rows that fit: datasets.Dataset.from_list(list(stream.take(n)))"
-        )
     if getattr(trainer.args, "packing", False):
         raise UnsupportedError(
             "packing has put several samples into a row, so a row has no quality; set packing=False, or "
             "choose the rows before: dataset = tsqlora.select(model, dataset, processing_class=tokenizer)"
-        )
-    if trusted is not None and len(trusted) and {*rows[0]} != {*trusted[0]}:
-        raise SettingsError(
-            f"trusted rows have {', '.join(trusted[0])}, and those of the Trainer {', '.join(rows[0])}; prepare them "
-            "alike, or choose the rows before: tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows)"
         )
     data = QualitySubset(rows, fraction, seed, trusted=trusted)
     callback = QualityCallback(data, rule=rule, look=look)

@@ -82,17 +82,11 @@ def look(
         compute=compute or Compute(),
         trusted=trusted,
     )
-    if trusted is not None and request.rule.select:
-        about = (
-            trusted,
-            suspects_of(trusted),
-            request.task,
-            distributed.unwrapped(model),
-            request.collate,
-        )
-        request = replace(request, asks=why_unasked(*about) is None)
-    answers, judges, result = AnswerLook([]), dict[str, np.ndarray](), None
     inner = distributed.unwrapped(model)
+    if trusted is not None and request.rule.select:
+        why_not = why_unasked(trusted, suspects_of(trusted), request.task, inner, request.collate)
+        request = replace(request, asks=why_not is None)
+    answers, judges, result = AnswerLook([]), dict[str, np.ndarray](), None
     if (vocabulary := vocabulary_of_answers(processing_class, inner)) is not None:
         options = {"collate": collate, "seed": request.rule.seed}
         answers = look_before(inner, dataset, vocabulary, request.compute, **options)

@@ -39,6 +39,7 @@ from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.model.terms import TERMS
 from tsqlora.progress import Progress, bars
 from tsqlora.record import RunRecord, question_in_words
+from tsqlora.rows.datasets import LABELS
 from tsqlora.run_dir import SCORES_FILE
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.training.checkpoints import (
@@ -126,6 +127,10 @@ class QualityCallback(TrainerCallback):
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
             )
         self.rule.require_trusted(len(data.trusted) > 0)
+        first = [row for rows in (data.dataset, data.trusted) if len(rows) and isinstance(row := rows[0], Mapping)]
+        if len({frozenset({"input_ids", "completion_mask", *LABELS} & row.keys()) for row in first}) > 1:
+            ours, theirs = map(", ".join, first)
+            raise SettingsError(f"the rows have {ours}, and the trusted rows {theirs}; prepare both alike")
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
@@ -214,14 +219,14 @@ class QualityCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Its rows would count as handed out for training.
-        if self.data.drawn_by is not None and kwargs["eval_dataloader"].dataset is self.data:
+        if self.data.drawn_by is None:
+            return
+        if kwargs["eval_dataloader"].dataset is self.data:  # its rows would count as handed out for training
             raise SettingsError(
                 "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give "
                 "another data set: torch.utils.data.Subset(rows, data.draw(0))"
             )
-        if self.data.drawn_by is not None:
-            self.last.stops(control)
+        self.last.stops(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.data.drawn_by is not None:
@@ -302,9 +307,9 @@ class QualityCallback(TrainerCallback):
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
         if self._rows_hash is not None:
             about[ROWS_HASH] = self._rows_hash
-        decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
-        decides["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
-        return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
+        rule["look"] = None if self.saved is None else digest(self.saved.path / SCORES_FILE)
+        about |= {"batch_size": data.batch_size, "terms": list(self.rule.measured()), "trusted rows": data.trusted_hash}
+        return {**about, **rule, "seed to score": self.rule.seed}
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
         self.looks, self.notes, self._digest = saved["looks"], saved["notes"], saved["scores_sha256"]
@@ -366,15 +371,15 @@ class QualityCallback(TrainerCallback):
         record, folder = self.into or (own_record(args, state, model, data, self.task), Path(str(args.output_dir)))
         self.record = LiveRecord(record, folder, finishes=self.into is None)
         if self.rule.select and len(data.trusted):
-            about = (data.trusted, data.suspects, task, model, self.collate or collate)
             behind = self.last.schedule.trusted_step < state.max_steps
             too_short = None if behind else f"a run of {state.max_steps} steps has none behind the question"
-            self.last.plan(why_unasked(*about) or too_short)
+            self.last.plan(why_unasked(data.trusted, data.suspects, task, model, self.collate or collate) or too_short)
         if data.plan.asks is not None or "from" in ((saved or {}).get("question") or {}):
             read_in_order(loader, data)
         if (vocabulary := vocabulary_of_answers(tokenizer, distributed.unwrapped(model))) is not None:
             self._look_at_texts(args, model, collate, vocabulary, answers=saved is None and self.saved is None)
         if saved is not None:
+            state.epoch = state.global_step / self.last.schedule.epoch_steps  # as the Trainer counts now
             self._resume(saved)
             self.last.close_validation(state)
         elif self.saved is not None:
@@ -394,15 +399,12 @@ class QualityCallback(TrainerCallback):
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        due = at_start and epoch == self.last.schedule.second_look and len(self.looks) == 1
-        if not due or self.saved is not None or not (self.rule.look_again and self.rule.select):
-            return
+        due = at_start and epoch == self.last.schedule.second_look and len(self.looks) == 1 and self.saved is None
         # Hidden states tell rows apart before any step, and training hardly changes which; even draws stay even.
-        scores = self.data.scores
-        if scores is None or not (
-            scores.even or all(name in TERMS and TERMS[name].probe for name in scores.record.weights)
-        ):
-            self._look(args, state, model, collate)
+        if due and self.rule.look_again and self.rule.select:
+            scores = self.data.scores
+            if scores is None or not (scores.even or {*scores.record.weights} <= {n for n in TERMS if TERMS[n].probe}):
+                self._look(args, state, model, collate)
 
     def _ask_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask where EarlyStoppingCallback has stopped the pool's steps."""
@@ -429,12 +431,11 @@ class QualityCallback(TrainerCallback):
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Collate) -> None:
         """Check on two rows, before the look, what can be checked."""
-        request = self._request(args, model, collate)
-        compute, dataset = request.compute, self.data.dataset
+        request, dataset = self._request(args, model, collate), self.data.dataset
         with eval_mode(model):
-            rows = [dataset[j] for j in range(min(2, compute.batch_size, len(dataset)))]
+            rows = [dataset[j] for j in range(min(2, request.compute.batch_size, len(dataset)))]
         own = self.task is None and not args.label_smoothing_factor
-        options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": compute.autocast}
+        options = {"task": request.task, "own_loss": own, "rule": self.rule, "autocast": request.compute.autocast}
         require_scorable(model, rows, request.collate, **options)
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
@@ -468,8 +469,7 @@ class QualityCallback(TrainerCallback):
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
-        about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
-        request = self._request(args, model, collate, **about)
+        request = self._request(args, model, collate, epoch=epoch, step=state.global_step, look=len(self.looks) + 1)
         if self.looks:
             request = replace(request, rule=replace(self.rule, head_start=False), first=self._first)
         result = look(model, request)
@@ -488,7 +488,6 @@ class QualityCallback(TrainerCallback):
             self.last.hold_out(scores)
             return
         if self.data.scores is None:
-            # Later ranks may move all the same: what the model learns until its end shows in its gradients.
             self.data.plan = replace(plan.unscored(awaits_scores=first), asks=plan.asks)
             self.last.hold_out(scores)
         more = "until the second look" if first and self.last.schedule.second_look else "to the end"
@@ -543,8 +542,8 @@ class QualityCallback(TrainerCallback):
         start, compute = time.perf_counter(), self._request(args, model, collate).compute
         how = {"collate": self.collate or collate, "seed": data.plan.seed}
         self._answers = look_before(distributed.unwrapped(model), data.dataset, vocabulary, compute, **how)
-        read = {"forward": self._answers.read, "tokens": sum(self._answers.tokens.values())}
-        self._spend("look", time.perf_counter() - start, **read)
+        tokens = sum(self._answers.tokens.values())
+        self._spend("look", time.perf_counter() - start, forward=self._answers.read, tokens=tokens)
         self.notes += self._answers.sentences(faults=False)
 
     def _draw_texts_evenly(self, collate: Collate) -> None:
@@ -562,10 +561,8 @@ class QualityCallback(TrainerCallback):
             self.notes.append(line)
         self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         if self.into is None:  # `tsqlora train` shows notes at its end
-            share = f"{data.plan.fraction:.0%} of the rows an epoch"
-            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
-            what = "; ".join([f"text without trusted rows is drawn evenly, {share}", cure, *([line] if line else [])])
-            warnings.warn(what, stacklevel=5)
+            what = f"text without trusted rows is drawn evenly, {data.plan.fraction:.0%} of the rows an epoch; give "
+            warnings.warn(f"{what}QualitySubset(trusted=rows), or a fraction of 1{line and '; '}{line}", stacklevel=5)
 
 
 def _even_look(head: dict[str, Any] | None) -> dict[str, Any]:

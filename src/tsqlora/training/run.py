@@ -162,7 +162,7 @@ def measure(job: Job, record: RunRecord, args: TrainingArguments, progress: Prog
     if noise.get("evident") and held_out_rows(job.data):
         name, value = next(iter(record.metrics["validation"].items()))
         record.notes.append(
-            f"validation has a {name} of {value:.3f} on rows that were held out of the training file: about "
+            f"validation has {name} {value:.3f} on rows that were held out of the training file: about "
             f"{noise['rate']:.0%} of their labels seem wrong, too, so this says less than correct labels would"
         )
     record.status = "finished"

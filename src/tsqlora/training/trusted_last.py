@@ -176,7 +176,7 @@ class TrustedLast:
         if self.data.plan.asks is not None and state.global_step < first:
             none = f"training ended at step {state.global_step}, and trusted rows come from step {first} on: none was "
             none += "trained on; train longer, or stop later"
-            if stops_early(state):
+            if self.question is None and stops_early(state):
                 none += ", or name EarlyStoppingCallback before QualityCallback: then the question comes when it stops"
             self.question = {**(self.question or {"from": self._place()}), "unasked": none}
         self.data.plan = replace(self.data.plan, asks=None)

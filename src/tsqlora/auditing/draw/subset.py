@@ -59,7 +59,8 @@ class QualitySubset(Dataset[Any]):
         if not isinstance(dataset, Rows):
             raise SettingsError(
                 f"QualitySubset got a {type(dataset).__name__}, which has no length or no rows by number; pass a list "
-                "or a map-style data set, not a stream"
+                "or a map-style data set; of a stream the rows that fit: "
+                "datasets.Dataset.from_list(list(stream.take(n)))"
             )
         if len(dataset) == 0:
             raise SettingsError("there are no rows to draw from")
@@ -174,8 +175,7 @@ def hash_of(rows: Rows) -> str | None:
 
 def suspects_of(rows: Rows) -> np.ndarray:
     """Return which rows were reviewed as suspects."""
-    marks = (row.get(REVIEWED_AS) if isinstance(row, Mapping) else None for row in _alike(rows))
-    return np.array([mark == "suspect" for mark in marks], dtype=np.bool_)
+    return np.array([isinstance(r, Mapping) and r.get(REVIEWED_AS) == "suspect" for r in _alike(rows)], dtype=np.bool_)
 
 
 PLACES = 64
