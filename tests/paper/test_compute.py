@@ -1,14 +1,12 @@
 """What is computed follows the active rank, not the capacity."""
 
-import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_bert
-from slotted import QUERY, WIDE, backward, resize, wrapped
-from tsqlora.paper.slots import find_slots
+from slotted import QUERY, WIDE, backward, wrapped
 
 
 def operations(model: nn.Module) -> int:
@@ -18,20 +16,10 @@ def operations(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_step_computes_what_plain_lora_of_the_active_ranks_does(rank: int) -> None:
-    model = wrapped(max_rank=8, ranks={QUERY: rank, WIDE: 2 * rank})
+def test_a_step_computes_what_plain_lora_of_the_active_ranks_does() -> None:
+    model = wrapped(max_rank=8, ranks={QUERY: 3, WIDE: 6})
     plain = get_peft_model(tiny_bert(), model.peft_config["default"]).eval()
     assert operations(model) == operations(plain)
-
-
-def test_operations_grow_in_proportion_to_rank() -> None:
-    model = wrapped(max_rank=8)
-    result = []
-    for rank in (2, 4, 6):
-        resize(model, dict.fromkeys(find_slots(model), rank))
-        result.append(operations(model))
-    assert result[2] - result[1] == result[1] - result[0] > 0
 
 
 def test_memory_for_the_backward_pass_follows_the_active_rank() -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from scoring import quality_by
-from stock import At, Falling, base_bert, fails_at, make_trainer, moods, slotted_bert
+from stock import Falling, base_bert, fails_at, make_trainer, moods, slotted_bert, stops_at
 from tsqlora import paper
 from tsqlora.auditing.scores import Scores
 from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
@@ -21,11 +22,6 @@ DATA = moods()
 
 class Interrupted(Exception):
     pass
-
-
-def interrupt(step: int) -> At:
-    """As a crash behind the checkpoint of a step."""
-    return fails_at("step_begin", step, Interrupted)
 
 
 def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
@@ -42,14 +38,6 @@ def callback(of: Trainer, kind: type) -> Any:
     return next(c for c in of.callback_handler.callbacks if isinstance(c, kind))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    made = trainer(tmp_path_factory.mktemp("whole"))
-    made.train()
-    assert sum(event.moved > 0 for event in callback(made, paper.RankCallback).events) > 1
-    return made
-
-
 def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
     """Bit by bit."""
     ranks, expected = (callback(made, paper.RankCallback) for made in (resumed, whole))
@@ -61,17 +49,14 @@ def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
         assert torch.equal(weight, right[name]), name
 
 
-STEPS = {1: (1, 6, 7, 8, 9, 16, 23, 24), 3: range(1, 13)}
+STEPS = {1: (1, 8, 9, 24), 3: (4, 5, 11)}
 """From which a run is resumed, the last one of all included, by batches a step. Three of an epoch's four batches make a
 step, and the last one alone another."""
 
 
-@pytest.fixture(scope="module", params=STEPS)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run that was saved at every step."""
-    made = trainer(tmp_path_factory.mktemp("saved"), save_steps=1, **every_step(request.param))
+def saved_at_every_step(folder: Path, accumulation: int) -> Trainer:
+    made = trainer(folder, save_steps=1, **every_step(accumulation))
     made.train()
-    assert made.state.global_step == STEPS[request.param][-1]
     events = callback(made, paper.RankCallback).events
     assert [event.reason for event in events[:2]] == ["start", "adjustment"]
     assert any(event.moved for event in events)
@@ -79,36 +64,43 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Trainer]:
+    """Runs that were saved at every step, by batches a step."""
+    return {number: saved_at_every_step(tmp_path_factory.mktemp("saved"), number) for number in STEPS}
+
+
 def every_step(accumulation: int) -> dict[str, Any]:
     return {"save_strategy": "steps", "gradient_accumulation_steps": accumulation}
 
 
-def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(saved: Trainer) -> None:
+@pytest.mark.parametrize("accumulation", STEPS)
+def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(
+    accumulation: int, saved: dict[int, Trainer]
+) -> None:
     """Before the second look, where it comes, behind it; at steps of adjustments; within epochs; behind the last."""
-    accumulation = saved.args.gradient_accumulation_steps
-    folder = Path(saved.args.output_dir)
+    folder = Path(saved[accumulation].args.output_dir)
     for step in STEPS[accumulation]:
         resumed = trainer(folder, save_steps=100, **every_step(accumulation))
         resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        assert_same_end(resumed, saved)
+        assert_same_end(resumed, saved[accumulation])
 
 
 @pytest.mark.parametrize("again", ["in the same Trainer", "in a new process"])
-def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Trainer, tmp_path: Path) -> None:
-    accumulation = saved.args.gradient_accumulation_steps
-    if accumulation == 1:
-        return  # no window
+def test_a_run_that_crashed_inside_a_window_ends_the_same(
+    again: str, saved: dict[int, Trainer], tmp_path: Path
+) -> None:
     # The odd steps have three batches.
-    step = next(event.step for event in callback(saved, paper.RankCallback).events[1:] if event.step % 2)
+    step = next(event.step for event in callback(saved[3], paper.RankCallback).events[1:] if event.step % 2)
     # In the step of an adjustment, whose sensitivities are then half measured.
     crash = fails_at("substep_end", step - 1, Interrupted)
-    made = trainer(tmp_path, crash, save_steps=2, **every_step(accumulation))
+    made = trainer(tmp_path, crash, save_steps=2, **every_step(3))
     with pytest.raises(Interrupted):
         made.train()
     if again == "in a new process":
-        made = trainer(tmp_path, save_steps=2, **every_step(accumulation))
+        made = trainer(tmp_path, save_steps=2, **every_step(3))
     made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
-    assert_same_end(made, saved)
+    assert_same_end(made, saved[3])
 
 
 def best_of_falling(folder: Path) -> Trainer:
@@ -144,30 +136,30 @@ def test_the_best_checkpoint_is_loaded_with_its_ranks_after_a_resume_too(tmp_pat
 
 
 @pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])
-def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole: Trainer) -> None:
-    made = trainer(Path(whole.args.output_dir), **options)
+def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], saved: dict[int, Trainer]) -> None:
+    folder = Path(saved[1].args.output_dir)
     with pytest.raises(tsq.TsqLoraError, match=r"interval 3, and .* has 4|max 8, and .* has 6|larger max_rank"):
-        made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
+        trainer(folder, **options).train(resume_from_checkpoint=str(folder / "checkpoint-16"))
 
 
-def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, interrupt(8)).train()
-    path = tmp_path / "scores.parquet"
-    scores = Scores.load(path)
-    replace(scores, quality=np.arange(len(DATA), dtype=float)).save(path)
-    resumed = trainer(tmp_path)
+def test_scores_of_an_older_run_in_the_same_place_are_not_used(saved: dict[int, Trainer], tmp_path: Path) -> None:
+    folder = Path(saved[1].args.output_dir)
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "checkpoint-8")
+    scores = Scores.load(folder / "scores.parquet")
+    replace(scores, quality=np.arange(len(DATA), dtype=float)).save(tmp_path / "scores.parquet")
+    resumed = trainer(tmp_path, stops_at(9))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    used, expected = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
+    used, expected = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, saved[1]))
     assert np.array_equal(used.quality, expected.quality)
 
 
 @pytest.mark.parametrize("name", ["tsqlora", "tsqlora_quality"])
 @pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
-def test_a_state_that_is_missing_or_of_another_version_is_named(name: str, version: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, interrupt(4)).train()
+def test_a_state_that_is_missing_or_of_another_version_is_named(
+    name: str, version: Any, saved: dict[int, Trainer], tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(Path(saved[1].args.output_dir) / "checkpoint-4", checkpoint)
     (checkpoint / f"{name}.json").unlink()
     if version is not None:
         (checkpoint / f"{name}.json").write_text(json.dumps({"version": version}))

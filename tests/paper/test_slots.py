@@ -1,8 +1,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from slotted import (
 from tsqlora import paper
 from tsqlora.adapter.patterns import lora_config
 from tsqlora.paper.sites import lora_layers
-from tsqlora.paper.slots import ActivePrefix, find_slots, sync_config
+from tsqlora.paper.slots import ActivePrefix, find_slots
 
 ROWS = samples(5, 3)
 MIXED = {QUERY: 2, WIDE: 7, POOLER: 0}
@@ -90,38 +88,6 @@ def test_a_wrapped_models_state_has_the_keys_of_a_model_around_it() -> None:
     target.load_state_dict(outer.state_dict())
     assert paper.active_ranks(target["module"]) == paper.active_ranks(model)
     assert_same_logits(target["module"], model)
-
-
-def test_plain_peft_loads_it_where_tsqlora_cannot_be_imported(tmp_path: Path) -> None:
-    model = wrapped(ranks=MIXED)
-    model.save_pretrained(tmp_path / "adapter")
-    tiny_bert().save_pretrained(tmp_path / "base")
-    batch = torch.arange(1, 13).view(2, 6)
-    torch.save(batch, tmp_path / "batch.pt")
-    script = """
-import sys
-from pathlib import Path
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "tsqlora":
-            raise ImportError("blocked")
-
-sys.meta_path.insert(0, Blocked())
-import torch
-from peft import PeftModel
-from transformers import BertForSequenceClassification
-
-folder = Path(sys.argv[1])
-base = BertForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float64)
-model = PeftModel.from_pretrained(base, folder / "adapter").double().eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.load(folder / "batch.pt")).logits, folder / "logits.pt")
-"""
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
-    with torch.no_grad():
-        expected = model(input_ids=batch).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_saved_config_has_the_active_ranks_and_no_patterns_for_equal_ones(tmp_path: Path) -> None:
@@ -232,18 +198,12 @@ def test_a_saved_rank_above_the_capacity_is_a_clear_error_and_changes_nothing() 
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize("part", ["missing", "wide"])
-def test_a_saved_matrix_that_does_not_fit_is_a_clear_error(part: str) -> None:
-    state = wrapped().state_dict()
-    key = f"base_model.model.{QUERY}.lora_B.default.weight"
-    if part == "missing":
-        del state[key]
-    else:
-        state[key] = torch.zeros(17, 4)
-    with pytest.raises(
-        tsq.SettingsError, match=r"lora_A and lora_B have shapes \(4, 16\) and .* 16 inputs and 16 outp"
-    ):
-        wrapped().load_state_dict(state)
+@pytest.mark.parametrize("b", [None, torch.zeros(17, 4)], ids=["missing", "wide"])
+def test_a_saved_matrix_that_does_not_fit_is_a_clear_error(b: Tensor | None) -> None:
+    model = wrapped()
+    state = model.state_dict() | {f"base_model.model.{QUERY}.lora_B.default.weight": b}
+    with pytest.raises(tsq.SettingsError, match=r"lora_B have shapes \(4, 16\) and .* 16 inputs and 16 outp"):
+        model.load_state_dict({key: value for key, value in state.items() if value is not None})
 
 
 # --- finding ------------------------------------------------------------------------------
@@ -290,14 +250,6 @@ def test_a_layer_at_rank_zero_stays_in_the_graph_and_can_grow_again() -> None:
     resize(model, {QUERY: 2})
     take_steps(model, optimizer, 2)
     assert bool(updates(model)[QUERY].any())
-
-
-def test_every_layer_at_rank_zero_is_an_error() -> None:
-    model = wrapped()
-    for slots in find_slots(model).values():
-        slots.set_rank(0)
-    with pytest.raises(tsq.SettingsError, match=r"every layer is at rank 0.*raise ranks.mean or set ranks.min to 1"):
-        sync_config(model)
 
 
 # --- finalize -----------------------------------------------------------------------------
@@ -372,24 +324,10 @@ def test_disabling_the_adapter_and_merging_give_what_peft_gives(finalised: bool,
     assert not any("lora" in name for name, _ in merged.named_modules())
 
 
-def test_a_finalised_model_is_saved_and_loaded_as_peft_does(tmp_path: Path) -> None:
-    model = paper.finalize(wrapped(ranks=MIXED))
-    model.save_pretrained(tmp_path)
-    loaded = plain_load(tmp_path)
-    assert_same_logits(loaded, model)
-    loaded.save_pretrained(tmp_path / "again")
-    assert_same_logits(plain_load(tmp_path / "again"), model)
-    slotted = wrapped(seed=1)
-    slotted.load_adapter(str(tmp_path), "default")
-    assert_same_logits(slotted, model)
-
-
 def test_trainable_parameters_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     model = wrapped(ranks=MIXED)
-    active, frozen = paper.active_parameters(model), copy.deepcopy(model).requires_grad_(False)
+    active = paper.active_parameters(model)
+    assert copy.deepcopy(model).requires_grad_(False).get_nb_trainable_parameters()[0] == 0
     for counted in (model, copy.deepcopy(model), paper.finalize(copy.deepcopy(model))):
         counted.print_trainable_parameters()
         assert f"trainable params: {active:,} ||" in capsys.readouterr().out
-    assert (frozen.get_nb_trainable_parameters()[0], model.get_nb_trainable_parameters()[0]) == (0, active)
-    paper.finalize(model)
-    assert model.get_nb_trainable_parameters() == PeftModel.get_nb_trainable_parameters(model)
