@@ -1,6 +1,5 @@
 import random
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqlora.errors import SettingsError
-from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, fill, shares, used
+from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, shares, used
 from tsqlora.training.lora import uniform_ranks
 
 shapes_of_layers = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8).map(
@@ -24,20 +23,6 @@ def test_a_mean_rank_found_by_division_loses_nothing(total: int, shapes: dict[st
 @given(st.integers(1, 10**7), shapes_of_layers)
 def test_a_mean_rank_in_decimals_is_taken_exactly(thousandths: int, shapes: dict[str, tuple[int, int]]) -> None:
     assert budget(thousandths / 1000, shapes) == thousandths * sum(costs(shapes).values()) // 1000
-
-
-def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
-    shapes = dict.fromkeys("abc", (1, 1))
-    limits = dict.fromkeys("abc", 4)
-    start = {"a": 1, "b": 1, "c": 1}
-    wishes = {"a": 1.5, "b": 1.5 + 1e-12, "c": Fraction(19, 10)}
-
-    def filled(order: str, total: int) -> dict[str, int]:
-        return fill(start, wishes=wishes, order=order, shapes=shapes, caps=limits, budget=total)
-
-    assert filled("abc", 8) == {"a": 1, "b": 1, "c": 2}
-    assert filled("abc", 10) == {"a": 2, "b": 1, "c": 2}
-    assert filled("cba", 10) == {"a": 1, "b": 2, "c": 2}
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))

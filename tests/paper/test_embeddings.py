@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of, slow_layers
 from slotted import TARGETS, WORDS, assert_hidden_are_zero, embedded, resize, take_steps, trained, updates
-from stock import base_bert, make_trainer, moods
 from tsqlora import paper
 from tsqlora.paper import probe
 from tsqlora.paper.change import grow_slot, new_row
@@ -23,16 +22,6 @@ from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import find_slots
 
 ROWS = samples(7, 3)
-
-
-def test_an_embeddings_rank_costs_its_rows_and_its_width() -> None:
-    model = embedded()
-    slots = find_slots(model)[WORDS]
-    assert slots.shape == (60, 16)
-    assert (tuple(slots.a.shape), tuple(slots.b.shape)) == ((8, 60), (16, 8))
-    before = paper.active_parameters(model)
-    resize(model, {WORDS: 3})
-    assert before - paper.active_parameters(model) == 60 + 16
 
 
 def test_a_fresh_and_a_grown_embedding_adapter_change_nothing_and_the_new_slot_trains() -> None:
@@ -46,6 +35,7 @@ def test_a_fresh_and_a_grown_embedding_adapter_change_nothing_and_the_new_slot_t
     model = embedded()
     before = updates(model)
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    assert find_slots(model)[WORDS].shape == (60, 16)
     grow_slot(find_slots(model)[WORDS], torch.randn(60), optimizer)
     assert torch.equal(updates(model)[WORDS], before[WORDS])
     take_steps(model, optimizer, 1)
@@ -113,18 +103,3 @@ def test_the_sketch_of_an_embedding_is_that_of_its_one_hot_inputs(monkeypatch: p
     generator = torch.Generator().manual_seed(zlib.crc32(f"5:{WORDS}".encode()))
     omega = torch.randn(SKETCH_ROWS, 16, generator=generator).double() / SKETCH_ROWS**0.5
     torch.testing.assert_close(directions[WORDS], omega @ seen["gradient"])
-
-
-def test_an_embeddings_rank_moves_while_a_stock_trainer_trains(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = paper.wrap(base_bert(), mean_rank=4, target_modules=["word_embeddings", "query", "value", "dense"])
-    before = paper.active_parameters(model)
-    callback = paper.RankCallback(interval=3, min_rank=0, schedule=paper.RankSchedule(moves=4))
-    make_trainer(model, moods(), tmp_path, [callback]).train()
-    assert callback.final[WORDS] != 4
-    assert all(event.used <= event.budget for event in callback.events)
-    assert paper.active_parameters(model) <= before
-    model.save_pretrained(str(tmp_path / "adapter"))
-    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
-    rows = moods(6)
-    torch.testing.assert_close(logits_of(loaded, rows), logits_of(model, rows), rtol=1e-5, atol=1e-5)

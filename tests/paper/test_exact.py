@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import collate as models_collate
 from models import samples, tiny_bert
@@ -74,19 +73,6 @@ def changed_in_place(model: Any, x: Tensor) -> Tensor:
     return F.relu_(model.linear(x).add_(x))
 
 
-def without_gradients(model: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        target = model.linear(x.flip(1))
-    return model.linear(x) + target
-
-
-def checkpointed(model: Any, x: Tensor) -> Tensor:
-    def twice(linear: nn.Linear, x: Tensor) -> Tensor:
-        return linear(linear(x).tanh())
-
-    return model.linear(checkpoint(twice, model.linear, x, use_reentrant=False))
-
-
 def hooked(model: Any) -> None:
     model.linear.register_forward_hook(lambda _m, _args, y: 3 * y)
     model.linear.register_forward_pre_hook(lambda _m, args: (args[0].sin(),))
@@ -101,8 +87,6 @@ EXACT: dict[str, Callable[[], Model]] = {
     "in place": lambda: Model(changed_in_place),
     "by keyword": lambda: Model(lambda m, x: m.linear(input=x)),
     "other tokens": lambda: Model(lambda m, x: torch.cat([m.linear(x), m.linear(x[:, :2]).sin()], dim=1)),
-    "without gradients": lambda: Model(without_gradients),
-    "checkpointed": lambda: Model(checkpointed),
     "under other hooks": lambda: Model(change=hooked),
     "a layer that no loss reaches": lambda: Model(change=lambda m: setattr(m, "unused", nn.Linear(WIDTH, WIDTH))),
 }

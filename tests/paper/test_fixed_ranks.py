@@ -113,16 +113,6 @@ def test_a_second_train_goes_on_and_moves_ranks_where_slots_were_kept_and_else_k
     assert {name: p.shape for name, p in weights(trainer.model).items()} == shapes
 
 
-def test_the_same_callbacks_in_a_second_trainer_begin_anew(tmp_path: Path) -> None:
-    data = tsq.QualitySubset(ROWS, 0.5, seed=0)
-    callbacks = [tsq.QualityCallback(data), paper.RankCallback(interval=2)]
-    models = [slotted_bert(), slotted_bert()]
-    for place, model in zip(("a", "b"), models, strict=True):
-        make_trainer(model, data, tmp_path / place, list(callbacks), num_train_epochs=2).train()
-    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=0)
-    assert len({(tmp_path / place / "scores.parquet").read_bytes() for place in ("a", "b")}) == 1
-
-
 def test_each_model_of_model_init_begins_anew_as_in_a_search(tmp_path: Path) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.5, seed=0), paper.RankCallback(interval=2)
     passed = make_trainer(slotted_bert(), data, tmp_path, [], num_train_epochs=2)

@@ -1,7 +1,6 @@
 import json
 import random
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,20 +19,9 @@ from tsqlora.paper.moves import (
     rank_changes,
 )
 
-percents = st.integers(0, 49).map(lambda k: k / 100)
-
 
 def steps_of(total: int, interval: int, warmup: float, freeze: float) -> range:
     return RankSchedule(warmup=warmup, freeze=freeze).steps(total, interval)
-
-
-@given(st.integers(0, 500), st.integers(1, 60), percents, percents)
-def test_adjustments_lie_between_warmup_and_freeze(total: int, interval: int, warmup: float, freeze: float) -> None:
-    steps = list(steps_of(total, interval, warmup, freeze))
-    percent_of_run = [100 * step for step in steps]
-    assert all(round(100 * warmup) * total <= at < round(100 * (1 - freeze)) * total for at in percent_of_run)
-    assert all(step >= interval for step in steps)
-    assert all(later - step == interval for step, later in pairwise(steps))
 
 
 @pytest.mark.parametrize(
@@ -224,15 +212,18 @@ def unequal_layers(shapes: Sizes, **ranks: int) -> tuple[World, Ranks]:
 
 
 TWO = {"wide": WIDE, "slim": SLIM}
-FOUR = equal_layers(a=6, b=8, c=4, d=2)
 
 
 @pytest.mark.parametrize(
     ("begin", "target", "options", "expected"),
     [
         # A move goes from furthest above to furthest below; ties go by name.
-        (FOUR, {"a": 4, "b": 4, "c": 6, "d": 6}, {"moves": 1}, {"a": 6, "b": 7, "c": 4, "d": 3}),
-        (FOUR, {"a": 4, "b": 4, "c": 6, "d": 6}, {}, {"a": 5, "b": 5, "c": 5, "d": 5}),
+        (
+            equal_layers(a=6, b=8, c=4, d=2),
+            {"a": 4, "b": 4, "c": 6, "d": 6},
+            {"moves": 1},
+            {"a": 6, "b": 7, "c": 4, "d": 3},
+        ),
         (
             equal_layers(d=6, c=6, b=4, a=4),
             {"a": 6, "b": 6, "c": 4, "d": 4},
@@ -251,7 +242,6 @@ FOUR = equal_layers(a=6, b=8, c=4, d=2)
         (equal_layers(a=3, b=3), {"a": -3, "b": 8}, {}, {"a": 1, "b": 5}),
         (equal_layers(a=8, b=7), {"a": 12, "b": 2}, {}, {"a": 8, "b": 7}),
         # A move that cannot be paid is not made at all: six slots would take slim to its target.
-        (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 2}, {"moves": 5}, {"wide": 2, "slim": 8}),
         (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 2}, {"moves": 6}, {"wide": 2, "slim": 8}),
         (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 1}, {"moves": 6}, {"wide": 3, "slim": 2}),
         # A cheaper layer may move where a dear one cannot; change from a dear slot goes to whoever lacks most.

@@ -98,17 +98,23 @@ def test_whatever_wraps_an_optimizers_step_misses_no_call(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("end", "wrapped"), [("finish", False), ("close", True), (None, True)])
-def test_an_optimizer_goes_on_by_itself_once_the_loop_has_ended(end: str | None, wrapped: bool) -> None:
-    model = certain(slotted_bert())
+def test_a_loop_that_has_ended_leaves_nothing_behind_also_inside_a_measured_step(
+    end: str | None, wrapped: bool
+) -> None:
+    model, limit = certain(slotted_bert()), torch._dynamo.config.recompile_limit
     inner = optimizer = adamw(model)
     if wrapped:
         optimizer = accelerate.Accelerator(cpu=True).prepare_optimizer(inner)
-    ranks = paper.RankLoop(model, optimizer, STEPS, **PERIOD)
+    ranks = paper.RankLoop(model, optimizer, STEPS, 1, schedule=paper.RankSchedule(moves=6, warmup=0, freeze=0))
+    assert torch._dynamo.config.recompile_limit > limit
     forward(ranks)
     with pytest.raises(tsq.TsqLoraError, match=NO_FORWARD):
         optimizer.step()
     optimizer.zero_grad()
-    several_steps(ranks, range(4))
+    several_steps(ranks, range(2))
+    ranks.before_forward()
+    forward(ranks)
+    assert any(module._forward_hooks for module in model.modules())
     if end is None:
         del ranks
         gc.collect()
@@ -116,6 +122,8 @@ def test_an_optimizer_goes_on_by_itself_once_the_loop_has_ended(end: str | None,
         getattr(ranks, end)()
     assert not inner._optimizer_step_pre_hooks
     assert not inner._optimizer_step_post_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
@@ -126,30 +134,6 @@ def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
     model = slotted_bert()
     with pytest.raises(tsq.UnsupportedError, match=r"the optimizer Around .*Optimizer\.__init__.*that it wraps"):
         paper.RankLoop(model, Around(adamw(model)), STEPS)
-
-
-def test_a_window_that_is_left_at_the_end_of_the_data_is_no_error() -> None:
-    ranks = begin()
-    several_steps(ranks, range(4))
-    ranks.before_forward()
-    forward(ranks)
-    ranks.finish()
-
-
-@pytest.mark.parametrize("closes", [True, False], ids=["closed", "forgotten"])
-def test_a_loop_leaves_nothing_behind(closes: bool) -> None:
-    limit = torch._dynamo.config.recompile_limit
-    ranks = begin(interval=1, schedule=paper.RankSchedule(moves=6, warmup=0, freeze=0))
-    assert torch._dynamo.config.recompile_limit > limit
-    ranks.before_forward()
-    model = ranks.model
-    assert any(module._forward_hooks for module in model.modules())
-    if closes:
-        ranks.close()
-    del ranks
-    gc.collect()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_a_script_that_fails_in_a_measured_step_tells_its_own_error_last() -> None:

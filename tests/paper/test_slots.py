@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tsqlora as tsq
 from models import samples, tiny_bert
@@ -23,11 +24,11 @@ from slotted import (
     WIDE,
     WORDS,
     assert_hidden_are_zero,
+    backward,
     embedded,
     resize,
     take_steps,
     trained,
-    updates,
     wrapped,
 )
 from tsqlora import paper
@@ -242,14 +243,14 @@ def test_what_is_shown_is_what_torchs_parametrisation_gives(further: bool) -> No
             assert torch.equal(shown, (2 if further else 1) * full.narrow(dim, 0, slots.rank))
 
 
-def test_a_layer_at_rank_zero_stays_in_the_graph_and_can_grow_again() -> None:
-    model = wrapped(ranks={QUERY: 0})
-    optimizer = OPTIMIZERS["adamw"](trained(model))
-    take_steps(model, optimizer, 1)
-    assert find_slots(model)[QUERY].a.grad is not None
-    resize(model, {QUERY: 2})
-    take_steps(model, optimizer, 2)
-    assert bool(updates(model)[QUERY].any())
+def test_a_step_computes_what_plain_lora_of_the_active_ranks_does() -> None:
+    def operations(model: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            backward(model)
+        return counter.get_total_flops()
+
+    model = wrapped(max_rank=8, ranks={QUERY: 3, WIDE: 6})
+    assert operations(model) == operations(get_peft_model(tiny_bert(), model.peft_config["default"]).eval())
 
 
 # --- finalize -----------------------------------------------------------------------------
