@@ -68,10 +68,8 @@ llama4 = of_images("Llama4", TEXT | LLAMA4, VISION | PROJECTOR)
 FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "Gemma 3": of_images("Gemma3"),
     "Gemma 4": of_images("Gemma4", TEXT | GEMMA4, VISION | {"head_dim": 8}, "image_token_id"),
-    "Qwen2-VL": of_qwen("Qwen2VL", embed_dim=16, patch_size=8),
     "Qwen2.5-VL": of_qwen("Qwen2_5_VL", **QWEN25),
     "Qwen3-VL": of_qwen("Qwen3VL", **QWEN25, deepstack_visual_indexes=[0], patch_size=8, num_position_embeddings=4),
-    "Llava": of_images("Llava"),
     "Mistral 3": of_images("Mistral3", vision=VISION | {"head_dim": 8}),
     "Llama 4": llama4,
     "EncoderDecoder": encoder_decoder,

@@ -225,7 +225,6 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
     "as many classes": (beside(bert, id2label=names_of(3)), {"vLLM": "right"}, ""),
     "more classes": (beside(bert, id2label=names_of(2)), {"vLLM": "refused -> merged"}, "--max-lora-cls-labels 3"),
     "DistilBERT": (tei("DistilBert"), {"text-embeddings-inference": "refused -> merged"}, ""),
-    "DeBERTa": (tei("DebertaV2"), {"text-embeddings-inference": "refused -> merged"}, ""),
     "MPNet": (tei("MPNet"), {"text-embeddings-inference": "refused*"}, "takes no LoRA on MPNet"),
     "a head of two layers": (roberta, of_all(("vLLM", "text-embeddings-inference"), "refused -> merged"), ""),
     "rank 512": (saved(r=512), of_all(VLLM, "right"), ""),
@@ -239,11 +238,6 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
     "a body on its model": (on(lambda: tiny_bert().float(), body), {"llama.cpp": "wrong -> merged"}, ""),
     "old tokens": (adding("<old>"), {"SGLang": "right"}, ""),
     "new tokens": (adding("<old>", "<new>"), {"SGLang": "refused*"}, "takes no added tokens: <new>"),
-    "trained tokens": (
-        saved(trainable_token_indices=[1, 2]),
-        of_all(VLLM, "refused*") | of_all(SGLANG, "wrong*") | {"PEFT": "right"},
-        "",
-    ),
     "experts": (beside(with_experts, **GPT_OSS), of_all(VLLM, "right"), ""),
     "experts alone": (lambda folder: with_experts(folder, target_modules=[]), of_all(VLLM, "wrong*"), "as interleaved"),
     "half of the experts": (
@@ -254,7 +248,6 @@ CASES: Mapping[str, tuple[Build, Mapping[str, str], str]] = {
     "tied head": (on(tiny_tied, HEAD), {"llama.cpp": "refused -> merged"}, "another layer of the base shares"),
     "tied embedding": (on(tiny_tied, EMBEDDING), {"llama.cpp": "refused -> merged"}, ""),
     "untied head": (on(tiny_llama, HEAD), {"llama.cpp": "right"}, ""),
-    "untied embedding": (on(tiny_llama, EMBEDDING), {"llama.cpp": "right"}, ""),
     "saved norm": (
         saved(modules_to_save=["norm"]),
         {"llama.cpp": "wrong -> merged", "MLX": "refused -> merged", "TensorRT-LLM": "refused -> merged"},

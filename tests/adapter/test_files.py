@@ -253,14 +253,11 @@ def test_more_patterns_than_anybody_has_are_refused() -> None:
         require_quick(names, names, "x")
 
 
-def test_a_layer_that_implies_a_thousand_takes_the_memory_of_one(tmp_path: Path) -> None:
+def test_block_numbers_take_no_memory_and_a_number_that_nobody_has_is_no_count(tmp_path: Path) -> None:
+    assert examine(save(tmp_path / "b", name=f"layers.{'9' * 400}.q"))["ranks"]
     # A thousand matrices of 6.4 MB each would be 6.4 GB.
     report = examine(save(tmp_path / "a", name="layers.999.q", a=(2, 200_000), b=(3, 2)))
     assert report["universal_parameters"] == 1000 * 8 * 200_003
-
-
-def test_nobodys_block_number_is_no_count(tmp_path: Path) -> None:
-    assert examine(save(tmp_path / "a", name=f"layers.{'9' * 400}.q"))["ranks"]
 
 
 def test_float8_heads_are_looked_at_for_nan(tmp_path: Path) -> None:

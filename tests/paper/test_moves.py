@@ -219,12 +219,6 @@ TWO = {"wide": WIDE, "slim": SLIM}
     [
         # A move goes from furthest above to furthest below; ties go by name.
         (
-            equal_layers(a=6, b=8, c=4, d=2),
-            {"a": 4, "b": 4, "c": 6, "d": 6},
-            {"moves": 1},
-            {"a": 6, "b": 7, "c": 4, "d": 3},
-        ),
-        (
             equal_layers(d=6, c=6, b=4, a=4),
             {"a": 6, "b": 6, "c": 4, "d": 4},
             {"moves": 1},

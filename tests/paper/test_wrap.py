@@ -180,6 +180,12 @@ def with_two() -> PeftModel:
     return model
 
 
+def with_setting(name: str, value: Any) -> PeftModel:
+    model = with_lora()
+    setattr(model.peft_config["default"], name, value)
+    return model
+
+
 def merged() -> PeftModel:
     model = with_lora()
     model.merge_adapter()
@@ -204,9 +210,9 @@ def with_layers_only() -> nn.Module:
         (frozen, r"the adapter is frozen; load it with PeftModel.from_pretrained\(..., is_trainable=True\)"),
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
         (wrapped, "the model has rank slots already; wrap it once"),
-        (lambda: with_lora(use_dora=True), r"LoraConfig\(use_dora=…\) is not supported.*leave it out"),
-        (lambda: with_lora(lora_bias=True), r"LoraConfig\(lora_bias=…\) is not supported"),
-        (lambda: with_lora(init_lora_weights="pissa_niter_4"), r"LoraConfig\(init_lora_weights='pissa_niter_4'\) dep"),
+        (lambda: with_setting("use_dora", True), r"LoraConfig\(use_dora=…\) is not supported.*leave it out"),
+        (lambda: with_setting("layer_replication", [(0, 1)]), r"LoraConfig\(layer_replication=…\) is not supported"),
+        (lambda: with_setting("init_lora_weights", "pissa_niter_4"), "depends on the rank or on the base weights"),
         (lambda: with_lora(rank_pattern={"query": 4}), r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key"),
         (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
         (
