@@ -60,9 +60,9 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(call: Callabl
         model(inputs(5)).sum().backward()
 
 
-def test_a_model_may_be_called_on_a_dict_and_must_be_called_on_a_tensor() -> None:
+def test_a_model_may_be_called_on_a_dict_its_layer_by_keyword_and_it_must_be_called_on_a_tensor() -> None:
     result: list[tuple[int, ...]] = []
-    model = Around(lambda linear, batch: linear(batch["inner"]["x"]))
+    model = Around(lambda linear, batch: linear(input=batch["inner"]["x"]))
     with capture(model, find_sites(model), lambda _, a, _b: result.append(tuple(a.shape))):
         model({"scale": torch.tensor(1.0), "inner": {"x": inputs(5)}}).sum().backward()
     assert result == [(N, 5, WIDTH)]

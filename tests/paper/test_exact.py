@@ -85,7 +85,6 @@ EXACT: dict[str, Callable[[], Model]] = {
     "4-D": lambda: Model(lambda m, x: m.linear(x.unflatten(1, (2, -1))).flatten(1, 2)),
     "one vector": lambda: Model(lambda m, x: m.linear(x.mean(1))[:, None]),
     "in place": lambda: Model(changed_in_place),
-    "by keyword": lambda: Model(lambda m, x: m.linear(input=x)),
     "other tokens": lambda: Model(lambda m, x: torch.cat([m.linear(x), m.linear(x[:, :2]).sin()], dim=1)),
     "under other hooks": lambda: Model(change=hooked),
     "a layer that no loss reaches": lambda: Model(change=lambda m: setattr(m, "unused", nn.Linear(WIDTH, WIDTH))),

@@ -105,13 +105,6 @@ def test_the_saved_config_has_the_active_ranks_and_no_patterns_for_equal_ones(tm
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (3, 6, {}, {})
 
 
-def test_the_config_is_right_also_where_ranks_changed_since(tmp_path: Path) -> None:
-    model = wrapped()
-    find_slots(model)[QUERY].set_rank(3)
-    model.save_pretrained(tmp_path)
-    assert_same_logits(plain_load(tmp_path), model)
-
-
 @given(st.dictionaries(st.sampled_from([QUERY, WIDE, POOLER]), st.integers(0, 8), min_size=1))
 def test_scale_times_rank_is_alpha_for_any_ranks(ranks: dict[str, int]) -> None:
     if not any(ranks.values()):
