@@ -70,9 +70,7 @@ def test_v1_may_be_part_of_the_url_and_json_is_answered() -> None:
         assert Server(url).ask("/v1/models") == {"path": "/v1/models", "got": None}
 
 
-def test_a_key_comes_from_the_environment_and_no_proxy_sees_loopback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_key_comes_from_the_environment_and_no_proxy_sees_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with serving(lambda handler, _: say(handler, handler.headers.get("Authorization"))) as url:
         assert Server(url).ask("/") is None

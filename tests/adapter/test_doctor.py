@@ -471,10 +471,7 @@ FAULTS: Mapping[str, tuple[Build, str | None]] = {
     "another family": (adapter(base=tiny_gpt2_lm), "no key matches the base: .*another model"),
     "another prefix": (adapter(lambda key, tensor: (key.replace("l.layers", "l.text.layers"), tensor)), None),
     "another size": (adapter(WIDE), "shapes differ from the base.* 16 × 24, the base's 16 × 16"),
-    "resized": (
-        adapter(with_part("lm_head", grown), **HEADED),
-        "shapes differ.*resize_token_.* lm_head has 64 tokens",
-    ),
+    "resized": (adapter(with_part("lm_head", grown), **HEADED), "shapes differ.*resize_token_.* lm_head has 64 tokens"),
     "a head is lacking": (adapter(without("lm_head"), **HEADED), "a trained module is not in the file.*lm_head"),
     "its head": (adapter(**HEADED), None),
     "tokens are lacking": (adapter(without("trainable_tokens"), **TOKENS), "is not in the file.*token_indices"),

@@ -62,10 +62,7 @@ from tsqlora.training.export import export
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LLAMA = [f"model.layers.{j}.{name}" for j in range(LAYERS) for name in KINDS]
 GPT2 = [f"transformer.h.{j}.{name}" for j in range(LAYERS) for name in ("attn.c_attn", "mlp.c_proj")]
-BASES = {
-    "llama": (tiny_llama, [*LLAMA, "model.embed_tokens"]),
-    "gpt2": (tiny_gpt2_lm, [*GPT2, "transformer.wte"]),
-}
+BASES = {"llama": (tiny_llama, [*LLAMA, "model.embed_tokens"]), "gpt2": (tiny_gpt2_lm, [*GPT2, "transformer.wte"])}
 STACKED = (
     [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")],
     [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj")],
@@ -604,13 +601,7 @@ REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
         UnsupportedError,
         r"lora_bias.*layers\.0\.self_attn\.k_proj",
     ),
-    "shared": (
-        lora(t5, target_modules=["q", "shared"], **SHARED),
-        t5,
-        MERGED,
-        UnsupportedError,
-        "shared",
-    ),
+    "shared": (lora(t5, target_modules=["q", "shared"], **SHARED), t5, MERGED, UnsupportedError, "shared"),
     "shared and saved": (
         lora(t5, target_modules=["q"], modules_to_save=["shared"], **SHARED),
         t5,

@@ -254,28 +254,6 @@ def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path:
     assert torch._dynamo.config.recompile_limit == compiles
 
 
-class HeadOfOnesOwn(nn.Module):
-    """Somebody's own head behind an encoder with LoRA."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(8, 2)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.head(hidden[:, 0])
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def test_ranks_move_in_a_part_of_ones_own_model(tmp_path: Path) -> None:
-    inner = paper.wrap(base_bert().bert, mean_rank=4)
-    callback = paper.RankCallback(**MOVING)
-    run(tmp_path, callback, model=HeadOfOnesOwn(inner), save_strategy="epoch", num_train_epochs=3)
-    assert callback.events[-1].ranks == callback.final
-    assert "encoder.layer.0.attention.self.query" in callback.final
-    assert not any("parametrizations" in name for name, _ in inner.named_parameters())
-
-
 def test_a_run_goes_on_for_more_epochs_at_the_interval_that_it_had(tmp_path: Path) -> None:
     def trainer(epochs: int, last: int) -> tuple[Any, paper.RankCallback]:
         callback = paper.RankCallback()

@@ -5,17 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import samples
-from slotted import (
-    OPTIMIZERS,
-    POOLER,
-    QUERY,
-    WIDE,
-    assert_hidden_are_zero,
-    backward,
-    take_steps,
-    trained,
-    wrapped,
-)
+from slotted import OPTIMIZERS, POOLER, QUERY, WIDE, assert_hidden_are_zero, backward, take_steps, trained, wrapped
 from tsqlora import paper
 from tsqlora.paper.change import Importance, change_ranks, new_row
 from tsqlora.paper.slots import find_slots

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 import tsqlora as tsq
 from oracles import slow_importance
 from slotted import QUERY, WIDE, backward, wrapped
-from synchronisations import waits_of_ours
 from tsqlora.paper.change import BETA, Importance, drop_slots, grow_slot, slot_products
 from tsqlora.paper.slots import Slots, find_slots
 
@@ -152,16 +151,3 @@ def test_gradients_that_cannot_be_seen_are_refused() -> None:
 
 
 MODEL = wrapped()
-
-
-def test_an_update_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither does a number go to the host, nor is a tensor made of the host's numbers."""
-    layers = find_slots(MODEL)
-    importance = Importance(layers)
-    set_products(layers, {name: [1.0, 2.0, 3.0, 4.0] for name in layers})
-    importance.update()
-    with monkeypatch.context() as patch, waits_of_ours() as waits:
-        patch.setattr(torch, "tensor", None)
-        importance.update(torch.ones(()))
-    assert not waits
-    assert importance.ages(QUERY).tolist() == [2] * 4

@@ -242,15 +242,6 @@ def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytes
     assert not any(module._forward_hooks for module in ranks.model.modules())
 
 
-def test_measuring_the_first_step_for_nothing_changes_no_bit(whole: paper.RankLoop) -> None:
-    unmeasured = begin()
-    unmeasured.before_forward()
-    unmeasured._tap.close()
-    unmeasured._probe, unmeasured._rehearsal = None, False
-    several_steps(unmeasured, range(STEPS))
-    assert_same_run(unmeasured, whole)
-
-
 def test_the_model_is_found_in_what_wraps_it(whole: paper.RankLoop) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -261,6 +252,12 @@ def test_the_model_is_found_in_what_wraps_it(whole: paper.RankLoop) -> None:
         several_steps(ranks, range(8), model=parallel)
         assert ranks.events == whole.events[:2]
         ranks.close()
+        # As a part of somebody's own model, whose other weights train too.
+        own = nn.ModuleDict({"encoder": certain(slotted_bert()), "head": nn.Linear(2, 2)})
+        part = paper.RankLoop(own, adamw(own), STEPS, **PERIOD)
+        several_steps(part, range(8), model=own["encoder"])
+        assert part.events == whole.events[:2]
+        assert part.finish() is own["encoder"]
     finally:
         torch.distributed.destroy_process_group()
 

@@ -153,8 +153,7 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(saved: dict[int, 
     assert np.array_equal(used.quality, expected.quality)
 
 
-@pytest.mark.parametrize("name", ["tsqlora", "tsqlora_quality"])
-@pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
+@pytest.mark.parametrize(("name", "version"), [("tsqlora", None), ("tsqlora_quality", STATE_VERSION - 1)])
 def test_a_state_that_is_missing_or_of_another_version_is_named(
     name: str, version: Any, saved: dict[int, Trainer], tmp_path: Path
 ) -> None:

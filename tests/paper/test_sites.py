@@ -92,12 +92,7 @@ class ScaledEmbedding(nn.Embedding):
 
 @pytest.mark.parametrize(
     "base",
-    [
-        nn.Conv2d(2, 2, 1),
-        Scaled(2, 2),
-        ScaledEmbedding(2, 2),
-        nn.Embedding(2, 2, max_norm=1.0),
-    ],
+    [nn.Conv2d(2, 2, 1), Scaled(2, 2), ScaledEmbedding(2, 2), nn.Embedding(2, 2, max_norm=1.0)],
     ids=lambda base: type(base).__name__,
 )
 def test_lora_over_an_unsupported_layer_is_refused(base: nn.Module) -> None:
