@@ -29,9 +29,8 @@ def lora(**options: Any) -> PeftModel:
 def ready(folder: Path) -> PeftModel:
     """A model with slots that is not at chance, so that its sensitivities say something."""
     model = slotted_bert()
-    make_trainer(
-        model, ROWS, folder / "before", [paper.RankCallback(schedule=paper.RankSchedule(gamma=0), finalize=False)]
-    ).train()
+    callback = paper.RankCallback(schedule=paper.RankSchedule(gamma=0), finalize=False)
+    make_trainer(model, ROWS, folder / "before", [callback], num_train_epochs=2).train()
     return model
 
 
@@ -42,7 +41,7 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
 def test_an_optimizer_that_slots_cannot_follow_trains_plain_lora_of_ranks_set_once_also_when_resumed(
     tmp_path: Path,
 ) -> None:
-    args = {"optim": "adafactor", "num_train_epochs": 3}
+    args = {"optim": "adafactor", "num_train_epochs": 2}
     saves = args | {"save_strategy": "steps", "save_steps": 8}
     model, first, ranks = ready(tmp_path), list[PeftModel](), paper.RankCallback(interval=2)
     note = At("step_begin", lambda state, _, more: state.global_step or first.append(copy.deepcopy(more["model"])))
@@ -57,7 +56,7 @@ def test_an_optimizer_that_slots_cannot_follow_trains_plain_lora_of_ranks_set_on
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
     again = make_trainer(slotted_bert(), ROWS, tmp_path, [resumed := paper.RankCallback(interval=2)], **saves)
     with pytest.warns(UserWarning, match="do not move"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     torch.testing.assert_close(weights(model), weights(again.model), rtol=0, atol=0)
     assert resumed.final == ranks.final
 
@@ -73,7 +72,6 @@ def test_an_adapter_that_has_no_slots_keeps_its_ranks_and_rows_are_chosen(tmp_pa
     assert quality.looks
     assert any("stay as they are" in note for note in RunRecord.load(tmp_path).notes)
     assert tsq.last_checkpoint(tmp_path) is not None
-    assert tsq.report(tmp_path).path.exists()
 
 
 def test_several_gpus_in_one_process_choose_rows_and_set_ranks_once(tmp_path: Path) -> None:
@@ -115,7 +113,7 @@ def test_a_second_train_goes_on_and_moves_ranks_where_slots_were_kept_and_else_k
 
 def test_each_model_of_model_init_begins_anew_as_in_a_search(tmp_path: Path) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.5, seed=0), paper.RankCallback(interval=2)
-    passed = make_trainer(slotted_bert(), data, tmp_path, [], num_train_epochs=2)
+    passed = make_trainer(slotted_bert(), data, tmp_path, [], num_train_epochs=1)
     trainer = Trainer(
         model_init=lambda: slotted_bert(),
         args=passed.args,
