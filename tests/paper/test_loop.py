@@ -242,6 +242,25 @@ def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytes
     assert not any(module._forward_hooks for module in ranks.model.modules())
 
 
+class Own(nn.Module):
+    """Somebody's own model, of which a PeftModel is a part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.head = part, nn.Linear(2, 2)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.part(**batch)
+
+
+def test_ranks_move_in_a_part_of_a_model(whole: paper.RankLoop) -> None:
+    own = Own(certain(slotted_bert()))
+    ranks = paper.RankLoop(own, adamw(own), STEPS, **PERIOD)
+    several_steps(ranks, range(8))
+    assert ranks.events == whole.events[:2]
+    assert ranks.finish() is own.part
+
+
 def test_the_model_is_found_in_what_wraps_it(whole: paper.RankLoop) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -252,12 +271,6 @@ def test_the_model_is_found_in_what_wraps_it(whole: paper.RankLoop) -> None:
         several_steps(ranks, range(8), model=parallel)
         assert ranks.events == whole.events[:2]
         ranks.close()
-        # As a part of somebody's own model, whose other weights train too.
-        own = nn.ModuleDict({"encoder": certain(slotted_bert()), "head": nn.Linear(2, 2)})
-        part = paper.RankLoop(own, adamw(own), STEPS, **PERIOD)
-        several_steps(part, range(8), model=own["encoder"])
-        assert part.events == whole.events[:2]
-        assert part.finish() is own["encoder"]
     finally:
         torch.distributed.destroy_process_group()
 

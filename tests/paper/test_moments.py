@@ -126,12 +126,13 @@ def test_an_optimizer_whose_step_is_not_one_for_each_number_is_refused_by_name(n
     assert slots.rank == 4
 
 
-@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
-def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(make) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(name: str) -> None:
+    make, from_zero = ELEMENTWISE[name], name in OPTIMIZERS  # others' states do not begin at zero
     (model, optimizer, slots), (twin, other, before) = stepped(make, 3), stepped(make, 3)
     drop_slots(slots, [1], optimizer)
     drop_slots(find_slots(model)[POOLER], [0, 1, 2, 3], optimizer)
-    assert_hidden_are_zero(model, optimizer)  # gradients too: they are there still
+    assert_hidden_are_zero(model, optimizer if from_zero else None)  # gradients too: they are there still
     grow_slot(slots, torch.randn(16), optimizer)
     grow_slot(find_slots(model)[WIDE], torch.randn(16), optimizer)
     step_with_gradients_of(model, optimizer)
@@ -142,7 +143,7 @@ def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(make)
     for left, right in zip(grown, everything(find_slots(twin)[WIDE], other, [0, 1, 2, 3]), strict=True):
         assert torch.equal(left, right)
     take_steps(model, optimizer, 1)
-    assert_hidden_are_zero(model, optimizer)
+    assert_hidden_are_zero(model, optimizer if from_zero else None)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])

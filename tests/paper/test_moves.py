@@ -193,12 +193,6 @@ def test_with_enough_moves_no_move_is_left_to_make(drawn: Drawn) -> None:
     assert max(gaps) <= 1 or min(gaps) >= -1
 
 
-@given(drawn_worlds(), st.integers(0, 12))
-def test_at_the_target_nothing_changes(drawn: Drawn, moves: int) -> None:
-    world, (_, target) = built(drawn)
-    assert adjusted(world, target, target, moves=moves) == target
-
-
 WIDE, SLIM = (60, 60), (10, 10)
 
 
