@@ -119,9 +119,8 @@ def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole
 
 
 def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
-    folder = Path(whole.args.output_dir)
-    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
-    scores = Scores.load(folder / "scores.parquet")
+    trainer(tmp_path, stops_at(4), save_strategy="epoch").train()  # the second look is due
+    scores = Scores.load(tmp_path / "scores.parquet")
     replace(scores, quality=np.arange(len(DATA), dtype=float)).save(tmp_path / "scores.parquet")
     resumed = trainer(tmp_path, stops_at(5))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -133,8 +132,9 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, t
 def test_a_state_that_is_missing_or_of_another_version_is_named(
     name: str, version: Any, whole: Trainer, tmp_path: Path
 ) -> None:
-    checkpoint = tmp_path / "checkpoint-4"
-    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", checkpoint)
+    folder, checkpoint = Path(whole.args.output_dir), tmp_path / "checkpoint-12"
+    shutil.copytree(folder / "checkpoint-12", checkpoint)
+    shutil.copy(folder / "scores.parquet", tmp_path)
     (checkpoint / f"{name}.json").unlink()
     if version is not None:
         (checkpoint / f"{name}.json").write_text(json.dumps({"version": version}))
