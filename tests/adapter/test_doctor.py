@@ -110,7 +110,8 @@ def test_every_consumer_of_every_kind_of_adapter(kind: str, tmp_path: Path) -> N
     assert verdicts(report) == RIGHT | EXPECTED[kind]
     json.dumps(report, allow_nan=False)
     for server, seen in SEEN["servers"].items():
-        (result,), done = examine(source, server=server.replace(" ", "=="))["consumers"], seen[kind]
+        rule, _ = rule_for(server.replace(" ", "=="))
+        result, done = of(report, rule.name), seen[kind]
         assert result["verdict"] == done["verdict"], (server, done)
         assert result["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
     if "universal" in str(EXPECTED[kind]):
