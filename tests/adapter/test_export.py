@@ -636,6 +636,7 @@ REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "gguf's dtypes": (saved(), tiny_llama, GGUF | {"dtype": "bfloat16"}, SettingsError, "--dtype bfloat16"),
     "no rank": (saved(), tiny_llama, PEFT | {"max_rank": -1}, SettingsError, "--max-rank"),
     "too little": (saved(), tiny_llama, PEFT | {"keep": 0.001}, SettingsError, "--keep"),
+    "more than all": (saved(), tiny_llama, PEFT | {"keep": 1.5}, SettingsError, "--keep 1.5"),
     "no cut": (saved(), tiny_llama, {"format": "compressed"}, SettingsError, "--keep SHARE or --max-rank"),
 }
 """An adapter, its base, options of the export, and the error that names what is wrong."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tsqlora.errors import DataError, SettingsError
@@ -278,6 +278,7 @@ EVENT = RankEvent(
 
 
 @given(st.lists(st.integers(0, 5), max_size=3 * MOST_EVENTS))
+@example([1, 2, 3] * MOST_EVENTS)
 @settings(max_examples=20)
 def test_events_are_bounded_and_every_moved_slot_is_counted(moves: list[int]) -> None:
     events: list[RankEvent] = []
