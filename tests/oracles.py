@@ -254,32 +254,7 @@ def slow_successive_sampling(p: np.ndarray, k: int, rng: np.random.Generator) ->
     return drawn
 
 
-# --- one optimizer step, and the importance of slots --------------------------------------
-
-
-def slow_adamw_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Textbook AdamW (Loshchilov and Hutter, 2019): new (param, exp_avg, exp_avg_sq).
-
-    All tensors have one shape, and nothing is changed in place.  `step` counts this step: 1 is the first.
-    """
-    beta1, beta2 = betas
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
-    first = exp_avg / (1 - beta1**step)
-    second = exp_avg_sq / (1 - beta2**step)
-    param = param - lr * weight_decay * param
-    return param - lr * first / (second.sqrt() + eps), exp_avg, exp_avg_sq
+# --- the importance of slots --------------------------------------------------------------
 
 
 def slow_importance(theta_times_grad_by_step: Sequence[Tensor], beta: float) -> Tensor:

@@ -68,10 +68,8 @@ llama4 = of_images("Llama4", TEXT | LLAMA4, VISION | PROJECTOR)
 FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "Gemma 3": of_images("Gemma3"),
     "Gemma 4": of_images("Gemma4", TEXT | GEMMA4, VISION | {"head_dim": 8}, "image_token_id"),
-    "Qwen2-VL": of_qwen("Qwen2VL", embed_dim=16, patch_size=8),
     "Qwen2.5-VL": of_qwen("Qwen2_5_VL", **QWEN25),
     "Qwen3-VL": of_qwen("Qwen3VL", **QWEN25, deepstack_visual_indexes=[0], patch_size=8, num_position_embeddings=4),
-    "Llava": of_images("Llava"),
     "Mistral 3": of_images("Mistral3", vision=VISION | {"head_dim": 8}),
     "Llama 4": llama4,
     "EncoderDecoder": encoder_decoder,
@@ -90,25 +88,17 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder / "base", folder / "a"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"format": "peft"}, {"format": "universal"}, {"format": "compressed", "max_rank": 4}, {"format": "merged"}],
-    ids=lambda options: options["format"],
-)
-def test_an_adapter_on_a_part_is_exported_in_every_form(
-    options: Mapping[str, Any], saved: tuple[Path, Path], tmp_path: Path
+def test_an_adapter_on_a_part_is_exported_as_an_adapter_and_merged_and_gguf_is_refused(
+    saved: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, adapter = saved
-    report = export(adapter, tmp_path / "out", base=str(base), **options)
-    assert report["relative_difference"] < 1e-5
-    if any("Llama4ForConditionalGeneration does not run on tokens" in note for note in report["notes"]):
-        pytest.skip("its forward pass is broken in transformers 5.24: only the updates were compared")
-    assert report["logits_difference"] < 1e-4 * report["largest_logit"]
-    assert report["largest_logit"] > 0.01
-
-
-def test_a_file_for_llama_cpp_is_refused_by_the_models_name(saved: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = saved
+    for format in ("universal", "merged"):
+        report = export(adapter, tmp_path / format, format=format, base=str(base))
+        assert report["relative_difference"] < 1e-5
+        # In transformers 5.24 Llama 4's forward pass is broken: only its updates are compared.
+        if not any("Llama4ForConditionalGeneration does not run on tokens" in note for note in report["notes"]):
+            assert report["logits_difference"] < 1e-4 * report["largest_logit"]
+            assert report["largest_logit"] > 0.01
     with pytest.raises(UnsupportedError, match="the base is a "):
         export(adapter, tmp_path / "out", format="gguf", base=str(base))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,14 +31,23 @@ ENDLESS = r"(([\w]+\.?)+)+#"
 """Takes practically for ever on the name of any module."""
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base", tiny_llama())
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter."""
+    folder = tmp_path_factory.mktemp("sound")
+    save_base(folder / "base", tiny_llama())
+    save_lora(folder / "a", tiny_llama(), lora_config(target_modules=["q_proj"]))
+    return folder
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return save_lora(tmp_path / "a", tiny_llama(), lora_config(target_modules=["q_proj"]))
+def base(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound / "base", tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound / "a", tmp_path / "a")
 
 
 @pytest.fixture
@@ -71,19 +81,17 @@ PATTERNS = {
 
 
 @pytest.mark.usefixtures("in_time")
-@pytest.mark.parametrize("bombs", [PATTERNS, {"target_parameters": [ENDLESS]}], ids=["patterns", "parameters"])
-@pytest.mark.parametrize("format", ["peft", "universal", "merged"])
+@pytest.mark.parametrize(
+    ("bombs", "format"), [(PATTERNS, "peft"), (PATTERNS, "merged"), ({"target_parameters": [ENDLESS]}, "merged")]
+)
 def test_peft_reads_no_settings_of_a_stranger_and_matches_no_pattern(
     bombs: Mapping[str, Any], format: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PeftConfig, "from_json_file", lambda *_, **__: pytest.fail("PEFT read the file"))
-    if format == "universal" and "target_parameters" in bombs:
-        return  # which holds no parameters
     report = export(edit(adapter, **bombs), tmp_path / "out", format=format, base=str(base))
     assert report["logits_difference"] < 1e-4 < report["largest_logit"]
-    if format != "merged":
+    if format == "peft":
         assert ENDLESS[:8] not in (tmp_path / "out" / CONFIG).read_text()
-    if format == "peft" and bombs is PATTERNS:
         scales = [target.scale for target in read_adapter(tmp_path / "out").targets.values()]
         assert scales == [2, 5 / 8], "as PEFT would match them"
 
@@ -111,30 +119,22 @@ def test_no_module_of_a_strangers_choice_is_imported(
         {"init_lora_weights": "pissa_niter_99999999"},
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}},
         {"layer_replication": [[0, 10**9]]},
-        {"layer_replication": [[0, 2]] * 10_000},
         {"modules_to_save": [ENDLESS]},
-        {"modules_to_save": ["a"] * 100_000},
         {"monteclora_config": {"buffer_size": 10**9}},
-        {"monteclora_config": {"num_samples": [[1]]}},
-        {"velora_config": {"num_groups": 10**9}},
         {"arrow_config": {"top_k": {"a": 1}}},
-        {"use_bdlora": {"nblocks": 10**9}},
         {"qalora_group_size": 10**12},
         {"alora_invocation_tokens": [10**12]},
         {"trainable_token_indices": {"embed_tokens": ["x"]}},
         {"target_parameters": [["a"]]},
         {"lora_dropout": 2},
-        {"bias": "some"},
         {"use_dora": "yes"},
         {"fan_in_fan_out": {}},
-        {"task_type": 1},
         {"peft_type": "XLORA"},
+        {"bias": "some"},
         {"r": "8"},
         {"r": 0},
         {"r": 10**400},
         {"lora_alpha": float("nan")},
-        {"lora_alpha": 1e300},
-        {"rank_pattern": ["q"]},
         {"rank_pattern": {"q_proj": 2.5}},
         {"base_model_name_or_path": {"a": 1}},
     ],
@@ -206,7 +206,7 @@ def test_modules_that_were_saved_whole_are_loaded(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- processors
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool.jinja", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["additional_chat_templates/tool.jinja", "tokenizer.json"])
 def test_a_link_out_of_an_adapter_is_not_followed_into_an_export(
     name: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ from tsqlora.adapter import export as export_module
 from tsqlora.adapter.base import module_shapes
 from tsqlora.adapter.checkpoint import revision_of
 from tsqlora.adapter.doctor import examine
-from tsqlora.adapter.export import merge_into, require_format
+from tsqlora.adapter.export import merge_into
 from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.adapter.rewrite import compact, ranks_for, served_rank, truncate, universal
@@ -62,10 +62,7 @@ from tsqlora.training.export import export
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LLAMA = [f"model.layers.{j}.{name}" for j in range(LAYERS) for name in KINDS]
 GPT2 = [f"transformer.h.{j}.{name}" for j in range(LAYERS) for name in ("attn.c_attn", "mlp.c_proj")]
-BASES = {
-    "llama": (tiny_llama, [*LLAMA, "model.embed_tokens"]),
-    "gpt2": (tiny_gpt2_lm, [*GPT2, "transformer.wte"]),
-}
+BASES = {"llama": (tiny_llama, [*LLAMA, "model.embed_tokens"]), "gpt2": (tiny_gpt2_lm, [*GPT2, "transformer.wte"])}
 STACKED = (
     [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")],
     [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj")],
@@ -116,7 +113,7 @@ def write_into(folder: Path, adapter: LoraAdapter) -> Path:
 
 
 @given(case=adapters())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_adapter_is_the_same_in_every_form(case: Any, tmp_path: Path) -> None:
     base, options = case
     folder, out = tmp_path / "source", tmp_path / "out"
@@ -395,14 +392,13 @@ def t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, initializer_factor=0.5))
 
 
-@pytest.mark.parametrize("format", ["universal", "merged"])
-def test_a_model_that_encodes_and_decodes_is_fed_on_both_sides(format: str, tmp_path: Path) -> None:
+def test_a_model_that_encodes_and_decodes_is_fed_on_both_sides(tmp_path: Path) -> None:
     save_base(tmp_path / "base", t5())
     options = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "wo"], "rank_pattern": {"q": 3}}
     save_lora(tmp_path / "a", t5(), lora_config(**options))
-    report = export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
+    report = export(tmp_path / "a", tmp_path / "out", format="universal", base=str(tmp_path / "base"))
     assert report["logits_difference"] is not None
-    assert report.get("targets") in (None, 10), "q of three attentions and wo of two sides, in two blocks"
+    assert report["targets"] == 10, "q of three attentions and wo of two sides, in two blocks"
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # PEFT takes its own biases for shards
@@ -437,20 +433,18 @@ def test_a_merged_model_of_images_or_recordings_has_its_processor(save: Callable
     assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((base / name).read_text())
 
 
-def test_a_text_model_is_merged_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_model_is_merged_without_pillow(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class WithoutPillow:
         @staticmethod
         def from_pretrained(*args: Any, **options: Any) -> Any:
             raise ImportError("AutoImageProcessor requires the PIL library")
 
     monkeypatch.setattr("tsqlora.adapter.base.AutoImageProcessor", WithoutPillow)
-    save_base(tmp_path / "base", tiny_llama())
-    save_lora(tmp_path / "a", tiny_llama(), lora_config())
-    export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    exported(place, tmp_path / "out", "merged")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("format", ["universal", "merged", "peft"])
+@pytest.mark.parametrize("format", ["merged", "peft"])
 def test_numbers_that_float16_has_no_room_for_are_rounding(format: str, tmp_path: Path) -> None:
     """Below 6e-5 float16 has the same distance between numbers everywhere, however small they are."""
 
@@ -587,7 +581,6 @@ UNIVERSAL, SHARED = {"format": "universal"}, {"task_type": "SEQ_2_SEQ_LM"}
 EVERY = (PEFT, UNIVERSAL, MERGED)
 REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "NaN": (filled(np.nan), tiny_llama, EVERY, DataError, "NaN or infinite"),
-    "infinite": (filled(np.inf), tiny_llama, EVERY, DataError, "NaN or infinite"),
     "nothing": (filled(0.0), tiny_llama, (*EVERY, GGUF), DataError, "every update .* is zero"),
     "another base": (saved(), tiny_gpt2_lm, EVERY, DataError, r"no module model\.layers\.0"),
     "another size": (saved(), lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), EVERY, DataError, "16 → 16 in the base"),
@@ -608,20 +601,7 @@ REFUSED: Mapping[str, tuple[Any, Any, Any, type[Exception], str]] = {
         UnsupportedError,
         r"lora_bias.*layers\.0\.self_attn\.k_proj",
     ),
-    "shared": (
-        lora(t5, target_modules=["q", "shared"], **SHARED),
-        t5,
-        MERGED,
-        UnsupportedError,
-        "shared",
-    ),
-    "an embedding": (
-        lora(t5, target_modules=["q", "embed_tokens"], **SHARED),
-        t5,
-        MERGED,
-        UnsupportedError,
-        "embed_tokens",
-    ),
+    "shared": (lora(t5, target_modules=["q", "shared"], **SHARED), t5, MERGED, UnsupportedError, "shared"),
     "shared and saved": (
         lora(t5, target_modules=["q"], modules_to_save=["shared"], **SHARED),
         t5,
@@ -679,11 +659,6 @@ def test_what_cannot_be_exported_is_refused_by_name(case: str, tmp_path: Path) -
         assert "merged" not in {consumer["mend"] for consumer in examine(source)["consumers"]}
 
 
-def test_only_formats_that_the_help_has_are_offered() -> None:
-    with pytest.raises(SettingsError, match="choices: gguf, merged, peft, universal"):
-        require_format("lora")
-
-
 def test_a_directory_is_new_or_empty_and_nothing_is_overwritten(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -724,6 +699,8 @@ def test_ranks_by_hand() -> None:
     adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5)})
     assert by_mean(adapter, 1) == {"large": 1, "small": 1}
     assert by_mean(adapter, 0.7) == {"large": 1, "small": 0}
+    cut, errors = truncate(adapter, by_mean(adapter, 0.7))
+    assert (list(cut.targets), errors["small"]) == (["large"], 1.0)
     assert by_mean(adapter, 2) == {"large": 2, "small": 2}
     # A scale of 10 makes 4 into 400, and 0.01 into 1: 0.1 by parameter, above the 0.05 of large's second.
     adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5, scale=10)})
@@ -748,10 +725,3 @@ def test_nothing_of_equal_cost_loses_less(values: list[list[float]], mean: float
     others = (dict(zip(ranks, choice, strict=True)) for choice in itertools.product(range(4), repeat=3))
     best = min(lost(other) for other in others if sum(other.values()) == sum(ranks.values()))
     assert lost(ranks) == pytest.approx(best, rel=1e-5)
-
-
-def test_a_layer_that_loses_all_is_gone() -> None:
-    adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4), "b": target([1, 0.5], 4, 4)})
-    cut, errors = truncate(adapter, by_mean(adapter, 1))
-    assert list(cut.targets) == ["a"]
-    assert errors == {"b": 1.0}

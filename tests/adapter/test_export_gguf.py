@@ -62,7 +62,7 @@ def as_transformers_has_it(update: Array, name: str, config: Any) -> Array:
     alphas=st.lists(st.sampled_from((1, 8, 0.3)), min_size=5, max_size=5),
     use_rslora=st.booleans(),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_file_is_the_adapter_whatever_its_ranks_and_scales(
     ranks: list[int], alphas: list[float], use_rslora: bool, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Any LoRA directory is read as PEFT reads it; what is broken, would hang, fill the memory or run code is refused."""
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -92,9 +93,14 @@ def test_patterns_are_matched_as_peft_matches_them(ranks: Any, alphas: Any, use_
         assert scale_of(name, config.to_dict()) == (layer.r["default"], layer.scaling["default"])
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_lora(tmp_path_factory.mktemp("sound"), tiny_llama(), lora_config())
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_lora(tmp_path / "adapter", tiny_llama(), lora_config())
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound, tmp_path / "adapter")
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -155,32 +161,24 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (with_settings(rank_pattern={"(?i)q": 2}), r"rank_pattern .* '\(\?i\)q'"),
     (with_settings(alpha_pattern={"(": 1}), r"alpha_pattern .* '\('"),
     (with_settings(alpha_pattern={"(a|aa)+$": 3}), "too long to match"),
-    (with_settings(alpha_pattern={"(a|aa|aaa)+b": 3}), "too long to match"),
     (with_settings(r=4), "_proj: .* 8 × 16 F32"),
     (with_tensors(first=None), r"q_proj has .*lora_B\.weight"),
     (with_tensors(first=torch.zeros(4, 16)), "lora_A is 4 × 16 F32, lora_B 16 × 8"),
-    (with_tensors(first=torch.zeros(8)), "lora_A is 8 F32"),
     (with_tensors(first=torch.zeros(8, 0)), "lora_A is 8 × 0 F32"),
     (with_tensors(first=torch.zeros(8, 16, dtype=torch.int8)), "stored as I8"),
     (with_tensors(first=torch.zeros(8, 16).to(torch.float8_e4m3fn)), "stored as F8_E4M3; save .* BF16"),
     (with_tensors(**{FIRST.replace("A", "B"): torch.empty(0)}), "empty tensors.*ZeRO-3.*stage3_gather"),
     (renamed(".weight", ".policy.weight"), "no key matches.*save_pretrained"),
-    (with_tensors(**{"base_model.model.a..b.weight": ONE}), r"a\.\.b"),
     (with_tensors(**{"base_model.model.h.\u00b2.weight": ONE}), r"h\."),
     (with_tensors(**{f"base_model.model.{'1' * 5000}.weight": ONE}), "1111"),
-    (with_tensors(**{"lora_te.weight": ONE}), "lora_te"),
     (lambda folder: save_file({}, folder / WEIGHTS), "no lora_A"),
     (lambda folder: (folder / CONFIG).unlink(), f"has no {CONFIG}"),
-    (with_bytes(CONFIG, b"{"), CONFIG),
     (with_bytes(CONFIG, b"[]"), f"{CONFIG}.*not a JSON object"),
     (of_size(CONFIG, 1 << 30), "1,073,741,824 bytes"),
-    (with_bytes(WEIGHTS, b"no safetensors at all"), WEIGHTS),
     (with_bytes(WEIGHTS, b"\xff" * 8 + b"{}"), WEIGHTS),
     (of_size(WEIGHTS, 1 << 26), WEIGHTS),
     (lying(shape=[2**40, 2**40]), WEIGHTS),
     (lying(data_offsets=[0, 2**60]), WEIGHTS),
-    (lying(dtype="F64"), WEIGHTS),
-    (lying(data_offsets=[32, 0]), WEIGHTS),
     (pickled, r"adapter_model\.bin, a pickle, which can run code and is not opened"),
     (linked, "elsewhere"),
 ]
@@ -188,12 +186,11 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
 
 @pytest.mark.parametrize(("breaks", "named"), BROKEN, ids=[str(j) for j in range(len(BROKEN))])
 def test_what_is_broken_is_named_and_not_read_whole(
-    breaks: Callable[[Path], Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    breaks: Callable[[Path], Any], named: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.2)
     long = {f"base_model.model.{'a' * 60}c.{A}": torch.zeros(8, 16)}
     long |= {key.replace("_A", "_B"): torch.zeros(16, 8) for key in long}
-    folder = save_lora(tmp_path / "adapter", tiny_llama(), lora_config())
     if "too long" in named:
         with_tensors(**long)(folder)
     breaks(folder)
@@ -223,15 +220,15 @@ def test_links_within_a_hub_cache_are_followed(folder: Path, tmp_path: Path) -> 
     assert read_adapter(snapshot).rank == 8
 
 
-@pytest.mark.parametrize("format", ["peft", "universal"])
-def test_the_weight_that_peft_copies_beside_an_embedding_is_no_head(format: str, tmp_path: Path) -> None:
+def test_the_weight_that_peft_copies_beside_an_embedding_is_no_head(tmp_path: Path) -> None:
     save_base(tmp_path / "base", tiny_llama())
     save_lora(tmp_path / "a", tiny_llama(), lora_config(target_modules=["embed_tokens"]))
     copied = {"base_model.model.model.embed_tokens.base_layer.weight": tiny_llama().model.embed_tokens.weight.detach()}
     with_tensors(**copied)(tmp_path / "a")
     assert read_adapter(tmp_path / "a").heads() == []
-    export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
-    assert bool(read_adapter(tmp_path / "out").base_layers) == (format == "peft")
+    for format in ("peft", "universal"):
+        export(tmp_path / "a", tmp_path / format, format=format, base=str(tmp_path / "base"))
+        assert bool(read_adapter(tmp_path / format).base_layers) == (format == "peft")
 
 
 # ------------------------------------------------------------------------------------ strangers
@@ -256,14 +253,11 @@ def test_more_patterns_than_anybody_has_are_refused() -> None:
         require_quick(names, names, "x")
 
 
-def test_a_layer_that_implies_a_thousand_takes_the_memory_of_one(tmp_path: Path) -> None:
+def test_block_numbers_take_no_memory_and_a_number_that_nobody_has_is_no_count(tmp_path: Path) -> None:
+    assert examine(save(tmp_path / "b", name=f"layers.{'9' * 400}.q"))["ranks"]
     # A thousand matrices of 6.4 MB each would be 6.4 GB.
     report = examine(save(tmp_path / "a", name="layers.999.q", a=(2, 200_000), b=(3, 2)))
     assert report["universal_parameters"] == 1000 * 8 * 200_003
-
-
-def test_nobodys_block_number_is_no_count(tmp_path: Path) -> None:
-    assert examine(save(tmp_path / "a", name=f"layers.{'9' * 400}.q"))["ranks"]
 
 
 def test_float8_heads_are_looked_at_for_nan(tmp_path: Path) -> None:
@@ -289,7 +283,7 @@ def test_code_that_comes_with_a_base_is_neither_run_nor_asked_about(
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("named", ["pipeline", "logging", "TrainingArguments", "set_seed"])
+@pytest.mark.parametrize("named", ["pipeline", "TrainingArguments"])
 def test_an_architecture_is_a_model_or_none(named: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -298,9 +292,7 @@ def test_an_architecture_is_a_model_or_none(named: str, tmp_path: Path) -> None:
     assert type(Base(str(base)).skeleton(adapter)).__name__ == "BertModel"
 
 
-@pytest.mark.parametrize(
-    "named", ["../x", "a/../b", "/nowhere/x", "~/x", "a/b/c", "https://x/y", "a" * 5000, "", "a\0b", "-rf"]
-)
+@pytest.mark.parametrize("named", ["../x", "/nowhere/x", "~/x", "https://x/y", "a" * 5000, "", "a\0b", "-rf"])
 def test_what_is_no_hub_id_is_not_asked_for_on_the_hub(named: str, tmp_path: Path) -> None:
     report = examine(save(tmp_path / "a", base_model_name_or_path=named))
     assert report["base_found"] is False

@@ -19,10 +19,8 @@ from tsqlora.adapter.export import save_merged
 from tsqlora.adapter.servers import rule_for
 from tsqlora.training.export import export
 
-FORMATS = ("peft", "universal", "compressed", "gguf", "merged")
 
-
-def chat_model(folder: Path, *, named: bool = True) -> Path:
+def chat_model(folder: Path) -> Path:
     """An adapter on a tiny chat model."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 400}, num_key_value_heads=1))
@@ -30,15 +28,14 @@ def chat_model(folder: Path, *, named: bool = True) -> Path:
     save_base(folder / "base", base)
     tokenizer_of(FAMILIES["qwen 2.5"]).save_pretrained(folder / "base")
     source = save_lora(folder / "a", base, lora_config())
-    edit(source, base_model_name_or_path=str(folder / "base") if named else "org/elsewhere")
+    edit(source, base_model_name_or_path=str(folder / "base"))
     return source
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["universal", "gguf", "merged"])
 def test_an_export_has_the_tokenizer_the_template_and_the_settings_of_its_base(format: str, tmp_path: Path) -> None:
     source, out = chat_model(tmp_path), tmp_path / "out"
-    cut = 2 if format == "compressed" else None
-    report = export(source, out, format=format, base=str(tmp_path / "base"), max_rank=cut)
+    report = export(source, out, format=format, base=str(tmp_path / "base"))
     assert (out / "chat_template.jinja").read_text() == FAMILIES["qwen 2.5"].template
     if format != "gguf":  # llama.cpp has them in the base's file
         assert (out / "tokenizer.json").read_text() == (tmp_path / "base" / "tokenizer.json").read_text()
@@ -58,13 +55,6 @@ def test_an_export_has_the_tokenizer_the_template_and_the_settings_of_its_base(f
             f"--chat-template {template}"
         )
         assert lines["SGLang"].startswith(f"python -m sglang.launch_server --model-path {tmp_path}/base --lora-paths ")
-
-
-def test_an_adapter_is_exported_without_its_base_and_so_without_a_tokenizer(tmp_path: Path) -> None:
-    source = chat_model(tmp_path, named=False)
-    edit(source, base_model_name_or_path=str(tmp_path / "gone"))
-    export(source, tmp_path / "out", format="peft")
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_the_doctor_has_a_command_for_each_server_that_reads_the_adapter_as_it_is(tmp_path: Path) -> None:
@@ -97,17 +87,16 @@ def test_a_classifier_has_commands_for_its_merged_model_alone(tmp_path: Path) ->
     assert set(lines) == {"vLLM", "SGLang", "text-embeddings-inference"}
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_merged_classifier_names_its_labels(labels: int, tmp_path: Path) -> None:
+def test_a_merged_classifier_names_its_labels(tmp_path: Path) -> None:
     """transformers leaves LABEL_0 and LABEL_1 out of config.json; text-embeddings-inference does not start then."""
-    base = tiny_bert(num_labels=labels).float()
+    base = tiny_bert(num_labels=2).float()
     save_base(tmp_path / "base", base)
     config = lora_config(task_type="SEQ_CLS", target_modules=["query", "value"])
     source = save_lora(tmp_path / "a", base, config)
     export(source, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["id2label"] == {str(number): f"LABEL_{number}" for number in range(labels)}
-    assert written["label2id"] == {f"LABEL_{number}": number for number in range(labels)}
+    assert written["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert written["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
 
 
 BERT = {"max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
@@ -118,7 +107,7 @@ SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
 
 
 READ: Mapping[str, tuple[Mapping[str, Any], set[str]]] = {
-    **dict.fromkeys(("Bert", "Roberta", "XLMRoberta", "Camembert"), (SMALL, BERT | {"hidden_dropout_prob"})),
+    **dict.fromkeys(("Bert", "XLMRoberta"), (SMALL, BERT | {"hidden_dropout_prob"})),
     "DebertaV2": (
         SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
         BERT - {"pad_token_id"} | DEBERTA | {"pooler_hidden_size", "pooler_hidden_act"},

@@ -1,6 +1,5 @@
 import random
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -8,29 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqlora.errors import SettingsError
-from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, fill, shares, used
+from tsqlora.paper.budget import Sensitivity, allocate, budget, caps, costs, shares, used
 from tsqlora.training.lora import uniform_ranks
-
-SHAPES = {"query": (64, 32), "head": (64, 2)}
 
 shapes_of_layers = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8).map(
     lambda sizes: {f"layer.{k}": size for k, size in enumerate(sizes)}
 )
-
-
-def test_a_rank_costs_inputs_plus_outputs() -> None:
-    assert costs(SHAPES) == {"query": 96, "head": 66}
-    assert used({"query": 3, "head": 0}, SHAPES) == 288
-
-
-def test_no_cap_is_above_the_smaller_side() -> None:
-    assert caps(SHAPES, 8) == {"query": 8, "head": 2}
-    assert caps(SHAPES, 1) == {"query": 1, "head": 1}
-
-
-@given(shapes_of_layers, st.integers(1, 64))
-def test_the_budget_is_what_a_uniform_rank_uses(shapes: dict[str, tuple[int, int]], rank: int) -> None:
-    assert budget(float(rank), shapes) == used(dict.fromkeys(shapes, rank), shapes)
 
 
 @given(st.integers(1, 10**9), shapes_of_layers)
@@ -41,26 +23,6 @@ def test_a_mean_rank_found_by_division_loses_nothing(total: int, shapes: dict[st
 @given(st.integers(1, 10**7), shapes_of_layers)
 def test_a_mean_rank_in_decimals_is_taken_exactly(thousandths: int, shapes: dict[str, tuple[int, int]]) -> None:
     assert budget(thousandths / 1000, shapes) == thousandths * sum(costs(shapes).values()) // 1000
-
-
-@pytest.mark.parametrize("mean_rank", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_mean_rank_that_is_no_number_above_zero_is_refused(mean_rank: float) -> None:
-    with pytest.raises(SettingsError, match=r"ranks\.mean is"):
-        budget(mean_rank, SHAPES)
-
-
-def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
-    shapes = dict.fromkeys("abc", (1, 1))
-    limits = dict.fromkeys("abc", 4)
-    start = {"a": 1, "b": 1, "c": 1}
-    wishes = {"a": 1.5, "b": 1.5 + 1e-12, "c": Fraction(19, 10)}
-
-    def filled(order: str, total: int) -> dict[str, int]:
-        return fill(start, wishes=wishes, order=order, shapes=shapes, caps=limits, budget=total)
-
-    assert filled("abc", 8) == {"a": 1, "b": 1, "c": 2}
-    assert filled("abc", 10) == {"a": 2, "b": 1, "c": 2}
-    assert filled("cba", 10) == {"a": 1, "b": 2, "c": 2}
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -133,7 +95,6 @@ def test_the_order_of_the_layers_does_not_count(
     shuffled = Sensitivity(values, {n: sensitivity.shapes[n] for n in names})
     expected = allocate(sensitivity, mean_rank=mean_rank, gamma=gamma)
     assert allocate(shuffled, mean_rank=mean_rank, gamma=gamma) == expected
-    assert allocate(sensitivity, mean_rank=mean_rank, gamma=gamma) == expected
 
 
 @given(sensitivities(values=grid_values), mean_ranks, gammas, st.floats(1e-12, 1e12))
@@ -161,19 +122,6 @@ def test_a_more_sensitive_layer_of_the_same_shape_never_gets_fewer(
     assert [ranks[n] for n in upwards] == sorted(ranks.values())
 
 
-@given(sensitivities(values=any_values, one_shape=True), st.integers(1, 8))
-def test_gamma_zero_is_uniform(sensitivity: Sensitivity, mean_rank: int) -> None:
-    ranks = allocate(sensitivity, mean_rank=float(mean_rank), gamma=0.0)
-    rank = min(mean_rank, *next(iter(sensitivity.shapes.values())))
-    assert ranks == dict.fromkeys(ranks, rank)
-
-
-@given(sensitivities(values=st.just(0.0)), mean_ranks)
-def test_all_zero_means_equal_shares(sensitivity: Sensitivity, mean_rank: float) -> None:
-    equal = replaced(sensitivity, dict.fromkeys(sensitivity.values, 1.0))
-    assert allocate(sensitivity, mean_rank=mean_rank) == allocate(equal, mean_rank=mean_rank)
-
-
 @given(st.data())
 @settings(max_examples=60)
 def test_shares_equal_a_bisection(data: st.DataObject) -> None:
@@ -188,15 +136,6 @@ def test_shares_equal_a_bisection(data: st.DataObject) -> None:
     exact = shares(weights, costs=cost, low=low, high=high, budget=total)
     slow = slow_shares(weights, costs=cost, low=low, high=high, budget=total)
     assert {n: float(share) for n, share in exact.items()} == pytest.approx(slow, abs=1e-6)
-
-
-@given(sensitivities(values=any_values.filter(lambda s: s > 0)), st.integers(0, 2000))
-def test_shares_spend_the_budget_exactly(sensitivity: Sensitivity, total: int) -> None:
-    cost, high = costs(sensitivity.shapes), caps(sensitivity.shapes, 16)
-    low = dict.fromkeys(cost, 0)
-    exact = shares(sensitivity.values, costs=cost, low=low, high=high, budget=total)
-    affordable = min(total, sum(high[n] * cost[n] for n in cost))
-    assert sum(share * cost[n] for n, share in exact.items()) == affordable
 
 
 @pytest.mark.parametrize(
@@ -227,14 +166,14 @@ def test_ranks_by_hand(values: dict[str, float], options: dict[str, float], expe
     ("options", "words"),
     [
         ({"mean_rank": 0.0}, "ranks.mean is 0.0"),
+        ({"mean_rank": float("nan")}, "ranks.mean is nan"),
+        ({"mean_rank": float("inf")}, "ranks.mean is inf"),
         ({"mean_rank": 2.0, "min_rank": -1}, "ranks.min is -1"),
         ({"mean_rank": 2.0, "min_rank": 0, "max_rank": 0}, "ranks.max is 0"),
         ({"mean_rank": 2.0, "min_rank": 3, "max_rank": 2}, "ranks.max is 2.*ranks.min, 3"),
         ({"mean_rank": 8.5, "max_rank": 4}, "ranks.mean 8.5 is above ranks.max 4"),
         ({"mean_rank": 2.0, "gamma": -1.0}, "ranks.gamma is -1.0"),
         ({"mean_rank": 2.0, "gamma": float("nan")}, "ranks.gamma is nan"),
-        # A minimum above the mean is a matter of budget.
-        ({"mean_rank": 1.0, "min_rank": 4}, "budget 16 is below the 64 parameters that rank 4 needs in 1 layer"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
@@ -257,7 +196,6 @@ def test_a_minimum_of_zero_is_the_cure_of_a_budget_that_is_too_small() -> None:
         ({"a": 1.0, "b": 1.0}, {"a": (1, 1)}, "'b' has no shape"),
         ({"a": -0.5}, {"a": (1, 1)}, "'a' is -0.5"),
         ({"a": float("nan")}, {"a": (1, 1)}, "'a' is nan"),
-        ({"a": float("inf")}, {"a": (1, 1)}, "'a' is inf"),
         ({"a": 1.0}, {"a": (0, 4)}, r"'a' has shape \(0, 4\)"),
     ],
 )
@@ -268,12 +206,11 @@ def test_a_sensitivity_that_cannot_be_is_refused(
         Sensitivity(values, shapes)
 
 
-@given(sensitivities(values=grid_values), mean_ranks, st.integers(1, 40))
-def test_plain_loras_ranks_are_those_of_equal_sensitivities(
-    sensitivity: Sensitivity, mean_rank: float, capacity: int
+@given(sensitivities(values=st.just(0.0)), mean_ranks, st.integers(1, 40))
+def test_plain_loras_ranks_are_those_of_equal_sensitivities_also_if_all_are_zero(
+    zero: Sensitivity, mean_rank: float, capacity: int
 ) -> None:
-    shapes = sensitivity.shapes
-    equal = Sensitivity(dict.fromkeys(shapes, 1.0), shapes)
-    mean_rank = min(mean_rank, capacity)
-    allocated = allocate(equal, mean_rank=mean_rank, min_rank=0, max_rank=capacity)
-    assert uniform_ranks(shapes, mean_rank, capacity) == allocated
+    bounds = {"mean_rank": min(mean_rank, capacity), "min_rank": 0, "max_rank": capacity}
+    plain = uniform_ranks(zero.shapes, bounds["mean_rank"], capacity)
+    for equal in (zero, replaced(zero, dict.fromkeys(zero.shapes, 1.0))):
+        assert allocate(equal, **bounds) == plain  # type: ignore[arg-type]

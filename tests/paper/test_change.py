@@ -5,17 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import samples
-from slotted import (
-    OPTIMIZERS,
-    POOLER,
-    QUERY,
-    WIDE,
-    assert_hidden_are_zero,
-    backward,
-    take_steps,
-    trained,
-    wrapped,
-)
+from slotted import OPTIMIZERS, POOLER, QUERY, WIDE, assert_hidden_are_zero, backward, take_steps, trained, wrapped
 from tsqlora import paper
 from tsqlora.paper.change import Importance, change_ranks, new_row
 from tsqlora.paper.slots import find_slots
@@ -26,28 +16,14 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 @given(rank=st.integers(0, 6), seed=st.integers(0, 99))
-def test_a_new_row_is_orthogonal_to_those_there_at_their_mean_norm(rank: int, seed: int) -> None:
-    rows = normal(rank, 9, seed=seed)
-    row = new_row(rows, normal(4, 9, seed=seed + 1), seed=seed)
-    if rank == 0:
-        assert float(row.norm()) == pytest.approx(3**-0.5)
-        return
-    assert float((rows @ row).abs().max()) < 1e-9
-    assert float(row.norm()) == pytest.approx(float(rows.norm(dim=1).mean()))
-
-
-def test_a_new_row_points_where_most_of_what_is_left_of_the_gradient_does() -> None:
-    there, strong, weak = torch.eye(5, dtype=torch.float64)[:3]
-    sketch = normal(4, 1) @ (9 * there)[None] + normal(4, 1, seed=1) @ (3 * strong)[None] + 0.01 * weak
-    row = new_row(2 * there[None], sketch, seed=0)
-    assert float((row @ strong).abs()) == pytest.approx(2, rel=1e-3)
-
-
-@given(seed=st.integers(0, 99))
-def test_a_new_row_is_the_leading_right_singular_vector_of_the_sketch(seed: int) -> None:
-    sketch = normal(4, 7, seed=seed)
-    leading = torch.linalg.svd(sketch).Vh[0]
-    row = new_row(normal(0, 7), sketch, seed=0)
+def test_a_new_row_is_where_most_of_what_the_rows_leave_of_the_sketch_is_at_their_mean_norm(
+    rank: int, seed: int
+) -> None:
+    rows, sketch = normal(rank, 9, seed=seed), normal(4, 9, seed=seed + 1)
+    row = new_row(rows, sketch, seed=seed)
+    assert float(row.norm()) == pytest.approx(float(rows.norm(dim=1).mean()) if rank else 3**-0.5)
+    left = sketch - sketch @ torch.linalg.pinv(rows) @ rows
+    leading = torch.linalg.svd(left).Vh[0]
     assert float((row @ leading).abs() / row.norm()) == pytest.approx(1)
 
 
@@ -120,9 +96,3 @@ def test_several_new_rows_are_orthogonal_to_each_other() -> None:
     rows = torch.nn.functional.normalize(find_slots(model)[WIDE].a.detach())
     products = rows[4:7] @ rows[:7].T
     assert float((products - torch.eye(7, dtype=torch.float64)[4:]).abs().max()) < 1e-9
-
-
-def test_the_same_change_gives_the_same_model() -> None:
-    (one, *_), (two, *_) = changed(), changed()
-    for left, right in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
-        assert torch.equal(left, right)

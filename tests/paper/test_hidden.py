@@ -22,13 +22,15 @@ import tsqlora
 from tsqlora.cli import commands
 
 for line in open(sys.argv.pop()):
-    sys.argv[1:] = line.split()
+    sys.argv[1:] = line.removeprefix("no ").split()
     try:
         commands.main()
-    except SystemExit as end:
-        print(line, end.code, file=sys.stderr)
-        assert not end.code, line
-assert not any(name.startswith("tsqlora.paper") for name in sys.modules)
+        end = None
+    except (SystemExit, ImportError) as raised:
+        end = getattr(raised, "code", raised)
+    print(line, end, file=sys.stderr)
+    assert bool(end) == line.startswith("no "), line
+    assert not any(name.startswith("tsqlora.paper") for name in sys.modules)
 """
 COMMANDS = """\
 audit train.jsonl --model model --out audit
@@ -41,22 +43,17 @@ report run
 score c.yaml --out scores.parquet
 export run --format universal --out adapter
 doctor adapter
+no train c.yaml --set ranks.policy=tsqlora --out published --debug
 """
 
 
-def test_everything_else_works_without_it(tmp_path: Path) -> None:
+def test_everything_else_works_without_it_and_a_setting_of_the_paper_asks_for_it(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "trusted.jsonl", make_rows(40, seed=1))
-    set_up(tmp_path, rows=200, ranks={"policy": "fixed"})
+    set_up(tmp_path, rows=120, ranks={"policy": "fixed"})
     turns = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red, I would say."}]
     write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns} for _ in range(8)])
     (tmp_path / "commands").write_text(COMMANDS.replace("QWEN", str(model_folder("qwen 2.5"))))
     done = subprocess.run([sys.executable, "-c", HIDDEN, "commands"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-
-
-def test_a_setting_of_the_paper_asks_for_it(tmp_path: Path) -> None:
-    set_up(tmp_path, rows=80, ranks={"policy": "tsqlora"})
-    (tmp_path / "commands").write_text("train c.yaml --out run --debug\n")
-    done = subprocess.run([sys.executable, "-c", HIDDEN, "commands"], cwd=tmp_path, capture_output=True, text=True)
     assert "tsqlora.paper is hidden" in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"

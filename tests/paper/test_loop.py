@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import tsqlora as tsq
 from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, several_steps, weights, whole_run
 from models import collate
 from scoring import assert_same
-from slotted import assert_hidden_are_zero, trained
+from slotted import assert_hidden_are_zero
 from stock import base_bert, make_trainer, slotted_bert
 from synchronisations import waits_of_ours
 from tsqlora import paper
@@ -21,19 +22,10 @@ from tsqlora.paper import loop as mover
 from tsqlora.paper.slots import find_slots, has_slots
 
 
-def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
-    callback, model = paper.RankCallback(**PERIOD), certain(slotted_bert())
-    options = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
-    make_trainer(model, ROWS, tmp_path, [callback], **options).train()
-    ranks = whole_run()
-    finished = ranks.finish()
-    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
-    assert ranks.events == callback.events
-    assert ranks.final == callback.final
-    assert_same(weights(model), weights(finished), "weights")
+@pytest.fixture(scope="module")
+def whole() -> paper.RankLoop:
+    """A run that has finished."""
 
-
-def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
     def check(ranks: paper.RankLoop) -> None:
         assert_hidden_are_zero(ranks.model, ranks.optimizer)
         used = sum(rank * sum(ranks.shapes[name]) for name, rank in ranks.ranks.items())
@@ -41,40 +33,48 @@ def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
 
     ranks = whole_run(also=check)
     assert sum(event.moved for event in ranks.events) > 0
+    ranks.finish()
+    return ranks
+
+
+def assert_same_run(one: paper.RankLoop, other: paper.RankLoop) -> None:
+    assert one.events == other.events
+    assert_same(weights(one.finish()), weights(other.finish()), "weights")
+    assert_same(one.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"], "moments")
+
+
+def test_a_loop_of_ones_own_does_what_the_trainer_does(whole: paper.RankLoop, tmp_path: Path) -> None:
+    callback, model = paper.RankCallback(**PERIOD), certain(slotted_bert())
+    options = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
+    make_trainer(model, ROWS, tmp_path, [callback], **options).train()
+    assert [event.step for event in whole.events] == [4, 8, 12, 16, 20]
+    assert whole.events == callback.events
+    assert whole.final == callback.final
+    assert_same(weights(model), weights(whole.model), "weights")
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_step_of_several_forward_passes_is_measured_whole(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_several_forward_passes_is_measured_whole(
+    again: bool, whole: paper.RankLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Any] = []
     real = mover.Probe
     monkeypatch.setattr(mover, "Probe", lambda *args: made.append(real(*args)) or made[-1])
-    ranks = whole_run(parts=4, again=again)
-    assert [probe.sensitivity().samples for probe in made] == [8] * 6  # the first for nothing, in step 1
-    shares, expected = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
-    assert shares == pytest.approx(expected, rel=1e-4)
-
-
-def test_clipping_in_half_precision_ranks_move() -> None:
     ranks = begin()
-    for step in range(STEPS):
-        ranks.before_forward()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = ranks.model(**batch(step)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained(ranks.model), 0.1)
-        ranks.before_optimizer_step()
-        ranks.optimizer.step()
-        ranks.optimizer.zero_grad()  # before or after, that is the same
-        ranks.after_optimizer_step()
-        assert_hidden_are_zero(ranks.model, ranks.optimizer)
-    ranks.finish()
-    assert sum(event.moved for event in ranks.events) > 0
+    several_steps(ranks, range(4), parts=4, again=again)
+    assert [probe.sensitivity().samples for probe in made] == [8, 8]  # the first for nothing, in step 1
+    shares, expected = (dict(loop.events[0].sensitivity) for loop in (ranks, whole))
+    assert shares == pytest.approx(expected, rel=1e-4)
+    ranks.close()
 
 
-def scaled_run(*broken: int, unscaled: bool = False) -> paper.RankLoop:
-    """A run with a gradient scaler, which skips the steps that are broken."""
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_steps_that_a_gradient_scaler_skips_postpone_the_adjustment_at_most_until_ranks_are_frozen(
+    unscaled: bool,
+) -> None:
     ranks, scaler = begin(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(STEPS):
+    broken = (3, 4, 19)
+    for step in range(22):
         ranks.before_forward()
         scaler.scale(ranks.model(**batch(step)).loss).backward()
         if step in broken:
@@ -89,31 +89,17 @@ def scaled_run(*broken: int, unscaled: bool = False) -> paper.RankLoop:
         scaler.update()
         ranks.after_optimizer_step()
         ranks.optimizer.zero_grad()
-    return ranks
-
-
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_a_step_that_a_gradient_scaler_skips_postpones_the_adjustment(unscaled: bool) -> None:
-    ranks = scaled_run(3, 4, unscaled=unscaled)
-    assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
-    assert int(ranks.importance.age.max()) == ranks.steps.stop - 2
+    assert [event.step for event in ranks.events] == [6, 8, 12, 16]
+    assert int(ranks.importance.age.max()) == ranks.steps.stop - len(broken)
     ranks.finish()
-
-
-def test_an_adjustment_postponed_until_ranks_are_frozen_is_left_out() -> None:
-    assert [event.step for event in scaled_run(19).events] == [4, 8, 12, 16]
-
-
-def test_a_gradient_scaler_changes_no_rank() -> None:
-    assert [event.ranks for event in scaled_run().events] == [event.ranks for event in whole_run().events]
 
 
 def test_accelerate_accumulates_as_a_plain_loop_does() -> None:
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     made = certain(slotted_bert())
     model, optimizer = accelerator.prepare(made, adamw(made))
-    ranks = paper.RankLoop(model, optimizer, STEPS, **PERIOD)
-    for step in range(STEPS):
+    ranks, plain = paper.RankLoop(model, optimizer, STEPS, **PERIOD), begin()
+    for step in range(10):
         for part in range(2):
             with accelerator.accumulate(model):
                 ranks.before_forward()
@@ -124,9 +110,9 @@ def test_accelerate_accumulates_as_a_plain_loop_does() -> None:
                 if accelerator.sync_gradients:
                     ranks.after_optimizer_step()
                 optimizer.zero_grad()
-    plain = whole_run(parts=2)
-    assert ranks.events == plain.events
-    assert_same(weights(ranks.finish()), weights(plain.finish()), "weights")
+    several_steps(plain, range(10), parts=2)
+    assert len(plain.events) == 2
+    assert_same_run(ranks, plain)
 
 
 def test_the_first_ranks_may_come_from_a_sample() -> None:
@@ -134,14 +120,15 @@ def test_the_first_ranks_may_come_from_a_sample() -> None:
     ranks.start(ROWS[:16], collate, batch_size=8)
     measured = paper.sensitivity(begin().model, ROWS[:16], collate, batch_size=8)
     assert ranks.ranks == paper.allocate(measured, mean_rank=4, max_rank=8)
-    assert [(event.step, event.reason) for event in ranks.events] == [(0, "start")]
-    several_steps(ranks, range(STEPS))
-    assert [event.step for event in ranks.events] == [0, 4, 8, 12, 16, 20]
+    several_steps(ranks, range(4))
+    assert [(event.step, event.reason) for event in ranks.events] == [(0, "start"), (4, "adjustment")]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_finishing_twice_gives_the_same_model(first: bool) -> None:
+def test_finishing_twice_gives_the_same_model_and_the_optimizer_keeps_what_it_had_of_active_slots(first: bool) -> None:
     ranks = whole_run()
+    parts = [(p, dim, slots.rank) for slots in ranks.layers.values() for p, dim in slots.matrices()]
+    before = [dict(ranks.optimizer.state[p]) for p, _, _ in parts]
     final = ranks.ranks
     model = ranks.finish(finalize_model=first)
     assert has_slots(model) != first
@@ -156,13 +143,6 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
         assert not has_slots(model)
         assert_same(retained, weights(model), "weights")
         assert ranks.final == final
-
-
-def test_what_the_optimizer_keeps_of_active_slots_stays_when_the_model_is_plain() -> None:
-    ranks = whole_run()
-    parts = [(p, dim, slots.rank) for slots in ranks.layers.values() for p, dim in slots.matrices()]
-    before = [dict(ranks.optimizer.state[p]) for p, _, _ in parts]
-    ranks.finish()
     for (parameter, dim, rank), state in zip(parts, before, strict=True):
         after = ranks.optimizer.state[parameter]
         assert after.keys() == state.keys()
@@ -181,40 +161,26 @@ def test_the_first_adjustment_moves_ranks_also_after_a_skipped_step() -> None:
 
 
 @pytest.mark.parametrize("call", [paper.RankLoop.before_forward, lambda ranks: ranks.start(ROWS, collate)])
-def test_a_finished_loop_does_not_go_on(call: Callable[[paper.RankLoop], None]) -> None:
-    ranks = whole_run()
-    ranks.finish(finalize_model=False)
+def test_a_finished_loop_does_not_go_on(call: Callable[[paper.RankLoop], None], whole: paper.RankLoop) -> None:
     with pytest.raises(tsq.TsqLoraError, match="the run was finished at step 30"):
-        call(ranks)
-
-
-def test_a_step_may_leave_ranks_alone() -> None:
-    ranks = begin()
-    for step in range(STEPS):
-        ranks.before_forward(adjust=step > 10)
-        one_step(ranks, step)
-    assert [event.step for event in ranks.events] == [12, 16, 20]
+        call(whole)
 
 
 # --- what it saves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [3, 4, 7, 13, 25])
-def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path: Path) -> None:
+def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(whole: paper.RankLoop, tmp_path: Path) -> None:
+    """Before an adjustment, after several, and behind the last one."""
     first = begin()
-    several_steps(first, range(at))
-    states = [part.state_dict() for part in (first.model, first.optimizer, first)]
-    torch.save(states, tmp_path / "checkpoint.pt")
-    first.close()
-    second = begin()
-    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for part, state in zip((second.model, second.optimizer, second), loaded, strict=True):
-        part.load_state_dict(state)
-    several_steps(second, range(at, STEPS))
-    whole = whole_run()
-    assert second.events == whole.events
-    assert_same(whole.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"], "moments")
-    assert_same(weights(whole.finish()), weights(second.finish()), "weights")
+    for at in (3, 12, 25):
+        several_steps(first, range(first.step, at))
+        torch.save([part.state_dict() for part in (first.model, first.optimizer, first)], tmp_path / "checkpoint.pt")
+        second = begin()
+        loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        for part, state in zip((second.model, second.optimizer, second), loaded, strict=True):
+            part.load_state_dict(state)
+        several_steps(second, range(at, STEPS))
+        assert_same_run(second, whole)
 
 
 def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
@@ -228,7 +194,8 @@ def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
 
 
 def test_the_state_of_another_run_is_refused() -> None:
-    ranks = whole_run()
+    ranks = begin()
+    several_steps(ranks, range(4))
     with pytest.raises(tsq.SettingsError, match=r"had ranks\.interval 4, and this one has 5"):
         begin(interval=5).load_state_dict(ranks.state_dict())
     with pytest.raises(tsq.SettingsError, match="other ranks than the checkpoint; load the model's state before"):
@@ -238,36 +205,22 @@ def test_the_state_of_another_run_is_refused() -> None:
 # --- what it refuses ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("all_of_them", [False, True])
-def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_them: bool) -> None:
+@pytest.mark.parametrize(
+    ("steps", "adjust", "text"),
+    [
+        (3, True, "training ended at step 3, and the first adjustment was to be at step"),
+        (20, False, "until step 20, the last"),
+        (4, False, None),  # others were still to come
+    ],
+)
+def test_a_run_that_ends_without_any_adjustment_warns(steps: int, adjust: bool, text: str | None) -> None:
     ranks = begin()
-    for number in range(ranks.steps[-1] if all_of_them else ranks.steps[0]):
-        ranks.before_forward(adjust=False)
+    for number in range(steps):
+        ranks.before_forward(adjust=adjust)
         one_step(ranks, number)
-    if all_of_them:
-        with pytest.warns(UserWarning, match=f"until step {ranks.steps[-1]}, the last"):
-            ranks.finish()
-    else:
+    with nullcontext() if text is None else pytest.warns(UserWarning, match=text):
         ranks.finish()
-        assert not ranks.notes
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_run_that_ends_before_any_adjustment_warns(steps: int) -> None:
-    ranks = begin()
-    several_steps(ranks, range(steps))
-    with pytest.warns(UserWarning, match=f"training ended at step {steps}, and the first adjustment was to be at step"):
-        ranks.finish()
-
-
-def test_gradients_that_are_gone_are_told() -> None:
-    ranks = begin()
-    ranks.before_forward()
-    ranks.model(**batch(0)).loss.backward()
-    ranks.optimizer.zero_grad()
-    with pytest.raises(tsq.UnsupportedError, match="no LoRA weight has a gradient before the optimizer's step"):
-        ranks.before_optimizer_step()
-    ranks.close()
+    assert len(ranks.notes) == (text is not None)
 
 
 def test_an_optimizer_made_before_the_slots_is_refused() -> None:
@@ -287,35 +240,44 @@ def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytes
     assert not any(module._forward_hooks for module in ranks.model.modules())
 
 
-def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
-    measured, unmeasured = whole_run(), begin()
-    unmeasured.before_forward()
-    unmeasured._tap.close()
-    unmeasured._probe, unmeasured._rehearsal = None, False
-    several_steps(unmeasured, range(STEPS))
-    assert measured.events == unmeasured.events
-    assert_same(weights(measured.finish()), weights(unmeasured.finish()), "weights")
+class Own(nn.Module):
+    """Somebody's own model, of which a PeftModel is a part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.head = part, nn.Linear(2, 2)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.part(**batch)
 
 
-def test_the_model_is_found_in_what_wraps_it() -> None:
+def test_ranks_move_in_a_part_of_a_model(whole: paper.RankLoop) -> None:
+    own = Own(certain(slotted_bert()))
+    ranks = paper.RankLoop(own, adamw(own), STEPS, **PERIOD)
+    several_steps(ranks, range(8))
+    assert ranks.events == whole.events[:2]
+    assert ranks.finish() is own.part
+
+
+def test_the_model_is_found_in_what_wraps_it(whole: paper.RankLoop) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = certain(slotted_bert())
         parallel = nn.parallel.DistributedDataParallel(model)
         ranks = paper.RankLoop(parallel, adamw(model), STEPS, **PERIOD)
         assert ranks.model is model
-        several_steps(ranks, range(STEPS), model=parallel)
-        assert ranks.events == whole_run().events
+        several_steps(ranks, range(8), model=parallel)
+        assert ranks.events == whole.events[:2]
+        ranks.close()
     finally:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
+def test_a_layer_whose_adapter_is_frozen_is_refused() -> None:
     model = slotted_bert()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    optimizer = adamw(model)
     name, slots = next(iter(find_slots(model).items()))
-    slots.matrices()[side][0].requires_grad_(False)
+    slots.b.requires_grad_(False)
     with pytest.raises(tsq.UnsupportedError, match=f"the adapter of {name} is frozen"):
         paper.RankLoop(model, optimizer, total_steps=40, interval=4)
 

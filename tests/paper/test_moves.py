@@ -1,11 +1,10 @@
 import json
 import random
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tsqlora.errors import DataError, SettingsError
@@ -20,20 +19,9 @@ from tsqlora.paper.moves import (
     rank_changes,
 )
 
-percents = st.integers(0, 49).map(lambda k: k / 100)
-
 
 def steps_of(total: int, interval: int, warmup: float, freeze: float) -> range:
     return RankSchedule(warmup=warmup, freeze=freeze).steps(total, interval)
-
-
-@given(st.integers(0, 500), st.integers(1, 60), percents, percents)
-def test_adjustments_lie_between_warmup_and_freeze(total: int, interval: int, warmup: float, freeze: float) -> None:
-    steps = list(steps_of(total, interval, warmup, freeze))
-    percent_of_run = [100 * step for step in steps]
-    assert all(round(100 * warmup) * total <= at < round(100 * (1 - freeze)) * total for at in percent_of_run)
-    assert all(step >= interval for step in steps)
-    assert all(later - step == interval for step, later in pairwise(steps))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +35,6 @@ def test_adjustments_lie_between_warmup_and_freeze(total: int, interval: int, wa
         ((80, 20, 0.1, 0.0), [20, 40, 60]),
         # A short run has none.
         ((10, 20, 0.1, 0.1), []),
-        ((0, 20, 0.1, 0.1), []),
     ],
 )
 def test_steps_by_hand(run: tuple[int, int, float, float], expected: list[int]) -> None:
@@ -77,26 +64,12 @@ def test_a_schedule_that_cannot_be_is_refused(interval: int, warmup: float, free
         steps_of(9, interval, warmup, freeze)
 
 
-@given(st.integers(1, 100), st.integers(1, 200), st.integers(0, 50))
-def test_moves_fall_from_first_towards_zero(start: int, length: int, first: int) -> None:
-    steps = range(start, start + length, 1)
-    allowed = [moves_allowed(step, steps, first=first) for step in steps]
-    assert allowed[0] == first
-    assert allowed == sorted(allowed, reverse=True)
-    assert min(allowed) >= 0
-
-
-def test_moves_fall_as_a_cubic() -> None:
+def test_moves_fall_as_a_cubic_and_are_none_outside_the_adjustment_phase() -> None:
     steps = range(100, 200, 10)
     assert [moves_allowed(step, steps, first=1000) for step in steps] == [
         1000, 999, 992, 973, 936, 875, 784, 657, 488, 271,
     ]  # fmt: skip
-
-
-def test_nothing_moves_outside_the_adjustment_phase() -> None:
-    steps = range(20, 80, 20)
-    assert [moves_allowed(step, steps, first=8) for step in (0, 19, 80, 100)] == [0, 0, 0, 0]
-    assert moves_allowed(20, range(20, 20, 5), first=8) == 0
+    assert [moves_allowed(step, steps, first=8) for step in (0, 99, 200, 210)] == [0, 0, 0, 0]
     assert moves_allowed(20, range(20, 10, 5), first=8) == 0
 
 
@@ -179,34 +152,23 @@ def check_laws(world: World, before: Ranks, after: Ranks, *, moves: int, droppab
     assert list(after) == list(before)
 
 
-@given(drawn_worlds(allocations=5), st.data())
-def test_the_laws_hold_after_each_of_many_adjustments(drawn: Drawn, data: st.DataObject) -> None:
+@given(drawn_worlds(allocations=4), st.data(), st.randoms(use_true_random=False))
+def test_the_laws_hold_after_each_of_many_adjustments(drawn: Drawn, data: st.DataObject, rng: random.Random) -> None:
     world, (ranks, *targets) = built(drawn)
+    names = list(ranks)
+    rng.shuffle(names)
+    shuffled = World({n: world.shapes[n] for n in names}, world.budget, world.min_rank)
     for target in targets:
         moves = data.draw(st.integers(0, 12))
         droppable = {n: data.draw(st.integers(0, ranks[n])) for n in ranks}
         after = adjusted(world, ranks, target, moves=moves, droppable=droppable)
         check_laws(world, ranks, after, moves=moves, droppable=droppable)
+        drops, _ = rank_changes(ranks, after)
+        assert all(after[n] > target[n] for n in drops), "nothing is taken below a target that it was above"
+        others, goals = ({n: of[n] for n in names} for of in (ranks, target))
+        assert adjusted(shuffled, others, goals, moves=moves, droppable=droppable) == after
+        assert adjusted(world, target, target, moves=moves) == target
         ranks = after
-
-
-@given(drawn_worlds(), st.integers(0, 12))
-def test_no_layer_is_taken_below_a_target_it_was_above(drawn: Drawn, moves: int) -> None:
-    world, (ranks, target) = built(drawn)
-    after = adjusted(world, ranks, target, moves=moves)
-    drops, _ = rank_changes(ranks, after)
-    assert all(after[n] > target[n] for n in drops)
-
-
-@given(drawn_worlds(), st.integers(0, 12), st.randoms(use_true_random=False))
-def test_the_order_of_the_layers_does_not_count(drawn: Drawn, moves: int, rng: random.Random) -> None:
-    world, (ranks, target) = built(drawn)
-    names = list(ranks)
-    rng.shuffle(names)
-    shuffled = World({n: world.shapes[n] for n in names}, world.budget, world.min_rank)
-    expected = adjusted(world, ranks, target, moves=moves)
-    assert adjusted(shuffled, {n: ranks[n] for n in names}, {n: target[n] for n in names}, moves=moves) == expected
-    assert adjusted(world, ranks, target, moves=moves) == expected
 
 
 @given(drawn_worlds(), st.integers(1, 12))
@@ -220,7 +182,6 @@ def test_the_same_target_again_and_again_stops_changing(drawn: Drawn, moves: int
         lacks = sum(max(0, target[n] - after[n]) for n in after)
         assert lacked is None or lacks < lacked, "each further change brings layers nearer to the target"
         ranks, lacked = after, lacks
-    assert adjusted(world, ranks, target, moves=moves) == ranks
 
 
 @given(drawn_worlds(one_shape=True))
@@ -230,12 +191,6 @@ def test_with_enough_moves_no_move_is_left_to_make(drawn: Drawn) -> None:
     after = adjusted(world, ranks, target)
     gaps = [target[n] - after[n] for n in after]
     assert max(gaps) <= 1 or min(gaps) >= -1
-
-
-@given(drawn_worlds(), st.integers(0, 12))
-def test_at_the_target_nothing_changes(drawn: Drawn, moves: int) -> None:
-    world, (_, target) = built(drawn)
-    assert adjusted(world, target, target, moves=moves) == target
 
 
 WIDE, SLIM = (60, 60), (10, 10)
@@ -251,15 +206,12 @@ def unequal_layers(shapes: Sizes, **ranks: int) -> tuple[World, Ranks]:
 
 
 TWO = {"wide": WIDE, "slim": SLIM}
-FOUR = equal_layers(a=6, b=8, c=4, d=2)
 
 
 @pytest.mark.parametrize(
     ("begin", "target", "options", "expected"),
     [
         # A move goes from furthest above to furthest below; ties go by name.
-        (FOUR, {"a": 4, "b": 4, "c": 6, "d": 6}, {"moves": 1}, {"a": 6, "b": 7, "c": 4, "d": 3}),
-        (FOUR, {"a": 4, "b": 4, "c": 6, "d": 6}, {}, {"a": 5, "b": 5, "c": 5, "d": 5}),
         (
             equal_layers(d=6, c=6, b=4, a=4),
             {"a": 6, "b": 6, "c": 4, "d": 4},
@@ -278,7 +230,6 @@ FOUR = equal_layers(a=6, b=8, c=4, d=2)
         (equal_layers(a=3, b=3), {"a": -3, "b": 8}, {}, {"a": 1, "b": 5}),
         (equal_layers(a=8, b=7), {"a": 12, "b": 2}, {}, {"a": 8, "b": 7}),
         # A move that cannot be paid is not made at all: six slots would take slim to its target.
-        (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 2}, {"moves": 5}, {"wide": 2, "slim": 8}),
         (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 2}, {"moves": 6}, {"wide": 2, "slim": 8}),
         (unequal_layers(TWO, wide=2, slim=8), {"wide": 4, "slim": 1}, {"moves": 6}, {"wide": 3, "slim": 2}),
         # A cheaper layer may move where a dear one cannot; change from a dear slot goes to whoever lacks most.
@@ -326,15 +277,8 @@ EVENT = RankEvent(
 )
 
 
-def test_drops_and_grows_lead_from_before_to_after() -> None:
-    before, after = {"a": 4, "b": 4, "c": 4}, {"a": 1, "b": 4, "c": 6}
-    drops, grows = rank_changes(before, after)
-    assert (drops, grows) == ({"a": 3}, {"c": 2})
-    assert {n: before[n] - drops.get(n, 0) + grows.get(n, 0) for n in before} == after
-    assert rank_changes(before, before) == ({}, {})
-
-
 @given(st.lists(st.integers(0, 5), max_size=3 * MOST_EVENTS))
+@example([1, 2, 3] * MOST_EVENTS)
 @settings(max_examples=20)
 def test_events_are_bounded_and_every_moved_slot_is_counted(moves: list[int]) -> None:
     events: list[RankEvent] = []

@@ -1,11 +1,10 @@
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from transformers import BertForTokenClassification
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
 from oracles import slow_multi_label_loss, slow_sensitivity, slow_token_loss
-from scoring import assert_unchanged, effective_weight, fingerprint, slow_layers, squared_error
+from scoring import assert_unchanged, effective_weight, fingerprint, slow_layers
 from slotted import QUERY, WIDE, wrapped
 from tsqlora import paper
 from tsqlora.paper import probe as probe
@@ -40,8 +39,9 @@ def by_hand(model: nn.Module, number: Callable[[LoraLayer], Tensor]) -> dict[str
     return totals
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 2**21])
-@pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier, tiny_gpt2])
+@pytest.mark.parametrize(
+    ("base", "chunk"), [(tiny_bert, 1), (tiny_bert, 2**21), (tiny_llama_classifier, 1000), (tiny_gpt2, 2**21)]
+)
 def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "CHUNK", chunk)
     model = wrapped(base(), ranks={QUERY: 7, WIDE: 0} if base is tiny_bert else {})
@@ -78,14 +78,6 @@ def test_sampled_sees_every_kind_of_place_in_a_head(outputs: int, head: int) -> 
     assert {pair * 16 // head for pair in pairs} == set(range(8))
 
 
-def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
-    model = wrapped(tiny_bert(num_labels=1))
-    rows = samples(5, 3, regression=True)
-    target = slow_layers(model, rows, loss=squared_error, label_dtype=torch.float64)
-    measured = paper.sensitivity(model, rows, lambda batch: collate(batch, label_dtype=torch.float64))
-    assert dict(measured.values) == pytest.approx(target, rel=1e-12)
-
-
 def tag_batch(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     made = collate([{**row, "labels": 0} for row in batch])
     made["labels"] = torch.from_numpy(padded_labels([row["labels"] for row in batch], made["input_ids"].shape[1]))
@@ -117,12 +109,13 @@ def test_sensitivity_of_several_labels_and_of_tags_is_that_of_the_slow_twin(task
     assert dict(measured.values) == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=10)
-@given(batch_size=st.integers(1, 9), pad_to=st.integers(11, 20))
+@pytest.mark.parametrize(("batch_size", "pad_to"), [(1, 11), (4, 20)])
 def test_numbers_do_not_depend_on_batches_padding_or_order(batch_size: int, pad_to: int) -> None:
-    measured = paper.sensitivity(MODEL, ROWS[::-1], lambda rows: collate(rows, pad_to), batch_size=batch_size)
-    assert dict(measured.values) == pytest.approx(WHOLE, rel=1e-10)
-    assert measured.samples == len(ROWS)
+    measured = probe_pass(MODEL, ROWS[::-1], lambda rows: collate(rows, pad_to), batch_size=batch_size)
+    assert dict(measured.sensitivity().values) == pytest.approx(WHOLE, rel=1e-10)
+    assert measured.sensitivity().samples == len(ROWS)
+    for name, sketch in probe_pass(MODEL, ROWS, collate).directions().items():
+        torch.testing.assert_close(sketch, measured.directions()[name])
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -182,32 +175,23 @@ def test_a_layer_that_is_not_used_has_no_sensitivity_and_no_direction() -> None:
     assert not result.directions()["unused"].any()
 
 
-def test_directions_are_a_sketch_of_the_layers_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows lie in the row space of ∇W and, over many seeds, have its Gram matrix as their mean."""
+def test_directions_are_a_sketch_of_the_layers_gradient_drawn_by_seed_and_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = wrapped()
-    gradients: dict[str, Tensor] = {}
+    layers, gradients = lora_layers(model), dict[int, Tensor]()
 
     def keep(a: Tensor, b: Tensor, layer: Any) -> Tensor:
-        gradients[names[id(layer)]] = torch.einsum("nto,nti->oi", b, a)
+        gradients[id(layer)] = torch.einsum("nto,nti->oi", b, a)
         return torch.ones(())
 
     monkeypatch.setattr(probe, "sampled", keep)
-    names = {id(layer): name for name, layer in lora_layers(model).items()}
-    gram = torch.zeros(16, 16, dtype=torch.float64)
-    for seed in range(80):
-        directions = probe_pass(model, ROWS, collate, seed=seed).directions()
-        assert directions[QUERY].shape == (SKETCH_ROWS, 16)
-        gram += directions[QUERY].T @ directions[QUERY] / 80
-    target = gradients[QUERY].T @ gradients[QUERY]
-    assert float((gram - target).norm() / target.norm()) < 0.25
-
-
-def test_directions_add_up_over_batches_and_repeat_with_the_seed() -> None:
-    whole, parts = (probe_pass(MODEL, ROWS, collate, batch_size=size, seed=3).directions() for size in (9, 2))
-    other = probe_pass(MODEL, ROWS, collate, seed=4).directions()
-    for name, sketch in whole.items():
-        torch.testing.assert_close(sketch, parts[name])
-        assert not torch.allclose(sketch, other[name])
+    for seed in (3, 4):
+        for name, sketch in probe_pass(model, ROWS, collate, seed=seed).directions().items():
+            gradient = gradients[id(layers[name])]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+            omega = torch.randn(SKETCH_ROWS, len(gradient), generator=generator).double() / SKETCH_ROWS**0.5
+            torch.testing.assert_close(sketch, omega @ gradient)
 
 
 def test_a_batch_for_which_memory_is_short_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

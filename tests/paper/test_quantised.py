@@ -97,29 +97,7 @@ def test_the_effective_weight_is_what_the_layer_computes_with(saved: Path, kind:
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_measuring_leaves_the_model_as_it_was(saved: Path, kind: str) -> None:
-    model = quantised(saved, kind)
-    before, weights = logits_of(model, ROWS), {n: effective_weight(x) for n, x in lora_layers(model).items()}
-    parameters = {id(p) for p in model.parameters()}
-    first, again = (paper.sensitivity(model, ROWS, collate).values for _ in range(2))
-    assert first == again
-    assert torch.equal(logits_of(model, ROWS), before)
-    assert all(torch.equal(effective_weight(layer), weights[n]) for n, layer in lora_layers(model).items())
-    assert {id(p) for p in model.parameters()} == parameters
-
-
-@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in ROUNDS_INPUTS])
-def test_sensitivity_over_a_quantised_base_is_that_of_the_slow_twin(
-    saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "SAMPLED_OUTPUTS", 200)  # more than any layer has
-    model = quantised(saved, kind)
-    target = slow_layers(model, ROWS, weight=effective_weight)
-    assert dict(paper.sensitivity(model, ROWS, collate, batch_size=4).values) == pytest.approx(target, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_gradients_pass_after_an_evaluation(saved: Path, kind: str) -> None:
+def test_measuring_and_an_evaluation_leave_the_model_and_its_gradients_as_they_were(saved: Path, kind: str) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes would pack 4-bit weights then, and only LoRA's own path had a gradient."""
 
     def gradient() -> Tensor:
@@ -129,8 +107,27 @@ def test_gradients_pass_after_an_evaluation(saved: Path, kind: str) -> None:
 
     model = quantised(saved, kind)
     before = gradient()
-    logits_of(model, ROWS)
+    logits, weights = logits_of(model, ROWS), {n: effective_weight(x) for n, x in lora_layers(model).items()}
+    parameters = {id(p) for p in model.parameters()}
+    first, again = (paper.sensitivity(model, ROWS, collate).values for _ in range(2))
+    assert first == again
+    assert torch.equal(logits_of(model, ROWS), logits)
+    assert all(torch.equal(effective_weight(layer), weights[n]) for n, layer in lora_layers(model).items())
+    assert {id(p) for p in model.parameters()} == parameters
     assert torch.equal(gradient(), before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_layers_and_samples_are_measured_over_a_quantised_base_as_by_the_slow_twins(
+    saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "SAMPLED_OUTPUTS", 200)  # more than any layer has
+    model, rows = quantised(saved, kind), samples(12, 3)
+    target = slow_layers(model, ROWS, weight=effective_weight)
+    assert dict(paper.sensitivity(model, ROWS, collate, batch_size=4).values) == pytest.approx(target, rel=1e-3)
+    teach(model, rows)
+    scores = score_by(model, rows, collate, reference=range(9), batch_size=4)
+    assert_agree(scores, slow(model, rows, range(9), offsets=slow_offsets(model, rows[:9])), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -152,14 +149,6 @@ def test_ranks_change_over_a_quantised_base_and_plain_peft_loads_the_adapter(
         if linear_bits(module) == 4:
             module.support_avx512bf16_for_cpu = False  # which rounds to bfloat16, in evaluation only
     torch.testing.assert_close(logits_of(loaded, ROWS), before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in ROUNDS_INPUTS])
-def test_samples_are_scored_over_a_quantised_base_as_by_the_slow_twin(saved: Path, kind: str) -> None:
-    model, rows = quantised(saved, kind), samples(30, 3)
-    teach(model, rows)
-    scores = score_by(model, rows, collate, reference=range(25), batch_size=4)
-    assert_agree(scores, slow(model, rows, range(25), offsets=slow_offsets(model, rows[:25])), rtol=1e-3)
 
 
 def test_losses_over_8_bit_are_scored_and_gradients_refused_since_outliers_couple_a_batch(saved: Path) -> None:

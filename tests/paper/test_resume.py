@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from scoring import quality_by
-from stock import At, Falling, base_bert, fails_at, make_trainer, moods, slotted_bert
+from stock import Falling, base_bert, fails_at, make_trainer, moods, slotted_bert, stops_at
 from tsqlora import paper
 from tsqlora.auditing.scores import Scores
 from tsqlora.training.checkpoints import STATE_VERSION, write_manifest
@@ -23,31 +24,20 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt(step: int) -> At:
-    """As a crash behind the checkpoint of a step."""
-    return fails_at("step_begin", step, Interrupted)
-
-
 def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
-    """Six epochs of four steps; looks come before the first and the third, ranks with the first."""
+    """Six epochs of four batches, of which three make a step, and the last one alone another.
+
+    Looks come before the first and the third epoch, ranks with the first; every step is saved.
+    """
     subset = tsq.QualitySubset(DATA, 0.5, seed=0)
     quality = quality_by(subset, reference=40, weights={"loss": -1.0})
     ranks = paper.RankCallback(interval=interval, samples=16, schedule=paper.RankSchedule(moves=3, freeze=0.2))
-    model = slotted_bert(max_rank=max_rank)
-    options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
-    return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
+    options = {"gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.03}
+    return make_trainer(slotted_bert(max_rank=max_rank), subset, folder, [quality, ranks, *also], **options | further)
 
 
 def callback(of: Trainer, kind: type) -> Any:
     return next(c for c in of.callback_handler.callbacks if isinstance(c, kind))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    made = trainer(tmp_path_factory.mktemp("whole"))
-    made.train()
-    assert sum(event.moved > 0 for event in callback(made, paper.RankCallback).events) > 1
-    return made
 
 
 def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
@@ -61,54 +51,32 @@ def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
         assert torch.equal(weight, right[name]), name
 
 
-STEPS = {1: (1, 6, 7, 8, 9, 16, 23, 24), 3: range(1, 13)}
-"""From which a run is resumed, the last one of all included, by batches a step. Three of an epoch's four batches make a
-step, and the last one alone another."""
-
-
-@pytest.fixture(scope="module", params=STEPS)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run that was saved at every step."""
-    made = trainer(tmp_path_factory.mktemp("saved"), save_steps=1, **every_step(request.param))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    made = trainer(tmp_path_factory.mktemp("whole"))
     made.train()
-    assert made.state.global_step == STEPS[request.param][-1]
     events = callback(made, paper.RankCallback).events
-    assert [event.reason for event in events[:2]] == ["start", "adjustment"]
+    assert [(event.step, event.reason) for event in events[:2]] == [(0, "start"), (3, "adjustment")]
     assert any(event.moved for event in events)
     assert [look["epoch"] for look in callback(made, tsq.QualityCallback).looks] == [0, 2]
     return made
 
 
-def every_step(accumulation: int) -> dict[str, Any]:
-    return {"save_strategy": "steps", "gradient_accumulation_steps": accumulation}
+@pytest.mark.parametrize("step", [3, 4, 5, 12])
+def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(step: int, whole: Trainer) -> None:
+    """Before the second look, where it comes, behind it; at a step of an adjustment; within epochs; behind the last."""
+    resumed = trainer(Path(whole.args.output_dir), save_steps=100)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{step}"))
+    assert_same_end(resumed, whole)
 
 
-def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(saved: Trainer) -> None:
-    """Before the second look, where it comes, behind it; at steps of adjustments; within epochs; behind the last."""
-    accumulation = saved.args.gradient_accumulation_steps
-    folder = Path(saved.args.output_dir)
-    for step in STEPS[accumulation]:
-        resumed = trainer(folder, save_steps=100, **every_step(accumulation))
-        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        assert_same_end(resumed, saved)
-
-
-@pytest.mark.parametrize("again", ["in the same Trainer", "in a new process"])
-def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Trainer, tmp_path: Path) -> None:
-    accumulation = saved.args.gradient_accumulation_steps
-    if accumulation == 1:
-        return  # no window
-    # The odd steps have three batches.
-    step = next(event.step for event in callback(saved, paper.RankCallback).events[1:] if event.step % 2)
+def test_a_run_that_crashed_inside_a_window_ends_the_same_in_the_same_trainer(whole: Trainer, tmp_path: Path) -> None:
     # In the step of an adjustment, whose sensitivities are then half measured.
-    crash = fails_at("substep_end", step - 1, Interrupted)
-    made = trainer(tmp_path, crash, save_steps=2, **every_step(accumulation))
+    made = trainer(tmp_path, fails_at("substep_end", 2, Interrupted))
     with pytest.raises(Interrupted):
         made.train()
-    if again == "in a new process":
-        made = trainer(tmp_path, save_steps=2, **every_step(accumulation))
     made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
-    assert_same_end(made, saved)
+    assert_same_end(made, whole)
 
 
 def best_of_falling(folder: Path) -> Trainer:
@@ -145,29 +113,29 @@ def test_the_best_checkpoint_is_loaded_with_its_ranks_after_a_resume_too(tmp_pat
 
 @pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])
 def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole: Trainer) -> None:
-    made = trainer(Path(whole.args.output_dir), **options)
+    folder = Path(whole.args.output_dir)
     with pytest.raises(tsq.TsqLoraError, match=r"interval 3, and .* has 4|max 8, and .* has 6|larger max_rank"):
-        made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
+        trainer(folder, **options).train(resume_from_checkpoint=str(folder / "checkpoint-8"))
 
 
 def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, interrupt(8)).train()
-    path = tmp_path / "scores.parquet"
-    scores = Scores.load(path)
-    replace(scores, quality=np.arange(len(DATA), dtype=float)).save(path)
-    resumed = trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    with pytest.raises(Interrupted):  # behind the checkpoint, and behind the second look
+        trainer(tmp_path, fails_at("step_begin", 4, Interrupted), save_strategy="epoch").train()
+    scores = Scores.load(tmp_path / "scores.parquet")
+    replace(scores, quality=np.arange(len(DATA), dtype=float)).save(tmp_path / "scores.parquet")
+    resumed = trainer(tmp_path, stops_at(5))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     used, expected = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
     assert np.array_equal(used.quality, expected.quality)
 
 
-@pytest.mark.parametrize("name", ["tsqlora", "tsqlora_quality"])
-@pytest.mark.parametrize("version", [None, STATE_VERSION - 1])
-def test_a_state_that_is_missing_or_of_another_version_is_named(name: str, version: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, interrupt(4)).train()
-    checkpoint = tmp_path / "checkpoint-4"
+@pytest.mark.parametrize(("name", "version"), [("tsqlora", None), ("tsqlora_quality", STATE_VERSION - 1)])
+def test_a_state_that_is_missing_or_of_another_version_is_named(
+    name: str, version: Any, whole: Trainer, tmp_path: Path
+) -> None:
+    folder, checkpoint = Path(whole.args.output_dir), tmp_path / "checkpoint-12"
+    shutil.copytree(folder / "checkpoint-12", checkpoint)
+    shutil.copy(folder / "scores.parquet", tmp_path)
     (checkpoint / f"{name}.json").unlink()
     if version is not None:
         (checkpoint / f"{name}.json").write_text(json.dumps({"version": version}))
