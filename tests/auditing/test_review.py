@@ -71,8 +71,17 @@ def test_parquet_keeps_the_type_of_its_labels_and_every_other_row(name: str, mod
     assert [row["label"] for row in cells_of(result["trusted"])] == [expected[j] for j in REVIEWED]
 
 
-@pytest.mark.parametrize("values", [(False, True), (0, 1), (0.0, 1.0), ("no", "yes"), ("1", "2")])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("values", "suffix"),
+    [
+        ((False, True), ".jsonl"),
+        ((0, 1), ".json"),
+        ((0.0, 1.0), ".jsonl.gz"),
+        (("no", "yes"), ".json"),
+        (("1", "2"), ".jsonl.gz"),
+        (("1.0", "2.0"), ".jsonl"),
+    ],
+)
 def test_json_keeps_the_type_of_its_labels(values: tuple[Any, Any], suffix: str, model: str, tmp_path: Path) -> None:
     rows = [{"text": text, "label": values[j // 2 % 2], "n": None} for j, text in enumerate(texts())]
     lines = "".join(json.dumps(row) + "\n" for row in rows)

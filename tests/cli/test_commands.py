@@ -58,7 +58,7 @@ def test_help_lists_each_command_with_its_whole_first_sentence(capsys: pytest.Ca
         (["--help"], NUMPY | TORCH | {"rich", "pydantic", "yaml"}),
         (["--version"], NUMPY | TORCH),
         (["doctor", "--help"], NUMPY | TORCH),
-        (["init"], TORCH),
+        (["init"], {"torch", "transformers", "peft"}),
         (["doctor", str(ADAPTER)], TORCH),
     ],
 )

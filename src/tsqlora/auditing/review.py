@@ -270,6 +270,8 @@ def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
         return json.dumps(reviewed, ensure_ascii=False) if '"' in cell else str(reviewed)
     if isinstance(cell, bool):
         return reviewed == str(True)
+    if isinstance(reviewed, int) and str(cell).strip().endswith(".0"):
+        return type(cell)(f"{reviewed}.0")
     if isinstance(cell, int | float) and isinstance(reviewed, list):
         return reviewed[0] if len(reviewed) == 1 else reviewed
     return type(cell)(join_labels(reviewed)) if isinstance(cell, str | float) else join_labels(reviewed)
