@@ -148,6 +148,5 @@ def _groups(
     groups = np.zeros(rows, dtype=np.int64) if strata is None else strata
     may = np.ones(rows, dtype=np.bool_) if kept is None else kept
     names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    limits = np.bincount(places[may], minlength=len(names))
-    sizes = capped_sizes(counts, size, limits)
+    sizes = capped_sizes(counts, size, np.bincount(places[may], minlength=len(names)))
     return [(np.flatnonzero((groups == name) & may), int(k)) for name, k in zip(names, sizes, strict=True)]

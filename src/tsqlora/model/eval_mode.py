@@ -43,8 +43,7 @@ def eval_mode(model: nn.Module) -> Generator[None]:
 def same_randomness(model: nn.Module | None = None, *, seed: int | None = None) -> Generator[None]:
     """Restore the global random generators of torch, numpy and Python on exit; a `seed` sets those of the CPU first."""
     # Name the devices: without a list torch warns on a machine with several GPUs.
-    parameters = () if model is None else model.parameters()
-    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    devices = {p.device.index for p in (() if model is None else model.parameters()) if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
     with cast(Any, torch.random).fork_rng(sorted(devices)):
         try:

@@ -118,8 +118,7 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
     afterwards, also after errors. The backward pass raises UnsupportedError for a site whose input does not have the
     batch as first dimension, under reentrant gradient checkpointing, and where the model's forward was bypassed.
     """
-    device = next(model.parameters()).device
-    state = Capture(torch.zeros((), device=device, requires_grad=True))
+    state = Capture(torch.zeros((), device=next(model.parameters()).device, requires_grad=True))
 
     def enter(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values: list[Any] = [*args, *kwargs.values()]

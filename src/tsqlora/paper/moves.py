@@ -54,8 +54,7 @@ class RankSchedule:
         if not (isinstance(interval, Integral) and interval >= 1):
             raise SettingsError(f"ranks.interval is {interval}; give a whole number of optimizer steps, 1 or more")
         first = math.ceil(round(self.warmup * total, STEP_DIGITS))
-        stop = math.ceil(round((1 - self.freeze) * total, STEP_DIGITS))
-        return range(max(first, interval), stop, interval)
+        return range(max(first, interval), math.ceil(round((1 - self.freeze) * total, STEP_DIGITS)), interval)
 
     def first_moves(self, layers: int) -> int:
         """Slots of this many layers that may move in the first adjustment."""

@@ -63,8 +63,7 @@ def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -
         return a, b
     # An Embedding that shares a linear layer's weight: a one-hot b makes ∇W a sum of outer products again. In b's dtype
     # it is as large as the gradient of the logits; F.one_hot would return int64.
-    hot = b.new_zeros(*a.shape, cast(nn.Embedding, module).num_embeddings)
-    return b, hot.scatter_(-1, a.unsqueeze(-1), 1)
+    return b, b.new_zeros(*a.shape, cast(nn.Embedding, module).num_embeddings).scatter_(-1, a.unsqueeze(-1), 1)
 
 
 def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:

@@ -30,8 +30,7 @@ def bucketed_order(lengths: Sequence[int], *, batch_size: int, rng: np.random.Ge
     """
     assert batch_size >= 1, batch_size
     sizes = np.asarray(lengths, dtype=np.int64)
-    shuffled = rng.permutation(len(sizes))
-    megabatches = _cut(shuffled, MEGABATCH * batch_size)
+    megabatches = _cut(rng.permutation(len(sizes)), MEGABATCH * batch_size)
     batches = [batch for mega in megabatches for batch in _cut(_longest_first(mega, sizes), batch_size)]
     full = len(sizes) // batch_size
     order = [*rng.permutation(full).tolist(), *range(full, len(batches))]
@@ -122,8 +121,7 @@ class PairCollator:
         pairs = {key: value.unflatten(0, (-1, 2)) for key, value in batch.items()}
         targets = pairs.pop("labels")
         reference = torch.tensor([[sample.get("reference", 0.0)] for sample in samples])
-        labels = (targets != IGNORED).sum((1, 2))
-        return {**pairs, "targets": targets, "reference": reference, "labels": labels}
+        return {**pairs, "targets": targets, "reference": reference, "labels": (targets != IGNORED).sum((1, 2))}
 
 
 def sides_of(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -491,8 +491,7 @@ class Format:
         chat = kind.read(its := Reading(row, self.columns, manner))
         parts = PARTS if manner.targets else PARTS - ANSWERS
         its.problems.extend(leftovers(row, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
-        # Ethayarajh et al. (2024), KTO.
-        if manner.targets and self.columns.label is not None and row.cells.get("label") is False:
+        if manner.targets and self.columns.label is not None and row.cells.get("label") is False:  # rows for KTO
             its.fail("'label' is false: nobody wants this answer, and every answer is trained on alike; remove the row")
         return replace(chat, row=row.id, place=row.place, problems=its.problems)
 
@@ -585,8 +584,7 @@ def find_format(
         setting = "data.messages" if messages else "data.text"
         fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
         # Usual names distinguish messages from sharegpt.
-        usual = (name for name in fitting if (whole, None) in FORMATS[name].usual)
-        name = format or next(usual, fitting[0])
+        name = format or next((name for name in fitting if (whole, None) in FORMATS[name].usual), fitting[0])
         return Format(name, _columns_of(FORMATS[name], whole, None, names), whole=False)
     kinds, names_there = FORMATS if format is None else {format: FORMATS[format]}, {*names}
     pairs = [(name, *pair) for name, kind in kinds.items() for pair in kind.usual]

@@ -83,8 +83,7 @@ def open_tables(
     Raises DataError for missing files, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    requested = [name for name in SPLIT_NAMES if name not in explicit]
-    tables = _open(train, requested=requested, hints=hints)
+    tables = _open(train, requested=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
     if "train" not in tables:
         if not os.path.isdir(folder := os.path.expanduser(train)):
             raise DataError(f"{train} has no split train; set data.train to the training file")

@@ -326,8 +326,7 @@ def on_disk(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
             return None
         writer.close()
         file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+        return pa.ipc.open_stream(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 
 
 def store(parts: Iterable[Samples]) -> Samples:

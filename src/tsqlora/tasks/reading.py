@@ -245,8 +245,7 @@ def files(media: str) -> Reading:
     """Images or recordings with a class, which a processor reads in place of a tokenizer."""
 
     def decode(model: nn.Module, processor: Any, *, max_length: int) -> Collate:
-        gray = getattr(model.config, "num_channels", 3) == 1
-        return MediaCollator(processor, media, max_length, gray)
+        return MediaCollator(processor, media, max_length, getattr(model.config, "num_channels", 3) == 1)
 
     kind: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}[media]
     length = {"data.max_length": None} if media == "image" else {}

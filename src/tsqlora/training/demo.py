@@ -129,8 +129,7 @@ def make_data(seed: int) -> dict[str, News]:
     """Seeded splits without common texts; only training labels are corrupted."""
     rng = stream("demo data", seed)
     articles = bbc_news()
-    order = rng.permutation(len(articles))[: TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS]
-    chosen = [articles[j] for j in order]
+    chosen = [articles[j] for j in rng.permutation(len(articles))[: TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS]]
     parts = {
         "train": chosen[:TRAIN_ROWS],
         "validation": chosen[TRAIN_ROWS : TRAIN_ROWS + VALIDATION_ROWS],

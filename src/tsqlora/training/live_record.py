@@ -72,8 +72,7 @@ class LiveRecord:
         begun = (state.global_step - 1) % max(1, -(-whole // size)) * size
         places = data.indices[begun : min(begun + size, whole)]
         tokens = 0 if data.lengths is None else sum(data.lengths[row] for row in places.tolist())
-        since = now if self._since is None else self._since
-        seconds = now - since - (elsewhere - self._elsewhere)
+        seconds = now - (self._since or now) - (elsewhere - self._elsewhere)
         self.record.phase("training").add(seconds=seconds, forward=len(places), backward=len(places), tokens=tokens)
         self._since, self._elsewhere = now, elsewhere
         return state.is_world_process_zero and self.folder is not None and now >= self._due

@@ -160,8 +160,7 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         if labels is None:
             columns = answer_columns(job.model, saved.answers, saved.scores, samples, job.collate, **names)
         else:
-            how = {"task": job.task, **names}
-            columns = columns_of_rows(job.model, saved, samples, job.collate, samples.labels, **how)
+            columns = columns_of_rows(job.model, saved, samples, job.collate, samples.labels, task=job.task, **names)
         scores = scores_of_rows(columns, saved, rows, task=job.task)
         with parents_of(out):
             scores.save(out)

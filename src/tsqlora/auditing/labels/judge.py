@@ -131,8 +131,7 @@ def judged_features(forward: Forward, rows: Bool[np.ndarray, " n"] | slice = sli
     parts = [part[rows] for part in (forward.features, forward.mean) if part is not None]
     if len(parts) == 1:  # no copy of a large table
         return parts[0].astype(np.float32, copy=False)
-    none = np.empty((len(forward.labels[rows]), 0))
-    return np.concatenate(parts or [none], axis=1, dtype=np.float32)
+    return np.concatenate(parts or [np.empty((len(forward.labels[rows]), 0))], axis=1, dtype=np.float32)
 
 
 def judge(

@@ -175,8 +175,7 @@ def audit_of(features: Any, labels: Any, *, classes: Sequence[str | int] | None 
         classes: class names by number, if labels are numbers.
         ids: numbers of the rows; by default their positions.
 
-    Near-duplicate rows with different labels are in `duplicates`. Raises DataError for other shapes, fewer than 3 rows
-    and features that are not finite.
+    Raises DataError for other shapes, fewer than 3 rows and features that are not finite.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     features = features if features.dtype.kind == "f" else features.astype(np.float32)

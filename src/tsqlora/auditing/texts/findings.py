@@ -242,8 +242,7 @@ def lengths_of(lengths: Sequence[int], batch: int, limit: int) -> dict[str, Any]
     if not len(tokens):
         return None
     order = np.random.default_rng(0).permutation(tokens)
-    parts = np.split(order, range(batch, len(order), batch))
-    padded = sum(len(part) * int(part.max()) for part in parts)
+    padded = sum(len(part) * int(part.max()) for part in np.split(order, range(batch, len(order), batch)))
     edges = [0, *(2**k for k in range(4, math.ceil(math.log2(tokens.max() + 1)) + 1))]
     counts, _ = np.histogram(tokens, edges if len(edges) > 1 else [0, 16])
     return {

@@ -177,8 +177,7 @@ def _turn_ends(tokenizer: PreTrainedTokenizerBase, special: set[int], turns: int
         text = str(tokenizer.apply_chat_template(chat[:turns], tokenize=False))
     except Exception:  # a template is a program of whoever made the model; the ledger reports its errors by row
         return set()
-    behind = text.rpartition(PROBE)[2].strip()
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text.rpartition(PROBE)[2].strip(), add_special_tokens=False)["input_ids"]
     return {ids[0]} if isinstance(ids, list) and ids and ids[0] in special | {*tokenizer.all_special_ids} else set()
 
 
