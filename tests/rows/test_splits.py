@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,13 @@ def test_a_class_that_looks_like_a_missing_label_is_warned_of(missing: str, tmp_
     with pytest.warns(UserWarning, match=f"label '{missing}' of 5 rows .* missing") as warned:
         read(tmp_path / "train.csv")
     assert len(warned) == 1
+
+
+def test_classes_that_are_joined_by_commas_are_warned_of(tmp_path: Path) -> None:
+    sets = [", ".join(one) for k in (1, 2) for one in combinations(("joy", "fear", "love", "grief"), k)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *(f'so,"{one}"' for one in sets * 5)]))
+    with pytest.warns(UserWarning, match="the 10 classes in column 'label' are 4 names joined by commas"):
+        read(tmp_path / "train.csv")
 
 
 def test_a_class_without_validation_rows_is_named(tmp_path: Path) -> None:

@@ -286,6 +286,11 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
             f"the tags in column '{column}' are numbers without names, so span_f1 counts equal neighbours as spans, "
             "also those outside; write names, with O for outside"
         )
+    if 2 * len(parts := {part.strip() for name in classes.names for part in str(name).split(",")}) < len(classes.names):
+        yield (
+            f"the {len(classes.names)} classes in column '{column}' are {len(parts)} names joined by commas; join them "
+            "by | and set task.type to multi-label-classification if a row has several"
+        )
     if classes.names[0] == -1 and 0 in classes.names:
         yield f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
     for missing in filter(looks_missing, rows):
