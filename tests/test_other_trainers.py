@@ -6,6 +6,7 @@ bench/trainers/axolotl_plugin.py runs axolotl itself.
 import importlib
 import json
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import tsqlora as tsq
 from families import FAMILIES, tokenizer_of
 from masked import chats, masked
 from tsqlora.auditing.texts.findings import OF_LABELS
+from tsqlora.cli import main
 
 ROWS, EMPTY, COPY = 24, (2, 3), 5
 LEFT = [j for j in range(ROWS) if j not in (*EMPTY, COPY)]
@@ -57,6 +59,25 @@ class Settings(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that the examples start runs here: a process of its own would import everything again."""
+
+    def run(command: list[str], *, check: bool = False) -> subprocess.CompletedProcess[str]:
+        python, *words = command
+        assert (python, words[:2]) == (sys.executable, ["-m", "tsqlora"])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        done = subprocess.CompletedProcess[str](command, int(ended.value.code or 0))
+        if check:
+            done.check_returncode()
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture(scope="module")

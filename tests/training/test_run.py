@@ -52,4 +52,4 @@ def test_metrics_of_held_out_rows_say_how_wrong_their_labels_are(
     record.quality = {"looks": [{"noise": {"evident": evident, "rate": 0.1 if evident else 0.0, "low": 0, "high": 1}}]}
     job: Any = SimpleNamespace(data=data, task=get_task("regression"))
     fit.measure(job, record, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
-    assert any("accuracy of 0.850" in note and "10% of their labels" in note for note in record.notes) == says
+    assert any("accuracy 0.850" in note and "10% of their labels" in note for note in record.notes) == says
