@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -121,6 +122,7 @@ def test_a_pair_and_its_reverse_conflict_and_longer_chosen_answers_are_noted() -
     ]  # type: ignore[index]
 
 
+@cache
 def lives(n: int, *, seed: int = 0) -> list[tuple[str, str]]:
     """Prompts and answers as people have them: lengths with heavy tails, words by Zipf's law, some answers equal."""
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import cycle, product
 from typing import Any
 from unicodedata import normalize
@@ -34,6 +35,7 @@ CONSTANTS = {
 }
 
 
+@cache
 def drawn(constant: str, script: str, count: int = 150) -> list[Chat]:
     """Rows of one, two or three exchanges, of lengths with a heavy tail; some answers are those of many rows."""
     rng, rows = np.random.default_rng(len(constant) + len(script)), list[Chat]()
@@ -82,9 +84,9 @@ def test_each_sequence_comes_back_to_its_row(name: str, keep: slice, constant: s
 
 def test_rows_with_one_instruction_are_matched_in_linear_time() -> None:
     rules = Turn("system", " ".join(f"Rule {k} is for all." for k in range(40)))
-    rows = [replace(row, messages=(rules, *row.messages)) for row in drawn("none", "latin", 1600)]
+    rows = [replace(row, messages=(rules, *row.messages)) for row in drawn("none", "latin", 800)]
     made = [sequence(row) for row in rows]
-    assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 800)
+    assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 400)
 
 
 def test_a_piece_that_packing_cut_has_no_row() -> None:
