@@ -137,7 +137,8 @@ def backward(
         consume(name, *(x.unflatten(0, (len(labels), -1)).flatten(1, 2) for x in (a, b)))
 
     with torch.enable_grad(), capture(model, sites, by_sample) as tap, _attention(inputs):
-        losses = sample_losses(task, calibrated(model, inputs, task, offsets), labels)
+        logits = calibrated(model, inputs, task, offsets)
+        losses = sample_losses(task, logits, labels)
         # Summed, not averaged: a sample's gradient must not depend on its batch. Adding the anchor gives a graph even
         # where no site reaches the loss.
         grads = torch.autograd.grad(losses.sum() + tap.anchor, [tap.anchor, *also], allow_unused=True)

@@ -39,8 +39,7 @@ def log_ratios(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, 
 
 def log_ratio(logits: Float[Tensor, "m t v"], targets: Int[Tensor, "m t"]) -> Float[Tensor, "n 1"]:
     """Return log p(chosen) − log p(rejected) of n = m/2 pairs, whose answers are neighbouring rows."""
-    tokens = (CAUSAL.targets(targets) >= 0).sum(1)
-    losses = (CAUSAL.loss(logits, targets) * tokens).unflatten(0, (-1, 2))
+    losses = (CAUSAL.loss(logits, targets) * (CAUSAL.targets(targets) >= 0).sum(1)).unflatten(0, (-1, 2))
     return losses[:, 1:] - losses[:, :1]
 
 

@@ -83,9 +83,8 @@ class Verdict:
         """Return calibrated logits, and the probability that each label is wrong."""
         logits = LinearHead(self.weight, self.bias).logits(features).astype(np.float32) / np.float32(self.temperature)
         p = softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
-        p_true = true_class(p, labels, self.transitions)
-        p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
-        return logits, np.where(self.judged[labels], p_wrong, self.otherwise[labels])
+        right = true_class(p, labels, self.transitions)[np.arange(len(labels)), labels]
+        return logits, np.where(self.judged[labels], (1 - right).clip(0, 1), self.otherwise[labels])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

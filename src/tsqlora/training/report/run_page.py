@@ -76,7 +76,8 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """The text and the settings of a run's config.yaml.  Raises DataError for any other file."""
     reading(path)
     try:
-        config = dict(load_yaml(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        config = dict(load_yaml(text))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; copy the run's settings beside {RECORD_FILE}") from None
     except (ValueError, TypeError) as error:
