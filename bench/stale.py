@@ -65,8 +65,10 @@ def main() -> None:
     old = False
     for name, paths in DECIDES.items():
         made = oldest(ROOT / "bench" / "results" / name)
-        since = ("log", "--format=%H", f"{made}..HEAD", "--")
-        changed = git(*since, *(SRC + path for one in paths for path in _both(one))).split() if made else []
+        files = [SRC + path for one in paths for path in _both(one)]
+        # What a later commit took back makes nothing old.
+        differs = made and git("diff", "--name-only", made, "HEAD", "--", *files)
+        changed = git("log", "--format=%H", f"{made}..HEAD", "--", *files).split() if differs else []
         later = [commit for commit in changed if commit[:8] not in EQUAL]
         if later:
             old = True

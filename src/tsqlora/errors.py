@@ -96,8 +96,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}choices: {', '.join(choices)}"
+    return (f"did you mean '{close[0]}'? " if close else "") + f"choices: {', '.join(choices)}"
 
 
 def few(items: Sequence[Any], most: int, between: str = ", ") -> str:

@@ -141,9 +141,7 @@ def rank_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[d
     ({'key': 2}, {'query': 2})
     """
     change = {layer: after[layer] - rank for layer, rank in before.items()}
-    drops = {layer: -delta for layer, delta in change.items() if delta < 0}
-    grows = {layer: delta for layer, delta in change.items() if delta > 0}
-    return drops, grows
+    return {name: -by for name, by in change.items() if by < 0}, {name: by for name, by in change.items() if by > 0}
 
 
 def bounded(events: Sequence[RankEvent]) -> list[RankEvent]:

@@ -257,8 +257,7 @@ def _match_splits(
     """Map each split to the one name whose stem is among the split's usual names."""
     matches = {}
     for split in requested:
-        usual = SPLIT_NAMES.get(split, (split,))
-        hits = [name for name in names if stem(name).lower() in usual]
+        hits = [name for name in names if stem(name).lower() in SPLIT_NAMES.get(split, (split,))]
         if len(hits) > 1:
             raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; remove all but one")
         if hits:

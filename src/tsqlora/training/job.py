@@ -372,5 +372,4 @@ def method_of(job: Job, scores_path: Path, progress: Progress | None = None, *, 
         task=job.task if has_own_loss(job.task, job.model) else None,
     )
     r, how = config.ranks, {"seed": config.training.seed, "collate": job.collate}
-    ranks = published().RankCallback(r.interval, min_rank=r.min, **how) if r.moves else None
-    return Method(data, quality, ranks)
+    return Method(data, quality, published().RankCallback(r.interval, min_rank=r.min, **how) if r.moves else None)

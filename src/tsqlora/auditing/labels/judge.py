@@ -83,8 +83,9 @@ class Verdict:
         """Return calibrated logits, and the probability that each label is wrong."""
         logits = LinearHead(self.weight, self.bias).logits(features).astype(np.float32) / np.float32(self.temperature)
         p = softmax(self.scale * logits.astype(np.float64) + self.offsets, axis=1)
-        right = true_class(p, labels, self.transitions)[np.arange(len(labels)), labels]
-        return logits, np.where(self.judged[labels], (1 - right).clip(0, 1), self.otherwise[labels])
+        p_true = true_class(p, labels, self.transitions)
+        p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
+        return logits, np.where(self.judged[labels], p_wrong, self.otherwise[labels])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +131,8 @@ def judged_features(forward: Forward, rows: Bool[np.ndarray, " n"] | slice = sli
     parts = [part[rows] for part in (forward.features, forward.mean) if part is not None]
     if len(parts) == 1:  # no copy of a large table
         return parts[0].astype(np.float32, copy=False)
-    return np.concatenate(parts or [np.empty((len(forward.labels[rows]), 0))], axis=1, dtype=np.float32)
+    none = np.empty((len(forward.labels[rows]), 0))
+    return np.concatenate(parts or [none], axis=1, dtype=np.float32)
 
 
 def judge(

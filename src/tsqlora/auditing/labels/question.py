@@ -73,7 +73,8 @@ def held_out(request: LookRequest, labels: Int[np.ndarray, " n"] | None) -> Bool
     if strata is not None and len(np.unique(strata)) > size:
         strata = None
     rng = stream("held-out rows", request.rule.seed)
-    return np.isin(inputs, draw(np.zeros(rows), size=size, temperature=1.0, rng=rng, strata=strata, kept=may)) & own
+    chosen = draw(np.zeros(rows), size=size, temperature=1.0, rng=rng, strata=strata, kept=may)
+    return np.isin(inputs, chosen) & own
 
 
 def measured(

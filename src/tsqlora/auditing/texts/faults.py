@@ -318,7 +318,8 @@ def upper_bound(p: Float[np.ndarray, " n"], planted: int) -> float:
     level, n, floors = 1 - 0.05 / 2 / len(FLOORS), len(p), np.array(FLOORS)
     k, m = np.array([(p > floor).sum() for floor in FLOORS]), np.round((1 - floors) * planted)
     most = np.where(k < n, beta.ppf(level, k + 1, np.maximum(n - k, 1)), 1.0)
-    return min(1.0, float((most / np.maximum(beta.ppf(1 - level, m, planted - m + 1), 1e-9)).min()))
+    least = beta.ppf(1 - level, m, planted - m + 1)
+    return min(1.0, float((most / np.maximum(least, 1e-9)).min()))
 
 
 def posterior(p: Float[np.ndarray, " n"], rate: float) -> Float[np.ndarray, " n"]:

@@ -75,7 +75,8 @@ def audit_table(
         made = prepared_rows(chosen, format, vocabulary.tokenizer, max_length=limit)
         return {row.id: one.sequences for row, one in zip(chosen, made, strict=True)}
 
-    return Reconciled(Chats(table, format), lines, of, limit, [line.tokens for line in lines], format=format.name)
+    lengths = [line.tokens for line in lines]
+    return Reconciled(Chats(table, format), lines, of, limit, lengths, format=format.name)
 
 
 def audited(chunk: Sequence[Row], format: Format, vocabulary: Vocabulary, limit: int) -> list[Line]:
