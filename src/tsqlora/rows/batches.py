@@ -61,8 +61,7 @@ def collator(
     tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None, tags: bool = False
 ) -> DataCollatorWithPadding | DataCollatorForTokenClassification:
     """Pad a batch, and its `tags` with -100, to the next multiple of 8 tokens, if the model has enough positions."""
-    longest = -(-max_length // MULTIPLE) * MULTIPLE
-    fits = positions is None or longest <= positions
+    fits = positions is None or -(-max_length // MULTIPLE) * MULTIPLE <= positions
     kind = DataCollatorForTokenClassification if tags else DataCollatorWithPadding
     return kind(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
 

@@ -48,7 +48,8 @@ def among_rows(
     Rows are at the places of their numbers. They are read one after another, several times, and never held.
     """
     findings = defaultdict(list[int])
-    digests = np.fromiter(map(_digest, (row for row in rows if row.whole)), _DIGEST)
+    readable = (row for row in rows if row.whole)
+    digests = np.fromiter(map(_digest, readable), _DIGEST)
     originals = _copies(rows, digests)
     for copy, original in originals.items():
         lines[copy].fate = f"duplicate of {original}" if lines[copy].fate == "trained" else lines[copy].fate
