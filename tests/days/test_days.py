@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -24,6 +25,7 @@ from days.live import live
 from days.oracle import expected
 from days.prepared import sample_of
 from days.rows import Drawn
+from linear import assert_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MINUTE, FIVE = 60, 300
@@ -133,19 +135,11 @@ def _prepared(count: int, constant: str, folder: Path) -> float:
 def test_twice_the_rows_take_at_most_two_and_a_half_times_the_time(
     work: Callable[[int, str, Path], float], constant: str, tmp_path: Path
 ) -> None:
-    work(100, constant, _folder(tmp_path, "first"))
+    def spent(count: int) -> float:
+        return work(count, constant, Path(mkdtemp(dir=tmp_path)))
 
-    def ratio(turn: int) -> float:
-        once, twice = (work(count, constant, _folder(tmp_path, f"{turn} {count}")) for count in (800, 1_600))
-        return twice / once
-
-    # Times on a busy machine differ by a third; of a quadratic loop none of three is below 2.5.
-    assert any(ratio(turn) <= 2.5 for turn in range(3))
-
-
-def _folder(place: Path, name: str) -> Path:
-    (place / name).mkdir()
-    return place / name
+    spent(100)
+    assert_linear(spent, 400)
 
 
 REAL = {

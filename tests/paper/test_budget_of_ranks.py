@@ -213,4 +213,4 @@ def test_plain_loras_ranks_are_those_of_equal_sensitivities_also_if_all_are_zero
     bounds = {"mean_rank": min(mean_rank, capacity), "min_rank": 0, "max_rank": capacity}
     plain = uniform_ranks(zero.shapes, bounds["mean_rank"], capacity)
     for equal in (zero, replaced(zero, dict.fromkeys(zero.shapes, 1.0))):
-        assert allocate(equal, **bounds) == plain  # type: ignore[arg-type]
+        assert allocate(equal, **bounds) == plain

@@ -103,7 +103,7 @@ def test_measuring_and_an_evaluation_leave_the_model_and_its_gradients_as_they_w
     def gradient() -> Tensor:
         model.zero_grad()
         model.eval()(**collate(ROWS)).loss.backward()
-        return find_slots(model)[Q].b.grad.clone()  # type: ignore[union-attr]
+        return find_slots(model)[Q].b.grad.clone()
 
     model = quantised(saved, kind)
     before = gradient()

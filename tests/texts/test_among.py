@@ -251,4 +251,4 @@ def test_a_prompt_that_was_answered_many_times_is_one_leak_and_an_instruction_al
 def test_twice_the_rows_take_twice_the_time(constant: str) -> None:
     rows = [row(j, ONE, OTHER) for j in range(2000)] if constant == "equal" else table(2000, constant)
     findings(rows[:500], rows[:125])
-    assert_linear(lambda n: seconds(lambda: findings(rows[:n], rows[: n // 4])), 1000)
+    assert_linear(lambda n: seconds(lambda: findings(rows[:n], rows[: n // 4])), 500)

@@ -86,7 +86,7 @@ def test_rows_with_one_instruction_are_matched_in_linear_time() -> None:
     rules = Turn("system", " ".join(f"Rule {k} is for all." for k in range(40)))
     rows = [replace(row, messages=(rules, *row.messages)) for row in drawn("none", "latin", 800)]
     made = [sequence(row) for row in rows]
-    assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 400)
+    assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 200)
 
 
 def test_a_piece_that_packing_cut_has_no_row() -> None:

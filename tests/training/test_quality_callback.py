@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -408,3 +409,11 @@ def test_a_collator_may_take_the_labels_out_of_its_rows(tmp_path: Path) -> None:
     trainer.data_collator = popping
     trainer.train()
     assert quality.data.scores is not None
+
+
+def test_a_head_that_lora_has_frozen_is_named(tmp_path: Path) -> None:
+    """Without a task_type PEFT trains no head, and an untrained one keeps the model at chance."""
+    model = get_peft_model(base_bert(), LoraConfig(target_modules=["query"]))
+    data = tsq.QualitySubset(moods(), 0.5, seed=0)
+    with pytest.warns(UserWarning, match="no linear head of it trains .give LoraConfig a task_type"):
+        make_trainer(model, data, tmp_path, [tsq.QualityCallback(data)], num_train_epochs=1).train()

@@ -557,12 +557,12 @@ class QualityCallback(TrainerCallback):
             self._save(scores)
             data.plan = data.plan.scored(scores, 0)
         elif answers is not None:
-            line = in_one_line(answers, {}, len(data.dataset))
-            self.notes.append(line)
+            self.notes.append(line := in_one_line(answers, {}, len(data.dataset)))
         self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         if self.into is None:  # `tsqlora train` shows notes at its end
-            what = f"text without trusted rows is drawn evenly, {data.plan.fraction:.0%} of the rows an epoch; give "
-            warnings.warn(f"{what}QualitySubset(trusted=rows), or a fraction of 1{line and '; '}{line}", stacklevel=5)
+            even = f"text without trusted rows is drawn evenly, {data.plan.fraction:.0%} of the rows an epoch"
+            cure = "give QualitySubset(trusted=rows), or a fraction of 1"
+            warnings.warn("; ".join(filter(None, (even, cure, line))), stacklevel=5)
 
 
 def _even_look(head: dict[str, Any] | None) -> dict[str, Any]:
