@@ -31,8 +31,8 @@ from tsqlora.rows.table import data_hash
 from tsqlora.sampling import draw_size
 from tsqlora.seeds import stream
 from tsqlora.settings import Config
-from tsqlora.training.fit import Method, fit
-from tsqlora.training.job import Job, load, method_of
+from tsqlora.training.fit import fit
+from tsqlora.training.job import Job, Method, load, method_of
 from tsqlora.training.lora import inject, layers_of, new_config
 from tsqlora.training.run import arguments, measure
 
@@ -250,7 +250,7 @@ def train(
             built = METHODS[entry.method](job, steps)
         failed = {}
         try:
-            fit(built.model, args, method, job.inputs, record, also=(*built.callbacks, *further))
+            fit(job.with_model(built.model), args, method, record, also=(*built.callbacks, *further))
             measure(job.with_model(built.model), record, args, None)
         except TsqLoraError as error:
             if type(error) is not TsqLoraError:  # of settings and data, which no other seed would cure

@@ -22,7 +22,7 @@ from tsqlora.model.request import Compute
 from tsqlora.settings import Config, load_config
 from tsqlora.tasks import get_task
 from tsqlora.training import command as pipeline
-from tsqlora.training.predictions import predict_logits
+from tsqlora.training.predict import predict_logits
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
 

@@ -1,6 +1,5 @@
 """Progress reports of long functions, for a terminal or a test."""
 
-import math
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -26,15 +25,3 @@ def bars(rows: int) -> Progress:
             shown.pop(phase).close()
 
     return show
-
-
-def duration(seconds: float) -> str:
-    """A time that is left, in words, rounded up.
-
-    >>> duration(40), duration(4000)
-    ('40 s', '1 h 7 min')
-    """
-    minutes = math.ceil(seconds / 60)
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError
 from tsqlora.files import reading, write_json
 from tsqlora.run_dir import RECORD_FILE
@@ -19,6 +18,22 @@ from tsqlora.run_dir import RECORD_FILE
 MOST_ENTRIES = 5000
 """Of the log, in the record."""
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")
+
+
+@dataclass(slots=True)
+class PhaseCost:
+    """The cost of one phase of a run. Passes count samples: a row forward, a row backward."""
+
+    seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+    tokens: int = 0
+
+    def add(self, *, seconds: float = 0.0, forward: int = 0, backward: int = 0, tokens: int = 0) -> None:
+        self.seconds += seconds
+        self.forward += forward
+        self.backward += backward
+        self.tokens += tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,11 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def first_scores(path: Path) -> Path:
+    """File of the first look's scores, once a second look has others."""
+    return path.with_name(f"{path.stem}-1{path.suffix}")
+
+
 def adapter_folder(path: Path) -> Path:
     """Where the adapter lies: of a run in its own folder, else in the directory itself.
 

@@ -21,8 +21,7 @@ from seen import Seen
 from tsqlora.auditing.page import environment
 from tsqlora.errors import SettingsError
 from tsqlora.training.report.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
-from tsqlora.training.report.run_page import gather, run_page
-from tsqlora.training.report.samples import DOUBTED, Samples
+from tsqlora.training.report.run_page import DOUBTED, Samples, gather, run_page
 from tsqlora.training.report.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))

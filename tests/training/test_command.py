@@ -73,8 +73,8 @@ def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(tmp_path: Path) -> No
     config = load_config(fixed(tmp_path, optim="adafactor") / "c.yaml")
     with patch("tsqlora.training.command.fit", side_effect=fit) as fitted:
         record = pipeline.train(config, tmp_path / "run")
-    model, _, method = fitted.call_args.args[:3]
-    assert (has_slots(model), method.ranks) == (False, None)
+    job, _, method = fitted.call_args.args[:3]
+    assert (has_slots(job.model), method.ranks) == (False, None)
     assert set(record.ranks.values()) == set(record.plan["ranks"].values()) == {4}
     torch.manual_seed(config.training.seed)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
@@ -103,7 +103,7 @@ def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -
     record = begin(job, args, method)
     counts = CountWaits()
     with waits_of_ours() as counts.seen:
-        fit(job.model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)
+        fit(job, args, method, record, also=[StopCallback("advice"), counts], run=tmp_path)
     assert {len(step) for step in counts.steps[1:]} == {1}
     assert "training/nonfinite.py" in counts.steps[1][0]
 

@@ -11,12 +11,11 @@ import pytest
 
 from runs import make_rows, set_up, write_jsonl
 from tsqlora.auditing.draw.subset import QualitySubset
-from tsqlora.auditing.reasons import WHY, explain_row
+from tsqlora.auditing.reasons import WHY, explain_row, explain_source
 from tsqlora.auditing.scores import REASONS, Scores
 from tsqlora.errors import DataError
 from tsqlora.settings import load_config
 from tsqlora.training.command import train
-from tsqlora.training.explain import explain_source
 
 Run = Callable[..., tuple[int, str, str]]
 Draws = dict[int, np.ndarray]

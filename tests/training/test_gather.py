@@ -14,8 +14,7 @@ from runs import make_rows, write_jsonl
 from tsqlora.auditing.reasons import suspicion
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.training.report.figures import BINS, bins, histograms
-from tsqlora.training.report.run_page import gather, run_page
-from tsqlora.training.report.samples import LISTS, LONGEST, OF_A_KIND, choose_samples
+from tsqlora.training.report.run_page import LISTS, LONGEST, OF_A_KIND, choose_samples, gather, run_page
 
 ROWS = make_rows(60, labels=("no", "yes"))
 

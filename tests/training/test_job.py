@@ -116,7 +116,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "QualityCallback"): None,
         (job, "ScoringRule"): SimpleNamespace(weights=None, select=True, head_start=True),
         (paper, "RankCallback"): None,
-        (predict, "write_texts"): [],
+        (predict, "generation_config"): None,
+        (predict, "run_pass"): {},
         (fit, "TrainingArguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
 

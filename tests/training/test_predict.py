@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,20 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
+from models import collate, samples, tiny_bert
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tables import cells_of
+from tsqlora.auditing.reasons import explain_source
 from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.model.named import device_of
+from tsqlora.model.request import Compute
 from tsqlora.record import RunRecord
 from tsqlora.rows import sources
 from tsqlora.rows.sources import open_table
 from tsqlora.rows.write import write_rows
 from tsqlora.settings import Config, load_config
+from tsqlora.tasks import get_task
 from tsqlora.training.command import train
-from tsqlora.training.explain import explain_source
 from tsqlora.training.job import open_run
-from tsqlora.training.predict import evaluate_run, predict_run, predictor_of
+from tsqlora.training.predict import evaluate_run, predict_logits, predict_run, predictor_of
 from tsqlora.training.score import score_rows
 
 NAMES = ("no", "yes")
@@ -272,3 +277,28 @@ def test_columns_in_other_case_are_those_of_training(run: Path, tmp_path: Path) 
     assert [row["prediction"] for row in predicted] == [row["prediction"] for row in expected]
     assert [*predicted[0]] == [" Text", "LABEL", "prediction", "probability"]
     assert evaluate_run(run, path) == evaluate_run(run, data_of(run))
+
+
+TASK, ROWS = get_task("sequence-classification"), samples(11, 3)
+
+
+def unlabelled(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """As `collate`, of rows that must have no labels."""
+    assert all("labels" not in row for row in rows)
+    batch = collate([{**row, "labels": 0} for row in rows])
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def test_progress_ends_at_the_number_of_rows() -> None:
+    updates: list[tuple[str, int, int]] = []
+    compute = Compute(4, progress=lambda *args: updates.append(args))
+    predict_logits(tiny_bert(), ROWS, unlabelled, task=TASK, phase="test", compute=compute)
+    assert updates == [("test", 0, 11), ("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    broken = tiny_bert()
+    with torch.no_grad():
+        broken.classifier.bias.fill_(torch.nan)
+    with pytest.raises(TsqLoraError, match=r"not finite for 11 of 11 rows; lower training\.learning_rate"):
+        predict_logits(broken, ROWS, unlabelled, task=TASK, compute=Compute(4))

@@ -22,7 +22,6 @@ from tsqlora.auditing.head_start import Started, features_with, fitted_parameter
 from tsqlora.auditing.labels.density_ratio import log_density_ratio
 from tsqlora.auditing.labels.judge import FEWEST, Judgement, Verdict, judge, judged_features
 from tsqlora.auditing.scores import Scores, from_terms, require_row_names
-from tsqlora.cost import PhaseCost, look_cost
 from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.libs.shapes import Bool, Float
 from tsqlora.libs.torch import upcast
@@ -41,7 +40,8 @@ from tsqlora.model.request import (
     require_precision,
     terms_of_batch,
 )
-from tsqlora.model.terms import Measured, columns_of, published
+from tsqlora.model.terms import Measured, columns_of, look_cost, published
+from tsqlora.record import PhaseCost
 from tsqlora.rows.datasets import Dataset, require_reference
 from tsqlora.tasks import Answers, Batch, Collate, Task, answers_of, task_of
 from tsqlora.tasks.forward import base_model, each_its_row, output_part, placed, precision, split_labels

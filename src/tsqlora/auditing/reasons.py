@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
+from tsqlora.auditing.draw.epochs import EpochPlan
 from tsqlora.auditing.scores import REASONS, WHY, Scores
 from tsqlora.errors import DataError
 from tsqlora.libs.shapes import Bool, Float, Int
+from tsqlora.record import RunRecord, question_in_words
 from tsqlora.rows.chat import PREFERENCE, Format
 from tsqlora.rows.labels import UNSEEN, are_numbers
 from tsqlora.rows.readers import Hints
@@ -17,6 +20,8 @@ from tsqlora.rows.rows import Columns, row_hash, row_text
 from tsqlora.rows.sources import is_local, open_table
 from tsqlora.rows.splits import lacks_of
 from tsqlora.rows.table import Table
+from tsqlora.run_dir import CONFIG_FILE, SCORES_FILE, first_scores, is_run
+from tsqlora.settings import load_config
 
 
 def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
@@ -210,3 +215,53 @@ def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
 def _finite(columns: Mapping[str, np.ndarray], j: int) -> dict[str, float]:
     """Return the values of a row, without those that are null."""
     return {name: float(values[j]) for name, values in columns.items() if not np.isnan(values[j])}
+
+
+def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[str, Any]:
+    """Return the scores of a row, by its number in its file; for a run also the number of epochs that drew it.
+
+    Raises DataError if there are no scores, or none of this row.
+    """
+    scores = scores_of(source)
+    explained = explain_row(scores, row, data=data)
+    if not (source.is_dir() and is_run(source)):
+        return explained
+    record, place = RunRecord.load(source), place_of(scores, row)
+    if explained["reason"] in ("trusted row", "held out"):
+        explained["question"] = question_in_words(record.quality.get("question") or {})
+    if "looks" not in record.quality:  # of a version without looks
+        return explained
+    draws = draws_of(source, record, scores)
+    return {**explained, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
+
+
+def scores_of(source: Path) -> Scores:
+    """Read the scores of a run or of a file."""
+    path = source / SCORES_FILE if source.is_dir() else source
+    if not path.exists() and source.is_dir():
+        folder = quote(str(source))
+        raise DataError(f"{source} has no {SCORES_FILE}; type `tsqlora score {folder} --out {folder}/{SCORES_FILE}`")
+    return Scores.load(path)
+
+
+def draws_of(run: Path, record: RunRecord, scores: Scores) -> list[np.ndarray]:
+    """Return the rows in each epoch of a run, trusted ones behind the pool's; `scores` are its last ones."""
+    config, quality = load_config(run / CONFIG_FILE, trained=True), record.quality
+    twins, question = scores.left_out_as("trusted row"), quality.get("question") or {}
+    plan = EpochPlan(
+        len(scores),
+        config.quality.fraction,
+        config.training.seed,
+        trusted=quality["trusted_rows"],
+        excluded=twins if twins.any() else None,
+        contradicted=question.get("contradicted", False),
+        awaits_scores=True,
+    ).holding_out(scores)
+    if "from" in question:
+        epoch, place = question["from"]
+        plan = replace(plan, asks=epoch * plan.size + place)
+    plans, first = {0: plan}, first_scores(run / SCORES_FILE)
+    for one in ([Scores.load(first)] if first.exists() else []) + [scores]:
+        epoch = one.record.epoch or 0
+        plans[epoch] = plan if one.record.not_ready else plan.scored(one, epoch)
+    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(record.plan["epochs"])]

@@ -88,8 +88,7 @@ def explain(
 
     Example: tsqlora explain scores.parquet --samples 10
     """
-    from tsqlora.auditing.reasons import explain
-    from tsqlora.training.explain import explain_source, scores_of
+    from tsqlora.auditing.reasons import explain, explain_source, scores_of
 
     if row is None:
         console.show(explain(scores_of(source), samples, data=data), as_json, "show_explained")

@@ -23,8 +23,9 @@ def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
     return None if scaler is None else scaler.get_scale()
 
 
-def inner_batch_sampler(sampler: Any) -> Any:
-    """The batch sampler whose batches accelerate distributes among processes."""
-    while isinstance(sampler, BatchSamplerShard):
-        sampler = sampler.batch_sampler
-    return sampler
+def row_sampler(loader: Any) -> Any:
+    """The sampler of a loader's rows, whose batches accelerate distributes among processes."""
+    batches = loader.batch_sampler
+    while isinstance(batches, BatchSamplerShard):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", batches)

@@ -3,7 +3,7 @@
 A term is a function of what one pass measured. To add one, add an entry to TERMS, or pass the function itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.libs.shapes import Float, Int, Shaped
+from tsqlora.record import PhaseCost
 
 CLIP = 3.0
 """Standardised terms are clipped to this many deviations."""
@@ -49,6 +50,20 @@ class Term:
     """Exists only where a sample has one answer, a class or a number."""
     probe: bool = False
     """Needs hidden states of text and of trusted rows: the look's forward pass gives them, a pass over batches not."""
+
+
+def look_cost(terms: Collection[Term], *, rows: int, reference: int, trusted: int = 0) -> PhaseCost:
+    """Return the cost of a look that measures these terms.
+
+    Every row and every trusted row goes forward once. If a term needs gradients, all rows go forward and backward, and
+    the reference goes forward for calibration, and forward and backward for its mean gradient. Look-ahead terms take
+    one more forward pass.
+    """
+    cost = PhaseCost(forward=rows + trusted)
+    if any(term.gradient for term in terms):
+        cost.add(forward=rows + 2 * reference, backward=rows + reference)
+    cost.add(forward=rows * any(term.lookahead for term in terms))
+    return cost
 
 
 def required(value: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:

@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.cost import PhaseCost
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.libs.torch import compile_limits
 from tsqlora.paper.budget import Sensitivity, allocate, caps, costs, used
@@ -32,6 +31,7 @@ from tsqlora.paper.order import StepOrder, take_over
 from tsqlora.paper.probe import Probe, probe_pass
 from tsqlora.paper.sites import lora_layers
 from tsqlora.paper.slots import Slots, finalize, find_slots, has_slots, sync_config
+from tsqlora.record import PhaseCost
 from tsqlora.tasks import Collate, Task
 from tsqlora.training.checkpoints import require_options
 from tsqlora.training.nonfinite import gradient_norm

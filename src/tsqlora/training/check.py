@@ -22,8 +22,7 @@ from tsqlora.rows.rows import Row
 from tsqlora.rows.tokens import causal_rows
 from tsqlora.tasks import get_task
 from tsqlora.training.job import Job, open_run, require_finished
-from tsqlora.training.predict import predictor_of
-from tsqlora.training.predictions import writing
+from tsqlora.training.predict import generation_config, predictor_of
 
 PROMPTS = 32
 CONTRACT_PROMPTS, SEEN = 5, 200
@@ -85,7 +84,7 @@ def write(job: Job, prompt: Prompt, *, base: bool = False) -> Answer:
     """What PEFT writes on a prompt; with `base` the first tokens of the base without the adapter."""
     model, tokenizer = job.model, job.tokenizer
     most = job.config.task.max_new_tokens
-    how = writing(model.get_base_model(), tokenizer, max_new_tokens=min(most, FIRST + 4) if base else most)
+    how = generation_config(model.get_base_model(), tokenizer, max_new_tokens=min(most, FIRST + 4) if base else most)
     ids = torch.tensor([prompt.ids], device=next(model.parameters()).device)
     with torch.inference_mode(), model.disable_adapter() if base else nullcontext():
         written = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)

@@ -26,8 +26,7 @@ from tsqlora.training.check import write_contract
 from tsqlora.training.checkpoints import newest_complete, note_in, require_resumable_saves
 from tsqlora.training.fit import fit, save_adapter
 from tsqlora.training.job import load, method_of, with_start
-from tsqlora.training.plan import shown_samples
-from tsqlora.training.run import arguments, begin, measure
+from tsqlora.training.run import arguments, begin, measure, shown_samples
 from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
@@ -131,7 +130,7 @@ def _train(
         record.notes.append(_in_parts(config, rows))
     also = [WriteStart(run, config, record), stop]
     how = {"also": also, "resume_from": checkpoint, "progress": progress, "run": run}
-    save_adapter(fit(job.model, args, method, job.inputs, record, **how), run / ADAPTER_DIR)
+    save_adapter(fit(job, args, method, record, **how), run / ADAPTER_DIR)
     if distributed.is_first():
         for fault in faults_in(run / ADAPTER_DIR):
             warnings.warn(f"the saved adapter has a fault: {fault}", stacklevel=2)

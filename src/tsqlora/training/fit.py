@@ -1,7 +1,6 @@
 """One training in the stock Trainer, with the method's callbacks: of `tsqlora train`, or a Trainer that exists."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,41 +21,16 @@ from tsqlora.model.request import ScoringRule
 from tsqlora.progress import Progress
 from tsqlora.record import RunRecord
 from tsqlora.rows.datasets import Dataset
-from tsqlora.rows.table import Samples
-from tsqlora.tasks import Collate, Task, has_own_loss
+from tsqlora.tasks import has_own_loss
 from tsqlora.tasks.forward import base_model, generates, output_part
+from tsqlora.training.job import Job, Method
 from tsqlora.training.quality_callback import QualityCallback
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """The rows that epochs are drawn from, and the callbacks that draw them and move ranks."""
-
-    data: QualitySubset
-    quality: QualityCallback
-    ranks: Any = None
-    """The RankCallback of `tsqlora.paper`, where ranks move."""
-
-    @property
-    def callbacks(self) -> list[TrainerCallback]:
-        return [callback for callback in (self.ranks, self.quality) if callback is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """How batches are made and evaluated."""
-
-    task: Task
-    tokenizer: Any
-    collate: Collate
-    validation: Samples
-
-
 def fit(
-    model: nn.Module,
+    job: Job,
     args: TrainingArguments,
     method: Method,
-    inputs: Inputs,
     record: RunRecord,
     *,
     also: Sequence[TrainerCallback] = (),
@@ -64,10 +38,10 @@ def fit(
     progress: Progress | None = None,
     run: Path | None = None,
 ) -> Trainer:
-    """Train the model in place; decisions, costs and logs go into the record, and into run.json in `run`."""
-    data, task = method.data, inputs.task
+    """Train the job's model in place; decisions, costs and logs go into the record, and into run.json in `run`."""
+    model, data, task = job.model, method.data, job.task
     method.quality.into = record, run
-    live = [] if progress is None else [TellProgress(progress)]
+    callbacks = [method.ranks, method.quality, *also, None if progress is None else TellProgress(progress)]
 
     def measure(result: Any) -> dict[str, float]:
         return task.metrics(result.predictions, result.label_ids)
@@ -76,18 +50,18 @@ def fit(
         model,
         args,
         train_dataset=data,
-        eval_dataset=inputs.validation,  # type: ignore[arg-type]
-        processing_class=inputs.tokenizer,
-        data_collator=cast(Any, inputs.collate),
+        eval_dataset=job.data["validation"].samples,  # type: ignore[arg-type]
+        processing_class=job.tokenizer,
+        data_collator=cast(Any, job.collate),
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=measure,
-        callbacks=[*method.callbacks, *also, *live],
+        callbacks=[callback for callback in callbacks if callback is not None],
     )
     # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    set_loss_scaling(trainer, divides_by_window=_divides_by_window(model, inputs.collate([data.dataset[0]])))
+    set_loss_scaling(trainer, divides_by_window=_divides_by_window(model, job.collate([data.dataset[0]])))
     if has_own_loss(task, model):
 
         def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

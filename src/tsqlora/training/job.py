@@ -36,7 +36,6 @@ from tsqlora.run_dir import ADAPTER_DIR, CONFIG_FILE, adapter_folder, is_run
 from tsqlora.sampling import stratum_sizes
 from tsqlora.settings import PRESETS, Config, load_config
 from tsqlora.tasks import Collate, Task, get_task, has_own_loss
-from tsqlora.training.fit import Inputs, Method
 from tsqlora.training.lora import mean_rank, read_start, start_from, wrap
 from tsqlora.training.quality_callback import QualityCallback
 
@@ -80,11 +79,6 @@ class Job:
     @property
     def collate(self) -> Collate:
         return self.task.reading.collate(self.model, self.tokenizer, max_length=self.max_length)
-
-    @property
-    def inputs(self) -> Inputs:
-        """What `fit` makes batches of."""
-        return Inputs(self.task, self.tokenizer, self.collate, self.data["validation"].samples)
 
     def row_names(self, **about: Any) -> RowNames:
         """The training rows' ids, hashes and lengths, and for the scores' record their file, columns and classes."""
@@ -326,6 +320,16 @@ def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """The rows that epochs are drawn from, and the callbacks that draw them and move ranks."""
+
+    data: QualitySubset
+    quality: QualityCallback
+    ranks: Any = None
+    """The RankCallback of `tsqlora.paper`, where ranks move."""
 
 
 def scoring_rule(config: Config) -> ScoringRule:

@@ -5,16 +5,17 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from tsqlora import distributed
 from tsqlora.auditing.draw.subset import QualitySubset
-from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.libs.transformers import live_note
-from tsqlora.record import RunRecord, logged, metrics_of
+from tsqlora.model.request import ScoringRule
+from tsqlora.record import PhaseCost, RunRecord, logged, metrics_of
 from tsqlora.tasks import Task, task_of
 from tsqlora.tasks.forward import base_model
 from tsqlora.training.lora import active_ranks, trainable_parameters
@@ -40,6 +41,13 @@ def step_size(args: TrainingArguments, state: TrainerState) -> int:
     lowered = state.train_batch_size if args.auto_find_batch_size else None
     processes = 1 if cast(AcceleratorConfig, args.accelerator_config).split_batches else args.world_size
     return (lowered or args.train_batch_size) * args.gradient_accumulation_steps * processes
+
+
+def half_precision(args: TrainingArguments, rule: ScoringRule) -> torch.dtype | None:
+    """The precision of training in which a look measures too; None for float32, which terms that look ahead need."""
+    if any(term.lookahead for term in rule.measured().values()):
+        return None
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 class LiveRecord:

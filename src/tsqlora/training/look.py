@@ -36,6 +36,7 @@ from tsqlora.run_dir import CONFIG_FILE
 from tsqlora.settings import Config, dump_config, load_config
 from tsqlora.tasks import Collate, Task
 from tsqlora.training.job import format_of, load, scoring_rule, with_start, without_rows
+from tsqlora.training.live_record import half_precision
 from tsqlora.training.run import arguments
 
 
@@ -106,8 +107,6 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
     require_place(out / "look.json")
     config = with_start(config)
     args, rule = arguments(config, out), replace(scoring_rule(config), select=True)
-    lookahead = any(term.lookahead for term in rule.measured().values())
-    half = None if lookahead else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     job = load(config, gpus=gpus_of(config)).with_adapter().on_device()
     taken = look(
         job.model,
@@ -117,7 +116,7 @@ def look_at(config: Config, out: Path, *, progress: Progress | None = None) -> S
         rule=rule,
         task=job.task,
         rows=job.row_names(),
-        compute=Compute(args.per_device_eval_batch_size, half, progress=progress),
+        compute=Compute(args.per_device_eval_batch_size, half_precision(args, rule), progress=progress),
         trusted=job.trusted,
         processing_class=job.tokenizer,
     )

@@ -1,20 +1,23 @@
 """Use a trained model: metrics on labelled rows, predictions or generated texts on any file."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.errors import DataError, TsqLoraError
 from tsqlora.files import reading, writing
 from tsqlora.model.load import positions_of
 from tsqlora.model.named import read
+from tsqlora.model.passes import Columns, run_pass
 from tsqlora.model.request import Compute
 from tsqlora.progress import Progress
 from tsqlora.rows.batches import padded_labels
@@ -22,15 +25,19 @@ from tsqlora.rows.labels import require_separable
 from tsqlora.rows.readers import TABLES
 from tsqlora.rows.sources import open_table
 from tsqlora.rows.splits import lacks_of, listed
-from tsqlora.rows.table import Samples, Table
+from tsqlora.rows.table import Samples, Table, length_of
 from tsqlora.rows.tokens import references
 from tsqlora.rows.write import joined, require_writable, save_beside, try_rows, without_formulas, write_rows
+from tsqlora.tasks import Batch, Collate, Task, require_room
+from tsqlora.tasks.forward import base_model, continues, split_labels
 from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.training.job import Job, open_run, require_columns, require_finished
-from tsqlora.training.predictions import predict_logits, summed_counts, write_texts
 
 EVAL_BATCH = 64
 """Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""
+
+Count = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""What a task counts on logits and targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,31 @@ class Predictor:
         return z, padded_labels([sample["labels"] for sample in samples], z.shape[1] if z.ndim == 3 else None)
 
     def metrics(self, samples: Sequence[dict[str, Any]], *, phase: str) -> dict[str, float]:
-        """The task's metrics on labelled samples; for generation those of the rows' targets."""
+        """The task's metrics on labelled samples; for generation those of the rows' targets.
+
+        Raises TsqLoraError where the summed loss is not finite.
+        """
         job = self.job
 
-        def summed(samples: Sequence[dict[str, Any]], count: Any) -> dict[str, float]:
-            how = {"phase": phase, "compute": self.compute}
-            return summed_counts(job.model, samples, job.collate, job.task, count, **how)
+        def summed(samples: Sequence[dict[str, Any]], count: Count) -> dict[str, float]:
+            """The sums of what is counted on each batch, with the targets shown."""
+            lengths = [len(sample["input_ids"]) for sample in samples]
+
+            def measure(_: np.ndarray, batch: Batch) -> Columns:
+                inputs, labels = split_labels(batch, job.model)
+                counts = count(job.task.reading.logits(job.model, inputs), labels)
+                return {name: values.numpy(force=True) for name, values in counts.items()}
+
+            with torch.inference_mode():
+                how = {"lengths": lengths, "phase": phase}
+                columns = run_pass(job.model, measure, samples, job.collate, self.compute, **how)
+            sums = {name: float(column.sum()) for name, column in columns.items()}
+            if not math.isfinite(sums["loss"]):
+                raise TsqLoraError(
+                    f"the loss on {len(samples)} rows is {sums['loss']}; lower training.learning_rate or use another "
+                    "dtype"
+                )
+            return sums
 
         return job.task.evaluate(samples, logits=partial(self.answers, phase=phase), summed=summed)
 
@@ -73,18 +99,31 @@ class Predictor:
         return encode(rows, table.format, self.job.tokenizer, max_length=most, **how)
 
     def texts(self, prompts: Samples, *, phase: str) -> list[str]:
-        """Generate a text for each prompt."""
-        job, how = self.job, self.job.config.task
-        return write_texts(
-            job.model,
-            prompts,
-            job.task.reading.collate(job.model, job.tokenizer, max_length=job.max_length, prompts=True),
-            job.tokenizer,
-            max_new_tokens=how.max_new_tokens,
-            beams=how.beams,
-            phase=phase,
-            compute=self.compute,
-        )
+        """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
+
+        Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
+        """
+        job, task, tokenizer = self.job, self.job.config.task, self.job.tokenizer
+        inner: Any = base_model(job.model)
+        lengths, goes_on = [len(prompt["input_ids"]) for prompt in prompts], continues(inner)
+        require_room(positions_of(inner), task.max_new_tokens, longest=max(lengths) if goes_on else 0)
+        config = generation_config(inner, tokenizer, max_new_tokens=task.max_new_tokens, beams=task.beams)
+        # A causal model's prompts are padded on the left: it goes on from their last token.
+        collate = job.task.reading.collate(job.model, tokenizer, max_length=job.max_length, prompts=True)
+        texts = [""] * len(prompts)
+
+        def write(rows: np.ndarray, batch: Batch) -> Columns:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            written = job.model.generate(**inputs, generation_config=config)
+            new = written[:, inputs["input_ids"].shape[1] :] if goes_on else written
+            for j, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                texts[int(j)] = text.strip()
+            return {}
+
+        with torch.inference_mode():
+            how = {"lengths": lengths, "phase": phase}
+            run_pass(job.model, write, prompts, _without_labels(job.model, collate), self.compute, **how)
+        return texts
 
     def text_metrics(self, table: Table) -> dict[str, float]:
         """Compare generated texts with the rows' targets; nothing for rows without them, such as plain text."""
@@ -118,6 +157,81 @@ def cuts(split: Samples, what: str, length: int) -> str:
     """How many rows were cut, in words."""
     words = f"; {split.cut_words} of their words are behind the cut, without a tag" if split.cut_words else ""
     return f"{split.truncated} of {len(split)} {what} were cut to {length} tokens{words}"
+
+
+def predict_logits(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    collate: Collate,
+    *,
+    task: Task,
+    compute: Compute,
+    phase: str = "evaluation",
+) -> np.ndarray:
+    """n × k logits, n × t × k for tags, in the samples' order; labels, if any, are not shown to the model.
+
+    Raises TsqLoraError where a logit is not finite: no prediction would mean anything.
+    """
+    out: np.ndarray | None = None
+
+    def measure(rows: np.ndarray, batch: Batch) -> Columns:
+        nonlocal out
+        logits = task.reading.logits(model, batch).numpy(force=True)
+        # The first batch has the longest samples.
+        out = np.zeros((len(samples), *logits.shape[1:]), logits.dtype) if out is None else out
+        out[rows, : logits.shape[1]] = logits
+        return {}
+
+    lengths = [length_of(sample) for sample in samples]
+    with torch.inference_mode():
+        run_pass(model, measure, samples, _without_labels(model, collate), compute, lengths=lengths, phase=phase)
+    assert out is not None
+    if broken := int((~np.isfinite(out)).reshape(len(out), -1).any(axis=1).sum()):
+        raise TsqLoraError(
+            f"the model's logits are not finite for {broken} of {len(out)} rows; "
+            "lower training.learning_rate or use another dtype"
+        )
+    return out
+
+
+def _without_labels(model: nn.Module, collate: Collate) -> Collate:
+    """Collate rows without their labels, and move the batch to the model's device."""
+
+    def unlabelled(rows: list[Any]) -> Batch:
+        batch = collate([{name: value for name, value in row.items() if name != "labels"} for row in rows])
+        return {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+
+    return unlabelled
+
+
+def generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, beams: int = 1
+) -> GenerationConfig:
+    """Greedy search, or beams, with the model's own special tokens and nothing else of its generation_config.
+
+    A text ends at the tokenizer's end token, with which targets were ended, and at the model's own ones.
+    """
+    own, last = model.generation_config, cast(Any, tokenizer.eos_token_id)
+    ends = {*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), last}
+    start = own.decoder_start_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=sorted(ends - {None}) or None,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None) if start is None else start,
+        min_length=0,
+        min_new_tokens=0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        early_stopping=False,
+        num_return_sequences=1,
+    )
 
 
 def evaluate_run(

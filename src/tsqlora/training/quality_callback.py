@@ -13,7 +13,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
@@ -29,18 +28,17 @@ from tsqlora.auditing.scores import Scores
 from tsqlora.auditing.texts.raw import worst_findings
 from tsqlora.auditing.texts.unfit import even_scores, in_one_line, look_before, without_unfit
 from tsqlora.auditing.texts.vocabulary import Vocabulary, vocabulary_of_answers
-from tsqlora.cost import PhaseCost
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.files import digest
-from tsqlora.libs.accelerate import inner_batch_sampler
+from tsqlora.libs.accelerate import row_sampler
 from tsqlora.libs.transformers import knows_lengths, live_note
 from tsqlora.model.eval_mode import eval_mode
 from tsqlora.model.request import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.model.terms import TERMS
 from tsqlora.progress import Progress, bars
-from tsqlora.record import RunRecord, question_in_words
+from tsqlora.record import PhaseCost, RunRecord, question_in_words
 from tsqlora.rows.datasets import LABELS
-from tsqlora.run_dir import SCORES_FILE
+from tsqlora.run_dir import SCORES_FILE, first_scores
 from tsqlora.tasks import Collate, Task, task_of
 from tsqlora.training.checkpoints import (
     ROWS_HASH,
@@ -53,7 +51,7 @@ from tsqlora.training.checkpoints import (
     write_manifest,
     write_state,
 )
-from tsqlora.training.live_record import EPOCH_ERROR, LiveRecord, epoch_of, own_record
+from tsqlora.training.live_record import EPOCH_ERROR, LiveRecord, epoch_of, half_precision, own_record
 from tsqlora.training.nonfinite import FiniteSteps
 from tsqlora.training.trusted_last import Schedule, TrustedLast
 
@@ -97,8 +95,6 @@ class QualityCallback(TrainerCallback):
 
     into: tuple[RunRecord, Path | None] | None = None
     """The record of `tsqlora train` and the folder of its run.json; None: the callback makes one."""
-    record: LiveRecord
-    last: TrustedLast
 
     def __init__(
         self,
@@ -448,8 +444,6 @@ class QualityCallback(TrainerCallback):
             rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
             progress = bars(len(data.dataset))
-        lookahead = any(term.lookahead for term in self.rule.measured().values())
-        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return LookRequest(
             dataset=data.dataset,
             collate=self.collate or collate,
@@ -458,7 +452,7 @@ class QualityCallback(TrainerCallback):
             rows=replace(rows, about={**about, **rows.about}),
             compute=Compute(
                 args.per_device_eval_batch_size,
-                None if lookahead else half,
+                half_precision(args, self.rule),
                 workers=args.dataloader_num_workers,
                 progress=progress,
             ),
@@ -575,8 +569,7 @@ def read_in_order(loader: Any, data: QualitySubset) -> None:
     if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
         loader.set_sampler(SequentialSampler(data))
         return
-    batches = inner_batch_sampler(loader.batch_sampler)
-    sampler = getattr(batches, "sampler", batches)
+    sampler = row_sampler(loader)
     if not isinstance(sampler, SequentialSampler):
         raise SettingsError(
             f"the Trainer's own get_train_dataloader mixes the rows ({type(sampler).__name__}), and trusted rows have "
@@ -593,8 +586,7 @@ def require_fresh_draws(args: TrainingArguments, loader: DataLoader[Any]) -> Non
     data: Any = loader.dataset
     if args.dataloader_persistent_workers:
         raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
-    batches = inner_batch_sampler(loader.batch_sampler)
-    sampler = getattr(batches, "sampler", batches)
+    sampler = row_sampler(loader)
     if knows_lengths(sampler):
         raise SettingsError(
             f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
@@ -612,8 +604,3 @@ def require_fresh_draws(args: TrainingArguments, loader: DataLoader[Any]) -> Non
             "other rows in the same places in the next epoch; leave the sampler out of get_train_dataloader, and to "
             "see some rows more often repeat them in the data set"
         )
-
-
-def first_scores(path: Path) -> Path:
-    """File of the first look's scores, once a second look has others."""
-    return path.with_name(f"{path.stem}-1{path.suffix}")
