@@ -21,7 +21,7 @@ from seen import Seen
 from tsqlora.auditing.page import environment
 from tsqlora.errors import SettingsError
 from tsqlora.training.report.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
-from tsqlora.training.report.run_page import DOUBTED, Samples, gather, run_page
+from tsqlora.training.report.run_page import DOUBTED, Samples, run_page
 from tsqlora.training.report.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
@@ -29,7 +29,7 @@ HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x on
 
 
 def made(run: Path) -> Seen:
-    return Seen(run_page(gather(run), "/* plotly */"))
+    return Seen(run_page(run, "/* plotly */"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ TEXTS = st.lists(SIGNS | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
     row = {"id": 1, "text": text, "label": text, "prediction": text, "doubt": True, "numbers": [1.0, 0.1, 2.0]}
     row |= {"marks": ["highest Q", DOUBTED], "why": text}
-    samples = Samples([row], ["highest Q"], "label", ("loss",), 1, {"kept": 1}, 1, DOUBTED, None)
+    samples = Samples([row], ["highest Q"], "label", ("loss",), 1, {"kept": 1}, DOUBTED, None)
     seen = Seen(environment().get_template("samples.html").render(samples=samples))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text

@@ -25,13 +25,6 @@ from tsqlora.training.run import arguments, begin
 from tsqlora.training.stop import StopCallback
 
 
-def test_a_run_resumed_with_other_libraries_notes_which() -> None:
-    before = {"torch": "2.12", "peft": "0.21"}
-    assert pipeline.other_versions(before, before) == []
-    (note,) = pipeline.other_versions(before, {"torch": "2.13", "peft": "0.21"})
-    assert "torch 2.12" in note
-
-
 def test_a_dry_run_and_the_run_count_the_same_trusted_rows(tmp_path: Path) -> None:
     rows, lines = make_rows(40), list[str]()
     set_up(tmp_path)
@@ -69,6 +62,17 @@ def unfinished(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(record))
 
 
+def test_a_run_resumed_with_other_libraries_notes_which(tmp_path: Path) -> None:
+    config, run = load_config(fixed(tmp_path) / "c.yaml"), tmp_path / "run"
+    pipeline.train(config, run)
+    unfinished(run)
+    record = json.loads((run / "run.json").read_text())
+    record["versions"]["torch"] = "2.1"
+    (run / "run.json").write_text(json.dumps(record))
+    (note,) = [note for note in pipeline.train(config, run, resume=True).notes if "resumed with others" in note]
+    assert note.startswith("started with torch 2.1 and")
+
+
 def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(tmp_path: Path) -> None:
     config = load_config(fixed(tmp_path, optim="adafactor") / "c.yaml")
     with patch("tsqlora.training.command.fit", side_effect=fit) as fitted:
@@ -80,7 +84,7 @@ def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(tmp_path: Path) -> No
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
     twin = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
     expected = {name: p.shape for name, p in twin.named_parameters() if p.requires_grad}
-    assert {name: p.shape for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert {name: p.shape for name, p in job.model.named_parameters() if p.requires_grad} == expected
 
 
 def test_a_fractional_mean_is_a_rank_pattern_within_the_budget(tmp_path: Path) -> None:

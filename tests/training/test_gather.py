@@ -14,7 +14,7 @@ from runs import make_rows, write_jsonl
 from tsqlora.auditing.reasons import suspicion
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.training.report.figures import BINS, bins, histograms
-from tsqlora.training.report.run_page import LISTS, LONGEST, OF_A_KIND, choose_samples, gather, run_page
+from tsqlora.training.report.run_page import LISTS, LONGEST, OF_A_KIND, choose_samples, run_page
 
 ROWS = make_rows(60, labels=("no", "yes"))
 
@@ -94,13 +94,11 @@ def test_texts_that_are_given_are_shown_must_be_of_the_rows_and_lose_their_middl
 
 
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
-    gathered = gather(make_run(tmp_path, events=0, history=[]))
-    assert gathered.samples is None
-    assert "quality.enabled is false" in gathered.missing["scores"]
-    assert "logged no losses" in gathered.missing["history"]
-    assert "ranks.policy is fixed" in gathered.missing["events"]
-    lost = gather(make_run(tmp_path / "3", quality={"enabled": True, "used": True}))
-    assert "no scores.parquet" in lost.missing["scores"]
+    page = run_page(make_run(tmp_path, events=0, history=[]), "")
+    assert "Samples to look at" not in page
+    for what in ("quality.enabled is false", "logged no losses", "ranks.policy is fixed"):
+        assert what in page
+    assert "no scores.parquet" in run_page(make_run(tmp_path / "3", quality={"enabled": True, "used": True}), "")
 
 
 @pytest.mark.parametrize("file", ["run.json", "config.yaml", "scores.parquet"])
@@ -108,14 +106,14 @@ def test_a_file_that_cannot_be_read_is_named(file: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, rows=ROWS)
     (run / file).write_text("- broken")
     with pytest.raises(DataError, match=re.escape(file)):
-        gather(run)
+        run_page(run, "")
     if file != "scores.parquet":
         (run / file).unlink()
         with pytest.raises(DataError, match=re.escape(file)):
-            gather(run)
+            run_page(run, "")
 
 
 def test_a_damaged_adapter_does_not_keep_a_run_from_its_page(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "adapter").mkdir()
-    assert "see the doctor" in run_page(gather(run), "")
+    assert "see the doctor" in run_page(run, "")

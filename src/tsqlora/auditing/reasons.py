@@ -1,4 +1,4 @@
-"""Explain scores: the rows worth reading, with text, label, prediction and terms."""
+"""Explain scores and runs: the rows worth reading, with text, label, prediction and terms; why a row was drawn."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

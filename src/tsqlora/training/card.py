@@ -36,6 +36,11 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
     config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
     if cut:
         record = replace(record, metrics={}, ranks={})
+    arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
+    for name, value in get_task(record.task).reading.base_arguments(record.labels).items():
+        arguments += f", {name}={json.dumps(value)}"
+    if config.model.revision is not None:
+        arguments += f", revision={json.dumps(config.model.revision)}"
     card = ModelCard.from_template(
         _metadata(config, record, format),
         template_path=str(_TEMPLATE),
@@ -47,7 +52,7 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
         what=_WHAT.get(format, "A LoRA adapter in the format of PEFT."),
         cut=cut,
         kind=get_task(record.task).reading.auto,
-        arguments=_arguments(config, record),
+        arguments=arguments,  # of `from_pretrained` for the base, as Python
         results=[[s, name, f"{value:.4f}"] for s, values in record.metrics.items() for name, value in values.items()],
         rows=", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items()),
         labels=", ".join(map(_text, record.labels or ())),
@@ -84,16 +89,6 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
         tags=["tsqlora", *([] if format == "merged" else ["lora"])],
         eval_results=results or None,
     )
-
-
-def _arguments(config: Config, record: RunRecord) -> str:
-    """The arguments of `from_pretrained` for the base, as Python."""
-    arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
-    for name, value in get_task(record.task).reading.base_arguments(record.labels).items():
-        arguments += f", {name}={json.dumps(value)}"
-    if config.model.revision is not None:
-        arguments += f", revision={json.dumps(config.model.revision)}"
-    return arguments
 
 
 def _drawn(config: Config, quality: Mapping[str, Any]) -> str:

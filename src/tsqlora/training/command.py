@@ -1,7 +1,7 @@
 """Train a run from settings to adapter and record."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -124,8 +124,11 @@ def _train(
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
     record.notes += passed_over
-    if before is not None:
-        record.notes += other_versions(before.versions, record.versions)
+    was = {} if before is None else before.versions
+    if changed := [f"{name} {version}" for name, version in was.items() if record.versions.get(name) != version]:
+        record.notes.append(
+            f"started with {', '.join(changed)} and resumed with others: results may differ in their last bits"
+        )
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
     also = [WriteStart(run, config, record), stop]
@@ -179,14 +182,6 @@ class WriteStart(TrainerCallback):
         if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
             self.record.save(self.run)
             write_text(self.run / CONFIG_FILE, dump_config(self.config))
-
-
-def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A note if a run resumes with other libraries than it started with."""
-    changed = [f"{name} {version}" for name, version in before.items() if now.get(name) != version]
-    if not changed:
-        return []
-    return [f"started with {', '.join(changed)} and resumed with others: results may differ in their last bits"]
 
 
 def _started(run: Path, config: Config) -> RunRecord | None:

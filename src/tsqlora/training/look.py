@@ -152,14 +152,12 @@ def score_by_look(data: str, path: Path, out: Path, *, progress: Progress | None
         table = table.using(used, lenient, format_of(config, record.format, used))
         table = complete(table, config.data.max_bad_rows, tags=False)
         job = without_rows(config, labels, gpus=gpus_of(config)).with_rows({"train": table}).on_device()
-        rows = job.row_names()
-        compute = Compute(config.training.batch_size, progress=progress)
-        samples = job.train.samples
-        names: dict[str, Any] = {"rows": rows, "compute": compute}
+        rows, samples = job.row_names(), job.train.samples
+        how: dict[str, Any] = {"rows": rows, "compute": Compute(config.training.batch_size, progress=progress)}
         if labels is None:
-            columns = answer_columns(job.model, saved.answers, saved.scores, samples, job.collate, **names)
+            columns = answer_columns(job.model, saved.answers, saved.scores, samples, job.collate, **how)
         else:
-            columns = columns_of_rows(job.model, saved, samples, job.collate, samples.labels, task=job.task, **names)
+            columns = columns_of_rows(job.model, saved, samples, job.collate, samples.labels, task=job.task, **how)
         scores = scores_of_rows(columns, saved, rows, task=job.task)
         with parents_of(out):
             scores.save(out)

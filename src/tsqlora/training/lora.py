@@ -162,7 +162,8 @@ def used(ranks: Mapping[str, int], shapes: Shapes) -> int:
     >>> used({"query": 3}, {"query": (64, 32)})
     288
     """
-    return sum(rank * sum(shapes[layer]) for layer, rank in ranks.items())
+    cost = costs(shapes)
+    return sum(rank * cost[layer] for layer, rank in ranks.items())
 
 
 def budget(mean_rank: float, shapes: Shapes) -> int:

@@ -97,7 +97,7 @@ def score_pool(
     rule: ScoringRule,
     batch_size: int,
     max_length: int | None,
-    drop: bool = False,
+    drop: bool,
 ) -> Scores:
     """Score the rows of a `datasets.Dataset`; their ids are the positions in it."""
     rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})

@@ -1,4 +1,4 @@
-"""Train and measure a job: the Trainer's arguments, the record, and metrics."""
+"""Plan, train and measure a job: the Trainer's arguments, the record, and metrics."""
 
 import math
 import warnings

@@ -15,11 +15,11 @@ from tsqlora.model.request import Compute, require_terms
 from tsqlora.progress import Progress
 from tsqlora.rows.sources import open_table
 from tsqlora.rows.splits import held_out_rows
-from tsqlora.rows.table import Table, stored_in
+from tsqlora.rows.table import stored_in
 from tsqlora.rows.write import require_place
 from tsqlora.run_dir import CONFIG_FILE, alone_in
 from tsqlora.settings import PRESETS, load_config
-from tsqlora.training.job import Job, load, open_run, scoring_rule, with_start
+from tsqlora.training.job import load, open_run, scoring_rule, with_start
 
 
 def score_rows(
@@ -46,7 +46,13 @@ def score_rows(
     with writing(out), _partial(out) as (partial, tokens), stored_in(tokens):
         if source.is_dir():
             job = open_run(source, overrides)
-            job = job.with_files(_tables(source, job))
+            assert job.record is not None
+            path = job.config.data.train
+            if path == load_config(source / CONFIG_FILE, trained=True).data.train:
+                tables = read(job.config, job.record.labels)  # as training split them
+            else:
+                tables = {"train": job.complete(open_table(path, split="train", hints=job.config.data.hints))}
+            job = job.with_files(tables)
         else:
             config = with_start(load_config(source, overrides))
             if not config.quality.enabled:
@@ -80,12 +86,3 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(partial)
         finally:
             shutil.rmtree(tokens, ignore_errors=True)
-
-
-def _tables(source: Path, job: Job) -> dict[str, Table]:
-    """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
-    path = job.config.data.train
-    if path == load_config(source / CONFIG_FILE, trained=True).data.train:
-        assert job.record is not None
-        return read(job.config, job.record.labels)
-    return {"train": job.complete(open_table(path, split="train", hints=job.config.data.hints))}

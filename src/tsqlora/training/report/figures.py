@@ -82,7 +82,7 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
 
 
 def curves(history: Sequence[Mapping[str, float]], *, looks: Sequence[int], events: Sequence[RankEvent]) -> list[Drawn]:
-    """Losses by step, and logged validation metrics."""
+    """Losses by step, and logged validation metrics; a line marks each look, a triangle each adjustment of ranks."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
     text = f" It went from {losses[0]:.3g} to {losses[-1]:.3g}." if losses else ""
     traces = [_curve(history, "loss", "training loss", BLUE), _curve(history, "eval_loss", "validation loss", ORANGE)]
@@ -94,8 +94,24 @@ def curves(history: Sequence[Mapping[str, float]], *, looks: Sequence[int], even
         traces = [_curve(history, n, words(n.removeprefix("eval_")), colour, dash) for n, colour, dash in styles]
         metric = framed(traces, height=300, yaxis_title="validation")
         drawn.append(Drawn("metric", "Metrics of the validation rows", "Validation metrics by step.", metric))
-    for one in drawn:
-        _mark(one.figure, looks=looks, events=events)
+    shown = thinned(events, FRAMES)
+    adjusted = go.Scatter(
+        mode="markers",
+        name="ranks adjusted",
+        x=[event.step for event in shown],
+        y=[0.03] * len(shown),
+        yaxis="y2",
+        marker={"color": GREY, "size": 9, "symbol": "triangle-up"},
+        text=[f"step {event.step}: {moved(event)}" for event in shown],
+        hoverinfo="text",
+    )
+    for figure in (one.figure for one in drawn):
+        figure.update_xaxes(title="step")
+        for step in looks:
+            figure.add_vline(x=step, line={"color": GREEN, "width": 2, "dash": "dash"}, annotation_text="look")
+        if shown:
+            figure.add_trace(adjusted)
+            figure.update_layout(yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True})
     return drawn
 
 
@@ -109,25 +125,6 @@ def _curve(history: Sequence[Mapping[str, float]], key: str, name: str, colour: 
         line={"color": colour, "width": 2, "dash": dash},
         marker={"color": colour, "size": 7},
     )
-
-
-def _mark(figure: go.Figure, *, looks: Sequence[int], events: Sequence[RankEvent]) -> None:
-    """Marks each look at all rows by a line and each adjustment by a triangle."""
-    figure.update_xaxes(title="step")
-    for step in looks:
-        figure.add_vline(x=step, line={"color": GREEN, "width": 2, "dash": "dash"}, annotation_text="look")
-    if shown := thinned(list(events), FRAMES):
-        figure.add_scatter(
-            mode="markers",
-            name="ranks adjusted",
-            x=[event.step for event in shown],
-            y=[0.03] * len(shown),
-            yaxis="y2",
-            marker={"color": GREY, "size": 9, "symbol": "triangle-up"},
-            text=[f"step {event.step}: {moved(event)}" for event in shown],
-            hoverinfo="text",
-        )
-        figure.update_layout(yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True})
 
 
 # ----------------------------------------------------------------------------------- ranks

@@ -27,6 +27,8 @@ MOST_CLASSES, CONFUSED = 20, 20
 """Classes of a map of confusions, and lines of its table."""
 LOGGED = 60
 """Rows of the table of the log."""
+_NAMED = (("model", "path"), ("data", "train"))
+"""Settings whose last part heads the page."""
 OF_A_KIND = 100
 """Rows per list; at most a third of all rows."""
 LONGEST = 500
@@ -41,18 +43,16 @@ PHRASES = {EVIDENT: "likely wrong label", DOUBTED: "the model contradicts the la
 class Samples:
     """The rows to look at, as values for the page; `without_texts` is why texts are missing, or None.
 
-    `label` is the heading of the labels, "target tokens" for text. `reasons` counts all rows by reason, `likely_wrong`
-    the rows for which the model predicts another class with confidence; None without predictions. `doubt` marks these.
+    `label` is the heading of the labels, "target tokens" for text. `reasons` counts all rows by reason. `doubt` marks
+    the rows for which the model predicts another class with confidence.
     """
 
     rows: list[dict[str, Any]]
     lists: list[str]
-    """Names of the non-empty lists."""
     label: str
     terms: tuple[str, ...]
     all: int
     reasons: dict[str, int]
-    likely_wrong: int | None
     doubt: str
     without_texts: str | None
 
@@ -101,12 +101,11 @@ def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Sample
         rows.append(row)
     return Samples(
         rows=rows,
-        lists=[name for name in lists if lists[name]],
+        lists=[*lists],
         label="label" if scores.record.format is None else "target tokens",
         terms=tuple(scores.terms),
         all=len(scores),
         reasons={name: int((scores.reason_codes == code).sum()) for code, name in enumerate(REASONS)},
-        likely_wrong=int(wrong.sum()) if predicted else None,
         doubt=doubt,
         without_texts=why,
     )
@@ -119,48 +118,53 @@ def _label(scores: Scores, value: Any) -> str:
     return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """A run's files. `missing` has the reasons for missing scores, history and events."""
+def run_page(run: Path, script: str, texts: Sequence[str] | None = None) -> str:
+    """Read run.json, config.yaml, scores.parquet and, if it still exists, the file of the training rows; render them.
 
-    name: str
-    record: RunRecord
-    settings: str
-    config: dict[str, Any]
-    histograms: list[figures.Drawn]
-    samples: Samples | None
-    missing: dict[str, str]
-    servers: dict[str, list[str]]
-    """Of the run's adapter, by how they read it; empty if there is none."""
-
-
-def gather(run: Path, texts: Sequence[str] | None = None) -> Gathered:
-    """Read run.json, config.yaml, scores.parquet and, if it still exists, the file of the training rows.
-
-    `texts` are the scored rows' texts, if the scores do not name their source.
-    For a training in the user's own Trainer, run.json has the settings.  Raises DataError if the directory is no run or
-    cannot be read.
+    `script` as in `render`; `texts` are the scored rows' texts, if the scores do not name their source. For a training
+    in the user's own Trainer, run.json has the settings.  Raises DataError if the directory is no run or cannot be
+    read.
     """
-    record = RunRecord.load(run)
+    record, name = RunRecord.load(run), run.resolve().name
     if record.settings:
         settings, config = dump_yaml(record.settings), record.settings
     else:
         settings, config = read_config(run / CONFIG_FILE)
     # A Trainer's output_dir may hold the scores of an earlier training.
-    scored = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
-    scores = Scores.load(run / SCORES_FILE) if scored else None
+    kept = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
+    scores = Scores.load(run / SCORES_FILE) if kept else None
     servers = dict[str, list[str]]()
     with suppress(DataError):  # of an adapter that cannot be read: `tsqlora doctor`, which the page names, says why
         servers = ways_to_serve(run / ADAPTER_DIR)[0] if (run / ADAPTER_DIR).is_dir() else {}
-    return Gathered(
-        name=run.resolve().name,
-        record=record,
+    base, rows = (str(config.get(s, {}).get(k)).rstrip("/").split("/")[-1] for s, k in _NAMED)
+    evaluated = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
+    epochs, drawn = record.plan.get("epochs", 0), _drawn(record, scores)
+    return render(
+        "run.html",
+        script=script,
+        figures=[figure for part in drawn.values() for figure in part],
+        dark=figures.DARK,
+        frames=figures.rank_frames(record.plan["ranks"], record.rank_events),
+        drawn=drawn,
+        title=f"{name}: report of a run",
+        name=name,
+        about=f"{record.task} · {base} on {rows} · seed {record.seed}",
         settings=settings,
-        config=config,
-        histograms=[] if scores is None else figures.histograms(scores),
+        record=record,
+        plan=record.plan,
         samples=None if scores is None else choose_samples(scores, texts),
         missing=_missing(record, config, scored=scores is not None),
         servers=servers,
+        scored=scored_at(record),
+        epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
+        looks_text=look_sentences(record.quality),
+        why=WHY,
+        command=f"tsqlora train {quote(name)}/config.yaml --out {quote(name)}-again",
+        tables=_tables(record),
+        losses=[entry for entry in record.history if "eval_loss" in entry],
+        evaluated={n.removeprefix("eval_"): value for n, value in evaluated.items() if n.startswith("eval_")},
+        written=f"{datetime.fromtimestamp(record.now['time'], UTC):%H:%M:%S} UTC" if record.now else None,
+        **_ranks(record),
     )
 
 
@@ -204,49 +208,17 @@ def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict
     return missing
 
 
-def run_page(run: Gathered, script: str) -> str:
-    """Render the page; `script` as in `render`."""
-    record, events = run.record, run.record.rank_events
-    measured = [event for event in events if event.sensitivity]
-    scored, epochs = scored_at(record), record.plan.get("epochs", 0)
-    paths = {f"{s}.{k}": str(run.config.get(s, {}).get(k)) for s, k in (("model", "path"), ("data", "train"))}
-    names = {key: path.rstrip("/").split("/")[-1] for key, path in paths.items()}
-    evaluated = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
-    labels = record.labels or []
-    drawn = {
-        "confusions": [figures.confusion_map(labels, record.confusions)]
-        if record.confusions and len(labels) <= MOST_CLASSES
-        else [],
-        "curves": figures.curves(record.history, looks=scored, events=events) if record.history else [],
+def _drawn(record: RunRecord, scores: Scores | None) -> dict[str, list[figures.Drawn]]:
+    """The figures of each part of the page."""
+    labels, events = record.labels or [], record.rank_events
+    measured, few = [event for event in events if event.sensitivity], len(labels) <= MOST_CLASSES
+    return {
+        "confusions": [figures.confusion_map(labels, record.confusions)] if record.confusions and few else [],
+        "curves": figures.curves(record.history, looks=scored_at(record), events=events) if record.history else [],
         "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
         "sensitivity": figures.sensitivity_maps(measured) if measured else [],
-        "distributions": run.histograms,
+        "distributions": [] if scores is None else figures.histograms(scores),
     }
-    return render(
-        "run.html",
-        script=script,
-        figures=[figure for part in drawn.values() for figure in part],
-        dark=figures.DARK,
-        frames=figures.rank_frames(record.plan["ranks"], events),
-        drawn=drawn,
-        title=f"{run.name}: report of a run",
-        name=run.name,
-        about=f"{record.task} · {names['model.path']} on {names['data.train']} · seed {record.seed}",
-        run=run,
-        record=record,
-        plan=record.plan,
-        samples=run.samples,
-        scored=scored,
-        epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
-        looks_text=look_sentences(record.quality),
-        why=WHY,
-        command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
-        tables=_tables(record),
-        losses=[entry for entry in record.history if "eval_loss" in entry],
-        evaluated={n.removeprefix("eval_"): value for n, value in evaluated.items() if n.startswith("eval_")},
-        written=f"{datetime.fromtimestamp(record.now['time'], UTC):%H:%M:%S} UTC" if record.now else None,
-        **_ranks(record),
-    )
 
 
 def scored_at(record: RunRecord) -> list[int]:

@@ -46,11 +46,11 @@ def write_report(directory: Path, out: Path | None = None, *, texts: Sequence[st
     """
     script = plotly_script()
     # These import plotly; the line above has a better message than an ImportError.
-    from tsqlora.training.report.run_page import gather, run_page
+    from tsqlora.training.report.run_page import run_page
 
     place = directory / REPORT_FILE if out is None else out
     with writing(place):
-        page = run_page(gather(directory, texts), script)
+        page = run_page(directory, script, texts)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page, private=True)
