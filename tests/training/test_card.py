@@ -13,9 +13,8 @@ from made_runs import looks_of
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.record import RunRecord
 from tsqlora.settings import load_config
-from tsqlora.training.card import model_card
 from tsqlora.training.command import train
-from tsqlora.training.export import export
+from tsqlora.training.export import export, model_card
 from tsqlora.training.job import TRUST, load
 
 

@@ -20,8 +20,7 @@ from tsqlora.settings import load_config
 from tsqlora.tasks import get_task
 from tsqlora.tasks.text_metrics import TEXT_METRICS
 from tsqlora.training import command as pipeline
-from tsqlora.training.card import model_card
-from tsqlora.training.export import export
+from tsqlora.training.export import export, model_card
 from tsqlora.training.job import load, open_run
 from tsqlora.training.predict import evaluate_run, predict_run, predictor_of
 from tsqlora.training.quality_callback import SCORES_FILE

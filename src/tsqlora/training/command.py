@@ -21,9 +21,9 @@ from tsqlora.rows.readers import PLAIN
 from tsqlora.rows.table import data_hash
 from tsqlora.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, RECORD_FILE, SCORES_FILE, locked, written
 from tsqlora.settings import Config, dump_config, load_config
-from tsqlora.training.card import write_card
 from tsqlora.training.check import write_contract
 from tsqlora.training.checkpoints import newest_complete, note_in, require_resumable_saves
+from tsqlora.training.export import write_card
 from tsqlora.training.fit import fit, save_adapter
 from tsqlora.training.job import load, method_of, with_start
 from tsqlora.training.run import arguments, begin, measure, shown_samples

@@ -74,13 +74,12 @@ def run_demo(
         say(f"plain LoRA on all rows, for the same time: {steps} steps")
         plain = train(make_config(folder / "data", seed=seed, plain_steps=steps), folder / "lora", progress=progress)
         runs = [summary("plain LoRA", plain), ours]
-        report = None if out is None else write_report(folder / "tsqlora")
         return {
             "look": look,
             "runs": runs,
             "verdict": verdict(*(run["test"]["accuracy"] for run in runs)),
             "out": None if out is None else str(out),
-            "report": None if report is None else str(report),
+            "report": None if out is None else str(write_report(folder / "tsqlora")),
         }
 
 
