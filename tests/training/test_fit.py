@@ -51,10 +51,9 @@ class Counted:
         counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)
         try:
             fit.fit(
-                model,
+                loaded,
                 args,
                 method,
-                loaded.inputs,
                 self.record,
                 also=[also or TrainerCallback()],
                 progress=lambda phase, done, total, _pulse=None: self.told.append((phase, done, total)),
