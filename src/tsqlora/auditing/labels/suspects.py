@@ -100,7 +100,8 @@ class Audit:
         if not self.evident:
             return f"Audit({len(self)} labels, none called wrong: {self.why_not})"
         listed = f"{self.likely_wrong} to look at, about {self.expected_wrong:.0f} of them wrong"
-        return f"Audit({len(self)} labels, {listed}; {self.rate:.1%} of all wrong, {self.low:.1%} to {self.high:.1%})"
+        bounds = f", {self.low:.1%} to {self.high:.1%}" if self.high < 1 else ""
+        return f"Audit({len(self)} labels, {listed}; {self.rate:.1%} of all wrong{bounds})"
 
     @property
     def expected_wrong(self) -> float:
