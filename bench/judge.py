@@ -1,15 +1,18 @@
-"""The table that the judge of labels must pass, and how often its bounds hold.
+"""The table that the judge of labels must pass, how often its bounds hold, and how well it orders the rows.
 
-    python bench/judge.py [clean] [uniform] [one] [coverage]
+    python bench/judge.py [clean] [uniform] [one] [coverage] [order]
 
 Labels as they are must stay: of each table at most 2 % is left out. A tenth or a fifth of them wrong at random must be
 evident in 9 of 10 draws; of a tenth of all rows relabelled as one class the judge must leave out 60 %, with a precision
-of 65 %. `coverage` counts how often the share of wrong labels lies inside the bounds, by kind of error.
+of 65 %. `coverage` counts how often the share of wrong labels lies inside the bounds, by kind of error. `order` gives
+the average precision of the audit's order, of self-confidence (cleanlab's order) on the same out-of-fold logits, and of
+the judge with one distribution of wrong labels always. ATIS, banking and SMS are read from clones (`CLONES`).
 
 Features are those of `tsqlora audit`, read once and kept under ~/.cache/tsqlora-bench. Wrong labels are set before the
 rows are drawn, so that their share differs a little from draw to draw:
 
 - `even-RATE`: rows at random get any other class;
+- `drawn-RATE`: rows at random get any class, their own included;
 - `pairs-RATE`: each class loses rows to one certain other;
 - `one-RATE`: this share of all rows, of the other classes, gets one class;
 - `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
@@ -18,8 +21,10 @@ rows are drawn, so that their share differs a little from draw to draw:
 Results are in bench/results/judge.json; what is there is not run again.
 """
 
+import csv
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -31,15 +36,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from origin import ROOT, commit, machine, parser_of, read, write
+from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.auditing.command import BATCH_SIZE, ENCODER, TOKENS
-from tsqlora.auditing.labels.judge import judge
+from tsqlora.auditing.labels import label_noise
+from tsqlora.auditing.labels.judge import Judgement, judge, judge_logits
+from tsqlora.auditing.labels.suspects import audit_of_judgement
 from tsqlora.model.forward import forward_pass
 from tsqlora.model.request import Compute
 from tsqlora.tasks import get_task
@@ -47,9 +56,16 @@ from tsqlora.training.demo import bbc_news, package_folder
 
 SHARED = ROOT / ".." / "shared" / "data"
 FEATURES = Path.home() / ".cache" / "tsqlora-bench"
+CLONES = {
+    "atis": "howl-anderson/ATIS_dataset",
+    "banking": "PolyAI-LDN/task-specific-datasets",
+    "sms": "justmarkham/pycon-2016-tutorial",
+}
+"""Repositories of GitHub; FEATURES / NAME.git is the git directory of each."""
 ITERATIONS = 400
 
 ROWS = {"bbc": 4_000, "sst2": 6_920, "mrpc": 4_000, "cola": 8_551, "clinc150": 15_000, "goemotions": 8_000}
+ROWS |= dict.fromkeys(CLONES, 20_000)
 """Rows of each table that are read, at most: all of them."""
 XOR_ROWS, XOR_WIDTH, XOR_SPREAD = 3_000, 16, 0.5
 
@@ -79,6 +95,15 @@ CASES: dict[str, list[Case]] = {
         for noise in KINDS
         if not (table == "sst2" and noise.startswith("pairs"))  # of two classes the same as `even`
     ],
+    "order": [
+        *(
+            Case(table, f"even-{rate}", 6_000, 1)
+            for table in ("bbc", "sst2", "mrpc", "cola", "goemotions", "clinc150", *CLONES)
+            for rate in (0.01, 0.03, 0.1)
+        ),
+        Case("atis", "drawn-0.05", draws=1),
+        *(Case(table, f"one-{rate}", 6_000, 1) for table in ("bbc", "atis", "banking") for rate in (0.03, 0.05)),
+    ],
 }
 """`intents in K`: CLINC150's intents merged at random into K classes; `N intents`: its rows of N intents."""
 
@@ -90,6 +115,8 @@ def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
     """
     if table == "bbc":
         rows = [([text], label) for text, label in bbc_news()]
+    elif table in CLONES:
+        rows = [([text], label) for text, label in cloned(table)]
     else:
         lines = [
             row
@@ -101,6 +128,23 @@ def rows_of(table: str, most: int) -> tuple[list[list[str]], np.ndarray]:
         rows = list(zip(texts, labels, strict=True))
     some = np.sort(np.random.default_rng(30).permutation(len(rows))[:most])
     return [rows[j][0] for j in some], np.unique([rows[j][1] for j in some], return_inverse=True)[1]
+
+
+def cloned(table: str) -> list[tuple[str, Any]]:
+    """Texts and labels of the training rows of a clone."""
+
+    def lines(path: str) -> list[str]:
+        words = ["git", "--git-dir", str(FEATURES / f"{table}.git"), "show", f"HEAD:{path}"]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    if table == "banking":
+        return [(row["text"], row["category"]) for row in csv.DictReader(lines("banking_data/train.csv"))]
+    if table == "sms":
+        return [(text, label) for label, _, text in (line.partition("\t") for line in lines("data/sms.tsv")) if text]
+    folder = "data/raw_data/ms-cntk-atis/atis"
+    words = lines(f"{folder}.dict.vocab.csv")
+    texts = [[words[int(j)] for j in line.split()][1:-1] for line in lines(f"{folder}.train.query.csv")]
+    return list(zip(map(" ".join, texts), map(int, lines(f"{folder}.train.intent.csv")), strict=True))
 
 
 def features_of(table: str, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,6 +176,8 @@ def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> n
     rng, n, k = np.random.default_rng([seed, 30]), len(labels), int(labels.max()) + 1
     rows = rng.permutation(n)[: round(float(rate or 0) * n)]
     others = (labels + rng.integers(1, k, n)) % k
+    if kind == "drawn":
+        others = rng.integers(k, size=n)
     if kind == "pairs":
         ring = rng.permutation(k)  # each class loses to the next one
         others = ring[(np.argsort(ring)[labels] + 1) % k]
@@ -187,7 +233,25 @@ def table_of(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     return features[chosen], np.unique(labels[chosen], return_inverse=True)[1]
 
 
-def run(case: Case, draw: int) -> dict[str, Any]:
+def orders(judgement: Judgement, labels: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Average precision of the audit's order, of self-confidence, and of each distribution of wrong labels."""
+
+    def of(judgement: Judgement) -> float:
+        return float(average_precision_score(wrong[audit_of_judgement(judgement, labels).ids], -np.arange(len(wrong))))
+
+    own = log_softmax(judgement.logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
+    result = {"order": of(judgement), "self_confidence": float(average_precision_score(wrong, -own))}
+    before = label_noise.LESS_GAIN, label_noise.GAIN
+    gains = {"uniform": (np.inf, np.inf), "frequency": (-np.inf, np.inf), "fitted": (np.inf, -np.inf)}
+    try:
+        for name, (label_noise.LESS_GAIN, label_noise.GAIN) in gains.items():
+            result[name] = of(judge_logits(judgement.logits, labels))
+    finally:
+        label_noise.LESS_GAIN, label_noise.GAIN = before
+    return result
+
+
+def run(case: Case, draw: int, part: str) -> dict[str, Any]:
     rng = np.random.default_rng([draw, 44])
     features, right = table_of(case.table, rng)
     labels = spoilt(features, right, case.noise, draw)
@@ -211,6 +275,7 @@ def run(case: Case, draw: int) -> dict[str, Any]:
         "left_out": float(left_out.mean()),
         "precision": hits / int(left_out.sum()) if wrong.any() and left_out.any() else None,
         "recall": hits / int(wrong.sum()) if wrong.any() else None,
+        **(orders(judgement, labels, wrong) if part == "order" else {}),
         "processor_seconds": round(seconds, 2),
         "commit": commit(),
     }
@@ -232,7 +297,7 @@ def main() -> None:
     for part in request.parts:
         for key, case, draw in cells(part):
             if key not in results["cells"]:
-                results["cells"][key] = cell = run(case, draw)
+                results["cells"][key] = cell = run(case, draw, part)
                 write(request.out, results)
                 numbers = (f"{name} {value:.3f}" for name, value in cell.items() if isinstance(value, float))
                 print(key, "evident" if cell["evident"] else "not evident", *numbers, flush=True)

@@ -323,8 +323,13 @@ def _difference(gain: pd.Series, name: str) -> str:
 
 WRONG = {
     "none": "as it is",
+    "even-0.01": "1 %, any class",
+    "even-0.03": "3 %, any class",
     "even-0.1": "10 %, any class",
     "even-0.2": "20 %, any class",
+    "drawn-0.05": "5 % redrawn",
+    "one-0.03": "3 %, all of one class",
+    "one-0.05": "5 %, all of one class",
     "one-0.1": "10 %, all of one class",
 }
 """What the noise of bench/judge.py is called."""
@@ -360,6 +365,20 @@ def _judge_row(table: str, part: str, noise: str, cells: pd.DataFrame) -> dict[s
         "recall: mean, least": _mean_and_least(planted.recall),
         "goal": f"{goal}: {_verdict(met(cells))}",
     }
+
+
+def judge_order(results: Results) -> Rows:
+    """Average precision of the judge's order, of self-confidence, and of each distribution of wrong labels."""
+    ways = ("order", "self-confidence", "uniform", "frequency", "fitted")
+    return [
+        {
+            "table": f"{table}, {cells.rows.max():,} rows",
+            "wrong labels": WRONG[noise],
+            **{name: f"{cells[name.replace('-', '_')].mean():.3f}" for name in ways},
+        }
+        for (part, table, noise), cells in _judged(results)
+        if part == "order"
+    ]
 
 
 def _judged(results: Results) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -469,6 +488,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "fuzz": fuzz,
     "glue-low": glue_low,
     "judge": judge,
+    "judge-order": judge_order,
     "memory": memory,
     "rules": rules,
     "scale-chats": scale_chats,

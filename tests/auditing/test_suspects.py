@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,18 @@ def flipped(true: np.ndarray, rate: float, rng: np.random.Generator, *, to_next:
 
 def wrong_of(audit: Audit, labels: np.ndarray, true: np.ndarray) -> np.ndarray:
     return (labels != true)[audit.ids]
+
+
+@pytest.mark.parametrize("labels", [["a", None, "b", "a"], [0.0, np.nan, 1.0, 0.0]])
+def test_a_missing_label_is_no_class(labels: list[Any]) -> None:
+    with pytest.raises(DataError, match="row 1 has no label"):
+        audit_of(np.eye(4), labels)
+
+
+def test_a_column_of_classes_is_no_set_of_labels() -> None:
+    features, true, rng = blobs()
+    labels = flipped(true, 0.2, rng)
+    assert audit_of(features, labels[:, None]).rate == audit_of(features, labels).rate
 
 
 @pytest.mark.parametrize(("rate", "to_next"), [(0.3, 0.0), (0.2, 0.7)])

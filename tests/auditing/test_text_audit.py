@@ -105,6 +105,11 @@ def test_a_raw_file_has_a_line_for_each_row_and_findings_with_places(
     assert lines[0]["trained_tokens"] == lines[0]["answer_tokens"] + 1
     assert sum(result["fates"].values()) == result["rows"] == 21
     assert "eval_leak" in (out / "audit.html").read_text()
+    prompts = write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": json.loads(evaluation.read_text())["messages"][0]["content"]}]
+    )
+    _, result = audit(place / "chats.jsonl", "--eval", prompts, out=tmp_path / "of prompts")
+    assert by_name(result)["eval_leak"] == [1]
     assert tsqlora("audit", place / "chats.jsonl", "--model", place / "model", "--out", out)[0] == 2, "it has an audit"
 
 

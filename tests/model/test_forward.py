@@ -296,6 +296,13 @@ def test_a_layer_whose_last_token_does_not_make_the_logits_is_no_head() -> None:
     assert find_head(model, inputs_of("llama"), CLASSES) is None
 
 
+def test_a_layer_may_be_called_by_name() -> None:
+    layer = nn.Linear(2, 3)
+    with recorded([layer]) as seen:
+        output = layer(input=torch.ones(1, 2))
+    torch.testing.assert_close(seen[layer], (torch.ones(1, 2), output.detach()))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert + bert", "llama classifier", "gemma classifier"])
 def test_no_cache_is_built(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if family in GENERATORS:

@@ -1,5 +1,6 @@
 """Which format a file has, what a row of each format says, and the problem of a row that is not whole."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -95,6 +96,10 @@ SQUAD = {
         ({"system_prompt": "s", "instruction": "Hi", "output": "Ho"}, SEQ2SEQ, plain("s\n\nHi", "Ho")),
         ({"system": "s", **HI_HO}, CHAT, chat("!s", "hi", "ho")),
         ({"system": "s", "messages": [SYSTEM, USER, ANSWER]}, CHAT, chat("!s", "hi", "ho")),
+        # As a table holds chats: in JSON, or as Python writes them. Roles may be spelled in capitals.
+        *(({"messages": write([USER, ANSWER])}, CHAT, chat("hi", "ho")) for write in (json.dumps, str)),
+        ({"prompt": json.dumps([USER]), "completion": str([ANSWER])}, CHAT, replace(chat("hi", "ho"), context=1)),
+        ({"messages": [USER | {"role": "User"}, ANSWER | {"role": "Assistant "}]}, CHAT, chat("hi", "ho")),
         ({"system": "s", "conversations": [HUMAN, GPT]}, CHAT, chat("!s", "hi", "ho")),
         # Intel/orca_dpo_pairs has system and question.
         ({"system": "s", "question": "Hi", "chosen": "Ho", "rejected": "No"}, PLAIN, plain("s\n\nHi", "Ho")),

@@ -177,11 +177,25 @@ def test_a_class_that_looks_like_a_missing_label_is_warned_of(missing: str, tmp_
     assert len(warned) == 1
 
 
-def test_classes_that_are_joined_by_commas_are_warned_of(tmp_path: Path) -> None:
-    sets = [", ".join(one) for k in (1, 2) for one in combinations(("joy", "fear", "love", "grief"), k)]
+@pytest.mark.parametrize(("sign", "name"), [(", ", "commas"), (";", "semicolons")])
+def test_classes_that_are_joined_are_warned_of(sign: str, name: str, tmp_path: Path) -> None:
+    sets = [sign.join(one) for k in (1, 2) for one in combinations(("joy", "fear", "love", "grief"), k)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *(f'so,"{one}"' for one in sets * 5)]))
-    with pytest.warns(UserWarning, match="the 10 classes in column 'label' are 4 names joined by commas"):
+    with pytest.warns(UserWarning, match=f"the 10 classes in column 'label' are 4 names joined by {name}"):
         read(tmp_path / "train.csv")
+
+
+def test_decimal_commas_are_measurements_alone(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("\n".join(["text;label", *(f"so;{j % 60 // 10},{j % 10}" for j in range(240))]))
+    with pytest.warns(UserWarning, match="numbers with decimals") as warned:
+        read(tmp_path / "train.csv")
+    assert not any("joined" in str(one.message) for one in warned)
+
+
+def test_without_a_column_that_may_be_a_label_the_cure_is_another_task(tmp_path: Path) -> None:
+    rows = [{"text": f"text {j}", "meta": {"source": "web"}} for j in range(20)]
+    with pytest.raises(DataError, match=r"no label column; set task.type to causal-lm"):
+        read(write_jsonl(tmp_path / "train.jsonl", rows))
 
 
 def test_a_class_without_validation_rows_is_named(tmp_path: Path) -> None:

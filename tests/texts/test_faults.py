@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from byte_tokenizers import byte_tokenizer
 from texts.test_ledger import TEMPLATE, chat, trained
-from tsqlora.auditing.texts import answers
+from tsqlora.auditing.texts import answers, faults
 from tsqlora.auditing.texts import look as text_look
 from tsqlora.auditing.texts.answers import Turn, turns_of
 from tsqlora.auditing.texts.faults import (
@@ -94,7 +94,10 @@ AREAS = (0.5, 0.58, 0.76, 0.86, 0.92, 0.98)
 @pytest.mark.parametrize(
     ("area", "share"), [*zip(AREAS, cycle([0.0, 0.05, 0.2]), strict=False), (0.5, 0.2), (0.86, 0.05), (0.98, 0.0)]
 )
-def test_what_could_have_been_found_is_what_faults_planted_afresh_give(area: float, share: float) -> None:
+def test_what_could_have_been_found_is_what_faults_planted_afresh_give(
+    area: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "DRAWS", 8)  # the mean is of 200 times as many
     apart, printed, true = float(2**0.5 * norm.ppf(area)), [], []
     for k in range(200):
         rng = np.random.default_rng([11, k])

@@ -89,6 +89,16 @@ def test_rows_with_one_instruction_are_matched_in_linear_time() -> None:
     assert_linear(lambda n: seconds(lambda: match(rows[:n], made[:n], VOCABULARY)), 200)
 
 
+def test_a_completion_that_ends_its_prompts_sentence_is_of_its_row() -> None:
+    rows = [Chat((Turn("user", f"The opposite of {j} is"), Turn("assistant", f" {-j}")), row=j) for j in range(99)]
+    made = [
+        Trained(ids := np.array(TOKENIZER(one.whole[0].content + one.answer)["input_ids"]), ids, one.row)
+        for one in rows
+    ]
+    taken, _, left = match(rows, made, VOCABULARY)
+    assert (len(taken), left) == (99, [])
+
+
 def test_a_piece_that_packing_cut_has_no_row() -> None:
     rows, cut = drawn("none", "latin"), {*range(0, 150, 7)}
     made = [sequence(row, slice(-30 if row.row in cut else None)) for row in rows]

@@ -434,6 +434,10 @@ def test_a_cause_of_one_row_is_not_that_of_the_rows_that_the_limit_cuts() -> Non
     cause = {one.name: one for one in findings_of(several)}["dropped"].cause
     assert "3 for this reason: reason 0; 1 for this reason: reason 1;" in cause
     assert cause.endswith("2 for others (the ledger has them)")
+    whys = ["no 'name' ('a')", "no 'name' ('b')", "no 'tools'"]
+    lost = [Line(row, "", fate="dropped", findings=["content_lost"], detail=why) for row, why in enumerate(whys)]
+    assert findings_of(lost)[0].cause == "2 rows: no 'name' ('a'); 1 rows: no 'tools'"
+    assert findings_of(lost[:2])[0].cause == "no 'name' ('a')"
 
 
 def test_half_a_character_drops_its_row_alone() -> None:

@@ -127,7 +127,8 @@ def _why_unscored(scores: Scores, row: int, source: str | Path | None) -> str:
     (own,) = replace(table, ids=table.ids[[row]])
     if (reason := lacks(own)) is not None:
         return f"it has {reason} ({own.place}), and was left out"
-    return f"it was held out for validation{', or its answer does not fit data.max_length' if texts else ''}"
+    others = ", or left out since it cannot be rendered or its answer does not fit: run.json's notes say how many are"
+    return f"it was held out for validation{others if texts else ''}"
 
 
 def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:

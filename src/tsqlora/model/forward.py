@@ -192,13 +192,14 @@ def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Te
     """Record input and output of each module's last call while open; at every token of the last such module only."""
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        (given,) = args or named.values()
         # A head at every token is the last such module; all would be gigabytes.
-        for earlier in [m for m, (x, _) in calls.items() if x.dim() > 2 and args[0].dim() > 2]:
+        for earlier in [m for m, (x, _) in calls.items() if x.dim() > 2 and given.dim() > 2]:
             del calls[earlier]
-        calls[module] = (args[0].detach(), output.detach())
+        calls[module] = (given.detach(), output.detach())
 
-    hooks = [module.register_forward_hook(record) for module in modules]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
     try:
         yield calls
     finally:

@@ -1,6 +1,8 @@
 """Chats, prompts with answers, pairs of answers and plain text: find a file's format, and read its rows."""
 
+import ast
 import json
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -244,6 +246,7 @@ def _message(its: Reading, message: Any, where: str) -> Message | None:
     sharegpt = is_missing(message.get("role")) and not is_missing(message.get("from"))
     by, holds, roles = ("from", "value", SHAREGPT) if sharegpt else ("role", "content", ROLES)
     role, content, weight = message.get(by), message.get(holds), message.get("weight")
+    role = role.strip().lower() if isinstance(role, str) and role not in roles else role
     # A key of null is as good as none, but some templates ask whether a content is null.
     further = {key: value for key, value in message.items() if value is not None and key not in (by, holds)}
     further |= {"content": None} if content is None else {}
@@ -449,10 +452,26 @@ FORMATS: dict[str, Kind] = {
     "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text", system=False),
 }
 
+
+def _with_chats(row: Row, columns: Columns) -> Row:
+    """The row with the chats that a table holds as text, as JSON or Python writes them."""
+    cells = dict[str, Any]()
+    for name in filter(None, (columns.text, columns.text_pair, columns.label)):
+        if isinstance(cell := row.cells.get(name), str) and re.match(r"\s*\[\s*\{", cell):
+            for read in (json.loads, ast.literal_eval):
+                with suppress(ValueError, SyntaxError, RecursionError):
+                    chat = read(cell.strip())
+                    if all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in chat):
+                        cells[name] = chat
+                        break
+    return replace(row, cells={**row.cells, **cells}) if cells else row
+
+
 PREFERENCE = "preference"
 """The name of the format of preference rows, which is their task's alone."""
 OF_PAIRS = Kind(read_pair, (), setting="")
 
+PROMPTS = ("prompt", "question", "instruction", "input")
 SYSTEM = ("system", "system_prompt")
 ABOUT = ("id", "idx", "index", "uuid", "", "unnamed: 0", *SYSTEM)
 """Columns that are hardly a prompt."""
@@ -488,9 +507,10 @@ class Format:
     def parse(self, row: Row, manner: Manner) -> Chat:
         """What can be read of a row, and why it cannot be trained on, such as an unread column in PARTS."""
         kind = OF_PAIRS if self.name == PREFERENCE else FORMATS[self.name]
-        chat = kind.read(its := Reading(row, self.columns, manner))
+        whole = row if kind.setting == "data.text" else _with_chats(row, self.columns)
+        chat = kind.read(its := Reading(whole, self.columns, manner))
         parts = PARTS if manner.targets else PARTS - ANSWERS
-        its.problems.extend(leftovers(row, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
+        its.problems.extend(leftovers(whole, self.columns, parts if self.whole else (), kind.setting, bool(chat.tools)))
         if manner.targets and self.columns.label is not None and row.cells.get("label") is False:  # rows for KTO
             its.fail("'label' is false: nobody wants this answer, and every answer is trained on alike; remove the row")
         return replace(chat, row=row.id, place=row.place, problems=its.problems)
@@ -528,7 +548,7 @@ def pair_format(names: Sequence[str], *, source: str) -> Format:
             f"{source} has no column '{missing[0]}'; preference rows have prompt, chosen and rejected, and its columns "
             f"are {', '.join(names)}"
         )
-    prompt = _usual(("prompt", "question", "instruction", "input"), names) or "prompt"
+    prompt = _usual(PROMPTS, names) or "prompt"
     return Format(PREFERENCE, Columns(prompt, "rejected", "chosen", system=_usual(SYSTEM, names)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -129,11 +130,14 @@ def read_data(
 def _naming(table: Table, named: Mapping[str, str | None]) -> str:
     """The settings that name text and label, by the first rows: the longest text, and few different labels."""
     rows = [row.cells for row in next(table.chunks())]
-    written = {name: [str(row.get(name)) for row in rows] for name in table.names if name.strip()}
+    single = [name for name in table.names if not any(isinstance(row.get(name), dict) for row in rows)]
+    written = {name: [str(row.get(name)) for row in rows] for name in single if name.strip()}
     text = named.get("text") or max(written, key=lambda name: sum(map(len, written[name])))
     counts = {name: len({*cells}) for name, cells in written.items() if name not in (text, named.get("text_pair"))}
     # Neither one value in all rows nor another one in each row is a label.
     likely = sorted(counts, key=lambda name: (not 1 < counts[name] <= max(MANY_CLASSES, len(rows) / 2), counts[name]))
+    if not likely and not named.get("label"):
+        return "set task.type to causal-lm, for a model that writes text; a classifier needs a column of labels"
     chosen = {"text": text, "label": named.get("label") or next(iter(likely), None)}
     words = [f"--set {quote(f'data.{key}={name}')}" for key, name in chosen.items() if name is not None]
     return (
@@ -286,11 +290,15 @@ def _doubts(classes: LabelMap, column: str, rows: Mapping[str | int, int]) -> It
             f"the tags in column '{column}' are numbers without names, so span_f1 counts equal neighbours as spans, "
             "also those outside; write names, with O for outside"
         )
-    if 2 * len(parts := {part.strip() for name in classes.names for part in str(name).split(",")}) < len(classes.names):
-        yield (
-            f"the {len(classes.names)} classes in column '{column}' are {len(parts)} names joined by commas; join them "
-            "by | and set task.type to multi-label-classification if a row has several"
-        )
+    for sign, by in ((",", "commas"), (";", "semicolons")):
+        parts = {part.strip() for name in classes.names for part in str(name).split(sign)}
+        numbers = all(re.fullmatch(r"[-+\d]*", part) for part in parts)  # with a decimal comma
+        if 2 * len(parts) < len(classes.names) and not numbers:
+            also = "" if classes.kind.joint else " and set task.type to multi-label-classification if a row has several"
+            yield (
+                f"the {len(classes.names)} classes in column '{column}' are {len(parts)} names joined by {by}; join "
+                f"them by |{also}"
+            )
     if classes.names[0] == -1 and 0 in classes.names:
         yield f"the label -1 in column '{column}' is a class like any other; remove its rows if it means no label"
     for missing in filter(looks_missing, rows):
@@ -361,8 +369,8 @@ def prepare(
         if refused:
             why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
             if len(refused) > most * len(table) or len(refused) == len(table):
-                raise DataError(f"{why}; so it is with {of}, more than data.max_bad_rows ({most:g}) leaves out")
-            table = table.noted(f"{of} are left out: {why}")
+                raise DataError(f"{why}; with it {of} are of no use, more than data.max_bad_rows ({most:g}) leaves out")
+            table = table.noted(f"{of} are left out, such as this one: {why}")
         if table.format is not None and not len(samples):
             raise DataError(
                 f"{table.name}: none of {len(samples.left_out)} targets fits whole into {max_length} tokens; "

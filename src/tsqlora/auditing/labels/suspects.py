@@ -24,6 +24,7 @@ from tsqlora.model.request import Compute, RowNames
 from tsqlora.model.units import Units, token_units, units_of
 from tsqlora.rows.datasets import Dataset
 from tsqlora.rows.labels import OUTSIDE
+from tsqlora.rows.rows import is_missing
 from tsqlora.tasks import Collate, require_classes, task_of
 from tsqlora.tasks.forward import each_its_row
 
@@ -99,7 +100,8 @@ class Audit:
         if not self.evident:
             return f"Audit({len(self)} labels, none called wrong: {self.why_not})"
         listed = f"{self.likely_wrong} to look at, about {self.expected_wrong:.0f} of them wrong"
-        return f"Audit({len(self)} labels, {listed}; {self.rate:.1%} of all wrong, {self.low:.1%} to {self.high:.1%})"
+        bounds = f", {self.low:.1%} to {self.high:.1%}" if self.high < 1 else ""
+        return f"Audit({len(self)} labels, {listed}; {self.rate:.1%} of all wrong{bounds})"
 
     @property
     def expected_wrong(self) -> float:
@@ -175,9 +177,10 @@ def audit_of(features: Any, labels: Any, *, classes: Sequence[str | int] | None 
         classes: class names by number, if labels are numbers.
         ids: numbers of the rows; by default their positions.
 
-    Raises DataError for other shapes, fewer than 3 rows and features that are not finite.
+    Raises DataError for other shapes, fewer than 3 rows, missing labels, and features that are not finite.
     """
     features, labels = np.asarray(features), np.asarray(labels)
+    labels = labels.ravel() if labels.ndim == 2 and labels.shape[1] == 1 else labels  # a column of a data frame
     features = features if features.dtype.kind == "f" else features.astype(np.float32)
     if features.ndim != 2 or not 1 <= labels.ndim <= 2 or len(features) != len(labels) or len(labels) < 3:
         raise DataError(
@@ -186,6 +189,8 @@ def audit_of(features: Any, labels: Any, *, classes: Sequence[str | int] | None 
         )
     if len(bad := np.flatnonzero(~np.isfinite(features).all(axis=1))):
         raise DataError(f"the features of row {bad[0]} are not finite, and of {len(bad)} rows in all")
+    if len(none := [j for j, label in enumerate(labels.tolist()) if is_missing(label)]):
+        raise DataError(f"row {none[0]} has no label, and so have {len(none)} rows in all; leave them out")
     if classes is None and labels.ndim == 1:
         names, labels = np.unique(labels, return_inverse=True)
         classes = tuple(names.tolist())

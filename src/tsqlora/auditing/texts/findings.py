@@ -1,8 +1,9 @@
 """What is wrong with the rows of a text audit: names, severities, causes and cures."""
 
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -224,9 +225,20 @@ def findings_of(
             cause += f": {'; '.join(reasons) if cut or len(why) > 1 else first[0][0]}"
             cures = cures if cut or not all(details) else {}
         if name in ("template_error", "content_lost"):
-            cause = next((line.detail for line in dropped if name in line.findings and line.detail), cause)
+            cause = _reasons(line.detail for line in dropped if name in line.findings and line.detail) or cause
         findings.append(Finding(name, severity, tuple(places), cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.where)))
+
+
+def _reasons(details: Iterable[str]) -> str:
+    """The reasons of rows, each as its first row has it; what is quoted is of one row."""
+    alike = defaultdict[str, list[str]](list)
+    for detail in details:
+        alike[re.sub(r"\(.*?\)|\d+", "", detail)].append(detail)
+    several = len(alike) > 1
+    reasons = sorted(alike.values(), key=len, reverse=True)
+    shown = [f"{len(some):,} rows: {some[0]}" if several else some[0] for some in reasons[:REASONS]]
+    return "; ".join([*shown, *(["others (the ledger has them)"] if len(reasons) > REASONS else [])])
 
 
 def lengths_of(lengths: Sequence[int], batch: int, limit: int) -> dict[str, Any] | None:

@@ -29,9 +29,9 @@ from tsqlora.auditing.texts.vocabulary import Vocabulary
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
 from tsqlora.rows.batches import IGNORED
-from tsqlora.rows.chat import ANSWER, Chat, Format, Message, format_of
+from tsqlora.rows.chat import ANSWER, PROMPTS, Chat, Format, Message, format_of
 from tsqlora.rows.readers import SNIFF, Hints
-from tsqlora.rows.rows import Row
+from tsqlora.rows.rows import Columns, Row
 from tsqlora.rows.sources import open_table
 
 PREPARED = {"input_ids", "labels", "attention_mask", "position_ids", "text"}
@@ -236,8 +236,15 @@ def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None
     else:
         names, name, cells = list(rows[0]), "data", (rows[j] for j in range(len(rows)))
     own = like and replace(like, columns=like.columns.spelled(names))
-    format = own if own and {own.columns.text, own.columns.label} <= {*names, None} else format_of(names, name)
-    return _shown(cells, format)
+    if own and {own.columns.text, own.columns.label} <= {*names, None}:
+        return _shown(cells, own)
+    try:
+        return _shown(cells, format_of(names, name))
+    except DataError:
+        prompts = [one for one in PROMPTS if one in names]  # alone: such as those of a benchmark
+        if not prompts:
+            raise
+        return _shown(cells, Format("prompt", Columns(prompts[0], None, None)))
 
 
 def _shown(rows: Iterable[Any], format: Format) -> list[Chat]:
@@ -268,14 +275,15 @@ def match(
     them do not count. With `packed`, a sequence of the greatest length that a row begins with is that row, cut. Where
     another sequence has more of such a row, packing has `split` rows, and a sequence that lacks a content has no row.
     """
-    equal, spelled = defaultdict(deque[int]), dict[str, str]()
+    equal, spelled = defaultdict(deque[int]), dict[str, list[str]]()
     for j, row in enumerate(rows):
         messages = [*row.whole, *(one for one in row.side("rejected") if one not in row.whole)]
-        spelled[digest := digest_of(row)] = "\n".join(vocabulary.content(one.content).decode() for one in messages)
+        spelled[digest := digest_of(row)] = [vocabulary.content(one.content).decode() for one in messages]
         equal[digest].append(j)
     having = defaultdict(list[str])
-    for digest in sorted(spelled, key=lambda digest: len(spelled[digest])):
-        for sentence in _sentences(spelled[digest]):
+    for digest in sorted(spelled, key=lambda digest: sum(map(len, spelled[digest]))):
+        # Nothing need stand between a prompt and its completion, which then have a sentence together.
+        for sentence in dict.fromkeys(one for by in ("\n", "") for one in _sentences(by.join(spelled[digest]))):
             having[sentence].append(digest)
     ordered = sorted(having)
     taken, sure, left = defaultdict(list[Trained]), dict[int, str](), list[Trained]()
