@@ -193,11 +193,11 @@ def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Te
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-        (given,) = args or named.values()
+        (values,) = args or named.values()
         # A head at every token is the last such module; all would be gigabytes.
-        for earlier in [m for m, (x, _) in calls.items() if x.dim() > 2 and given.dim() > 2]:
+        for earlier in [m for m, (x, _) in calls.items() if x.dim() > 2 and values.dim() > 2]:
             del calls[earlier]
-        calls[module] = (given.detach(), output.detach())
+        calls[module] = (values.detach(), output.detach())
 
     hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
     try:
