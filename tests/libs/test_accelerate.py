@@ -1,12 +1,14 @@
 """The contract with accelerate: a failure here says which of its interfaces has changed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from tsqlora.libs.accelerate import inner_batch_sampler, inner_optimizer, loss_scale, says_out_of_memory
+from tsqlora.libs.accelerate import inner_optimizer, loss_scale, row_sampler, says_out_of_memory
 
 
 def test_the_optimizer_inside_accelerates_is_found() -> None:
@@ -20,11 +22,11 @@ def test_the_optimizer_inside_accelerates_is_found() -> None:
     assert loss_scale(prepared) == 4.0
 
 
-def test_the_batch_sampler_that_is_shared_out_is_found() -> None:
+def test_the_sampler_of_batches_that_are_shared_out_is_found() -> None:
     """`BatchSamplerShard.batch_sampler`."""
-    batches = BatchSampler(SequentialSampler(range(8)), 2, False)
-    assert inner_batch_sampler(BatchSamplerShard(batches, num_processes=2)) is batches
-    assert inner_batch_sampler(batches) is batches
+    batches = BatchSampler(rows := SequentialSampler(range(8)), 2, False)
+    for shared in (batches, BatchSamplerShard(batches, num_processes=2)):
+        assert row_sampler(SimpleNamespace(batch_sampler=shared)) is rows
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory"])

@@ -131,8 +131,8 @@ def run_page(run: Path, script: str, texts: Sequence[str] | None = None) -> str:
     else:
         settings, config = read_config(run / CONFIG_FILE)
     # A Trainer's output_dir may hold the scores of an earlier training.
-    kept = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
-    scores = Scores.load(run / SCORES_FILE) if kept else None
+    scored = (record.quality.get("enabled") or not record.settings) and (run / SCORES_FILE).exists()
+    scores = Scores.load(run / SCORES_FILE) if scored else None
     servers = dict[str, list[str]]()
     with suppress(DataError):  # of an adapter that cannot be read: `tsqlora doctor`, which the page names, says why
         servers = ways_to_serve(run / ADAPTER_DIR)[0] if (run / ADAPTER_DIR).is_dir() else {}
