@@ -18,7 +18,7 @@ DECIDES = {
     "fuzz.json": ["rows/readers.py", "adapter", "libs/yaml.py", "auditing/texts/prepared.py"],
     "headstart_controls": ["auditing/head_start.py", "model/linear.py"],
     "judge.json": ["auditing/labels/judge.py", "auditing/labels/label_noise.py", "model/linear.py"],
-    "ledger.json": [f"auditing/texts/{name}.py" for name in ("ledger", "among", "raw", "reconcile")],
+    "ledger.json": [f"auditing/texts/{name}.py" for name in ("ledger", "among", "raw")],
     "question": ["auditing/labels/question.py", "auditing/labels/judge.py", "model/linear.py"],
     "scale.json": ["rows", "model/passes.py", "auditing/look.py"],
     "servers.json": ["adapter/servers.toml", "adapter/servers.py", "adapter/files.py"],
