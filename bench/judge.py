@@ -244,7 +244,8 @@ def orders(judgement: Judgement, labels: np.ndarray, wrong: np.ndarray) -> dict[
     before = label_noise.LESS_GAIN, label_noise.GAIN
     gains = {"uniform": (np.inf, np.inf), "frequency": (-np.inf, np.inf), "fitted": (np.inf, -np.inf)}
     try:
-        for name, (label_noise.LESS_GAIN, label_noise.GAIN) in gains.items():
+        for name, both in gains.items():
+            label_noise.LESS_GAIN, label_noise.GAIN = both
             result[name] = of(judge_logits(judgement.logits, labels))
     finally:
         label_noise.LESS_GAIN, label_noise.GAIN = before

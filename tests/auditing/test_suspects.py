@@ -1,6 +1,7 @@
 """Planted wrong labels come first, at their rate; probabilities hold; features without information give no evidence."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def test_a_model_or_its_trainer_is_audited_by_one_pass_that_leaves_it_as_it_was(
     ours = tsq.audit(trainer)
     assert (ours.ids + 100).tolist() == audit.ids.tolist()
     assert repr(ours) == f"Audit(40 labels, none called wrong: {ours.why_not})"
+    unbounded = repr(replace(ours, evident=True, rate=0.065))
+    assert unbounded.endswith("6.5% of all wrong)"), "bounds of 0 and 1 are none"
     trainer.train_dataset = tsq.QualitySubset(rows, fraction=0.5)
     assert tsq.audit(trainer).ids.tolist() == ours.ids.tolist()
     with pytest.raises(SettingsError, match="evaluation"):

@@ -167,6 +167,7 @@ def test_targets_may_be_missing_where_they_are_not_read(row: dict[str, Any]) -> 
         ({"document": "a\ud800", "summary": "b"}, ["'document'", "surrogate"]),
         (SQUAD | {"answers": {"text": [], "answer_start": []}}, ["no text in column 'answers'"]),
         ({"messages": "hi"}, ["str 'hi'", "'messages'", '"role"', '"content"']),
+        *(({"messages": text}, ["str ", "not a list of messages"]) for text in ("[{[]: 1}]", '[{"role": 1', "[{1}]")),
         ({"messages": []}, ["no messages", "'messages'"]),
         ({"messages": [USER, "ho"]}, ["message 2", "str 'ho'"]),
         ({"messages": [{"role": "user"}, ANSWER]}, ["message 1", "'content'"]),

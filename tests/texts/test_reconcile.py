@@ -14,8 +14,9 @@ from masked import SPECIAL, chats, masked, tokens
 from runs import write_jsonl
 from tsqlora.auditing.texts.among import among_rows
 from tsqlora.auditing.texts.findings import OF_LABELS, OF_TOKENS
-from tsqlora.auditing.texts.reconcile import Reconciled, audit_sequences
+from tsqlora.auditing.texts.reconcile import Reconciled, audit_sequences, conversations_of
 from tsqlora.auditing.texts.vocabulary import vocabulary_of
+from tsqlora.errors import DataError
 
 ROWS, PLANTED = 40, 3
 MASKS = ("answers", "everything", "all turns")
@@ -137,3 +138,12 @@ def test_all_findings_are_possible_only_with_texts(tmp_path: Path) -> None:
     made = [masked(tokenizer, row["messages"]) for row in rows]
     assert read(made, tokenizer).finds == OF_LABELS
     assert {*read(made, tokenizer, data=write_jsonl(tmp_path / "rows.jsonl", rows)).finds} > OF_LABELS
+
+
+def test_prompts_alone_are_rows_to_evaluate_on_and_no_source_rows() -> None:
+    rows = [{"prompt": f"Why {j}?", "gold": "So."} for j in range(3)]
+    asked = conversations_of(rows, answers=False)
+    assert asked is not None
+    assert [[message.content for message in one.whole] for one in asked] == [[row["prompt"]] for row in rows]
+    with pytest.raises(DataError, match="no columns of any row format"):
+        conversations_of(rows)

@@ -436,7 +436,9 @@ def test_a_cause_of_one_row_is_not_that_of_the_rows_that_the_limit_cuts() -> Non
     assert cause.endswith("2 for others (the ledger has them)")
     whys = ["no 'name' ('a')", "no 'name' ('b')", "no 'tools'"]
     lost = [Line(row, "", fate="dropped", findings=["content_lost"], detail=why) for row, why in enumerate(whys)]
-    assert findings_of(lost)[0].cause == "2 rows: no 'name' ('a'); 1 rows: no 'tools'"
+    assert findings_of(lost)[0].cause == "2 of these: no 'name' ('a'); 1 of these: no 'tools'"
+    other = Line(9, "", fate="trained", findings=["content_lost"])  # what another trainer left out has no reason
+    assert "1 of these: the preparation leaves out content of a message" in findings_of([*lost, other])[0].cause
     assert findings_of(lost[:2])[0].cause == "no 'name' ('a')"
 
 

@@ -152,27 +152,26 @@ def _correct(about: Mapping[str, Any], table: Path, folder: Path, encoding: str 
         source = opened
         rows = {row: {name: cell for name, cell in cells.items() if name != column} for row, cells in rows.items()}
     changed = {row: own for row, own in new.items() if rows[row] | own != rows[row]}
-    differ = [(rows[row][name], cell) for row, own in changed.items() for name, cell in own.items()]
-    tags = sum(a != b for pair in differ for a, b in zip(*pair, strict=True)) if kind.by_token else None
     corrected = folder / f"corrected{'.jsonl' if source.path is None else source.path.suffix.lower()}"
     with writing(corrected, trusted):
         for path in (table, about["source"]):
             reading(path)
     folder.mkdir(parents=True, exist_ok=True)
     copy_rows(source, corrected, cells=changed)
-    empty = (line for line in (filled if kind.by_token else ()) if is_missing(line.cells.get("reviewed_label")))
-    unread = {_number(line, "row") for line in empty}
+    tags = (line for line in (filled if kind.by_token else ()) if is_missing(line.cells.get("reviewed_label")))
+    unread = {_number(line, "row") for line in tags}
     whole = [row for row in sorted(new) if row not in unread]
     # The loss of suspects, which are hard rows, does not show what the pool teaches.
     kinds = {row: mark for (row, _), mark in sorted(marks.items())}
     write_rows(trusted, [rows[row] | new[row] | {REVIEWED_AS: kinds[row]} for row in whole or sorted(new)])
     partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(new)} that are reviewed in part"
+    both = [(rows[row][column], own[column]) for row, own in changed.items()] if kind.by_token and column else []
     return {
         "out": str(folder),
         "corrected": str(corrected),
         "trusted": str(trusted),
         "reviewed": len(marks),
-        "changed": len(changed) if tags is None else tags,
+        "changed": sum(a != b for pair in both for a, b in zip(*pair, strict=True)) or len(changed),  # in labels
         "checks": sum(mark == "check" for mark in marks.values()),
         "notes": [] if whole else [partly],
         "next": _training(about, corrected, trusted),

@@ -452,21 +452,6 @@ FORMATS: dict[str, Kind] = {
     "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text", system=False),
 }
 
-
-def _with_chats(row: Row, columns: Columns) -> Row:
-    """The row with the chats that a table holds as text, as JSON or Python writes them."""
-    cells = dict[str, Any]()
-    for name in filter(None, (columns.text, columns.text_pair, columns.label)):
-        if isinstance(cell := row.cells.get(name), str) and re.match(r"\s*\[\s*\{", cell):
-            for read in (json.loads, ast.literal_eval):
-                with suppress(ValueError, SyntaxError, RecursionError):
-                    chat = read(cell.strip())
-                    if all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in chat):
-                        cells[name] = chat
-                        break
-    return replace(row, cells={**row.cells, **cells}) if cells else row
-
-
 PREFERENCE = "preference"
 """The name of the format of preference rows, which is their task's alone."""
 OF_PAIRS = Kind(read_pair, (), setting="")
@@ -539,6 +524,23 @@ class Format:
             return (self,)
         columns = self.columns
         return self, replace(self, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
+
+
+def _with_chats(row: Row, columns: Columns) -> Row:
+    """The row with the chats that a table holds as text."""
+    cells = {name: row.cells.get(name) for name in (columns.text, columns.text_pair, columns.label) if name}
+    chats = {name: chat for name, cell in cells.items() if isinstance(cell, str) and (chat := _chat_in(cell))}
+    return replace(row, cells={**row.cells, **chats}) if chats else row
+
+
+def _chat_in(text: str) -> list[Any] | None:
+    """The messages in a text, as JSON or Python writes them; None for any other text."""
+    for read in (json.loads, ast.literal_eval) if re.match(r"\s*\[\s*\{", text) else ():
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            chat = read(text.strip())
+            if all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in chat):
+                return chat
+    return None
 
 
 def pair_format(names: Sequence[str], *, source: str) -> Format:

@@ -369,7 +369,7 @@ def prepare(
         if refused:
             why, of = str(refused[min(refused)]), f"{len(refused):,} of {len(table):,} rows of {table.name}"
             if len(refused) > most * len(table) or len(refused) == len(table):
-                raise DataError(f"{why}; with it {of} are of no use, more than data.max_bad_rows ({most:g}) leaves out")
+                raise DataError(f"{why}; {of} cannot be used, more than data.max_bad_rows ({most:g}) leaves out")
             table = table.noted(f"{of} are left out, such as this one: {why}")
         if table.format is not None and not len(samples):
             raise DataError(

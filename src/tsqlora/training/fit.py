@@ -50,7 +50,7 @@ def fit(
         model,
         args,
         train_dataset=data,
-        eval_dataset=job.data["validation"].samples,  # type: ignore[arg-type]
+        eval_dataset=cast(Any, job.data["validation"].samples),
         processing_class=job.tokenizer,
         data_collator=cast(Any, job.collate),
         # An encoder-decoder also returns hidden states, of every evaluated row.

@@ -190,7 +190,7 @@ def audit_of(features: Any, labels: Any, *, classes: Sequence[str | int] | None 
     if len(bad := np.flatnonzero(~np.isfinite(features).all(axis=1))):
         raise DataError(f"the features of row {bad[0]} are not finite, and of {len(bad)} rows in all")
     if len(none := [j for j, label in enumerate(labels.tolist()) if is_missing(label)]):
-        raise DataError(f"row {none[0]} has no label, and so have {len(none)} rows in all; leave them out")
+        raise DataError(f"row {none[0]} has no label, and {len(none)} rows in all have none; leave them out")
     if classes is None and labels.ndim == 1:
         names, labels = np.unique(labels, return_inverse=True)
         classes = tuple(names.tolist())

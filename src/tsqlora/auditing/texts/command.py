@@ -85,7 +85,7 @@ def audit_text(
     vocabulary, positions = load_vocabulary(model, chat_template, trust_remote_code=trust_remote_code)
     about: dict[str, Any] = {"model": model}
     if prepared is not None:
-        made, evaluated = prepared_set(prepared), conversations_of(evaluation)
+        made, evaluated = prepared_set(prepared), conversations_of(evaluation, answers=False)
         result = audit_sequences(made, None, vocabulary, data=source, progress=progress)
         if all("vocabulary" in line.findings for line in result.lines):
             reason = "its tokens are those of another tokenizer; give --model the one that prepared it"
@@ -102,7 +102,7 @@ def audit_text(
         )
         table = open_table(source, split="train", hints=hints)
         format = format_of(table.names, table.name, **(named or {}))
-        evaluated = conversations_of(evaluation, hints, format)
+        evaluated = conversations_of(evaluation, hints, format, answers=False)
         result = audit_table(table, format, vocabulary, limit, progress)
         about |= {"source": absolute(source), "sha256": source_digest(table), "hints": asdict(hints)}
         about["mask"] = "those that tsqlora train would make; other trainers cut and mask in other ways"
@@ -142,7 +142,8 @@ def audit_trainer(
         "model": str(getattr(model.config, "_name_or_path", "")),
         "mask": f"those of the {type(trainer).__name__} and its collator",
     }
-    audited = finish(out, about, result, conversations_of(evaluation), vocabulary, trainer.args.train_batch_size)
+    evaluated = conversations_of(evaluation, answers=False)
+    audited = finish(out, about, result, evaluated, vocabulary, trainer.args.train_batch_size)
     return {**audited, "seconds": time.perf_counter() - start}
 
 

@@ -225,7 +225,8 @@ def findings_of(
             cause += f": {'; '.join(reasons) if cut or len(why) > 1 else first[0][0]}"
             cures = cures if cut or not all(details) else {}
         if name in ("template_error", "content_lost"):
-            cause = _reasons(line.detail for line in dropped if name in line.findings and line.detail) or cause
+            own = [line for line in lines if name in line.findings]
+            cause = _reasons((line.fate == "dropped" and line.detail) or cause for line in own)
         findings.append(Finding(name, severity, tuple(places), cause, cures))
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -len(one.where)))
 
@@ -235,9 +236,8 @@ def _reasons(details: Iterable[str]) -> str:
     alike = defaultdict[str, list[str]](list)
     for detail in details:
         alike[re.sub(r"\(.*?\)|\d+", "", detail)].append(detail)
-    several = len(alike) > 1
     reasons = sorted(alike.values(), key=len, reverse=True)
-    shown = [f"{len(some):,} rows: {some[0]}" if several else some[0] for some in reasons[:REASONS]]
+    shown = [f"{len(some):,} of these: {some[0]}" if len(reasons) > 1 else some[0] for some in reasons[:REASONS]]
     return "; ".join([*shown, *(["others (the ledger has them)"] if len(reasons) > REASONS else [])])
 
 

@@ -223,10 +223,13 @@ def _by_row(sequences: Iterable[Trained]) -> dict[int, list[Trained]]:
     return by_row
 
 
-def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None) -> list[Chat] | None:
+def conversations_of(
+    rows: Any, hints: Hints = SNIFF, like: Format | None = None, *, answers: bool = True
+) -> list[Chat] | None:
     """Read a file, or a list of dicts or `datasets.Dataset`, as conversations; None for None.
 
-    Rows with the columns of the format `like` have this format, others their own.
+    Rows with the columns of the format `like` have this format, others their own. Without `answers` prompts alone are
+    read too, such as those of a benchmark.
     """
     if rows is None:
         return None
@@ -241,10 +244,10 @@ def conversations_of(rows: Any, hints: Hints = SNIFF, like: Format | None = None
     try:
         return _shown(cells, format_of(names, name))
     except DataError:
-        prompts = [one for one in PROMPTS if one in names]  # alone: such as those of a benchmark
-        if not prompts:
+        prompt = next((one for one in PROMPTS if one in names), None)
+        if answers or prompt is None:
             raise
-        return _shown(cells, Format("prompt", Columns(prompts[0], None, None)))
+        return _shown(cells, Format("prompt", Columns(prompt, None, None)))
 
 
 def _shown(rows: Iterable[Any], format: Format) -> list[Chat]:
