@@ -142,8 +142,8 @@ def test_all_findings_are_possible_only_with_texts(tmp_path: Path) -> None:
 
 def test_prompts_alone_are_rows_to_evaluate_on_and_no_source_rows() -> None:
     rows = [{"prompt": f"Why {j}?", "gold": "So."} for j in range(3)]
-    asked = conversations_of(rows, answers=False)
-    assert asked is not None
-    assert [[message.content for message in one.whole] for one in asked] == [[row["prompt"]] for row in rows]
+    chats_read = conversations_of(rows, answers=False)
+    assert chats_read is not None
+    assert [[message.content for message in one.whole] for one in chats_read] == [[row["prompt"]] for row in rows]
     with pytest.raises(DataError, match="no columns of any row format"):
         conversations_of(rows)
