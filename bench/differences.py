@@ -14,7 +14,6 @@ import pandas as pd
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "worlds"
 WORLDS = {
     "shortcut": "a shortcut (SST-2)",
     "shortcut-bbc": "a shortcut (BBC)",
@@ -41,18 +40,17 @@ WAYS = {
 """What the ways to train are called, their colour and mark, in the order of the tables."""
 
 
-RULE = 2
-"""The rule of most cells, by which trusted rows always came last."""
-ASKS = 3
-"""Today's rule, that of bench/worlds.py: the run asks the pool."""
+LAST = "worlds-last"
+"""Cells of the rule before, by which trusted rows always came last."""
+ASKS = "worlds"
+"""Cells of today's rule, that of bench/worlds.py: the run asks the pool."""
 RATE, RATES_SEED = 5e-4, 19
 """The rate of a way without a choice, and the seed whose cells choose; see bench/worlds.py."""
 
 
-def stored(rule: int = RULE) -> pd.DataFrame:
+def stored(rule: str = LAST) -> pd.DataFrame:
     """A row for each cell of the rule, at any rate."""
-    every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    cells = [cell for cell in every if cell["settings"].get("rule", 2) == rule]
+    cells = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results" / rule).glob("*.json"))]
     return pd.DataFrame(
         [{**cell, **cell["settings"], "rate": cell["settings"]["training"]["learning_rate"]} for cell in cells]
     )
@@ -64,9 +62,9 @@ def rates() -> pd.DataFrame:
     return cells[cells.seed == RATES_SEED].pivot_table(index=["world", "method"], columns="rate", values="accuracy")
 
 
-def cells(rule: int = RULE) -> pd.DataFrame:
+def cells(rule: str = LAST) -> pd.DataFrame:
     """A row for each cell at the rate that was chosen for its way and world; of today's rule all have one rate."""
-    chosen = {str(key): rate for key, rate in rates().idxmax(axis=1).items()} if rule == RULE else {}
+    chosen = {str(key): rate for key, rate in rates().idxmax(axis=1).items()} if rule == LAST else {}
     cells = stored(rule)
     rate = [chosen.get(str(key), RATE) for key in zip(cells.world, cells.method, strict=True)]
     return cells[(cells.seed != RATES_SEED) & (cells.rate == rate)]
