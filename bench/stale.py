@@ -35,20 +35,6 @@ DECIDES = {
     "scale.json": ["rows", "model/passes.py", "auditing/look.py"],
     "worlds": ["auditing/labels", "auditing/head_start.py", "auditing/draw", "training/trusted_last.py"],
 }
-BEFORE = {
-    "adapter": "interop",
-    "auditing/labels": "quality",
-    "auditing/draw": "quality",
-    "auditing/texts": "text",
-    "auditing": "quality",
-    "libs": "compat",
-    "model/linear.py": "quality/linear_head.py",
-    "model": "quality",
-    "rows": "data",
-}
-"""Where these files were before the commit whose packages are doors."""
-EQUAL = {"5253a12b"}
-"""Commits whose golden runs equal those before them (scripts/golden.py): they make nothing old."""
 
 
 def git(*words: str) -> str:
@@ -63,12 +49,6 @@ def oldest(result: Path) -> str:
     named = {match for file in files for match in re.findall(r'"commit": "([0-9a-f]{7,40})', file.read_text())}
     dated = [line for line in git("log", "--format=%H").split() if any(line.startswith(name) for name in named)]
     return dated[-1] if dated else git("log", "-1", "--format=%H", "--", str(result)).strip()
-
-
-def _both(path: str) -> tuple[str, str]:
-    """Where a file is, and where it was."""
-    new = next((new for new in BEFORE if path.startswith(new)), "")
-    return path, path.replace(new, BEFORE.get(new, ""), 1)
 
 
 def _numbers(part: Any) -> Any:
@@ -104,17 +84,13 @@ def main() -> None:
         return
     old = False
     for name, paths in DECIDES.items():
-        made = oldest(RESULTS / name)
-        files = [SRC + path for one in paths for path in _both(one)]
+        made, files = oldest(RESULTS / name), [SRC + path for path in paths]
         # What a later commit took back makes nothing old.
         differs = made and git("diff", "--name-only", made, "HEAD", "--", *files)
-        changed = git("log", "--format=%H", f"{made}..HEAD", "--", *files).split() if differs else []
-        later = [commit for commit in changed if commit[:8] not in EQUAL]
+        later = git("log", "--format=%h", f"{made}..HEAD", "--", *files).split() if differs else []
         if later:
             old = True
-            print(
-                f"bench/results/{name} is of {made[:7]} or later; {len(later)} commits after it changed what decides it"
-            )
+            print(f"{name} is of {made[:8]} or later; {len(later)} commits changed what decides it, last {later[0]}")
     if old and request.strict:
         sys.exit("measure these again before a release")
 

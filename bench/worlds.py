@@ -30,7 +30,6 @@ from cleanlab.filter import find_label_issues
 from origin import ROOT, commit, encoder, machine, parser_of, stored
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -241,23 +240,6 @@ def without_label_issues(pool: list[Row]) -> list[Row]:
     return [row for row, issue in zip(pool, wrong, strict=True) if not issue]
 
 
-def errors_repeated(pool: list[Row], folder: Path, training: Mapping[str, Any], times: int = 6) -> list[Row]:
-    """Just train twice (Liu et al. 2021): the rows that a short training gets wrong, several times."""
-    names, settings = ("train", "validation"), {"enabled": False, "fraction": 1.0}
-    run, out = folder / "first", folder / "first.jsonl"
-    train(config_of(folder, names, settings, {**training, "max_steps": STEPS // 4}), run)
-    wrong = [a != row["label"] for a, row in zip(predictions(run, folder / "train.jsonl", out), pool, strict=True)]
-    return [row for row, error in zip(pool, wrong, strict=True) for _ in range(times if error else 1)]
-
-
-def without_other_neighbours(pool: list[Row], k: int = 10) -> list[Row]:
-    """SimiFeat's vote (Zhu et al. 2022): rows stay if the k nearest on frozen features, and they, have their label."""
-    features, labels = features_of(pool)
-    nearest = KNeighborsClassifier(k, metric="cosine").fit(features, labels)
-    agrees = nearest.predict(features) == labels
-    return [row for row, yes in zip(pool, agrees, strict=True) if yes]
-
-
 def refitted(run: Path, trusted: list[Row], test: list[Row]) -> tuple[list[Any], float]:
     """DFR (Kirichenko et al. 2023): labels and loss of a head fitted on the trained features of trusted rows."""
     model, names = open_run(run).model, sorted({row["label"] for row in trusted})
@@ -281,7 +263,7 @@ class Way:
     stops: bool = False
     """Holds out a fifth of the rows, and returns to the step at which their loss was least."""
     before: str = ""
-    """`cleanlab`, `jtt` or `knn`."""
+    """`cleanlab`, or nothing."""
     dfr: bool = False
     """Fits a new head on the trusted rows at the end."""
     last: bool = False
@@ -301,8 +283,6 @@ METHODS: dict[str, Way] = {
     "even-untrusted": Way(EVEN, trusted=False),
     "cleanlab": Way(EVEN, trusted=False, before="cleanlab"),
     "cleanlab-then-trusted": Way(before="cleanlab"),
-    "jtt": Way(EVEN, trusted=False, before="jtt"),
-    "knn": Way(EVEN, trusted=False, before="knn"),
     "dfr": Way(EVEN, trusted=False, dfr=True),
 }
 """`default` asks the pool, `always` has the trusted rows last whatever it answers, `even` each of them once an epoch,
@@ -339,10 +319,6 @@ def run(world: str, method: str, seed: int, trusted: int, rate: float) -> dict[s
         pool = here.trusted if way.alone else here.train
         if way.before == "cleanlab":
             pool = without_label_issues(pool)
-        elif way.before == "knn":
-            pool = without_other_neighbours(pool)
-        elif way.before == "jtt":
-            pool = errors_repeated(pool, folder, training)
         if way.stops:
             write_rows(folder / "validation.jsonl", pool[: len(pool) // 5])
             pool = pool[len(pool) // 5 :]
