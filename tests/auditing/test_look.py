@@ -236,7 +236,7 @@ def test_held_out_rows_and_their_copies_are_in_no_fit() -> None:
 
 
 def test_wrong_labels_among_held_out_rows_are_left_out_by_a_judge_that_has_not_seen_them() -> None:
-    pool, wrong = into_one_class(learnable(900))
+    pool, wrong = mislabelled(learnable(900))
     result = look(wrapped(), LookRequest(dataset=pool, collate=collate, task=CLASSES, trusted=pool[:2], asks=True))
     held, left_out = (result.scores.left_out_as(name) for name in ("held out", "confident negative"))
     assert 75 <= held.sum() <= 100  # with their copies
@@ -452,16 +452,17 @@ def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
 # --- wrong labels -------------------------------------------------------------------------
 
 
-def into_one_class(rows: Rows) -> tuple[Rows, np.ndarray]:
-    """The label of every tenth row is class 0."""
-    wrong = np.array([j % 10 == 0 and row["labels"] != 0 for j, row in enumerate(rows)])
-    return [row | {"labels": 0} if is_wrong else row for row, is_wrong in zip(rows, wrong, strict=True)], wrong
+def mislabelled(rows: Rows) -> tuple[Rows, np.ndarray]:
+    """Every tenth row has another label, drawn: all in one class, they would look like hard rows to these features."""
+    rng, wrong = np.random.default_rng(0), np.arange(len(rows)) % 10 == 0
+    others = [row | {"labels": int((row["labels"] + rng.integers(1, 3)) % 3)} for row in rows]
+    return [other if is_wrong else row for row, other, is_wrong in zip(rows, others, wrong, strict=True)], wrong
 
 
 @pytest.mark.parametrize("rule", [ScoringRule(), ScoringRule(weights={"loss": 1.0}), ScoringRule(judge=False)])
 @pytest.mark.parametrize("trusted", [False, True])
 def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: ScoringRule, trusted: bool) -> None:
-    rows, wrong = into_one_class(learnable(600))
+    rows, wrong = mislabelled(learnable(600))
     apart = shifted(learnable(60, seed=1)) if trusted else None
     scores = looked(wrapped(), rows, rule=rule, trusted=apart).scores
     out = scores.left_out_as("confident negative")
@@ -477,7 +478,7 @@ def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: Scor
 
 
 def test_a_later_look_renews_q_and_judges_no_label() -> None:
-    rows, _ = into_one_class(learnable(600))
+    rows, _ = mislabelled(learnable(600))
     rule, model = ScoringRule(weights={"loss": 1.0}), wrapped()
     first = looked(model, rows, rule=rule).scores
     with torch.no_grad():
