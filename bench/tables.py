@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -226,31 +227,22 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
 
 TRUSTED = 128
 """Trusted rows in the worlds' tables."""
-WORLDS = {"shortcut": "shortcut", "both": "shortcut, 20 % wrong", "weak": "weak labels", "clean": "clean"}
-OTHERS = {
-    "overlap": "word overlap (MRPC)",
-    "intents-wrong40": "150 classes, 40 % wrong",
-    "intents-one10": "150 classes, 10 % moved to one",
-}
-"""Worlds in which not every way was tried."""
-
-
 def worlds_last(_: Results) -> Rows:
     """The rule before today's."""
-    return _side_by_side(differences.cells())
+    return _side_by_side(differences.cells(differences.LAST))
 
 
 def worlds_asked(_: Results) -> Rows:
     """Today's rule."""
-    return _side_by_side(differences.cells(differences.ASKS))
+    return _side_by_side(differences.cells())
 
 
 def _side_by_side(cells: pd.DataFrame) -> Rows:
     """Even draws and tsqlora side by side, a row a world; means over the seeds of both."""
     rows = []
     gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
-    for world, name in (WORLDS | OTHERS).items():
-        here = cells[(cells.world == world) & (cells.trusted == TRUSTED)]
+    for (world, name), trusted in product(differences.WORLDS.items(), (TRUSTED, 32)):
+        here = cells[(cells.world == world) & (cells.trusted == trusted)]
         both = {*here[here.method == "even"].seed} & {*here[here.method == "default"].seed}
         if not both:
             continue
@@ -258,12 +250,12 @@ def _side_by_side(cells: pd.DataFrame) -> Rows:
         even, ours = (here[here.method == method] for method in ("even", "default"))
         rows.append(
             {
-                "even draws → tsqlora": name,
+                "even draws → tsqlora": name + ("" if trusted == TRUSTED else f", {trusted} trusted rows"),
                 "seeds": str(len(ours)),
                 "accuracy": f"{100 * even.accuracy.mean():.1f} → {100 * ours.accuracy.mean():.1f}",
-                "gain": _difference(gains.loc[world, TRUSTED, "default"], "accuracy"),
+                "gain": _difference(gains.loc[world, trusted, "default"], "accuracy"),
                 "worst group": f"{100 * even.worst.mean():.1f} → {100 * ours.worst.mean():.1f}",
-                "its gain": _difference(gains.loc[world, TRUSTED, "default"], "worst"),
+                "its gain": _difference(gains.loc[world, trusted, "default"], "worst"),
                 "test loss": f"{even['loss'].mean():.2f} → {ours['loss'].mean():.2f}",
             }
         )
@@ -308,10 +300,15 @@ def question(_: Results) -> Rows:
 def worlds_gains(_: Results) -> Rows:
     """Points of accuracy that other ways to train gain over even draws, a column a world."""
     gains = differences.against_even(differences.cells()).set_index(["world", "trusted", "method"])
+    names = {world: name for world, name in differences.WORLDS.items() if world in gains.index}
     return [
-        {"": differences.WAYS[method][0].format(trusted=TRUSTED), "seeds": f"{gains.seeds[:, TRUSTED, method].max()}"}
-        | {name: _difference(gains.loc[world, TRUSTED, method], "accuracy") for world, name in WORLDS.items()}
-        for method in ("mixed", "alone", "dfr", "cleanlab", "lora+head", "lora")
+        {"": f"{differences.WAYS[way][0]} ({gains.seeds[:, TRUSTED, way].max()} seeds)"}
+        | {
+            name: _difference(gains.loc[at], "accuracy") if (at := (world, TRUSTED, way)) in gains.index else NONE
+            for world, name in names.items()
+        }
+        for way in differences.WAYS
+        if way in gains.loc[:, TRUSTED, :].index.get_level_values("method")
     ]
 
 
@@ -418,7 +415,7 @@ def claim_answers() -> str:
 
 def claim_train() -> str:
     """What trusted rows gain over the same rows mixed in, for README: in a pool with a shortcut, and in a clean one."""
-    gains = differences.against_even(differences.cells(differences.ASKS)).set_index(["world", "trusted", "method"])
+    gains = differences.against_even(differences.cells()).set_index(["world", "trusted", "method"])
     shortcut, clean = (gains.loc[name, TRUSTED, "default"] for name in ("shortcut", "clean"))
     return (
         f"{_points(shortcut)} of accuracy on SST-2 with a shortcut in the rows, by {TRUSTED} checked rows that come "
