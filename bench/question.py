@@ -37,7 +37,7 @@ from tsqlora.tasks import get_task
 from tsqlora.training.command import train
 from tsqlora.training.job import open_run
 
-RESULTS = ROOT / "bench" / "results" / "question"
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "question"))
 TRUSTED, FEW, HELD_OUT, BEFORE = 128, 32, 400, 308
 DOUBT = 0.2
 """Probability of a wrong label from which a row of H is left out."""
