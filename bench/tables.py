@@ -227,6 +227,8 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
 
 TRUSTED = 128
 """Trusted rows in the worlds' tables."""
+
+
 def worlds_last(_: Results) -> Rows:
     """The rule before today's."""
     return _side_by_side(differences.cells(differences.LAST))

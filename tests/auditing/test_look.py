@@ -454,9 +454,9 @@ def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
 
 def mislabelled(rows: Rows) -> tuple[Rows, np.ndarray]:
     """Every tenth row has another label, drawn: all in one class, they would look like hard rows to these features."""
-    rng, wrong = np.random.default_rng(0), np.arange(len(rows)) % 10 == 0
-    others = [row | {"labels": int((row["labels"] + rng.integers(1, 3)) % 3)} for row in rows]
-    return [other if is_wrong else row for row, other, is_wrong in zip(rows, others, wrong, strict=True)], wrong
+    wrong = np.arange(len(rows)) % 10 == 0
+    steps = np.where(wrong, np.random.default_rng(0).integers(1, 3, len(rows)), 0).tolist()
+    return [row | {"labels": (row["labels"] + step) % 3} for row, step in zip(rows, steps, strict=True)], wrong
 
 
 @pytest.mark.parametrize("rule", [ScoringRule(), ScoringRule(weights={"loss": 1.0}), ScoringRule(judge=False)])
@@ -479,8 +479,7 @@ def test_wrong_labels_are_left_out_one_by_one_as_the_audit_lists_them(rule: Scor
 
 def test_a_later_look_renews_q_and_judges_no_label() -> None:
     rows, _ = mislabelled(learnable(600))
-    rule, model = ScoringRule(weights={"loss": 1.0}), wrapped()
-    first = looked(model, rows, rule=rule).scores
+    first = looked(model := wrapped(), rows, rule=(rule := ScoringRule(weights={"loss": 1.0}))).scores
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -245,21 +245,3 @@ def test_a_look_that_draws_by_trusted_texts_is_not_applied_by_row(
     with pytest.raises(SettingsError, match=r"data\.trusted"):
         score_by_look(str(written.parent / "train.jsonl"), written, tmp_path / "s.parquet")
     assert not (tmp_path / "s.parquet").exists()
-
-
-@pytest.mark.filterwarnings("ignore:the pool does not:UserWarning", "ignore:trusted rows are mixed in:UserWarning")
-@pytest.mark.parametrize("suspects", [0, 10])
-def test_a_look_by_settings_holds_out_rows_as_the_run_would(suspects: int, tmp_path: Path) -> None:
-    """Of 40 trusted rows, 30 that were no suspects are too few for the question; in either way it is asked or not."""
-    place = set_up(tmp_path, rows=120, training=TRAINING)
-    checked = [row | {"reviewed_as": "suspect" if j < suspects else ""} for j, row in enumerate(make_rows(40, seed=7))]
-    config = load_config(place / "c.yaml", [f"data.trusted={write_jsonl(place / 'trusted.jsonl', checked)}"])
-    saved = look_at(config, place / "LOOK")
-    result = pipeline.train(config, place / "run")
-    held = saved.scores.left_out_as("held out")
-    assert bool(held.any()) == (suspects == 0)
-    np.testing.assert_array_equal(held, Scores.load(place / "run" / "scores.parquet").left_out_as("held out"))
-    question = result.quality["question"]
-    assert ("why_not" in question) == (suspects > 0)
-    if suspects:
-        assert "besides the 10 that were reviewed as suspects, and there are 30" in question["why_not"]

@@ -43,7 +43,6 @@ class Samples(Sequence[dict[str, Any]]):
         ids: the rows' places in their file, from 0.
         left_out: the place of every row whose target does not fit whole, and the tokens that it needs.
         cut_words: how many tokens with a tag are behind the cut, so that the model does not read them.
-        suspects: of trusted rows, which samples were reviewed because they seemed wrong.
     """
 
     stored: pa.Table
@@ -52,7 +51,6 @@ class Samples(Sequence[dict[str, Any]]):
     ids: np.ndarray
     left_out: tuple[tuple[str, int], ...] = ()
     cut_words: int = 0
-    suspects: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.stored)

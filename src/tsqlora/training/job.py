@@ -73,11 +73,8 @@ class Job:
 
     @property
     def trusted(self) -> Samples | None:
-        """The rows of data.trusted, and which of them were reviewed as suspects."""
-        if (part := self.data.get("trusted")) is None:
-            return None
-        marks = {row.id: row.cells.get(REVIEWED_AS) == "suspect" for row in part}
-        return replace(part.samples, suspects=np.array([marks[int(id)] for id in part.samples.ids], dtype=np.bool_))
+        """The rows of data.trusted."""
+        return self.data["trusted"].samples if "trusted" in self.data else None
 
     @property
     def collate(self) -> Collate:
@@ -361,6 +358,9 @@ def method_of(job: Job, scores_path: Path, progress: Progress | None = None, *, 
         lengths=samples.lengths,
         batch_size=config.training.batch_size,
     )
+    if job.trusted is not None:
+        marks = {row.id: row.cells.get(REVIEWED_AS) == "suspect" for row in job.data["trusted"]}
+        data.suspects = np.array([marks.get(int(id), False) for id in job.trusted.ids], dtype=np.bool_)
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
         if job.task.reading.judges():

@@ -17,7 +17,6 @@ from tsqlora.model.eval_mode import same_randomness
 from tsqlora.rows.batches import bucketed_order
 from tsqlora.rows.datasets import REVIEWED_AS, content_of, has_answer, input_of, lengths_of
 from tsqlora.rows.datasets import Dataset as Rows
-from tsqlora.rows.table import Samples
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 
@@ -176,8 +175,6 @@ def hash_of(rows: Rows) -> str | None:
 
 def suspects_of(rows: Rows) -> np.ndarray:
     """Return which rows were reviewed as suspects."""
-    if isinstance(rows, Samples) and rows.suspects is not None:
-        return rows.suspects
     return np.array([isinstance(r, Mapping) and r.get(REVIEWED_AS) == "suspect" for r in _alike(rows)], dtype=np.bool_)
 
 
